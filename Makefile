@@ -1,0 +1,30 @@
+# `make demo` and `make test` each set everything up by themselves from a fresh clone.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test test-all lint clean
+.DEFAULT_GOAL := demo
+
+demo: .venv/.ready
+	$(PY) -m studies.demo
+
+test: .venv/.ready lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+test-all: .venv/.ready lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not nightly"
+
+lint: .venv/.ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/basedpyright --level error
+
+# the environment is made again when what it installs has changed
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kart needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

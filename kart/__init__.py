@@ -1,0 +1,1 @@
+"""Kolmogorov-Arnold Attention: learnable attention as pure functions over parameter pytrees."""

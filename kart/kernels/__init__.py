@@ -1,0 +1,1 @@
+"""The streamed KArAt product: one entry, several engines, correct under every transform."""

@@ -1,0 +1,107 @@
+"""Pytrees of tensors: map, dotted paths, stack, norm; the one user of torch's private pytree module."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+Tree = Any
+
+
+def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001
+    """Applies `fn` to every leaf of `tree` (and the matching leaves of `rest`), keeping the structure.
+
+    >>> map(lambda a, b: a + b, {"x": 1, "y": {"z": 2}}, {"x": 10, "y": {"z": 20}})
+    {'x': 11, 'y': {'z': 22}}
+    """
+    leaves_, spec = _pytree.tree_flatten(tree)
+    columns = [leaves_]
+    for other in rest:
+        other_leaves, other_spec = _pytree.tree_flatten(other)
+        if other_spec != spec:
+            raise ValueError(
+                f"`tree.map` needs trees of one structure, got {sorted(named(tree))} and "
+                f"{sorted(named(other))}. Build them with the same `init`."
+            )
+        columns.append(other_leaves)
+    return _pytree.tree_unflatten([fn(*column) for column in zip(*columns, strict=True)], spec)
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """Leaves of `tree`, in a fixed order."""
+    return _pytree.tree_leaves(tree)
+
+
+def _name(path: Sequence[Any]) -> str:
+    keys = (getattr(k, "key", getattr(k, "idx", getattr(k, "name", k))) for k in path)
+    return ".".join(str(key) for key in keys)
+
+
+def named(tree: Tree) -> dict[str, Any]:
+    """Leaves of `tree` by dotted path.
+
+    >>> named({"blocks": {"0": {"bias": 1}}, "head": 2})
+    {'blocks.0.bias': 1, 'head': 2}
+    """
+    return {_name(path): leaf for path, leaf in _pytree.tree_flatten_with_path(tree)[0]}
+
+
+def map_named(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
+    """As `map`, with each leaf's dotted path as the first argument of `fn`."""
+    return _pytree.tree_map_with_path(lambda path, leaf: fn(_name(path), leaf), tree)
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts from dotted paths, the inverse of `named` on nested dicts.
+
+    >>> unflatten({"blocks.0.bias": 1, "head": 2})
+    {'blocks': {'0': {'bias': 1}}, 'head': 2}
+    """
+    root: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split(".")
+        node = root
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return root
+
+
+def stack(trees: Sequence[Tree], dim: int = 0) -> Tree:
+    """One tree whose leaves are those of `trees`, stacked along a new axis `dim`."""
+    if not trees:
+        raise ValueError("`tree.stack` needs at least one tree, got none.")
+    return map(lambda *xs: torch.stack(xs, dim), *trees)
+
+
+def unstack(tree: Tree, dim: int = 0) -> list[Tree]:
+    """The list of trees that `stack` was given."""
+    sizes = {leaf.shape[dim] for leaf in leaves(tree)}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"`tree.unstack` needs leaves of one size along axis {dim}, got sizes {sorted(sizes)}."
+        )
+    return [map(lambda x, i=i: x.select(dim, i), tree) for i in range(sizes.pop())]
+
+
+def norm(tree: Tree) -> Tensor:
+    """Global Euclidean norm of all leaves, `()`, accumulated in at least float32."""
+    squares = [
+        torch.linalg.vector_norm(x.to(torch.promote_types(x.dtype, torch.float32))) ** 2
+        for x in leaves(tree)
+    ]
+    if not squares:
+        raise ValueError("`tree.norm` needs at least one leaf, got an empty tree.")
+    return torch.stack(squares).sum().sqrt()
+
+
+def size(tree: Tree) -> int:
+    """Number of scalars in all leaves."""
+    return sum(leaf.numel() for leaf in leaves(tree))
+
+
+def to(tree: Tree, *args: Any, **kwargs: Any) -> Tree:
+    """Every leaf moved as by `Tensor.to`."""
+    return map(lambda x: x.to(*args, **kwargs), tree)
