@@ -1,4 +1,6 @@
-"""Pytrees of tensors: map, dotted paths, stack, norm; the one user of torch's private pytree module."""
+"""Pytrees of tensors: map, dotted paths, stack, norm; the one user of torch's private pytree
+module.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +13,8 @@ Tree = Any
 
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001
-    """Applies `fn` to every leaf of `tree` (and the matching leaves of `rest`), keeping the structure.
+    """Applies `fn` to every leaf of `tree` (and the matching leaves of `rest`), keeping the
+    structure.
 
     >>> map(lambda a, b: a + b, {"x": 1, "y": {"z": 2}}, {"x": 10, "y": {"z": 20}})
     {'x': 11, 'y': {'z': 22}}
