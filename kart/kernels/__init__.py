@@ -1,1 +1,5 @@
 """The streamed KArAt product: one entry, several engines, correct under every transform."""
+
+from kart.kernels.plain import contract, contract_units, mix_values, softmax_attention
+
+__all__ = ["contract", "contract_units", "mix_values", "softmax_attention"]

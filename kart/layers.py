@@ -1,0 +1,79 @@
+"""Linear, layer norm, MLP and patch embedding, each as an init and an apply over a dict of tensors.
+
+Weights keep torch's layout, `(out, in)`, and are cast to the dtype of the input, so that bfloat16
+inputs compute in bfloat16 with float32 parameters.
+"""
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+Params = dict[str, Any]
+
+
+def truncated_normal(generator: Generator, *shape: int, std: float = 0.02) -> Tensor:
+    """N(0, std^2) cut at two standard deviations, as ViTs are initialised, `shape`, on the CPU."""
+    weight = torch.empty(shape)
+    return torch.nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std, generator=generator)
+
+
+def linear_init(generator: Generator, in_size: int, out_size: int) -> Params:
+    """Parameters of `linear`, `weight (out, in)` and a zero `bias (out,)`."""
+    return {
+        "weight": truncated_normal(generator, out_size, in_size),
+        "bias": torch.zeros(out_size),
+    }
+
+
+def linear(params: Params, x: Tensor) -> Tensor:
+    """`(..., in)` to `(..., out)`."""
+    return F.linear(x, params["weight"].to(x.dtype), params["bias"].to(x.dtype))
+
+
+def layer_norm_init(size: int) -> Params:
+    """Parameters of `layer_norm`, ones and zeros."""
+    return {"weight": torch.ones(size), "bias": torch.zeros(size)}
+
+
+def layer_norm(params: Params, x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Layer norm over the last axis, in the dtype of `x`."""
+    weight, bias = params["weight"].to(x.dtype), params["bias"].to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def mlp_init(generator: Generator, size: int, hidden_size: int) -> Params:
+    """Parameters of `mlp`."""
+    return {
+        "fc1": linear_init(generator, size, hidden_size),
+        "fc2": linear_init(generator, hidden_size, size),
+    }
+
+
+def mlp(params: Params, x: Tensor) -> Tensor:
+    """Two linear layers around an exact GELU, `(..., D)` to `(..., D)`."""
+    return linear(params["fc2"], F.gelu(linear(params["fc1"], x)))
+
+
+def patch_embed_init(generator: Generator, channels: int, patch_size: int, size: int) -> Params:
+    """Parameters of `patch_embed`: those of the equivalent convolution, `weight (D, C, p, p)`."""
+    weight = truncated_normal(generator, size, channels, patch_size, patch_size)
+    return {"proj": {"weight": weight, "bias": torch.zeros(size)}}
+
+
+def patch_embed(params: Params, images: Tensor) -> Tensor:
+    """Images `(..., C, height, width)` to one token a patch, `(..., (height/p)(width/p), D)`.
+
+    A product of reshaped patches: under `vmap` over a population a convolution would become a
+    grouped one, which is slow.
+    """
+    weight, bias = params["proj"]["weight"], params["proj"]["bias"]
+    p = weight.shape[-1]
+    *lead, channels, height, width = images.shape
+    grid = images.reshape(*lead, channels, height // p, p, width // p, p)
+    n = len(lead)
+    # (..., rows, columns, C, p, p)
+    order = [*range(n), n + 1, n + 3, n, n + 2, n + 4]
+    patches = grid.permute(order).reshape(*lead, (height // p) * (width // p), channels * p * p)
+    return F.linear(patches, weight.flatten(1).to(images.dtype), bias.to(images.dtype))
