@@ -1,7 +1,6 @@
-"""Pytrees of tensors: map, dotted paths, stack, norm; the one user of torch's private pytree
-module.
-"""
+"""Pytrees of tensors: map, dotted paths, stack, norm; the one user of torch's private pytrees."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,23 +12,34 @@ Tree = Any
 
 
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001
-    """Applies `fn` to every leaf of `tree` (and the matching leaves of `rest`), keeping the
-    structure.
+    """Applies `fn` to every leaf of `tree` and the matching ones of `rest`, keeping the structure.
 
     >>> map(lambda a, b: a + b, {"x": 1, "y": {"z": 2}}, {"x": 10, "y": {"z": 20}})
     {'x': 11, 'y': {'z': 22}}
     """
-    leaves_, spec = _pytree.tree_flatten(tree)
-    columns = [leaves_]
-    for other in rest:
-        other_leaves, other_spec = _pytree.tree_flatten(other)
-        if other_spec != spec:
-            raise ValueError(
-                f"`tree.map` needs trees of one structure, got {sorted(named(tree))} and "
-                f"{sorted(named(other))}. Build them with the same `init`."
-            )
-        columns.append(other_leaves)
+    first, spec = _pytree.tree_flatten(tree)
+    columns = [first, *(_matching_leaves(tree, spec, other) for other in rest)]
     return _pytree.tree_unflatten([fn(*column) for column in zip(*columns, strict=True)], spec)
+
+
+def _matching_leaves(tree: Tree, spec: _pytree.TreeSpec, other: Tree) -> list[Any]:
+    found, found_spec = _pytree.tree_flatten(other)
+    if found_spec == spec:
+        return found
+    # dicts whose keys stand in another order have another spec, but are the same tree
+    try:
+        found = spec.flatten_up_to(other)
+    except ValueError:
+        found = [other]
+    if len(found) == spec.num_leaves and all(_pytree.tree_is_leaf(x) for x in found):
+        return found
+    here, there = named(tree), named(other)
+    odd = sorted(here.keys() ^ there.keys())
+    raise ValueError(
+        f"`tree.map` needs trees of one structure, got {len(here)} and {len(there)} leaves, "
+        + (f"of which only one tree has {', '.join(odd[:8])}" if odd else "in other containers")
+        + ". Build them with the same `init`."
+    )
 
 
 def leaves(tree: Tree) -> list[Any]:
@@ -91,13 +101,15 @@ def unstack(tree: Tree, dim: int = 0) -> list[Tree]:
 
 def norm(tree: Tree) -> Tensor:
     """Global Euclidean norm of all leaves, `()`, accumulated in at least float32."""
-    squares = [
-        torch.linalg.vector_norm(x.to(torch.promote_types(x.dtype, torch.float32))) ** 2
+    norms = [
+        torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
         for x in leaves(tree)
     ]
-    if not squares:
+    if not norms:
         raise ValueError("`tree.norm` needs at least one leaf, got an empty tree.")
-    return torch.stack(squares).sum().sqrt()
+    # the norm of norms: unlike the root of a sum of squares, its derivative at zero is not NaN
+    widest = functools.reduce(torch.promote_types, (x.dtype for x in norms))
+    return torch.linalg.vector_norm(torch.stack([x.to(widest) for x in norms]))
 
 
 def size(tree: Tree) -> int:

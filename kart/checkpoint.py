@@ -1,0 +1,402 @@
+"""Checkpoints: pytrees of tensors, config and versions in one safetensors file, replaced whole.
+
+A file holds every leaf under `<tree>.<dotted path>`, so any safetensors reader can look inside, and
+one metadata entry `kart`: JSON with the format, the versions of kart and torch, the config and the
+containers.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import importlib.metadata
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional
+
+from kart import tree
+
+Params = Any
+Tree = Any
+
+FORMAT = 1
+# older than this, an unfinished file is what a killed process left, not what another one is writing
+STALE_S = 3600.0
+HEAD = ("head.weight", "head.bias")
+
+
+def save(path: str | os.PathLike, params: Params, config: Any, **trees: Tree) -> None:
+    """Writes `params`, `config` and any further trees to `path`, whole or not at all.
+
+    The data goes to a hidden file in the same directory, is forced to disk and renamed over `path`:
+    whoever reads, also after a crash at any moment, finds the old file or the new one. What a
+    killed process left behind is removed by a later `save` to the same path.
+
+    Args:
+        path: the file to write; its directory must exist.
+        params: nested dicts, lists and tuples of tensors.
+        config: a dataclass, or anything JSON can hold; tuples come back as lists.
+        trees: more trees by name, such as `optimiser=state`; they may hold NamedTuples too.
+
+    Raises:
+        ValueError: a leaf that is no dense tensor, a config JSON cannot hold, no such directory.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"`save` needs an existing directory, got {str(path.parent)!r}. Create it first."
+        )
+    if path.is_dir():
+        raise ValueError(f"`save` needs a file name, got the directory {str(path)!r}. Add a name.")
+    tensors: dict[str, Tensor] = {}
+    structures = {
+        name: _describe("save", node, name, tensors)
+        for name, node in {"params": params, **trees}.items()
+    }
+    for name, leaf in tensors.items():
+        if leaf.is_meta or leaf.layout != torch.strided:
+            raise ValueError(
+                f"`save` needs dense tensors with data, got {leaf.layout} on {leaf.device} at "
+                f"{name!r}. Convert it with `to_dense`, or initialise it."
+            )
+    if _has_namedtuple(structures["params"]):
+        raise ValueError(
+            "`save` needs `params` of dicts, lists and tuples, got a NamedTuple, which `load` "
+            "could not make again. Convert it with `_asdict`, or pass it as a further tree."
+        )
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = dataclasses.asdict(config)
+    header = {
+        "format": FORMAT,
+        "kart": _kart_version(),
+        "torch": torch.__version__,
+        "config": config,
+        "trees": structures,
+    }
+    try:
+        text = json.dumps(header, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`save` needs a config of JSON values, got {config!r} ({error}). Convert it to "
+            f"numbers, strings, lists and dicts with string keys."
+        ) from error
+    _write(path, tensors, text)
+
+
+def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[Params, Any]:
+    """The `(params, config)` that `save` wrote to `path`.
+
+    Raises:
+        ValueError: `path` is missing, truncated, not by kart, or by a newer kart.
+    """
+    with _open("load", path) as (file, header):
+        structure = header["trees"]["params"]
+        tensors = {
+            n: _own(file.get_tensor(n), torch.device(device)) for n in _leaf_names(structure)
+        }
+        return _build(structure, tensors), header["config"]
+
+
+def load_state(path: str | os.PathLike, **like: Tree) -> dict[str, Tree]:
+    """The trees of `path` named by the keywords, each in the containers of its template.
+
+    `load_state(path, optimiser=optimiser.init(params))["optimiser"]` is the state that
+    `save(path, params, config, optimiser=state)` was given. Only structure, shapes and dtypes of a
+    template count, and the device: leaves come back on it, or on the CPU for `meta` tensors.
+
+    Raises:
+        ValueError: as `load`; no such tree in the file; a template of other names, shapes or
+            dtypes.
+    """
+    with _open("load_state", path) as (file, header):
+        trees = {}
+        for name, template in like.items():
+            if name not in header["trees"]:
+                raise ValueError(
+                    f"`load_state` needs a tree that {str(path)!r} holds, got {name!r}. It holds "
+                    f"{', '.join(header['trees'])}."
+                )
+            trees[name] = _restore(path, file, header["trees"][name], name, template)
+        return trees
+
+
+def describe(path: str | os.PathLike) -> dict[str, Any]:
+    """What `path` says of itself: format, versions of kart and torch, config, names of trees."""
+    with _open("describe", path) as (_, header):
+        return {**header, "trees": sorted(header["trees"])}
+
+
+def from_timm(
+    model: Any,
+    state_dict: Mapping[str, Tensor],
+    strict_head: bool = True,
+    generator: Generator | None = None,
+) -> Params:
+    """Parameters of `model` with the weights of a vision transformer that has timm's names.
+
+    Attention operators, which no donor has, keep their initialisation. Position embeddings of
+    another grid are resized bicubically with antialiasing, the class token's kept, as timm does it.
+
+    Args:
+        model: has `init(generator)` and a `config` with `image_size` and `patch_size`.
+        state_dict: the donor's tensors by dotted name, cast to the dtypes of the model.
+        strict_head: False keeps the initialised classifier where the donor's has other classes, or
+            none.
+        generator: draws what the donor does not give; None is seed 0.
+
+    Raises:
+        ValueError: names every leaf that is missing, unexpected or of another shape.
+    """
+    odd = [name for name, leaf in state_dict.items() if not isinstance(leaf, Tensor)]
+    if odd:
+        raise ValueError(
+            f"`from_timm` needs tensors by dotted name, got {type(state_dict[odd[0]]).__name__} "
+            f"under {odd[0]!r}. Pass the inner dict, as in `torch.load(...)[{odd[0]!r}]`."
+        )
+    params = model.init(generator or torch.Generator().manual_seed(0))
+    own = tree.named(params)
+    taken: dict[str, Tensor] = {}
+    missing, wrong, hints = [], [], []
+    for name, leaf in own.items():
+        donor = state_dict.get(name)
+        is_head = name in HEAD
+        if donor is not None and name == "pos_embed" and donor.shape != leaf.shape:
+            donor = _resize_positions(donor, leaf, model.config)
+        if donor is not None and donor.shape == leaf.shape:
+            taken[name] = donor.detach().to(leaf.device, leaf.dtype, copy=True)
+        elif "operator" in name.split(".") and donor is None or is_head and not strict_head:
+            taken[name] = leaf
+        else:
+            if donor is None:
+                missing.append(name)
+            else:
+                wrong.append(f"{name} {tuple(donor.shape)} for {tuple(leaf.shape)}")
+            if is_head:
+                hints.append("Pass strict_head=False to start the classifier anew.")
+            elif donor is not None and name == "patch_embed.proj.weight":
+                hints += _patch_hints(donor, leaf)
+    unexpected = [n for n in state_dict if n not in own and (strict_head or n not in HEAD)]
+    problems = [
+        f"{kind} {_some(names)}"
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", wrong),
+        )
+        if names
+    ]
+    if problems:
+        advice = " ".join(dict.fromkeys(hints)) or (
+            "Create the model with the donor's width, depth, heads and patch size, "
+            "and remove what the model has no place for."
+        )
+        raise ValueError(
+            f"`from_timm` needs a donor that fits the model, got leaves {'; '.join(problems)}. "
+            f"{advice}"
+        )
+    return tree.map_named(lambda name, _: taken[name], params)
+
+
+def _kart_version() -> str:
+    try:
+        return importlib.metadata.version("kart-attention")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _describe(function: str, node: Tree, name: str, tensors: dict[str, Tensor]) -> Any:
+    """The containers of `node` as JSON, a leaf being its stored name; leaves go into `tensors`."""
+    if isinstance(node, Tensor):
+        if name in tensors:
+            raise ValueError(
+                f"`{function}` needs one leaf per dotted name, got two at {name!r}. "
+                f"Rename a key that has a dot in it."
+            )
+        tensors[name] = node
+        return name
+    if isinstance(node, dict):
+        kind, items = "dict", node
+    elif isinstance(node, tuple) and hasattr(node, "_fields"):
+        kind, items = "namedtuple", node._asdict()  # pyright: ignore[reportAttributeAccessIssue]
+    elif isinstance(node, list | tuple):
+        kind = "list" if isinstance(node, list) else "tuple"
+        items = {str(i): child for i, child in enumerate(node)}
+    else:
+        raise ValueError(
+            f"`{function}` needs trees of tensors, got {type(node).__name__} at {name!r}. "
+            f"Make it a tensor, or put it into the config."
+        )
+    for key in items:
+        if not isinstance(key, str):
+            raise ValueError(
+                f"`{function}` needs strings as keys, got {key!r} in {name!r}. Convert it with "
+                f"`str`."
+            )
+    parts = {k: _describe(function, child, f"{name}.{k}", tensors) for k, child in items.items()}
+    return {kind: parts}
+
+
+def _has_namedtuple(structure: Any) -> bool:
+    if isinstance(structure, str):
+        return False
+    ((kind, parts),) = structure.items()
+    return kind == "namedtuple" or any(_has_namedtuple(part) for part in parts.values())
+
+
+def _leaf_names(structure: Any) -> list[str]:
+    if isinstance(structure, str):
+        return [structure]
+    ((_, parts),) = structure.items()
+    return [name for part in parts.values() for name in _leaf_names(part)]
+
+
+def _build(structure: Any, tensors: Mapping[str, Tensor]) -> Tree:
+    if isinstance(structure, str):
+        return tensors[structure]
+    ((kind, parts),) = structure.items()
+    built = {key: _build(part, tensors) for key, part in parts.items()}
+    return {"dict": dict, "list": list, "tuple": tuple}[kind](
+        built if kind == "dict" else built.values()
+    )
+
+
+def _restore(path: str | os.PathLike, file: Any, structure: Any, name: str, template: Tree) -> Tree:
+    wanted: dict[str, Tensor] = {}
+    wanted_structure = _describe("load_state", template, name, wanted)
+    stored = {leaf: file.get_tensor(leaf) for leaf in _leaf_names(structure)}
+    problems = {
+        "missing in the file": [n for n in wanted if n not in stored],
+        "missing in the template": [n for n in stored if n not in wanted],
+        "different": [
+            f"{n} {_kind(stored[n])} for {_kind(wanted[n])}"
+            for n in wanted
+            if n in stored and _kind(stored[n]) != _kind(wanted[n])
+        ],
+    }
+    found = [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]
+    if not found and structure != wanted_structure:
+        found = ["lists, tuples, dicts or NamedTuples in other places"]
+    if found:
+        raise ValueError(
+            f"`load_state` needs a template like what {str(path)!r} holds as {name!r}, got leaves "
+            f"{'; '.join(found)}. Make it with the model and optimiser of the saved config."
+        )
+
+    def placed(leaf_path: str, leaf: Tensor) -> Tensor:
+        found = stored[f"{name}.{leaf_path}" if leaf_path else name]
+        return _own(found, torch.device("cpu") if leaf.is_meta else leaf.device)
+
+    return tree.map_named(placed, template)
+
+
+def _kind(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+
+
+def _own(x: Tensor, device: torch.device) -> Tensor:
+    # a copy: what safetensors returns is mapped from the file, and would change or crash with it
+    return x.to(device, copy=True)
+
+
+@contextlib.contextmanager
+def _open(function: str, path: str | os.PathLike) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The open file and its kart header."""
+    where = repr(str(path))
+    if not Path(path).is_file():
+        raise ValueError(
+            f"`{function}` needs a checkpoint file, got {where}, which is "
+            f"{'no file' if Path(path).exists() else 'not there'}. Check the path."
+        )
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("kart")
+            if text is None:
+                raise ValueError(
+                    f"`{function}` needs a checkpoint written by kart, got {where} without kart's "
+                    f"metadata. Weights with timm's names go through `from_timm`."
+                )
+            header = json.loads(text)
+            if header["format"] > FORMAT:
+                raise ValueError(
+                    f"`{function}` needs a file of format {FORMAT}, got format {header['format']} "
+                    f"in {where}, written by kart {header['kart']}. Update kart."
+                )
+            yield file, header
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"`{function}` needs a whole safetensors file, got {where} ({error}). It is damaged or "
+            f"truncated, or of another kind: copy it again, or take an earlier checkpoint."
+        ) from error
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - stale.stat().st_mtime > STALE_S:
+                stale.unlink()
+    # copies: leaves may share storage or be strided, which safetensors refuses
+    whole = {
+        name: x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, x in tensors.items()
+    }
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        safetensors.torch.save_file(whole, temporary, metadata={"kart": text})
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if (
+        os.name == "posix"
+    ):  # the renaming, too, must outlive a crash; Windows cannot sync directories
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def _resize_positions(donor: Tensor, own: Tensor, config: Any) -> Tensor:
+    """Positions `(1, 1 + n, D)` on the grid of `config`; as they came if they cannot fit."""
+    height, width = _grid(config)
+    if donor.ndim != 3 or donor.shape[-1] != own.shape[-1] or own.shape[-2] != 1 + height * width:
+        return donor
+    side = math.isqrt(donor.shape[-2] - 1)
+    if side**2 != donor.shape[-2] - 1:
+        return donor
+    grid = donor[:, 1:].detach().float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = functional.interpolate(grid, (height, width), mode="bicubic", antialias=True)
+    return torch.cat([donor[:, :1].detach().float(), grid.flatten(2).mT], dim=1)
+
+
+def _grid(config: Any) -> tuple[int, int]:
+    def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    (height, width), (rows, columns) = pair(config.image_size), pair(config.patch_size)
+    return height // rows, width // columns
+
+
+def _patch_hints(donor: Tensor, own: Tensor) -> list[str]:
+    if donor.ndim == own.ndim == 4 and donor.shape[1] != own.shape[1]:
+        return [
+            f"The donor reads images of {donor.shape[1]} channels, the model of {own.shape[1]}: "
+            f"create the model with in_channels={donor.shape[1]}."
+        ]
+    return []
