@@ -78,7 +78,7 @@ def save(path: str | os.PathLike, params: Params, config: Any, **trees: Tree) ->
         config = dataclasses.asdict(config)
     header = {
         "format": FORMAT,
-        "kart": _kart_version(),
+        "kart": kart_version(),
         "torch": torch.__version__,
         "config": config,
         "trees": structures,
@@ -207,7 +207,8 @@ def from_timm(
     return tree.map_named(lambda name, _: taken[name], params)
 
 
-def _kart_version() -> str:
+def kart_version() -> str:
+    """The installed version of kart."""
     try:
         return importlib.metadata.version("kart-attention")
     except importlib.metadata.PackageNotFoundError:
@@ -362,9 +363,8 @@ def _write(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    if (
-        os.name == "posix"
-    ):  # the renaming, too, must outlive a crash; Windows cannot sync directories
+    # the renaming, too, must outlive a crash; Windows cannot sync directories
+    if os.name == "posix":
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)

@@ -1,0 +1,521 @@
+"""Training as pure functions: a config, a step, a loop that yields records, exact resume.
+
+    for record in train.fit(train.Config(operator="G3B"), train.load_data(config)):
+        print(record["epoch"], record["val_top1"])
+
+A step is a pure function of (state, hyperparameters, batch); the batch of step t is a pure function
+of (seed, t). So a run is determined by its config, and resuming needs the state alone.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vmap
+from torch.nn import functional as F
+
+from kart import augment, data, models, optim, tree
+from kart.data import Dataset
+from kart.models import Model
+
+Params = dict[str, Any]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that determines a run. Fields of the model that are None take the model's default.
+
+    `learning_rate` None is the paper's rule, 5e-4 * batch / 512. `threads` None takes torch's
+    number; a run records it, since on a CPU the number of threads changes the last bits.
+    """
+
+    # data
+    data: str = "digits"
+    train_limit: int | None = None
+    decode_size: int | None = None  # side to which images are cut when read, where they differ
+    augment: str = "none"
+    # model
+    model: str = "vit_nano"
+    operator: str | tuple[str, ...] = "softmax"
+    sharing: str | None = None
+    rank: int | None = None
+    project: str | None = None
+    base: str | None = None
+    image_size: int | None = None
+    patch_size: int | None = None
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    mlp_ratio: float | None = None
+    # optimisation
+    epochs: int = 20
+    batch_size: int = 64
+    learning_rate: float | None = 1e-3
+    end_learning_rate: float = 1e-5
+    warmup_epochs: float = 1.0
+    weight_decay: float = 0.05
+    adam_eps: float = 1e-8
+    max_norm: float = 1.0
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    seed: int = 0
+    # execution
+    batching: str = "native"  # or "vmap": a per-example loss mapped by torch.func.vmap
+    precision: str = "float32"  # or "bfloat16", with float32 parameters, scores and loss
+    device: str = "cpu"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, name: str, what: str) -> None:
+            if not ok:
+                raise ValueError(
+                    f"`Config` needs `{name}` {what}, got {getattr(self, name)!r}. Change it."
+                )
+
+        for name in ("epochs", "batch_size"):
+            value = getattr(self, name)
+            need(isinstance(value, int) and value >= 1, name, "an integer >= 1")
+        for name in ("end_learning_rate", "warmup_epochs", "weight_decay"):
+            need(0 <= getattr(self, name) < math.inf, name, ">= 0 and finite")
+        for name in ("adam_eps", "max_norm"):
+            need(getattr(self, name) > 0, name, "> 0")
+        rate = self.learning_rate
+        need(rate is None or 0 <= rate < math.inf, "learning_rate", ">= 0, or None")
+        need(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
+        need(0 <= self.ema < 1, "ema", "in [0, 1)")
+        need(self.batching in ("native", "vmap"), "batching", '"native" or "vmap"')
+        need(self.precision in ("float32", "bfloat16"), "precision", '"float32" or "bfloat16"')
+        need(self.threads is None or self.threads >= 1, "threads", ">= 1, or None")
+        need(isinstance(self.seed, int) and self.seed >= 0, "seed", "an integer >= 0")
+
+    def asdict(self) -> dict[str, Any]:
+        """The config as JSON has it."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def fromdict(cls, fields: Mapping[str, Any]) -> "Config":
+        """The config of `asdict`; unknown fields are an error."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if set(fields) - known:
+            raise ValueError(
+                f"`Config` needs fields among {sorted(known)}, got {sorted(set(fields) - known)}. "
+                "The run was written by another version of kart."
+            )
+        values: dict[str, Any] = dict(fields)
+        if isinstance(values.get("operator"), list):  # JSON has no tuples
+            values["operator"] = tuple(values["operator"])
+        return cls(**values)
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits that name the config, the same on every machine."""
+        text = json.dumps(self.asdict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate after warm-up."""
+        if self.learning_rate is None:
+            return optim.paper_learning_rate(self.batch_size)
+        return self.learning_rate
+
+
+class Splits(NamedTuple):
+    """What training may see: the training and the validation split."""
+
+    train: Dataset
+    val: Dataset
+
+
+def load_data(config: Config, **options: Any) -> Splits:
+    """Training and validation split of `config.data`; `options` go to `kart.data.load`."""
+    options.setdefault("image_size", config.decode_size)
+    return Splits(
+        data.load(config.data, "train", train_limit=config.train_limit, **options),
+        data.load(config.data, "val", **options),
+    )
+
+
+def default_patch_size(image_size: int) -> int:
+    """16 for images of 128 px and more, as in the paper, and an 8 x 8 grid of patches below."""
+    return 16 if image_size >= 128 else max(1, image_size // 8)
+
+
+MODEL_FIELDS = (
+    *("sharing", "rank", "project", "base"),
+    *("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"),
+)
+
+
+def build(config: Config, dataset: Dataset) -> Model:
+    """The model of `config` for the images and classes of `dataset`."""
+    given = {name: getattr(config, name) for name in MODEL_FIELDS}
+    given = {name: value for name, value in given.items() if value is not None}
+    image_size = config.image_size or dataset.images.shape[-1]
+    given.setdefault("patch_size", default_patch_size(image_size))
+    return models.create(
+        config.model,
+        operator=config.operator,
+        image_size=image_size,
+        in_channels=dataset.images.shape[1],
+        num_classes=len(dataset.classes),
+        **given,
+    )
+
+
+class Hyper(NamedTuple):
+    """Hyperparameters that fix no shape, as tensors: each member of a population has its own."""
+
+    learning_rate: Tensor
+    weight_decay: Tensor
+
+
+class State(NamedTuple):
+    """All that a run carries from step to step; tensors only, so it can be saved, stacked, vmapped.
+
+    `bad_step` is the first step whose loss or gradient was not finite, else -1; from there on the
+    state stands still. `loss_sum` adds up the losses of the epoch.
+    """
+
+    params: Params
+    optimizer: Any
+    average: Any
+    step: Tensor
+    bad_step: Tensor
+    loss_sum: Tensor
+
+
+class Metrics(NamedTuple):
+    """Scalars of one step."""
+
+    loss: Tensor
+    grad_norm: Tensor
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy in nats, `(..., C)` and soft targets `(..., C)` to `(...)`, in float32 or
+    wider.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -(targets * logits.log_softmax(-1)).sum(-1)
+
+
+def batch_loss(model: Model, batching: str) -> Callable[[Params, Tensor, Tensor], Tensor]:
+    """Mean loss over a batch: "native" batches in the model, "vmap" maps a per-example loss."""
+
+    def native(params: Params, images: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(model.apply(params, images), targets).mean()
+
+    def mapped(params: Params, images: Tensor, targets: Tensor) -> Tensor:
+        def one(image: Tensor, target: Tensor) -> Tensor:
+            return cross_entropy(model.apply(params, image), target)
+
+        return vmap(one)(images, targets).mean()
+
+    return native if batching == "native" else mapped
+
+
+def _schedule(config: Config, steps_per_epoch: int, peak: Tensor) -> optim.Schedule:
+    total_steps = config.epochs * steps_per_epoch
+    # a run shorter than two warm-ups warms up for half of itself
+    warmup_steps = min(int(config.warmup_epochs * steps_per_epoch), total_steps // 2)
+    return optim.warmup_cosine(peak, warmup_steps, total_steps, end=config.end_learning_rate)
+
+
+Step = Callable[[State, Hyper, Tensor, Tensor], tuple[State, Metrics]]
+
+
+class Program(NamedTuple):
+    """`init(generator) -> state` and `step(state, hyper, images, targets) -> (state, metrics)`."""
+
+    init: Callable[[torch.Generator], State]
+    step: Step
+    gradients: Callable[[State, Tensor, Tensor], tuple[Params, Tensor]]
+
+
+def program(config: Config, model: Model, steps_per_epoch: int) -> Program:
+    """The pure functions that train `model` by `config`; both work under `vmap`."""
+    loss = batch_loss(model, config.batching)
+    schedule = functools.partial(_schedule, config, steps_per_epoch)
+    average = optim.ema(config.ema, warmup=True)
+    dtype = getattr(torch, config.precision)
+    value_and_gradients = grad_and_value(loss)
+
+    def optimizer(hyper: Hyper) -> optim.Transformation:
+        rate = schedule(hyper.learning_rate)
+        return optim.adamw(rate, hyper.weight_decay, eps=config.adam_eps, max_norm=config.max_norm)
+
+    def init(generator: torch.Generator) -> State:
+        params = tree.to(model.init(generator), config.device)
+        zero = torch.zeros((), dtype=torch.int64, device=config.device)
+        hyper = Hyper(torch.tensor(config.peak_learning_rate), torch.tensor(config.weight_decay))
+        return State(
+            params,
+            optimizer(hyper).init(params),
+            average.init(params) if config.ema else {},
+            zero,
+            zero - 1,
+            torch.zeros((), device=config.device),
+        )
+
+    def smooth(targets: Tensor) -> Tensor:
+        eps = config.label_smoothing
+        return targets * (1 - eps) + eps / targets.shape[-1] if eps else targets
+
+    def gradients(state: State, images: Tensor, targets: Tensor) -> tuple[Params, Tensor]:
+        return value_and_gradients(state.params, images.to(dtype), smooth(targets))
+
+    def step(state: State, hyper: Hyper, images: Tensor, targets: Tensor) -> tuple[State, Metrics]:
+        grads, value = gradients(state, images, targets)
+        norm = tree.norm(grads)
+        updates, opt_state = optimizer(hyper).update(grads, state.optimizer, state.params)
+        params = optim.apply_updates(state.params, updates)
+        mean = average.update(state.average, params) if config.ema else state.average
+        # a step that is not finite changes nothing, and no later one does: the state stays the last
+        # good one without asking the device after every step
+        fine = value.isfinite() & norm.isfinite() & (state.bad_step < 0)
+
+        def keep(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(fine, new, old)
+
+        following = State(
+            tree.map(keep, params, state.params),
+            tree.map(keep, opt_state, state.optimizer),
+            tree.map(keep, mean, state.average),
+            state.step + 1,
+            torch.where(fine | (state.bad_step >= 0), state.bad_step, state.step),
+            state.loss_sum + value.detach(),
+        )
+        return following, Metrics(value, norm)
+
+    return Program(init, step, gradients)
+
+
+class Batches(NamedTuple):
+    """Batches of a split as a pure function of (seed, step)."""
+
+    steps_per_epoch: int
+    at: Callable[[int, int], tuple[Tensor, Tensor]]
+
+
+def batches(config: Config, dataset: Dataset) -> Batches:
+    """`at(seed, step)` gives images `(B, C, height, width)`, normalised, and targets `(B,
+    classes)`.
+    """
+    count = len(dataset.labels)
+    if count < config.batch_size:
+        raise ValueError(
+            f"`batch_size` needs to be at most the {count} training images, got "
+            f"{config.batch_size}. Lower it."
+        )
+    steps_per_epoch = count // config.batch_size
+    pipeline = augment.pipeline(config.augment)
+    classes = len(dataset.classes)
+    order: dict[tuple[int, int], Tensor] = {}  # the current epoch's permutation of each seed
+
+    def at(seed: int, step: int) -> tuple[Tensor, Tensor]:
+        epoch, position = divmod(step, steps_per_epoch)
+        if (seed, epoch) not in order:
+            order.pop((seed, epoch - 1), None)
+            order[seed, epoch] = data.batch_indices(count, config.batch_size, seed, epoch)
+        pixels, labels = data.take(dataset, order[seed, epoch][position])
+        images = data.as_float(pixels.to(config.device))
+        generator = data.generator_for("augment", seed, step)
+        images, targets = pipeline(generator, images, labels.to(config.device), classes)
+        return prepare(images, dataset, config.image_size), targets
+
+    return Batches(steps_per_epoch, at)
+
+
+def prepare(images: Tensor, dataset: Dataset, image_size: int | None = None) -> Tensor:
+    """Images in [0, 1] to what a model is given: resized if asked, standardised by channel."""
+    if image_size is not None and images.shape[-1] != image_size:
+        images = augment.resize(images, image_size)
+    return data.normalise(images, dataset.mean, dataset.std)
+
+
+def evaluate(
+    apply: Callable[[Params, Tensor], Tensor],
+    params: Params,
+    dataset: Dataset,
+    config: Config,
+    batch_size: int = 256,
+) -> dict[str, Tensor]:
+    """Top-1, top-5 (fractions) and mean loss (nats) of `apply(params, images)` over a split.
+
+    Logits may lead with a population axis, `(K, B, C)`; the results then are `(K,)`. Top-5 counts
+    the best five classes, or all where there are fewer.
+    """
+    totals: dict[str, Tensor] = {}
+    count = len(dataset.labels)
+    dtype = getattr(torch, config.precision)
+    with torch.no_grad():
+        for start in range(0, count, batch_size):
+            chosen = torch.arange(start, min(start + batch_size, count))
+            pixels, labels = data.take(dataset, chosen)
+            images = prepare(data.as_float(pixels.to(config.device)), dataset, config.image_size)
+            labels = labels.to(config.device)
+            logits = apply(params, images.to(dtype)).float()
+            ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
+            hits = ranked == labels[:, None]
+            losses = cross_entropy(logits, F.one_hot(labels, logits.shape[-1]))
+            sums = {
+                "top1": hits[..., 0].double().sum(-1),
+                "top5": hits.any(-1).double().sum(-1),
+                "loss": losses.double().sum(-1),
+            }
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0) + value
+    return {name: value / count for name, value in totals.items()}
+
+
+class Diverged(RuntimeError):
+    """A loss or gradient that is not finite; `step` and `parameter` say where it was first seen."""
+
+    def __init__(self, step: int, parameter: str, detail: str):
+        super().__init__(
+            f"training stopped at step {step}: {detail}, first in `{parameter}`. The state before "
+            "this step is kept. Lower the learning rate, or choose a smaller initialisation."
+        )
+        self.step = step
+        self.parameter = parameter
+
+
+def diagnose(program: Program, state: State, images: Tensor, targets: Tensor) -> Diverged:
+    """The error for the step at which `state` stands still, from its gradients computed again."""
+    grads, value = program.gradients(state, images, targets)
+    named = tree.named(state.params)
+    bad = [name for name, grad in tree.named(grads).items() if not bool(grad.isfinite().all())]
+    detail = "a gradient is not finite"
+    if not bool(value.isfinite()):
+        # every gradient is NaN then: the parameter that has grown largest says more
+        bad = [max(named, key=lambda name: float(named[name].abs().nan_to_num(math.inf).max()))]
+        detail = f"the loss is {float(value)}"
+    largest = float(named[bad[0]].abs().max()) if bad else math.nan
+    detail += f" (largest value there {largest:.3g})"
+    return Diverged(int(state.bad_step), bad[0] if bad else "the global norm", detail)
+
+
+class Run(NamedTuple):
+    """One or several members trained together: what the loop needs of them, stacked or not.
+
+    `batch(step)`, `step(state, hyper, images, targets)` and `evaluate(params)` agree on whether
+    there is a leading axis of members; `size` is their number, 1 without that axis.
+    """
+
+    config: Config
+    size: int
+    init: Callable[[], State]
+    hyper: Hyper
+    step: Step
+    batch: Callable[[int], tuple[Tensor, Tensor]]
+    evaluate: Callable[[Params], dict[str, Tensor]]
+    diagnose: Callable[[State, int], Diverged]
+    steps_per_epoch: int
+
+
+def solo(config: Config, splits: Splits, model: Model | None = None) -> Run:
+    """The run of one config."""
+    model = model or build(config, splits.train)
+    source = batches(config, splits.train)
+    functions = program(config, model, source.steps_per_epoch)
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        return source.at(config.seed, step)
+
+    return Run(
+        config,
+        1,
+        lambda: functions.init(torch.Generator().manual_seed(config.seed)),
+        Hyper(
+            torch.tensor(config.peak_learning_rate, device=config.device),
+            torch.tensor(config.weight_decay, device=config.device),
+        ),
+        functions.step,
+        batch,
+        lambda params: evaluate(model.apply, params, splits.val, config),
+        lambda state, member: diagnose(functions, state, *batch(int(state.bad_step))),
+        source.steps_per_epoch,
+    )
+
+
+def weights_for_evaluation(state: State) -> Params:
+    """The averaged weights where the run keeps them, else the weights."""
+    return state.average.average if state.average else state.params
+
+
+def loop(
+    run: Run,
+    state: State | None = None,
+    *,
+    log_every: int = 0,
+    on_step: Callable[[State, Metrics], None] | None = None,
+) -> Iterator[tuple[State, Record]]:
+    """Trains from `state` (default: the start) to the end; yields after every epoch.
+
+    Yields `(state, record)`; a record has `epoch` (from 1), `step`, `train_loss`, `val_top1`,
+    `val_top5`, `val_loss`, `learning_rate`, `grad_norm`, `diverged` (the step, or -1) and
+    `seconds`; values are lists, one entry a member, for a population. With `log_every`, also a
+    record without the `val_` entries every so many steps. The result does not depend on where it
+    was resumed.
+
+    Raises Diverged when no member is left whose loss and gradients are finite.
+    """
+    config = run.config
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    state = run.init() if state is None else state
+    first = int(state.step.max())
+    total = config.epochs * run.steps_per_epoch
+
+    def rate(peak: Tensor) -> Tensor:
+        return _schedule(config, run.steps_per_epoch, peak)(now)
+
+    # reading a flag back stalls a GPU, so it is asked for less often there; nothing is lost by it,
+    # since a state that went bad stands still
+    check_every = 1 if config.device == "cpu" else 50
+    started = time.perf_counter()
+    for step in range(first, total):
+        state, metrics = run.step(state, run.hyper, *run.batch(step))
+        if on_step is not None:
+            on_step(state, metrics)
+        last_of_epoch = (step + 1) % run.steps_per_epoch == 0
+        if last_of_epoch or (step + 1) % check_every == 0:
+            bad = state.bad_step >= 0
+            if bool(bad.all()):
+                raise run.diagnose(state, 0)
+        logs = log_every and (step + 1) % log_every == 0
+        if not (last_of_epoch or logs):
+            continue
+        done = (step % run.steps_per_epoch) + 1
+        now = torch.tensor(step, device=config.device)
+        peaks = run.hyper.learning_rate
+        record: Record = {
+            "epoch": step // run.steps_per_epoch + 1,
+            "step": step + 1,
+            "train_loss": (state.loss_sum / done).tolist(),
+            "grad_norm": metrics.grad_norm.tolist(),
+            "learning_rate": (vmap(rate) if peaks.dim() else rate)(peaks).tolist(),
+            "diverged": state.bad_step.tolist(),
+        }
+        if last_of_epoch:
+            scores = run.evaluate(weights_for_evaluation(state))
+            record |= {f"val_{name}": value.tolist() for name, value in scores.items()}
+            state = state._replace(loss_sum=torch.zeros_like(state.loss_sum))
+        record["seconds"] = round(time.perf_counter() - started, 3)
+        yield state, record
+
+
+def fit(config: Config, splits: Splits | None = None) -> Iterator[Record]:
+    """Trains `config` in memory; yields one record an epoch (see `loop`), `state` included."""
+    for state, record in loop(solo(config, splits or load_data(config))):
+        yield {**record, "state": state}
