@@ -331,18 +331,29 @@ def _open(function: str, path: str | os.PathLike) -> Iterator[tuple[Any, dict[st
                     f"`{function}` needs a checkpoint written by kart, got {where} without kart's "
                     f"metadata. Weights with timm's names go through `from_timm`."
                 )
-            header = json.loads(text)
-            if header["format"] > FORMAT:
-                raise ValueError(
-                    f"`{function}` needs a file of format {FORMAT}, got format {header['format']} "
-                    f"in {where}, written by kart {header['kart']}. Update kart."
-                )
-            yield file, header
+            yield file, _header(function, where, text)
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"`{function}` needs a whole safetensors file, got {where} ({error}). It is damaged or "
             f"truncated, or of another kind: copy it again, or take an earlier checkpoint."
         ) from error
+
+
+def _header(function: str, where: str, text: str) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+        version, writer = header["format"], header["kart"]
+        if version == FORMAT:
+            return {key: header[key] for key in ("format", "kart", "torch", "config", "trees")}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"`{function}` needs a checkpoint written by kart, got {where}, whose metadata is "
+            f"damaged ({error!r}). Take an earlier checkpoint."
+        ) from error
+    raise ValueError(
+        f"`{function}` needs a file of format {FORMAT}, got format {version} in {where}, written "
+        f"by kart {writer}. Update kart."
+    )
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
