@@ -50,9 +50,9 @@ def simplex(y: Tensor, dim: int = -1) -> Tensor:
     # inf - inf is NaN: the infinite maximum, of either sign, is put at zero by hand
     rows = torch.where(highest.isinf() & (rows == highest), 0.0, rows - highest)
 
-    # the threshold lies in [-1, 0) now, so entries below -1 have no part in it: raised to -1, they
-    # can neither swamp the running sum nor make it -inf
-    ordered = rows.detach().clamp(min=-1.0).sort(-1, descending=True).values
+    # far entries may swamp the running sum or make it -inf: after those of the support, where it is
+    # read no more, and where the comparison is false
+    ordered = rows.detach().sort(-1, descending=True).values
     excess = ordered.cumsum(-1) - 1
     counts = torch.arange(1, ordered.shape[-1] + 1, dtype=ordered.dtype, device=ordered.device)
     # NaN rows fail every comparison: the clamp keeps their index valid

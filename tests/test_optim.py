@@ -174,6 +174,14 @@ def test_a_learning_rate_of_zero_changes_nothing(make):
     assert_close(run(make(0.0), params, 3)[0], params, rtol=0, atol=0)
 
 
+def test_updates_of_scalar_leaves_keep_their_dtype_beside_float64_rates():
+    params = {"x": torch.tensor(2.0), "y": torch.ones(2)}
+    for rate in (optim.constant(0.5), torch.tensor(0.5, dtype=torch.float64), 0.5):
+        optimiser = optim.scale_by_learning_rate(rate)
+        updates, _ = optimiser.update(params, optimiser.init(params), params)
+        assert_close(updates, {"x": torch.tensor(-1.0), "y": torch.full((2,), -0.5)})
+
+
 def test_moments_of_half_precision_parameters_are_float32():
     state = optim.scale_by_adam().init(example(torch.bfloat16))
     assert {x.dtype for x in tree.leaves((state.mean, state.square))} == {torch.float32}

@@ -99,6 +99,18 @@ def test_float32_equals_float64_of_the_same_numbers(row):
     close(simplex(y), simplex(y.double()).float())
 
 
+def test_many_entries_rounded_around_the_edge_keep_sign_and_order():
+    y = torch.randn(500, 200, generator=torch.Generator().manual_seed(0)) / 100
+    edge = threshold_by_bisection(y.double()).float()
+    up, down = (edge.nextafter(torch.full_like(edge, to)) for to in (INF, -INF))
+    y = torch.cat([y, *(x.expand(500, 40) for x in (edge, up, down))], -1)
+    p = simplex(y)
+    close(p, simplex(y.double()).float())
+    close(p.sum(-1), torch.ones(500))
+    assert (p >= 0).all()
+    assert (p.gather(-1, y.argsort(-1)).diff(dim=-1) >= 0).all()
+
+
 @pytest.mark.parametrize("shift", [1e8, -1e8, 12345.678, 3e-5])
 @given(row=ROWS)
 def test_shifted_rows_in_float32_lose_nothing_but_the_rounding_of_the_shift(shift, row):
