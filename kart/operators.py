@@ -222,6 +222,24 @@ def _operator(
     return Operator(name, checked_init, weights, attend, basis, options)
 
 
+AMPLITUDES = ("coefs", "weight", "numerator")
+
+
+def _output_units(
+    basis: Basis, generator: Generator, heads: int, tokens: int, inputs: int
+) -> Params:
+    """Units `(H, tokens, inputs)` whose values are attention weights.
+
+    Their amplitudes are divided by sqrt(tokens), which keeps the output of a head at the size of
+    its values as W does in `low_rank`; with init "paper" they stay as printed.
+    """
+    units = basis.init(generator, (heads, tokens, inputs))
+    if basis.options.get("init") == "paper":
+        return units
+    factor = tokens**-0.5
+    return {name: leaf * factor if name in AMPLITUDES else leaf for name, leaf in units.items()}
+
+
 MIXES = ("scaled", "linear", "zero")
 
 
@@ -316,7 +334,7 @@ def full_rank(basis: Basis, project: str | None = None, base: str | None = None)
     """
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
-        return {"units": basis.init(generator, (heads, tokens, tokens))}
+        return {"units": _output_units(basis, generator, heads, tokens, tokens)}
 
     def streamed_product(
         params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
@@ -365,7 +383,7 @@ def project_first(
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
         mix = bases.normal(generator, (heads, rank, tokens)) / math.sqrt(tokens)
-        return {"mix": mix, "units": basis.init(generator, (heads, tokens, rank))}
+        return {"mix": mix, "units": _output_units(basis, generator, heads, tokens, rank)}
 
     def hidden_of(params: Params, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
         mix = params["mix"].to(k.dtype)
@@ -412,7 +430,7 @@ def two_stage(
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
         first = basis.init(generator, (heads, rank, tokens))
-        return {"first": first, "second": basis.init(generator, (heads, tokens, rank))}
+        return {"first": first, "second": _output_units(basis, generator, heads, tokens, rank)}
 
     def logits(params: Params, scores: Tensor, mask: Tensor | None) -> Tensor:
         hidden = _sum_units(basis, params["first"], scores, mask)

@@ -33,6 +33,9 @@ Schedule = Callable[[Tensor], Tensor]
 Mask = Callable[[str, Tensor], bool]
 
 
+SPARED = ("cls_token", "pos_embed", "shift", "scale", "scale_base", "scale_basis")
+
+
 class Transformation(NamedTuple):
     """`init(params)` to a state; `update(updates, state, params)` to `(updates, state)`."""
 
@@ -253,13 +256,14 @@ def momentum(decay: float = 0.9, nesterov: bool = False) -> Transformation:
 def decay_mask(operators: bool = True) -> Mask:
     """Which leaves decay: those of two axes and more, but neither class token nor positions.
 
-    The rule of timm and DeiT, which the paper's recipe follows. `operators=False` also spares the
-    learned attention operators (every leaf below a key `operator`).
+    The rule of timm and DeiT, which the paper's recipe follows; also spared are scales and shifts of
+    learned units, which decay would pull to a function of no or of infinite width. `operators=False`
+    spares the learned attention operators altogether (every leaf below a key `operator`).
     """
 
     def mask(path: str, leaf: Tensor) -> bool:
         keys = path.split(".")
-        if keys[-1] in ("cls_token", "pos_embed"):
+        if keys[-1] in SPARED:
             return False
         return leaf.ndim >= 2 and (operators or "operator" not in keys)
 

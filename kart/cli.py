@@ -1,0 +1,350 @@
+"""The `kart` command: parsing, progress and tables; everything else is called."""
+
+import argparse
+import dataclasses
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from kart import train
+from kart.train import Config, Record
+
+DESCRIPTION = """\
+Train, evaluate and study vision transformers with learnable attention (KArAt).
+
+  kart train --operator softmax G3B G3U --seeds 0 1 2 --out runs/digits
+  kart eval runs/digits
+  kart info --model vit_tiny --operator G3B
+"""
+
+OPERATORS_HELP = """\
+operators: softmax, sigmoid, relu, sparsemax, or FAMILY-NUMBERS followed by B (blockwise) or U
+(universal): G3B (Fourier, grid 3), bspline-G8B, gaussian_rbf-G8B, polynomial-0B, chebyshev-4B,
+rational-5/4B, mexican_hat-B, morlet-B, dog-B, meyer-B, shannon-B. Options follow a colon:
+G3B:rank=24,base=softmax. Heads that differ are joined by +: 2*softmax+G3B.
+"""
+
+# one line for each field of Config that is a flag; argparse's help of `kart train`
+FLAGS: dict[str, dict[str, tuple[type, str]]] = {
+    "data": {
+        "data": (
+            str,
+            'digits, a directory (parquet or images), or a public name "uoft-cs/cifar10"',
+        ),
+        "train_limit": (int, "train on the first so many images"),
+        "decode_size": (int, "side to cut images to when reading, where they differ"),
+        "augment": (str, "none, crop, flip_crop or paper"),
+    },
+    "model": {
+        "model": (str, "vit_nano, vit_tiny, vit_small or vit_base"),
+        "sharing": (str, "blockwise or universal, where the operator's letter is left out"),
+        "rank": (int, "rank r of the operators (12)"),
+        "project": (str, "simplex: project rows of weights onto the probability simplex"),
+        "base": (str, "softmax: add rows of softmax to the learned weights"),
+        "image_size": (int, "side of the model's images; those of the data are resized to it"),
+        "patch_size": (int, "side of a patch (16 from 128 px on, else an eighth of the side)"),
+        "embed_dim": (int, "width D"),
+        "depth": (int, "number of blocks L"),
+        "num_heads": (int, "number of heads H"),
+        "mlp_ratio": (float, "width of the MLP over D"),
+    },
+    "optimisation": {
+        "epochs": (int, "passes over the training images"),
+        "batch_size": (int, "images a step"),
+        "learning_rate": (float, "peak of the schedule; `paper` for 5e-4 * batch / 512"),
+        "end_learning_rate": (float, "where the cosine ends"),
+        "warmup_epochs": (float, "linear warm-up, half of the run at most"),
+        "weight_decay": (float, "decoupled weight decay"),
+        "adam_eps": (float, "epsilon of AdamW"),
+        "max_norm": (float, "global norm to which gradients are clipped"),
+        "label_smoothing": (float, "share of a target spread over all classes"),
+        "ema": (float, "decay of the average of the weights that is evaluated; 0 for none"),
+    },
+    "execution": {
+        "batching": (str, "native, or vmap: a per-example loss mapped by torch.func.vmap"),
+        "precision": (str, "float32 or bfloat16"),
+        "device": (str, "cpu or cuda"),
+        "threads": (int, "CPU threads; recorded, since they change the last bits of a result"),
+    },
+}
+
+
+def _rate(text: str) -> float | None:
+    return None if text == "paper" else float(text)
+
+
+def add_config_flags(parser: argparse.ArgumentParser, groups: Sequence[str] = tuple(FLAGS)) -> None:
+    """Adds the flags of `Config` in `groups` to `parser`, with Config's defaults."""
+    defaults = Config()
+    for title in groups:
+        group = parser.add_argument_group(title)
+        for name, (kind, text) in FLAGS[title].items():
+            default = getattr(defaults, name)
+            shown = "" if default is None else f" (default {default})"
+            group.add_argument(
+                f"--{name.replace('_', '-')}",
+                type=_rate if name == "learning_rate" else kind,
+                default=default,
+                metavar=kind.__name__.upper(),
+                help=text + shown,
+            )
+
+
+def config_of(args: argparse.Namespace, **changes: Any) -> Config:
+    """The Config that the flags in `args` describe."""
+    known = {field.name for field in dataclasses.fields(Config)}
+    given = {name: value for name, value in vars(args).items() if name in known}
+    return Config(**{**given, **changes})
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
+    """Rows of text under a header, columns aligned."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [header, ["-" * width for width in widths], *rows]
+    ]
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float], digits: int = 2, scale: float = 100.0) -> str:
+    """Mean and standard deviation (n - 1) of `values`, in per cent by default."""
+    mean = statistics.fmean(values) * scale
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {statistics.stdev(values) * scale:.{digits}f}"
+
+
+def slug(operator: str) -> str:
+    """A directory name for a spec string."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", operator).strip("-")
+
+
+def _train(args: argparse.Namespace) -> int:
+    import torch
+
+    from kart import population
+
+    if args.threads is None:
+        args.threads = torch.get_num_threads()
+    named = [config_of(args, operator=spec) for spec in args.operator]
+    if len({slug(spec) for spec in args.operator}) != len(args.operator):
+        raise ValueError(f"`--operator` needs different operators, got {args.operator}.")
+    splits = train.load_data(named[0])
+    for config in named:
+        train.build(config, splits.train)  # a bad operator is found before the first one trains
+    out = Path(args.out or f"runs/{slug(Path(args.data).name)}-{named[0].hash}")
+    results: list[tuple[str, list[Record]]] = []
+    for config in named:
+        configs = population.seeds(config, args.seeds)
+        home = out if len(named) == 1 else out / slug(str(config.operator))
+        parts = _groups(configs, splits, args.group, home)
+        last: list[Record] = []
+        for part, directory in parts:
+            last += _train_group(part, splits, directory, args.quiet)
+        results.append((str(config.operator), last))
+    size = {}
+    for config in named:
+        model = train.build(config, splits.train)
+        size[str(config.operator)] = sum(_counts(model))
+    rows = [
+        [
+            operator,
+            spread([record["val_top1"] for record in last]),
+            spread([record["val_top5"] for record in last]),
+            spread([record["val_loss"] for record in last], 3, 1.0),
+            f"{size[operator]:,}",
+            str(len(last)),
+        ]
+        for operator, last in results
+    ]
+    print(table(rows, ["operator", "val top-1 %", "val top-5 %", "val loss", "parameters", "n"]))
+    print(f"written to {out}; score it on the test split with: kart eval {out}")
+    return 0
+
+
+def _counts(model: Any) -> tuple[int, int]:
+    from kart.analysis import cost
+
+    return cost.parameters(model)
+
+
+def _groups(
+    configs: Sequence[Config], splits: train.Splits, group: str, home: Path
+) -> list[tuple[list[Config], Path]]:
+    """The members that train together, each group with its directory."""
+    from kart import population, runs
+
+    started = sorted(home.glob("group-*/config.json"))
+    if (home / "config.json").exists():
+        size = len(configs)
+    elif started:
+        size = len(runs.members(started[0].parent))
+    elif group == "auto":
+        size, seconds = population.fastest_group(configs, splits)
+        shown = ", ".join(f"{k}: {1000 * s:.1f} ms" for k, s in seconds.items())
+        print(f"{configs[0].operator}: {size} at a time (ms per member and step: {shown})")
+    else:
+        size = int(group)
+    parts = population.groups(configs, size)
+    if len(parts) == 1:
+        return [(parts[0], home)]
+    return [(part, home / f"group-{i}") for i, part in enumerate(parts)]
+
+
+def _train_group(
+    configs: list[Config], splits: train.Splits, directory: Path, quiet: bool
+) -> list[Record]:
+    from kart import population, runs
+
+    seeds = ",".join(str(config.seed) for config in configs)
+    label = f"{configs[0].operator} seed {seeds}"
+    record: Record = {}
+    with tqdm(desc=label, unit="step", disable=quiet, dynamic_ncols=True) as bar:
+
+        def on_step(step: int, total: int, loss: Any) -> None:
+            if bar.total is None:
+                bar.reset(total)
+                bar.initial = bar.n = step - 1
+            bar.update(1)
+
+        for record in runs.execute(directory, configs, splits, on_step=on_step):
+            top1 = [one["val_top1"] for one in population.split_record(record, len(configs))]
+            shown = spread(top1)
+            bar.set_postfix_str(f"epoch {record['epoch']}/{configs[0].epochs} val {shown} %")
+    return population.split_record(record, len(configs))
+
+
+def run_directories(path: str) -> list[Path]:
+    """The run directories at or below `path`, sorted."""
+    found = sorted(config.parent for config in Path(path).glob("**/config.json"))
+    if not found:
+        raise ValueError(
+            f"`run` needs a directory that `kart train` wrote, got {path!r} without any "
+            "config.json. Check the path."
+        )
+    return found
+
+
+def _eval(args: argparse.Namespace) -> int:
+    import torch
+
+    from kart import data, runs
+
+    by_operator: dict[str, list[dict[str, float]]] = {}
+    for directory in run_directories(args.run):
+        configs = runs.members(directory)
+        if args.data is not None:
+            configs = [dataclasses.replace(config, data=args.data) for config in configs]
+        config = configs[0]
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        config = dataclasses.replace(config, device=args.device or config.device)
+        dataset = data.load(config.data, args.split, image_size=config.decode_size)
+        model = train.build(config, dataset)
+        scores = []
+        for member, params in zip(
+            configs, runs.load_weights(directory, args.checkpoint), strict=True
+        ):
+            from kart import tree
+
+            params = tree.to(params, config.device)
+            values = train.evaluate(model.apply, params, dataset, config)
+            scores.append(
+                {"seed": member.seed, **{name: float(value) for name, value in values.items()}}
+            )
+        text = {"split": args.split, "checkpoint": args.checkpoint, "images": len(dataset.labels)}
+        report = {**text, "members": scores, "versions": runs.versions()}
+        path = directory / f"eval-{args.split}-{args.checkpoint}.json"
+        runs.write_atomically(path, json.dumps(report, indent=1) + "\n")
+        key = str(config.operator)
+        by_operator.setdefault(key, []).extend(scores)
+    rows = [
+        [
+            operator,
+            spread([score["top1"] for score in scores]),
+            spread([score["top5"] for score in scores]),
+            spread([score["loss"] for score in scores], 3, 1.0),
+            str(len(scores)),
+        ]
+        for operator, scores in by_operator.items()
+    ]
+    names = ["operator", *(f"{args.split} {what}" for what in ("top-1 %", "top-5 %", "loss")), "n"]
+    print(table(rows, names))
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser("kart", description=DESCRIPTION, formatter_class=raw)
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    one = commands.add_parser(
+        "train",
+        help="train one or several operators on one or several seeds",
+        description="Trains a vision transformer. Killed and started again with the same command "
+        "it goes on where it stopped, to the same result.",
+        epilog=OPERATORS_HELP,
+        formatter_class=raw,
+    )
+    one.add_argument("--operator", nargs="+", default=["softmax"], metavar="SPEC", help="see below")
+    one.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], metavar="INT", help="seeds (default 0)"
+    )
+    one.add_argument(
+        "--group",
+        default="auto",
+        help="seeds that train as one vmapped program; auto (default) measures what is fastest",
+    )
+    one.add_argument("--out", help="run directory (default runs/<data>-<hash of the config>)")
+    one.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_config_flags(one)
+    one.set_defaults(call=_train)
+
+    one = commands.add_parser(
+        "eval",
+        help="score runs on the test split",
+        description="Scores every run at or below a directory. This is the only command that "
+        "reads the test split.",
+    )
+    one.add_argument("run", help="directory that `kart train` wrote")
+    one.add_argument("--split", default="test", choices=["test", "val", "train"])
+    one.add_argument("--checkpoint", default="last", choices=["last", "best"])
+    one.add_argument("--data", help="where the data is now, if it has moved")
+    one.add_argument("--device", help="cpu or cuda (default that of the run)")
+    one.set_defaults(call=_eval)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 1 for a failed run, 2 for a mistake."""
+    args = parser().parse_args(argv)
+    call: Callable[[argparse.Namespace], int] = args.call
+    try:
+        return call(args)
+    except KeyboardInterrupt:
+        print("\nkart: stopped; the same command goes on from the last epoch", file=sys.stderr)
+        return 130
+    except train.Diverged as error:
+        print(f"kart: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"kart: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
