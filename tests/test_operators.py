@@ -227,10 +227,12 @@ def test_parameter_counts_of_the_paper(options, per_pair):
     assert tree.size(params) == 3 * per_pair * 12 * 197
 
 
-@pytest.mark.parametrize("spec", LEARNED)
+# of unit scale: not the paper's draw, the powers of a rational, or base activations
+SCALED = [s for s in LEARNED if not any(x in s for x in ("init=paper", "rational", "base="))]
+
+
+@pytest.mark.parametrize("spec", SCALED)
 def test_a_new_head_neither_explodes_nor_vanishes(spec):
-    if "init=paper" in spec or "rational" in spec or "base=" in spec:
-        pytest.skip("not of unit scale by definition: paper's draw, powers, base activations")
     op = operators.parse(spec).operator
     generator = torch.Generator().manual_seed(0)
     params = op.init(generator, 2, 197)

@@ -1,0 +1,177 @@
+"""The vision transformer: paper counts, sharing, placement, intermediates, dtypes, bad input."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.func import grad, vmap
+from torch.testing import assert_close
+
+from kart import checkpoint, models, operators, tree
+
+SMALL = {"image_size": 8, "patch_size": 4, "in_channels": 1, "num_classes": 10} | {
+    "embed_dim": 12,
+    "depth": 2,
+    "num_heads": 3,
+}
+
+
+def small(operator="G2B", **overrides):
+    return models.create("vit_tiny", operator=operator, **{**SMALL, **overrides})
+
+
+def start(model, dtype=torch.float64, batch=2):
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    params = tree.to(model.init(generator), dtype)
+    shape = (batch, config.in_channels, config.image_size, config.image_size)
+    return params, torch.randn(shape, generator=generator).to(dtype)
+
+
+# paper.md section 3; (2G + 3) parameters a pair need the per-unit scales
+PAPER = [
+    ("vit_tiny", "softmax", 10, 5.53),
+    ("vit_tiny", "G3B:scales=true", 10, 6.29),
+    ("vit_tiny", "G3U:scales=true", 10, 5.59),
+    ("vit_small", "softmax", 1000, 22.05),
+    ("vit_small", "G3B:scales=true", 1000, 23.58),
+    ("vit_small", "G3U:scales=true", 1000, 22.18),
+]
+
+
+@pytest.mark.parametrize(("name", "operator", "classes", "millions"), PAPER)
+def test_parameter_totals_of_the_paper(name, operator, classes, millions):
+    model = models.create(name, operator=operator, num_classes=classes)
+    total = tree.size(model.init(torch.Generator().manual_seed(0)))
+    assert abs(total / 1e6 - millions) < 0.006
+
+
+@pytest.mark.parametrize("operator", ["softmax", "G2B", "G2U", "2*softmax+G1B", "morlet-U"])
+def test_intermediates_agree_with_apply(operator):
+    model = small(operator)
+    params, images = start(model)
+    aux = model.intermediates(params, images)
+    assert_close(aux["logits"], model.apply(params, images))
+    for i in range(2):
+        assert aux[f"blocks.{i}.scores"].shape == (2, 3, 5, 5)
+        assert aux[f"blocks.{i}.weights"].shape == (2, 3, 5, 5)
+        assert aux[f"blocks.{i}.tokens"].shape == (2, 5, 12)
+
+
+@pytest.mark.parametrize("operator", ["softmax", "G2B", "G2U"])
+def test_any_leading_axes_and_vmap_over_examples(operator):
+    model = small(operator)
+    params, images = start(model)
+    logits = model.apply(params, images)
+    assert logits.shape == (2, 10)
+    assert_close(model.apply(params, images[0]), logits[0])
+    assert_close(model.apply(params, images[None, :, None])[0, :, 0], logits)
+    assert_close(vmap(model.apply, (None, 0))(params, images), logits)
+
+
+def test_universal_is_blockwise_with_tied_operators_and_its_gradient_the_sum():
+    universal, blockwise = small("G2U"), small("G2B")
+    params, images = start(universal)
+    tied = {name: value for name, value in params.items() if name != "operator"}
+    tied["blocks"] = {i: {**b, "operator": params["operator"]} for i, b in params["blocks"].items()}
+    assert_close(universal.apply(params, images), blockwise.apply(tied, images))
+
+    one = grad(lambda p: universal.apply(p, images).square().sum())(params)["operator"]
+    each = grad(lambda p: blockwise.apply(p, images).square().sum())(tied)["blocks"]
+    total = tree.map(torch.add, each["0"]["operator"], each["1"]["operator"])
+    tree.map(assert_close, one, total)
+
+
+def test_models_that_differ_in_the_operator_start_from_one_backbone():
+    backbones = []
+    for operator in ("softmax", "G2B", "G2U", "polynomial-0B"):
+        named = tree.named(small(operator).init(torch.Generator().manual_seed(3)))
+        backbones.append({k: v for k, v in named.items() if "operator" not in k.split(".")})
+    for other in backbones[1:]:
+        assert other.keys() == backbones[0].keys()
+        assert all(torch.equal(other[name], backbones[0][name]) for name in other)
+
+
+def test_softmax_base_starts_as_the_softmax_model_and_takes_its_weights():
+    plain, added = small("softmax"), small("G2B:base=softmax")
+    params, images = start(plain, torch.float32)
+    moved = checkpoint.from_timm(added, tree.named(params))
+    assert_close(added.apply(moved, images), plain.apply(params, images))
+
+
+def test_one_operator_a_block():
+    model = small(["softmax", "G2B"])
+    params, images = start(model)
+    assert "units" not in params["blocks"]["0"]["operator"]
+    assert "units" in params["blocks"]["1"]["operator"]
+    assert model.apply(params, images).isfinite().all()
+    assert model.config.operator == ("softmax", "G2B")
+
+
+def test_an_operator_of_ones_own():
+    model = small(operators.parse("G2").operator, sharing="universal")
+    assert "operator" in model.init(torch.Generator().manual_seed(0))
+
+
+def test_config_rebuilds_the_model():
+    model = small("G3U", rank=4)
+    again = models.from_config(dataclasses.asdict(model.config))
+    assert again.config == model.config and again.config.sharing == "universal"
+    params, images = start(model)
+    assert_close(again.apply(params, images), model.apply(params, images))
+    with pytest.raises(ValueError, match="fields of ViTConfig"):
+        models.from_config({"depth": 3})
+
+
+def test_bfloat16_images_compute_in_bfloat16_near_float32():
+    model = small("G2B")
+    params, images = start(model, torch.float32)
+    exact = model.apply(params, images)
+    rough = model.apply(params, images.bfloat16())
+    assert_close(rough.float(), exact, rtol=0.1, atol=0.02)
+    grads = grad(lambda p: model.apply(p, images.bfloat16()).float().square().sum())(params)
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in tree.leaves(grads))
+
+
+def test_the_global_seed_is_neither_read_nor_set():
+    before = torch.random.get_rng_state()
+    first = small().init(torch.Generator().manual_seed(1))
+    torch.manual_seed(123)
+    state = torch.random.get_rng_state()
+    second = small().init(torch.Generator().manual_seed(1))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    tree.map(lambda a, b: assert_close(a, b, rtol=0, atol=0), first, second)
+    torch.random.set_rng_state(before)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"patch_size": 3}, "`image_size` divisible by `patch_size`"),
+        ({"num_heads": 5}, "`embed_dim` divisible by `num_heads`"),
+        ({"depth": 0}, "`depth` >= 1"),
+        ({"rank": 0}, "`rank` >= 1"),
+        ({"sharing": "everywhere"}, '"blockwise" or "universal"'),
+        ({"sharing": "universal"}, "one way of sharing"),
+        ({"operator": ["G2B"] * 3}, "one for each of 2 blocks, got 3"),
+        ({"operator": ["G2U"] * 2}, "one operator for universal sharing"),
+        ({"mlp_ratio": 0.0}, "`mlp_ratio` > 0"),
+        ({"embed": 3}, "embed_dim"),
+        ({"operator": "G2X"}, "Near matches"),
+    ],
+)
+def test_bad_configurations_say_what_is_wrong(overrides, words):
+    with pytest.raises(ValueError, match="needs") as caught:
+        small(**overrides)
+    assert words in str(caught.value)
+
+
+def test_bad_names_and_images_say_what_is_wrong():
+    with pytest.raises(ValueError, match="Near matches: vit_tiny"):
+        models.create("vit_tinny")
+    model = small()
+    params, images = start(model)
+    with pytest.raises(ValueError, match="floating-point images"):
+        model.apply(params, images.to(torch.uint8))
+    with pytest.raises(ValueError, match="1, 8, 8"):
+        model.apply(params, images[..., :7])
