@@ -1,0 +1,394 @@
+"""Steps, loops, populations and run directories on tiny real data."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from kart import optim, population, runs, train, tree
+from kart.train import Config
+
+TINY = Config(
+    operator="G2B",
+    epochs=3,
+    batch_size=8,
+    embed_dim=8,
+    depth=2,
+    num_heads=2,
+    patch_size=4,
+    rank=3,
+    train_limit=24,
+    threads=1,
+)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    whole = train.load_data(TINY)
+    val = whole.val._replace(images=whole.val.images[:20], labels=whole.val.labels[:20])
+    return train.Splits(whole.train, val)
+
+
+def change(**fields):
+    return dataclasses.replace(TINY, **fields)
+
+
+def finish(config, splits):
+    return list(train.loop(train.solo(config, splits)))
+
+
+def same(a, b):
+    tree.map(lambda x, y: assert_close(x, y, rtol=0, atol=0, equal_nan=True), a, b)
+
+
+def without_time(records):
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+@pytest.mark.parametrize("operator", ["softmax", "G2B", "G2U", "G2B:project=simplex", "dog-B"])
+def test_the_vmapped_per_example_loss_equals_the_batched_one(operator, splits):
+    config = change(operator=operator)
+    model = train.build(config, splits.train)
+    params = tree.to(model.init(torch.Generator().manual_seed(0)), torch.float64)
+    images, targets = train.batches(config, splits.train).at(0, 0)
+    results = [
+        torch.func.grad_and_value(train.batch_loss(model, batching))(
+            params, images.double(), targets.double()
+        )
+        for batching in ("native", "vmap")
+    ]
+    (one, first), (other, second) = results
+    assert_close(first, second)
+    tree.map(assert_close, one, other)
+
+
+def test_a_step_is_torchs_own_adamw_step(splits):
+    config = change(max_norm=1e9, warmup_epochs=0.0, label_smoothing=0.1)
+    run = train.solo(config, splits)
+    state = run.init()
+    images, targets = run.batch(0)
+    following, metrics = run.step(state, run.hyper, images, targets)
+
+    model = train.build(config, splits.train)
+    leaves = tree.map(lambda x: x.clone().requires_grad_(), state.params)
+    smooth = targets * 0.9 + 0.1 / 10
+    loss = -(smooth * model.apply(leaves, images).log_softmax(-1)).sum(-1).mean()
+    decayed = optim.decay_mask()
+    named = tree.named(leaves)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [x for n, x in named.items() if decayed(n, x)], "weight_decay": 0.05},
+            {"params": [x for n, x in named.items() if not decayed(n, x)], "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+    )
+    loss.backward()
+    optimizer.step()
+    assert_close(metrics.loss, loss.detach())
+    tree.map(lambda a, b: assert_close(a, b.detach()), following.params, leaves)
+
+
+def test_the_loss_falls_and_records_say_so(splits):
+    records = [record for _, record in finish(change(epochs=40, learning_rate=1e-2), splits)]
+    assert [record["epoch"] for record in records] == list(range(1, 41))
+    assert records[-1]["train_loss"] < 0.7 * records[0]["train_loss"]
+    last = records[-1]
+    assert 0 <= last["val_top1"] <= last["val_top5"] <= 1 and math.isfinite(last["val_loss"])
+    json.dumps(records)
+
+
+def test_two_runs_are_equal_bit_for_bit_and_leave_the_global_seed_alone(splits):
+    before = torch.random.get_rng_state()
+    first, second = finish(TINY, splits), finish(TINY, splits)
+    assert torch.equal(before, torch.random.get_rng_state())
+    same(first[-1][0], second[-1][0])
+    assert without_time(r for _, r in first) == without_time(r for _, r in second)
+
+
+def test_stopping_and_going_on_changes_nothing(splits):
+    run = train.solo(TINY, splits)
+    whole = list(train.loop(run))
+    for at in range(len(whole) - 1):
+        rest = list(train.loop(run, whole[at][0]))
+        same(rest[-1][0], whole[-1][0])
+
+
+def test_inputs_of_a_step_are_not_changed(splits):
+    run = train.solo(change(ema=0.9), splits)
+    state, batch = run.init(), run.batch(0)
+    copies = tree.map(torch.clone, (state, batch))
+    run.step(state, run.hyper, *batch)
+    same((state, batch), copies)
+
+
+def test_learning_rate_zero_changes_no_parameter(splits):
+    config = change(learning_rate=0.0, end_learning_rate=0.0, warmup_epochs=0.0)
+    run = train.solo(config, splits)
+    state = run.init()
+    following, _ = run.step(state, run.hyper, *run.batch(0))
+    same(state.params, following.params)
+
+
+def test_averaged_weights_are_what_is_evaluated(splits):
+    state, _ = finish(change(ema=0.99), splits)[-1]
+    average = train.weights_for_evaluation(state)
+    assert not torch.equal(average["head"]["weight"], state.params["head"]["weight"])
+    plain, _ = finish(TINY, splits)[-1]
+    assert train.weights_for_evaluation(plain) is plain.params
+
+
+def test_evaluation_by_hand(splits):
+    images = np.zeros((3, 1, 8, 8), np.uint8)
+    dataset = splits.val._replace(images=images, labels=np.array([0, 1, 2]))
+    logits = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    scores = train.evaluate(lambda p, x: logits.expand(len(x), 10), {}, dataset, TINY, batch_size=2)
+    assert float(scores["top1"]) == pytest.approx(1 / 3)
+    assert float(scores["top5"]) == 1.0
+    wanted = -logits.double().log_softmax(-1)[:3].mean()
+    assert float(scores["loss"]) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_divergence_names_step_and_parameter_and_keeps_the_last_good_state(splits):
+    run = train.solo(TINY, splits)
+    state = run.init()
+    for step in range(2):
+        state, _ = run.step(state, run.hyper, *run.batch(step))
+    broken = tree.map(torch.clone, state)
+    broken.params["blocks"]["1"]["operator"]["mix"][0, 0, 0] = math.inf
+    stopped, _ = run.step(broken, run.hyper, *run.batch(2))
+    assert int(stopped.bad_step) == 2
+    same(stopped.params, broken.params)
+    later, _ = run.step(stopped, run.hyper, *run.batch(3))
+    assert int(later.bad_step) == 2
+    error = run.diagnose(later, 0)
+    assert error.step == 2 and error.parameter == "blocks.1.operator.mix"
+    assert "step 2" in str(error) and "blocks.1.operator.mix" in str(error)
+
+
+def test_a_diverging_run_stops_and_its_state_is_on_disk(splits, tmp_path):
+    config = change(learning_rate=1e30, warmup_epochs=0.0, max_norm=1e30, weight_decay=1e10)
+    with pytest.raises(train.Diverged, match="training stopped at step"):
+        list(runs.execute(tmp_path / "run", [config], splits))
+    assert (tmp_path / "run" / "diverged.safetensors").exists()
+
+
+# populations
+
+
+def members(*seeds, **fields):
+    return population.seeds(change(**fields), seeds)
+
+
+@pytest.mark.parametrize("operator", ["softmax", "G2B", "G2U", "dog-B"])
+def test_each_member_equals_its_solo_run(operator, splits):
+    configs = members(0, 1, 2, operator=operator)
+    configs[1] = dataclasses.replace(configs[1], learning_rate=3e-3, weight_decay=0.2)
+    run = population.stacked(configs, splits)
+    state, metrics = run.step(run.init(), run.hyper, *run.batch(0))
+    for i, config in enumerate(configs):
+        alone = train.solo(config, splits)
+        own, value = alone.step(alone.init(), alone.hyper, *alone.batch(0))
+        assert_close(metrics.loss[i], value.loss, rtol=1e-5, atol=1e-6)
+        moments = population.member(state, i).optimizer
+        tree.map(lambda a, b: assert_close(a, b, rtol=2e-4, atol=1e-7), moments, own.optimizer)
+
+
+def test_population_records_are_the_solo_records(splits):
+    by_group = {}
+    for group in (1, 2, 3):
+        last = {}
+        for records in population.fit(members(0, 1, 2, epochs=2), splits, group=group):
+            for record in records:
+                last[record["member"]] = record
+        by_group[group] = last
+    for group in (2, 3):
+        for i in range(3):
+            got, wanted = by_group[group][i], by_group[1][i]
+            assert got["train_loss"] == pytest.approx(wanted["train_loss"], rel=1e-3)
+            assert got["learning_rate"] == wanted["learning_rate"]
+            assert got["params"].keys() == wanted["params"].keys()
+
+
+def test_a_member_that_diverges_leaves_the_others_alone(splits):
+    configs = members(0, 1)
+    bad = dataclasses.replace(configs[0], learning_rate=1e35, weight_decay=1e35)
+    both = list(train.loop(population.stacked([bad, configs[1]], splits)))
+    alone = list(train.loop(population.stacked([configs[1], configs[1]], splits)))
+    record = both[-1][1]
+    assert record["diverged"][0] >= 0 and record["diverged"][1] == -1
+    assert record["train_loss"][1] == alone[-1][1]["train_loss"][1]
+
+
+def test_the_group_size_is_measured(splits):
+    size, seconds = population.fastest_group(members(0, 1, 2), splits, repeats=1)
+    assert size in seconds and seconds[size] == min(seconds.values())
+    assert set(seconds) <= {1, 2, 3}
+
+
+def test_populations_of_different_shapes_are_refused(splits):
+    with pytest.raises(ValueError, match="different operator"):
+        population.stacked([TINY, change(operator="softmax")], splits)
+    with pytest.raises(ValueError, match="different seeds"):
+        population.seeds(TINY, [1, 1])
+    with pytest.raises(ValueError, match="`size` >= 1"):
+        population.groups([TINY], 0)
+
+
+# run directories
+
+
+def test_a_run_directory_holds_config_metrics_and_checkpoints(splits, tmp_path):
+    records = list(runs.execute(tmp_path / "run", members(0, 1), splits))
+    found = runs.read_config(tmp_path / "run")
+    assert Config.fromdict(found["config"]) == TINY and len(found["members"]) == 2
+    assert found["versions"]["torch"] == torch.__version__
+    assert runs.read_metrics(tmp_path / "run") == records
+    assert runs.members(tmp_path / "run") == members(0, 1)
+    weights = runs.load_weights(tmp_path / "run")
+    assert len(weights) == 2
+    again = list(runs.execute(tmp_path / "run", members(0, 1), splits))
+    assert again == records
+
+
+def test_resuming_after_every_epoch_gives_the_uninterrupted_run(splits, tmp_path):
+    config = change(ema=0.9)
+    whole = list(runs.execute(tmp_path / "whole", [config], splits))
+    for at in (1, 2):
+        part = runs.execute(tmp_path / f"part{at}", [config], splits)
+        for _ in range(at):
+            next(part)
+        part.close()
+        # what a kill while writing leaves behind
+        with open(tmp_path / f"part{at}" / "metrics.jsonl", "a") as file:
+            file.write('{"epoch": 99, "st')
+        rest = list(runs.execute(tmp_path / f"part{at}", [config], splits))
+        assert without_time(rest) == without_time(whole)
+        for name in ("last.safetensors", "best.safetensors"):
+            wanted = (tmp_path / "whole" / name).read_bytes()
+            assert (tmp_path / f"part{at}" / name).read_bytes() == wanted
+
+
+PROGRAM = """
+import sys
+from kart import runs, train, data
+from tests.test_train import TINY, change
+config = change(epochs=40)
+whole = train.load_data(config)
+val = whole.val._replace(images=whole.val.images[:20], labels=whole.val.labels[:20])
+for record in runs.execute(sys.argv[1], [config], train.Splits(whole.train, val)):
+    print(record["epoch"], flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment_and_resume_is_bit_exact(tmp_path):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def start(name):
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path / name)]
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+
+    assert start("whole").wait() == 0
+    for _ in range(3):
+        process = start("killed")
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.15)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start("killed").wait() == 0
+    for name in ("last.safetensors", "best.safetensors"):
+        wanted = (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == wanted
+
+
+def test_a_directory_of_another_run_is_refused(splits, tmp_path):
+    list(runs.execute(tmp_path / "run", [change(epochs=1)], splits))
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="epochs: 1 there, 2 asked"):
+        list(runs.execute(tmp_path / "run", [change(epochs=2)], splits))
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="notes.txt"):
+        list(runs.execute(tmp_path / "other", [TINY], splits))
+    with pytest.raises(ValueError, match="without config.json"):
+        runs.read_config(tmp_path / "other")
+    (tmp_path / "run" / "config.json").write_text('{"config": ')
+    with pytest.raises(ValueError, match="damaged"):
+        runs.read_config(tmp_path / "run")
+
+
+def test_two_processes_cannot_train_in_one_directory(tmp_path):
+    with (
+        runs.locked(tmp_path),
+        pytest.raises(ValueError, match="no other process"),
+        runs.locked(tmp_path),
+    ):
+        pass
+
+
+# configs and bad input
+
+
+def test_configs_survive_json_and_their_hash_names_them():
+    config = change(operator=("softmax", "G2B"))
+    again = Config.fromdict(json.loads(json.dumps(config.asdict())))
+    assert again == config and again.hash == config.hash and TINY.hash != config.hash
+    with pytest.raises(ValueError, match="fields among"):
+        Config.fromdict({"epoch": 3})
+    assert change(learning_rate=None).peak_learning_rate == 5e-4 * 8 / 512
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"learning_rate": -1.0},
+        {"weight_decay": math.inf},
+        {"max_norm": 0.0},
+        {"label_smoothing": 1.0},
+        {"ema": 1.0},
+        {"batching": "sideways"},
+        {"precision": "float8"},
+        {"threads": 0},
+        {"seed": -1},
+    ],
+)
+def test_bad_hyperparameters_name_themselves(field):
+    with pytest.raises(ValueError, match=f"`{next(iter(field))}`"):
+        change(**field)
+
+
+def test_a_batch_larger_than_the_data_is_refused(splits):
+    with pytest.raises(ValueError, match="24 training images, got 25"):
+        train.solo(change(batch_size=25), splits)
+
+
+def test_batches_are_a_pure_function_of_seed_and_step(splits):
+    source = train.batches(change(augment="crop"), splits.train)
+    first = source.at(0, 4)
+    source.at(0, 0)
+    source.at(5, 9)
+    again = source.at(0, 4)
+    same(first, again)
+    other = source.at(1, 4)[0]
+    assert not torch.equal(first[0], other)
+    labels = [train.batches(TINY, splits.train).at(0, step)[1].argmax(-1) for step in range(3)]
+    seen = torch.cat(labels).bincount(minlength=10)
+    wanted = torch.from_numpy(np.bincount(splits.train.labels, minlength=10))
+    assert torch.equal(seen, wanted)  # one epoch sees every image once
+
+
+def test_the_default_patch_gives_the_papers_grid():
+    assert [train.default_patch_size(size) for size in (8, 28, 32, 64, 224)] == [1, 3, 4, 8, 16]
