@@ -297,15 +297,19 @@ def test_sigkill_at_any_moment_and_resume_is_bit_exact(tmp_path):
         command = [sys.executable, "-c", PROGRAM, str(tmp_path / name)]
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
 
-    assert start("whole").wait() == 0
+    with start("whole") as process:
+        process.communicate()
+    assert process.returncode == 0
     for _ in range(3):
-        process = start("killed")
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(0.15)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert start("killed").wait() == 0
+        with start("killed") as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(0.15)
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+    with start("killed") as process:
+        process.communicate()
+    assert process.returncode == 0
     for name in ("last.safetensors", "best.safetensors"):
         wanted = (tmp_path / "whole" / name).read_bytes()
         assert (tmp_path / "killed" / name).read_bytes() == wanted
