@@ -1,0 +1,68 @@
+"""Does a per-example loss mapped by `torch.func.vmap` cost more than a natively batched one?
+
+    python -m studies.batching [--threads 1] [--repeats 15]
+
+Prints, for each operator and model, the median time of a whole training step (loss, gradients,
+AdamW) in both forms, interleaved in one process after a warm-up, and their ratio. One minute on one
+core. Expected: the native form is faster by 3 to 6 per cent on a CPU; so it is the default of
+`Config`, and the other stays tested equal to it (tests/test_train.py).
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+
+import torch
+
+from kart import cli, train
+from kart.train import Config
+
+SETTINGS = {
+    "digits, 17 tokens, D 64": Config(patch_size=2, batch_size=64),
+    "digits, 65 tokens, D 64": Config(patch_size=1, batch_size=32),
+    "digits, 17 tokens, D 192": Config(patch_size=2, batch_size=32, model="vit_tiny", depth=4),
+}
+
+
+def measure(config: Config, splits: train.Splits, repeats: int) -> dict[str, list[float]]:
+    """CPU seconds of steps of each form, taken in turn."""
+    runs = {
+        batching: train.solo(dataclasses.replace(config, batching=batching), splits)
+        for batching in ("native", "vmap")
+    }
+    states = {batching: run.init() for batching, run in runs.items()}
+    seconds: dict[str, list[float]] = {batching: [] for batching in runs}
+    for repeat in range(repeats + 2):
+        for batching, run in runs.items():
+            pair = run.batch(repeat)
+            began = time.process_time()
+            states[batching], _ = run.step(states[batching], run.hyper, *pair)
+            if repeat >= 2:
+                seconds[batching].append(time.process_time() - began)
+    return seconds
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the table."""
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--threads", type=int, default=1)
+    arguments.add_argument("--repeats", type=int, default=15)
+    args = arguments.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    rows = []
+    for title, setting in SETTINGS.items():
+        for operator in ("softmax", "G3B"):
+            config = dataclasses.replace(setting, operator=operator)
+            seconds = measure(config, train.load_data(config), args.repeats)
+            native, mapped = (statistics.median(values) for values in seconds.values())
+            cells = [f"{1000 * native:.1f}", f"{1000 * mapped:.1f}", f"{mapped / native:.2f}"]
+            rows.append([f"{title}, {operator}", *cells])
+    print(cli.table(rows, ["setting", "native ms", "vmap ms", "vmap / native"]))
+    print(
+        f"medians of {args.repeats}, CPU time, {args.threads} thread(s), torch {torch.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    main()
