@@ -1,0 +1,125 @@
+"""The `kart` command, called in process: flags, tables, exit states, one-line errors."""
+
+import dataclasses
+import json
+
+import pytest
+
+from kart import cli, train
+from kart.train import Config
+
+TINY = ["--epochs", "1", "--batch-size", "64", "--train-limit", "128", "--embed-dim", "8", "--depth", "1", "--num-heads", "2", "--patch-size", "4", "--rank", "3", "--threads", "1", "--quiet"]
+
+
+def run(capsys, *argv):
+    code = cli.main([str(arg) for arg in argv])
+    return code, *capsys.readouterr()
+
+
+def test_every_field_of_a_config_is_a_flag_with_a_help_text():
+    flags = {name for group in cli.FLAGS.values() for name in group}
+    elsewhere = {"operator", "seed"}  # --operator and --seeds take several values
+    assert flags | elsewhere == {field.name for field in dataclasses.fields(Config)}
+    text = cli.parser().format_help()
+    assert "train" in text and "eval" in text
+
+
+def test_defaults_of_the_flags_are_those_of_the_config():
+    args = cli.parser().parse_args(["train"])
+    assert cli.config_of(args, operator="softmax") == Config()
+
+
+def test_train_then_eval(capsys, tmp_path):
+    out = tmp_path / "runs"
+    argv = ["train", "--operator", "softmax", "G2B", "--seeds", 0, 1, "--group", 2, "--out", out]
+    code, text, _ = run(capsys, *argv, *TINY)
+    assert code == 0
+    assert "operator" in text and "G2B" in text and "kart eval" in text
+    for name in ("softmax", "G2B"):
+        files = {path.name for path in (out / name).iterdir()} - {".lock"}
+        assert files == {"config.json", "metrics.jsonl", "last.safetensors", "best.safetensors"}
+    again = run(capsys, *argv, *TINY)
+    assert again[0] == 0 and again[1] == text  # finished runs are read, not trained again
+
+    code, text, _ = run(capsys, "eval", out)
+    assert code == 0 and "test top-1 %" in text and text.count("±") == 6
+    report = json.loads((out / "G2B" / "eval-test-last.json").read_text())
+    assert report["images"] == 360 and [one["seed"] for one in report["members"]] == [0, 1]
+
+
+def test_seeds_one_by_one_go_into_directories_of_their_own(capsys, tmp_path):
+    argv = ["train", "--seeds", 0, 1, "--group", 1, "--out", tmp_path / "run", *TINY]
+    assert run(capsys, *argv)[0] == 0
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["group-0", "group-1"]
+    code, text, _ = run(capsys, "eval", tmp_path / "run", "--split", "val")
+    assert code == 0 and text.splitlines()[-1].endswith("2")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train", "--operator", "G3X"], "Near matches"),
+        (["train", "--operator", "G3B", "G3B"], "different operators"),
+        (["train", "--data", "nowhere"], "nowhere"),
+        (["train", "--rank", "0", "--operator", "G3B"], "`rank` >= 1"),
+        (["train", "--batch-size", "5000"], "training images"),
+        (["train", "--seeds", "1", "1"], "different seeds"),
+        (["train", "--augment", "flipp"], "flip"),
+        (["train", "--model", "vit_tin"], "vit_tiny"),
+        (["eval", "nowhere"], "config.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(capsys, tmp_path, argv, words):
+    extra = ["--quiet", "--out", tmp_path / "run"] if argv[0] == "train" else []
+    code, _, error = run(capsys, *argv, *extra)
+    assert code == 2
+    assert len(error.strip().splitlines()) == 1 and error.startswith("kart: error: ")
+    assert words in error
+
+
+def test_argparse_mistakes_are_status_2_as_well(capsys):
+    for argv in (["train", "--epochs", "many"], ["dance"], []):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(argv)
+        assert caught.value.code == 2
+    capsys.readouterr()
+
+
+def test_another_configuration_in_the_directory_is_refused(capsys, tmp_path):
+    out = ["--out", tmp_path / "run"]
+    assert run(capsys, "train", *TINY, *out)[0] == 0
+    code, _, error = run(capsys, "train", *TINY, *out, "--epochs", 2)
+    assert code == 2 and "epochs: 1 there, 2 asked" in error
+
+
+def test_a_damaged_checkpoint_is_one_line(capsys, tmp_path):
+    out = tmp_path / "run"
+    assert run(capsys, "train", *TINY, "--out", out)[0] == 0
+    path = out / "last.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    code, _, error = run(capsys, "eval", out)
+    assert code == 2 and "truncated" in error and len(error.strip().splitlines()) == 1
+
+
+def test_divergence_is_status_1_and_says_where(capsys, tmp_path):
+    flags = ["--learning-rate", "1e30", "--max-norm", "1e30", "--weight-decay", "1e20"]
+    flags += ["--warmup-epochs", "0", "--epochs", "3"]
+    code, _, error = run(capsys, "train", *TINY, *flags, "--out", tmp_path / "run")
+    assert code == 1 and "training stopped at step" in error
+
+
+def test_tables_and_spreads():
+    assert cli.spread([0.5]) == "50.00"
+    assert cli.spread([0.5, 0.7]) == "60.00 ± 14.14"
+    text = cli.table([["a", "1"], ["long", "23"]], ["name", "n"])
+    assert text.splitlines() == ["name   n", "----  --", "a      1", "long  23"]
+    assert cli.slug("G3B:rank=24,base=softmax") == "G3B-rank-24-base-softmax"
+
+
+def test_interrupting_says_how_to_go_on(capsys, tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "loop", stop)
+    code, _, error = run(capsys, "train", *TINY, "--out", tmp_path / "run")
+    assert code == 130 and "same command" in error
