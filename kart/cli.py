@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kart import train
+from kart import train, tree
 from kart.train import Config, Record
 
 DESCRIPTION = """\
@@ -132,7 +132,7 @@ def slug(operator: str) -> str:
 def _train(args: argparse.Namespace) -> int:
     import torch
 
-    from kart import population
+    from kart import population, runs
 
     if args.threads is None:
         args.threads = torch.get_num_threads()
@@ -143,7 +143,7 @@ def _train(args: argparse.Namespace) -> int:
     for config in named:
         train.build(config, splits.train)  # a bad operator is found before the first one trains
     out = Path(args.out or f"runs/{slug(Path(args.data).name)}-{named[0].hash}")
-    results: list[tuple[str, list[Record]]] = []
+    results: list[tuple[str, int, list[Record]]] = []
     for config in named:
         configs = population.seeds(config, args.seeds)
         home = out if len(named) == 1 else out / slug(str(config.operator))
@@ -151,31 +151,22 @@ def _train(args: argparse.Namespace) -> int:
         last: list[Record] = []
         for part, directory in parts:
             last += _train_group(part, splits, directory, args.quiet)
-        results.append((str(config.operator), last))
-    size = {}
-    for config in named:
-        model = train.build(config, splits.train)
-        size[str(config.operator)] = sum(_counts(model))
+        size = tree.size(runs.load_weights(parts[0][1])[0])
+        results.append((str(config.operator), size, last))
     rows = [
         [
             operator,
             spread([record["val_top1"] for record in last]),
             spread([record["val_top5"] for record in last]),
             spread([record["val_loss"] for record in last], 3, 1.0),
-            f"{size[operator]:,}",
+            f"{size:,}",
             str(len(last)),
         ]
-        for operator, last in results
+        for operator, size, last in results
     ]
     print(table(rows, ["operator", "val top-1 %", "val top-5 %", "val loss", "parameters", "n"]))
     print(f"written to {out}; score it on the test split with: kart eval {out}")
     return 0
-
-
-def _counts(model: Any) -> tuple[int, int]:
-    from kart.analysis import cost
-
-    return cost.parameters(model)
 
 
 def _groups(
@@ -185,7 +176,7 @@ def _groups(
     from kart import population, runs
 
     started = sorted(home.glob("group-*/config.json"))
-    if (home / "config.json").exists():
+    if (home / "config.json").exists() or len(configs) == 1:
         size = len(configs)
     elif started:
         size = len(runs.members(started[0].parent))
@@ -255,8 +246,6 @@ def _eval(args: argparse.Namespace) -> int:
         for member, params in zip(
             configs, runs.load_weights(directory, args.checkpoint), strict=True
         ):
-            from kart import tree
-
             params = tree.to(params, config.device)
             values = train.evaluate(model.apply, params, dataset, config)
             scores.append(

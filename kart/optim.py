@@ -256,9 +256,10 @@ def momentum(decay: float = 0.9, nesterov: bool = False) -> Transformation:
 def decay_mask(operators: bool = True) -> Mask:
     """Which leaves decay: those of two axes and more, but neither class token nor positions.
 
-    The rule of timm and DeiT, which the paper's recipe follows; also spared are scales and shifts of
-    learned units, which decay would pull to a function of no or of infinite width. `operators=False`
-    spares the learned attention operators altogether (every leaf below a key `operator`).
+    The rule of timm and DeiT, which the paper's recipe follows; also spared are scales and shifts
+    of learned units, which decay would pull to a function of no or of infinite width.
+    `operators=False` spares the learned attention operators altogether (every leaf below a key
+    `operator`).
     """
 
     def mask(path: str, leaf: Tensor) -> bool:

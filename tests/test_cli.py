@@ -8,7 +8,11 @@ import pytest
 from kart import cli, train
 from kart.train import Config
 
-TINY = ["--epochs", "1", "--batch-size", "64", "--train-limit", "128", "--embed-dim", "8", "--depth", "1", "--num-heads", "2", "--patch-size", "4", "--rank", "3", "--threads", "1", "--quiet"]
+TINY = [
+    *("--epochs", "1", "--batch-size", "64", "--train-limit", "128", "--embed-dim", "8"),
+    *("--depth", "1", "--num-heads", "2", "--patch-size", "4", "--rank", "3"),
+    *("--threads", "1", "--quiet"),
+]
 
 
 def run(capsys, *argv):
