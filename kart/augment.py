@@ -1,0 +1,519 @@
+"""Augmentation as pure functions of (generator, batch): crops, colour, RandAugment, mixup, cutmix.
+
+Images are float tensors `(..., B, C, height, width)` in [0, 1] on any device. Draws are independent
+for each image (for each batch of B where said) and come from an explicit CPU generator, so one seed
+gives the same draws on every device. Inputs are never written to; dtypes are kept.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+Pipeline = Callable[[Generator, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def flip(generator: Generator, images: Tensor, p: float = 0.5) -> Tensor:
+    """Mirrors each image left to right with probability `p`; shape `(..., B, C, height, width)`."""
+    _check("flip", generator, images)
+    _check_probability("flip", "p", p)
+    mirrored = _uniform(generator, images.shape[:-3]) < p
+    return torch.where(_per_image(mirrored, images), images.flip(-1), images)
+
+
+def crop(generator: Generator, images: Tensor, padding: int = 4, mode: str = "zero") -> Tensor:
+    """Shifts each image by up to `padding` pixels a side: pads, then crops to the same shape.
+
+    `mode` pads by "zero" or by "reflect", the mirrored image, with `padding` below each side.
+    """
+    _check("crop", generator, images)
+    height, width = images.shape[-2:]
+    if mode not in ("zero", "reflect"):
+        raise ValueError(f"`crop` needs `mode` 'zero' or 'reflect', got {mode!r}.")
+    if padding < 0 or (mode == "reflect" and padding >= min(height, width)):
+        raise ValueError(
+            f"`crop` needs `padding` >= 0 and, to reflect, below the sides {height} x {width}, got "
+            f"{padding}. Lower it."
+        )
+    flat = images.flatten(0, -4)
+    shift = torch.randint(0, 2 * padding + 1, (2, len(flat), 1), generator=generator)
+    pad = (padding,) * 4
+    padded = F.pad(flat, pad, mode="constant" if mode == "zero" else "reflect")
+    rows = (shift[0] + torch.arange(height)).to(images.device)
+    columns = (shift[1] + torch.arange(width)).to(images.device)
+    image = torch.arange(len(flat), device=images.device)[:, None, None, None]
+    channel = torch.arange(flat.shape[1], device=images.device)[None, :, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]].reshape(
+        images.shape
+    )
+
+
+def random_resized_crop(
+    generator: Generator,
+    images: Tensor,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (0.67, 1.5),
+) -> Tensor:
+    """Scales a random box of each image, bilinearly, to the image's own shape.
+
+    The box covers a share of the area uniform in `scale` with log(width / height) uniform in
+    log `ratio`; whole pixels, the best of ten draws that fits, else the largest centred box (as
+    torchvision). Pixels outside of the box are never read.
+    """
+    _check("random_resized_crop", generator, images)
+    if not 0 < scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
+        raise ValueError(
+            f"`random_resized_crop` needs 0 < low <= high in `scale` (at most 1) and `ratio`, got "
+            f"{scale} and {ratio}."
+        )
+    height, width = images.shape[-2:]
+    flat = images.flatten(0, -4)
+    draws = _uniform(generator, (4, len(flat), 10))
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[0])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = (low + (high - low) * draws[1]).exp()
+    box = torch.stack([(area / aspect).sqrt().round(), (area * aspect).sqrt().round()])
+    side = torch.tensor([height, width])[:, None, None]
+    fits = ((box >= 1) & (box <= side)).all(0)
+    chosen = fits.int().argmax(-1, keepdim=True)  # the first that fits
+    box = box.gather(-1, chosen.expand(2, -1, -1))
+    corner = (draws[2:].gather(-1, chosen.expand(2, -1, -1)) * (side - box + 1)).floor()
+    # none fits: the whole image, cut to the nearest allowed aspect
+    centre_aspect = min(max(width / height, ratio[0]), ratio[1])
+    whole = torch.tensor([min(height, width / centre_aspect), min(width, height * centre_aspect)])
+    whole = whole.round()[:, None, None]
+    none = ~fits.any(-1, keepdim=True)
+    box = torch.where(none, whole, box)
+    corner = torch.where(none, ((side - whole) / 2).floor(), corner)
+
+    def coordinates(axis: int, size: int) -> Tensor:
+        start, length = corner[axis], box[axis]  # (N, 1)
+        at = start + (torch.arange(size) + 0.5) * length / size
+        # half a pixel inside of the box, where interpolation reads the box alone
+        return at.maximum(start + 0.5).minimum(start + length - 0.5).to(images.device)
+
+    y, x = coordinates(0, height)[:, :, None], coordinates(1, width)[:, None, :]
+    return _sample(flat, *torch.broadcast_tensors(x, y)).reshape(images.shape)
+
+
+def color_jitter(generator: Generator, images: Tensor, strength: float = 0.4) -> Tensor:
+    """Brightness, then contrast, then saturation of each image, by factors in 1 -+ `strength`.
+
+    The order is fixed (torchvision draws it). Images that are not RGB have no saturation to change.
+    """
+    _check("color_jitter", generator, images)
+    if not 0 <= strength <= 1:
+        raise ValueError(f"`color_jitter` needs `strength` in [0, 1], got {strength}.")
+    factors = 1 + strength * (2 * _uniform(generator, (3, *images.shape[:-3])) - 1)
+    for operation, factor in zip((_brightness, _contrast, _color), factors, strict=True):
+        images = operation(images, _per_image(factor, images))
+    return images
+
+
+def rand_augment(
+    generator: Generator,
+    images: Tensor,
+    magnitude: float = 15,
+    layers: int = 2,
+    std: float = 1.0,
+    p: float = 0.5,
+    fill: float = 0.5,
+) -> Tensor:
+    """RandAugment as timm's `rand-m15-n2-mstd1.0-inc1`: `layers` random operations on each image.
+
+    Each layer picks one of `OPERATIONS` per image, with replacement, and applies it with
+    probability `p` at a level drawn from N(`magnitude`, `std`) and clipped to [0, 10], 10 being
+    full strength: so magnitude 15 is nearly always full strength, black by posterize and a negative
+    by solarize included, as in timm. Geometric operations fill with `fill`.
+
+    Departures: bilinear sampling alone (timm also draws bicubic); 8-bit rounding only where an
+    operation is defined on grey levels (equalize, posterize); the same fill for every channel.
+
+    Reference: Cubuk et al., "RandAugment", 2020, arXiv:1909.13719.
+    """
+    _check("rand_augment", generator, images)
+    _check_probability("rand_augment", "p", p)
+    if layers < 0 or std < 0 or magnitude < 0:
+        raise ValueError(
+            "`rand_augment` needs `magnitude`, `layers` and `std` >= 0, got "
+            f"{magnitude}, {layers} and {std}."
+        )
+    flat = images.flatten(0, -4).clone()
+    shape = (layers, len(flat))
+    operations = list(OPERATIONS.values())
+    choice = torch.randint(len(operations), shape, generator=generator)
+    choice[_uniform(generator, shape) >= p] = -1
+    level = magnitude + std * torch.randn(shape, generator=generator, dtype=torch.float64)
+    share = level.clamp(0, 10) / 10
+    sign = torch.where(_uniform(generator, shape) < 0.5, -1.0, 1.0)
+    for layer in range(layers):
+        # a loop over operations, each on the images that drew it; the draws are on the CPU: no sync
+        for number, operation in enumerate(operations):
+            index = (choice[layer] == number).nonzero()[:, 0]
+            if len(index) == 0:
+                continue
+            here = index.to(images.device)
+            at = (layer, index, None, None, None)
+            flat[here] = operation(flat[here], share[at], sign[at], fill).clamp(0, 1)
+    return flat.reshape(images.shape)
+
+
+def mixup(
+    generator: Generator, images: Tensor, labels: Tensor, alpha: float = 0.8
+) -> tuple[Tensor, Tensor]:
+    """Blends each image and its soft label `(..., B, classes)` with the batch in reverse order.
+
+    One share, from Beta(`alpha`, `alpha`), per batch of B (timm's batch mode).
+
+    Reference: Zhang et al., "mixup", 2018, arXiv:1710.09412.
+    """
+    _check("mixup", generator, images, labels)
+    share = _beta("mixup", generator, alpha, images.shape[:-4])
+    return (
+        _blend(images, images.flip(-4), share[..., None, None, None, None]),
+        _blend(labels, labels.flip(-2), share[..., None, None]),
+    )
+
+
+def cutmix(
+    generator: Generator, images: Tensor, labels: Tensor, alpha: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Pastes a box of the reversed batch into each image; labels `(..., B, classes)` mix by area.
+
+    One box per batch of B: sides sqrt(1 - share) of the image's, share from Beta(`alpha`, `alpha`),
+    its centre uniform, cut at the border; labels follow the area that remains (timm's batch mode).
+
+    Reference: Yun et al., "CutMix", 2019, arXiv:1905.04899.
+    """
+    _check("cutmix", generator, images, labels)
+    height, width = images.shape[-2:]
+    share = _beta("cutmix", generator, alpha, images.shape[:-4])
+    centre = _uniform(generator, (2, *share.shape))
+
+    def inside(at: Tensor, size: int) -> Tensor:  # (...) -> (..., size)
+        half = ((1 - share).sqrt() * size).floor() // 2
+        middle = (at * size).floor()
+        pixel = torch.arange(size)
+        return (pixel >= (middle - half)[..., None]) & (pixel < (middle + half)[..., None])
+
+    box = inside(centre[0], height)[..., :, None] & inside(centre[1], width)[..., None, :]
+    kept = 1 - box.double().mean((-2, -1))
+    mask = box[..., None, None, :, :].to(images.device)
+    return (
+        torch.where(mask, images.flip(-4), images),
+        _blend(labels, labels.flip(-2), kept[..., None, None]),
+    )
+
+
+def mixup_or_cutmix(
+    generator: Generator,
+    images: Tensor,
+    labels: Tensor,
+    mixup_alpha: float = 0.8,
+    cutmix_alpha: float = 1.0,
+    p: float = 1.0,
+    switch: float = 0.5,
+) -> tuple[Tensor, Tensor]:
+    """With probability `p` mixes all the batch: by `cutmix` with probability `switch`, or `mixup`."""
+    _check("mixup_or_cutmix", generator, images, labels)
+    _check_probability("mixup_or_cutmix", "p", p)
+    _check_probability("mixup_or_cutmix", "switch", switch)
+    mixed, cut = (_uniform(generator, (2,)) < torch.tensor([p, switch])).tolist()
+    if not mixed:
+        return images, labels
+    if cut:
+        return cutmix(generator, images, labels, cutmix_alpha)
+    return mixup(generator, images, labels, mixup_alpha)
+
+
+def one_hot(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
+    """Soft labels, float32 `(..., B, num_classes)`, that sum to 1, of integer `labels (..., B)`.
+
+    `smoothing` is spread evenly over all classes (Szegedy et al. 2016, arXiv:1512.00567).
+    """
+    if labels.dtype != torch.int64:
+        raise ValueError(f"`one_hot` needs int64 labels, got {labels.dtype}.")
+    _check_probability("one_hot", "smoothing", smoothing)
+    # on a GPU the test would stall every step; `data.load` has made it once
+    if labels.device.type == "cpu" and labels.numel():
+        low, high = labels.min(), labels.max()
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"`one_hot` needs labels in 0..{num_classes - 1}, got {low}..{high}. "
+                "Set `num_classes` to that of the data set."
+            )
+    exact = (labels[..., None] == torch.arange(num_classes, device=labels.device)).float()
+    return exact * (1 - smoothing) + smoothing / num_classes
+
+
+def pipeline(name: str) -> Pipeline:
+    """The augmentation `name`: `fn(generator, images, labels, num_classes)` -> (images, targets).
+
+    Images `(..., B, C, height, width)` in [0, 1], labels int64 `(..., B)`, targets
+    `(..., B, num_classes)`.
+
+    * "none": nothing.
+    * "crop": shifts by up to an eighth of the side, zeros outside (for digits and other signs).
+    * "flip_crop": the same and flips, the standard for CIFAR (4 pixels at 32).
+    * "paper": the recipe of Maity et al. 2025 (arXiv:2503.10632), Table 5: `random_resized_crop`,
+      `flip`, `rand_augment`, `color_jitter`, then `mixup_or_cutmix` on labels smoothed by 0.1.
+      (timm leaves the jitter out beside RandAugment; the recipe lists both, and here both run.)
+    """
+    if name not in _PIPELINES:
+        near = difflib.get_close_matches(name, _PIPELINES) or list(_PIPELINES)
+        raise ValueError(
+            f"`pipeline` needs one of {tuple(_PIPELINES)}, got {name!r}. Near: {', '.join(near)}."
+        )
+    return _PIPELINES[name]
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Images `(..., C, height, width)` to `size` x `size`, bilinear, antialiased when smaller."""
+    if images.ndim < 3 or not images.is_floating_point() or size < 1:
+        raise ValueError(
+            f"`resize` needs float images (..., C, height, width) and `size` >= 1, got "
+            f"{images.dtype} {tuple(images.shape)} and {size}. Turn bytes into floats by `data.as_float`."
+        )
+    if images.shape[-2:] == (size, size):
+        return images
+    flat = images.reshape(-1, *images.shape[-3:])
+    out = F.interpolate(
+        flat, size=(size, size), mode="bilinear", antialias=size < min(flat.shape[-2:])
+    )
+    return out.reshape(*images.shape[:-2], size, size)
+
+
+def center_crop(images: Tensor, ratio: float = 0.9) -> Tensor:
+    """The centre of images `(..., C, size, size)`, `ratio` of a side, scaled back to size."""
+    size = images.shape[-1]
+    side = max(1, round(ratio * size))
+    if images.shape[-2] != size or not 0 < ratio <= 1:
+        raise ValueError(
+            f"`center_crop` needs square images and `ratio` in (0, 1], got "
+            f"{tuple(images.shape)} and {ratio}."
+        )
+    start = (size - side) // 2
+    return resize(images[..., start : start + side, start : start + side], size)
+
+
+# enhancements of images (..., C, height, width) by a factor (..., 1, 1, 1); 1 changes nothing
+
+
+def _blend(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
+    share = share.to(first)
+    return share * first + (1 - share) * second
+
+
+def _grey(images: Tensor) -> Tensor:
+    if images.shape[-3] != 3:
+        return images.mean(-3, keepdim=True)
+    return (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(-3, keepdim=True)
+
+
+def _brightness(images: Tensor, factor: Tensor) -> Tensor:
+    return (images * factor.to(images)).clamp(0, 1)
+
+
+def _contrast(images: Tensor, factor: Tensor) -> Tensor:
+    return _blend(images, _grey(images).mean((-2, -1), keepdim=True), factor).clamp(0, 1)
+
+
+def _color(images: Tensor, factor: Tensor) -> Tensor:
+    return _blend(images, _grey(images), factor).clamp(0, 1) if images.shape[-3] == 3 else images
+
+
+def _sharpness(images: Tensor, factor: Tensor) -> Tensor:
+    # Pillow's SMOOTH filter: weight 5 in the centre, 1 around; the border stays
+    smooth = images.clone()
+    if min(images.shape[-2:]) > 2:
+        inner = images[..., 1:-1, 1:-1]
+        smooth[..., 1:-1, 1:-1] = (9 * F.avg_pool2d(images, 3, stride=1) + 4 * inner) / 13
+    return _blend(images, smooth, factor).clamp(0, 1)
+
+
+# operations of `rand_augment` on images (N, C, height, width); level (1 is full strength) and sign:
+# float64 (N, 1, 1, 1) on the CPU, so that what is cut to an integer is the same on all devices
+
+
+def _levels(images: Tensor) -> Tensor:
+    return (images.float() * 255).round().long().clamp(0, 255)
+
+
+def _autocontrast(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
+    low, high = images.amin((-2, -1), keepdim=True), images.amax((-2, -1), keepdim=True)
+    flat = high <= low
+    return torch.where(flat, images, (images - low) / torch.where(flat, 1, high - low))
+
+
+def _equalize(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
+    levels = _levels(images).flatten(-2)  # (N, C, pixels)
+    rows = torch.arange(levels[..., 0].numel(), device=levels.device).reshape(*levels.shape[:2], 1)
+    counts = (levels + 256 * rows).flatten().bincount(minlength=256 * rows.numel())
+    counts = counts.reshape(*levels.shape[:2], 256)
+    brightest = counts.gather(-1, levels.amax(-1, keepdim=True))
+    step = (levels.shape[-1] - brightest) // 255
+    before = counts.cumsum(-1) - counts
+    table = ((before + step // 2) // step.clamp(min=1)).clamp(max=255)
+    new = table.gather(-1, levels).to(images.dtype).reshape(images.shape) / 255
+    return torch.where(step[..., None] == 0, images, new)  # too few pixels to spread
+
+
+def _invert(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
+    return 1 - images
+
+
+def _posterize(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
+    bits = 4 - (level * 4).long()
+    mask = 256 - 2 ** (8 - bits)
+    return (_levels(images) & mask.to(images.device)).to(images.dtype) / 255
+
+
+def _solarize(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
+    # half a grey level below the threshold: no doubt about bytes turned into floats
+    threshold = (256 - (level * 256).floor() - 0.5) / 255
+    return torch.where(images < threshold.to(images), images, 1 - images)
+
+
+def _solarize_add(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
+    return torch.where(images < 0.5, images + ((level * 110).floor() / 255).to(images), images)
+
+
+def _enhance(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda images, level, sign, fill: operation(
+        images, (1 + 0.9 * level * sign).clamp(min=0.1)
+    )
+
+
+def _sample(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Images `(N, C, h, w)` read bilinearly at `x`, `y (N, h, w)`, pixels from the corner's edge."""
+    height, width = images.shape[-2:]
+    # the CPU has no half precision here, and coordinates need float32
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    grid = torch.stack([x * (2 / width) - 1, y * (2 / height) - 1], dim=-1).to(dtype)
+    out = F.grid_sample(
+        images.to(dtype), grid, mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return out.clamp(0, 1).to(images.dtype)
+
+
+def _warp(
+    coordinates: Callable[..., tuple[Tensor, Tensor]], strength: float
+) -> Callable[..., Tensor]:
+    """The operation that reads at `coordinates(x, y, amount, width, height)`, `fill` outside."""
+
+    def apply(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
+        height, width = images.shape[-2:]
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        amount = (strength * level * sign)[:, 0].to(images.device, dtype)  # (N, 1, 1)
+        x = (torch.arange(width, device=images.device, dtype=dtype) + 0.5)[None, None, :]
+        y = (torch.arange(height, device=images.device, dtype=dtype) + 0.5)[None, :, None]
+        x, y = torch.broadcast_tensors(*coordinates(x, y, amount, width, height))
+        outside = (x < 0) | (x >= width) | (y < 0) | (y >= height)
+        return torch.where(outside[:, None], fill, _sample(images, x, y))
+
+    return apply
+
+
+def _rotated(x: Tensor, y: Tensor, angle: Tensor, width: int, height: int) -> tuple[Tensor, Tensor]:
+    cos, sin, x, y = angle.cos(), angle.sin(), x - width / 2, y - height / 2
+    return cos * x - sin * y + width / 2, sin * x + cos * y + height / 2
+
+
+OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
+    "autocontrast": _autocontrast,
+    "equalize": _equalize,
+    "invert": _invert,
+    "rotate": _warp(_rotated, math.radians(30)),
+    "posterize": _posterize,
+    "solarize": _solarize,
+    "solarize_add": _solarize_add,
+    "color": _enhance(_color),
+    "contrast": _enhance(_contrast),
+    "brightness": _enhance(_brightness),
+    "sharpness": _enhance(_sharpness),
+    "shear_x": _warp(lambda x, y, amount, width, height: (x + amount * y, y), 0.3),
+    "shear_y": _warp(lambda x, y, amount, width, height: (x, y + amount * x), 0.3),
+    "translate_x": _warp(lambda x, y, amount, width, height: (x + amount * width, y), 0.45),
+    "translate_y": _warp(lambda x, y, amount, width, height: (x, y + amount * height), 0.45),
+}
+
+
+# pipelines
+
+
+def _none(generator: Generator, images: Tensor, labels: Tensor, num_classes: int):
+    _check("pipeline", generator, images)
+    return images, one_hot(labels, num_classes)
+
+
+def _crop(generator: Generator, images: Tensor, labels: Tensor, num_classes: int):
+    _check("pipeline", generator, images)
+    padding = max(1, min(images.shape[-2:]) // 8)
+    return crop(generator, images, padding), one_hot(labels, num_classes)
+
+
+def _flip_crop(generator: Generator, images: Tensor, labels: Tensor, num_classes: int):
+    images, targets = _crop(generator, images, labels, num_classes)
+    return flip(generator, images), targets
+
+
+def _paper(generator: Generator, images: Tensor, labels: Tensor, num_classes: int):
+    images = flip(generator, random_resized_crop(generator, images))
+    images = color_jitter(generator, rand_augment(generator, images))
+    return mixup_or_cutmix(generator, images, one_hot(labels, num_classes, smoothing=0.1))
+
+
+_PIPELINES: dict[str, Pipeline] = {
+    "none": _none,
+    "crop": _crop,
+    "flip_crop": _flip_crop,
+    "paper": _paper,
+}
+
+
+# draws and checks
+
+
+def _uniform(generator: Generator, shape: Sequence[int]) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def _beta(name: str, generator: Generator, alpha: float, shape: Sequence[int]) -> Tensor:
+    """Beta(alpha, alpha): torch's own sampler takes no generator, NumPy's is seeded from it."""
+    if not alpha > 0:
+        raise ValueError(f"`{name}` needs `alpha` > 0, got {alpha}.")
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return torch.as_tensor(np.random.Generator(np.random.PCG64(seed)).beta(alpha, alpha, shape))
+
+
+def _per_image(values: Tensor, images: Tensor) -> Tensor:
+    return values[..., None, None, None].to(images.device)
+
+
+def _check_probability(name: str, argument: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"`{name}` needs `{argument}` in [0, 1], got {value}.")
+
+
+def _check(name: str, generator: Generator, images: Tensor, labels: Tensor | None = None) -> None:
+    if not isinstance(generator, Generator) or generator.device.type != "cpu":
+        raise ValueError(
+            f"`{name}` needs a torch.Generator on the CPU, got {generator!r}. "
+            "Make one by `data.generator_for(...)`."
+        )
+    if not images.is_floating_point() or images.ndim < 4:
+        raise ValueError(
+            f"`{name}` needs float images (..., B, C, height, width) in [0, 1], got {images.dtype} "
+            f"{tuple(images.shape)}. Turn bytes into floats by `data.as_float`."
+        )
+    if labels is not None and (
+        not labels.is_floating_point() or labels.shape[:-1] != images.shape[:-3]
+    ):
+        raise ValueError(
+            f"`{name}` needs soft labels {(*images.shape[:-3], 'classes')}, got {labels.dtype} "
+            f"{tuple(labels.shape)}. Make them by `augment.one_hot`."
+        )
