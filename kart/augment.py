@@ -218,7 +218,7 @@ def mixup_or_cutmix(
     p: float = 1.0,
     switch: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
-    """With probability `p` mixes all the batch: by `cutmix` with probability `switch`, or `mixup`."""
+    """With probability `p` mixes the batch: by `cutmix` with probability `switch`, or `mixup`."""
     _check("mixup_or_cutmix", generator, images, labels)
     _check_probability("mixup_or_cutmix", "p", p)
     _check_probability("mixup_or_cutmix", "switch", switch)
@@ -276,7 +276,8 @@ def resize(images: Tensor, size: int) -> Tensor:
     if images.ndim < 3 or not images.is_floating_point() or size < 1:
         raise ValueError(
             f"`resize` needs float images (..., C, height, width) and `size` >= 1, got "
-            f"{images.dtype} {tuple(images.shape)} and {size}. Turn bytes into floats by `data.as_float`."
+            f"{images.dtype} {tuple(images.shape)} and {size}. Turn bytes into floats by "
+            "`data.as_float`."
         )
     if images.shape[-2:] == (size, size):
         return images
@@ -389,7 +390,7 @@ def _enhance(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Ten
 
 
 def _sample(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Images `(N, C, h, w)` read bilinearly at `x`, `y (N, h, w)`, pixels from the corner's edge."""
+    """Images `(N, C, h, w)` read bilinearly at `x`, `y (N, h, w)`, pixels from the corner."""
     height, width = images.shape[-2:]
     # the CPU has no half precision here, and coordinates need float32
     dtype = torch.promote_types(images.dtype, torch.float32)

@@ -448,9 +448,9 @@ def _decode(
     out: Any,
 ) -> tuple[tuple[int, int], np.ndarray, bool]:
     """Writes every image to `out` as RGB bytes; returns (height, width), labels, all gray?"""
+    image_module = _pillow()
     from PIL import ImageOps
 
-    image_module = _pillow()
     shape, labels, gray = None, [], True
     for where, file, label in rows:
         try:
