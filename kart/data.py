@@ -399,8 +399,13 @@ def _check_parquet(files: list[Path]) -> None:
 
 
 def _files(root: Path, suffixes: set[str]) -> list[Path]:
-    found = (path for path in root.rglob("*") if path.suffix.lower() in suffixes)
-    return sorted(path for path in found if not path.name.startswith("."))
+    """Files below `root` with one of `suffixes`, links followed, hidden ones left out."""
+    found = []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (Path(folder, name) for name in names if not name.startswith("."))
+        found += [path for path in paths if path.suffix.lower() in suffixes]
+    return sorted(found)
 
 
 def _candidates(source: str) -> list[str]:
@@ -579,15 +584,10 @@ def _build(
 
     `like` is the manifest of the training images when the test images are decoded, else None.
     """
+    work = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    except OSError as err:
-        raise ValueError(
-            f"`load` needs a writable `cache` directory, got {str(path.parent)!r}: {err}. "
-            "Pass `cache`, or set KART_CACHE."
-        ) from err
-    try:
         _fill(work, open_source(work / "scratch"), image_size, like)
         # another process may have been first, or a damaged entry be there, or both in turn
         for attempt in range(5):
@@ -600,8 +600,14 @@ def _build(
                 with contextlib.suppress(FileNotFoundError):
                     path.rename(work / f"damaged-{attempt}")
         (work / "entry").rename(path)
+    except OSError as err:
+        raise ValueError(
+            f"`load` needs a writable `cache` directory, got {str(path.parent)!r}: {err}. "
+            "Make room, pass `cache`, or set KART_CACHE."
+        ) from err
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
         # what killed processes left behind
         for old in path.parent.glob(f".{path.name}-*"):
             with contextlib.suppress(OSError):
@@ -653,8 +659,7 @@ def _fill(work: Path, source: _Source, image_size: int | None, like: dict[str, A
     manifest["bytes"] = {file.name: file.stat().st_size for file in entry.glob("*.npy")}
     with (entry / "manifest.json").open("w") as file:
         json.dump(manifest, file)
-        file.flush()
-        os.fsync(file.fileno())
+        _sync(file)
 
 
 def _write(
@@ -666,12 +671,22 @@ def _write(
     channels: int,
 ) -> None:
     _, height, width, _ = pixels.shape
-    shape = (len(index), channels, height, width)
-    path = entry / f"{split}.images.npy"
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     step = max(1, 2**24 // (height * width * 3))
-    for start in range(0, len(index), step):
-        chunk = pixels[index[start : start + step]]
-        out[start : start + step] = chunk.transpose(0, 3, 1, 2)[:, :channels]
-    out.flush()
-    np.save(entry / f"{split}.labels.npy", labels[index])
+    # plain writes: a full disk under a memory map would kill the process
+    with (entry / f"{split}.images.npy").open("wb") as out:
+        shape = (len(index), channels, height, width)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(out, header)
+        for start in range(0, len(index), step):
+            chunk = pixels[index[start : start + step]]
+            out.write(chunk.transpose(0, 3, 1, 2)[:, :channels].tobytes())
+        _sync(out)
+    with (entry / f"{split}.labels.npy").open("wb") as out:
+        np.save(out, labels[index])
+        _sync(out)
+
+
+def _sync(file: Any) -> None:
+    # else a crash after the rename could leave files of the right size without their content
+    file.flush()
+    os.fsync(file.fileno())

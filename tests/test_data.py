@@ -333,7 +333,7 @@ def test_training_never_reads_the_test_images(tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """The public set "someone/shapes" out of a folder; can be asked twice, then the network fails."""
+    """The public set "someone/shapes" out of a folder: answers twice, then the network fails."""
     root = save_table(tmp_path / "mirror")
     save_table(root, "test", 6, start=100)
     open_builder, calls = datasets.load_dataset_builder, []
@@ -476,6 +476,27 @@ def test_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="writable `cache` directory, got .*KART_CACHE"):
         data.load(root, cache=tmp_path / "file" / "cache")
+
+
+def test_disk_that_fills_up(tmp_path, monkeypatch):
+    root = save_folder(tmp_path / "pictures", 10)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(data, "_write", full)
+    with pytest.raises(ValueError, match="writable `cache` directory, got .*No space left"):
+        data.load(root)
+    assert entries(tmp_path / "cache") == []
+
+
+def test_linked_folders_are_followed_and_hidden_ones_are_not(tmp_path):
+    save_folder(tmp_path / "elsewhere", 10)
+    (tmp_path / "pictures" / ".hidden").mkdir(parents=True)
+    picture(0).save(tmp_path / "pictures" / ".hidden" / "0.png")
+    for name in CLASSES:
+        (tmp_path / "pictures" / name).symlink_to(tmp_path / "elsewhere" / name)
+    assert data.load(tmp_path / "pictures").classes == tuple(CLASSES)
 
 
 # bad input
