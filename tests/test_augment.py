@@ -222,6 +222,13 @@ def test_random_resized_crop_keeps_scale_and_ratio():
     assert abs(ratio.log().mean()) < 0.02
 
 
+def test_random_resized_crop_reaches_every_place_evenly():
+    image = (torch.arange(9.0) / 9).reshape(1, 1, 3, 3).expand(4500, -1, -1, -1)
+    out = augment.random_resized_crop(generator(0), image, (1 / 9, 1 / 9), (1.0, 1.0))
+    counts = (out[:, 0, 1, 1] * 9).round().long().bincount(minlength=9)
+    assert (counts - 500).abs().max() < 100
+
+
 def test_random_resized_crop_falls_back_to_the_centre():
     image = images_of((1, 1, 4, 16), dtype=torch.float64)
     out = augment.random_resized_crop(generator(0), image, (1.0, 1.0), (1.0, 1.0))

@@ -445,9 +445,11 @@ def test_a_process_that_comes_second_takes_the_first_ones_entry(tmp_path, monkey
         if not nested:
             nested.append(True)
             nested.append(data.load(root))  # another process builds the same entry meanwhile
+            nested.append([path.stat().st_ino for path in (tmp_path / "cache").glob("p*/*")])
 
     monkeypatch.setattr(data, "_fill", slow_fill)
     assert same(data.load(root), nested[1])
+    assert [path.stat().st_ino for path in (tmp_path / "cache").glob("p*/*")] == nested[2]
     assert len(entries(tmp_path / "cache")) == 1
 
 
