@@ -1,0 +1,35 @@
+"""Layers against torch's own modules."""
+
+import torch
+from torch.testing import assert_close
+
+from kart import layers
+
+
+def test_linear_norm_and_mlp_are_torchs():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 5, 6, generator=generator)
+    params = layers.mlp_init(generator, 6, 11)
+    first, second = torch.nn.Linear(6, 11), torch.nn.Linear(11, 6)
+    first.load_state_dict(params["fc1"])
+    second.load_state_dict(params["fc2"])
+    assert_close(layers.mlp(params, x), second(torch.nn.functional.gelu(first(x))))
+    norm = torch.nn.LayerNorm(6, eps=1e-6)
+    assert_close(layers.layer_norm(layers.layer_norm_init(6), 3 * x + 1), norm(3 * x + 1))
+
+
+def test_patches_are_a_convolution():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, 3, 8, 12, generator=generator)
+    params = layers.patch_embed_init(generator, 3, 4, 7)
+    weight, bias = params["proj"]["weight"], torch.randn(7, generator=generator)
+    params["proj"]["bias"] = bias
+    wanted = torch.nn.functional.conv2d(images.flatten(0, 1), weight, bias, stride=4)
+    wanted = wanted.flatten(2).mT.unflatten(0, (2, 3))
+    assert_close(layers.patch_embed(params, images), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_are_drawn_within_two_deviations():
+    drawn = layers.truncated_normal(torch.Generator().manual_seed(0), 200, 200)
+    assert drawn.abs().max() <= 0.04
+    assert_close(drawn.std(), torch.tensor(0.02 * 0.8796), rtol=0.02, atol=0)
