@@ -1,4 +1,8 @@
-"""The products of KArAt as plain materialised expressions, the reference of every engine."""
+"""The products of KArAt as plain materialised expressions, the reference of every engine.
+
+Half types are computed in float32 and cast back once. Every function here is ordinary torch, so
+any transform of any order may be taken through it; the price is the N x M x K memory.
+"""
 
 from typing import Any
 
@@ -6,8 +10,14 @@ import torch
 from torch import Tensor
 
 
-def _scores(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
-    return q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+def wide(x: Tensor) -> Tensor:
+    """`x` in float32 where it is narrower: 8 or 11 bits are too few for scores and sums."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def scores(q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    """`scale q k^T`, `(..., N, M)`; `scale` defaults to `d^-1/2`."""
+    return wide(q) * (q.shape[-1] ** -0.5 if scale is None else scale) @ wide(k).mT
 
 
 def contract(
@@ -19,7 +29,7 @@ def contract(
     scale: float | None = None,
 ) -> Tensor:
     """`y[n, p] = sum_m mask[n, m] sum_j features(s[n, m])[j] coefs[p, m, j]`, `(..., H, N, r)`."""
-    features = basis.features(_scores(q, k, scale))  # (..., H, N, M, K)
+    features = basis.features(scores(q, k, scale))  # (..., H, N, M, K)
     if mask is not None:
         features = torch.where(mask[..., None], features, 0)
     return torch.einsum("...nmk,...pmk->...np", features, coefs.to(features.dtype)).to(q.dtype)
@@ -33,25 +43,26 @@ def contract_units(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`y[n, p] = sum_m mask[n, m] phi_pm(s[n, m])` for units `(H, r, M)`, `(..., H, N, r)`."""
+    """`y[n, p] = sum_m mask[n, m] phi_pm(s[n, m])` for units `(H, r, M, ..)`, `(..., H, N, r)`."""
     lifted = {name: leaf.unsqueeze(1) for name, leaf in units.items()}  # (H, 1, r, M, ..)
-    values = basis.apply(lifted, _scores(q, k, scale).unsqueeze(-2))  # (..., H, N, r, M)
+    values = basis.apply(lifted, scores(q, k, scale).unsqueeze(-2))  # (..., H, N, r, M)
     if mask is not None:
-        values = torch.where(mask.unsqueeze(-2), values, 0)
-    return values.sum(-1)
+        values = torch.where(mask.unsqueeze(-2) if mask.dim() > 1 else mask, values, 0)
+    return values.sum(-1).to(q.dtype)
 
 
 def mix_values(y: Tensor, mix: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """`out[n] = sum_j mask[n, j] (y[n] . mix[j]) v[j]`, `(..., H, N, d)`."""
-    return torch.where(mask, y @ mix.mT, 0) @ v
+    return (torch.where(mask, wide(y) @ wide(mix).mT, 0) @ wide(v)).to(v.dtype)
 
 
 def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """`softmax(s) v`, `(..., H, N, d)`; a query whose keys are all masked gets zeros."""
-    scores = _scores(q, k, scale)
+    logits = scores(q, k, scale)
     if mask is None:
-        return scores.softmax(-1) @ v
-    weights = torch.where(mask, scores, torch.finfo(scores.dtype).min).softmax(-1)
-    return torch.where(mask, weights, 0) @ v
+        return (logits.softmax(-1) @ wide(v)).to(v.dtype)
+    # a row of -inf has a NaN softmax, a row of the least finite number has not
+    weights = torch.where(mask, logits, torch.finfo(logits.dtype).min).softmax(-1)
+    return (torch.where(mask, weights, 0) @ wide(v)).to(v.dtype)
