@@ -163,11 +163,26 @@ def _sum_units(basis: Basis, units: Params, x: Tensor, mask: Tensor | None) -> T
     return values.sum(-1)
 
 
-def _contract(basis: Basis, units: Params, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """As `_sum_units` of the scores of q and k, streamed."""
-    if basis.coefficients is None:
-        return kernels.contract_units(basis, units, q, k, mask)
-    return kernels.contract(basis, basis.coefficients(units), q, k, mask)
+class _Contract(NamedTuple):
+    """As `_sum_units` of the scores of q and k, streamed by `engine`."""
+
+    basis: Basis
+    engine: str
+
+    def __call__(self, units: Params, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        if self.basis.coefficients is None:
+            return kernels.contract_units(self.basis, units, q, k, mask)
+        return self.product(self.basis.coefficients(units), q, k, mask)
+
+    def product(self, coefs: Tensor, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+        # half types keep float32 coefficients: the scores they weigh are float32, too
+        coefs = coefs.to(torch.promote_types(q.dtype, torch.float32))
+        return kernels.contract(self.basis, coefs, q, k, mask, engine=self.engine)
+
+
+def _contraction(name: str, basis: Basis, engine: str) -> _Contract:
+    _choice(name, "engine", engine, kernels.ENGINES)
+    return _Contract(basis, engine)
 
 
 def _operator(
@@ -250,6 +265,7 @@ def low_rank(
     base: str | None = None,
     *,
     mix: str | None = None,
+    engine: str = "auto",
 ) -> Operator:
     """KArAt: weights W Phi(S), with Phi of r x M learnable units and W an M x r matrix (sec. 1).
 
@@ -268,6 +284,7 @@ def low_rank(
     """
     _check_rank("low_rank", rank)
     _choice("low_rank", "mix", mix, MIXES)
+    contract = _contraction("low_rank", basis, engine)
     start = mix or ("zero" if base == "softmax" else "scaled")
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
@@ -286,14 +303,14 @@ def low_rank(
         return hidden @ params["mix"].to(hidden.dtype).mT
 
     def streamed_logits(params: Params, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        hidden = _contract(basis, params["units"], q, k, mask)
+        hidden = contract(params["units"], q, k, mask)
         return hidden @ params["mix"].to(hidden.dtype).mT
 
     def streamed_product(
         params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> Tensor:
         values = params["mix"].to(v.dtype).mT @ v  # (..., H, r, d)
-        return _contract(basis, params["units"], q, k, mask) @ values
+        return contract(params["units"], q, k, mask) @ values
 
     operator = _operator(
         "low_rank",
@@ -319,19 +336,22 @@ def low_rank(
         _check_qkv("low_rank", q, k, v)
         _check_keys("low_rank", params["mix"].shape[-2], k.shape[-2])
         _check_mask("low_rank.attend", mask, q.shape[-2], k.shape[-2])
-        hidden = _contract(basis, params["units"], q, k, mask)
+        hidden = contract(params["units"], q, k, mask)
         out = kernels.mix_values(hidden, params["mix"].to(v.dtype), v, mask)
         return out + kernels.softmax_attention(q, k, v, mask) if base else out
 
     return operator._replace(attend=attend)
 
 
-def full_rank(basis: Basis, project: str | None = None, base: str | None = None) -> Operator:
+def full_rank(
+    basis: Basis, project: str | None = None, base: str | None = None, *, engine: str = "auto"
+) -> Operator:
     """Weights Phi(S) with M x M learnable units a head (eq. 1): weight[p] = sum_q phi_pq(S[q]).
 
     Parameters `{"units": those of the basis, (H, M, M)}`, output key before input key. `attend`
     streams F(S) (C V): the coefficients meet the values first, an effective rank of d.
     """
+    contract = _contraction("full_rank", basis, engine)
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
         return {"units": _output_units(basis, generator, heads, tokens, tokens)}
@@ -340,9 +360,9 @@ def full_rank(basis: Basis, project: str | None = None, base: str | None = None)
         params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> Tensor:
         if basis.coefficients is None:
-            return _contract(basis, params["units"], q, k, mask) @ v
+            return contract(params["units"], q, k, mask) @ v
         coefs = basis.coefficients(params["units"]).to(v.dtype)
-        return kernels.contract(basis, torch.einsum("hpqk,...hpe->...heqk", coefs, v), q, k, mask)
+        return contract.product(torch.einsum("hpqk,...hpe->...heqk", coefs, v), q, k, mask)
 
     def keys_of(params: Params) -> int:
         return next(iter(params["units"].values())).shape[1]
@@ -351,7 +371,7 @@ def full_rank(basis: Basis, project: str | None = None, base: str | None = None)
         "full_rank",
         init,
         lambda params, scores, mask: _sum_units(basis, params["units"], scores, mask),
-        lambda params, q, k, mask: _contract(basis, params["units"], q, k, mask),
+        lambda params, q, k, mask: contract(params["units"], q, k, mask),
         streamed_product,
         keys_of,
         basis,
@@ -371,7 +391,12 @@ def _second_stage(basis: Basis, units: Params, hidden: Tensor, v: Tensor) -> Ten
 
 
 def project_first(
-    basis: Basis, rank: int = 12, project: str | None = None, base: str | None = None
+    basis: Basis,
+    rank: int = 12,
+    project: str | None = None,
+    base: str | None = None,
+    *,
+    engine: str = "auto",
 ) -> Operator:
     """Weights Phi(W S): W, r x M, first, then M x r learnable units (App. C.5, order (ii)).
 
@@ -379,7 +404,7 @@ def project_first(
     `attend` costs r keys instead of M.
     """
     _check_rank("project_first", rank)
-    affine = bases.polynomial(1)
+    contract = _contraction("project_first", bases.polynomial(1), engine)
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
         mix = bases.normal(generator, (heads, rank, tokens)) / math.sqrt(tokens)
@@ -390,7 +415,7 @@ def project_first(
         if _same_for_all_queries(mask):
             return _scores(q, mix @ _silence(k, mask))
         coefs = torch.stack([torch.zeros_like(mix), mix], dim=-1)
-        return kernels.contract(affine, coefs, q, k, mask)
+        return contract.product(coefs, q, k, mask)
 
     def logits(params: Params, scores: Tensor, mask: Tensor | None) -> Tensor:
         scores = scores if mask is None else torch.where(mask, scores, 0)
@@ -420,13 +445,19 @@ def project_first(
 
 
 def two_stage(
-    basis: Basis, rank: int = 12, project: str | None = None, base: str | None = None
+    basis: Basis,
+    rank: int = 12,
+    project: str | None = None,
+    base: str | None = None,
+    *,
+    engine: str = "auto",
 ) -> Operator:
     """Weights Phi2(Phi1(S)): r x M, then M x r learnable units (App. C.5, order (iii)).
 
     Parameters `{"first": units (H, r, M), "second": units (H, M, r)}`.
     """
     _check_rank("two_stage", rank)
+    contract = _contraction("two_stage", basis, engine)
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
         first = basis.init(generator, (heads, rank, tokens))
@@ -437,13 +468,13 @@ def two_stage(
         return _sum_units(basis, params["second"], hidden, None)
 
     def streamed_logits(params: Params, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        hidden = _contract(basis, params["first"], q, k, mask)
+        hidden = contract(params["first"], q, k, mask)
         return _sum_units(basis, params["second"], hidden, None)
 
     def streamed_product(
         params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> Tensor:
-        hidden = _contract(basis, params["first"], q, k, mask)
+        hidden = contract(params["first"], q, k, mask)
         return _second_stage(basis, params["second"], hidden, v)
 
     def keys_of(params: Params) -> int:
@@ -502,7 +533,7 @@ def _attended(mask: Tensor | None, keys: int, like: Tensor) -> Tensor:
 def _streamed(unit: Callable[[Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     # sum_m f(S[n, m]) v[m] is the full-rank product with the one feature f and coefficients v
     feature = bases.linear(lambda x: unit(x)[..., None], 1, family="fixed")
-    return kernels.contract(feature, v.mT[..., None], q, k, mask)
+    return _Contract(feature, "auto").product(v.mT[..., None], q, k, mask)
 
 
 def sigmoid() -> Operator:
@@ -720,7 +751,7 @@ def _parse_one(spec: str, overrides: Mapping[str, Any]) -> Spec:
     if order not in ORDERS:
         raise _unknown(spec, f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     outer = {"project": options.pop("project", None), "base": base}
-    for name in ("rank", "mix") if order == "low_rank" else ("rank",):
+    for name in ("rank", "mix", "engine") if order == "low_rank" else ("rank", "engine"):
         if name in options:
             outer[name] = options.pop(name)
     if order == "full_rank" and "rank" not in given:

@@ -135,7 +135,11 @@ class _Tile:
 
     def ungroup(self, x: Tensor) -> Tensor:
         """`(G, a, S, b)` back to `(S, H, a, b)`."""
-        return x.reshape(self.samples, self.heads, *x.shape[1::2]) if self.own else x.permute(2, 0, 1, 3)
+        return (
+            x.reshape(self.samples, self.heads, *x.shape[1::2])
+            if self.own
+            else x.permute(2, 0, 1, 3)
+        )
 
     def matrix(self) -> Tensor:
         groups, width, keys = self.features.shape[:3]
@@ -330,7 +334,9 @@ def backward_tangent(
             x, tx = torch.where(mask, x, 0), torch.where(mask, tx, 0)
         value, slope, curve = _derivatives(family, x, 2)
         if mask is not None:
-            value, slope, curve = (torch.where(mask[..., None], f, 0) for f in (value, slope, curve))
+            value, slope, curve = (
+                torch.where(mask[..., None], f, 0) for f in (value, slope, curve)
+            )
         pulled = torch.einsum("hnp,hpmk->hnmk", dy, coefs)
         tpulled = torch.einsum("hnp,hpmk->hnmk", tdy, coefs) + torch.einsum(
             "hnp,hpmk->hnmk", dy, tcoefs

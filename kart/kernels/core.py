@@ -282,7 +282,11 @@ class _Forward(Function):
         *primals, mask = ctx.saved_tensors
         with _no_autocast(primals[0]):
             return chunked.tangent(
-                ctx.handle.family, tuple(primals), _zeros((tq, tk, tcoefs), primals), mask, ctx.scale
+                ctx.handle.family,
+                tuple(primals),
+                _zeros((tq, tk, tcoefs), primals),
+                mask,
+                ctx.scale,
             )
 
     @staticmethod
@@ -314,9 +318,7 @@ class _Backward(Function):
 
     @staticmethod
     def forward(handle, engine, scale, dy, q, k, coefs, mask):
-        return torch.ops.kart.contract_backward(
-            dy, q, k, coefs, mask, scale, handle.name, engine
-        )
+        return torch.ops.kart.contract_backward(dy, q, k, coefs, mask, scale, handle.name, engine)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
