@@ -21,8 +21,10 @@ from kart.kernels.plain import wide
 
 Features = Callable[[Tensor], Tensor]
 
-# floats of features a chunk holds for each thread: 1 MiB, about the level-2 cache of a core
-CHUNK = 2**18
+# floats of features in a chunk: whole samples join it up to 1 MiB, about the level-2 cache of a
+# core; the heads of one sample, which share the cost of the calls, up to 4 MiB
+SAMPLES_CHUNK = 2**18
+CHUNK = 2**20
 
 
 class Family(NamedTuple):
@@ -41,13 +43,14 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(batch: int, heads: int, queries: int, row: int) -> Iterator[_Chunk]:
-    """Slices of (sample, head, query) of about CHUNK features, `row` of them for each query."""
+    """Slices of (sample, head, query), `row` features for each query."""
     threads = torch.get_num_threads()
-    # threads share a chunk: below a whole sample of all heads they would mostly wait for each other
-    budget = CHUNK if threads == 1 else 4 * CHUNK * threads
-    rows = max(min(queries, 64), min(queries, budget // row))
+    budget = CHUNK * threads
+    rows = queries
+    if row * queries > budget:
+        rows = max(64, SAMPLES_CHUNK * threads // row)
     step_heads = max(1, min(heads, budget // (row * rows))) if rows == queries else 1
-    step = max(1, budget // (row * rows * heads)) if step_heads == heads else 1
+    step = max(1, SAMPLES_CHUNK * threads // (row * rows * heads)) if step_heads == heads else 1
     for b in range(0, batch, step):
         for h in range(0, heads, step_heads):
             for n in range(0, queries, rows):
@@ -61,7 +64,7 @@ def _chunks(batch: int, heads: int, queries: int, row: int) -> Iterator[_Chunk]:
 def _at(x: Tensor, axis_slices: tuple[slice, ...]) -> Tensor:
     """`x` at the slices, with axes of size 1 kept whole."""
     for axis, part in enumerate(axis_slices):
-        if x.shape[axis] != 1:
+        if x.shape[axis] not in (1, part.stop - part.start):
             x = x.narrow(axis, part.start, part.stop - part.start)
     return x
 
@@ -108,11 +111,12 @@ class _Tile:
     ):
         self.family = family
         self.own = own
-        self.q = wide(q) * scale
-        self.k = wide(k)
         self.samples, self.heads, self.queries, _ = q.shape
         self.keys = k.shape[2]
-        x = self.group(torch.matmul(self.k, self.q.mT))  # (G, M, S, n)
+        # torch.bmm on contiguous copies: matmul would copy both operands of a four-axis product
+        self.q = (wide(q) * scale).flatten(0, 1)  # (S H, n, d)
+        self.k = wide(k).flatten(0, 1).contiguous()
+        x = self.group(self.split(torch.bmm(self.k, self.q.mT)))  # (G, M, S, n)
         self.hidden = None
         if mask is not None:
             shape = (self.samples, self.heads, self.keys, self.queries)
@@ -128,6 +132,10 @@ class _Tile:
             self.x = x
         if self.hidden is not None:
             self.features.masked_fill_(self.hidden[:, None], 0)
+
+    def split(self, x: Tensor) -> Tensor:
+        """`(S H, ...)` to `(S, H, ...)`."""
+        return x.view(self.samples, self.heads, *x.shape[1:])
 
     def group(self, x: Tensor) -> Tensor:
         """`(S, H, a, b)` to `(G, a, S, b)`."""
@@ -146,21 +154,23 @@ class _Tile:
         return self.features.view(groups, width * keys, -1)
 
     def score_gradient(self, slopes: Tensor, dy: Tensor, buffer: Tensor) -> Tensor:
-        """`dL/ds`, `(S, H, M, n)`, from `slopes (G, K M, r)` and `dy (G, r, S n)`; ends the
+        """`dL/ds`, `(S H, M, n)`, from `slopes (G, K M, r)` and `dy (G, r, S n)`; ends the
         features.
         """
         shape = self.features.shape
         pulled = buffer[: self.features.numel()].view(shape)
         torch.bmm(slopes, dy, out=pulled.view(shape[0], shape[1] * shape[2], -1))
         if self.family.grid is not None:
-            gradient = self.features.mul_(pulled).sum(1)
+            gradient = self.features[:, 0] * pulled[:, 0]
+            for j in range(1, self.family.width):
+                gradient.addcmul_(self.features[:, j], pulled[:, j])
         else:
             with torch.enable_grad():
                 _, pullback = torch.func.vjp(self.family.features, self.x)
             (gradient,) = pullback(pulled.movedim(1, -1))
             if self.hidden is not None:
                 gradient = gradient.masked_fill(self.hidden, 0)
-        return self.ungroup(gradient)
+        return self.ungroup(gradient).flatten(0, 1)
 
 
 def _matrices(coefs: Tensor) -> Tensor:
@@ -244,10 +254,10 @@ def backward(
             # a view: the chunk covers whole samples or one group of heads
             target = _at(dmatrices, chunk[:2])
             target += torch.bmm(dyt, tile.matrix().mT).view(target.shape)
-            ds = tile.score_gradient(_grouped(slopes, chunk), dyt, pulled)  # (S, H, M, n)
-            _at(dq, chunk).copy_(torch.matmul(ds.mT, tile.k) * scale)
+            ds = tile.score_gradient(_grouped(slopes, chunk), dyt, pulled)  # (S H, M, n)
+            _at(dq, chunk).copy_(tile.split(torch.bmm(ds.mT, tile.k).mul_(scale)))
             part = _at(dk, chunk[:2])
-            part += torch.matmul(ds, tile.q)
+            part += tile.split(torch.bmm(ds, tile.q))
     dcoefs = dmatrices.unflatten(-1, (width, keys)).transpose(-1, -2)
     return dq, dk.to(k.dtype), dcoefs.to(coefs.dtype).contiguous()
 

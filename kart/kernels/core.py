@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from kart.kernels import chunked, cpp, plain
 from kart.kernels.chunked import Family
@@ -41,8 +42,15 @@ _handles: "weakref.WeakValueDictionary[str, Handle]" = weakref.WeakValueDictiona
 _names: "weakref.WeakKeyDictionary[Callable, tuple[str, int, int | None]]" = (
     weakref.WeakKeyDictionary()
 )
-# those of compiled graphs, which know them by name only
+# those of recorded graphs, which know them by name only
 _pinned: set[Handle] = set()
+
+
+def _recordable(handle: Handle) -> str:
+    """The name of the handle, which stays valid for good where a graph is being recorded."""
+    if get_proxy_mode() is not None:
+        _pinned.add(handle)
+    return handle.name
 
 
 def _is_fourier(basis: Any) -> bool:
@@ -255,7 +263,8 @@ class _Forward(Function):
 
     @staticmethod
     def forward(handle, engine, scale, q, k, coefs, mask):
-        return torch.ops.kart.contract_forward(q, k, coefs, mask, scale, handle.name, engine)
+        name = _recordable(handle)
+        return torch.ops.kart.contract_forward(q, k, coefs, mask, scale, name, engine)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -318,7 +327,8 @@ class _Backward(Function):
 
     @staticmethod
     def forward(handle, engine, scale, dy, q, k, coefs, mask):
-        return torch.ops.kart.contract_backward(dy, q, k, coefs, mask, scale, handle.name, engine)
+        name = _recordable(handle)
+        return torch.ops.kart.contract_backward(dy, q, k, coefs, mask, scale, name, engine)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -559,3 +569,13 @@ def contract(
     y = _apply(name, engine, scale, fold(q), fold(k), coefs, mask)
     y = y.reshape(*(lead[i] for i in order), heads, rows, units)
     return y.permute(*(order.index(i) for i in range(count)), count, count + 1, count + 2)
+
+
+def engines() -> dict[str, str]:
+    """Each engine of `contract` and whether it can run here: "ready", or why not."""
+    triton = _triton()
+    return {
+        "torch": "ready",
+        "cpp": cpp.status(),
+        "triton": triton.status() if triton else "triton is not installed",
+    }
