@@ -45,7 +45,7 @@ def measure(config: Config, splits: train.Splits, repeats: int) -> dict[str, lis
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--repeats", type=int, default=15)
     args = arguments.parse_args(argv)

@@ -13,7 +13,7 @@ __all__ = ["MODELS", "Model", "ViTConfig", "create", "from_config", "vit"]
 # "vit_nano" is kart's own size for laptops and studies on small images; the others have the
 # widths of Dosovitskiy et al. 2021 and Touvron et al. 2021, as the paper uses them (Table 1)
 MODELS: dict[str, dict[str, int]] = {
-    "vit_nano": {"embed_dim": 64, "depth": 4, "num_heads": 4},
+    "vit_nano": {"embed_dim": 64, "depth": 4, "num_heads": 2},
     "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
