@@ -9,8 +9,8 @@ from types import ModuleType
 
 ROOMS = (
     *("analysis", "augment", "bases", "checkpoint", "cli", "data", "kernels", "layers", "models"),
-    *("operators", "optim", "population", "projections", "runs", "search", "testing", "train"),
-    "tree",
+    *("operators", "optim", "population", "projections", "runs", "search", "tables", "testing"),
+    *("train", "tree"),
 )
 
 

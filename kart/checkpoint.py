@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import math
 import os
+import platform
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -205,6 +206,31 @@ def from_timm(
             f"{advice}"
         )
     return tree.map_named(lambda name, _: taken[name], params)
+
+
+def versions() -> dict[str, str]:
+    """Versions that may change a result."""
+    return {
+        "kart": kart_version(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes `text` to `path`, whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def kart_version() -> str:

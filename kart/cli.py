@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kart import train, tree
+from kart.tables import spread, table
 from kart.train import Config, Record
 
 DESCRIPTION = """\
@@ -101,27 +101,6 @@ def config_of(args: argparse.Namespace, **changes: Any) -> Config:
     known = {field.name for field in dataclasses.fields(Config)}
     given = {name: value for name, value in vars(args).items() if name in known}
     return Config(**{**given, **changes})
-
-
-def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """Rows of text under a header, columns aligned."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in [header, ["-" * width for width in widths], *rows]
-    ]
-    return "\n".join(lines)
-
-
-def spread(values: Sequence[float], digits: int = 2, scale: float = 100.0) -> str:
-    """Mean and standard deviation (n - 1) of `values`, in per cent by default."""
-    mean = statistics.fmean(values) * scale
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {statistics.stdev(values) * scale:.{digits}f}"
 
 
 def slug(operator: str) -> str:
@@ -229,7 +208,7 @@ def run_directories(path: str) -> list[Path]:
 def _eval(args: argparse.Namespace) -> int:
     import torch
 
-    from kart import data, runs
+    from kart import checkpoint, data, runs
 
     by_operator: dict[str, list[dict[str, float]]] = {}
     for directory in run_directories(args.run):
@@ -252,9 +231,9 @@ def _eval(args: argparse.Namespace) -> int:
                 {"seed": member.seed, **{name: float(value) for name, value in values.items()}}
             )
         text = {"split": args.split, "checkpoint": args.checkpoint, "images": len(dataset.labels)}
-        report = {**text, "members": scores, "versions": runs.versions()}
+        report = {**text, "members": scores, "versions": checkpoint.versions()}
         path = directory / f"eval-{args.split}-{args.checkpoint}.json"
-        runs.write_atomically(path, json.dumps(report, indent=1) + "\n")
+        checkpoint.write_text(path, json.dumps(report, indent=1) + "\n")
         key = str(config.operator)
         by_operator.setdefault(key, []).extend(scores)
     rows = [

@@ -13,40 +13,14 @@ import dataclasses
 import fcntl
 import json
 import os
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kart import checkpoint, population, train, tree
 from kart.train import Config, Record, Run, Splits, State
-
-
-def versions() -> dict[str, str]:
-    """Versions that may change a result."""
-    return {
-        "kart": checkpoint.kart_version(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes `text` to `path`, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -93,7 +67,9 @@ def claim(directory: Path, configs: Sequence[Config]) -> None:
             f"`out` needs a new or empty directory, or a run, got {str(directory)!r} with "
             f"{', '.join(sorted(others)[:5])}. Choose another directory."
         )
-    write_atomically(path, json.dumps({**wanted, "versions": versions()}, indent=1) + "\n")
+    checkpoint.write_text(
+        path, json.dumps({**wanted, "versions": checkpoint.versions()}, indent=1) + "\n"
+    )
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
@@ -181,7 +157,7 @@ def execute(
         records = [record for record in read_metrics(directory) if record["step"] <= done]
         text = "".join(json.dumps(record) + "\n" for record in records)
         if records or log.exists():
-            write_atomically(log, text)
+            checkpoint.write_text(log, text)
         spent = records[-1]["seconds"] if records else 0.0
         yield from records
         if done >= total:

@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from kart import cli, train
+from kart import tables, train
 from kart.train import Config
 
 SETTINGS = {
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
             native, mapped = (statistics.median(values) for values in seconds.values())
             cells = [f"{1000 * native:.1f}", f"{1000 * mapped:.1f}", f"{mapped / native:.2f}"]
             rows.append([f"{title}, {operator}", *cells])
-    print(cli.table(rows, ["setting", "native ms", "vmap ms", "vmap / native"]))
+    print(tables.table(rows, ["setting", "native ms", "vmap ms", "vmap / native"]))
     print(
         f"medians of {args.repeats}, CPU time, {args.threads} thread(s), torch {torch.__version__}"
     )

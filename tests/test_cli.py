@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from kart import cli, train
+from kart import cli, tables, train
 from kart.train import Config
 
 TINY = [
@@ -113,9 +113,9 @@ def test_divergence_is_status_1_and_says_where(capsys, tmp_path):
 
 
 def test_tables_and_spreads():
-    assert cli.spread([0.5]) == "50.00"
-    assert cli.spread([0.5, 0.7]) == "60.00 ± 14.14"
-    text = cli.table([["a", "1"], ["long", "23"]], ["name", "n"])
+    assert tables.spread([0.5]) == "50.00"
+    assert tables.spread([0.5, 0.7]) == "60.00 ± 14.14"
+    text = tables.table([["a", "1"], ["long", "23"]], ["name", "n"])
     assert text.splitlines() == ["name   n", "----  --", "a      1", "long  23"]
     assert cli.slug("G3B:rank=24,base=softmax") == "G3B-rank-24-base-softmax"
 

@@ -20,7 +20,7 @@ HOUSE = [
     {"train"},
     {"models"},
     {"layers", "operators", "optim", "checkpoint"},
-    {"tree", "bases", "projections", "kernels", "data", "augment"},
+    {"tree", "bases", "projections", "kernels", "data", "augment", "tables"},
 ]
 FLOOR = {room: len(HOUSE) - i for i, rooms in enumerate(HOUSE) for room in rooms}
 # within a floor
@@ -69,7 +69,7 @@ before = (torch.random.get_rng_state(), torch.get_num_threads(), torch.get_defau
 import kart, kart.cli, kart.population, kart.runs
 assert torch.equal(before[0], torch.random.get_rng_state())
 assert before[1:] == (torch.get_num_threads(), torch.get_default_dtype())
-heavy = {"optuna", "hypothesis", "matplotlib", "sklearn", "datasets", "triton", "pytest"}
+heavy = {"optuna", "hypothesis", "matplotlib", "sklearn", "datasets", "pytest"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 assert not os.listdir("."), os.listdir(".")
 """

@@ -167,9 +167,9 @@ TRANSFORMS = {
     )(torch.stack([c, 2 * c])),
     "jvp": lambda f, *a: func.jvp(f, a, directions(a)),
     "jvp_of_one": lambda f, q, k, c: func.jvp(lambda k: f(q, k, c), (k,), (k.flip(0),)),
-    "vmap_jvp": lambda f, *a: func.vmap(lambda q, k: func.jvp(f, (q, k, a[2]), (k[:, :3], k, a[2])))(
-        a[0], a[1]
-    ),
+    "vmap_jvp": lambda f, *a: func.vmap(
+        lambda q, k: func.jvp(f, (q, k, a[2]), (k[:, :3], k, a[2]))
+    )(a[0], a[1]),
     "linearize": linearize,
     "hvp_forward_over_reverse": hvp_forward_over_reverse,
     "hvp_reverse_over_reverse": hvp_reverse_over_reverse,
@@ -179,9 +179,9 @@ TRANSFORMS = {
     )(a[0], a[1]),
     "jacrev": lambda f, q, k, c: func.jacrev(f, argnums=(0, 1, 2))(q[0], k[0], c),
     "jacfwd": lambda f, q, k, c: func.jacfwd(f, argnums=(0, 1, 2))(q[0], k[0], c),
-    "hessian": lambda f, q, k, c: func.jacfwd(func.jacrev(loss(f), argnums=(0, 1, 2)), argnums=(0, 2))(
-        q[0], k[0], c
-    ),
+    "hessian": lambda f, q, k, c: func.jacfwd(
+        func.jacrev(loss(f), argnums=(0, 1, 2)), argnums=(0, 2)
+    )(q[0], k[0], c),
     "jacfwd_jacfwd": lambda f, q, k, c: func.jacfwd(func.jacfwd(loss(f), argnums=0), argnums=2)(
         q[0], k[0], c
     ),
