@@ -251,6 +251,115 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def _info(args: argparse.Namespace) -> int:
+    from kart import kernels, models
+    from kart.analysis import cost
+
+    if args.paper:
+        print(_paper_table())
+        return 0
+    config = config_of(args, operator=args.operator)
+    given = {name: getattr(config, name) for name in train.MODEL_FIELDS}
+    given = {name: value for name, value in given.items() if value is not None}
+    given.setdefault("patch_size", train.default_patch_size(args.image_size))
+    model = models.create(
+        config.model,
+        operator=args.operator,
+        image_size=args.image_size,
+        in_channels=args.in_channels,
+        num_classes=args.num_classes,
+        **given,
+    )
+    counted, operations = cost.parameters(model), cost.flops(model)
+    batch = config.batch_size
+    width = 2 if config.precision == "bfloat16" else 4
+    kept = cost.activation_memory(model, batch, bytes_each=width)
+    naive = cost.activation_memory(model, batch, "naive", bytes_each=width)
+    found = {
+        "model": config.model,
+        "operator": model.config.operator,
+        "sharing": model.config.sharing,
+        "tokens": model.config.tokens,
+        "parameters": counted.total,
+        "operator_parameters": counted.operator,
+        "gflops": operations.total / 1e9,
+        "activation_gflops": operations.activation / 1e9,
+        "batch": batch,
+        "kept_for_backward_mib": kept / 2**20,
+        "kept_by_the_naive_form_mib": naive / 2**20,
+        # float32 weights, gradients and two moments, and what the backward needs
+        "training_memory_mib": (16 * counted.total + kept) / 2**20,
+        "engines": kernels.engines(),
+    }
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    rows = [
+        ("model", f"{config.model}, {args.operator}, {model.config.sharing}"),
+        ("tokens", f"{model.config.tokens}"),
+        ("parameters", f"{counted.total:,}, {counted.operator:,} of them in the operators"),
+        ("GFLOPs an image", f"{found['gflops']:.3f}, {found['activation_gflops']:.3f} of them in "
+         "the activation (the paper's count: multiply-accumulates)"),
+        (f"kept for backward, batch {batch}", f"{kept / 2**20:.0f} MiB "
+         f"(materialised as in the paper: {naive / 2**20:.0f} MiB)"),
+        ("training memory, AdamW", f"{found['training_memory_mib']:.0f} MiB"),
+        *((f"engine {name}", state) for name, state in found["engines"].items()),
+    ]  # fmt: skip
+    print("\n".join(f"{name:32} {value}" for name, value in rows))
+    return 0
+
+
+def _paper_table() -> str:
+    from kart import models
+    from kart.analysis import cost
+
+    rows = []
+    for name, operator, classes, total, learned, activation, gflops, memory in cost.PAPER:
+        spec = operator if operator == "softmax" else f"{operator}:scales=true"
+        model = models.create(name, operator=spec, num_classes=classes)
+        bare = cost.parameters(models.create(name, operator=operator, num_classes=classes))
+        counted, operations = cost.parameters(model), cost.flops(model)
+        kept = 16 * counted.total + cost.activation_memory(model, 32)
+        rows.append(
+            [
+                f"{name} {operator}",
+                f"{counted.total / 1e6:.2f} ({total:.2f})",
+                f"{counted.operator / 1e6:.2f} ({learned:.2f})",
+                f"{bare.operator / 1e6:.2f}",
+                f"{operations.activation / 1e9:.3f} ({activation:.3f})",
+                f"{operations.total / 1e9:.3f} ({gflops:.3f})",
+                f"{kept / 1e9:.2f} ({memory:.2f})",
+            ]
+        )
+    header = ["model", "parameters M", "operator M", "at 2G+1", "activation G", "total G"]
+    note = (
+        "kart's figure (the paper's). Parameters with 2G + 3 a unit, as the paper's tables count\n"
+        "(scales=true); `at 2G+1` as its eq. 2 has it, kart's default. Memory: float32 weights,\n"
+        "gradients, two moments and what kart's streamed form keeps at batch 32; the paper's is\n"
+        "its measured peak."
+    )
+    return table(rows, [*header, "memory GB, batch 32"]) + "\n\n" + note
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from kart.analysis import bench
+
+    bench.main(args.rest)
+    return 0
+
+
+def _study(args: argparse.Namespace) -> int:
+    from kart import search
+
+    return search.study_main(args.rest)
+
+
+def _test_basis(args: argparse.Namespace) -> int:
+    from kart import testing
+
+    return testing.cli_main(args.target)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -292,12 +401,47 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--data", help="where the data is now, if it has moved")
     one.add_argument("--device", help="cpu or cuda (default that of the run)")
     one.set_defaults(call=_eval)
+
+    one = commands.add_parser(
+        "info",
+        help="parameters, FLOPs and memory of a configuration, before training it",
+        epilog=OPERATORS_HELP,
+        formatter_class=raw,
+    )
+    one.add_argument("--operator", default="softmax", metavar="SPEC", help="see below")
+    one.add_argument("--num-classes", type=int, default=10, metavar="INT", help="(default 10)")
+    one.add_argument("--in-channels", type=int, default=3, metavar="INT", help="(default 3)")
+    one.add_argument("--paper", action="store_true", help="the paper's nine models beside kart's")
+    one.add_argument("--json", action="store_true", help="print JSON")
+    add_config_flags(one, ("model", "optimisation", "execution"))
+    one.set_defaults(call=_info, image_size=224, model="vit_tiny")
+
+    for name, call, text in (
+        ("bench", _bench, "time and memory of each engine beside softmax (see kart bench --help)"),
+        ("study", _study, "Optuna studies: run, init, work, report, list (see kart study --help)"),
+    ):
+        one = commands.add_parser(name, help=text, add_help=False)
+        one.set_defaults(call=call)
+
+    one = commands.add_parser(
+        "test-basis", help="put a basis of your own through the property suite of kart.testing"
+    )
+    one.add_argument("target", help="module:object, for example my_module:my_basis")
+    one.set_defaults(call=_test_basis)
     return top
+
+
+PASSED_ON = (["bench"], ["study"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 1 for a failed run, 2 for a mistake."""
-    args = parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args, rest = parser().parse_known_args(argv[:1] if argv[:1] in PASSED_ON else argv)
+    # what follows `bench` and `study` is theirs, `--help` included
+    args.rest = argv[1:]
+    if rest:
+        parser().error(f"unrecognized arguments: {' '.join(rest)}")
     call: Callable[[argparse.Namespace], int] = args.call
     try:
         return call(args)

@@ -233,7 +233,7 @@ def _operator(
             out = rows(streamed_logits(params, q, k, mask), None, mask) @ v
         return out + kernels.softmax_attention(q, k, v, mask) if base else out
 
-    options = {**options, "project": project, "base": base}
+    options = {"kind": name, **options, "project": project, "base": base}
     return Operator(name, checked_init, weights, attend, basis, options)
 
 
@@ -515,7 +515,7 @@ def _fixed(
         _check_mask(f"{name}.attend", mask, q.shape[-2], k.shape[-2])
         return product(q, k, v, mask)
 
-    return Operator(name, init, weights, attend)
+    return Operator(name, init, weights, attend, None, {"kind": name})
 
 
 def softmax() -> Operator:
@@ -646,7 +646,7 @@ def hybrid(operators: Sequence[Operator]) -> Operator:
         )
 
     name = "+".join(f"{count}*{op.name}" for op, count in groups)
-    return Operator(name, init, weights, attend, None, {"groups": groups})
+    return Operator(name, init, weights, attend, None, {"kind": "hybrid", "groups": groups})
 
 
 class Spec(NamedTuple):

@@ -1,0 +1,192 @@
+"""What a configuration costs before it is trained: parameters, FLOPs, memory kept for the backward.
+
+Counts follow the paper's convention (Table 13): "FLOPs" are multiply-accumulates of the matrix
+products, plus 5 N D a layer norm and 3 N^2 a head for softmax. For Fourier units they are those that
+reproduce its column, 3G + 1 a pair of unit and score: 2G products with the coefficients, G for the
+harmonics, 1 for W.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from kart import tree
+from kart.models import Model
+from kart.operators import Operator
+
+
+class Parameters(NamedTuple):
+    """Numbers of parameters: all, and those of the attention operators among them."""
+
+    total: int
+    operator: int
+
+
+class Flops(NamedTuple):
+    """Multiply-accumulates of one image's forward pass, by part; `activation` is the operators'."""
+
+    embed: int
+    linear: int
+    attention: int
+    activation: int
+    norms: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return sum(self)
+
+
+def _distinct(model: Model) -> tuple[Operator, ...]:
+    universal = model.config.sharing == "universal"
+    return model.operators[:1] if universal else model.operators
+
+
+def parameters(model: Model) -> Parameters:
+    """Parameters of `model`, counted without drawing the backbone."""
+    c = model.config
+    size, hidden = c.embed_dim, int(c.embed_dim * c.mlp_ratio)
+    embed = size * (c.in_channels * c.patch_size**2 + 1) + size * (1 + c.tokens)
+    block = 4 * size + 4 * size * (size + 1) + 2 * size * hidden + size + hidden
+    ends = 2 * size + c.num_classes * (size + 1)
+    sizes: dict[int, int] = {}
+    for op in _distinct(model):
+        if id(op) not in sizes:
+            sizes[id(op)] = tree.size(op.init(Generator().manual_seed(0), c.num_heads, c.tokens))
+    learned = sum(sizes[id(op)] for op in _distinct(model))
+    return Parameters(embed + c.depth * block + ends + learned, learned)
+
+
+# operations of a fixed function on one score
+FIXED = {"softmax": 3, "sigmoid": 3, "relu": 2, "sparsemax": 5}
+# operations of a unit on one score where they are not its number of features
+UNIT = {"mexican_hat": 6, "morlet": 6, "dog": 5, "meyer": 14, "shannon": 7}
+
+
+def unit_flops(op: Operator) -> int:
+    """Operations of one learned unit on one score; 3G for Fourier, as the paper counts."""
+    basis = op.basis
+    assert basis is not None
+    if basis.family == "fourier":
+        count = 3 * basis.options["grid"]
+    else:
+        count = UNIT.get(basis.family, basis.size)
+    return count + (basis.options.get("base", "zero") != "zero")
+
+
+def activation_flops(op: Operator, heads: int, tokens: int) -> int:
+    """Operations from scores to weights of `heads` heads of `tokens` queries and keys."""
+    kind, square = op.options["kind"], tokens * tokens
+    if kind == "hybrid":
+        return sum(activation_flops(one, n, tokens) for one, n in op.options["groups"])
+    if kind in FIXED:
+        return heads * FIXED[kind] * square
+    rank, unit = op.options.get("rank", tokens), unit_flops(op)
+    each = {
+        "low_rank": (unit + 1) * rank * square,
+        "full_rank": unit * tokens * square,
+        "project_first": (unit + 1) * rank * square,
+        "two_stage": 2 * unit * rank * square,
+    }[kind]
+    if op.options["base"] == "softmax":
+        each += FIXED["softmax"] * square
+    if op.options["project"] == "simplex":
+        each += FIXED["sparsemax"] * square
+    return heads * each
+
+
+def flops(model: Model) -> Flops:
+    """Operations of a forward pass of one image, in the paper's convention."""
+    c = model.config
+    size, n = c.embed_dim, c.tokens
+    hidden = int(size * c.mlp_ratio)
+    return Flops(
+        embed=(n - 1) * c.in_channels * c.patch_size**2 * size,
+        linear=c.depth * n * (4 * size * size + 2 * size * hidden),
+        attention=c.depth * 2 * n * n * size,
+        activation=sum(activation_flops(op, c.num_heads, n) for op in model.operators),
+        norms=(2 * c.depth * n + n) * size * 5,
+        head=size * c.num_classes,
+    )
+
+
+def streamed_flops(op: Operator, heads: int, tokens: int, width: int) -> int:
+    """Multiply-accumulates of kart's `attend` for low rank, q k^T and the values included.
+
+    The weights are never multiplied with the values: scores N^2 d, features times coefficients
+    N^2 K r, and N r d twice. The paper's form has 2 N^2 d and the activation.
+    """
+    if op.options["kind"] != "low_rank" or op.basis is None or op.options["project"]:
+        raise ValueError(
+            f"`streamed_flops` needs a low-rank operator without projection, got {op.name!r}. "
+            "Use `activation_flops`."
+        )
+    rank, square = op.options["rank"], tokens * tokens
+    streamed = square * width + square * op.basis.size * rank + 2 * tokens * rank * width
+    return heads * (streamed + (2 * square * width if op.options["base"] else 0))
+
+
+def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_each: int = 4) -> int:
+    """Bytes that a training step keeps from the forward for the backward.
+
+    Counted per block, in floats of N D an image: the inputs of both norms (2) and of the four
+    linear layers (1 + 1 + 1 + 4), q, k and v (3), the GELU's input (4), and the head outputs (1); then
+    the operator's own. `form` "streamed" is kart's `attend`: softmax keeps a row sum a query, KArAt its
+    hidden values, N r. "naive" is the materialised form of the paper: scores, features and weights,
+    N^2 (K + 2) a head; softmax's N^2.
+    """
+    if form not in ("streamed", "naive"):
+        raise ValueError(
+            f'`activation_memory` needs `form` "streamed" or "naive", got {form!r}. Choose one.'
+        )
+    c = model.config
+    n, heads = c.tokens, c.num_heads
+    ratio = int(c.embed_dim * c.mlp_ratio) / c.embed_dim
+    common = n * c.embed_dim * (9 + 2 * ratio)
+    total = 0.0
+    for op in model.operators:
+        square = n * n * heads
+        if form == "naive":
+            own = square * ((op.basis.size if op.basis else 0) + (2 if op.basis else 1))
+        elif op.options["kind"] == "softmax":
+            own = n * heads
+        elif op.options["kind"] in ("sparsemax", "hybrid") or op.options.get("project"):
+            own = 2 * square
+        else:
+            own = n * heads * op.options.get("rank", 0)
+        total += common + own
+    images = (n - 1) * c.in_channels * c.patch_size**2
+    return int(batch * (total + images + n * c.embed_dim) * bytes_each)
+
+
+def kept_bytes(call: Callable[[], Any]) -> int:
+    """Bytes of distinct storages that `call` saves for its backward, parameters included."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        held = call()  # held, so that no storage is freed and its address used again
+    del held
+    return sum(storages.values())
+
+
+# paper, Tables 1, 13 and 18: total and operator parameters (millions), activation and total GFLOPs,
+# GPU memory (GB, batch 32)
+PAPER: tuple[tuple[str, str, int, float, float, float, float, float], ...] = (
+    ("vit_tiny", "softmax", 10, 5.53, 0.0, 0.005, 1.262, 2.94),
+    ("vit_tiny", "G3B", 10, 6.29, 0.76, 0.168, 1.425, 7.48),
+    ("vit_tiny", "G3U", 10, 5.59, 0.06, 0.168, 1.425, 7.29),
+    ("vit_small", "softmax", 1000, 22.05, 0.0, 0.008, 4.614, 4.15),
+    ("vit_small", "G3B", 1000, 23.58, 1.53, 0.335, 4.941, 11.73),
+    ("vit_small", "G3U", 1000, 22.18, 0.13, 0.335, 4.941, 11.21),
+    ("vit_base", "softmax", 10, 85.81, 0.0, 0.016, 17.595, 7.44),
+    ("vit_base", "G1B", 10, 87.51, 1.70, 0.268, 17.847, 17.36),
+    ("vit_base", "G1U", 10, 85.95, 0.14, 0.268, 17.847, 16.97),
+)

@@ -1,0 +1,73 @@
+"""Counts of parameters, FLOPs and kept memory against the paper, real models and measurement."""
+
+import pytest
+import torch
+
+from kart import models, tree
+from kart.analysis import cost
+
+TINY = {"image_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3}
+OPERATORS = ["softmax", "G3B", "G3U", "G2B:order=full_rank", "morlet-B", "2*softmax+G1B"]
+
+
+@pytest.mark.parametrize("row", cost.PAPER, ids=lambda row: f"{row[0]} {row[1]}")
+def test_the_papers_tables(row):
+    name, operator, classes, total, learned, activation, gflops, _ = row
+    spec = operator if operator == "softmax" else f"{operator}:scales=true"
+    model = models.create(name, operator=spec, num_classes=classes)
+    counted = cost.parameters(model)
+    assert abs(counted.total / 1e6 - total) < 0.006
+    assert abs(counted.operator / 1e6 - learned) < 0.006
+    found = cost.flops(model)
+    assert found.total / 1e9 == pytest.approx(gflops, rel=0.01)
+    assert abs(found.activation / 1e9 - activation) < 0.0015
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_counted_parameters_are_those_of_the_model(operator):
+    model = models.create("vit_tiny", operator=operator, **TINY)
+    params = model.init(torch.Generator().manual_seed(0))
+    counted = cost.parameters(model)
+    assert counted.total == tree.size(params)
+    own = [x.numel() for name, x in tree.named(params).items() if "operator" in name.split(".")]
+    assert counted.operator == sum(own)
+
+
+def test_flops_by_hand():
+    model = models.create(
+        "vit_tiny", operator="softmax", image_size=4, patch_size=2, in_channels=1, num_classes=3,
+        embed_dim=2, depth=1, num_heads=1,
+    )  # fmt: skip
+    # 5 tokens; 4 patches of 4 pixels to width 2; linear 5 (4 * 4 + 2 * 2 * 8); two of 25 * 2
+    assert cost.flops(model) == cost.Flops(32, 240, 100, 75, 150, 6)
+    assert cost.flops(model).total == 603
+
+
+def test_streaming_needs_fewer_operations_than_the_papers_form():
+    model = models.create("vit_tiny", operator="G3B")
+    op = model.operators[0]
+    streamed = cost.streamed_flops(op, 3, 197, 64)
+    naive = 2 * 197 * 197 * 64 * 3 + cost.activation_flops(op, 3, 197)
+    assert streamed < 0.6 * naive
+    with pytest.raises(ValueError, match="low-rank operator"):
+        cost.streamed_flops(models.create("vit_tiny").operators[0], 3, 197, 64)
+
+
+@pytest.mark.parametrize("operator", ["softmax", "G3B", "G3U", "G1B:rank=24"])
+def test_counted_memory_is_what_a_step_keeps(operator):
+    model = models.create("vit_tiny", operator=operator, **TINY)
+    params = tree.map(lambda x: x.requires_grad_(), model.init(torch.Generator().manual_seed(0)))
+    weights = sum(x.numel() * 4 for x in tree.leaves(params))
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    kept = cost.kept_bytes(lambda: model.apply(params, images)) - weights
+    assert cost.activation_memory(model, 16) == pytest.approx(kept, rel=0.1)
+
+
+def test_the_naive_form_keeps_what_the_paper_complains_of():
+    model = models.create("vit_tiny", operator="G3B")
+    softmax = models.create("vit_tiny")
+    naive = cost.activation_memory(model, 32, "naive") / cost.activation_memory(softmax, 32)
+    streamed = cost.activation_memory(model, 32) / cost.activation_memory(softmax, 32)
+    assert naive > 2.3 and streamed < 1.05
+    with pytest.raises(ValueError, match='"streamed" or "naive"'):
+        cost.activation_memory(model, 1, "other")
