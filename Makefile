@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-nightly gpu-check study-cluster lint clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.ready
@@ -13,6 +13,19 @@ test: .venv/.ready lint
 
 test-all: .venv/.ready lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not nightly"
+
+# thousands of random examples; what fails is kept in .hypothesis and tried first the next time
+test-nightly: .venv/.ready
+	HYPOTHESIS_PROFILE=nightly OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow and not gpu"
+
+# on a GPU machine that has torch already: GPU_PYTHON=python3 make gpu-check sets nothing up
+GPU_PYTHON ?= $(PY)
+gpu-check: $(if $(filter $(PY),$(GPU_PYTHON)),.venv/.ready)
+	$(GPU_PYTHON) -m pytest -q -m gpu tests/test_gpu.py
+	$(GPU_PYTHON) -m studies.cost --device cuda --out gpu-cost.json
+
+study-cluster: .venv/.ready
+	$(PY) -m studies.cluster
 
 lint: .venv/.ready
 	.venv/bin/ruff check .

@@ -1,5 +1,7 @@
 """Suite-wide settings: one thread, NaN-poisoned `empty`, derandomised Hypothesis."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
@@ -7,7 +9,8 @@ import torch
 hypothesis.settings.register_profile(
     "ci", deadline=None, derandomize=True, max_examples=40, database=None
 )
-hypothesis.settings.load_profile("ci")
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture(autouse=True)

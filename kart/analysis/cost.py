@@ -133,10 +133,10 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
     """Bytes that a training step keeps from the forward for the backward.
 
     Counted per block, in floats of N D an image: the inputs of both norms (2) and of the four
-    linear layers (1 + 1 + 1 + 4), q, k and v (3), the GELU's input (4), and the head outputs (1); then
-    the operator's own. `form` "streamed" is kart's `attend`: softmax keeps a row sum a query, KArAt its
-    hidden values, N r. "naive" is the materialised form of the paper: scores, features and weights,
-    N^2 (K + 2) a head; softmax's N^2.
+    linear layers (1 + 1 + 1 + 4), q, k and v (3), the GELU's input (4), and the head outputs (1);
+    then the operator's own. `form` "streamed" is kart's `attend`: softmax keeps a row sum a query,
+    KArAt its hidden values, N r. "naive" is the least that the materialised form of the paper
+    keeps: scores, features and weights, N^2 (K + 2) a head; softmax's N^2.
     """
     if form not in ("streamed", "naive"):
         raise ValueError(
