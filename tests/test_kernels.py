@@ -1,4 +1,4 @@
-"""The streamed product: every engine against the plain expression, in value, under every transform."""
+"""The streamed products against the plain expressions, in value, under every transform."""
 
 import math
 
@@ -167,9 +167,9 @@ TRANSFORMS = {
     )(torch.stack([c, 2 * c])),
     "jvp": lambda f, *a: func.jvp(f, a, directions(a)),
     "jvp_of_one": lambda f, q, k, c: func.jvp(lambda k: f(q, k, c), (k,), (k.flip(0),)),
-    "vmap_jvp": lambda f, *a: func.vmap(
-        lambda q, k: func.jvp(f, (q, k, a[2]), (k[:, :3], k, a[2]))
-    )(a[0], a[1]),
+    "vmap_jvp": lambda f, q, k, c: func.vmap(
+        lambda q, k: func.jvp(f, (q, k, c), (q.sin(), k.cos(), c.sin()))
+    )(q, k),
     "linearize": linearize,
     "hvp_forward_over_reverse": hvp_forward_over_reverse,
     "hvp_reverse_over_reverse": hvp_reverse_over_reverse,
@@ -216,3 +216,49 @@ def test_a_transform_of_an_engine_is_that_of_the_plain_expression(
     actual = apply(streamed, *args)
     expected = apply(reference, *(x.double() for x in args))
     close(actual, expected, dtype)
+
+
+def units_example(lead=(2,), dtype=torch.float64):
+    basis = bases.rational(2, 2)
+    units = basis.init(torch.Generator().manual_seed(0), (2, 3, 4))
+    q, k = draw(*lead, 2, 5, 3, dtype=dtype), draw(*lead, 2, 4, 3, dtype=dtype, seed=1)
+    return basis, {name: leaf.to(dtype) for name, leaf in units.items()}, q, k
+
+
+# three tensors in, the third without the axis of examples, as `TRANSFORMS` expects
+def units_functions(mask):
+    basis, units, q, k = units_example()
+    others = {"denominator": units["denominator"]}
+
+    def bind(module):
+        return lambda q, k, a: module.contract_units(basis, {"numerator": a, **others}, q, k, mask)
+
+    return bind, (q, k, units["numerator"])
+
+
+def mix_functions(mask):
+    y, v, mix = draw(2, 2, 5, 3), draw(2, 2, 4, 3, seed=1), draw(2, 4, 3, seed=2)
+    mask = torch.ones(5, 4, dtype=torch.bool).tril() if mask is None else mask
+    return lambda module: lambda y, v, mix: module.mix_values(y, mix, v, mask), (y, v, mix)
+
+
+def softmax_functions(mask):
+    q, k, v = draw(2, 2, 5, 3), draw(2, 2, 4, 3, seed=1), draw(2, 4, 3, seed=2)
+    return lambda module: lambda q, k, v: module.softmax_attention(q, k, v, mask), (q, k, v)
+
+
+OTHERS = {"units": units_functions, "mix": mix_functions, "softmax": softmax_functions}
+MASKS = {
+    "whole": None,
+    "keys": torch.tensor([True, False, True, True]),
+    "pairs": torch.tensor([[True, False, True, True]] * 4 + [[False] * 4]),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_transform_of_the_other_products_is_that_of_the_plain_expression(transform, name, mask):
+    bind, args = OTHERS[name](MASKS[mask])
+    apply = TRANSFORMS[transform]
+    close(apply(bind(kernels), *args), apply(bind(plain), *args), torch.float64)

@@ -10,6 +10,7 @@ is silently zero in forward mode.
 
 import contextlib
 import math
+import sys
 import uuid
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from kart.kernels import chunked, cpp, plain
 from kart.kernels.chunked import Family
@@ -48,7 +48,8 @@ _pinned: set[Handle] = set()
 
 def _recordable(handle: Handle) -> str:
     """The name of the handle, which stays valid for good where a graph is being recorded."""
-    if get_proxy_mode() is not None:
+    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    if tracer is not None and tracer.get_proxy_mode() is not None:
         _pinned.add(handle)
     return handle.name
 
@@ -88,11 +89,20 @@ def handle_of(basis: Any) -> Handle:
     return handle
 
 
-@torch._dynamo.assume_constant_result
 def _pin(basis: Any) -> tuple[str, int]:
+    """Name and number of features of a basis for a graph being compiled; Dynamo runs it while
+    tracing.
+    """
+    # traced into, Dynamo would inline the forward and drop the rules of the Function. Said here and
+    # not at import, where it would cost two seconds
+    torch.compiler.allow_in_graph(_apply)
     handle = handle_of(basis)
     _pinned.add(handle)
     return handle.name, handle.family.width
+
+
+# what torch.compiler.assume_constant_result sets, without importing the compiler
+_pin._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # --- the raw operations ---------------------------------------------------------------------------
@@ -138,7 +148,7 @@ def _run(engine: str, family: Family, q: Tensor, k: Tensor, coefs: Tensor, mask:
     return module
 
 
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     # autocast would round the scores to bfloat16
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
@@ -158,13 +168,13 @@ _library.define(
 
 def _raw_forward(q, k, coefs, mask, scale, basis, engine):
     family = _handles[basis].family
-    with _no_autocast(q), torch.no_grad():
+    with no_autocast(q), torch.no_grad():
         return _run(engine, family, q, k, coefs, mask).forward(family, q, k, coefs, mask, scale)
 
 
 def _raw_backward(dy, q, k, coefs, mask, scale, basis, engine):
     family = _handles[basis].family
-    with _no_autocast(q), torch.no_grad():
+    with no_autocast(q), torch.no_grad():
         module = _run(engine, family, q, k, coefs, mask)
         return module.backward(family, dy, q, k, coefs, mask, scale)
 
@@ -191,10 +201,8 @@ def _fake_backward(dy, q, k, coefs, mask, scale, basis, engine):
 # --- folding a vmapped axis into the raw layout ---------------------------------------------------
 
 
-def _front(x: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+def front(x: Tensor, dim: int | None, size: int) -> Tensor:
     """The mapped axis first; a view that repeats `x` where it is not mapped."""
-    if x is None:
-        return None
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
@@ -213,18 +221,16 @@ class _Fold:
 
     def tensor(self, x: Tensor, dim: int | None) -> Tensor:
         """`(B, H, ...)` with its mapped axis at `dim`, to `(P B, H, ...)` or `(B, P H, ...)`."""
-        front = _front(x, dim, self.members)
-        assert front is not None
-        return front.movedim(0, self.axis).flatten(self.axis, self.axis + 1)
+        x = front(x, dim, self.members)
+        return x.movedim(0, self.axis).flatten(self.axis, self.axis + 1)
 
     def mask(self, mask: Tensor | None, dim: int | None, shape: Sequence[int]) -> Tensor | None:
         if mask is None or (dim is None and mask.shape[self.axis] == 1):
             return mask
-        front = _front(mask, dim, self.members)
-        assert front is not None
-        sizes = list(front.shape)
+        mask = front(mask, dim, self.members)
+        sizes = list(mask.shape)
         sizes[self.axis + 1] = shape[self.axis]
-        return front.expand(sizes).movedim(0, self.axis).flatten(self.axis, self.axis + 1)
+        return mask.expand(sizes).movedim(0, self.axis).flatten(self.axis, self.axis + 1)
 
     def out(self, x: Tensor) -> Tensor:
         return x.unflatten(self.axis, (self.members, -1 if x.shape[self.axis] else 0))
@@ -240,11 +246,19 @@ def _logical(x: Tensor, dim: int | None) -> list[int]:
 # --- the pair of Functions ------------------------------------------------------------------------
 
 
-def _forward_levels() -> int:
+def _levels(kind: Any) -> int:
+    return sum(level.key() == kind for level in torch._C._functorch.get_interpreter_stack() or [])
+
+
+def forward_levels() -> int:
     """Number of forward-mode levels that are running: `torch.func.jvp` and dual levels."""
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    levels = sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
+    levels = _levels(torch._C._functorch.TransformType.Jvp)
     return max(levels, int(forward_ad._current_level >= 0))
+
+
+def grad_levels() -> int:
+    """Number of `torch.func.grad` levels that are running."""
+    return _levels(torch._C._functorch.TransformType.Grad)
 
 
 def _zeros(tangents: Sequence[Tensor | None], primals: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -254,7 +268,7 @@ def _zeros(tangents: Sequence[Tensor | None], primals: Sequence[Tensor]) -> tupl
 
 
 def _plain(family: Family, q, k, coefs, mask, scale) -> Tensor:
-    with _no_autocast(q):
+    with no_autocast(q):
         return plain.contract(family.basis, coefs, q, k, mask, scale)
 
 
@@ -275,7 +289,7 @@ class _Forward(Function):
     @staticmethod
     def backward(ctx, dy):
         q, k, coefs, mask = ctx.saved_tensors
-        if _forward_levels() > 1:
+        if forward_levels() > 1:
             # torch loses the tangents of a Function under two forward levels (pytorch#197867)
             _, pullback = torch.func.vjp(
                 lambda q, k, coefs: _plain(ctx.handle.family, q, k, coefs, mask, ctx.scale),
@@ -289,7 +303,7 @@ class _Forward(Function):
     @staticmethod
     def jvp(ctx, _handle, _engine, _scale, tq, tk, tcoefs, _mask):
         *primals, mask = ctx.saved_tensors
-        with _no_autocast(primals[0]):
+        with no_autocast(primals[0]):
             return chunked.tangent(
                 ctx.handle.family,
                 tuple(primals),
@@ -342,7 +356,7 @@ class _Backward(Function):
         dy, *primals, mask = ctx.saved_tensors
         family, scale = ctx.handle.family, ctx.scale
         directions = _zeros(cotangents, primals)
-        with _no_autocast(dy):
+        with no_autocast(dy):
             first = chunked.tangent(family, tuple(primals), directions, mask, scale)
             second = chunked.backward_tangent(
                 family, (dy, *primals), (torch.zeros_like(dy), *directions), mask, scale
@@ -352,7 +366,7 @@ class _Backward(Function):
     @staticmethod
     def jvp(ctx, _handle, _engine, _scale, tdy, tq, tk, tcoefs, _mask):
         *primals, mask = ctx.saved_tensors
-        with _no_autocast(primals[0]):
+        with no_autocast(primals[0]):
             return chunked.backward_tangent(
                 ctx.handle.family,
                 tuple(primals),
@@ -380,14 +394,12 @@ class _Backward(Function):
         return tuple(fold.out(x) for x in gradients), (fold.axis,) * 3
 
 
-@torch._dynamo.allow_in_graph
 def _apply(
     name: str, engine: str, scale: float, q: Tensor, k: Tensor, coefs: Tensor, mask: Tensor | None
 ) -> Tensor:
-    # a function around `apply`, kept whole by torch.compile: traced into, Dynamo would inline the
-    # forward and drop the rules of the Function
+    """The product in the raw layout; torch.compile keeps this function whole (see `_pin`)."""
     handle = _handles[name]
-    if _forward_levels() > 1:
+    if forward_levels() > 1:
         return _plain(handle.family, q, k, coefs, mask, scale)
     return _Forward.apply(handle, engine, scale, q, k, coefs, mask)
 
@@ -396,22 +408,31 @@ def _apply(
 
 
 def check(
-    function: str, q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None, **others: Tensor
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    names: tuple[str, str] = ("q", "k"),
+    **others: Tensor,
 ) -> None:
     """Raises ValueError unless q, k, the mask and the other tensors fit together."""
-    for name, x in {"q": q, "k": k}.items():
-        if not isinstance(x, Tensor) or x.dim() < 3 or 0 in x.shape[-3:]:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+    first, second = names
+    for name, x in {first: q, second: k, **others}.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"`{function}` needs a tensor `{name}`, got {type(x).__name__}.")
+    for name, x in {first: q, second: k}.items():
+        if x.dim() < 3 or 0 in x.shape[-3:]:
             raise ValueError(
-                f"`{function}` needs `{name}` (..., H, tokens, d) with no empty axis but the "
-                f"leading ones, got {got}. Put the heads before the tokens."
+                f"`{function}` needs `{name}` (..., H, tokens, width) with no empty axis but the "
+                f"leading ones, got {tuple(x.shape)}. Put the heads before the tokens."
             )
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(
-            f"`{function}` needs `q` and `k` of one width d, got {tuple(q.shape)} and "
+            f"`{function}` needs `{first}` and `{second}` of one width, got {tuple(q.shape)} and "
             f"{tuple(k.shape)}. Project both to the same width."
         )
-    for name, x in {"q": q, "k": k, **others}.items():
+    for name, x in {first: q, second: k, **others}.items():
         if not x.dtype.is_floating_point:
             raise ValueError(
                 f"`{function}` needs floating-point `{name}`, got {x.dtype}. Convert it with "
@@ -419,13 +440,13 @@ def check(
             )
         if x.device != q.device:
             raise ValueError(
-                f"`{function}` needs its tensors on one device, got `q` on {q.device} and "
+                f"`{function}` needs its tensors on one device, got `{first}` on {q.device} and "
                 f"`{name}` on {x.device}. Move them with `.to`."
             )
         # parameters may stay float32 beside narrower activations
-        if x.dtype != q.dtype and (name == "k" or x.dtype != plain.wide(q.new_empty(0)).dtype):
+        if x.dtype != q.dtype and (name == second or x.dtype != plain.wide(q.new_empty(0)).dtype):
             raise ValueError(
-                f"`{function}` needs `{name}` in the dtype of `q`, {q.dtype}, got {x.dtype}. "
+                f"`{function}` needs `{name}` in the dtype of `{first}`, {q.dtype}, got {x.dtype}. "
                 "Convert it with `.to`."
             )
     if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
@@ -518,9 +539,9 @@ def contract(
         name, width = handle.name, handle.family.width
     if coefs.dim() < 4 or coefs.shape[-2:] != (k.shape[-2], width) or 0 in coefs.shape[-4:-2]:
         raise ValueError(
-            f"`contract` needs `coefs` (..., H, r, {k.shape[-2]}, {width}), for the keys of `k` and "
-            f"the features of {basis.family}, with r >= 1, got {tuple(coefs.shape)}."
-            " Call `init` of the operator for this number of keys."
+            f"`contract` needs `coefs` (..., H, r, {k.shape[-2]}, {width}) with r >= 1, for the keys "
+            f"of `k` and the features of {basis.family}, got {tuple(coefs.shape)}. "
+            "Call `init` of the operator for this number of keys."
         )
     mask_lead = () if mask is None else mask.shape[:-2]
     *lead, heads = broadcast_leading(
@@ -528,7 +549,7 @@ def contract(
     )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if engine == "plain":
-        with _no_autocast(q):
+        with no_autocast(q):
             return plain.contract(basis, coefs, q, k, mask, scale)
 
     rows, keys, units = q.shape[-2], k.shape[-2], coefs.shape[-3]
@@ -541,7 +562,7 @@ def contract(
     count = len(lead)
     if mask is not None:
         mask = mask.reshape((1,) * (count + 3 - mask.dim()) + mask.shape)
-    if math.prod(lead[i] for i in shared) == 1 or not own:
+    if math.prod([lead[i] for i in shared]) == 1 or not own:
         batch = math.prod(lead)
         q, k = (x.reshape(batch, heads, *x.shape[-2:]) for x in (q, k))
         coefs = coefs.expand(*coefs.shape[:count], heads, units, keys, width)
@@ -554,8 +575,8 @@ def contract(
         return y.reshape(*lead, heads, rows, units)
     # coefficients of their own for some leading axes and not for others: those become heads
     order = [*shared, *own]
-    group = math.prod(lead[i] for i in own)
-    batch = math.prod(lead[i] for i in shared)
+    group = math.prod([lead[i] for i in own])
+    batch = math.prod([lead[i] for i in shared])
 
     def fold(x: Tensor) -> Tensor:
         x = x.permute(*order, *range(count, x.dim()))

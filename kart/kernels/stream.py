@@ -1,0 +1,182 @@
+"""Products without a matrix form, in chunks that are computed again in the backward: units that are
+nonlinear in their parameters, masks that differ between queries.
+
+Forward mode differentiates the chunks themselves: alone it holds one chunk at a time, under a
+reverse pass it keeps them all. So does torch.compile, which plans the memory by itself.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from kart.kernels import plain
+from kart.kernels.core import (
+    broadcast_leading,
+    check,
+    check_mask,
+    forward_levels,
+    no_autocast,
+)
+
+# scores in a chunk: 4 MiB of float32, a few of which are alive at a time
+CHUNK = 2**20
+
+
+class _Recompute(Function):
+    """`fn(*tensors)`, of which only the tensors are kept for the backward."""
+
+    # only torch operations inside, so that torch can derive the rule
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(fn, *tensors):
+        return fn(*tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.fn = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        tensors = list(ctx.saved_tensors)
+        learned = [i for i, x in enumerate(tensors) if x is not None and x.is_floating_point()]
+
+        def fn(*values):
+            inputs = list(tensors)
+            for i, value in zip(learned, values, strict=True):
+                inputs[i] = value
+            with no_autocast(gradient):
+                return ctx.fn(*inputs)
+
+        _, pullback = torch.func.vjp(fn, *(tensors[i] for i in learned))
+        gradients: list[Tensor | None] = [None] * len(tensors)
+        for i, value in zip(learned, pullback(gradient), strict=True):
+            gradients[i] = value
+        return None, *gradients
+
+
+def _recompute(fn: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    with no_autocast(next(x for x in tensors if x is not None)):
+        if torch.compiler.is_compiling() or forward_levels():
+            return fn(*tensors)
+        return _Recompute.apply(fn, *tensors)  # type: ignore[no-any-return]
+
+
+def contract_units(
+    basis: Any,
+    units: Mapping[str, Tensor],
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`y[n, p] = sum_m mask[n, m] phi_pm(scale q_n . k_m)`, `(..., H, N, r)`, for any family.
+
+    One unit p and a few samples at a time, recomputed in the backward: the memory is O(N M),
+    independent of r and of the batch. There is no matrix product to do it with, so it costs several
+    times `contract`.
+
+    Args:
+        basis: `apply(units, x)` evaluates each unit at its element of x.
+        units: its parameters, every leaf `(H, r, M, ...)`; more leading axes through `vmap`.
+        q, k: `(..., H, N, d)` and `(..., H, M, d)`.
+        mask: boolean, True = attend, broadcasting to `(..., H, N, M)`.
+        scale: of the scores; default `d^-1/2`.
+
+    Raises:
+        ValueError: names the argument that does not fit.
+    """
+    check("contract_units", q, k, mask, scale, **{f"units[{n!r}]": x for n, x in units.items()})
+    keys = k.shape[-2]
+    shapes = {name: tuple(leaf.shape) for name, leaf in units.items()}
+    ranks = {shape[1:2] for shape in shapes.values()}
+    bad = not shapes or len(ranks) != 1 or (0,) in ranks or () in ranks
+    if bad or any(shape[2:3] != (keys,) for shape in shapes.values()):
+        raise ValueError(
+            f"`contract_units` needs `units` with leaves (H, r, {keys}, ...), r >= 1, got "
+            f"{shapes}. Call `init` of the operator for this number of keys."
+        )
+    mask_lead = () if mask is None else mask.shape[:-2]
+    unit_heads = {f"units[{name!r}]": shape[:1] for name, shape in shapes.items()}
+    *lead, heads = broadcast_leading(
+        "contract_units", q=q.shape[:-2], k=k.shape[:-2], mask=mask_lead, **unit_heads
+    )
+    batch = math.prod(lead)
+    rows, names = q.shape[-2], list(units)
+    q = q.expand(*lead, heads, *q.shape[-2:]).reshape(batch, heads, rows, -1)
+    k = k.expand(*lead, heads, *k.shape[-2:]).reshape(batch, heads, keys, -1)
+    step = max(1, CHUNK // (heads * rows * keys))
+    if mask is None:
+        masks: list[Tensor | None] = [None] * -(-batch // step)
+    else:
+        mask = mask.reshape((1,) * (len(lead) + 3 - mask.dim()) + mask.shape)
+        if any(size != 1 for size in mask.shape[: len(lead)]):
+            mask = mask.expand(*lead, *mask.shape[len(lead) :])
+        mask = mask.reshape(-1, *mask.shape[len(lead) :])
+        masks = [mask] * -(-batch // step) if mask.shape[0] == 1 else list(mask.split(step))
+
+    def one(q: Tensor, k: Tensor, mask: Tensor | None, *leaves: Tensor) -> Tensor:
+        lifted = {name: leaf.unsqueeze(1) for name, leaf in zip(names, leaves, strict=True)}
+        values = basis.apply(lifted, plain.scores(q, k, scale))  # (b, H, N, M)
+        if mask is not None:
+            values = torch.where(mask, values, 0)
+        return values.sum(-1)
+
+    if not batch:
+        return q.new_zeros(*lead, heads, rows, next(iter(ranks))[0])
+    # unbind and split: the gradient of a slice would be a tensor of the size of the whole, each
+    single = list(zip(*(leaf.unbind(1) for leaf in units.values()), strict=True))
+    parts = [
+        torch.stack([_recompute(one, qs, ks, ms, *leaves) for leaves in single], -1)
+        for qs, ks, ms in zip(q.split(step), k.split(step), masks, strict=True)
+    ]
+    y = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return y.reshape(*lead, heads, rows, -1).to(q.dtype)
+
+
+def mix_values(y: Tensor, mix: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """`out[n] = sum_j mask[n, j] (y[n] . mix[j]) v[j]`, `(..., H, N, d)`, for a mask that differs
+    between queries; without one this is `y @ (mix^T v)`.
+
+    A block of queries at a time, recomputed in the backward.
+
+    Args:
+        y: `(..., H, N, r)`.
+        mix: `(..., H, M, r)`.
+        v: `(..., H, M, d)`.
+        mask: boolean, True = attend, broadcasting to `(..., H, N, M)`.
+
+    Raises:
+        ValueError: names the argument that does not fit.
+    """
+    check("mix_values", y, mix, None, None, v=v, names=("y", "mix"))
+    if mix.shape[-2] != v.shape[-2]:
+        raise ValueError(
+            f"`mix_values` needs `mix` (..., M, r) and `v` (..., M, d) with the same keys, got "
+            f"{tuple(mix.shape)} and {tuple(v.shape)}. Initialise the operator for these keys."
+        )
+    if mask is None:
+        raise ValueError("`mix_values` needs a `mask`, got None. Without one use y @ (mix.mT @ v).")
+    check_mask("mix_values", mask, y.shape[-2], v.shape[-2], y.device)
+    lead = broadcast_leading(
+        "mix_values",
+        y=y.shape[:-2],
+        mix=mix.shape[:-2],
+        v=v.shape[:-2],
+        mask=mask.shape[:-2],
+    )
+    rows, keys = y.shape[-2], v.shape[-2]
+    step = max(1, CHUNK // max(1, math.prod(lead) * keys))
+    ys = y.split(step, -2)
+    split = mask.dim() > 1 and mask.shape[-2] == rows
+    masks = mask.split(step, -2) if split else [mask] * len(ys)
+    parts = [
+        _recompute(plain.mix_values, *row)
+        for row in zip(ys, [mix] * len(ys), [v] * len(ys), masks, strict=True)
+    ]
+    return torch.cat(parts, -2) if len(parts) > 1 else parts[0]
