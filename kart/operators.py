@@ -169,14 +169,19 @@ class _Contract(NamedTuple):
     basis: Basis
     engine: str
 
+    @staticmethod
+    def dtype(q: Tensor) -> torch.dtype:
+        # half types keep float32 parameters: the scores they weigh are float32, too
+        return torch.promote_types(q.dtype, torch.float32)
+
     def __call__(self, units: Params, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
         if self.basis.coefficients is None:
+            units = {name: leaf.to(self.dtype(q)) for name, leaf in units.items()}
             return kernels.contract_units(self.basis, units, q, k, mask)
         return self.product(self.basis.coefficients(units), q, k, mask)
 
     def product(self, coefs: Tensor, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        # half types keep float32 coefficients: the scores they weigh are float32, too
-        coefs = coefs.to(torch.promote_types(q.dtype, torch.float32))
+        coefs = coefs.to(self.dtype(q))
         return kernels.contract(self.basis, coefs, q, k, mask, engine=self.engine)
 
 
