@@ -1,6 +1,6 @@
-"""What a configuration costs before it is trained: parameters, FLOPs, memory kept for the backward.
+"""What a configuration costs before it is trained: parameters, FLOPs, memory for the backward.
 
-Counts follow the paper's convention (Table 13): "FLOPs" are multiply-accumulates of the matrix
+Counts follow the paper's convention (Table 13): "FLOPs" are multiply-accumulates of matrix
 products, plus 5 N D a layer norm and 3 N^2 a head for softmax. For Fourier units they are those that
 reproduce its column, 3G + 1 a pair of unit and score: 2G products with the coefficients, G for the
 harmonics, 1 for W.
