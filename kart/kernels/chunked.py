@@ -39,7 +39,7 @@ class Family(NamedTuple):
 
 
 @functools.cache
-def _fresh_keys() -> tuple[Any, Any]:
+def fresh_keys() -> tuple[Any, Any]:
     """The dispatch keys of a new thread. A raw operation may be called from inside a dispatch mode
     (torch.compile checks aliasing in one), where autograd is off and no `enable_grad` brings it
     back.
@@ -182,7 +182,7 @@ class _Tile:
             for j in range(1, self.family.width):
                 gradient.addcmul_(self.features[:, j], pulled[:, j])
         else:
-            include, exclude = _fresh_keys()
+            include, exclude = fresh_keys()
             with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
                 _, pullback = torch.func.vjp(self.family.features, self.x)
                 (gradient,) = pullback(pulled.movedim(1, -1))
