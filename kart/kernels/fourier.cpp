@@ -100,7 +100,7 @@ static void wide_gemm(int rows, long width, long steps, const float* a, long at,
                       long row) {
   long c = 0;
   for (; c + WIDE * W <= width; c += WIDE * W) gemm<R, WIDE, AI>(rows, steps, a, at, b + c, bt, out + c, row, true);
-  for (; c < width; c += W) gemm<R, 1, AI>(rows, steps, a, at, b + c, bt, out + c, row, true);
+  for (; c < width; c += W) gemm<ROWS, 1, AI>(rows, steps, a, at, b + c, bt, out + c, row, true);
 }
 
 // --- features --------------------------------------------------------------------------------------
@@ -251,31 +251,61 @@ struct Buffer {
   operator float*() const { return data; }
 };
 
-// rows [first, first + count) of x, times scale, as `width`-padded rows
-static void pack_rows(const float* x, int64_t sn, int64_t sd, long count, long d, long width, float scale, float* out) {
+// `count` rows of x, times scale, as rows of `width` floats; zero in the columns beyond d and the rows up to `total`
+static void pack_rows(const float* x, int64_t sn, int64_t sd, long count, long total, long d, long width, float scale,
+                      float* out) {
   for (long i = 0; i < count; ++i, x += sn, out += width) {
+    // rows lie far apart: the hardware sees no stream
+    for (long c = 0; c < d; c += 16) __builtin_prefetch(x + 4 * sn + c * sd);
     if (sd == 1)
       for (long c = 0; c < d; ++c) out[c] = x[c] * scale;
     else
       for (long c = 0; c < d; ++c) out[c] = x[c * sd] * scale;
     std::fill(out + d, out + width, 0.0f);
   }
+  std::fill(out, out + (total - count) * width, 0.0f);
 }
 
-// the same rows as columns of lanes, zero beyond them
-static void pack_lanes(const float* x, int64_t sn, int64_t sd, long count, long d, float scale, float* out) {
-  if (count < QUERIES) std::fill(out, out + d * QUERIES, 0.0f);
-  for (long i = 0; i < count; ++i, x += sn)
-    for (long c = 0; c < d; ++c) out[c * QUERIES + i] = x[c * sd] * scale;
-}
-
-// keys in panels of ROWS: element c of all keys of a panel side by side
-static void pack_panels(const float* x, int64_t sn, int64_t sd, long keys, long d, float* out) {
-  for (long first = 0; first < keys; first += ROWS, out += d * ROWS) {
-    const long count = std::min<long>(ROWS, keys - first);
-    for (long i = 0; i < count; ++i)
-      for (long c = 0; c < d; ++c) out[c * ROWS + i] = x[(first + i) * sn + c * sd];
+// swaps the blocks of S x S off the diagonal of every block of 2S x 2S
+template <int S>
+static inline __attribute__((always_inline)) void transpose_blocks(vec (&x)[W]) {
+  ivec low, high;
+  for (int l = 0; l < W; ++l) {
+    low[l] = l & S ? W + l - S : l;
+    high[l] = l & S ? W + l : l + S;
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (!(i & S)) {
+      const vec a = x[i], b = x[i + S];
+      x[i] = __builtin_shuffle(a, b, low);
+      x[i + S] = __builtin_shuffle(a, b, high);
+    }
+}
+
+// W rows and W columns of `in` to columns of `out`
+static void transpose(const float* in, long row, float* out, long column) {
+  vec x[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) x[i] = load(in + i * row);
+  if constexpr (W == 16) transpose_blocks<8>(x);
+  transpose_blocks<4>(x);
+  transpose_blocks<2>(x);
+  transpose_blocks<1>(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) store(out + i * column, x[i]);
+}
+
+// packed rows of QUERIES queries as columns of lanes
+static void pack_lanes(const float* rows, long width, float* out) {
+  for (long c = 0; c < width; c += W)
+    for (long i = 0; i < QUERIES; i += W) transpose(rows + i * width + c, width, out + c * QUERIES + i, QUERIES);
+}
+
+// packed rows of keys in panels of ROWS keys: element c of a panel's keys side by side, W apart from element c + 1
+static void pack_panels(const float* rows, long width, long keys, float* out) {
+  for (long m = 0; m < keys; m += ROWS, out += width * W)
+    for (long c = 0; c < width; c += W) transpose(rows + m * width + c, width, out + c * W, W);
 }
 
 // C as (key, feature, p)
@@ -308,33 +338,46 @@ static void pack_mask(const uint8_t* x, const Mask& mask, long keys, long querie
 // --- one head of one sample ------------------------------------------------------------------------
 
 struct Scratch {
+  long width, rank;  // padded to whole vectors
   Buffer panels, keys, query_lanes, query_rows, dy_lanes, dy_rows, scores, features, gradient, y, dq, dk;
   std::vector<int32_t> mask;
-  long width, rank;  // padded to whole vectors
   Scratch(const Shape& s, bool backward)
-      : panels(round_up(s.keys, ROWS) * s.width),
-        keys(backward ? s.keys * round_up(s.width, W) : 0),
-        query_lanes(s.width * QUERIES),
-        query_rows(backward ? QUERIES * round_up(s.width, W) : 0),
-        dy_lanes(backward ? s.rank * QUERIES : 0),
-        dy_rows(backward ? QUERIES * round_up(s.rank, W) : 0),
+      : width(round_up(s.width, W)),
+        rank(round_up(s.rank, W)),
+        panels(round_up(s.keys, ROWS) / ROWS * width * W),
+        keys((s.keys + W) * width),  // a panel is read as W rows
+        query_lanes(width * QUERIES),
+        query_rows(QUERIES * width),
+        dy_lanes(backward ? rank * QUERIES : 0),
+        dy_rows(backward ? QUERIES * rank : 0),
         scores(KEYS * QUERIES),
         features(KEYS * K * QUERIES),
         gradient(KEYS * QUERIES),
         y(backward ? 0 : s.rank * QUERIES),
-        dq(backward ? QUERIES * round_up(s.width, W) : 0),
-        dk(backward ? s.keys * round_up(s.width, W) : 0),
-        mask(KEYS * QUERIES),
-        width(round_up(s.width, W)),
-        rank(round_up(s.rank, W)) {}
+        dq(backward ? QUERIES * width : 0),
+        dk(backward ? s.keys * width : 0),
+        mask(KEYS * QUERIES) {}
+
+  void take_keys(const float* x, int64_t sn, int64_t sd, const Shape& s) {
+    pack_rows(x, sn, sd, s.keys, s.keys + W, s.width, width, 1.0f, keys);
+    pack_panels(keys, width, s.keys, panels);
+  }
+  void take_queries(const float* x, int64_t sn, int64_t sd, long count, float scale, const Shape& s) {
+    pack_rows(x, sn, sd, count, QUERIES, s.width, width, scale, query_rows);
+    pack_lanes(query_rows, width, query_lanes);
+  }
+  void take_dy(const float* x, int64_t sn, int64_t sd, long count, const Shape& s) {
+    pack_rows(x, sn, sd, count, QUERIES, s.rank, rank, 1.0f, dy_rows);
+    pack_lanes(dy_rows, rank, dy_lanes);
+  }
 };
 
 template <int V>
 static void tile(const Shape& s, Scratch& w, long first, int keys, const uint8_t* mask_at, const Mask& mask,
                  long queries) {
   for (int m = 0; m < keys; m += ROWS)
-    gemm<ROWS, V, 1>(std::min(ROWS, keys - m), s.width, w.panels + (first + m) * s.width, ROWS, w.query_lanes, QUERIES,
-                     w.scores + m * QUERIES, QUERIES, false);
+    gemm<ROWS, V, 1>(std::min(ROWS, keys - m), s.width, w.panels + (first + m) / ROWS * w.width * W, W, w.query_lanes,
+                     QUERIES, w.scores + m * QUERIES, QUERIES, false);
   if (mask.data) pack_mask(mask_at + first * mask.m, mask, keys, queries, w.mask.data());
   fill_features<V>(keys, w.scores, mask.data ? w.mask.data() : nullptr, w.features);
 }
@@ -422,10 +465,10 @@ int kart_forward(const Shape* shape, const Strided* q, const Strided* k, const C
           head = order.head(task);
           pack_coefs(*coefs, coefs_at(*coefs, order, task), s, packed);
         }
-        pack_panels(k->at(b, h), k->n, k->d, s.keys, s.width, w.panels);
+        w.take_keys(k->at(b, h), k->n, k->d, s);
         for (long n = 0; n < s.queries; n += QUERIES) {
           const long queries = std::min<long>(QUERIES, s.queries - n);
-          pack_lanes(q->at(b, h) + n * q->n, q->n, q->d, queries, s.width, scale, w.query_lanes);
+          w.take_queries(q->at(b, h) + n * q->n, q->n, q->d, queries, scale, s);
           const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + n * mask->n : nullptr;
           if (queries > W)
             forward_block<2>(s, w, packed, mask_at, *mask, queries);
@@ -478,17 +521,12 @@ int kart_backward(const Shape* shape, const Strided* dy, const Strided* q, const
           sum = sums + (slot[thread] + head - first[thread]) * rows * rank;
           std::fill(sum, sum + rows * rank, 0.0f);
         }
-        pack_panels(k->at(b, h), k->n, k->d, s.keys, s.width, w.panels);
-        pack_rows(k->at(b, h), k->n, k->d, s.keys, s.width, w.width, 1.0f, w.keys);
+        w.take_keys(k->at(b, h), k->n, k->d, s);
         std::fill(w.dk.data, w.dk.data + s.keys * w.width, 0.0f);
         for (long n = 0; n < s.queries; n += QUERIES) {
           const long queries = std::min<long>(QUERIES, s.queries - n);
-          const float* query = q->at(b, h) + n * q->n;
-          const float* outer = dy->at(b, h) + n * dy->n;
-          pack_lanes(query, q->n, q->d, queries, s.width, scale, w.query_lanes);
-          pack_rows(query, q->n, q->d, queries, s.width, w.width, scale, w.query_rows);
-          pack_lanes(outer, dy->n, dy->d, queries, s.rank, 1.0f, w.dy_lanes);
-          pack_rows(outer, dy->n, dy->d, queries, s.rank, w.rank, 1.0f, w.dy_rows);
+          w.take_queries(q->at(b, h) + n * q->n, q->n, q->d, queries, scale, s);
+          w.take_dy(dy->at(b, h) + n * dy->n, dy->n, dy->d, queries, s);
           std::fill(w.dq.data, w.dq.data + queries * w.width, 0.0f);
           const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + n * mask->n : nullptr;
           if (queries > W)
