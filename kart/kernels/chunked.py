@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kart.kernels.plain import wide
+from kart.kernels.plain import pullback, wide
 
 Features = Callable[[Tensor], Tensor]
 
@@ -184,8 +184,7 @@ class _Tile:
         else:
             include, exclude = fresh_keys()
             with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
-                _, pullback = torch.func.vjp(self.family.features, self.x)
-                (gradient,) = pullback(pulled.movedim(1, -1))
+                (gradient,) = pullback(self.family.features, self.x)(pulled.movedim(1, -1))
             if self.hidden is not None:
                 gradient = gradient.masked_fill(self.hidden, 0)
         return self.ungroup(gradient).flatten(0, 1)
@@ -288,8 +287,8 @@ def _slope(features: Features) -> Features:
 
     def slope(x: Tensor) -> Tensor:
         with torch.enable_grad():
-            value, pullback = torch.func.vjp(features, x)
-            _, second = torch.func.vjp(lambda u: pullback(u)[0], torch.zeros_like(value))
+            value, first = torch.func.vjp(features, x)[:2]
+            second = pullback(lambda u: first(u)[0], torch.zeros_like(value))
             return second(torch.ones_like(x))[0]
 
     return slope
@@ -316,8 +315,8 @@ def _samples(x: Tensor | None, batch: int) -> list[Any]:
 
 def tangent(
     family: Family,
-    primals: tuple[Tensor, Tensor, Tensor],
-    tangents: tuple[Tensor, Tensor, Tensor],
+    primals: tuple[Tensor, ...],
+    tangents: tuple[Tensor, ...],
     mask: Tensor | None,
     scale: float,
 ) -> Tensor:
@@ -345,8 +344,8 @@ def tangent(
 
 def backward_tangent(
     family: Family,
-    primals: tuple[Tensor, Tensor, Tensor, Tensor],
-    tangents: tuple[Tensor, Tensor, Tensor, Tensor],
+    primals: tuple[Tensor, ...],
+    tangents: tuple[Tensor, ...],
     mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -389,5 +388,5 @@ def backward_tangent(
     return (
         torch.stack(dq).to(q.dtype),
         torch.stack(dk).to(k.dtype),
-        (torch.stack(dcoefs) if own else sum(dcoefs[1:], dcoefs[0])[None]).to(coefs.dtype),
+        (torch.stack(dcoefs) if own else functools.reduce(torch.add, dcoefs)[None]).to(coefs.dtype),
     )

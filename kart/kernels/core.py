@@ -9,7 +9,10 @@ is silently zero in forward mode.
 """
 
 import contextlib
+import functools
+import importlib.util
 import math
+import os
 import sys
 import uuid
 import weakref
@@ -18,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]  # its one home; no stubs
 from torch.autograd import Function, forward_ad
 
 from kart.kernels import chunked, cpp, plain
@@ -108,35 +112,71 @@ _pin._dynamo_marked_constant = True  # type: ignore[attr-defined]
 # --- the raw operations ---------------------------------------------------------------------------
 
 
-def _triton() -> Any:
-    try:
-        from kart.kernels import triton
-    except ImportError:
-        return None
-    return triton
+class _Triton:
+    """The Triton engine as a module like `chunked`: it knows families of its own by name."""
+
+    @staticmethod
+    def _engine() -> Any:
+        return importlib.import_module("kart.kernels.triton")
+
+    @classmethod
+    @functools.cache
+    def status(cls) -> str:
+        """ "ready", or why the engine does not run here."""
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            return "no CUDA device"
+        return "ready"
+
+    @classmethod
+    def refuses(
+        cls, family: Family, q: Tensor, k: Tensor, coefs: Tensor, mask: Tensor | None
+    ) -> str:
+        if cls.status() != "ready":
+            return cls.status()
+        engine = cls._engine()
+        known = engine.family(family.basis)
+        if known is None or (known.name == "fourier" and family.grid is None):
+            return f"the Triton engine has no kernel for {family.basis.family} features"
+        if q.shape[-1] > 128:
+            return "the Triton engine computes head widths up to 128"
+        if q.dtype not in engine.DTYPES or coefs.dtype not in engine.DTYPES:
+            return "the Triton engine computes in float32, bfloat16 and float16 alone"
+        if 0 in q.shape:
+            return "the batch is empty"
+        return ""
+
+    @classmethod
+    def forward(cls, family: Family, q, k, coefs, mask, scale) -> Tensor:
+        engine = cls._engine()
+        return engine.forward(q, k, coefs, mask, scale, engine.family(family.basis))
+
+    @classmethod
+    def backward(cls, family: Family, dy, q, k, coefs, mask, scale):
+        engine = cls._engine()
+        return engine.backward(dy, q, k, coefs, mask, scale, engine.family(family.basis))
 
 
 def choose(
     engine: str, family: Family, q: Tensor, k: Tensor, coefs: Tensor, mask: Tensor | None
 ) -> tuple[Any, str]:
-    """The module that runs the raw operations on these tensors, and the reason against others."""
-    reason = ""
-    if engine in ("auto", "cpp") and q.device.type == "cpu":
-        reason = cpp.refuses(family, q, k, coefs, mask)
-        if not reason:
-            return cpp, ""
-        if engine == "cpp":
-            return None, reason
-    if engine in ("auto", "triton") and (q.device.type == "cuda" or engine == "triton"):
-        triton = _triton()
-        reason = triton.refuses(family, q, k, coefs, mask) if triton else "triton is not installed"
-        if not reason:
-            return triton, ""
-        if engine == "triton":
-            return None, reason
-    if engine == "cpp":
-        return None, f"the C++ engine runs on the CPU, not on {q.device.type}"
-    return chunked, reason
+    """The engine that runs the raw operations on these tensors, None if the one that was asked for
+    cannot, and why another was not taken.
+    """
+    device = q.device.type
+    compiled = {"cpu": ("cpp", cpp), "cuda": ("triton", _Triton)}
+    name, module = compiled.get(device, ("", None))
+    if engine == "triton":  # its interpreter runs on the CPU
+        name, module = "triton", _Triton
+    if engine == "torch" or (engine == "auto" and module is None):
+        return chunked, ""
+    if engine not in ("auto", name):
+        return None, f"it does not run on {device} tensors"
+    reason = module.refuses(family, q, k, coefs, mask)
+    if not reason:
+        return module, ""
+    return (chunked if engine == "auto" else None), reason
 
 
 def _run(engine: str, family: Family, q: Tensor, k: Tensor, coefs: Tensor, mask: Tensor | None):
@@ -227,10 +267,10 @@ class _Fold:
     def mask(self, mask: Tensor | None, dim: int | None, shape: Sequence[int]) -> Tensor | None:
         if mask is None or (dim is None and mask.shape[self.axis] == 1):
             return mask
-        mask = front(mask, dim, self.members)
-        sizes = list(mask.shape)
+        mapped = front(mask, dim, self.members)
+        sizes = list(mapped.shape)
         sizes[self.axis + 1] = shape[self.axis]
-        return mask.expand(sizes).movedim(0, self.axis).flatten(self.axis, self.axis + 1)
+        return mapped.expand(sizes).movedim(0, self.axis).flatten(self.axis, self.axis + 1)
 
     def out(self, x: Tensor) -> Tensor:
         return x.unflatten(self.axis, (self.members, -1 if x.shape[self.axis] else 0))
@@ -247,18 +287,18 @@ def _logical(x: Tensor, dim: int | None) -> list[int]:
 
 
 def _levels(kind: Any) -> int:
-    return sum(level.key() == kind for level in torch._C._functorch.get_interpreter_stack() or [])
+    return sum(level.key() == kind for level in _functorch.get_interpreter_stack() or [])
 
 
 def forward_levels() -> int:
     """Number of forward-mode levels that are running: `torch.func.jvp` and dual levels."""
-    levels = _levels(torch._C._functorch.TransformType.Jvp)
+    levels = _levels(_functorch.TransformType.Jvp)
     return max(levels, int(forward_ad._current_level >= 0))
 
 
 def grad_levels() -> int:
     """Number of `torch.func.grad` levels that are running."""
-    return _levels(torch._C._functorch.TransformType.Grad)
+    return _levels(_functorch.TransformType.Grad)
 
 
 def _zeros(tangents: Sequence[Tensor | None], primals: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -291,11 +331,10 @@ class _Forward(Function):
         q, k, coefs, mask = ctx.saved_tensors
         if forward_levels() > 1:
             # torch loses the tangents of a Function under two forward levels (pytorch#197867)
-            _, pullback = torch.func.vjp(
+            gradients = plain.pullback(
                 lambda q, k, coefs: _plain(ctx.handle.family, q, k, coefs, mask, ctx.scale),
                 *(q, k, coefs),
-            )
-            gradients = pullback(dy)
+            )(dy)
         else:
             gradients = _Backward.apply(ctx.handle, ctx.engine, ctx.scale, dy, q, k, coefs, mask)
         return None, None, None, *gradients, None
@@ -492,6 +531,14 @@ def broadcast_leading(function: str, **shapes: Sequence[int]) -> tuple[int, ...]
         ) from None
 
 
+def flat_mask(mask: Tensor, lead: Sequence[int]) -> Tensor:
+    """A mask as `(B or 1, H or 1, N or 1, M or 1)`, B the product of the axes before the heads."""
+    mask = mask.reshape((1,) * (len(lead) + 3 - mask.dim()) + mask.shape)
+    if any(size != 1 for size in mask.shape[: len(lead)]):
+        mask = mask.expand(*lead, *mask.shape[len(lead) :])
+    return mask.reshape(-1, *mask.shape[len(lead) :])
+
+
 def contract(
     basis: Any,
     coefs: Tensor,
@@ -532,25 +579,25 @@ def contract(
             "Use `contract_units`."
         )
     check("contract", q, k, mask, scale, coefs=coefs)
-    name, width = _pin(basis) if torch.compiler.is_compiling() else (None, None)
-    handle = None
-    if name is None:
+    if torch.compiler.is_compiling():
+        name, width = _pin(basis)
+    else:
         handle = handle_of(basis)  # held until the Function holds it
         name, width = handle.name, handle.family.width
     if coefs.dim() < 4 or coefs.shape[-2:] != (k.shape[-2], width) or 0 in coefs.shape[-4:-2]:
         raise ValueError(
-            f"`contract` needs `coefs` (..., H, r, {k.shape[-2]}, {width}) with r >= 1, for the keys "
-            f"of `k` and the features of {basis.family}, got {tuple(coefs.shape)}. "
+            f"`contract` needs `coefs` (..., H, r, {k.shape[-2]}, {width}) with r >= 1, for the "
+            f"keys of `k` and the features of {basis.family}, got {tuple(coefs.shape)}. "
             "Call `init` of the operator for this number of keys."
         )
     mask_lead = () if mask is None else mask.shape[:-2]
     *lead, heads = broadcast_leading(
         "contract", q=q.shape[:-2], k=k.shape[:-2], coefs=coefs.shape[:-3], mask=mask_lead
     )
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if engine == "plain":
         with no_autocast(q):
-            return plain.contract(basis, coefs, q, k, mask, scale)
+            return plain.contract(basis, coefs, q, k, mask, factor)
 
     rows, keys, units = q.shape[-2], k.shape[-2], coefs.shape[-3]
     q = q.expand(*lead, heads, *q.shape[-2:])
@@ -560,18 +607,13 @@ def contract(
     own = [i for i in range(len(lead)) if coefs.shape[i] > 1]
     shared = [i for i in range(len(lead)) if coefs.shape[i] == 1]
     count = len(lead)
-    if mask is not None:
-        mask = mask.reshape((1,) * (count + 3 - mask.dim()) + mask.shape)
     if math.prod([lead[i] for i in shared]) == 1 or not own:
         batch = math.prod(lead)
         q, k = (x.reshape(batch, heads, *x.shape[-2:]) for x in (q, k))
         coefs = coefs.expand(*coefs.shape[:count], heads, units, keys, width)
         coefs = coefs.reshape(-1, heads, units, keys, width)
-        if mask is not None:
-            if any(size != 1 for size in mask.shape[:count]):
-                mask = mask.expand(*lead, *mask.shape[count:])
-            mask = mask.reshape(-1, *mask.shape[count:])
-        y = _apply(name, engine, scale, q, k, coefs, mask)
+        mask = None if mask is None else flat_mask(mask, lead)
+        y = _apply(name, engine, factor, q, k, coefs, mask)
         return y.reshape(*lead, heads, rows, units)
     # coefficients of their own for some leading axes and not for others: those become heads
     order = [*shared, *own]
@@ -587,16 +629,15 @@ def contract(
     coefs = coefs.reshape(1, group * heads, units, keys, width)
     if mask is not None:
         mask = fold(mask.expand(*lead, heads, *mask.shape[-2:]))
-    y = _apply(name, engine, scale, fold(q), fold(k), coefs, mask)
+    y = _apply(name, engine, factor, fold(q), fold(k), coefs, mask)
     y = y.reshape(*(lead[i] for i in order), heads, rows, units)
     return y.permute(*(order.index(i) for i in range(count)), count, count + 1, count + 2)
 
 
 def engines() -> dict[str, str]:
-    """Each engine of `contract` and whether it can run here: "ready", or why not."""
-    triton = _triton()
-    return {
-        "torch": "ready",
-        "cpp": cpp.status(),
-        "triton": triton.status() if triton else "triton is not installed",
-    }
+    """Each engine of `contract` and whether it can run here: "ready", or why not.
+
+    `engine="auto"` takes "triton" on CUDA and "cpp" on the CPU where they are ready and know the
+    basis and dtype, and "torch" otherwise.
+    """
+    return {"torch": "ready", "cpp": cpp.status(), "triton": _Triton.status()}

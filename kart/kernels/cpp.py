@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -73,7 +74,9 @@ def _build(grid: int) -> ctypes.CDLL:
         raise RuntimeError("no C++ compiler (g++ or c++) was found")
     flags = (*FLAGS, f"-DGRID={grid}")
     key = hashlib.sha256(
-        "\n".join((SOURCE.read_text(), *flags, compiler, _processor(), platform.platform())).encode()
+        "\n".join(
+            (SOURCE.read_text(), *flags, compiler, _processor(), platform.platform())
+        ).encode()
     ).hexdigest()[:16]
     path = _cache() / f"fourier-{grid}-{key}.so"
     if not path.exists():
@@ -91,7 +94,7 @@ def _build(grid: int) -> ctypes.CDLL:
 
 
 def _check(library: ctypes.CDLL, grid: int) -> None:
-    """RuntimeError unless the kernel agrees with the chunked engine, on odd sizes, strides, masks."""
+    """RuntimeError unless the kernel agrees with the chunked engine: odd sizes, strides, masks."""
     generator = torch.Generator().manual_seed(0)
     size = 2 * grid
 
@@ -173,7 +176,7 @@ def _expanded(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     return None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
 
 
-def _call(function: ctypes._CFuncPtr, *arguments: object) -> None:
+def _call(function: Callable[..., int], *arguments: object) -> None:
     if function(*arguments):
         raise MemoryError("the C++ engine of `contract` could not allocate its buffers.")
 

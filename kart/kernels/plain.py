@@ -4,6 +4,7 @@ Half types are computed in float32 and cast back once. Every function here is or
 any transform of any order may be taken through it; the price is the N x M x K memory.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,11 @@ from torch import Tensor
 def wide(x: Tensor) -> Tensor:
     """`x` in float32 where it is narrower: 8 or 11 bits are too few for scores and sums."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def pullback(fn: Callable[..., Any], *primals: Tensor) -> Callable[..., tuple[Tensor, ...]]:
+    """The map from a cotangent of `fn(*primals)` to cotangents of `primals`."""
+    return torch.func.vjp(fn, *primals)[1]
 
 
 def scores(q: Tensor, k: Tensor, scale: float | None) -> Tensor:

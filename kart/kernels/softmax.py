@@ -6,6 +6,7 @@ the derivatives beyond the first.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from kart.kernels import plain
 from kart.kernels.core import (
     broadcast_leading,
     check,
+    flat_mask,
     forward_levels,
     front,
     grad_levels,
@@ -27,16 +29,14 @@ _FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
 def _bias(mask: Tensor | None, like: Tensor, rows: int, keys: int) -> Tensor | None:
     if mask is None:
         return None
-    zeros = torch.zeros(mask.shape, dtype=like.dtype, device=like.device)
-    return zeros.masked_fill(~mask, -math.inf).expand(*mask.shape[:2], rows, keys)
+    zeros = torch.zeros_like(mask, dtype=like.dtype)
+    return zeros.masked_fill(~mask, -math.inf).expand(-1, -1, rows, keys)
 
 
 def _gradients(q, k, v, mask, scale, dout):
     """The plain expression's gradients, to be differentiated further."""
-    _, pullback = torch.func.vjp(
-        lambda q, k, v: plain.softmax_attention(q, k, v, mask, scale), q, k, v
-    )
-    return pullback(dout)
+    fn = partial(plain.softmax_attention, mask=mask, scale=scale)
+    return plain.pullback(fn, q, k, v)(dout)
 
 
 def _fold(members: int, x: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
@@ -104,10 +104,10 @@ class _FlashBackward(Function):
     def backward(ctx, *cotangents):
         dout, q, k, v, mask = ctx.saved_tensors
         # out and logsumexp are functions of q, k and v: their share is in those gradients
-        _, pullback = torch.func.vjp(
+        pulled = plain.pullback(
             lambda dout, q, k, v: _gradients(q, k, v, mask, ctx.scale, dout), dout, q, k, v
-        )
-        return None, *pullback(cotangents), None, None, None
+        )(cotangents)
+        return None, *pulled, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, scale, dout, q, k, v, mask, out, logsumexp):
@@ -130,7 +130,7 @@ def _apply(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     # asked of plain tensors of these sizes: the question has no rule of its own under vmap
     samples = [torch.empty(1, 1, *x.shape[-2:], dtype=x.dtype, device=x.device) for x in (q, k, v)]
-    backend = torch._fused_sdp_choice(*samples, None, 0.0, False, scale=scale)
+    backend = torch.ops.aten._fused_sdp_choice(*samples, None, 0.0, False, scale=scale)
     if backend != _FLASH:
         return plain.softmax_attention(q, k, v, mask, scale)
     return _Flash.apply(scale, q, k, v, mask)[0]
@@ -159,7 +159,7 @@ def softmax_attention(
             f"`softmax_attention` needs `v` (..., H, {k.shape[-2]}, e) in {q.dtype}, for the keys "
             f"of `k`, got {tuple(v.shape)} in {v.dtype}. Project v from the same tokens as k."
         )
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     *lead, heads = broadcast_leading(
         "softmax_attention",
         q=q.shape[:-2],
@@ -172,10 +172,7 @@ def softmax_attention(
     q, k, v = (x.reshape(batch, heads, *x.shape[-2:]) for x in (q, k, v))
     some = None
     if mask is not None:
-        mask = mask.reshape((1,) * (len(lead) + 3 - mask.dim()) + mask.shape)
-        if any(size != 1 for size in mask.shape[: len(lead)]):
-            mask = mask.expand(*lead, *mask.shape[len(lead) :])
-        mask = mask.reshape(-1, *mask.shape[len(lead) :]).expand(-1, -1, -1, k.shape[-2])
+        mask = flat_mask(mask, lead).expand(-1, -1, -1, k.shape[-2])
         # fused kernels differ in what a row of nothing is: it attends to all, then becomes zero
         some = mask.any(-1, keepdim=True)
         mask = mask | ~some
@@ -183,7 +180,7 @@ def softmax_attention(
         _keep_whole()
     out = v.new_zeros(0, heads, rows, v.shape[-1])
     if batch:
-        out = _apply(q, k, v, mask, scale)
+        out = _apply(q, k, v, mask, factor)
     if some is not None:
         out = torch.where(some, out, 0)
     return out.reshape(*lead, heads, rows, v.shape[-1])

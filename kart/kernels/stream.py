@@ -18,6 +18,7 @@ from kart.kernels.core import (
     broadcast_leading,
     check,
     check_mask,
+    flat_mask,
     forward_levels,
     no_autocast,
 )
@@ -53,7 +54,7 @@ class _Recompute(Function):
             with no_autocast(gradient):
                 return ctx.fn(*inputs)
 
-        _, pullback = torch.func.vjp(fn, *(tensors[i] for i in learned))
+        pullback = plain.pullback(fn, *(tensors[i] for i in learned))
         gradients: list[Tensor | None] = [None] * len(tensors)
         for i, value in zip(learned, pullback(gradient), strict=True):
             gradients[i] = value
@@ -91,7 +92,8 @@ def contract_units(
     Raises:
         ValueError: names the argument that does not fit.
     """
-    check("contract_units", q, k, mask, scale, **{f"units[{n!r}]": x for n, x in units.items()})
+    named = {f"units[{name!r}]": leaf for name, leaf in units.items()}
+    check("contract_units", q, k, mask, scale, ("q", "k"), **named)
     keys = k.shape[-2]
     shapes = {name: tuple(leaf.shape) for name, leaf in units.items()}
     ranks = {shape[1:2] for shape in shapes.values()}
@@ -114,10 +116,7 @@ def contract_units(
     if mask is None:
         masks: list[Tensor | None] = [None] * -(-batch // step)
     else:
-        mask = mask.reshape((1,) * (len(lead) + 3 - mask.dim()) + mask.shape)
-        if any(size != 1 for size in mask.shape[: len(lead)]):
-            mask = mask.expand(*lead, *mask.shape[len(lead) :])
-        mask = mask.reshape(-1, *mask.shape[len(lead) :])
+        mask = flat_mask(mask, lead)
         masks = [mask] * -(-batch // step) if mask.shape[0] == 1 else list(mask.split(step))
 
     def one(q: Tensor, k: Tensor, mask: Tensor | None, *leaves: Tensor) -> Tensor:
@@ -154,7 +153,7 @@ def mix_values(y: Tensor, mix: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     Raises:
         ValueError: names the argument that does not fit.
     """
-    check("mix_values", y, mix, None, None, v=v, names=("y", "mix"))
+    check("mix_values", y, mix, None, None, ("y", "mix"), v=v)
     if mix.shape[-2] != v.shape[-2]:
         raise ValueError(
             f"`mix_values` needs `mix` (..., M, r) and `v` (..., M, d) with the same keys, got "
