@@ -1,9 +1,9 @@
-"""What a configuration costs before it is trained: parameters, FLOPs, memory for the backward.
+"""What a configuration costs before it is trained: parameters, FLOPs, memory kept for the backward.
 
-Counts follow the paper's convention (Table 13): "FLOPs" are multiply-accumulates of matrix
-products, plus 5 N D a layer norm and 3 N^2 a head for softmax. For Fourier units they are those that
-reproduce its column, 3G + 1 a pair of unit and score: 2G products with the coefficients, G for the
-harmonics, 1 for W.
+Counts follow the paper's convention (Table 13): "FLOPs" are multiply-accumulates of the matrix
+products, plus 5 N D a layer norm and 3 N^2 a head for softmax. For Fourier units they are those
+that reproduce its column, 3G + 1 a pair of unit and score: 2G products with the coefficients, G for
+the harmonics, 1 for W.
 """
 
 from collections.abc import Callable
@@ -129,39 +129,6 @@ def streamed_flops(op: Operator, heads: int, tokens: int, width: int) -> int:
     return heads * (streamed + (2 * square * width if op.options["base"] else 0))
 
 
-def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_each: int = 4) -> int:
-    """Bytes that a training step keeps from the forward for the backward.
-
-    Counted per block, in floats of N D an image: the inputs of both norms (2) and of the four
-    linear layers (1 + 1 + 1 + 4), q, k and v (3), the GELU's input (4), and the head outputs (1);
-    then the operator's own. `form` "streamed" is kart's `attend`: softmax keeps a row sum a query,
-    KArAt its hidden values, N r. "naive" is the least that the materialised form of the paper
-    keeps: scores, features and weights, N^2 (K + 2) a head; softmax's N^2.
-    """
-    if form not in ("streamed", "naive"):
-        raise ValueError(
-            f'`activation_memory` needs `form` "streamed" or "naive", got {form!r}. Choose one.'
-        )
-    c = model.config
-    n, heads = c.tokens, c.num_heads
-    ratio = int(c.embed_dim * c.mlp_ratio) / c.embed_dim
-    common = n * c.embed_dim * (9 + 2 * ratio)
-    total = 0.0
-    for op in model.operators:
-        square = n * n * heads
-        if form == "naive":
-            own = square * ((op.basis.size if op.basis else 0) + (2 if op.basis else 1))
-        elif op.options["kind"] == "softmax":
-            own = n * heads
-        elif op.options["kind"] in ("sparsemax", "hybrid") or op.options.get("project"):
-            own = 2 * square
-        else:
-            own = n * heads * op.options.get("rank", 0)
-        total += common + own
-    images = (n - 1) * c.in_channels * c.patch_size**2
-    return int(batch * (total + images + n * c.embed_dim) * bytes_each)
-
-
 def kept_bytes(call: Callable[[], Any]) -> int:
     """Bytes of distinct storages that `call` saves for its backward, parameters included."""
     storages: dict[int, int] = {}
@@ -175,6 +142,63 @@ def kept_bytes(call: Callable[[], Any]) -> int:
         held = call()  # held, so that no storage is freed and its address used again
     del held
     return sum(storages.values())
+
+
+def _kept_by_heads(op: Operator, heads: int, tokens: int, width: int, form: str) -> tuple[int, int]:
+    """Bytes that `heads` keep from q, k and v (included) to their output: an image, and once."""
+    generator = Generator().manual_seed(0)
+    params = tree.map(lambda x: x.requires_grad_(), op.init(generator, heads, tokens))
+    own = 4 * tree.size(params)
+
+    def kept(images: int) -> int:
+        # all three in one storage, as the projection to them leaves them
+        qkv = torch.randn(images, tokens, 3, heads, width, generator=generator, requires_grad=True)
+
+        def attend() -> Tensor:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            if form == "streamed":
+                return op.attend(params, q, k, v)
+            return op.weights(params, q @ k.mT * width**-0.5) @ v
+
+        return kept_bytes(attend)
+
+    # from two images on, for what is repeated along a batch
+    two, three = kept(2), kept(3)
+    return three - two, max(0, 3 * two - 2 * three - own)
+
+
+def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_each: int = 4) -> int:
+    """Bytes that a training step keeps from the forward for the backward.
+
+    Counted per block, in floats of N D an image: the inputs of both norms (2) and of the four
+    linear layers (1 + 1 + 1 + 4), and the GELU's input (4). From q, k and v (3) to the output of
+    the heads the operator is asked: `kept_bytes` of two heads on two and three random images, at
+    the model's N and d. `form` "streamed" is kart's `attend`: KArAt keeps q, k, v, its hidden
+    values (N r a head), W^T V and the batch's copies of W. "naive" is the materialised form of the
+    paper: for KArAt scores, features, what their derivatives need and weights, each N^2 a head; for
+    softmax the weights.
+    """
+    if form not in ("streamed", "naive"):
+        raise ValueError(
+            f'`activation_memory` needs `form` "streamed" or "naive", got {form!r}. Choose one.'
+        )
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"`activation_memory` needs an integer `batch` >= 1, got {batch!r}.")
+    c = model.config
+    n, hidden = c.tokens, int(c.embed_dim * c.mlp_ratio)
+    block = n * (5 * c.embed_dim + 2 * hidden)
+    images = (n - 1) * c.in_channels * c.patch_size**2
+    floats = float(batch * (c.depth * block + images + n * c.embed_dim))
+    known: dict[tuple[int, int], tuple[int, int]] = {}
+    for operator in model.operators:
+        hybrid = operator.options.get("kind") == "hybrid"
+        for op, count in operator.options["groups"] if hybrid else [(operator, c.num_heads)]:
+            few = min(2, count)  # a single head is laid out otherwise
+            if (id(op), few) not in known:
+                known[id(op), few] = _kept_by_heads(op, few, n, c.embed_dim // c.num_heads, form)
+            each, once = known[id(op), few]
+            floats += count / few * (batch * each + once) / 4
+    return int(floats * bytes_each)
 
 
 # paper, Tables 1, 13 and 18: total and operator parameters (millions), activation and total GFLOPs,

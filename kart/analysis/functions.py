@@ -1,81 +1,194 @@
-"""The functions that heads have learned: units phi_pq, and a key's weight by its own score."""
+"""The functions that the heads of a learnable operator learned (paper, eq. 1, 2 and 5)."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kart.operators import Operator, Params
+from kart.analysis import figures
+from kart.bases import Params
+from kart.operators import Operator
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
-
-def _check(function: str, operator: Operator, params: Params) -> None:
-    if operator.options.get("kind") != "low_rank" or "units" not in params:
+def _units(operator: Operator, params: Params) -> Params:
+    if operator.basis is None:
         raise ValueError(
-            f"`{function}` needs a low-rank operator and its parameters, got {operator.name!r} "
-            f"with {sorted(params)}. Pass params['blocks']['0']['operator'] of a KArAt model."
+            f"`curves` needs an operator with learnable units, got {operator.name!r}. "
+            "A fixed function is the same in every head."
         )
+    found = params.get("units", params.get("first"))
+    if found is None:
+        raise ValueError(
+            f"`curves` needs the parameters of one operator, `units` or `first` among them, got "
+            f'{sorted(params)}. Pass those of a block, params["blocks"]["0"]["operator"], or '
+            'params["operator"] with universal sharing.'
+        )
+    return found
 
 
 def curves(operator: Operator, params: Params, x: Tensor) -> Tensor:
-    """The units phi_pm of a low-rank operator at `x (X,)`, `(H, r, M, X)`."""
-    _check("curves", operator, params)
-    basis = operator.basis
-    assert basis is not None
-    lifted = {name: leaf.unsqueeze(3) for name, leaf in params["units"].items()}
-    if basis.coefficients is None:
-        return basis.apply(lifted, x)
-    return basis.apply({name: leaf.to(x.dtype) for name, leaf in lifted.items()}, x)
+    """`phi(x)` of every unit: `x (X)` to `(H, P, M, X)`.
 
-
-def response(operator: Operator, params: Params, x: Tensor) -> Tensor:
-    """The part of a key's weight that its own score `x (X,)` decides, `(H, M, X)`.
-
-    For key m of a low-rank operator that is sum_p W[m, p] phi_pm(x), the diagonal of d weight /
-    d score before any projection; the other keys' scores add a constant. Softmax has exp here.
+    P and M are the axes of the operator's units: rank and keys for `low_rank` and for the first
+    stage of `two_stage`, keys and keys for `full_rank`, keys and rank for `project_first`. Of
+    hybrid heads pass one group, see `learned_groups`.
     """
-    values = curves(operator, params, x)
-    return torch.einsum("hmp,hpmx->hmx", params["mix"].to(values.dtype), values)
+    if x.dim() != 1 or not x.dtype.is_floating_point:
+        raise ValueError(
+            f"`curves` needs floating-point `x` with one axis, got {x.dtype} of shape "
+            f"{tuple(x.shape)}. Pass for example torch.linspace(-4, 4, 101)."
+        )
+    units = _units(operator, params)
+    assert operator.basis is not None
+    with torch.no_grad():
+        return operator.basis.apply(units, x[:, None, None, None]).movedim(0, -1)
 
 
-def quantiles(values: Tensor, at: tuple[float, ...] = (0.1, 0.5, 0.9)) -> Tensor:
-    """Quantiles over the keys of `(H, M, X)`, `(len(at), H, X)`."""
-    return values.quantile(torch.tensor(at, dtype=values.dtype), dim=1)
+def key_means(values: Tensor) -> Tensor:
+    """Means over keys, `(H, P, M, X)` to `(H, P, X)`: hidden value p, over M, of a row of scores
+    that are all x.
+    """
+    return values.mean(-2)
 
 
-def plot(operator: Operator, params: Params, span: float = 6.0, title: str = "") -> "Figure":
-    """A figure with a panel per head: each key's own response, centred, and their middle.
+def unit_quantiles(values: Tensor, levels: tuple[float, ...] = (0.05, 0.5, 0.95)) -> Tensor:
+    """Quantiles over a head's units, `(H, P, M, X)` to `(levels, H, X)`."""
+    return values.flatten(1, 2).quantile(values.new_tensor(levels), dim=1)
+
+
+def strongest(values: Tensor, params: Params, count: int = 4) -> Tensor:
+    """Indices `(H, count)`, into the flattened (P, M), of the units that move the weights most.
+
+    That is the root mean square over x, for `low_rank` times the norm of the unit's column of W.
+    """
+    size = values.square().mean(-1).sqrt()  # (H, P, M)
+    mix = params.get("mix")
+    if mix is not None and mix.shape[-1] == size.shape[1] and mix.shape[-2] == size.shape[2]:
+        size = size * mix.detach().norm(dim=-2)[..., None]
+    size = size.flatten(1)
+    if not 1 <= count <= size.shape[1]:
+        raise ValueError(
+            f"`strongest` needs 1 <= `count` <= {size.shape[1]} units a head, got {count}. "
+            "Ask for fewer."
+        )
+    return size.topk(count, dim=-1).indices
+
+
+class Group(NamedTuple):
+    """Heads with the same learnable operator: the first of them, the operator, its parameters."""
+
+    first: int
+    operator: Operator
+    params: Params
+
+
+def learned_groups(operator: Operator, params: Params) -> Iterator[Group]:
+    """The groups of heads that learn functions: one, unless the heads are hybrid; none if fixed."""
+    if operator.options.get("kind") != "hybrid":
+        if operator.basis is not None:
+            yield Group(0, operator, params)
+        return
+    first = 0
+    for i, (op, count) in enumerate(operator.options["groups"]):
+        if op.basis is not None:
+            yield Group(first, op, params[str(i)])
+        first += count
+
+
+def score_range(scores: Tensor | None, operator: Operator, points: int = 121) -> Tensor:
+    """Where to look: 99 % of the `scores`, at least [-1, 1]; without any, one period or [-4, 4]."""
+    if scores is None:
+        period = operator.basis.traits.get("periodic") if operator.basis else None
+        half = period / 2 if period else 4.0
+    else:
+        some = scores.detach().flatten()
+        some = some[:: max(1, some.numel() // 100_000)].abs()  # `quantile` takes 16M at most
+        half = max(1.0, float(some.quantile(0.99)))
+    return torch.linspace(-half, half, points)
+
+
+def moved(values: Tensor, initial: Tensor) -> Tensor:
+    """How far training moved each head's units, `(H, P, M, X)` twice to `(H,)`: the root mean
+    square of the change over that of the initial functions.
+    """
+    change = (values - initial).square().flatten(1).mean(-1)
+    return (change / initial.square().flatten(1).mean(-1)).sqrt()
+
+
+def plot(
+    operator: Operator,
+    params: Params,
+    x: Tensor | None = None,
+    *,
+    scores: Tensor | None = None,
+    initial: Params | None = None,
+    count: int = 4,
+) -> Any:
+    """A matplotlib Figure, one panel a head: the strongest units as lines, over the band that 90 %
+    of its units fill.
 
     Args:
-        operator, params: a low-rank operator and its parameters in one block.
-        span: scores from -span to span.
-        title: over the figure.
+        operator, params: of one block.
+        x: where; default `score_range`.
+        scores: `(..., H, N, M)` of some images; where they lie is drawn below the curves.
+        initial: the parameters before training; the same units as they were then are dotted.
+        count: how many units are drawn as lines.
     """
-    from matplotlib.figure import Figure
+    groups = list(learned_groups(operator, params))
+    if not groups:
+        raise ValueError(
+            f"`plot` needs an operator with learnable units, got {operator.name!r}. "
+            "A fixed function is the same in every head."
+        )
+    starts = [None] * len(groups)
+    if initial is not None:
+        starts = [group.params for group in learned_groups(operator, initial)]
+    where = score_range(scores, groups[0].operator) if x is None else x
+    panels = []  # (head, lines, band, dotted)
+    for group, start in zip(groups, starts, strict=True):
+        values = curves(group.operator, group.params, where)
+        before = None if start is None else curves(group.operator, start, where)
+        chosen = strongest(values, group.params, min(count, values[0, ..., 0].numel()))
+        bands = unit_quantiles(values)
+        for h, units in enumerate(chosen):
+            lines = values[h].flatten(0, 1)[units]
+            dotted = None if before is None else before[h].flatten(0, 1)[units]
+            panels.append((group.first + h, lines, bands[::2, h], dotted))
+    columns = min(4, len(panels))
+    fig, axes = figures.grid(
+        -(-len(panels) // columns), columns, 1.9, 1.6, sharex=True, sharey=True
+    )
+    for ax, (head, lines, band, dotted) in zip(axes.flat, panels, strict=False):
+        parts = (None if part is None else part.cpu().numpy() for part in (lines, band, dotted))
+        _draw(ax, where.cpu().numpy(), *parts)
+        if scores is not None:
+            _silhouette(ax, where, scores[..., head, :, :])
+        ax.set_title(f"head {head + 1}", fontsize=8)
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    fig.supxlabel("score", fontsize=8, color=figures.INK)
+    fig.supylabel("φ(score)", fontsize=8, color=figures.INK)
+    return fig
 
-    x = torch.linspace(-span, span, 241)
-    with torch.no_grad():
-        values = response(operator, params, x).float()
-    values = values - values.mean(-1, keepdim=True)
-    low, middle, high = quantiles(values)
-    heads = values.shape[0]
-    figure = Figure(figsize=(2.6 * heads, 2.1), layout="constrained")
-    panels = figure.subplots(1, heads, sharey=True, squeeze=False)[0]
-    for head, axes in enumerate(panels):
-        # the class token's key and, evenly spaced, some others
-        chosen = range(0, values.shape[1], max(1, values.shape[1] // 8))
-        for key in chosen:
-            axes.plot(x, values[head, key], color="#2f6f8f", linewidth=0.7, alpha=0.55)
-        axes.fill_between(x, low[head], high[head], color="#2f6f8f", alpha=0.15, linewidth=0)
-        axes.plot(x, middle[head], color="#b3533b", linewidth=1.4)
-        axes.axhline(0, color="0.6", linewidth=0.5)
-        axes.set_title(f"head {head + 1}", fontsize=9)
-        axes.set_xlabel("score", fontsize=8)
-        axes.tick_params(labelsize=7)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("weight of a key\nby its own score", fontsize=8)
-    if title:
-        figure.suptitle(title, fontsize=10)
-    return figure
+
+def _draw(ax: Any, x: Any, lines: Any, band: Any, dotted: Any) -> None:
+    """One head into matplotlib axes; NumPy arrays, since matplotlib reads no tensors cleanly."""
+    ax.axhline(0, color=figures.QUIET, lw=0.5)
+    ax.fill_between(x, band[0], band[1], color=figures.QUIET, alpha=0.22, lw=0)
+    for i, line in enumerate(lines):
+        colour = figures.COLOURS[i % len(figures.COLOURS)]
+        if dotted is not None:
+            ax.plot(x, dotted[i], color=colour, lw=0.9, ls=(0, (1, 1.5)))
+        ax.plot(x, line, color=colour, lw=1.2)
+    ax.set_xlim(x[0], x[-1])
+
+
+def _silhouette(ax: Any, x: Tensor, scores: Tensor) -> None:
+    """Where `scores` lie, along the bottom of the axes."""
+    low, high = float(x[0]), float(x[-1])
+    counts = torch.histc(scores.detach().float(), 40, low, high)
+    heights = (0.2 * counts / counts.max().clamp(min=1)).cpu().numpy()
+    edges = torch.linspace(low, high, 41).numpy()
+    bottom = ax.get_xaxis_transform()
+    ax.stairs(heights, edges, transform=bottom, fill=True, color=figures.QUIET, alpha=0.5)
