@@ -61,3 +61,37 @@ def basis_suite(
     """
     suite = suites.basis(obj, name, traits, dtype)
     return core.pytest_suite(suite, expected_failures, max_examples)
+
+
+def check_operator(
+    obj: Any,
+    *,
+    expected_failures: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    max_examples: int | None = None,
+    only: Sequence[str] | None = None,
+    traits: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    heads: int | None = None,
+) -> list[Result]:
+    """As `check_basis`, for a row operator: anything with `init(generator, heads, tokens)`,
+    `weights(params, scores, mask)` and `attend(params, q, k, v, mask)`. `heads` fixes their number
+    where the operator works for one alone.
+    """
+    suite = suites.operator(obj, name, traits, dtype, heads)
+    return core.check(suite, expected_failures, max_examples, only)
+
+
+def operator_suite(
+    obj: Any,
+    *,
+    expected_failures: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    max_examples: int | None = None,
+    traits: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    heads: int | None = None,
+) -> Decorator:
+    """As `basis_suite`, for what `check_operator` takes."""
+    suite = suites.operator(obj, name, traits, dtype, heads)
+    return core.pytest_suite(suite, expected_failures, max_examples)

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Generator, Tensor
 
+from kart import tree
+
 # rounding errors that a right evaluation may gather, in units of eps times the condition
 ROUNDINGS = 16
 
@@ -79,8 +81,6 @@ def generator(seed: int) -> Generator:
 
 def jittered(params: Any, theta: Theta) -> Any:
     """`params` moved off their initialisation, as training would."""
-    from kart import tree
-
     if not theta.jitter:
         return params
     source = generator(theta.seed + 1)
@@ -136,3 +136,20 @@ def slack(f: Callable[[Tensor], Tensor], x: Tensor, reach: float = 1.0) -> Tenso
     around = f(x.double() + shifts.view(-1, *[1] * x.dim()) * radius)
     swing = (around - around[0]).abs().amax(0)
     return swing + unit(x.dtype) * around[0].abs()
+
+
+def spread(f: Callable[..., Tensor], args: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+    """How far rounding in `dtype` may carry `f(*args)`, like its result: four times the largest
+    change over six relative shakes of all arguments by a few eps, and a few eps of the largest
+    value. Measured in float64, so that it needs no knowledge of f.
+    """
+    exact = tree.map(lambda x: x.double(), args)
+    source = generator(0)
+
+    def shaken(x: Tensor) -> Tensor:
+        sign = torch.randint(0, 2, x.shape, generator=source).double() * 2 - 1
+        return x * (1 + unit(dtype) * sign)
+
+    value = f(*exact)
+    swing = [(f(*tree.map(shaken, exact)) - value).abs() for _ in range(6)]
+    return 4 * torch.stack(swing).amax(0) + unit(dtype) * value.abs().amax()

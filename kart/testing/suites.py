@@ -7,6 +7,7 @@ import torch
 
 from kart.testing import basis as basis_properties
 from kart.testing import draw, families
+from kart.testing import operator as operator_properties
 from kart.testing.core import Suite, title
 
 
@@ -47,5 +48,30 @@ def basis(
         subject,
         declared,
         (*basis_properties.EVERYONE, *basis_properties.TRAITS, *families.OF.get(family, ())),
+        lambda trait, value: subject._replace(traits={**declared, trait: value}),
+    )
+
+
+def operator(
+    obj: Any,
+    name: str | None,
+    traits: Mapping[str, Any] | None,
+    dtype: torch.dtype | None,
+    heads: int | None,
+) -> Suite:
+    """The suite of a row operator: any object with `init`, `weights` and `attend`."""
+    advice = "`kart.operators.low_rank` makes one from a basis."
+    _require("operator_suite", obj, ("init", "weights", "attend"), advice)
+    declared = {**operator_properties.traits_of(obj), **(traits or {})}
+    groups = (getattr(obj, "options", None) or {}).get("groups")
+    if heads is None and groups:
+        heads = sum(count for _, count in groups)
+    subject = operator_properties.Subject(obj, heads, declared, _dtypes(dtype))
+    return Suite(
+        "operator",
+        name or str(getattr(obj, "name", None) or type(obj).__name__),
+        subject,
+        declared,
+        (*operator_properties.EVERYONE, *operator_properties.TRAITS),
         lambda trait, value: subject._replace(traits={**declared, trait: value}),
     )
