@@ -315,14 +315,14 @@ BASES = {
         applied(lambda apply, params, x: apply(params, x) + 1e-3 * torch.rand(x.shape)),
         "deterministic",
     ),
-    "overflow": (plain(lambda x: torch.stack([x, x.exp()], -1)), "finite_in_value_and_gradient"),
+    "overflow": (plain(lambda x: torch.stack([x, x.exp()], -1)), "finite_with_derivatives"),
     "gradient NaN at zero": (
         plain(lambda x: torch.stack([x, (x * x).sqrt()], -1)),
-        "finite_in_value_and_gradient",
+        "finite_with_derivatives",
     ),
     "where around a division": (
         plain(lambda x: torch.where(x == 0, 1.0, x.sin() / x)[..., None], 1),
-        "finite_in_value_and_gradient",
+        "finite_with_derivatives",
     ),
     "NaN swallowed": (plain(lambda x: x.nan_to_num()[..., None], 1), "nan_stays_nan"),
     "branch on values": (applied(thresholded), "vmap_is_a_loop"),
@@ -352,7 +352,7 @@ BASES = {
         plain(lambda x: OnceDifferentiable.apply(x)[..., None], 1),
         "curvature_is_right",
     ),
-    "second derivative NaN at zero": (plain(own_sinc, 1), "curvature_is_right"),
+    "second derivative NaN at zero": (plain(own_sinc, 1), "finite_with_derivatives"),
     "no forward mode": (
         plain(lambda x: OnceDifferentiable.apply(x)[..., None], 1),
         "forward_meets_reverse",

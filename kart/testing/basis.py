@@ -14,7 +14,7 @@ from torch.func import grad, jvp, vjp, vmap
 
 from kart import bases, tree
 from kart.testing import draw
-from kart.testing.core import Property
+from kart.testing.core import Property, show
 from kart.testing.draw import Theta, agree, any_finite, reals, same, slack, unit
 
 Params = dict[str, Any]
@@ -323,30 +323,28 @@ def deterministic(
     same(again, first, "phi(x) asked again", "phi(x)")
 
 
-def finite_in_value_and_gradient(s: Subject, theta: Theta, x: list[float]) -> None:
-    """phi, phi' and the derivatives in theta are finite in float32 for abs(x) <= `finite`, 100
-    where it is not declared.
+def finite_with_derivatives(s: Subject, theta: Theta, x: list[float]) -> None:
+    """phi, phi', phi'' and d phi / d theta are finite in float32 for abs(x) <= `finite`, 100 where
+    it is not declared.
 
-    An overflow, a pole, 0/0 or sqrt at zero: one such score ends a training run. A NaN in the
-    gradient alone is mostly `torch.where` around a division.
+    An overflow, a pole, 0/0 or sqrt at zero: one such score ends a training run. A NaN in a
+    derivative alone is mostly `torch.where` around a division.
     """
     params, values = setting(s, theta, x, torch.float32)
 
     def total(params: Params, values: Tensor) -> Tensor:
         return s.basis.apply(params, values).sum()
 
-    y = s.basis.apply(params, values)
-    slopes = grad(total, (0, 1))(params, values)
-    found = {"phi(x)": y, "phi'(x)": slopes[1]}
-    found |= {f"d phi / d {name}": leaf for name, leaf in tree.named(slopes[0]).items()}
+    def slope(values: Tensor) -> Tensor:
+        return grad(total, 1)(params, values).sum()
+
+    first = grad(total, (0, 1))(params, values)
+    found = {"phi(x)": s.basis.apply(params, values), "phi'(x)": first[1]}
+    found |= {"phi''(x)": grad(slope)(values)}
+    found |= {f"d phi / d {name}": leaf for name, leaf in tree.named(first[0]).items()}
     for name, leaf in found.items():
         if not bool(leaf.isfinite().all()):
-            raise AssertionError(f"{name} is {draw_text(leaf)}")
-
-
-def draw_text(leaf: Tensor) -> str:
-    """A tensor in few words."""
-    return str(leaf.tolist()) if leaf.numel() <= 8 else f"not finite, shape {tuple(leaf.shape)}"
+            raise AssertionError(f"{name} is {show(leaf)}")
 
 
 def nan_stays_nan(s: Subject, theta: Theta, dtype: torch.dtype) -> None:
@@ -608,7 +606,7 @@ EVERYONE = (
     Property(inputs_untouched, PAIR),
     Property(global_state_untouched),
     Property(deterministic, {**PAIR, "other": rows(near)}),
-    Property(finite_in_value_and_gradient, {**THETA_X, "x": rows(within)}),
+    Property(finite_with_derivatives, {**THETA_X, "x": rows(within)}),
     Property(nan_stays_nan, {"theta": draw.thetas, "dtype": dtypes}),
     Property(vmap_is_a_loop, PAIR),
     Property(units_permute, {**PAIR, "x": rows(near, 2), "order": st.permutations(range(4))}),
