@@ -102,7 +102,7 @@ def normal(generator: Generator, shape: Sequence[int]) -> Tensor:
             f"`init` needs a `torch.Generator` on the CPU first, got {generator!r}. "
             "Draw with torch.Generator().manual_seed(seed), then move with tree.to(params, device)."
         )
-    return torch.randn(*shape, generator=generator)
+    return torch.randn(tuple(shape), generator=generator)
 
 
 def _assemble(
@@ -309,7 +309,7 @@ def fourier(
         base=base,
         scales=scales,
         options={"grid": grid},
-        traits={"periodic": 2 * math.pi, "bounded": 1.0, "smooth": math.inf}
+        traits={"periodic": 2 * math.pi, "zero_mean": True, "bounded": 1.0, "smooth": math.inf}
         | {"points": (0.0, math.pi / 2, math.pi, -math.pi, 2 * math.pi)},
     )
 
@@ -525,7 +525,7 @@ def rational(
         base,
         scales,
         {"numerator": numerator, "denominator": denominator, "init": init},
-        {"smooth": 0, "points": (0.0, 1.0, -1.0)},
+        {"smooth": 0, "amplitude": "numerator", "points": (0.0, 1.0, -1.0)},
     )
 
 
@@ -559,6 +559,7 @@ def _wavelet(
         return y if window is None else y * window(params["weight"])
 
     options = {**options, "init": init}
+    traits = {"amplitude": "weight", **traits}
     return _assemble(family, 3, draw, core, None, base, scales, options, traits)
 
 
@@ -574,6 +575,8 @@ def mexican_hat(
     factor = 2 / (math.pi**0.25 * math.sqrt(3)) * (1 if reading == "usual" else -1)
 
     def psi(t: Tensor) -> Tensor:
+        # (1 - t^2) overflows where the Gaussian is 0, and inf * 0 is NaN
+        t = t.clamp(-1e4, 1e4)
         return factor * (1 - t * t) * torch.exp(-0.5 * t * t)
 
     traits = {"parity": "even", "zero_mean": True, "smooth": math.inf, "bounded": abs(factor)}
@@ -629,14 +632,28 @@ def meyer(
 
     def psi(t: Tensor) -> Tensor:
         # beyond 1 everything is 0: holding t there keeps sin of huge arguments out
-        t = t.abs().clamp(max=1)
-        a = nu(t) if reading == "printed" else t
-        # m is one expression: nu(2a - 1) is 0 up to a = 1/2 and 1 from a = 1 on
-        return torch.sin(math.pi * t) * torch.cos(math.pi / 2 * nu(2 * a - 1))
+        rest = 1 - t.abs().clamp(max=1)
+        # nu(1 - a) = 1 - nu(a), so m(a) = sin(pi/2 nu(2 - 2a)) for every a >= 0, and 1 - a is known
+        # without cancellation: the digits of m hold to its zero
+        rest = nu(rest) if reading == "printed" else rest
+        return torch.sin(math.pi * t.abs().clamp(max=1)) * torch.sin(math.pi / 2 * nu(2 * rest))
 
     traits = {"parity": "even", "smooth": 0, "bounded": 1.0, "compact_support": (-1.0, 1.0)}
     traits |= {"points": (0.0, 0.5, -0.5, 1.0, -1.0)}
     return _wavelet("meyer", psi, base, init, scales, {"reading": reading}, traits)
+
+
+def _sinc(t: Tensor) -> Tensor:
+    """`sin(t) / t`; `torch.sinc` has a derivative that is off by eps / t near 0, where its second one
+    is NaN.
+    """
+    small = t.abs() < 1
+    square = torch.where(small, t, 0.0) ** 2
+    series = torch.zeros_like(t)
+    for k in range(8, -1, -1):  # the next term is 1 / 19!, below float64's eps
+        series = series * square + (-1) ** k / math.factorial(2 * k + 1)
+    far = torch.where(small, 1.0, t)
+    return torch.where(small, series, far.sin() / far)
 
 
 def shannon(
@@ -665,14 +682,16 @@ def shannon(
         # beyond the window, or where sin(t) / t is below rounding, the argument is held
         limit = half_width if reading == "argument" else 1e6
         t = t.clamp(-limit, limit)
-        y = torch.sinc(t / math.pi)
+        y = _sinc(t)
         if reading == "index":
             return y
         inside = t.abs() < limit
         return y * torch.where(inside, 0.54 + 0.46 * torch.cos(math.pi / limit * t), 0.0)
 
     def window(weight: Tensor) -> Tensor:
-        keys = weight.shape[-1] if weight.dim() else 1
+        if not weight.dim():
+            return torch.ones_like(weight)
+        keys = weight.shape[-1]
         return torch.hamming_window(keys, periodic=False, dtype=weight.dtype, device=weight.device)
 
     argument = reading == "argument"

@@ -1,0 +1,334 @@
+"""What all suites share: a property, how it is run and shrunk, and how a failure reads."""
+
+import inspect
+import re
+import textwrap
+import traceback
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import hypothesis
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.strategies import SearchStrategy
+from torch import Tensor
+
+
+class Result(NamedTuple):
+    """What became of one property: `passed` True, False, or None for a check that proves nothing
+    (not declared, not applicable, or expected to fail and failing), with the reason in `message`.
+    """
+
+    name: str
+    passed: bool | None
+    message: str
+
+
+class Property(NamedTuple):
+    """One line of mathematics that a suite holds an object to.
+
+    The first paragraph of `check`'s docstring is the formula, the rest says what a failure means.
+    `check(subject, **drawn)` raises AssertionError where it does not hold; `draws` are its
+    arguments, each a strategy or a function from the subject to one. `trait` is the declared trait
+    that switches it on, None for everyone; `guesses` are the values a probe tries where it is not
+    declared. `unfit(subject)` says why the property makes no sense for a subject, None where it
+    does.
+    """
+
+    check: Callable[..., None]
+    draws: Mapping[str, Any] = {}
+    trait: str | None = None
+    guesses: Sequence[Any] = ()
+    unfit: Callable[[Any], str | None] = lambda subject: None
+
+    @property
+    def name(self) -> str:
+        """The name of the property, that of its function."""
+        return self.check.__name__
+
+    @property
+    def formula(self) -> str:
+        """The statement, in one line."""
+        return " ".join(_paragraphs(self.check)[0].split())
+
+    @property
+    def meaning(self) -> str:
+        """What it means where it fails."""
+        return " ".join(" ".join(_paragraphs(self.check)[1:]).split())
+
+
+def _paragraphs(function: Callable[..., Any]) -> list[str]:
+    return (inspect.getdoc(function) or function.__name__).split("\n\n")
+
+
+class Suite(NamedTuple):
+    """An object under test: `kind` ("basis"), its name, its traits, and the properties asked of it.
+
+    `subject` is what the checks are given; `declare(trait, value)` is the same with one more trait.
+    """
+
+    kind: str
+    name: str
+    subject: Any
+    traits: Mapping[str, Any]
+    properties: Sequence[Property]
+    declare: Callable[[str, Any], Any]
+
+
+class TorchRandom:
+    """torch's global CPU generator in the clothes of `random.Random`, for Hypothesis to seed before
+    an example and to restore after it.
+    """
+
+    def seed(self, seed: int) -> None:
+        # not torch.manual_seed, which also queues seeds for devices that are not there
+        torch.default_generator.manual_seed(seed)
+
+    def getstate(self) -> Tensor:
+        return torch.default_generator.get_state()
+
+    def setstate(self, state: Tensor) -> None:
+        torch.default_generator.set_state(state)
+
+
+# Hypothesis holds what is registered weakly: this is the reference that keeps it
+_TORCH_RANDOM = TorchRandom()
+
+
+class Broken(AssertionError):
+    """A property that does not hold, with the whole message."""
+
+
+def show(value: Any) -> str:
+    """`value` as a failure message has it: tensors as numbers, long ones by their shape."""
+    if isinstance(value, Tensor):
+        kind = str(value.dtype).removeprefix("torch.")
+        if value.numel() <= 12:
+            return f"{show(value.tolist())} ({kind})"
+        return f"{kind} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k!r}: {show(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        text = ", ".join(show(v) for v in value)
+        return f"[{text}]" if isinstance(value, list) else f"({text})"
+    return repr(value)
+
+
+def _complaint(error: BaseException) -> str:
+    """What an exception inside a check says, with the place unless it is the check's own."""
+    if isinstance(error, hypothesis.errors.Flaky):
+        return (
+            "one and the same example fails at one time and passes at another: the object is not "
+            "a function of its arguments"
+        )
+    if isinstance(error, AssertionError):
+        return str(error)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error}\n(raised in {last.filename}, line {last.lineno})"
+
+
+def _report(suite: Suite, prop: Property, example: Mapping[str, Any], error: BaseException) -> str:
+    why = "asked of everyone"
+    if prop.trait is not None:
+        why = f"declared by the trait {prop.trait} = {show(suite.traits.get(prop.trait))}"
+    drawn = [f"{name} = {show(value)}" for name, value in example.items()]
+    body = "\n".join(drawn) or "nothing was drawn: the property fails as it stands"
+    return "\n".join(
+        [
+            f"{suite.kind} {suite.name} breaks `{prop.name}`, {why}:",
+            textwrap.indent(prop.formula, "    "),
+            "smallest example found:",
+            textwrap.indent(body, "    "),
+            "there:",
+            textwrap.indent(_complaint(error), "    "),
+            "what it means:",
+            textwrap.fill(prop.meaning, 96, initial_indent="    ", subsequent_indent="    "),
+        ]
+    )
+
+
+def _resolve(draws: Mapping[str, Any], subject: Any) -> dict[str, SearchStrategy]:
+    return {
+        name: draw if isinstance(draw, SearchStrategy) else draw(subject)
+        for name, draw in draws.items()
+    }
+
+
+def run(suite: Suite, prop: Property, subject: Any, options: settings) -> None:
+    """Puts one property to `subject`; raises `Broken` with the smallest example found."""
+    draws = _resolve(prop.draws, subject)
+    failing: dict[str, Any] = {}
+
+    def example(**drawn: Any) -> None:
+        try:
+            prop.check(subject, **drawn)
+        except Exception:
+            # Hypothesis replays the smallest example last
+            failing.clear()
+            failing.update(drawn)
+            raise
+
+    try:
+        if not draws:
+            example()
+            return
+        # what Hypothesis' pytest plugin sets for an item: properties do not share saved examples
+        label = f"{suite.kind} {suite.name} {prop.name}".encode()
+        example._hypothesis_internal_add_digest = label  # pyright: ignore[reportFunctionMemberAccess]
+        hypothesis.register_random(_TORCH_RANDOM)
+        test = hypothesis.given(**draws)(example)
+        if options.derandomize:
+            test = hypothesis.seed(zlib.crc32(label))(test)
+        options(test)()
+    except Exception as error:
+        raise Broken(_report(suite, prop, failing, error)) from error
+
+
+def configured(max_examples: int | None, reproducible: bool) -> settings:
+    """The active profile of Hypothesis, without what does not suit a check of tensors.
+
+    With `reproducible` the same examples come every time, and nothing is written to the disk.
+    """
+    parent = settings.get_profile(settings.get_current_profile_name())
+    fixed: dict[str, Any] = {"derandomize": True, "database": None} if reproducible else {}
+    return settings(
+        parent=parent,
+        max_examples=max_examples or parent.max_examples,
+        deadline=None,
+        report_multiple_bugs=False,
+        print_blob=False,
+        verbosity=hypothesis.Verbosity.quiet,
+        phases=[phase for phase in parent.phases if phase is not hypothesis.Phase.explain],
+        suppress_health_check=list(HealthCheck),
+        **fixed,
+    )
+
+
+def _probe(suite: Suite, prop: Property) -> str:
+    """What a short run says of a trait that is not declared."""
+    if not prop.guesses:
+        return "no probe without a value"
+    for value in prop.guesses:
+        try:
+            run(suite, prop, suite.declare(str(prop.trait), value), configured(12, True))
+        except Broken:
+            continue
+        return f"probe says it holds with {value!r}"
+    return "probe says it does not hold"
+
+
+def skipped(suite: Suite, prop: Property) -> str | None:
+    """Why `prop` is not put to the object, None if it is."""
+    if prop.trait is not None:
+        value = suite.traits.get(prop.trait)
+        if prop.trait not in suite.traits:
+            return f"{prop.trait} is not declared ({_probe(suite, prop)})"
+        if value is None or value is False:
+            return f"{prop.trait} is declared not to hold"
+    return prop.unfit(suite.subject)
+
+
+def check_names(suite: Suite, function: str, argument: str, names: Sequence[str]) -> None:
+    """Refuses names of properties that the suite does not have."""
+    known = [prop.name for prop in suite.properties]
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise ValueError(
+            f"`{function}` needs `{argument}` among the properties of {suite.name}, got "
+            f"{', '.join(unknown)}. They are: {', '.join(known)}."
+        )
+
+
+def check(
+    suite: Suite,
+    expected_failures: Mapping[str, str] | None = None,
+    max_examples: int | None = None,
+    only: Sequence[str] | None = None,
+) -> list[Result]:
+    """The results of all properties of `suite`, or of those named by `only`."""
+    expected = dict(expected_failures or {})
+    function = f"check_{suite.kind}"
+    check_names(suite, function, "expected_failures", list(expected))
+    check_names(suite, function, "only", list(only or ()))
+    results = []
+    options = configured(max_examples, reproducible=True)
+    for prop in suite.properties:
+        if only is not None and prop.name not in only:
+            continue
+        results.append(_result(suite, prop, expected.get(prop.name), options))
+    return results
+
+
+def _result(suite: Suite, prop: Property, expected: str | None, options: settings) -> Result:
+    reason = skipped(suite, prop)
+    return Result(prop.name, None, reason) if reason else judge(suite, prop, expected, options)
+
+
+def judge(suite: Suite, prop: Property, expected: str | None, options: settings) -> Result:
+    """The result of a property that applies; `expected` is the reason it should fail for."""
+    try:
+        run(suite, prop, suite.subject, options)
+    except Broken as broken:
+        if expected is None:
+            return Result(prop.name, False, str(broken))
+        return Result(prop.name, None, f"fails as expected: {expected}")
+    if expected is not None:
+        return Result(prop.name, False, _held(suite, prop, expected))
+    return Result(prop.name, True, prop.formula)
+
+
+def _held(suite: Suite, prop: Property, expected: str) -> str:
+    return (
+        f"{suite.kind} {suite.name} was expected to break `{prop.name}` ({expected}), but holds "
+        "it. Remove the entry of `expected_failures`."
+    )
+
+
+def pytest_suite(
+    suite: Suite,
+    expected_failures: Mapping[str, str] | None,
+    max_examples: int | None,
+) -> Callable[[Callable[[], Any]], Callable[..., None]]:
+    """A decorator that turns a test function into one pytest item a property."""
+    try:
+        import pytest
+    except ImportError as error:
+        raise ImportError(
+            f"`{suite.kind}_suite` needs pytest, which is not installed. Install it with "
+            f"`pip install 'kart-attention[testing]'`, or call `check_{suite.kind}`."
+        ) from error
+    expected = dict(expected_failures or {})
+    check_names(suite, f"{suite.kind}_suite", "expected_failures", list(expected))
+
+    def decorate(test: Callable[[], Any]) -> Callable[..., None]:
+        if not callable(test) or inspect.signature(test).parameters:
+            raise ValueError(
+                f"`{suite.kind}_suite` needs a test function without arguments, got {test!r}. "
+                "Build the object before it, at the level of the module."
+            )
+
+        def item(prop: Property) -> None:
+            test()
+            reason = skipped(suite, prop)
+            if reason is not None:
+                pytest.skip(reason)
+            found = judge(suite, prop, expected.get(prop.name), configured(max_examples, False))
+            if found.passed is None:
+                pytest.xfail(found.message)
+            if not found.passed:
+                pytest.fail(found.message, pytrace=False)
+
+        for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+            setattr(item, name, getattr(test, name))
+        names = [prop.name for prop in suite.properties]
+        return pytest.mark.parametrize("prop", suite.properties, ids=names)(item)
+
+    return decorate
+
+
+def title(name: str, options: Mapping[str, Any]) -> str:
+    """`name(option=value, ..)` as it is called in messages."""
+    shown = {k: v for k, v in options.items() if isinstance(v, int | float | str | tuple)}
+    text = ", ".join(f"{k}={v!r}" for k, v in shown.items())
+    return f"{re.sub(r'[^A-Za-z0-9_.+*:/=-]', '', name)}({text})" if text else name

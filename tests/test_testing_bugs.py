@@ -1,0 +1,403 @@
+"""The kit is tested: planted bugs, each of which its suite must catch by the property named."""
+
+import math
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch.autograd.function import once_differentiable
+
+from kart import bases, testing
+
+
+class Bug(NamedTuple):
+    """A `wrong` object, the suite's check for its kind, and the property that must fail."""
+
+    kind: str
+    wrong: Any
+    caught_by: str
+    options: dict = {}
+
+
+def waves(features, size=4, family="fourier", **traits):
+    """A linear basis of one's own with the options of `fourier(2)`."""
+    return bases.linear(features, size, family=family, options={"grid": 2}, traits=traits)
+
+
+def harmonics(x, k=(1, 2)):
+    angles = x[..., None] * torch.tensor(k, dtype=x.dtype)
+    return angles.cos(), angles.sin()
+
+
+def splines(features, size, grid=4, degree=2, span=(-2.0, 2.0)):
+    own = bases.bspline(grid, degree, span)
+    options = {"grid": grid, "degree": degree, "span": span}
+    return bases.linear(features, size, family="bspline", options=options, traits=own.traits)
+
+
+def plain(features, size=2, **traits):
+    return bases.linear(features, size, family="own", traits=traits)
+
+
+def applied(wrong, basis=None):
+    """A basis whose `apply` is `wrong(right apply, params, x)`."""
+    right = basis or bases.fourier(2)
+    return right._replace(apply=lambda params, x: wrong(right.apply, params, x))
+
+
+class DoubledGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad * ctx.saved_tensors[0].cos()
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos()
+
+
+def recurrence(x):
+    """cos kx by the three-term recurrence, which loses k^2 eps in float32."""
+    values = [torch.ones_like(x), x.cos()]
+    for _ in range(2, 65):
+        values.append(2 * values[1] * values[-1] - values[-2])
+    return torch.stack([values[16], values[64]], dim=-1)
+
+
+def own_sinc(x):
+    return torch.sinc(x / math.pi)[..., None]
+
+
+class Remembering:
+    """Divides by the largest score seen so far."""
+
+    def __init__(self):
+        self.largest = 1.0
+
+    def __call__(self, apply, params, x):
+        self.largest = max(self.largest, float(x.detach().abs().max()) if x.numel() else 0.0)
+        return apply(params, x / self.largest)
+
+
+def seeds_the_world(generator, shape):
+    torch.manual_seed(0)
+    return bases.fourier(2).init(generator, shape)
+
+
+def draws_from_the_world(generator, shape):
+    return {"coefs": torch.randn(*shape, 4)}
+
+
+def changes_default_dtype(apply, params, x):
+    torch.set_default_dtype(torch.float64)
+    return apply(params, x)
+
+
+def without_the_tail(apply, params, x):
+    """Fused in blocks of 16: what is left over beyond the first block is not computed."""
+    y = apply(params, x)
+    if x.dim() == 1 and x.shape[0] > 16:
+        whole = x.shape[0] // 16 * 16
+        y = torch.cat([y[:whole], y[whole:] * 0])
+    return y
+
+
+def assumes_contiguous(apply, params, x):
+    step = [1]
+    for size in reversed(x.shape[1:]):
+        step.insert(0, step[0] * size)
+    if not x.dim() or x.numel() < 2 or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return apply(params, x)
+    room = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    return apply(params, x.as_strided(x.shape, step) if room >= x.numel() else x * 0)
+
+
+def wavelet(psi, family="mexican_hat", shift=1.0, scale=-1.0, **traits):
+    right = bases.FAMILIES[family]()
+
+    def apply(params, x):
+        t = (x - shift * params["shift"]) * params["scale"] ** scale
+        return (params["weight"] * psi(t)).to(x.dtype)
+
+    return right._replace(apply=apply, traits={**right.traits, **traits})
+
+
+def hat(t):
+    return 2 / (math.pi**0.25 * math.sqrt(3)) * (1 - t * t) * torch.exp(-t * t / 2)
+
+
+def rational(below):
+    right = bases.rational(2, 2)
+
+    def power_sum(coefs, x, first):
+        return sum(coefs[..., k] * x ** (k + first) for k in range(coefs.shape[-1]))
+
+    def apply(params, x):
+        under = below(power_sum(params["denominator"], x, 1))
+        return (power_sum(params["numerator"], x, 0) / under).to(x.dtype)
+
+    return right._replace(apply=apply)
+
+
+def hats(x, closed=True):
+    """Splines of degree 0 on 4 intervals of [-2, 2]."""
+    left = torch.arange(-2, 2, dtype=x.dtype)
+    y = (left <= x[..., None]) & (x[..., None] < left + 1)
+    y = y | (closed & (x[..., None] == 2) & (left == 1))
+    return torch.where(x[..., None].isnan(), x[..., None], y.to(x.dtype))
+
+
+def rolled(x):
+    return bases.bspline(4, 2, (-2.0, 2.0)).expand(x + 1)
+
+
+def thresholded(apply, params, x):
+    return apply(params, x.clamp(-3, 3) if bool((x.abs() > 3).any()) else x)
+
+
+def numbered(apply, params, x):
+    """A factor by position in the last axis."""
+    return apply(params, x) * (1 + torch.arange(x.shape[-1] if x.dim() else 1, dtype=x.dtype)[-1])
+
+
+SIN = torch.sin
+BASES = {
+    "sine of the wrong sign": (
+        waves(lambda x: torch.cat([harmonics(x)[0], -harmonics(x)[1]], -1)),
+        "fourier_features",
+    ),
+    "cosines and sines interleaved": (
+        waves(lambda x: torch.stack(harmonics(x), -1).flatten(-2)),
+        "shift_is_rotation",
+    ),
+    "dropped harmonic": (
+        waves(lambda x: torch.cat(harmonics(x, (1, 1)), -1)),
+        "parseval",
+    ),
+    "frequencies start at zero": (
+        waves(lambda x: torch.cat(harmonics(x, (0, 1)), -1)),
+        "zero_padding",
+    ),
+    "derivative off by the frequency": (
+        waves(lambda x: torch.cat([harmonics(x)[0], harmonics(x, (1, 3))[1]], -1)),
+        "derivative_swaps_pairs",
+    ),
+    "wrong period": (
+        waves(lambda x: torch.cat(harmonics(x * 3.1416 / math.pi), -1), periodic=2 * math.pi),
+        "periodic",
+    ),
+    "knots off by one": (splines(rolled, 6), "greville"),
+    "spacing off": (
+        splines(lambda x: bases.bspline(4, 2, (-2.0, 2.0)).expand(x * 1.001), 6),
+        "cox_de_boor",
+    ),
+    "last spline missing": (
+        splines(lambda x: bases.bspline(4, 2, (-2.0, 2.0)).expand(x)[..., :-1], 5),
+        "partition_of_unity",
+    ),
+    "half-open right end": (
+        splines(lambda x: hats(x, False), 4, degree=0),
+        "partition_of_unity",
+    ),
+    "splines that reach one interval too far": (
+        splines(lambda x: bases.bspline(4, 2, (-2.0, 2.0)).expand(x / 1.5), 6),
+        "local_support",
+    ),
+    "splines that do not refine": (
+        splines(lambda x: bases.bspline(4, 2, (-2.0, 2.0)).expand(x + 0.01 * x.sin()), 6),
+        "refinable",
+    ),
+    "refined coefficients off": (
+        splines(lambda x: bases.bspline(4, 2, (-2.0, 2.0)).expand(x + 0.01 * x.sin()), 6),
+        "knot_insertion",
+    ),
+    "a pole": (rational(lambda d: 1 + d), "no_poles"),
+    "abs of every term": (rational(lambda d: 1 + d * d), "rational_formula"),
+    "odd powers of the wrong sign": (
+        bases.rational(2, 2)._replace(
+            apply=lambda p, x: bases.rational(2, 2).apply(p, x.abs() + 0.1 * x)
+        ),
+        "mirrored",
+    ),
+    "powers off by one": (
+        bases.linear(
+            lambda x: torch.stack([x, x * x], -1), 2, family="polynomial", options={"degree": 1}
+        ),
+        "multiplicative",
+    ),
+    "chebyshev of the second kind": (
+        bases.chebyshev(2)._replace(
+            expand=lambda x: torch.stack([x**0, x / 2, 4 * (x / 4) ** 2 - 1], -1)
+        ),
+        "chebyshev_cosine",
+    ),
+    "polynomial not held outside its span": (
+        bases.chebyshev(2)._replace(
+            expand=lambda x: torch.stack([x**0, x / 4, 2 * (x / 4) ** 2 - 1], -1)
+        ),
+        "held_outside",
+    ),
+    "unbounded where bounded is declared": (plain(lambda x: x[..., None], 1, bounded=50.0), "bounded"),
+    "bumps of the wrong width": (
+        bases.gaussian_rbf(4)._replace(expand=lambda x: bases.gaussian_rbf(4).expand(x) ** 1.1),
+        "gaussian_bumps",
+    ),
+    "shift of the wrong sign": (wavelet(hat, shift=-1.0), "covariant"),
+    "scale multiplied": (wavelet(hat, scale=1.0), "covariant"),
+    "wavelet without its constant": (wavelet(lambda t: hat(t) * 1.1), "energy"),
+    "wavelet of the wrong width": (wavelet(lambda t: hat(t / 1.1)), "definition"),
+    "wavelet with a mean": (wavelet(lambda t: hat(t) + 1e-4 * torch.exp(-t * t)), "zero_mean"),
+    "wavelet of the wrong slope": (
+        wavelet(lambda t: -t * torch.exp(-t * t / 2), family="dog"),
+        "moments",
+    ),
+    "wavelet off centre": (wavelet(lambda t: hat(t + 1e-3)), "parity"),
+    "wavelet that does not vanish": (
+        wavelet(lambda t: torch.exp(-t * t), family="meyer"),
+        "compact_support",
+    ),
+    "amplitude that is no factor": (wavelet(lambda t: hat(t), amplitude="scale"), "homogeneous"),
+    "dtype promotion": (
+        applied(lambda apply, params, x: apply(params, x) * torch.ones(1, dtype=torch.float64)[0:]),
+        "keeps_shape_and_dtype",
+    ),
+    "an extra axis": (
+        applied(lambda apply, params, x: apply(params, x).unsqueeze(0)),
+        "keeps_shape_and_dtype",
+    ),
+    "init from the global seed": (
+        bases.fourier(2)._replace(init=draws_from_the_world),
+        "init_follows_its_generator",
+    ),
+    "init that seeds the world": (
+        bases.fourier(2)._replace(init=seeds_the_world),
+        "global_state_untouched",
+    ),
+    "default dtype changed": (applied(changes_default_dtype), "global_state_untouched"),
+    "centred over elements": (
+        applied(lambda apply, params, x: apply(params, x - x.nan_to_num(0, 0, 0).mean() * 1e-3)),
+        "elementwise",
+    ),
+    "clamped to the largest of the others": (
+        plain(lambda x: torch.stack([x, x * (x <= x.detach().amax()).all()], -1)),
+        "elementwise",
+    ),
+    "last block ignored": (applied(without_the_tail), "large_as_small"),
+    "memory taken for contiguous": (applied(assumes_contiguous), "layout_does_not_matter"),
+    "x changed in place": (
+        applied(lambda apply, params, x: apply(params, x.clamp_(-3, 3))),
+        "inputs_untouched",
+    ),
+    "running statistic": (applied(Remembering()), "deterministic"),
+    "noise": (
+        applied(lambda apply, params, x: apply(params, x) + 1e-3 * torch.rand(x.shape)),
+        "deterministic",
+    ),
+    "overflow": (plain(lambda x: torch.stack([x, x.exp()], -1)), "finite_with_derivatives"),
+    "gradient NaN at zero": (
+        plain(lambda x: torch.stack([x, (x * x).sqrt()], -1)),
+        "finite_with_derivatives",
+    ),
+    "where around a division": (
+        plain(lambda x: torch.where(x == 0, 1.0, x.sin() / x)[..., None], 1),
+        "finite_with_derivatives",
+    ),
+    "NaN swallowed": (plain(lambda x: x.nan_to_num()[..., None], 1), "nan_stays_nan"),
+    "branch on values": (applied(thresholded), "vmap_is_a_loop"),
+    "branch on values, compiled": (applied(thresholded), "compiles"),
+    "factor by position": (applied(numbered), "units_stand_alone"),
+    "parameters of the neighbour": (
+        applied(lambda apply, p, x: apply({"coefs": p["coefs"].roll(1, 0)}, x)),
+        "units_stand_alone",
+    ),
+    "parameters sorted": (
+        applied(lambda apply, p, x: apply({"coefs": p["coefs"].sort(0).values}, x)),
+        "units_permute",
+    ),
+    "doubled gradient": (
+        plain(lambda x: torch.stack([DoubledGradient.apply(x), x], -1)),
+        "gradient_is_right",
+    ),
+    "computed outside autograd": (
+        plain(lambda x: torch.stack([x, x.detach() * 2], -1)),
+        "gradient_is_right",
+    ),
+    "coefficients detached": (
+        applied(lambda apply, p, x: apply({"coefs": p["coefs"].detach()}, x)),
+        "parameter_gradient_is_right",
+    ),
+    "no second derivative": (
+        plain(lambda x: OnceDifferentiable.apply(x)[..., None], 1),
+        "curvature_is_right",
+    ),
+    "second derivative NaN at zero": (plain(own_sinc, 1), "finite_with_derivatives"),
+    "no forward mode": (
+        plain(lambda x: OnceDifferentiable.apply(x)[..., None], 1),
+        "forward_meets_reverse",
+    ),
+    "recurrence that amplifies rounding": (plain(recurrence), "float32_follows_float64"),
+    "cancellation": (
+        plain(lambda x: ((1 + x * x).sqrt() - 1)[..., None], 1),
+        "float32_follows_float64",
+    ),
+    "half precision inside": (
+        plain(lambda x: x.sin().to(torch.float16).to(x.dtype)[..., None], 1),
+        "gradient_is_right",
+    ),
+    "powers in bfloat16": (
+        bases.polynomial(3)._replace(
+            apply=lambda p, x: sum(p["coefs"][..., k].to(x.dtype) * x**k for k in range(4))
+        ),
+        "bfloat16_rounds_once",
+    ),
+    "apply and expand of two minds": (
+        applied(lambda apply, p, x: apply({"coefs": p["coefs"].flip(-1)}, x)),
+        "linear",
+    ),
+    "a corner where smooth is declared": (plain(lambda x: x.abs()[..., None], 1, smooth=1), "smooth"),
+    "a jump in the second derivative": (
+        plain(lambda x: (x * x.abs())[..., None], 1, smooth=2),
+        "smooth",
+    ),
+    "dips below zero": (
+        plain(lambda x: (torch.exp(-x * x) - 1e-3)[..., None], 1, nonnegative=True),
+        "nonnegative",
+    ),
+}
+BUGS = {f"basis: {name}": Bug("basis", wrong, by) for name, (wrong, by) in BASES.items()}
+CHECKS = {"basis": testing.check_basis}
+caught: dict[str, bool] = {}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_the_suite_catches_the_planted_bug(name):
+    bug = BUGS[name]
+    check = CHECKS[bug.kind]
+    (result,) = check(bug.wrong, only=[bug.caught_by], max_examples=60, **bug.options)
+    caught[name] = result.passed is False
+    assert result.passed is False, f"{name} survives {bug.caught_by}: {result.message}"
+    for word in ("breaks", bug.caught_by, "smallest example", "what it means"):
+        assert word in result.message
+    print(result.message)
