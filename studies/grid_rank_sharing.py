@@ -17,7 +17,7 @@ CONFIG = Config(
     patch_size=2,
     embed_dim=32,
     depth=2,
-    num_heads=2,
+    num_heads=4,
     epochs=12,
     batch_size=32,
 )
