@@ -106,12 +106,12 @@ def costs(config: Config, splits: Splits, members: int = 1) -> dict[str, float]:
     from kart.analysis import cost
 
     model = train.build(config, splits.train)
-    parameters = sum(cost.parameters(model))
+    parameters = cost.parameters(model).total
     # weights, gradients and AdamW's two moments stay; activations come and go
     held = 4 * 4 * parameters + cost.activation_memory(model, config.batch_size)
     return {
         "parameters": float(parameters),
-        "flops": float(cost.flops(model)),
+        "flops": float(cost.flops(model).total),
         "memory": members * held / 2**20,
     }
 

@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from kart import runs
+from kart import checkpoint
 from kart.search.objective import OBJECTIVES
 from kart.search.storage import Settings, original
 from kart.search.work import (
@@ -529,6 +529,6 @@ def write(
     writer.writeheader()
     writer.writerows(found)
     paths = directory / "report.html", directory / "trials.csv"
-    runs.write_atomically(paths[0], page(arms, settings, question, where, answer))
-    runs.write_atomically(paths[1], text.getvalue())
+    checkpoint.write_text(paths[0], page(arms, settings, question, where, answer))
+    checkpoint.write_text(paths[1], text.getvalue())
     return paths

@@ -25,7 +25,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
-from kart import checkpoint, runs
+from kart import checkpoint
 from kart.search.objective import OBJECTIVES
 
 SQLITE_WORKERS = 2
@@ -237,7 +237,7 @@ def save_settings(storage: RDBStorage, settings: Settings, directory: Path | Non
         study.set_user_attr("settings", settings.asdict())
     if directory is not None:
         text = json.dumps(settings.asdict(), indent=1) + "\n"
-        runs.write_atomically(directory / "study.json", text)
+        checkpoint.write_text(directory / "study.json", text)
 
 
 # workers
