@@ -6,7 +6,7 @@
 | module | what it holds |
 |---|---|
 | `space` | a search space as a pure function of a trial; its fingerprint and its points |
-| `objective` | a trial as K seeds that train together; costs, limits, repeats |
+| `trials` | a trial as K seeds that train together; costs, limits, repeats |
 | `storage` | settings and their guard, SQLite and servers, heartbeats, samplers, pruners |
 | `question` | what a file in `studies/` defines |
 | `work` | set-up, the loop of a worker, confirmation of the winners |
@@ -22,9 +22,9 @@ except ImportError as error:
     ) from error
 
 from kart.search.command import study_main
-from kart.search.objective import OBJECTIVES, costs, objective, train_members
 from kart.search.question import Study
 from kart.search.space import fixed, suggest_operator, suggest_rates
+from kart.search.trials import OBJECTIVES, costs, objective, train_members
 from kart.search.work import Candidate, Confirmed, interval, paired_difference
 
 __all__ = [

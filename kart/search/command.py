@@ -13,9 +13,9 @@ import optuna
 import torch
 
 from kart.search import question, report, storage, work
-from kart.search.objective import LIMITS, OBJECTIVES, loader
 from kart.search.question import Study
 from kart.search.storage import PRUNERS, SAMPLERS, Settings
+from kart.search.trials import LIMITS, OBJECTIVES, loader
 from kart.search.work import Home
 from kart.train import Config
 

@@ -14,8 +14,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from kart import checkpoint
-from kart.search.objective import OBJECTIVES
 from kart.search.storage import Settings, original
+from kart.search.trials import OBJECTIVES
 from kart.search.work import (
     Candidate,
     Confirmed,

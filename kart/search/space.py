@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +37,7 @@ PLACE = {"device": "cpu", "threads": None}
 SHAPE = {**PLACE, "seed": 0, "learning_rate": 0.0, "weight_decay": 0.0}
 
 MOST_POINTS = 10_000
+LEAST_GRID = {"gaussian_rbf": 2}  # centres at both ends of the interval
 
 
 def key(config: Config) -> str:
@@ -76,7 +76,7 @@ def suggest_operator(
     numbers = operators.NUMBERS.get(family, [])
     size = ""
     if numbers == ["grid"]:
-        size = str(integer(trial, "grid", *grid))
+        size = str(integer(trial, "grid", max(grid[0], LEAST_GRID.get(family, 1)), grid[1]))
     elif numbers == ["degree"]:
         size = str(integer(trial, "degree", *degree))
     drawn = integer(trial, "rank", *rank, log=True)
@@ -206,15 +206,12 @@ def _values(distribution: BaseDistribution, levels: int | None) -> list[Any]:
         return [low + i * step for i in range(int((high - low) / step + 1e-9) + 1)]
     shares = [i / (levels - 1) for i in range(levels)] if levels > 1 else [0.5]
     if distribution.log:
-        points = [math.exp(math.log(low) + s * (math.log(high) - math.log(low))) for s in shares]
+        points = [low ** (1 - share) * high**share for share in shares]
     else:
-        points = [low + s * (high - low) for s in shares]
-    if isinstance(distribution, IntDistribution):
-        whole = [low + round((point - low) / step) * step for point in points]
-        return sorted(set(whole))
+        points = [low + share * (high - low) for share in shares]
     if step is not None:
         return sorted({low + round((point - low) / step) * step for point in points})
-    # exp(log(x)) may leave the interval by a rounding
+    # a power may leave the interval by a rounding
     return [min(max(point, low), high) for point in points]
 
 

@@ -26,7 +26,7 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
 from kart import checkpoint
-from kart.search.objective import OBJECTIVES
+from kart.search.trials import OBJECTIVES
 
 SQLITE_WORKERS = 2
 MAX_RETRIES = 3
@@ -213,7 +213,7 @@ def create(storage: RDBStorage, settings: Settings, points: dict[str, list[dict]
     Their settings are written last: a study has them once it is complete.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    directions = [OBJECTIVES[name] for name in settings.objectives]
+    directions: list[Any] = [OBJECTIVES[name] for name in settings.objectives]
     made = []
     for arm in settings.spaces:
         study = optuna.create_study(

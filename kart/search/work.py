@@ -17,7 +17,10 @@ from tqdm import tqdm
 
 from kart import data, population, train
 from kart.search import storage as store
-from kart.search.objective import (
+from kart.search.question import Study
+from kart.search.space import PLACE, Space, enumerate_space, fingerprint, first
+from kart.search.storage import Settings
+from kart.search.trials import (
     Evaluation,
     Outcome,
     Task,
@@ -27,9 +30,6 @@ from kart.search.objective import (
     scores_of,
     train_members,
 )
-from kart.search.question import Study
-from kart.search.space import PLACE, Space, enumerate_space, fingerprint, first
-from kart.search.storage import Settings
 from kart.train import Config, Splits
 
 # far from the seeds that trials use, so that no winner is confirmed on a seed that chose it

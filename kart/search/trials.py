@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import optuna
 import torch
@@ -20,7 +20,7 @@ from kart import population, train, tree
 from kart.search.space import Space, key, shape
 from kart.train import Config, Record, Splits, State
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
     "accuracy": "maximize",
     "parameters": "minimize",
     "flops": "minimize",
@@ -275,7 +275,7 @@ def evaluation(
 
     def _settle(task: Task, found: dict[int, Member], seconds: float, stopped: str) -> Outcome:
         fine = {seed: member for seed, member in found.items() if member.diverged < 0}
-        bad = {seed: member.diverged for seed, member in found.items() if member.diverged >= 0}
+        bad = {str(seed): member.diverged for seed, member in found.items() if member.diverged >= 0}
         epochs = sum(member.epochs for member in found.values())
         note = {"seconds": round(seconds, 3), "epochs": epochs, "diverged": bad}
         task.trial.set_user_attr("spent", note)
@@ -286,9 +286,9 @@ def evaluation(
             steps = ", ".join(str(step) for step in bad.values())
             return Outcome(None, f"{len(bad)} of {len(found)} seeds diverged, at step {steps}")
         scores = {seed: member.record["val_top1"] for seed, member in fine.items()}
-        pooled = list((task.earlier | scores).values())
+        pooled = list({**task.earlier, **scores}.values())
         mean, error = mean_and_error(pooled)
-        task.trial.set_user_attr("scores", scores)
+        task.trial.set_user_attr("scores", {str(seed): score for seed, score in scores.items()})
         task.trial.set_user_attr("n", len(pooled))
         task.trial.set_user_attr("standard_error", error)
         steps = sum(member.record["step"] for member in fine.values())
