@@ -39,7 +39,7 @@ STUDY = search.Study(
     arms={"softmax": softmax, "KArAt": karat},
     trials=24,
     seeds=3,
-    tiny={"epochs": 1, "train_limit": 64, "embed_dim": 8, "num_heads": 1, "trials": 1, "seeds": 2},
+    tiny={"epochs": 1, "train_limit": 64, "embed_dim": 8, "num_heads": 1, "trials": 2, "seeds": 2},
 )
 
 if __name__ == "__main__":

@@ -347,7 +347,7 @@ def arm(operator):
     return space
 
 STUDY = search.Study(config=CONFIG, arms={{"softmax": arm("softmax"), "G1": arm("G1B")}},
-                     trials=3, seeds=2, confirm=2)
+                     trials=6, seeds=2, confirm=2)
 """
 
 
@@ -405,7 +405,7 @@ def test_a_study_runs_and_is_not_done_twice(asked, tmp_path, capsys):
     assert command.study_main(["list", "--out", str(tmp_path / "out")]) == 0
     assert "rates/G1:" in capsys.readouterr().out
     # more trials of the same study
-    assert command.study_main([*argv, "--trials", "4", "--confirm", "0"]) == 0
+    assert command.study_main([*argv, "--trials", "8", "--confirm", "0"]) == 0
     after = listed(tmp_path / "out")
     assert all(after[arm][:3] == before[arm] and len(after[arm]) == 4 for arm in after)
 
@@ -439,7 +439,7 @@ def test_ctrl_c_leaves_a_study_that_goes_on_to_the_same_trials(asked, tmp_path, 
 
 def test_trials_of_a_dead_process_are_retried_at_once(asked, tmp_path):
     path, argv = asked
-    assert command.study_main([*argv, "--confirm", "0", "--trials", "2"]) == 0
+    assert command.study_main([*argv, "--confirm", "0", "--trials", "4"]) == 0
     study = opened(tmp_path / "out")["G1"]
     storage.ask(study)  # and then the process is gone
     assert command.study_main([*argv, "--confirm", "0"]) == 0
@@ -451,7 +451,7 @@ def test_trials_of_a_dead_process_are_retried_at_once(asked, tmp_path):
 @pytest.mark.slow
 def test_sigkill_at_any_moment_and_resume_gives_the_same_trials(asked, tmp_path):
     path, argv = asked
-    argv += ["--confirm", "0", "--trials", "6"]
+    argv += ["--confirm", "0", "--trials", "12"]
     assert command.study_main(argv) == 0
     whole = listed(tmp_path / "out")
     argv[argv.index("--out") + 1] = str(tmp_path / "killed")
@@ -557,7 +557,7 @@ def test_several_objectives_have_a_front_in_the_report(asked, tmp_path):
         (["run", "nowhere.py", "--out", "x"], "needs a file"),
         (["run", "grid_rank_sharing"], "`--out DIR`"),
         (["run", "grid_rank_sharing", "--out", "x", "--set", "epoch=3"], "epochs"),
-        (["run", "grid_rank_sharing", "--out", "x", "--trials", "0"], "at least 1"),
+        (["run", "grid_rank_sharing", "--out", "x", "--trials", "0"], "at least 2"),
         (["run", "grid_rank_sharing", "--out", "x", "--storage", "sqlite:///a.db"], "`--out DIR`"),
         (["work", "--out", "nowhere"], "without study.json"),
         (["work", "--storage", "not a url"], "postgresql://"),

@@ -93,13 +93,17 @@ def _study_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--tiny", action="store_true", help="the study's tiny setting, for a look")
     group = parser.add_argument_group("how")
-    group.add_argument("--trials", type=int, help="trials of each arm")
+    group.add_argument("--trials", type=int, help="trials, shared equally by the arms")
     group.add_argument("--seeds", type=int, help="K, the seeds of a trial")
     group.add_argument("--confirm", type=int, metavar="N", help="fresh seeds of the winners")
     group.add_argument("--sampler", choices=list(SAMPLERS), help="default tpe")
     group.add_argument("--levels", type=int, default=3, help="values of an interval in a grid (3)")
     group.add_argument("--sampler-seed", type=int, default=0, help="seed of the search (0)")
-    group.add_argument("--pruner", choices=list(PRUNERS), help="default asha")
+    group.add_argument(
+        "--pruner",
+        choices=list(PRUNERS),
+        help="asha saves most, and unfairly ends what starts slowly (default median)",
+    )
     group.add_argument(
         "--objectives",
         default="accuracy",
@@ -179,12 +183,12 @@ def _set_up(args: argparse.Namespace) -> tuple[Home, Any, Settings, Study, str]:
     given = ("data", "epochs", "train_limit", "trials", "seeds", "confirm", "sampler", "pruner")
     changes |= {n: getattr(args, n) for n in given if getattr(args, n) is not None}
     study = question.with_changes(study, {**changes, **_pairs(args.set, "--set")})
-    for least, names in ((1, ("trials", "seeds")), (0, ("confirm",))):
-        for field in names:
-            if getattr(study, field) < least:
-                raise ValueError(
-                    f"`--{field}` needs at least {least}, got {getattr(study, field)}."
-                )
+    for field, least in (("trials", len(study.arms)), ("seeds", 1), ("confirm", 0)):
+        if getattr(study, field) < least:
+            raise ValueError(
+                f"`--{field}` needs at least {least}, got {getattr(study, field)}."
+                + (f" There are {len(study.arms)} arms." if field == "trials" else "")
+            )
     limits = {name: getattr(args, f"max_{name}") for name in LIMITS}
     objectives = args.objectives.split(",")
     if set(objectives) - set(OBJECTIVES):
@@ -309,7 +313,7 @@ def _init(args: argparse.Namespace) -> int:
     where, _, settings, _, _ = _set_up(args)
     print(
         f"{settings.study}: {len(settings.spaces)} arms ({', '.join(settings.spaces)}), "
-        f"{settings.trials} trials each; start workers with: kart study work "
+        f"{settings.per_arm} trials each; start workers with: kart study work "
         f"{_where(where, settings.study)}"
     )
     return 0

@@ -27,7 +27,7 @@ class Study:
     Args:
         config: what all trials share; flags change it before the arms see it.
         arms: by name, a search space `(trial, config) -> Config` each. The first is the baseline.
-        trials: trials an arm.
+        trials: of all arms together, shared equally.
         seeds: K, the seeds of a trial.
         confirm: fresh seeds with which the best of each arm is trained again.
         sampler: "tpe", "random", "gp", "nsga2", "grid" or "brute".
@@ -42,7 +42,7 @@ class Study:
     seeds: int = 3
     confirm: int = 5
     sampler: str = "tpe"
-    pruner: str = "asha"
+    pruner: str = "median"
     tiny: Mapping[str, Any] = field(default_factory=dict)
     answer: Callable[[Mapping[str, Any]], str] | None = None
 

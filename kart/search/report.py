@@ -47,10 +47,12 @@ table { border-collapse: collapse; font-size: .86rem; margin: .4rem 0; }
 th, td { text-align: right; padding: .28rem .6rem; border-bottom: 1px solid #e3e7ec;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 th { color: #5b6472; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-td.text { text-align: left; white-space: normal; } .wide { overflow-x: auto; }
+td { vertical-align: top; } td.text { text-align: left; white-space: normal; min-width: 13rem; }
+.wide { overflow-x: auto; }
 code, pre { font: .84rem/1.45 ui-monospace, monospace; background: #f4f6f8; border-radius: 3px; }
 code { padding: .1rem .25rem; }
 pre { padding: .6rem .8rem; overflow-x: auto; white-space: pre-wrap; }
+small { color: #5b6472; font-size: .78rem; } details { margin: 1rem 0; }
 svg { max-width: 100%; height: auto; display: block; margin: .3rem 0; }
 """
 
@@ -68,14 +70,20 @@ def percent(value: float, digits: int = 2) -> str:
     return f"{100 * value:.{digits}f}"
 
 
-def with_interval(values: Sequence[float]) -> str:
+def with_interval(values: Sequence[float], template: str = "{} [{}, {}]") -> str:
     """Mean and 95 % interval in per cent, `97.12 [96.80, 97.44]`."""
     if not values:
         return "-"
     mean, low, high = interval(values)
-    if len(values) < 2:
-        return percent(mean)
-    return f"{percent(mean)} [{percent(low)}, {percent(high)}]"
+    return percent(mean) if len(values) < 2 else template.format(*map(percent, (mean, low, high)))
+
+
+class Markup(str):
+    """Text that is HTML already."""
+
+
+def _two_lines(values: Sequence[float]) -> Markup:
+    return Markup(with_interval(values, "{}<br><small>[{}, {}]</small>"))
 
 
 # figures
@@ -216,15 +224,13 @@ def slice_figure(arm: str, study: optuna.Study, settings: Settings) -> str:
             means = sorted((x, statistics.fmean(group)) for x, group in groups.items())
             style = "_" if labels else "-"
             ax.plot(*zip(*means, strict=True), style, color="#c2410c", markersize=22)
-        distribution = own[-1].distributions[name]
-        if getattr(distribution, "log", False):
+        if getattr(own[-1].distributions[name], "log", False):
             ax.set_xscale("log")
-            if isinstance(values[0], int):
-                from matplotlib.ticker import NullFormatter, ScalarFormatter
-
-                ax.set_xticks(sorted({min(xs), round((min(xs) * max(xs)) ** 0.5), max(xs)}))
-                ax.xaxis.set_major_formatter(ScalarFormatter())
-                ax.xaxis.set_minor_formatter(NullFormatter())
+            low, high = min(xs), max(xs)
+            ticks = sorted({low, high}) if high < 4 * low else [low, (low * high) ** 0.5, high]
+            whole = isinstance(values[0], int)
+            ax.set_xticks(ticks, [f"{x:.0f}" if whole else f"{x:.1g}" for x in ticks])
+            ax.set_xticks([], minor=True)
         if labels:
             ax.set_xticks(range(len(labels)), [str(label) for label in labels], fontsize=8)
             ax.set_xlim(-0.6, len(labels) - 0.4)
@@ -264,7 +270,7 @@ def pareto_figure(arms: Arms, settings: Settings) -> str:
 
 
 def _cell(value: Any, text: bool = False) -> str:
-    shown = value if isinstance(value, str) and value.startswith("<") else html.escape(str(value))
+    shown = value if isinstance(value, Markup) else html.escape(str(value))
     return f'<td class="text">{shown}</td>' if text else f"<td>{shown}</td>"
 
 
@@ -305,33 +311,33 @@ def result_rows(arms: Arms) -> list[dict[str, Any]]:
 
 
 def _results(arms: Arms) -> str:
-    header = ["arm", "best found", "operator", "parameters", "search: val", "n"]
-    header += ["fresh: val", "test", "n", "search - fresh", "test - baseline"]
+    header = ["arm", "best found", "parameters", "search: val", "fresh seeds: val", "test"]
+    header += ["n", "search - fresh", "test - baseline"]
     cells = []
     for row in result_rows(arms):
-        optimism = difference = "-"
+        optimism = "-"
         if row["val"]:
             optimism = percent(statistics.fmean(row["search"]) - statistics.fmean(row["val"]))
-        if row["difference"]:
-            difference = with_interval(row["difference"])
         operator = row["operator"]
+        if not isinstance(operator, str):  # one a block
+            operator = " | ".join(operator)
+        best = f"<code>{html.escape(operator)}</code><br>{html.escape(row['configuration'])}"
+        n = f"{len(row['search'])}, {len(row['test'])}" if row["test"] else len(row["search"])
+        bad = f"<br>{len(row['diverged'])} diverged" if row["diverged"] else ""
         cells.append(
             [
                 row["arm"],
-                row["configuration"],
-                operator if isinstance(operator, str) else " | ".join(operator),
+                Markup(best),
                 f"{row['parameters']:,.0f}",
-                with_interval(row["search"]),
-                len(row["search"]),
-                with_interval(row["val"]),
-                with_interval(row["test"]),
-                f"{len(row['test'])}"
-                + (f" ({len(row['diverged'])} diverged)" if row["diverged"] else ""),
+                _two_lines(row["search"]),
+                _two_lines(row["val"]),
+                _two_lines(row["test"]),
+                Markup(f"{n}{bad}"),
                 optimism,
-                difference,
+                _two_lines(row["difference"]),
             ]
         )
-    return table(header, cells, text=(1, 2))
+    return table(header, cells, text=(1,))
 
 
 def _top(found: Sequence[Candidate]) -> str:
@@ -414,7 +420,7 @@ def page(
     unit = "seed" if settings.seeds == 1 else "seeds"
     parts.append(
         f"<p>Study <code>{html.escape(settings.study)}</code>: {len(arms)} arms, "
-        f"{settings.trials} trials each, {settings.seeds} {unit} a trial, "
+        f"{settings.per_arm} trials each, {settings.seeds} {unit} a trial, "
         f"{settings.config['epochs']} epochs, data {html.escape(settings.config['data'])} "
         f"({settings.dataset['train']:,} training and {settings.dataset['val']:,} validation "
         f"images), sampler {settings.sampler}, pruner {settings.pruner}.</p>"
@@ -429,8 +435,8 @@ def page(
             '<p class="note">Top-1 in per cent, mean and 95 % interval (Student) over seeds. '
             "The search chose by the first number; the winners were then trained again with fresh "
             "seeds, the same for every arm, and scored once on the test split. "
-            '"search - fresh" is the optimism of searching; the last column pairs seeds with the '
-            "first arm's.</p>"
+            'n: seeds of the search, fresh seeds. "search - fresh" is the optimism of searching; '
+            "the last column pairs seeds with the first arm's.</p>"
         )
         parts.append(confirmation_figure(arms))
     else:
@@ -471,10 +477,12 @@ def page(
     )
     parts.append("<h2>How it was run</h2>")
     parts.append(f"<pre>{html.escape(rerun(settings, where))}</pre>")
-    shown_settings = {k: v for k, v in settings.asdict().items() if k not in ("spaces", "source")}
-    parts.append(f"<pre>{html.escape(json.dumps(shown_settings, indent=1))}</pre>")
     if rest.strip():
         parts.append(f"<pre>{html.escape(rest.strip())}</pre>")
+    stored = json.dumps(settings.asdict(), indent=1)
+    parts.append(
+        f"<details><summary>All settings</summary><pre>{html.escape(stored)}</pre></details>"
+    )
     body = "\n".join(parts)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

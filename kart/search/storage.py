@@ -60,10 +60,15 @@ class Settings:
     pruner: str
     val_limit: int | None
     source: str  # the file of the question
-    trials: int  # wanted, an arm
+    trials: int  # wanted, of all arms together
     group: int
     confirm: int
     heartbeat: int  # seconds
+
+    @property
+    def per_arm(self) -> int:
+        """Trials of each arm: all have the same budget."""
+        return self.trials // len(self.spaces)
 
     def asdict(self) -> dict[str, Any]:
         """The settings as JSON has them."""
@@ -436,6 +441,6 @@ def make_pruner(settings: Settings) -> optuna.pruners.BasePruner:
         return Halving(max(1, epochs // 4))
     if settings.pruner == "median":
         return optuna.pruners.MedianPruner(
-            n_startup_trials=5, n_warmup_steps=max(1, epochs // 4), interval_steps=1, n_min_trials=4
+            n_startup_trials=4, n_warmup_steps=epochs // 2, interval_steps=1, n_min_trials=4
         )
     return optuna.pruners.NopPruner()

@@ -100,7 +100,7 @@ def points_of(
         points = enumerate_space(space, levels)
         generator = data.generator_for("points", settings.sampler_seed, arm)
         order = torch.randperm(len(points), generator=generator).tolist()
-        queues[arm] = [points[i] for i in order][: settings.trials]
+        queues[arm] = [points[i] for i in order][: settings.per_arm]
     return queues
 
 
@@ -200,7 +200,7 @@ def _next(arms: Mapping[str, optuna.Study], settings: Settings) -> tuple[str, in
         taken = sum(state[s] for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING))
         waiting = state[TrialState.WAITING]
         queued = settings.sampler in ("grid", "brute")
-        room = waiting if queued else max(waiting, settings.trials - taken)
+        room = waiting if queued else max(waiting, settings.per_arm - taken)
         if room > 0:
             found.append((taken, place, arm, room))
     return min(found)[2:] if found else None
@@ -328,7 +328,7 @@ def summary(arms: Mapping[str, optuna.Study]) -> str:
 def _bar(
     arms: Mapping[str, optuna.Study], settings: Settings, quiet: bool
 ) -> Iterator[Callable[[], None]]:
-    total = settings.trials * len(arms)
+    total = settings.per_arm * len(arms)
     if settings.sampler in ("grid", "brute"):
         total = sum(
             sum(trial.state != TrialState.FAIL for trial in study.get_trials(deepcopy=False))
