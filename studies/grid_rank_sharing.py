@@ -1,6 +1,6 @@
 """Which grid size G, rank r and sharing make the best KArAt, and does it beat softmax?
 
-    kart study run grid_rank_sharing --data digits --trials 24 --out runs/grid_rank_sharing
+kart study run grid_rank_sharing --data digits --trials 24 --out runs/grid_rank_sharing
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ STUDY = search.Study(
     arms={"softmax": softmax, "KArAt": karat},
     trials=24,
     seeds=3,
-    tiny={"epochs": 1, "train_limit": 64, "embed_dim": 8, "num_heads": 1, "trials": 2, "seeds": 2},
+    tiny={**search.TINY, "trials": 2, "seeds": 2},
 )
 
 if __name__ == "__main__":

@@ -22,13 +22,15 @@ except ImportError as error:
     ) from error
 
 from kart.search.command import study_main
-from kart.search.question import Study
+from kart.search.question import TINY, Arm, Study
 from kart.search.space import fixed, suggest_operator, suggest_rates
 from kart.search.trials import OBJECTIVES, costs, objective, train_members
-from kart.search.work import Candidate, Confirmed, interval, paired_difference
+from kart.search.work import Candidate, Confirmed, interval, paired_difference, ratio_interval
 
 __all__ = [
     "OBJECTIVES",
+    "TINY",
+    "Arm",
     "Candidate",
     "Confirmed",
     "Study",
@@ -37,6 +39,7 @@ __all__ = [
     "interval",
     "objective",
     "paired_difference",
+    "ratio_interval",
     "study_main",
     "suggest_operator",
     "suggest_rates",

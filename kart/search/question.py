@@ -19,6 +19,20 @@ from kart.train import Config
 
 Arm = Callable[[optuna.Trial, Config], Config]
 
+# a setting in which a run takes a blink, for the `tiny` of a study
+TINY: dict[str, Any] = {
+    "data": "digits",
+    "augment": "none",
+    "train_limit": 64,
+    "image_size": 8,
+    "patch_size": 4,
+    "embed_dim": 8,
+    "num_heads": 1,
+    "depth": 1,
+    "epochs": 1,
+    "confirm": 0,
+}
+
 
 @dataclass(frozen=True)
 class Study:
@@ -43,7 +57,7 @@ class Study:
     confirm: int = 5
     sampler: str = "tpe"
     pruner: str = "median"
-    tiny: Mapping[str, Any] = field(default_factory=dict)
+    tiny: Mapping[str, Any] = field(default_factory=lambda: TINY)
     answer: Callable[[Mapping[str, Any]], str] | None = None
 
     def spaces(self, config: Config, fix: Mapping[str, Any]) -> dict[str, Space]:

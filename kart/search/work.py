@@ -443,3 +443,33 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
     _, error = mean_and_error(values)
     half = float(stats.t.ppf(0.5 + level / 2, len(values) - 1)) * (error or 0.0)
     return mean, mean - half, mean + half
+
+
+def ratio_interval(
+    part: Sequence[float], whole: Sequence[float], level: float = 0.95
+) -> tuple[float, float, float]:
+    """`mean(part) / mean(whole)` over pairs with Fieller's interval, `(ratio, low, high)`.
+
+    The interval is `(-inf, inf)` where the mean of `whole` is not surely different from zero.
+
+    Reference: Fieller, "Some problems in interval estimation", 1954.
+    """
+    from scipy import stats
+
+    n = len(part)
+    if n != len(whole) or n < 2:
+        raise ValueError(
+            f"`ratio_interval` needs two or more pairs, got {n} and {len(whole)} values. "
+            "Confirm with the same seeds, at least two."
+        )
+    a, b = statistics.fmean(part), statistics.fmean(whole)
+    factor = float(stats.t.ppf(0.5 + level / 2, n - 1)) ** 2 / n
+    g_aa, g_bb = factor * statistics.variance(part), factor * statistics.variance(whole)
+    g_ab = factor * statistics.covariance(part, whole)
+    ratio = a / b if b else float("nan")
+    square = b * b - g_bb
+    if square <= 0:
+        return ratio, float("-inf"), float("inf")
+    middle, constant = a * b - g_ab, a * a - g_aa
+    half = max(0.0, middle * middle - square * constant) ** 0.5
+    return ratio, (middle - half) / square, (middle + half) / square
