@@ -210,7 +210,7 @@ def _set_up(args: argparse.Namespace) -> tuple[Home, Any, Settings, Study, str]:
     place = _place(args)
     torch.set_num_threads(place["threads"])
     storage_, settings = work.set_up(
-        where, settings, study, lambda: work.fastest_group(study, settings, load)
+        where, settings, study, lambda: work.fastest_group(study, settings, load, place)
     )
     return where, storage_, settings, study, text
 
@@ -273,9 +273,9 @@ def _write(
             shown.append(f"fresh seeds {report.with_interval(row['val'])}")
             shown.append(f"test {report.with_interval(row['test'])}")
         print(f"{row['arm']}: {row['configuration']}: {', '.join(shown)} %")
-    found = {arm: next(iter(work.confirmed(one).values()), None) for arm, one in arms.items()}
-    if study.answer is not None and any(found.values()):
-        print(study.answer({arm: one for arm, one in found.items() if one}))
+    found = report.results(arms)
+    if study.answer is not None and found:
+        print(study.answer(found))
     print("written: " + ", ".join(str(path) for path in paths))
 
 
@@ -359,13 +359,19 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def study_main(argv: Sequence[str] | None = None) -> int:
-    """Runs `kart study`; returns the exit status: 0, 130 after Ctrl-C, 2 for a mistake."""
+    """Runs `kart study`; returns the exit status: 0, 2 for a mistake, 1 for a lost database,
+    130 after Ctrl-C.
+    """
     args = parser().parse_args(argv)
     try:
         return args.call(args)
     except KeyboardInterrupt:
         print("\nkart study: stopped; the same command goes on where it stopped", file=sys.stderr)
         return 130
+    except optuna.exceptions.StorageInternalError as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        print(f"kart study: the database is gone: {reason}. Start again.", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         print(f"kart study: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

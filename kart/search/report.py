@@ -19,6 +19,7 @@ from kart.search.trials import OBJECTIVES
 from kart.search.work import (
     Candidate,
     Confirmed,
+    best_confirmed,
     candidates,
     confirmed,
     interval,
@@ -86,6 +87,12 @@ def _two_lines(values: Sequence[float]) -> Markup:
     return Markup(with_interval(values, "{}<br><small>[{}, {}]</small>"))
 
 
+def results(arms: Arms) -> dict[str, Confirmed]:
+    """The confirmed best of each arm that has one."""
+    found = {arm: best_confirmed(study) for arm, study in arms.items()}
+    return {arm: one for arm, one in found.items() if one is not None}
+
+
 # figures
 
 
@@ -118,8 +125,7 @@ def _colours(arms: Iterable[str]) -> dict[str, str]:
 
 def confirmation_figure(arms: Arms) -> str:
     """Search, fresh seeds and test of each arm's winner, with intervals."""
-    found = {arm: list(confirmed(study).values()) for arm, study in arms.items()}
-    rows = [(arm, one) for arm, ones in found.items() for one in ones if one.val]
+    rows = [(arm, one) for arm, one in results(arms).items() if one.val]
     figure, (ax,) = _figure(8.4, 0.9 + 0.48 * len(rows))
     marks = {"search seeds, validation": "o", "fresh seeds, validation": "s", "fresh, test": "D"}
     shades = ("#9aa5b4", "#1d6fb8", "#c2410c")
@@ -287,7 +293,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], text: Sequence[i
 def result_rows(arms: Arms) -> list[dict[str, Any]]:
     """What each arm's winner is worth: the numbers of the report's first table."""
     base = next(iter(arms))
-    reference = next(iter(confirmed(arms[base]).values()), None)
+    reference = best_confirmed(arms[base])
     rows = []
     for arm, study in arms.items():
         stored = confirmed(study)
@@ -415,7 +421,7 @@ def page(
 ) -> str:
     """The report as one HTML page that needs nothing else."""
     title, _, rest = question.partition("\n")
-    is_confirmed = any(confirmed(study) for study in arms.values())
+    is_confirmed = bool(results(arms))
     parts = [f"<h1>{html.escape(title or settings.study)}</h1>"]
     unit = "seed" if settings.seeds == 1 else "seeds"
     parts.append(
@@ -427,8 +433,7 @@ def page(
     )
     parts.append("<h2>What the search found, and what it is worth</h2>")
     if answer is not None and is_confirmed:
-        found = {arm: next(iter(confirmed(study).values()), None) for arm, study in arms.items()}
-        parts.append(f"<pre>{html.escape(answer({k: v for k, v in found.items() if v}))}</pre>")
+        parts.append(f"<pre>{html.escape(answer(results(arms)))}</pre>")
     parts.append(_results(arms))
     if is_confirmed:
         parts.append(
@@ -438,6 +443,13 @@ def page(
             'n: seeds of the search, fresh seeds. "search - fresh" is the optimism of searching; '
             "the last column pairs seeds with the first arm's.</p>"
         )
+        readings = {arm: len(confirmed(study)) for arm, study in arms.items()}
+        if max(readings.values()) > 1:
+            shown = ", ".join(f"{arm} {count}" for arm, count in readings.items())
+            parts.append(
+                '<p class="note">Configurations that have been scored on the test split, earlier '
+                f"winners of this study included: {html.escape(shown)}.</p>"
+            )
         parts.append(confirmation_figure(arms))
     else:
         parts.append(

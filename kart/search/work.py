@@ -142,9 +142,15 @@ def set_up(
     return storage, settings
 
 
-def fastest_group(study: Study, settings: Settings, load: Callable[[Config], Splits]) -> int:
+def fastest_group(
+    study: Study,
+    settings: Settings,
+    load: Callable[[Config], Splits],
+    place: Mapping[str, Any],
+) -> int:
     """How many of a trial's seeds to train at once: measured on the last arm's first point."""
     config = first(study.spaces(study.config, settings.fix)[list(study.arms)[-1]])
+    config = dataclasses.replace(config, **place)
     members = population.seeds(config, range(settings.seeds))
     size, seconds = population.fastest_group(members, load(config))
     shown = ", ".join(f"{k}: {1000 * s:.1f} ms" for k, s in seconds.items())
@@ -380,6 +386,12 @@ def confirmed(study: optuna.Study) -> dict[str, Confirmed]:
         }
         found[one["key"]] = Confirmed(**{**one, **numbers})
     return found
+
+
+def best_confirmed(study: optuna.Study) -> Confirmed | None:
+    """The confirmation of an arm's best configuration, where there is one."""
+    stored = confirmed(study)
+    return next((stored[one.key] for one in winners(study) if one.key in stored), None)
 
 
 def confirm(
