@@ -1,0 +1,47 @@
+"""Optuna studies of learnable attention: spaces, objective, storage, report.
+
+    study = optuna.create_study(direction="maximize")
+    study.optimize(objective(lambda trial: Config(operator=suggest_operator(trial))), n_trials=20)
+
+| module | what it holds |
+|---|---|
+| `space` | a search space as a pure function of a trial; its fingerprint and its points |
+| `trials` | a trial as K seeds that train together; costs, limits, repeats |
+| `storage` | settings and their guard, SQLite and servers, heartbeats, samplers, pruners |
+| `question` | what a file in `studies/` defines |
+| `work` | set-up, the loop of a worker, confirmation of the winners |
+| `report` | the HTML page and the CSV |
+| `command` | `kart study` |
+"""
+
+try:
+    import optuna as _  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        '`kart.search` needs Optuna, got none. Run `pip install "kart-attention[studies]"`.'
+    ) from error
+
+from kart.search.command import study_main
+from kart.search.question import TINY, Arm, Study
+from kart.search.space import fixed, suggest_operator, suggest_rates
+from kart.search.trials import OBJECTIVES, costs, objective, train_members
+from kart.search.work import Candidate, Confirmed, interval, paired_difference, ratio_interval
+
+__all__ = [
+    "OBJECTIVES",
+    "TINY",
+    "Arm",
+    "Candidate",
+    "Confirmed",
+    "Study",
+    "costs",
+    "fixed",
+    "interval",
+    "objective",
+    "paired_difference",
+    "ratio_interval",
+    "study_main",
+    "suggest_operator",
+    "suggest_rates",
+    "train_members",
+]

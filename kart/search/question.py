@@ -1,0 +1,151 @@
+"""A question as a file: what `studies/*.py` define, and how `kart study` finds them."""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import optuna
+
+import kart
+from kart.search.space import Space, fixed
+from kart.train import Config
+
+Arm = Callable[[optuna.Trial, Config], Config]
+
+# a setting in which a run takes a blink, for the `tiny` of a study
+TINY: dict[str, Any] = {
+    "data": "digits",
+    "augment": "none",
+    "train_limit": 64,
+    "image_size": 8,
+    "patch_size": 4,
+    "embed_dim": 8,
+    "num_heads": 1,
+    "depth": 1,
+    "epochs": 1,
+    "confirm": 0,
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One question: the arms to compare, each searched with the same budget.
+
+    Args:
+        config: what all trials share; flags change it before the arms see it.
+        arms: by name, a search space `(trial, config) -> Config` each. The first is the baseline.
+        trials: of all arms together, shared equally.
+        seeds: K, the seeds of a trial.
+        confirm: fresh seeds with which the best of each arm is trained again.
+        sampler: "tpe", "random", "gp", "nsga2", "grid" or "brute".
+        pruner: "asha", "median" or "none".
+        tiny: fields of Config, or of this class, for a setting that runs in seconds.
+        answer: what the study concludes, as text, from the confirmed results by arm.
+    """
+
+    config: Config
+    arms: Mapping[str, Arm]
+    trials: int = 24
+    seeds: int = 3
+    confirm: int = 5
+    sampler: str = "tpe"
+    pruner: str = "median"
+    tiny: Mapping[str, Any] = field(default_factory=lambda: TINY)
+    answer: Callable[[Mapping[str, Any]], str] | None = None
+
+    def spaces(self, config: Config, fix: Mapping[str, Any]) -> dict[str, Space]:
+        """The space of each arm over `config`, with the parameters in `fix` fixed."""
+
+        def space(arm: Arm) -> Space:
+            return lambda trial: arm(trial, config)
+
+        return {name: fixed(space(arm), fix) for name, arm in self.arms.items()}
+
+
+def folders() -> list[Path]:
+    """Where studies are looked for: `./studies`, and beside the source tree of kart."""
+    beside = Path(kart.__file__).resolve().parents[1] / "studies"
+    here = Path("studies").resolve()
+    return list(dict.fromkeys(folder for folder in (here, beside) if folder.is_dir()))
+
+
+def _defines_study(path: Path) -> bool:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    targets = [node.targets[0] for node in tree.body if isinstance(node, ast.Assign)]
+    return any(isinstance(target, ast.Name) and target.id == "STUDY" for target in targets)
+
+
+def available() -> dict[str, tuple[Path, str]]:
+    """File and question (the first line of its docstring) of each study that is found, by name."""
+    found: dict[str, tuple[Path, str]] = {}
+    for folder in folders():
+        for path in sorted(folder.glob("[a-z]*.py")):
+            if path.stem not in found and _defines_study(path):
+                text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+                found[path.stem] = (path, text.split("\n")[0])
+    return found
+
+
+def locate(name: str) -> Path:
+    """The file of a study: a path, or a name such as "grid_rank_sharing"."""
+    if name.endswith(".py"):
+        if not Path(name).is_file():
+            raise ValueError(f"`study` needs a file, got {name!r}, which is none. Check the path.")
+        return Path(name).resolve()
+    found = available()
+    if name not in found:
+        near = difflib.get_close_matches(name, found, n=3, cutoff=0.3) or list(found)
+        where = "; `kart study` finds them from the root of kart's source tree" if not found else ""
+        raise ValueError(
+            f"`study` needs a file or one of {list(found)}, got {name!r}{where}. "
+            f"Near matches: {', '.join(near) or 'none'}."
+        )
+    return found[name][0]
+
+
+@functools.lru_cache
+def _module(path: Path) -> ModuleType:
+    name = f"studies.{path.stem}" if path.parent.name == "studies" else path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # it ends in .py
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load(name: str) -> tuple[str, Path, Study, str]:
+    """Name, file, study and question of a study, by name or path."""
+    path = locate(name)
+    module = _module(path)
+    study = getattr(module, "STUDY", None)
+    if not isinstance(study, Study):
+        raise ValueError(
+            f"`study` needs a file that defines STUDY = search.Study(...), got {str(path)!r} "
+            "without. See studies/grid_rank_sharing.py."
+        )
+    return path.stem, path, study, (module.__doc__ or "").strip()
+
+
+def with_changes(study: Study, changes: Mapping[str, Any]) -> Study:
+    """`study` with some of its own fields, and fields of its config, changed."""
+    own = {f.name for f in dataclasses.fields(Study)} - {"config", "arms", "tiny", "answer"}
+    shared = {f.name for f in dataclasses.fields(Config)}
+    unknown = sorted(set(changes) - own - shared)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], own | shared, n=3, cutoff=0.3)
+        raise ValueError(
+            f"`--set` needs fields of Config, got {unknown[0]!r}. "
+            f"Near matches: {', '.join(near) or 'none'}."
+        )
+    config = dataclasses.replace(
+        study.config, **{name: value for name, value in changes.items() if name in shared}
+    )
+    mine = {name: value for name, value in changes.items() if name in own}
+    return dataclasses.replace(study, config=config, **mine)

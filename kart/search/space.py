@@ -1,0 +1,249 @@
+"""Search spaces: pure functions from a trial to a `Config`, and what can be known of them
+beforehand.
+
+    def space(trial):
+        return Config(operator=suggest_operator(trial), **suggest_rates(trial))
+
+What fixes shapes (family, grid, rank, sharing) and what does not (`population.FREE`: learning rate,
+weight decay, seed) are told apart by the fields of the Config: configs of one `shape` train
+together.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+)
+
+from kart import bases, operators
+from kart.train import Config
+
+Space = Callable[[optuna.Trial], Config]
+Params = dict[str, Any]
+
+# where a trial runs: no part of what is searched, and workers may differ in it
+PLACE = {"device": "cpu", "threads": None}
+# the free fields are put to these values to name a shape
+SHAPE = {**PLACE, "seed": 0, "learning_rate": 0.0, "weight_decay": 0.0}
+
+MOST_POINTS = 10_000
+LEAST_GRID = {"gaussian_rbf": 2}  # centres at both ends of the interval
+
+
+def key(config: Config) -> str:
+    """Names a configuration whatever its seed and wherever it runs: repeats have the same key."""
+    return dataclasses.replace(config, seed=0, **PLACE).hash
+
+
+def shape(config: Config) -> str:
+    """Names what fixes the shapes of a configuration: configs of one shape can train as one
+    population.
+    """
+    return dataclasses.replace(config, **SHAPE).hash
+
+
+def suggest_operator(
+    trial: optuna.Trial,
+    families: Sequence[str] = ("fourier",),
+    *,
+    grid: tuple[int, int] = (1, 9),
+    degree: tuple[int, int] = (1, 8),
+    rank: tuple[int, int] = (4, 32),
+    sharing: Sequence[str] = ("blockwise", "universal"),
+) -> str:
+    """A learnable row operator as a spec string, such as "G3B:rank=12".
+
+    Suggests `family` where there are several, `grid` or `degree` for the families that have one,
+    `rank` (logarithmic) and `sharing`; an interval of one value suggests nothing. The string is
+    what `kart.models.create` and `Config` take as `operator`.
+    """
+    known = sorted(bases.FAMILIES)
+    if not families or set(families) - set(known):
+        raise ValueError(
+            f"`suggest_operator` needs `families` among {known}, got {list(families)}. Choose some."
+        )
+    family = choose(trial, "family", families)
+    numbers = operators.NUMBERS.get(family, [])
+    size = ""
+    if numbers == ["grid"]:
+        size = str(integer(trial, "grid", max(grid[0], LEAST_GRID.get(family, 1)), grid[1]))
+    elif numbers == ["degree"]:
+        size = str(integer(trial, "degree", *degree))
+    drawn = integer(trial, "rank", *rank, log=True)
+    letter = {"blockwise": "B", "universal": "U"}[choose(trial, "sharing", sharing)]
+    head = f"G{size}" if family == "fourier" else f"{family}-{size}"
+    return f"{head}{letter}:rank={drawn}"
+
+
+def suggest_rates(
+    trial: optuna.Trial,
+    learning_rate: tuple[float, float] = (3e-4, 1e-2),
+    weight_decay: tuple[float, float] = (1e-3, 0.3),
+) -> dict[str, float]:
+    """Learning rate and weight decay, both logarithmic: the nuisance parameters of a study."""
+    return {
+        "learning_rate": trial.suggest_float("learning_rate", *learning_rate, log=True),
+        "weight_decay": trial.suggest_float("weight_decay", *weight_decay, log=True),
+    }
+
+
+def choose(trial: optuna.Trial, name: str, choices: Sequence[Any]) -> Any:
+    """A categorical suggestion; one choice alone is no parameter."""
+    return choices[0] if len(choices) == 1 else trial.suggest_categorical(name, list(choices))
+
+
+def integer(trial: optuna.Trial, name: str, low: int, high: int, log: bool = False) -> int:
+    """An integer suggestion; an interval of one value is no parameter."""
+    return low if low == high else trial.suggest_int(name, low, high, log=log)
+
+
+class Fixed:
+    """A trial in which some parameters have been fixed: `suggest_*` returns their values."""
+
+    def __init__(self, trial: Any, values: Mapping[str, Any]):
+        self._trial, self._values = trial, values
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._trial, name)
+        if not name.startswith("suggest_"):
+            return found
+
+        def suggest(parameter: str, *args: Any, **options: Any) -> Any:
+            if parameter in self._values:
+                return self._values[parameter]
+            return found(parameter, *args, **options)
+
+        return suggest
+
+
+def fixed(space: Space, values: Mapping[str, Any]) -> Space:
+    """`space` with some parameters fixed, so that nothing is suggested for them."""
+    if not values:
+        return space
+    return lambda trial: space(Fixed(trial, values))  # type: ignore[arg-type]
+
+
+class _Recorder:
+    """A trial that takes given values, else the first or lowest, and records what was asked."""
+
+    def __init__(self, given: Params):
+        self.given = given
+        self.params: Params = {}
+        self.distributions: dict[str, BaseDistribution] = {}
+        self.number = 0
+
+    def _take(self, name: str, distribution: BaseDistribution, default: Any) -> Any:
+        value = self.given.get(name, default)
+        self.params[name], self.distributions[name] = value, distribution
+        return value
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self._take(name, CategoricalDistribution(list(choices)), choices[0])
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False):
+        return self._take(name, IntDistribution(low, high, log, step), low)
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        return self._take(name, FloatDistribution(low, high, log, step), low)
+
+
+def _record(space: Space, given: Params) -> tuple[_Recorder, Config]:
+    recorder = _Recorder(given)
+    return recorder, space(recorder)  # type: ignore[arg-type]
+
+
+def first(space: Space) -> Config:
+    """The config of the space's first point: first choices, lowest numbers."""
+    return _record(space, {})[1]
+
+
+def fingerprint(space: Space) -> dict[str, Any]:
+    """What identifies a space: its distributions, and the configs it makes of some of its points.
+
+    Probes the first value of everything, and from there each choice of each categorical parameter
+    and both ends of each interval, one at a time; a branch behind two choices at once is not seen.
+    """
+    distributions: dict[str, set[str]] = {}
+    hashes: list[str] = []
+    todo: list[Params] = [{}]
+    seen: set[tuple[str, Any]] = set()
+    while todo:
+        given = todo.pop(0)
+        recorder, made = _record(space, given)
+        hashes.append(key(made))
+        for name, distribution in recorder.distributions.items():
+            distributions.setdefault(name, set()).add(distribution_to_json(distribution))
+            for value in _values(distribution, 2):
+                if (name, value) not in seen:
+                    seen.add((name, value))
+                    todo.append({**given, name: value})
+    digest = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:12]
+    listed = {name: sorted(distributions[name]) for name in sorted(distributions)}
+    return {"distributions": listed, "points": digest}
+
+
+def _values(distribution: BaseDistribution, levels: int | None) -> list[Any]:
+    """The values of a distribution: all of them, or so many `levels` of a continuous one."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    low, high, step = distribution.low, distribution.high, distribution.step
+    if levels is None:
+        if step is None:
+            raise ValueError("continuous")
+        return [low + i * step for i in range(int((high - low) / step + 1e-9) + 1)]
+    shares = [i / (levels - 1) for i in range(levels)] if levels > 1 else [0.5]
+    if distribution.log:
+        points = [low ** (1 - share) * high**share for share in shares]
+    else:
+        points = [low + share * (high - low) for share in shares]
+    if step is not None:
+        return sorted({low + round((point - low) / step) * step for point in points})
+    # a power may leave the interval by a rounding
+    return [min(max(point, low), high) for point in points]
+
+
+def enumerate_space(space: Space, levels: int | None = None) -> list[Params]:
+    """All points of a space, parameter by parameter; branches are followed.
+
+    Args:
+        levels: how many values to take of each interval; None takes all, which an interval of
+            floats has not.
+    """
+    points = list(itertools.islice(_points(space, levels, {}), MOST_POINTS + 1))
+    if len(points) > MOST_POINTS:
+        raise ValueError(
+            f"`grid` and `brute` need a space of at most {MOST_POINTS} points, got more. Fix some "
+            "parameters with `--fix`, lower `--levels`, or use `--sampler tpe`."
+        )
+    return points
+
+
+def _points(space: Space, levels: int | None, given: Params) -> Iterator[Params]:
+    recorder, _ = _record(space, given)
+    open_names = [name for name in recorder.params if name not in given]
+    if not open_names:
+        yield dict(recorder.params)
+        return
+    name = open_names[0]
+    try:
+        values = _values(recorder.distributions[name], levels)
+    except ValueError:
+        raise ValueError(
+            f"`brute` needs a finite space, got the continuous parameter {name!r}. Fix it with "
+            f"`--fix {name}=VALUE`, or use `--sampler grid`, which takes `--levels` values of it."
+        ) from None
+    for value in values:
+        yield from _points(space, levels, {**given, name: value})

@@ -1,0 +1,446 @@
+"""Where a study lives: its settings and their guard, the database, samplers and pruners.
+
+A run directory holds `study.json` (the settings) and `study.db` (SQLite); a database server holds
+both as well, the settings as an attribute of its Optuna studies. There is one Optuna study an arm,
+named `<study>/<arm>`.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import sqlite3
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy.exc
+import torch
+from optuna.samplers import BaseSampler
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, TrialState
+
+from kart import checkpoint
+from kart.search.trials import OBJECTIVES
+
+SQLITE_WORKERS = 2
+MAX_RETRIES = 3
+
+
+def versions() -> dict[str, str]:
+    """Versions that must be the same for all trials of a study."""
+    return {
+        "kart": checkpoint.kart_version(),
+        "torch": torch.__version__,
+        "optuna": optuna.__version__,
+    }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What defines a study. Fields in `MAY_CHANGE` may differ when it is continued, no other."""
+
+    study: str
+    versions: dict[str, str]
+    config: dict[str, Any]  # what all trials share
+    spaces: dict[str, Any]  # fingerprint of each arm's space
+    dataset: dict[str, Any]
+    objectives: list[str]
+    limits: dict[str, float]
+    fix: dict[str, Any]
+    seeds: int
+    sampler: str
+    sampler_seed: int
+    levels: int
+    pruner: str
+    val_limit: int | None
+    source: str  # the file of the question
+    trials: int  # wanted, of all arms together
+    group: int
+    confirm: int
+    heartbeat: int  # seconds
+
+    @property
+    def per_arm(self) -> int:
+        """Trials of each arm: all have the same budget."""
+        return self.trials // len(self.spaces)
+
+    def asdict(self) -> dict[str, Any]:
+        """The settings as JSON has them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+MAY_CHANGE = ("source", "trials", "group", "confirm", "heartbeat")
+
+
+def check_same(found: Settings, wanted: Settings, where: str) -> None:
+    """Raises ValueError, naming every difference, unless `wanted` continues the study `found`."""
+
+    def flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict) and value:
+            for part, inner in value.items():
+                yield from flat(inner, f"{name}.{part}" if name else part)
+        else:
+            yield name, value
+
+    old, new = dict(flat(found.asdict(), "")), dict(flat(wanted.asdict(), ""))
+    names = sorted(
+        name
+        for name in {*old, *new}
+        if old.get(name) != new.get(name) and name.split(".")[0] not in MAY_CHANGE
+    )
+    if names:
+        shown = "; ".join(f"{n}: {old.get(n)!r} there, {new.get(n)!r} now" for n in names)
+        raise ValueError(
+            f"`study` needs the settings and versions it was started with, got others than those "
+            f"in {where!r} ({shown}). Nothing was changed. Start a new study, or go back to those."
+        )
+
+
+# databases
+
+
+def _quiet(category: type[Warning] = optuna.exceptions.ExperimentalWarning) -> Any:
+    return warnings.catch_warnings(action="ignore", category=category)
+
+
+def retry(max_retry: int | None = MAX_RETRIES) -> Callable[[optuna.Study, FrozenTrial], None]:
+    """Puts a trial that died back into the queue; at most `max_retry` times."""
+    with _quiet():
+        return RetryHeartbeatStaleTrialCallback(max_retry=max_retry)
+
+
+def open_database(url: str, heartbeat: int = 20, create: bool = False) -> RDBStorage:
+    """The storage at `url`, with heartbeats; only `create` makes tables."""
+    sqlite = url.startswith("sqlite")
+    if sqlite and create:
+        # a property of the file: readers and the writer no longer wait for each other
+        with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+    try:
+        with _quiet():
+            return RDBStorage(
+                url,
+                engine_kwargs={"connect_args": {"timeout": 60}}
+                if sqlite
+                else {"pool_pre_ping": True},
+                heartbeat_interval=heartbeat,
+                grace_period=3 * heartbeat,
+                heartbeat_stale_trial_callback=retry(),
+                skip_table_creation=not create,
+            )
+    except ImportError as error:
+        raise ValueError(
+            "`storage` needs a driver for its database, got none. For PostgreSQL, run "
+            '`pip install "kart-attention[postgres]"`.'
+        ) from error
+    except (sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"`storage` needs a database that can be reached and has the tables of a study, got "
+            f"{hide(url)!r} ({reason}). Check the server, and run `kart study init` once."
+        ) from None
+
+
+def hide(url: str) -> str:
+    """A database URL without its password."""
+    try:
+        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
+    except sqlalchemy.exc.ArgumentError:
+        raise ValueError(
+            f"`storage` needs a URL such as postgresql://user@host/database, got {url!r}."
+        ) from None
+
+
+def check_url(url: str) -> None:
+    """Refuses SQLite by URL: the run directory has one, with the locks it needs."""
+    hide(url)
+    if url.startswith("sqlite"):
+        raise ValueError(
+            f"`--storage` needs the URL of a database server, got {url!r}. For SQLite, give "
+            "`--out DIR`; for several machines, postgresql://user@host/database."
+        )
+
+
+def directory_url(directory: Path) -> str:
+    """The SQLite database of a run directory."""
+    return f"sqlite:///{directory / 'study.db'}"
+
+
+def studies(storage: RDBStorage, settings: Settings) -> dict[str, optuna.Study]:
+    """The Optuna study of each arm, with its sampler and pruner."""
+    return {
+        arm: optuna.load_study(
+            study_name=f"{settings.study}/{arm}",
+            storage=storage,
+            sampler=make_sampler(settings, arm),
+            pruner=make_pruner(settings),
+        )
+        for arm in settings.spaces
+    }
+
+
+def read_settings(directory: Path) -> Settings | None:
+    """The settings in a run directory, None where it holds no study."""
+    path = directory / "study.json"
+    if not path.exists():
+        return None
+    try:
+        return Settings(**json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise ValueError(
+            f"`study` needs a whole study.json of this version of kart, got another in "
+            f"{str(directory)!r} ({error}). Start a new study in another directory."
+        ) from None
+
+
+def read_database(storage: RDBStorage, name: str | None = None) -> dict[str, Settings]:
+    """The settings of the studies in a database, by name; of `name` alone if given."""
+    found: dict[str, Settings] = {}
+    for full in optuna.get_all_study_names(storage=storage):
+        study = full.rpartition("/")[0]
+        if study in found or (name is not None and study != name):
+            continue
+        text = optuna.load_study(study_name=full, storage=storage).user_attrs.get("settings")
+        if text is not None:
+            found[study] = Settings(**text)
+    return found
+
+
+def create(storage: RDBStorage, settings: Settings, points: dict[str, list[dict]] | None) -> None:
+    """Creates the studies of all arms; `points` of an arm are put into its queue.
+
+    Their settings are written last: a study has them once it is complete.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    directions: list[Any] = [OBJECTIVES[name] for name in settings.objectives]
+    made = []
+    for arm in settings.spaces:
+        study = optuna.create_study(
+            study_name=f"{settings.study}/{arm}",
+            storage=storage,
+            directions=directions,
+            load_if_exists=True,
+        )
+        queued = len(study.get_trials(deepcopy=False))
+        for point in (points or {}).get(arm, [])[queued:]:
+            study.enqueue_trial(point)
+        made.append(study)
+    for study in made:
+        study.set_user_attr("settings", settings.asdict())
+
+
+def save_settings(storage: RDBStorage, settings: Settings, directory: Path | None) -> None:
+    """Stores changed settings (those in `MAY_CHANGE`)."""
+    for arm in settings.spaces:
+        study = optuna.load_study(study_name=f"{settings.study}/{arm}", storage=storage)
+        study.set_user_attr("settings", settings.asdict())
+    if directory is not None:
+        text = json.dumps(settings.asdict(), indent=1) + "\n"
+        checkpoint.write_text(directory / "study.json", text)
+
+
+# workers
+
+
+@contextlib.contextmanager
+def worker_slot(directory: Path, recover: Callable[[], None]) -> Iterator[None]:
+    """Holds one of the two places that SQLite has for workers; a place is freed by any death.
+
+    Who comes first of all calls `recover()`: whatever runs then has lost its worker.
+    """
+    with contextlib.ExitStack() as stack:
+        door = stack.enter_context(open(directory / ".workers", "w"))
+        fcntl.flock(door, fcntl.LOCK_EX)  # one at a time through the door
+        places = [
+            stack.enter_context(open(directory / f".worker-{i}", "w"))
+            for i in range(SQLITE_WORKERS)
+        ]
+        free = []
+        for place in places:
+            with contextlib.suppress(OSError):
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free.append(place)
+        if not free:
+            raise ValueError(
+                f"`work` needs at most {SQLITE_WORKERS} workers on the SQLite database of a run "
+                f"directory, got one more for {str(directory)!r}. For more, use PostgreSQL: "
+                "`kart study init NAME --storage postgresql://user@host/database`."
+            )
+        if len(free) == SQLITE_WORKERS:
+            recover()
+        for place in free[1:]:
+            fcntl.flock(place, fcntl.LOCK_UN)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        yield
+
+
+def recover(arms: dict[str, optuna.Study]) -> None:
+    """Ends every running trial of a study that has no worker, and puts it back into the queue."""
+    again = retry()
+    for study in arms.values():
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            study.tell(trial.number, state=TrialState.FAIL)
+            again(study, trial)
+
+
+@contextlib.contextmanager
+def beating(storage: RDBStorage, study: optuna.Study, numbers: Sequence[int]) -> Iterator[None]:
+    """Records heartbeats of trials that were asked for, as Optuna does in `optimize` alone."""
+    interval = storage.get_heartbeat_interval()
+    stop = threading.Event()
+    of = storage.get_study_id_from_name(study.study_name)
+    ids = [storage.get_trial_id_from_study_id_trial_number(of, number) for number in numbers]
+
+    def beat() -> None:
+        while True:
+            for trial in ids:
+                storage.record_heartbeat(trial)
+            if stop.wait(interval):
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def ask(study: optuna.Study) -> optuna.Trial:
+    """The next trial, new or from the queue, of a study whose heartbeats we record (`beating`)."""
+    with _quiet(UserWarning):  # Optuna warns that `ask` leaves them to the caller
+        return study.ask()
+
+
+def fail_stale_trials(study: optuna.Study) -> None:
+    """Ends the trials whose worker has stopped beating; they are retried."""
+    with _quiet():
+        optuna.storages.fail_stale_trials(study)
+
+
+# samplers and pruners
+
+
+def original(trial: FrozenTrial) -> int:
+    """The number of the trial that this one retries, else its own."""
+    return trial.system_attrs.get("failed_trial", trial.number)
+
+
+class PerTrial(BaseSampler):
+    """A sampler made anew for each trial, seeded by (seed, arm, index of the trial).
+
+    So suggestions do not depend on which worker makes them or on when the study was resumed, and no
+    draw is repeated; trials that died and were retried are not counted twice.
+    """
+
+    def __init__(self, make: Callable[[int], BaseSampler], *keys: int | str):
+        self._make, self._keys = make, keys
+        self._now = make(0)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        first = original(trial)
+        trials = study.get_trials(deepcopy=False)
+        index = sum(original(one) == one.number < first for one in trials)
+        digest = hashlib.sha256(json.dumps([*self._keys, index]).encode()).digest()
+        self._now = self._make(int.from_bytes(digest[:4], "big"))
+        self._now.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> Any:
+        return self._now.infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: Any) -> Any:
+        return self._now.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: Any
+    ) -> Any:
+        return self._now.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Any
+    ) -> None:
+        self._now.after_trial(study, trial, state, values)
+
+
+# options are passed explicitly: their defaults differ between versions of Optuna
+SAMPLERS: dict[str, Callable[[int, bool], BaseSampler]] = {
+    "tpe": lambda seed, several: optuna.samplers.TPESampler(
+        n_startup_trials=8,
+        n_ei_candidates=24,
+        multivariate=not several,
+        group=False,
+        constant_liar=True,
+        seed=seed,
+    ),
+    "random": lambda seed, several: optuna.samplers.RandomSampler(seed=seed),
+    "nsga2": lambda seed, several: optuna.samplers.NSGAIISampler(
+        population_size=12, crossover_prob=0.9, swapping_prob=0.5, seed=seed
+    ),
+    "gp": lambda seed, several: optuna.samplers.GPSampler(
+        n_startup_trials=8, warn_independent_sampling=False, seed=seed
+    ),
+    # their points wait in the queue from the start
+    "grid": lambda seed, several: optuna.samplers.RandomSampler(seed=seed),
+    "brute": lambda seed, several: optuna.samplers.RandomSampler(seed=seed),
+}
+
+
+def make_sampler(settings: Settings, arm: str) -> BaseSampler:
+    """The sampler of an arm."""
+    make, several = SAMPLERS[settings.sampler], len(settings.objectives) > 1
+    return PerTrial(lambda seed: make(seed, several), settings.sampler_seed, arm)
+
+
+class Halving(optuna.pruners.BasePruner):
+    """Asynchronous successive halving (Li et al. 2020, ASHA) on the reported values alone.
+
+    After `first * factor**i` epochs a trial goes on if it is among the best 1/`factor` of those
+    that have come so far. Optuna's `SuccessiveHalvingPruner` keeps its rungs as attributes, which a
+    retried trial inherits and which then count twice; this one has no state but the trials.
+    """
+
+    def __init__(self, first: int, factor: int = 3):
+        self._first, self._factor = first, factor
+
+    def _is_rung(self, epoch: int) -> bool:
+        rung = self._first
+        while rung < epoch:
+            rung *= self._factor
+        return rung == epoch
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        epoch = trial.last_step
+        if epoch is None or not self._is_rung(epoch):
+            return False
+        value = trial.intermediate_values[epoch]
+        others = [
+            one.intermediate_values[epoch]
+            for one in study.get_trials(deepcopy=False)
+            if one.number != trial.number
+            and one.state != TrialState.FAIL
+            and epoch in one.intermediate_values
+        ]
+        better = sum(other > value for other in others)
+        return better >= max(1, (len(others) + 1) // self._factor)
+
+
+PRUNERS = ("asha", "median", "none")
+
+
+def make_pruner(settings: Settings) -> optuna.pruners.BasePruner:
+    """The pruner of a study, for its number of epochs."""
+    epochs = settings.config["epochs"]
+    if settings.pruner == "asha":
+        return Halving(max(1, epochs // 4))
+    if settings.pruner == "median":
+        return optuna.pruners.MedianPruner(
+            n_startup_trials=4, n_warmup_steps=epochs // 2, interval_steps=1, n_min_trials=4
+        )
+    return optuna.pruners.NopPruner()

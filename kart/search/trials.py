@@ -1,0 +1,343 @@
+"""A trial as K seeds of one configuration, trained together; its value is their mean.
+
+study = optuna.create_study(direction="maximize")
+study.optimize(objective(space), n_trials=20)
+"""
+
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import optuna
+import torch
+from optuna.trial import FrozenTrial, TrialState
+
+from kart import population, train, tree
+from kart.search.space import Space, key, shape
+from kart.train import Config, Record, Splits, State
+
+OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
+    "accuracy": "maximize",
+    "parameters": "minimize",
+    "flops": "minimize",
+    "memory": "minimize",
+    "step_time": "minimize",
+}
+LIMITS = ("parameters", "flops", "memory")  # what is known before training
+
+
+class Member(NamedTuple):
+    """What became of one seed: epochs trained, its last record, the step at which it diverged (else
+    -1), and its weights if it went through all epochs.
+    """
+
+    epochs: int
+    record: Record
+    diverged: int
+    params: train.Params | None
+
+
+def _keep(indices: list[int], state: State, stop: set[int]) -> tuple[list[int], State | None]:
+    places = [place for place, i in enumerate(indices) if i not in stop]
+    left = [indices[place] for place in places]
+    if not left or len(left) == len(indices):
+        return left, state if left else None
+    if len(left) == 1:  # the run of one config has no axis of members
+        return left, population.member(state, places[0])
+    return left, tree.map(lambda leaf: leaf[places], state)
+
+
+def train_members(
+    configs: Sequence[Config],
+    splits: Splits,
+    group: int,
+    after_epoch: Callable[[int, dict[int, Record]], Iterable[int]] = lambda epoch, records: (),
+) -> list[Member]:
+    """Trains configs of one shape in step, epoch by epoch, at most `group` in one vmapped program.
+
+    After each epoch `after_epoch(epoch, records)` gets the records of the members still there, by
+    index, and returns those to stop. A member that diverges is dropped; the others go on as if
+    nothing had happened.
+    """
+    model = train.build(configs[0], splits.train)
+    order = iter(range(len(configs)))
+    parts: list[tuple[list[int], State | None]] = [
+        ([next(order) for _ in part], None) for part in population.groups(configs, group)
+    ]
+    members = [Member(0, {}, -1, None) for _ in configs]
+    for epoch in range(1, configs[0].epochs + 1):
+        records: dict[int, Record] = {}
+        trained: list[tuple[list[int], State]] = []
+        for indices, state in parts:
+            run = population.run([configs[i] for i in indices], splits, model)
+            try:
+                state, record = next(train.loop(run, state))
+            except train.Diverged as error:  # all of the group
+                for i in indices:
+                    members[i] = members[i]._replace(diverged=error.step)
+                continue
+            trained.append((indices, state))
+            for i, one in zip(indices, population.split_record(record, len(indices)), strict=True):
+                members[i] = Member(epoch, one, one["diverged"], None)
+                if one["diverged"] < 0:
+                    records[i] = one
+        stop = {i for i in range(len(configs)) if i not in records} | set(
+            after_epoch(epoch, records)
+        )
+        kept = [_keep(indices, state, stop) for indices, state in trained]
+        parts = [part for part in kept if part[0]]
+    for indices, state in parts:
+        assert state is not None  # each part has been through an epoch
+        weights = train.weights_for_evaluation(state)
+        for place, i in enumerate(indices):
+            own = population.member(weights, place) if len(indices) > 1 else weights
+            members[i] = members[i]._replace(params=own)
+    return members
+
+
+def costs(config: Config, splits: Splits, members: int = 1) -> dict[str, float]:
+    """What a configuration costs, before it is trained: `parameters`, `flops` of one image forward,
+    and `memory`, the MiB in which `members` of it train.
+    """
+    from kart.analysis import cost
+
+    model = train.build(config, splits.train)
+    parameters = cost.parameters(model).total
+    # weights, gradients and AdamW's two moments stay; activations come and go
+    held = 4 * 4 * parameters + cost.activation_memory(model, config.batch_size)
+    return {
+        "parameters": float(parameters),
+        "flops": float(cost.flops(model).total),
+        "memory": members * held / 2**20,
+    }
+
+
+class Outcome(NamedTuple):
+    """How a trial ended: its values, or None and the reason why it was pruned."""
+
+    values: tuple[float, ...] | None
+    reason: str = ""
+
+
+class Task(NamedTuple):
+    """A trial that is ready to train: its members (one config a seed), the scores that earlier
+    trials of the same configuration have, and its costs.
+    """
+
+    trial: optuna.Trial
+    members: list[Config]
+    earlier: dict[int, float]
+    cost: dict[str, float]
+
+
+class Evaluation(NamedTuple):
+    """`prepare(trial)` draws its configuration, or says why it is not trained; `run(tasks)` trains
+    tasks together, those of one shape as one population.
+    """
+
+    prepare: Callable[[optuna.Trial], Task | Outcome]
+    run: Callable[[list[Task]], list[Outcome]]
+
+
+def mean_and_error(scores: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and its standard error; None for a single score."""
+    mean = statistics.fmean(scores)
+    return mean, statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
+
+
+def scores_of(trials: Iterable[FrozenTrial], name: str) -> dict[int, float]:
+    """Validation accuracy by seed over all complete trials of the configuration named `name`."""
+    found: dict[int, float] = {}
+    for trial in trials:
+        if trial.state == TrialState.COMPLETE and trial.user_attrs.get("key") == name:
+            found |= {int(seed): score for seed, score in trial.user_attrs["scores"].items()}
+    return found
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # the allocator of the CPU raises a bare RuntimeError
+    words = ("not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+def loader(val_limit: int | None = None) -> Callable[[Config], Splits]:
+    """Loads training and validation data of configs, each once; `val_limit` images to validate."""
+
+    @functools.lru_cache
+    def load(source: str, train_limit: int | None, decode_size: int | None) -> Splits:
+        config = Config(data=source, train_limit=train_limit, decode_size=decode_size)
+        splits = train.load_data(config)
+        if val_limit is None:
+            return splits
+        val = splits.val
+        val = val._replace(images=val.images[:val_limit], labels=val.labels[:val_limit])
+        return splits._replace(val=val)
+
+    return lambda config: load(config.data, config.train_limit, config.decode_size)
+
+
+def evaluation(
+    space: Space,
+    load: Callable[[Config], Splits],
+    *,
+    seeds: int = 3,
+    objectives: Sequence[str] = ("accuracy",),
+    limits: Mapping[str, float] | None = None,
+    group: int | None = None,
+    place: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """What a trial of `space` does; see `objective` for the arguments.
+
+    `load(config)` gives the data of a config; `place` are fields of Config that say where to train
+    and where the data is here (`device`, `threads`, `data`).
+    """
+    limits = dict(limits or {})
+    if seeds < 1:
+        raise ValueError(f"`objective` needs `seeds` >= 1, got {seeds}. Use 3.")
+    if not objectives or set(objectives) - set(OBJECTIVES):
+        raise ValueError(
+            f"`objective` needs `objectives` among {list(OBJECTIVES)}, got {list(objectives)}."
+        )
+    if set(limits) - set(LIMITS):
+        raise ValueError(f"`objective` needs `limits` of {list(LIMITS)}, got {sorted(limits)}.")
+    size = group or seeds
+    several = len(objectives) > 1
+
+    def prepare(trial: optuna.Trial) -> Task | Outcome:
+        chosen = space(trial)
+        name = key(chosen)
+        trial.set_user_attr("config", chosen.asdict())
+        trial.set_user_attr("key", name)
+        here = dataclasses.replace(chosen, **(place or {}))
+        cost = costs(here, load(here), min(size, seeds))
+        trial.set_user_attr("cost", cost)
+        over = []
+        for limited, limit in limits.items():
+            if limited not in trial.constraints:  # a retried trial brings its own
+                trial.set_constraint(limited, cost[limited] - limit)
+            if cost[limited] > limit:
+                over.append(f"{limited} {cost[limited]:,.0f} > {limit:,.0f}")
+        if over:
+            return Outcome(None, "over the limit: " + ", ".join(over))
+        earlier = scores_of(trial.study.get_trials(deepcopy=False), name)
+        first = max(earlier, default=chosen.seed - 1) + 1
+        members = population.seeds(here, range(first, first + seeds))
+        return Task(trial, members, earlier, cost)
+
+    def run(tasks: list[Task]) -> list[Outcome]:
+        buckets: dict[str, list[int]] = {}
+        for i, task in enumerate(tasks):
+            buckets.setdefault(shape(task.members[0]), []).append(i)
+        outcomes: dict[int, Outcome] = {}
+        for bucket in buckets.values():
+            for i, outcome in zip(bucket, _bucket([tasks[i] for i in bucket]), strict=True):
+                outcomes[i] = outcome
+        return [outcomes[i] for i in range(len(tasks))]
+
+    def _bucket(tasks: list[Task]) -> list[Outcome]:
+        owner = [i for i, task in enumerate(tasks) for _ in task.members]
+        began = time.perf_counter()
+        stopped: dict[int, str] = {}
+        configs = [member for task in tasks for member in task.members]
+        epochs = configs[0].epochs
+
+        def after_epoch(epoch: int, records: dict[int, Record]) -> list[int]:
+            if several or epoch == epochs:
+                return []
+            for i, task in enumerate(tasks):
+                scores = [record["val_top1"] for m, record in records.items() if owner[m] == i]
+                if i in stopped or not scores:
+                    continue
+                task.trial.report(statistics.fmean(scores), epoch)
+                if task.trial.should_prune():
+                    stopped[i] = f"stopped after epoch {epoch} of {epochs} by the pruner"
+            return [m for m, i in enumerate(owner) if i in stopped]
+
+        try:
+            members = train_members(configs, load(configs[0]), size, after_epoch)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return [Outcome(None, "out of memory") for _ in tasks]
+        seconds = (time.perf_counter() - began) / len(configs)
+        outcomes = []
+        for i, task in enumerate(tasks):
+            own = {m: members[m] for m, of in enumerate(owner) if of == i}
+            found = {configs[m].seed: member for m, member in own.items()}
+            outcomes.append(_settle(task, found, seconds * len(own), stopped.get(i, "")))
+        return outcomes
+
+    def _settle(task: Task, found: dict[int, Member], seconds: float, stopped: str) -> Outcome:
+        fine = {seed: member for seed, member in found.items() if member.diverged < 0}
+        bad = {str(seed): member.diverged for seed, member in found.items() if member.diverged >= 0}
+        epochs = sum(member.epochs for member in found.values())
+        note = {"seconds": round(seconds, 3), "epochs": epochs, "diverged": bad}
+        task.trial.set_user_attr("spent", note)
+        if stopped:
+            return Outcome(None, stopped)
+        # one survivor of many says little of the configuration, and flatters it
+        if 2 * len(fine) < len(found):
+            steps = ", ".join(str(step) for step in bad.values())
+            return Outcome(None, f"{len(bad)} of {len(found)} seeds diverged, at step {steps}")
+        scores = {seed: member.record["val_top1"] for seed, member in fine.items()}
+        pooled = list({**task.earlier, **scores}.values())
+        mean, error = mean_and_error(pooled)
+        task.trial.set_user_attr("scores", {str(seed): score for seed, score in scores.items()})
+        task.trial.set_user_attr("n", len(pooled))
+        task.trial.set_user_attr("standard_error", error)
+        steps = sum(member.record["step"] for member in fine.values())
+        measured = {**task.cost, "accuracy": mean, "step_time": 1000 * seconds / steps}
+        return Outcome(tuple(measured[name] for name in objectives))
+
+    return Evaluation(prepare, run)
+
+
+def objective(
+    space: Space,
+    splits: Splits | None = None,
+    *,
+    seeds: int = 3,
+    objectives: Sequence[str] = ("accuracy",),
+    limits: Mapping[str, float] | None = None,
+    group: int | None = None,
+) -> Callable[[optuna.Trial], float | tuple[float, ...]]:
+    """An objective for `optuna.Study.optimize`: trains `seeds` seeds of the config `space(trial)`.
+
+    The value is the mean validation accuracy (a fraction) after the last epoch; its standard error,
+    the scores of the seeds, the costs and the config are user attributes. The mean over the seeds
+    is reported after each epoch. A configuration that has been tried trains further seeds, and its
+    value is the mean over all. Divergence of more than half of the seeds, a lack of memory and a
+    cost over a limit prune the trial, with the reason as the user attribute `reason`.
+
+    Args:
+        space: maps a trial to the config to train; the config's seed is the first of the seeds.
+        splits: the data; by default those that the config names.
+        seeds: K, the members of a trial.
+        objectives: "accuracy" alone, or with "parameters", "flops", "memory" (MiB) and "step_time"
+            (ms a member); the study needs their directions (`OBJECTIVES`). Several objectives have
+            no pruning in Optuna.
+        limits: hard limits of "parameters", "flops" or "memory": what exceeds them is not trained.
+            They are constraints of the trial, so that the sampler learns from them.
+        group: how many seeds train as one vmapped program; None for all.
+            `population.fastest_group` measures what is fastest.
+    """
+    load = loader() if splits is None else lambda config: splits
+    prepare, run = evaluation(
+        space, load, seeds=seeds, objectives=objectives, limits=limits, group=group
+    )
+
+    def call(trial: optuna.Trial) -> float | tuple[float, ...]:
+        ready = prepare(trial)
+        outcome = ready if isinstance(ready, Outcome) else run([ready])[0]
+        if outcome.values is None:
+            trial.set_user_attr("reason", outcome.reason)
+            raise optuna.TrialPruned(outcome.reason)
+        return outcome.values if len(objectives) > 1 else outcome.values[0]
+
+    return call

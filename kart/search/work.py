@@ -1,0 +1,487 @@
+"""What a study does: it is set up, worked on by any number of processes, and its best confirmed."""
+
+import collections
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+import torch
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from tqdm import tqdm
+
+from kart import data, population, train
+from kart.search import storage as store
+from kart.search.question import Study
+from kart.search.space import PLACE, Space, enumerate_space, fingerprint, first
+from kart.search.storage import Settings
+from kart.search.trials import (
+    Evaluation,
+    Outcome,
+    Task,
+    evaluation,
+    loader,
+    mean_and_error,
+    scores_of,
+    train_members,
+)
+from kart.train import Config, Splits
+
+# far from the seeds that trials use, so that no winner is confirmed on a seed that chose it
+FRESH_SEED = 10_000
+
+
+class Home(NamedTuple):
+    """Where a study is kept: a run directory, or the URL of a database server."""
+
+    directory: Path | None
+    url: str
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return str(self.directory or store.hide(self.url))
+
+
+def home(out: str | None, url: str | None) -> Home:
+    """The home that `--out` and `--storage` name."""
+    if url is not None:
+        store.check_url(url)
+        return Home(None, url)
+    if out is None:
+        raise ValueError(
+            "`kart study` needs `--out DIR`, or `--storage URL` for a database server, got neither."
+        )
+    return Home(Path(out), store.directory_url(Path(out).resolve()))
+
+
+def settings_for(
+    name: str, path: Path, study: Study, splits: Splits, options: Mapping[str, Any]
+) -> Settings:
+    """The settings of a study that is to start; `options` are the fields that `Study` has not."""
+    spaces = study.spaces(study.config, options["fix"])
+    images = splits.train.images
+    return Settings(
+        study=name,
+        source=str(path),
+        versions=store.versions(),
+        config=dataclasses.replace(study.config, **PLACE).asdict(),
+        spaces={arm: fingerprint(space) for arm, space in spaces.items()},
+        dataset={
+            "train": len(images),
+            "val": len(splits.val.images),
+            "image": list(images.shape[1:]),
+            "classes": len(splits.train.classes),
+            "mean": [round(value, 6) for value in splits.train.mean],
+        },
+        seeds=study.seeds,
+        trials=study.trials,
+        confirm=study.confirm,
+        sampler=study.sampler,
+        pruner=study.pruner,
+        **options,
+    )
+
+
+def points_of(
+    study: Study, settings: Settings, spaces: Mapping[str, Space]
+) -> dict[str, list[dict]] | None:
+    """The queue of each arm for the samplers that try all points, in shuffled order."""
+    if settings.sampler not in ("grid", "brute"):
+        return None
+    levels = settings.levels if settings.sampler == "grid" else None
+    queues = {}
+    for arm, space in spaces.items():
+        points = enumerate_space(space, levels)
+        generator = data.generator_for("points", settings.sampler_seed, arm)
+        order = torch.randperm(len(points), generator=generator).tolist()
+        queues[arm] = [points[i] for i in order][: settings.per_arm]
+    return queues
+
+
+def set_up(
+    where: Home, settings: Settings, study: Study, measure: Callable[[], int]
+) -> tuple[RDBStorage, Settings]:
+    """Creates the study, or goes on with it where it is the same; else raises and changes nothing.
+
+    `measure()` gives the group size of a new study.
+    """
+    directory = where.directory
+    if directory is not None:
+        found = store.read_settings(directory)
+        if found is None and directory.exists():
+            others = [e.name for e in directory.iterdir() if not e.name.startswith((".", "study"))]
+            if others:
+                raise ValueError(
+                    f"`out` needs a new or empty directory, or a study, got {str(directory)!r} "
+                    f"with {', '.join(sorted(others)[:5])}. Choose another directory."
+                )
+        if found is not None:
+            store.check_same(found, settings, where.name)
+        directory.mkdir(parents=True, exist_ok=True)
+        storage = store.open_database(where.url, settings.heartbeat, create=found is None)
+    else:
+        storage = store.open_database(where.url, settings.heartbeat, create=True)
+        found = store.read_database(storage, settings.study).get(settings.study)
+        if found is not None:
+            store.check_same(found, settings, where.name)
+    if found is None:
+        settings = dataclasses.replace(settings, group=settings.group or measure())
+        spaces = study.spaces(study.config, settings.fix)
+        store.create(storage, settings, points_of(study, settings, spaces))
+        store.save_settings(storage, settings, directory)
+    else:
+        settings = dataclasses.replace(settings, group=settings.group or found.group)
+        if settings != found:
+            store.save_settings(storage, settings, directory)
+    return storage, settings
+
+
+def fastest_group(
+    study: Study,
+    settings: Settings,
+    load: Callable[[Config], Splits],
+    place: Mapping[str, Any],
+) -> int:
+    """How many of a trial's seeds to train at once: measured on the last arm's first point."""
+    config = first(study.spaces(study.config, settings.fix)[list(study.arms)[-1]])
+    config = dataclasses.replace(config, **place)
+    members = population.seeds(config, range(settings.seeds))
+    size, seconds = population.fastest_group(members, load(config))
+    shown = ", ".join(f"{k}: {1000 * s:.1f} ms" for k, s in seconds.items())
+    print(f"{size} of {settings.seeds} seeds at a time (ms per seed and step: {shown})")
+    return size
+
+
+# the loop
+
+
+def counts(study: optuna.Study) -> collections.Counter[TrialState]:
+    """How many trials are in each state."""
+    return collections.Counter(trial.state for trial in study.get_trials(deepcopy=False))
+
+
+class Candidate(NamedTuple):
+    """A configuration that a search has trained: all its seeds, over all trials that drew it."""
+
+    key: str
+    config: dict[str, Any]
+    scores: dict[int, float]
+    mean: float
+    error: float | None
+    trial: FrozenTrial  # the last one
+
+
+def candidates(study: optuna.Study) -> list[Candidate]:
+    """The configurations with a value, best first."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    last = {trial.user_attrs["key"]: trial for trial in trials}
+    found = []
+    for name, trial in last.items():
+        scores = scores_of(trials, name)
+        mean, error = mean_and_error(list(scores.values()))
+        found.append(Candidate(name, trial.user_attrs["config"], scores, mean, error, trial))
+    return sorted(found, key=lambda one: (-one.mean, one.trial.number))
+
+
+def winners(study: optuna.Study) -> list[Candidate]:
+    """The best configuration; with several objectives those that no other dominates."""
+    found = candidates(study)
+    if len(study.directions) == 1:
+        return found[:1]
+    front = {trial.user_attrs["key"] for trial in study.best_trials}
+    return [one for one in found if one.key in front]
+
+
+def _next(arms: Mapping[str, optuna.Study], settings: Settings) -> tuple[str, int] | None:
+    """The arm that is furthest behind, and how many trials it may start; None if none may."""
+    found = []
+    for place, (arm, study) in enumerate(arms.items()):
+        state = counts(study)
+        taken = sum(state[s] for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING))
+        waiting = state[TrialState.WAITING]
+        queued = settings.sampler in ("grid", "brute")
+        room = waiting if queued else max(waiting, settings.per_arm - taken)
+        if room > 0:
+            found.append((taken, place, arm, room))
+    return min(found)[2:] if found else None
+
+
+def _patience(arms: Mapping[str, optuna.Study], grace: float) -> float:
+    """Seconds after which a trial of another worker is not waited for: it may be long dead."""
+    finished = [
+        trial.duration.total_seconds()
+        for study in arms.values()
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if trial.duration is not None
+    ]
+    return 2 * grace + 3 * max(finished, default=0.0)
+
+
+def trial_batch(
+    study: optuna.Study, storage: RDBStorage, todo: Evaluation, count: int, worker: str
+) -> None:
+    """Asks for `count` trials, trains them, tells their results.
+
+    An interrupt ends them and puts them back into the queue.
+    """
+    trials: list[optuna.Trial] = []
+    ready: list[tuple[optuna.Trial, Task | Outcome]] = []
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(count):
+                trials.append(store.ask(study))
+                stack.enter_context(store.beating(storage, study, [trials[-1].number]))
+                trials[-1].set_user_attr("worker", worker)
+                # parameters are drawn before the next trial is asked for, which must see them
+                ready.append((trials[-1], todo.prepare(trials[-1])))
+            tasks = [task for _, task in ready if isinstance(task, Task)]
+            trained = iter(todo.run(tasks))
+            for trial, task in ready:
+                outcome = next(trained) if isinstance(task, Task) else task
+                if outcome.values is None:
+                    trial.set_user_attr("reason", outcome.reason)
+                    study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+                else:
+                    study.tell(trial, list(outcome.values), skip_if_finished=True)
+    except BaseException as error:
+        # another worker has taken this one for dead, or the user has stopped it: try again
+        again = isinstance(error, KeyboardInterrupt | optuna.exceptions.UpdateFinishedTrialError)
+        for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if frozen.number in {trial.number for trial in trials}:
+                study.tell(frozen.number, state=TrialState.FAIL)
+                if again:
+                    store.retry(None)(study, frozen)
+        if not isinstance(error, optuna.exceptions.UpdateFinishedTrialError):
+            raise
+
+
+def work(
+    where: Home,
+    storage: RDBStorage,
+    settings: Settings,
+    study: Study,
+    *,
+    place: Mapping[str, Any],
+    pool: int = 1,
+    worker: str = "0",
+    quiet: bool = False,
+    timeout: float | None = None,
+) -> bool:
+    """Works on a study until each arm has its trials; returns whether it has.
+
+    Any number of processes may do so at once on a database server, two on SQLite. The last ones
+    wait for the trials of the others, to retry those of workers that die.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    arms = store.studies(storage, settings)
+    load = loader(settings.val_limit)
+    config = Config.fromdict(settings.config)
+    todo = {
+        arm: evaluation(
+            space,
+            load,
+            seeds=settings.seeds,
+            objectives=settings.objectives,
+            limits=settings.limits,
+            group=settings.group * pool,
+            place=place,
+        )
+        for arm, space in study.spaces(config, settings.fix).items()
+    }
+    began = time.monotonic()
+    slot: Any = contextlib.nullcontext()
+    if where.directory is not None:
+        slot = store.worker_slot(where.directory, lambda: store.recover(arms))
+    with slot, _bar(arms, settings, quiet) as update:
+        waited = time.monotonic()
+        while True:
+            for one in arms.values():
+                store.fail_stale_trials(one)
+            if timeout is not None and time.monotonic() - began > timeout:
+                return False
+            chosen = _next(arms, settings)
+            if chosen is not None:
+                arm, room = chosen
+                trial_batch(arms[arm], storage, todo[arm], min(pool, room), worker)
+                waited = time.monotonic()
+            elif all(counts(one)[TrialState.RUNNING] == 0 for one in arms.values()):
+                return True
+            elif time.monotonic() - waited > _patience(arms, 3 * settings.heartbeat):
+                return False
+            else:
+                time.sleep(min(1.0, settings.heartbeat / 2))
+            update()
+
+
+def summary(arms: Mapping[str, optuna.Study]) -> str:
+    """The best of each arm so far, in one line."""
+    best = {arm: winners(study) for arm, study in arms.items()}
+    shown = [
+        f"{arm} {100 * max(one.mean for one in found):.2f} %"
+        for arm, found in best.items()
+        if found
+    ]
+    return ", ".join(shown[:4])
+
+
+@contextlib.contextmanager
+def _bar(
+    arms: Mapping[str, optuna.Study], settings: Settings, quiet: bool
+) -> Iterator[Callable[[], None]]:
+    total = settings.per_arm * len(arms)
+    if settings.sampler in ("grid", "brute"):
+        total = sum(
+            sum(trial.state != TrialState.FAIL for trial in study.get_trials(deepcopy=False))
+            for study in arms.values()
+        )
+
+    def done() -> int:
+        states = [counts(study) for study in arms.values()]
+        return sum(state[TrialState.COMPLETE] + state[TrialState.PRUNED] for state in states)
+
+    already = done()
+    with tqdm(
+        total=total, initial=already, desc=settings.study, unit="trial", disable=quiet
+    ) as bar:
+
+        def update() -> None:
+            bar.set_postfix_str("best: " + (summary(arms) or "none yet"), refresh=False)
+            bar.update(done() - bar.n)
+
+        yield update
+
+
+# confirmation
+
+
+class Confirmed(NamedTuple):
+    """A winner trained again with fresh seeds: what the search said of it, and what it is worth.
+
+    `val` and `test` are the accuracies by seed, on images that chose it and on images that did not.
+    """
+
+    key: str
+    config: dict[str, Any]
+    search: list[float]
+    val: dict[int, float]
+    test: dict[int, float]
+    diverged: list[int]
+    seconds: float
+
+
+def confirmed(study: optuna.Study) -> dict[str, Confirmed]:
+    """What has been confirmed of an arm, by key."""
+    stored = study.user_attrs.get("confirmed", [])
+    found = {}
+    for one in stored:
+        numbers = {
+            split: {int(seed): value for seed, value in one[split].items()}
+            for split in ("val", "test")
+        }
+        found[one["key"]] = Confirmed(**{**one, **numbers})
+    return found
+
+
+def best_confirmed(study: optuna.Study) -> Confirmed | None:
+    """The confirmation of an arm's best configuration, where there is one."""
+    stored = confirmed(study)
+    return next((stored[one.key] for one in winners(study) if one.key in stored), None)
+
+
+def confirm(
+    arms: Mapping[str, optuna.Study],
+    settings: Settings,
+    seeds: int,
+    place: Mapping[str, Any],
+    quiet: bool = False,
+) -> None:
+    """Trains the best of each arm again with `seeds` fresh seeds, the same for all arms, and scores
+    them on the test split; what has been confirmed is not touched again.
+    """
+    load = loader(settings.val_limit)
+    todo = [
+        (study, one)
+        for study in arms.values()
+        for one in winners(study)
+        if len(confirmed(study).get(one.key, Confirmed("", {}, [], {}, {}, [], 0.0)).val) < seeds
+    ]
+    for study, one in tqdm(todo, desc="fresh seeds", unit="winner", disable=quiet or not todo):
+        began = time.perf_counter()
+        config = dataclasses.replace(Config.fromdict(one.config), **place)
+        members = population.seeds(config, range(FRESH_SEED, FRESH_SEED + seeds))
+        splits = load(config)
+        results = train_members(members, splits, settings.group)
+        test = data.load(config.data, "test", image_size=config.decode_size)
+        model = train.build(config, splits.train)
+        val_scores, test_scores, bad = {}, {}, []
+        for member, result in zip(members, results, strict=True):
+            if result.params is None:
+                bad.append(member.seed)
+                continue
+            scores = train.evaluate(model.apply, result.params, test, config)
+            val_scores[member.seed] = result.record["val_top1"]
+            test_scores[member.seed] = float(scores["top1"])
+        entry = Confirmed(
+            one.key,
+            one.config,
+            list(one.scores.values()),
+            val_scores,
+            test_scores,
+            bad,
+            round(time.perf_counter() - began, 1),
+        )
+        others = {k: v._asdict() for k, v in confirmed(study).items() if k != one.key}
+        study.set_user_attr("confirmed", [*others.values(), entry._asdict()])
+
+
+def paired_difference(one: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
+    """`one - other` over the seeds they share."""
+    return [one[seed] - other[seed] for seed in sorted(set(one) & set(other))]
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
+    """Mean and Student's interval at `level`, `(mean, low, high)`; infinite for a single value."""
+    from scipy import stats
+
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, float("-inf"), float("inf")
+    _, error = mean_and_error(values)
+    half = float(stats.t.ppf(0.5 + level / 2, len(values) - 1)) * (error or 0.0)
+    return mean, mean - half, mean + half
+
+
+def ratio_interval(
+    part: Sequence[float], whole: Sequence[float], level: float = 0.95
+) -> tuple[float, float, float]:
+    """`mean(part) / mean(whole)` over pairs with Fieller's interval, `(ratio, low, high)`.
+
+    The interval is `(-inf, inf)` where the mean of `whole` is not surely different from zero.
+
+    Reference: Fieller, "Some problems in interval estimation", 1954.
+    """
+    from scipy import stats
+
+    n = len(part)
+    if n != len(whole) or n < 2:
+        raise ValueError(
+            f"`ratio_interval` needs two or more pairs, got {n} and {len(whole)} values. "
+            "Confirm with the same seeds, at least two."
+        )
+    a, b = statistics.fmean(part), statistics.fmean(whole)
+    factor = float(stats.t.ppf(0.5 + level / 2, n - 1)) ** 2 / n
+    g_aa, g_bb = factor * statistics.variance(part), factor * statistics.variance(whole)
+    g_ab = factor * statistics.covariance(part, whole)
+    ratio = a / b if b else float("nan")
+    square = b * b - g_bb
+    if square <= 0:
+        return ratio, float("-inf"), float("inf")
+    middle, constant = a * b - g_ab, a * a - g_aa
+    half = max(0.0, middle * middle - square * constant) ** 0.5
+    return ratio, (middle - half) / square, (middle + half) / square

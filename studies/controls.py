@@ -1,0 +1,144 @@
+"""What part of KArAt's gain is the learned function of the scores, and what part learned mixing?
+
+    kart study run controls --data uoft-cs/cifar10 --out runs/controls
+    python -m studies.controls --data uoft-cs/cifar10 --out runs/controls-all   # all settings
+
+A unit of degree 0 is a constant: `polynomial-0` ignores the scores altogether, and every query gets
+the same row of weights, learned for each position. Degree 1 is affine in the scores, G1 and G3 are
+Fourier units. All have the same number of parameters (by their rank), and `softmax, wider MLP`
+spends as many on its MLPs. Each also stands beside softmax, added to its rows. Every arm chooses
+its learning rate out of three on one seed; the winners are trained again with five fresh seeds.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import optuna
+
+from kart import models, search
+from kart.search import Arm, Confirmed
+from kart.train import Config
+
+CONFIG = Config(
+    data="uoft-cs/cifar10",
+    train_limit=8000,
+    augment="flip_crop",
+    image_size=32,
+    patch_size=4,
+    epochs=20,
+)
+
+# spec and rank; (K + 1) r is 84 for all, K parameters a unit and one of the mix
+OPERATORS = {
+    "polynomial-0": ("polynomial-0B", 42),
+    "polynomial-1": ("polynomial-1B", 28),
+    "G1": ("G1B", 28),
+    "G3": ("G3B", 12),
+}
+
+# flags of `kart study run`, for `python -m studies.controls`
+SETTINGS: dict[str, list[str]] = {
+    "standard": [],
+    "16 px": ["--set", "image_size=16"],
+    "64 px": ["--set", "image_size=64"],
+    "2000 images": ["--train-limit", "2000"],
+    "32000 images": ["--train-limit", "32000"],
+    "width 32": ["--set", "embed_dim=32"],
+    "width 128": ["--set", "embed_dim=128"],
+}
+
+
+def wider_mlp(config: Config) -> float:
+    """The MLP ratio that spends the parameters of the operators on the MLPs."""
+    shape = models.MODELS[config.model]
+    width = config.embed_dim or shape["embed_dim"]
+    heads = config.num_heads or shape["num_heads"]
+    assert config.image_size and config.patch_size  # given by CONFIG
+    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    hidden = 4 * width + round(84 * tokens * heads / (2 * width + 1))
+    return (hidden + 0.5) / width  # the model rounds down
+
+
+def arm(operator: str, rank: int | None = None, base: str | None = None, wide: bool = False) -> Arm:
+    """The space of one operator: nothing but the learning rate."""
+
+    def space(trial: optuna.Trial, config: Config) -> Config:
+        rate = trial.suggest_categorical("learning_rate", [5e-4, 1e-3, 2e-3])
+        ratio = wider_mlp(config) if wide else None
+        return dataclasses.replace(
+            config, operator=operator, rank=rank, base=base, mlp_ratio=ratio, learning_rate=rate
+        )
+
+    return space
+
+
+ARMS = {"softmax": arm("softmax"), "softmax, wider MLP": arm("softmax", wide=True)}
+ARMS |= {name: arm(*given) for name, given in OPERATORS.items()}
+ARMS |= {f"{name} + softmax": arm(*given, base="softmax") for name, given in OPERATORS.items()}
+
+
+def answer(found: Mapping[str, Confirmed]) -> str:
+    """Gains over softmax on the test split, and the share of G3's that is left without scores."""
+    if "softmax" not in found:
+        return "softmax has no result."
+    lines = []
+    base = found["softmax"].test
+    for name, one in found.items():
+        gain = search.paired_difference(one.test, base)
+        if name != "softmax" and len(gain) > 1:
+            mean, low, high = (100 * x for x in search.interval(gain))
+            bounds = f"[{low:+.2f}, {high:+.2f}], n = {len(gain)}"
+            lines.append(f"{name}: {mean:+.2f} points over softmax {bounds}")
+    for beside in ("", " + softmax"):
+        names = [f"{name}{beside}" for name in ("polynomial-0", "G3")]
+        if all(name in found for name in names):
+            part, whole = (search.paired_difference(found[n].test, base) for n in names)
+            if len(part) == len(whole) > 1:
+                lines.append(
+                    f"share of the gain of {names[1]} left in {names[0]}: {share(part, whole)}"
+                )
+    return "\n".join(lines)
+
+
+def share(part: Sequence[float], whole: Sequence[float]) -> str:
+    """`mean(part) / mean(whole)` with Fieller's 95 % interval, for pairs."""
+    ratio, low, high = search.ratio_interval(part, whole)
+    if low == float("-inf"):
+        return f"{ratio:.2f}, without bounds: the gain itself is not surely different from 0"
+    return f"{ratio:.2f} [{low:.2f}, {high:.2f}], n = {len(part)}"
+
+
+STUDY = search.Study(
+    config=CONFIG,
+    arms=ARMS,
+    trials=3 * len(ARMS),
+    seeds=1,
+    confirm=5,
+    sampler="brute",
+    pruner="none",
+    tiny={**search.TINY, "trials": len(ARMS), "confirm": 2},
+    answer=answer,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """One study a setting, each in its own directory below `--out`."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--settings", default=",".join(SETTINGS), help="comma-separated")
+    args, flags = parser.parse_known_args(argv)
+    for name in args.settings.split(","):
+        print(f"== {name}")
+        directory = Path(args.out) / name.replace(" ", "-")
+        given = ["run", __file__, "--out", str(directory), *SETTINGS[name], *flags]
+        status = search.study_main(given)
+        if status:
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Which grid size G, rank r and sharing make the best KArAt, and does it beat softmax?
+
+kart study run grid_rank_sharing --data digits --trials 24 --out runs/grid_rank_sharing
+"""
+
+import dataclasses
+import sys
+
+import optuna
+
+from kart import search
+from kart.train import Config
+
+# small enough for a laptop: 17 tokens, width 32, two blocks
+CONFIG = Config(
+    data="digits",
+    patch_size=2,
+    embed_dim=32,
+    depth=2,
+    num_heads=4,
+    epochs=12,
+    batch_size=32,
+)
+
+
+def softmax(trial: optuna.Trial, config: Config) -> Config:
+    """The baseline: nothing but the nuisance parameters."""
+    return dataclasses.replace(config, operator="softmax", **search.suggest_rates(trial))
+
+
+def karat(trial: optuna.Trial, config: Config) -> Config:
+    """Fourier KArAt: grid size, rank and sharing, and the same nuisance parameters."""
+    operator = search.suggest_operator(trial, grid=(1, 9), rank=(2, 16))
+    return dataclasses.replace(config, operator=operator, **search.suggest_rates(trial))
+
+
+STUDY = search.Study(
+    config=CONFIG,
+    arms={"softmax": softmax, "KArAt": karat},
+    trials=24,
+    seeds=3,
+    tiny={**search.TINY, "trials": 2, "seeds": 2},
+)
+
+if __name__ == "__main__":
+    sys.exit(search.study_main(["run", __file__, *sys.argv[1:]]))

@@ -1,0 +1,598 @@
+"""Spaces, trials of K seeds, storage, and the loop that can be killed."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from kart import operators, population, train, tree
+from kart.search import command, question, space, storage, trials, work
+from kart.search.trials import objective, train_members
+from kart.train import Config
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+TINY = Config(
+    patch_size=4,
+    embed_dim=8,
+    depth=1,
+    num_heads=1,
+    epochs=3,
+    batch_size=8,
+    train_limit=24,
+    operator="G1B:rank=2",
+    threads=1,
+)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    whole = train.load_data(TINY)
+    val = whole.val._replace(images=whole.val.images[:20], labels=whole.val.labels[:20])
+    return train.Splits(whole.train, val)
+
+
+def change(**fields):
+    return dataclasses.replace(TINY, **fields)
+
+
+def karat(trial, config=TINY):
+    spec = space.suggest_operator(trial, grid=(1, 3), rank=(2, 4))
+    return dataclasses.replace(config, operator=spec, **space.suggest_rates(trial))
+
+
+def learning_rate_only(trial):
+    return change(learning_rate=trial.suggest_float("learning_rate", 1e-3, 1e-2, log=True))
+
+
+# spaces
+
+
+@pytest.mark.parametrize("family", sorted(operators.bases.FAMILIES))
+def test_suggested_operators_are_specs_that_parse(family):
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(5):
+        spec = space.suggest_operator(study.ask(), families=[family])
+        parsed = operators.parse(spec)
+        assert parsed.operator.basis.family == family
+        assert 4 <= parsed.operator.options["rank"] <= 32
+        assert parsed.sharing in ("blockwise", "universal")
+
+
+def test_unknown_families_are_refused():
+    with pytest.raises(ValueError, match="`families` among"):
+        space.suggest_operator(optuna.trial.FixedTrial({}), families=["fuorier"])
+
+
+def test_key_forgets_seed_and_place_and_shape_forgets_what_fixes_no_shape():
+    assert space.key(change(seed=3, threads=2, device="cuda")) == space.key(TINY)
+    assert space.key(change(learning_rate=0.5)) != space.key(TINY)
+    assert space.shape(change(learning_rate=0.5, weight_decay=0.2, seed=1)) == space.shape(TINY)
+    assert space.shape(change(rank=3)) != space.shape(TINY)
+
+
+def test_fixed_parameters_are_not_suggested():
+    study = optuna.create_study()
+    trial = study.ask()
+    made = space.fixed(karat, {"grid": 2, "learning_rate": 0.003})(trial)
+    assert made.operator.startswith("G2") and made.learning_rate == 0.003
+    assert set(trial.params) == {"rank", "sharing", "weight_decay"}
+
+
+def test_a_fingerprint_sees_distributions_branches_and_what_is_made_of_them():
+    before = space.fingerprint(karat)
+    assert before == space.fingerprint(karat)
+    assert sorted(before["distributions"]) == [
+        *("grid", "learning_rate", "rank", "sharing", "weight_decay")
+    ]
+
+    def wider(trial):
+        return dataclasses.replace(karat(trial), operator=space.suggest_operator(trial))
+
+    def other_use(trial):
+        return dataclasses.replace(karat(trial), epochs=9)
+
+    def branched(trial):
+        if trial.suggest_categorical("kind", ["softmax", "G"]) == "G":
+            return karat(trial)
+        return change(operator="softmax")
+
+    assert space.fingerprint(wider) != before
+    assert space.fingerprint(other_use)["distributions"] == before["distributions"]
+    assert space.fingerprint(other_use) != before
+    assert "grid" in space.fingerprint(branched)["distributions"]
+
+
+def test_points_of_finite_spaces_and_of_grids():
+    def finite(trial):
+        kind = trial.suggest_categorical("kind", ["a", "b"])
+        return change(seed=trial.suggest_int("n", 1, 5, step=2) if kind == "a" else 0)
+
+    assert space.enumerate_space(finite) == [
+        *({"kind": "a", "n": n} for n in (1, 3, 5)),
+        {"kind": "b"},
+    ]
+    with pytest.raises(ValueError, match="--fix learning_rate=VALUE"):
+        space.enumerate_space(learning_rate_only)
+    points = space.enumerate_space(learning_rate_only, levels=3)
+    values = [point["learning_rate"] for point in points]
+    assert values == pytest.approx([1e-3, 10**-2.5, 1e-2]) and max(values) <= 1e-2
+
+
+# members
+
+
+def test_members_are_the_population_and_dropping_one_leaves_the_others_alone(splits):
+    configs = population.seeds(TINY, [0, 1, 2])
+    whole = train_members(configs, splits, group=3)
+    state, record = list(train.loop(population.stacked(configs, splits)))[-1]
+    assert [member.record["val_loss"] for member in whole] == record["val_loss"]
+    for i, member in enumerate(whole):
+        tree.map(torch.testing.assert_close, member.params, population.member(state.params, i))
+
+    fewer = train_members(configs, splits, 3, lambda epoch, records: [1] if epoch == 1 else [])
+    assert [member.epochs for member in fewer] == [3, 1, 3] and fewer[1].params is None
+    for i in (0, 2):
+        assert fewer[i].record["val_loss"] == pytest.approx(whole[i].record["val_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_groups_of_members_give_the_same_results(group, splits):
+    configs = population.seeds(TINY, [0, 1, 2])
+    whole = train_members(configs, splits, group=3)
+    parts = train_members(configs, splits, group=group)
+    for one, other in zip(parts, whole, strict=True):
+        assert one.record["train_loss"] == pytest.approx(other.record["train_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_a_member_that_diverges_is_dropped(group, splits):
+    configs = population.seeds(TINY, [0, 1, 2])
+    configs[1] = dataclasses.replace(configs[1], learning_rate=1e35, weight_decay=1e35)
+    members = train_members(configs, splits, group)
+    assert members[1].diverged >= 0 and members[1].params is None
+    fine = train_members([configs[0], configs[2]], splits, group)
+    for one, other in zip((members[0], members[2]), fine, strict=True):
+        assert one.diverged == -1
+        assert one.record["train_loss"] == pytest.approx(other.record["train_loss"], rel=1e-3)
+
+
+# objective
+
+
+def test_an_objective_drops_into_any_study(splits):
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.NopPruner())
+    study.optimize(objective(karat, splits, seeds=2), n_trials=2)
+    trial = study.trials[0]
+    scores = list(trial.user_attrs["scores"].values())
+    assert trial.value == pytest.approx(np.mean(scores)) and trial.user_attrs["n"] == 2
+    assert trial.user_attrs["standard_error"] == pytest.approx(
+        np.std(scores, ddof=1) / 2**0.5, abs=1e-12
+    )
+    assert sorted(trial.intermediate_values) == [1, 2]
+    assert Config.fromdict(trial.user_attrs["config"]).operator.startswith("G")
+    assert trial.user_attrs["cost"]["parameters"] > 0
+    assert trial.user_attrs["spent"]["epochs"] == 6
+
+
+def test_a_repeat_trains_further_seeds_and_pools_them(splits):
+    study = optuna.create_study(direction="maximize")
+    for _ in range(2):
+        study.enqueue_trial({"learning_rate": 5e-3})
+    study.optimize(objective(learning_rate_only, splits, seeds=2), n_trials=2)
+    first, second = study.trials
+    assert list(first.user_attrs["scores"]) == ["0", "1"]
+    assert list(second.user_attrs["scores"]) == ["2", "3"]
+    pooled = [*first.user_attrs["scores"].values(), *second.user_attrs["scores"].values()]
+    assert second.value == pytest.approx(np.mean(pooled)) and second.user_attrs["n"] == 4
+    best = work.candidates(study)
+    assert len(best) == 1 and len(best[0].scores) == 4
+
+
+def test_what_exceeds_a_limit_is_never_trained(splits, monkeypatch):
+    monkeypatch.setattr(trials, "train_members", None)
+    study = optuna.create_study(direction="maximize")
+    function = objective(karat, splits, limits={"parameters": 10, "memory": 1e9})
+    study.optimize(function, n_trials=1)
+    (trial,) = study.trials
+    assert trial.state == TrialState.PRUNED
+    assert "over the limit: parameters" in trial.user_attrs["reason"]
+    assert trial.constraints["parameters"] > 0 > trial.constraints["memory"]
+
+
+def test_divergence_and_a_lack_of_memory_prune_with_the_reason(splits, monkeypatch):
+    def explode(trial):
+        return change(learning_rate=1e35, weight_decay=1e35)
+
+    study = optuna.create_study(direction="maximize")
+    study.optimize(objective(explode, splits, seeds=2), n_trials=1)
+    assert study.trials[0].state == TrialState.PRUNED
+    assert "2 of 2 seeds diverged, at step" in study.trials[0].user_attrs["reason"]
+
+    def no_memory(*args):
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(trials, "train_members", no_memory)
+    study.optimize(objective(karat, splits), n_trials=1)
+    assert study.trials[1].user_attrs["reason"] == "out of memory"
+
+    def broken(*args):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(trials, "train_members", broken)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        study.optimize(objective(karat, splits), n_trials=1)
+
+
+def test_several_objectives(splits):
+    names = ("accuracy", "parameters", "step_time")
+    directions = [trials.OBJECTIVES[name] for name in names]
+    study = optuna.create_study(directions=directions)
+    study.optimize(objective(karat, splits, seeds=2, objectives=names), n_trials=2)
+    for trial in study.trials:
+        assert trial.values[1] == trial.user_attrs["cost"]["parameters"] and trial.values[2] > 0
+    assert work.winners(study)
+
+
+@pytest.mark.parametrize(
+    "options", [{"seeds": 0}, {"objectives": ["speed"]}, {"limits": {"step_time": 1.0}}]
+)
+def test_bad_options_of_an_objective_name_themselves(options):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
+        objective(karat, **options)
+
+
+def test_a_pool_trains_trials_of_one_shape_together(splits, monkeypatch):
+    calls = []
+
+    def spy(configs, *args):
+        calls.append(len(configs))
+        return train_members(configs, *args)
+
+    monkeypatch.setattr(trials, "train_members", spy)
+    study = optuna.create_study(direction="maximize")
+    load = lambda config: splits  # noqa: E731
+    todo = trials.evaluation(learning_rate_only, load, seeds=2, group=4)
+    tasks = [todo.prepare(study.ask()) for _ in range(2)]
+    outcomes = todo.run(tasks)
+    assert calls == [4]
+    for task, outcome in zip(tasks, outcomes, strict=True):
+        alone = train_members(task.members, splits, 2)
+        wanted = np.mean([member.record["val_top1"] for member in alone])
+        assert outcome.values[0] == pytest.approx(wanted, abs=0.06)  # a rounding may move an image
+
+
+# pruner and sampler
+
+
+def test_halving_keeps_the_best_third_of_those_that_came():
+    study = optuna.create_study(direction="maximize", pruner=storage.Halving(1, 3))
+    kept = []
+    for value in (0.5, 0.4, 0.6, 0.7, 0.1, 0.65):
+        trial = study.ask()
+        trial.report(value, 1)
+        kept.append(not trial.should_prune())
+    # by hand: of 1, 2 and 3 the best one goes on, of 4 and 5 still one, of 6 two
+    assert kept == [True, False, True, True, False, True]
+    trial.report(0.0, 2)
+    assert not trial.should_prune()  # 2 is no rung; 1, 3, 9 are
+    trial.report(0.0, 3)
+    assert not trial.should_prune()  # nobody else has come so far
+
+
+def fake(trial):
+    return trial.suggest_float("x", -1, 1) ** 2 + trial.suggest_int("n", 0, 5)
+
+
+def suggestions(breaks, sampler="tpe"):
+    """Parameters of 14 trials, with a new process (sampler) at each number in `breaks`."""
+    make = storage.SAMPLERS[sampler]
+    memory = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(storage=memory, study_name="s")
+    while True:
+        done = [t for t in study.trials if t.state == TrialState.COMPLETE]
+        if len(done) == 14:
+            return [t.params for t in done]
+        if len(study.trials) == 0 or len(done) in breaks:
+            study = optuna.load_study(
+                study_name="s",
+                storage=memory,
+                sampler=storage.PerTrial(lambda seed: make(seed, False), 0, "arm"),
+            )
+        if len(done) in breaks:
+            breaks = breaks - {len(done)}
+            dead = study.ask()  # dies, and is retried
+            fake(dead)
+            study.tell(dead, state=TrialState.FAIL)
+            storage.retry()(study, study.trials[-1])
+        trial = study.ask()
+        study.tell(trial, fake(trial))
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "nsga2"])
+def test_resuming_and_retrying_does_not_change_what_is_suggested(sampler):
+    whole = suggestions(set(), sampler)
+    assert suggestions({3, 11, 12}, sampler) == whole
+    assert len({tuple(params.values()) for params in whole}) > 10
+
+
+# studies on disk
+
+QUESTION = """
+'''Which rate?
+
+More words.
+'''
+import dataclasses
+from kart import search
+from kart.train import Config
+
+CONFIG = Config(patch_size=4, embed_dim=8, depth=1, num_heads=1, epochs=3, batch_size=8,
+                train_limit=24, operator="G1B:rank=2")
+
+def arm(operator):
+    def space(trial, config):
+        rate = trial.suggest_float("learning_rate", 1e-3, {high}, log=True)
+        size = trial.suggest_categorical("rank", [2, 3])
+        return dataclasses.replace(config, operator=operator, learning_rate=rate, rank=size)
+    return space
+
+STUDY = search.Study(config=CONFIG, arms={{"softmax": arm("softmax"), "G1": arm("G1B")}},
+                     trials=6, seeds=2, confirm=2)
+"""
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """Path of a study file, and the flags of a run of it."""
+    path = tmp_path / "rates.py"
+    path.write_text(textwrap.dedent(QUESTION.format(high=1e-2)))
+    question._module.cache_clear()
+    flags = ["--val-limit", "20", "--threads", "1", "--quiet", "--group", "2"]
+    return path, ["run", str(path), "--out", str(tmp_path / "out"), *flags]
+
+
+def opened(directory):
+    settings = storage.read_settings(directory)
+    assert settings is not None
+    return storage.studies(storage.open_database(storage.directory_url(directory)), settings)
+
+
+def listed(directory):
+    """What must not depend on how a study was interrupted."""
+    return {
+        arm: [
+            (t.params, t.state, t.values, t.intermediate_values)
+            for t in study.trials
+            if t.state in (TrialState.COMPLETE, TrialState.PRUNED)
+        ]
+        for arm, study in opened(directory).items()
+    }
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def test_a_study_runs_and_is_not_done_twice(asked, tmp_path, capsys):
+    path, argv = asked
+    assert command.study_main(argv) == 0
+    out = capsys.readouterr().out
+    assert "softmax: learning_rate" in out and "test" in out and "report.html" in out
+    arms = opened(tmp_path / "out")
+    for study in arms.values():
+        assert len(study.trials) == 3
+        (one,) = work.confirmed(study).values()
+        assert sorted(one.test) == [10_000, 10_001] and len(one.val) == 2
+        assert work.winners(study)[0].key == one.key
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Which rate?" in page and "<svg" in page and "http-equiv" not in page
+    assert 'src="http' not in page and "@import" not in page
+    rows = (tmp_path / "out" / "trials.csv").read_text().splitlines()
+    assert len(rows) == 1 + 6 and rows[0].startswith("arm,trial,retry_of,state")
+    before = listed(tmp_path / "out")
+    assert command.study_main(argv) == 0
+    assert listed(tmp_path / "out") == before
+    assert command.study_main(["list", "--out", str(tmp_path / "out")]) == 0
+    assert "rates/G1:" in capsys.readouterr().out
+    # more trials of the same study
+    assert command.study_main([*argv, "--trials", "8", "--confirm", "0"]) == 0
+    after = listed(tmp_path / "out")
+    assert all(after[arm][:3] == before[arm] and len(after[arm]) == 4 for arm in after)
+
+
+def interrupt_at(monkeypatch, call):
+    calls = []
+
+    def train_until(*args):
+        calls.append(args)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return train_members(*args)
+
+    monkeypatch.setattr(trials, "train_members", train_until)
+
+
+def test_ctrl_c_leaves_a_study_that_goes_on_to_the_same_trials(asked, tmp_path, monkeypatch):
+    path, argv = asked
+    assert command.study_main([*argv, "--confirm", "0"]) == 0
+    whole = listed(tmp_path / "out")
+    argv[argv.index("--out") + 1] = str(tmp_path / "stopped")
+    for call in (2, 3):
+        interrupt_at(monkeypatch, call)
+        assert command.study_main([*argv, "--confirm", "0"]) == 130
+    monkeypatch.setattr(trials, "train_members", train_members)
+    assert command.study_main([*argv, "--confirm", "0"]) == 0
+    assert listed(tmp_path / "stopped") == whole
+    arms = opened(tmp_path / "stopped").values()
+    assert sum(storage.original(t) != t.number for study in arms for t in study.trials) == 2
+
+
+def test_trials_of_a_dead_process_are_retried_at_once(asked, tmp_path):
+    path, argv = asked
+    assert command.study_main([*argv, "--confirm", "0", "--trials", "4"]) == 0
+    study = opened(tmp_path / "out")["G1"]
+    storage.ask(study)  # and then the process is gone
+    assert command.study_main([*argv, "--confirm", "0"]) == 0
+    found = opened(tmp_path / "out")["G1"].trials
+    assert [t.state == TrialState.FAIL for t in found] == [False, False, True, False]
+    assert storage.original(found[3]) == 2
+
+
+@pytest.mark.slow
+def test_sigkill_at_any_moment_and_resume_gives_the_same_trials(asked, tmp_path):
+    path, argv = asked
+    argv += ["--confirm", "0", "--trials", "12"]
+    assert command.study_main(argv) == 0
+    whole = listed(tmp_path / "out")
+    argv[argv.index("--out") + 1] = str(tmp_path / "killed")
+    code = "import sys; from kart.search import study_main; study_main(sys.argv[1:])"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for fraction in (0.2, 0.5):
+        with subprocess.Popen([sys.executable, "-c", code, *argv], env=env) as process:
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline:
+                time.sleep(0.05)
+                done = (tmp_path / "killed" / "study.json").exists() and sum(
+                    len(one) for one in listed(tmp_path / "killed").values()
+                )
+                if done and done >= fraction * 12:
+                    break
+            process.send_signal(signal.SIGKILL)
+    assert command.study_main(argv) == 0
+    assert listed(tmp_path / "killed") == whole
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--epochs", "2"], "config.epochs: 3 there, 2 now"),
+        (["--seeds", "3"], "seeds: 2 there, 3 now"),
+        (["--max-params", "1e6"], "limits"),
+        (["--objectives", "accuracy,parameters"], "objectives"),
+        (["--fix", "rank=2"], "fix"),
+        (["--sampler", "random"], "sampler"),
+    ],
+)
+def test_a_changed_study_is_refused_and_nothing_is_touched(asked, tmp_path, capsys, flags, named):
+    path, argv = asked
+    init = ["init", *argv[1:4], *argv[4:6], "--quiet", "--group", "2"]
+    assert command.study_main(init) == 0
+    before = contents(tmp_path / "out")
+    assert command.study_main([*argv, *flags]) == 2
+    error = capsys.readouterr().err
+    assert named in error and "Nothing was changed" in error
+    assert contents(tmp_path / "out") == before
+
+
+def test_other_versions_and_spaces_are_refused_and_nothing_is_touched(
+    asked, tmp_path, capsys, monkeypatch
+):
+    path, argv = asked
+    init = ["init", *argv[1:4], *argv[4:6], "--quiet", "--group", "2"]
+    assert command.study_main(init) == 0
+    before = contents(tmp_path / "out")
+    monkeypatch.setattr(storage, "versions", lambda: {"kart": "9", "torch": "1", "optuna": "1"})
+    for argument in (argv, ["work", "--out", str(tmp_path / "out")]):
+        assert command.study_main(argument) == 2
+        assert "versions.kart" in capsys.readouterr().err
+    monkeypatch.undo()
+    path.write_text(textwrap.dedent(QUESTION.format(high=2e-2)))
+    question._module.cache_clear()
+    for argument in (argv, ["work", "--out", str(tmp_path / "out")]):
+        assert command.study_main(argument) == 2
+        assert "spaces.softmax.distributions.learning_rate" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_third_worker_on_sqlite_is_sent_to_postgresql(tmp_path):
+    calls = []
+    with (
+        storage.worker_slot(tmp_path, lambda: calls.append(1)),
+        storage.worker_slot(tmp_path, lambda: calls.append(2)),
+        pytest.raises(ValueError, match="PostgreSQL"),
+        storage.worker_slot(tmp_path, lambda: calls.append(3)),
+    ):
+        pass
+    assert calls == [1]  # only who is alone recovers
+    with storage.worker_slot(tmp_path, lambda: calls.append(4)):
+        assert calls == [1, 4]
+
+
+def test_grid_and_brute_try_all_points_once(asked, tmp_path):
+    path, argv = asked
+    flags = ["--sampler", "grid", "--levels", "2", "--trials", "99", "--confirm", "0"]
+    assert command.study_main([*argv, *flags, "--pool", "4"]) == 0
+    for study in opened(tmp_path / "out").values():
+        points = {tuple(sorted(trial.params.items())) for trial in study.trials}
+        assert len(points) == len(study.trials) == 4
+    argv[argv.index("--out") + 1] = str(tmp_path / "brute")
+    assert command.study_main([*argv, "--sampler", "brute"]) == 2
+    flags = ["--sampler", "brute", "--fix", "learning_rate=0.01", "--confirm", "0"]
+    assert command.study_main([*argv, *flags]) == 0
+    for study in opened(tmp_path / "brute").values():
+        assert sorted(trial.params["rank"] for trial in study.trials) == [2, 3]
+
+
+def test_several_objectives_have_a_front_in_the_report(asked, tmp_path):
+    path, argv = asked
+    flags = ["--objectives", "accuracy,parameters", "--sampler", "nsga2", "--confirm", "0"]
+    assert command.study_main([*argv, *flags]) == 0
+    assert "Accuracy against cost" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["run", "grid_rank_sharng", "--out", "x"], "grid_rank_sharing"),
+        (["run", "nowhere.py", "--out", "x"], "needs a file"),
+        (["run", "grid_rank_sharing"], "`--out DIR`"),
+        (["run", "grid_rank_sharing", "--out", "x", "--set", "epoch=3"], "epochs"),
+        (["run", "grid_rank_sharing", "--out", "x", "--trials", "0"], "at least 2"),
+        (["run", "grid_rank_sharing", "--out", "x", "--storage", "sqlite:///a.db"], "`--out DIR`"),
+        (["work", "--out", "nowhere"], "without study.json"),
+        (["work", "--storage", "not a url"], "postgresql://"),
+    ],
+)
+def test_mistakes_are_explained(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command.study_main(argv) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_of_something_else_is_refused(asked, tmp_path, capsys):
+    path, argv = asked
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert command.study_main(argv) == 2
+    assert "notes.txt" in capsys.readouterr().err
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+def test_importing_kart_does_not_import_optuna_and_its_absence_is_explained():
+    code = textwrap.dedent(
+        """
+        import sys
+        import kart, kart.cli, kart.train, kart.population, kart.models
+        assert "optuna" not in sys.modules
+        sys.modules["optuna"] = None
+        try:
+            import kart.search
+        except ImportError as error:
+            assert "kart-attention[studies]" in str(error)
+        else:
+            raise SystemExit("kart.search imported without optuna")
+        """
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)

@@ -1,0 +1,175 @@
+"""Every study runs in a tiny setting; what they conclude is checked by hand."""
+
+import csv
+import dataclasses
+import math
+import statistics
+
+import optuna
+import pytest
+
+from kart import search, train
+from kart.analysis import cost
+from kart.search import command, question, space, storage, work
+from kart.search.work import Confirmed
+from studies import cluster, controls, per_block, placement, population_speed, samplers
+
+STUDIES = sorted(question.available())
+
+
+def test_the_studies_are_found_and_ask_something():
+    assert set(STUDIES) >= {
+        *("grid_rank_sharing", "controls", "basis_family", "base_and_projection", "placement"),
+        *("order_variants", "per_block"),
+    }
+    for name in STUDIES:
+        path, text = question.available()[name]
+        assert text.endswith("?"), name
+        assert f"kart study run {name} " in path.read_text()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_runs_in_its_tiny_setting(name, tmp_path, capsys):
+    flags = ["--tiny", "--val-limit", "16", "--threads", "1", "--group", "1", "--quiet"]
+    assert command.study_main(["run", name, "--out", str(tmp_path / "out"), *flags]) == 0
+    settings = storage.read_settings(tmp_path / "out")
+    assert settings is not None
+    database = storage.open_database(storage.directory_url(tmp_path / "out"))
+    for arm, study in storage.studies(database, settings).items():
+        assert len(study.trials) == settings.per_arm >= 1, arm
+        assert work.winners(study), arm
+    assert "report.html" in capsys.readouterr().out
+
+
+def first_configs(study, **changes):
+    config = dataclasses.replace(study.config, data="digits", train_limit=64, **changes)
+    return {arm: space.first(one) for arm, one in study.spaces(config, {}).items()}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_size": 32, "patch_size": 4},
+        {"image_size": 16, "patch_size": 4, "embed_dim": 96, "num_heads": 3, "depth": 2},
+        {"image_size": 64, "patch_size": 4, "model": "vit_tiny"},
+    ],
+)
+def test_the_controls_have_equal_parameters(changes):
+    counts = {}
+    for arm, config in first_configs(controls.STUDY, **changes).items():
+        model = train.build(config, train.load_data(config).train)
+        counts[arm] = cost.parameters(model)
+    learned = {one.operator for arm, one in counts.items() if not arm.startswith("softmax")}
+    assert len(learned) == 1
+    total = counts["G3"].total
+    # one hidden unit of each block is the smallest step of the wider MLP
+    depth, width = changes.get("depth", 12), changes.get("embed_dim", 192)
+    assert abs(counts["softmax, wider MLP"].total - total) <= depth * (2 * width + 1) / 2
+    assert counts["softmax"].total < total
+
+
+def test_placements_put_karat_where_they_say():
+    configs = first_configs(placement.STUDY)
+    karat = {
+        arm: [i for i, s in enumerate(c.operator) if s != "softmax"] for arm, c in configs.items()
+    }
+    assert karat["softmax"] == [] and karat["all blocks"] == [0, 1, 2, 3, 4, 5]
+    assert karat["early third"] == [0, 1] and karat["middle third"] == [2, 3]
+    assert karat["late third"] == [4, 5] and karat["every other block"] == [0, 2, 4]
+    assert karat["first block"] == [0] and karat["last block"] == [5]
+    assert configs["half of the heads"].operator == "1*softmax+1*G3B"
+
+
+def test_per_block_draws_one_operator_a_block():
+    config = first_configs(per_block.STUDY)["per block"]
+    assert config.operator == ("G1B:rank=4",) * 4
+
+
+def confirmed(test):
+    return Confirmed("", {}, [], test, test, [], 0.0)
+
+
+def test_the_answer_of_the_controls_by_hand():
+    found = {
+        "softmax": confirmed({0: 0.50, 1: 0.52, 2: 0.54}),
+        "polynomial-0": confirmed({0: 0.56, 1: 0.57, 2: 0.60}),
+        "G3": confirmed({0: 0.60, 1: 0.62, 2: 0.64}),
+    }
+    text = controls.answer(found)
+    assert "G3: +10.00 points over softmax [+10.00, +10.00], n = 3" in text
+    # gains 6, 5, 6 of 10: mean 5.667 +- 4.3027 * 0.57735 / sqrt 3 = 1.434, over exactly 10
+    assert "left in polynomial-0: 0.57 [0.42, 0.71], n = 3" in text
+    assert controls.answer({}) == "softmax has no result."
+
+
+def test_fiellers_interval_covers_and_opens():
+    rng = __import__("random").Random(0)
+    hits = 0
+    for _ in range(400):
+        whole = [rng.gauss(1.0, 0.3) for _ in range(5)]
+        part = [0.4 * b + rng.gauss(0.0, 0.1) for b in whole]
+        ratio, low, high = search.ratio_interval(part, whole)
+        assert low <= ratio <= high
+        hits += low <= 0.4 <= high
+    assert abs(hits / 400 - 0.95) < 0.03
+    assert search.ratio_interval([1.0, 2.0], [-1.0, 1.1])[1:] == (-math.inf, math.inf)
+    with pytest.raises(ValueError, match="pairs"):
+        search.ratio_interval([1.0], [1.0])
+
+
+def test_intervals_are_students():
+    mean, low, high = search.interval([1.0, 2.0, 4.0])
+    half = 4.302653 * statistics.stdev([1.0, 2.0, 4.0]) / 3**0.5
+    assert (mean, low, high) == pytest.approx((7 / 3, 7 / 3 - half, 7 / 3 + half), rel=1e-6)
+
+
+def test_population_speed_measures(capsys):
+    argv = ["--seeds", "2", "--repeats", "2", "--threads", "1", "--settings", "1"]
+    population_speed.main(argv)
+    out = capsys.readouterr().out
+    assert "alone / together" in out and out.count("17 tokens") == 2
+
+
+def write_table(path, points):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["arm", "state", "values", "param.a", "param.b", "param.c"])
+        writer.writeheader()
+        for a, b in points:
+            row = {"arm": "KArAt", "state": "complete", "param.a": a, "param.b": b, "param.c": 1}
+            writer.writerow({**row, "values": 1 - 0.01 * (a - 3) ** 2 - 0.1 * (b != "x")})
+
+
+def test_samplers_are_compared_on_a_table(tmp_path, capsys):
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    path = tmp_path / "trials.csv"
+    write_table(path, [(a, b) for a in range(8) for b in "xyz"])
+    names, levels, points = samplers.read(path, "KArAt")
+    assert names == ["param.a", "param.b"] and len(points) == 24
+    regret = samplers.regrets("random", 0, 30, names, levels, points)
+    assert regret == sorted(regret, reverse=True) and regret[-1] >= 0
+    assert regret == samplers.regrets("random", 0, 30, names, levels, points)
+    samplers.main(["--table", str(path), "--trials", "6", "--seeds", "3"])
+    assert "24 points (a, b)" in capsys.readouterr().out
+    write_table(path, [(a, b) for a in range(8) for b in "xyz"][1:])
+    with pytest.raises(ValueError, match="23 of 24"):
+        samplers.read(path, "KArAt")
+
+
+@pytest.mark.slow
+@pytest.mark.postgres
+@pytest.mark.skipif(cluster.binaries() is None, reason="no PostgreSQL server on this machine")
+def test_a_killed_worker_loses_nothing_on_postgresql():
+    programs = cluster.binaries()
+    assert programs is not None
+    with cluster.server(programs) as (url, env):
+        seen = cluster.watch(url, env, workers=4, trials=12, flags=cluster.FLAGS)
+    assert seen.retried is not None and seen.retried.params == seen.killed.params
+    assert seen.retried.state == optuna.trial.TrialState.COMPLETE
+    for trials in seen.trials.values():
+        assert all(trial.state.is_finished() for trial in trials)
+        done = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
+        # workers that ask at the same moment may start one trial more each
+        assert seen.wanted <= len(done) < seen.wanted + 4
+        failed = [trial for trial in trials if trial.state == optuna.trial.TrialState.FAIL]
+        assert [trial.number for trial in failed] in ([], [seen.killed.number])
+    assert seen.workers == 4
