@@ -355,9 +355,32 @@ def _study(args: argparse.Namespace) -> int:
 
 
 def _test_basis(args: argparse.Namespace) -> int:
+    import importlib
+
     from kart import testing
 
-    return testing.cli_main(args.target)
+    module, colon, name = args.target.partition(":")
+    sys.path.insert(0, "")  # as `python -m` does: a module of the current directory
+    try:
+        obj = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"`test-basis` needs an importable module:object, got {args.target!r} ({error}). "
+            "Name it as in my_module:my_basis."
+        ) from None
+    if callable(obj):  # a factory with defaults
+        obj = obj()
+    results = testing.check_basis(obj, name=args.target)
+    states = {True: "passed", False: "FAILED", None: "skipped"}
+    rows = [
+        [one.name, states[one.passed], one.message.split("\n")[0][:90] if not one.passed else ""]
+        for one in results
+    ]
+    print(table(rows, ["property", "result", "why"]))
+    failed = [one for one in results if one.passed is False]
+    for one in failed:
+        print(f"\n{one.name}\n{one.message}")
+    return 1 if failed else 0
 
 
 def parser() -> argparse.ArgumentParser:

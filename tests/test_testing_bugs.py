@@ -259,7 +259,10 @@ BASES = {
         ),
         "held_outside",
     ),
-    "unbounded where bounded is declared": (plain(lambda x: x[..., None], 1, bounded=50.0), "bounded"),
+    "unbounded where bounded is declared": (
+        plain(lambda x: x[..., None], 1, bounded=50.0),
+        "bounded",
+    ),
     "bumps of the wrong width": (
         bases.gaussian_rbf(4)._replace(expand=lambda x: bases.gaussian_rbf(4).expand(x) ** 1.1),
         "gaussian_bumps",
@@ -376,7 +379,10 @@ BASES = {
         applied(lambda apply, p, x: apply({"coefs": p["coefs"].flip(-1)}, x)),
         "linear",
     ),
-    "a corner where smooth is declared": (plain(lambda x: x.abs()[..., None], 1, smooth=1), "smooth"),
+    "a corner where smooth is declared": (
+        plain(lambda x: x.abs()[..., None], 1, smooth=1),
+        "smooth",
+    ),
     "a jump in the second derivative": (
         plain(lambda x: (x * x.abs())[..., None], 1, smooth=2),
         "smooth",

@@ -184,9 +184,7 @@ def init_follows_its_generator(s: Subject, seed: int, shape: tuple[int, ...]) ->
         same(tree.named(again)[name], leaf, f"{name} of a second init", "that of the first")
 
 
-def elementwise(
-    s: Subject, theta: Theta, x: list[float], other: float, dtype: torch.dtype
-) -> None:
+def elementwise(s: Subject, theta: Theta, x: list[float], other: float, dtype: torch.dtype) -> None:
     """phi(x)[0] depends on x[0] alone.
 
     A sum, a maximum or a normalisation over elements has leaked in: results change with the batch,
@@ -715,9 +713,7 @@ def nonnegative(s: Subject, x: list[float], dtype: torch.dtype) -> None:
     agree(y, y.clamp(min=0), unit(dtype) * s.reach, "phi_k(x)", "its positive part")
 
 
-def compact_support(
-    s: Subject, beyond: float, side: str, dtype: torch.dtype
-) -> None:
+def compact_support(s: Subject, beyond: float, side: str, dtype: torch.dtype) -> None:
     """phi_k(x) = 0 for x outside [low, high].
 
     The functions do not vanish where they are declared to: far scores still count.

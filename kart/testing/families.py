@@ -13,9 +13,9 @@ from kart import bases
 from kart.testing import draw
 from kart.testing.basis import (
     PAIR,
-    X,
     Params,
     Subject,
+    X,
     integral,
     near,
     phi_slack,
@@ -511,7 +511,10 @@ OF: dict[str, tuple[Property, ...]] = {
         COVARIANT,
         moments({0: 0.0, 1: ROOT2PI}, "The integral of psi is 0, that of t psi is sqrt(2 pi)"),
     ),
-    "meyer": (_formula(_meyer, "sin(pi abs(t)) m(nu(abs(t))), or m(abs(t)) read directly"), COVARIANT),
+    "meyer": (
+        _formula(_meyer, "sin(pi abs(t)) m(nu(abs(t))), or m(abs(t)) read directly"),
+        COVARIANT,
+    ),
     "shannon": (
         _formula(_shannon, "sin(t) / t times the Hamming window, where it is one of t"),
         COVARIANT,

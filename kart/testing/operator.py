@@ -1,7 +1,7 @@
 """Properties of a row operator: what stands where softmax stood."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -267,7 +267,9 @@ def attend_has_the_gradients_of_weights(
     """
     x = s.inputs(row, torch.float64)
     mask = _mask(row, kept) if masked else None
-    probe = torch.randn(x.q.shape[:-1] + x.v.shape[-1:], generator=draw.generator(row.seed)).double()
+    probe = torch.randn(
+        x.q.shape[:-1] + x.v.shape[-1:], generator=draw.generator(row.seed)
+    ).double()
 
     def attended(*args: Any) -> Tensor:
         return (s.op.attend(*args, mask) * probe).sum()
@@ -279,7 +281,9 @@ def attend_has_the_gradients_of_weights(
     got, wanted = (tree.named(grad(f, places)(*x)) for f in (attended, looked_at))
     size = max([1.0, *(float(leaf.abs().max()) for leaf in wanted.values())])
     for name, leaf in wanted.items():
-        agree(got[name], leaf, 64 * unit(torch.float64) * size, f"gradient {name}", "that of weights")
+        agree(
+            got[name], leaf, 64 * unit(torch.float64) * size, f"gradient {name}", "that of weights"
+        )
 
 
 def gradient_is_right(s: Subject, row: Row, seed: int) -> None:
@@ -478,7 +482,9 @@ def masked_keys_are_silent(
     hidden = ~mask[:, None]
     y = x._replace(k=torch.where(hidden, poke, x.k), v=torch.where(hidden, -poke, x.v))
     wanted = s.op.attend(*x, mask)
-    agree(s.op.attend(*y, mask), wanted, _attend_slack(s, x, mask), "with other masked keys", "with")
+    agree(
+        s.op.attend(*y, mask), wanted, _attend_slack(s, x, mask), "with other masked keys", "with"
+    )
     out, pullback = vjp(lambda k, v: s.op.attend(x.params, x.q, k, v, mask), x.k, x.v)
     for name, slope in zip("kv", pullback(torch.ones_like(out)), strict=True):
         at_masked = torch.where(hidden, slope, 0)
