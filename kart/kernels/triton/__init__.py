@@ -70,7 +70,7 @@ def tiles(kernel: str, dtype: torch.dtype, width: int, ranks: int) -> Tiles:
     Chosen from registers and spills of builds for sm_90 (tests/test_triton_aot.py).
     """
     if kernel == "key_gradient":
-        return Tiles(32, 64, 4, 2, max(1, 96 // ranks))
+        return Tiles(32, 64, 4, 2, max(2, 96 // ranks))
     return Tiles(64, 64, 4, 2, 6)
 
 
@@ -138,11 +138,12 @@ def _slopes(coefs: Tensor, family: Family) -> Tensor:
 
 
 def _pack(coefs: Tensor, family: Family, dtype: torch.dtype) -> Tensor:
-    """`(batch, H, r, M, K')` to the kernels' `(batch, H, K', M', R)`, zero beyond M and r."""
+    """`(batch, H, r, M, K')` to the kernels' `(batch, H, K'', M', R)`, zero beyond K', M and r."""
     batch, heads, rank, keys, count = coefs.shape
-    shape = (batch, heads, count, -(-keys // 128) * 128, _padded(rank))
+    # K'' is even: the kernels take features in pairs
+    shape = (batch, heads, count + count % 2, -(-keys // 128) * 128, _padded(rank))
     packed = torch.zeros(shape, dtype=dtype, device=coefs.device)
-    inside = packed[:, :, :, :keys, :rank]
+    inside = packed[:, :, :count, :keys, :rank]
     inside.copy_(coefs.permute(0, 1, 4, 3, 2))
     if family.name == "fourier":
         # the kernels' cosines are doubled
@@ -202,7 +203,7 @@ def _common(
 
 def _launch(
     kernel: Any, grid: tuple[int, ...], common: dict[str, Any], packed: Tensor, tile: Tiles,
-    first: int, **arguments: Any,
+    first: int, last: int, **arguments: Any,
 ) -> None:
     # a batch of one set of coefficients serves all images
     c_b = packed.stride(0) if packed.shape[0] > 1 else 0
@@ -217,7 +218,7 @@ def _launch(
             c_j=packed.stride(2),
             R=packed.shape[4],
             FIRST=first,
-            LAST=min(first + tile.features, packed.shape[2]),
+            LAST=last,
             BLOCK_N=tile.queries,
             BLOCK_M=tile.keys,
             num_warps=tile.warps,
@@ -266,8 +267,9 @@ def forward(
         y = torch.empty((batch, heads, queries, rank), dtype=wide, device=q.device)
         grid = (-(-queries // tile.queries), batch * heads)
         for first in starts:
+            last = min(first + tile.features, count)
             _launch(
-                device.forward, grid, common, packed, tile, first, y_ptr=y, RANK=rank, ADD=first > 0
+                device.forward, grid, common, packed, tile, first, last, y_ptr=y, RANK=rank, ADD=first > 0
             )
         outputs.append(y.to(q.dtype))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
@@ -325,14 +327,16 @@ def backward(
         rank = part.shape[2]
         common |= {"dy_ptr": dy_part.contiguous(), "RANK": rank}
         for first in starts_q:
+            last = min(first + tile_q.features, count)
             add = i > 0 or first > 0
             _launch(
-                device.query_gradient, grid_q, common, packed, tile_q, first, dq_ptr=dq, ADD=add
+                device.query_gradient, grid_q, common, packed, tile_q, first, last, dq_ptr=dq, ADD=add
             )
         features = []
         for first in starts_k:
+            last = min(first + tile_k.features, count)
             add = i > 0 or first > 0
-            shape = (slices, heads, min(tile_k.features, count - first), keys, rank)
+            shape = (slices, heads, last - first, keys, rank)
             partial = torch.empty(shape, dtype=torch.float32, device=q.device)
             _launch(
                 device.key_gradient,
@@ -341,6 +345,7 @@ def backward(
                 packed,
                 tile_k,
                 first,
+                last,
                 dk_ptr=dk,
                 dc_ptr=partial,
                 B=batch,

@@ -76,7 +76,11 @@ def _feature(
     BASE: tl.constexpr,
 ):
     """Feature J of scores x, what its row of D is multiplied with in dS, and the state for J + 1."""
-    if J == SIZE:
+    if J > SIZE or (J == SIZE and BASE == "zero"):
+        # the partner of a last odd feature
+        value = tl.zeros_like(x)
+        slope = value
+    elif J == SIZE:
         if BASE == "identity":
             value = x
             slope = tl.full(x.shape, 1.0, tl.float32)
@@ -125,6 +129,33 @@ def _feature(
 @triton.jit
 def _offsets(stride_row, stride_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.arange(0, ROWS)[:, None] * stride_row + tl.arange(0, COLUMNS)[None, :] * stride_column
+
+
+@triton.jit
+def _pair_offsets(stride_feature, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of the coefficients of a pair of features, one below the other."""
+    row = tl.arange(0, 2 * ROWS)
+    start = row // ROWS * stride_feature + row % ROWS * COLUMNS
+    return start[:, None] + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def _stack(a, b, AXIS: tl.constexpr):
+    """Two tiles as one of twice the rows (AXIS 0) or columns (1): no data moves between threads."""
+    both = tl.join(a, b)
+    if AXIS == 0:
+        return tl.reshape(tl.permute(both, 2, 0, 1), 2 * a.shape[0], a.shape[1])
+    else:
+        return tl.reshape(tl.permute(both, 0, 2, 1), a.shape[0], 2 * a.shape[1])
+
+
+@triton.jit
+def _unstack(tile, AXIS: tl.constexpr):
+    if AXIS == 0:
+        both = tl.permute(tl.reshape(tile, 2, tile.shape[0] // 2, tile.shape[1]), 1, 2, 0)
+    else:
+        both = tl.permute(tl.reshape(tile, tile.shape[0], 2, tile.shape[1] // 2), 0, 2, 1)
+    return tl.split(both)
 
 
 @triton.jit
@@ -320,7 +351,7 @@ def query_gradient(
     dy = _load(dy_ptr, _offsets(RANK, 1, BLOCK_N, R), N - first, RANK, BLOCK_N, R)
     dy = dy.to(c_ptr.dtype.element_ty)
     k_offsets = _offsets(k_m, k_d, BLOCK_M, D)
-    c_offsets = _offsets(R, 1, BLOCK_M, R)
+    c_offsets = _pair_offsets(c_j, BLOCK_M, R)
     dq = tl.zeros([BLOCK_N, D], tl.float32)
     for m in range(0, M, BLOCK_M):
         k = _load(k_ptr, k_offsets, M - m, WIDTH, BLOCK_M, D)
@@ -332,13 +363,18 @@ def query_gradient(
             mask_ptr += BLOCK_M * mask_m
         fixed, now, before, later = _start(x, origin, density, FAMILY, FAST)
         dx = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        for J in tl.static_range(LAST):
-            _, g, now, before, later = _feature(
+        for J in tl.static_range(0, LAST, 2):
+            _, g0, now, before, later = _feature(
                 x, fixed, now, before, later, density, J, SIZE, FAMILY, BASE
+            )
+            _, g1, now, before, later = _feature(
+                x, fixed, now, before, later, density, J + 1, SIZE, FAMILY, BASE
             )
             if J >= FIRST:
                 c = tl.load(c_ptr + J * c_j + c_offsets)
-                dx += g * tl.dot(dy, tl.trans(c), input_precision=PRECISION)
+                df0, df1 = _unstack(tl.dot(dy, tl.trans(c), input_precision=PRECISION), 1)
+                dx += g0 * df0
+                dx += g1 * df1
         if MASK:
             dx = tl.where(keep, dx, 0.0)
         dq = tl.dot(dx.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -401,15 +437,15 @@ def key_gradient(
     m = first.to(tl.int64)
     # one slice is one image where the coefficients differ between images
     c_ptr += start.to(tl.int64) * c_b + h * c_h + m * R
-    c_offsets = _offsets(R, 1, BLOCK_M, R)
+    c_offsets = _pair_offsets(c_j, BLOCK_M, R)
     k_offsets = _offsets(k_m, k_d, BLOCK_M, D)
     q_offsets = _offsets(q_n, q_d, BLOCK_N, D)
     dy_offsets = _offsets(RANK, 1, BLOCK_N, R)
     c = ()
     dc = ()
-    for J in tl.static_range(FIRST, LAST):
+    for J in tl.static_range(FIRST, LAST, 2):
         c += (tl.load(c_ptr + J * c_j + c_offsets),)
-        dc += (tl.zeros([BLOCK_M, R], tl.float32),)
+        dc += (tl.zeros([2 * BLOCK_M, R], tl.float32),)
     # without hoisting: the addresses of dK would hold registers all through the inner loop
     for image in tl.range(start, tl.minimum(start + images, B), disable_licm=True):
         b = tl.cast(image, tl.int64)
@@ -420,7 +456,7 @@ def key_gradient(
             mask_at = mask_ptr + b * mask_b + h * mask_h + m * mask_m
         k = _load(k_at, k_offsets, M - first, WIDTH, BLOCK_M, D)
         dk = tl.zeros([BLOCK_M, D], tl.float32)
-        for n in range(0, N, BLOCK_N):
+        for n in tl.range(0, N, BLOCK_N, disable_licm=True):
             q = _load(q_at, q_offsets, N - n, WIDTH, BLOCK_N, D)
             dy = _load(dy_at, dy_offsets, N - n, RANK, BLOCK_N, R).to(c_ptr.dtype.element_ty)
             x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
@@ -432,15 +468,23 @@ def key_gradient(
             fixed, now, before, later = _start(x, origin, density, FAMILY, FAST)
             dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             sums = ()
-            for J in tl.static_range(LAST):
-                f, g, now, before, later = _feature(
+            for J in tl.static_range(0, LAST, 2):
+                f0, g0, now, before, later = _feature(
                     x, fixed, now, before, later, density, J, SIZE, FAMILY, BASE
                 )
+                f1, g1, now, before, later = _feature(
+                    x, fixed, now, before, later, density, J + 1, SIZE, FAMILY, BASE
+                )
                 if J >= FIRST:
-                    dx += g * tl.dot(c[J - FIRST], tl.trans(dy), input_precision=PRECISION)
+                    df = tl.dot(c[(J - FIRST) // 2], tl.trans(dy), input_precision=PRECISION)
+                    df0, df1 = _unstack(df, 0)
+                    dx += g0 * df0
+                    dx += g1 * df1
                     if MASK:
-                        f = tl.where(keep, f, 0.0)
-                    sums += (tl.dot(f.to(dy.dtype), dy, dc[J - FIRST], input_precision=PRECISION),)
+                        f0 = tl.where(keep, f0, 0.0)
+                        f1 = tl.where(keep, f1, 0.0)
+                    f = _stack(f0.to(dy.dtype), f1.to(dy.dtype), 0)
+                    sums += (tl.dot(f, dy, dc[(J - FIRST) // 2], input_precision=PRECISION),)
             dc = sums
             if MASK:
                 dx = tl.where(keep, dx, 0.0)
@@ -451,9 +495,15 @@ def key_gradient(
         _store(dk_at, dk * scale, M - first, WIDTH, BLOCK_M, D, ADD)
     # partial sums (slices, H, LAST - FIRST, M, r)
     row = (tl.program_id(2).to(tl.int64) * H + h) * (LAST - FIRST)
-    for J in tl.static_range(FIRST, LAST):
-        tile = dc[J - FIRST]
-        if FAMILY == "fourier" and J < SIZE // 2:
-            tile *= 0.5  # the cosines are doubled
+    for J in tl.static_range(FIRST, LAST, 2):
         at = dc_ptr + ((row + J - FIRST) * M + m) * RANK
-        _store(at, tile, M - first, RANK, BLOCK_M, R, False)
+        dc0, dc1 = _unstack(dc[(J - FIRST) // 2], 0)
+        if FAMILY == "fourier":
+            # the cosines are doubled
+            if J < SIZE // 2:
+                dc0 *= 0.5
+            if J + 1 < SIZE // 2:
+                dc1 *= 0.5
+        _store(at, dc0, M - first, RANK, BLOCK_M, R, False)
+        if J + 1 < LAST:
+            _store(at + tl.cast(M, tl.int64) * RANK, dc1, M - first, RANK, BLOCK_M, R, False)
