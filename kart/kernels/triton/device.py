@@ -44,19 +44,19 @@ def _sincos(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def _start(x, origin, density, FAMILY: tl.constexpr, FAST: tl.constexpr):
+def _start(x, gate, origin, density, FAMILY: tl.constexpr, FAST: tl.constexpr):
     """What `_feature` carries from one feature of the scores x to the next: a fixed part, the
     current and the previous term of a recurrence, and the sine of `fourier` until its turn.
     """
-    one = tl.full(x.shape, 1.0, tl.float32)
-    fixed, now, before, later = x, one, x, x
+    # the recurrences are linear: from a start of zeros, where `gate` is 0, they stay zeros
+    fixed, now, before, later = x, gate, gate, gate
     if FAMILY == "fourier":
-        later, now = _sincos(x, FAST)
-        now = now + now
-        fixed, before = now, one + one
+        sine, cosine = _sincos(x, FAST)
+        fixed = cosine + cosine
+        now, before, later = fixed * gate, gate + gate, sine * gate
     elif FAMILY == "chebyshev":
         fixed = (x - origin) * density
-        before = tl.minimum(tl.maximum(fixed, -1.0), 1.0)  # T_{-1} = T_1
+        before = gate * tl.minimum(tl.maximum(fixed, -1.0), 1.0)  # T_{-1} = T_1
     elif FAMILY != "polynomial":
         fixed = (x - origin) * density
     return fixed, now, before, later
@@ -65,6 +65,7 @@ def _start(x, origin, density, FAMILY: tl.constexpr, FAST: tl.constexpr):
 @triton.jit
 def _feature(
     x,
+    gate,
     fixed,
     now,
     before,
@@ -85,14 +86,16 @@ def _feature(
             value = x
             slope = tl.full(x.shape, 1.0, tl.float32)
         elif BASE == "silu":
-            gate = tl.sigmoid(x)
-            value = x * gate
-            slope = gate + value * (1.0 - gate)
+            sigmoid = tl.sigmoid(x)
+            value = x * sigmoid
+            slope = sigmoid + value * (1.0 - sigmoid)
         else:
             tl.static_assert(BASE == "gelu")
-            gate = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-            value = x * gate
-            slope = gate + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+            normal = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+            value = x * normal
+            slope = normal + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        value *= gate
+        slope *= gate
     elif FAMILY == "fourier":
         # 2 cos kx for k = 1..G, then sin kx, both by y_{k+1} = 2 cos x y_k - y_{k-1}: the first
         # cosine doubled is the factor itself, one tile less to keep
@@ -113,7 +116,7 @@ def _feature(
         now, before = 2.0 * t * now - before, now
     elif FAMILY == "gaussian_rbf":
         z = fixed - J
-        value = tl.exp(-z * z)
+        value = tl.exp(-z * z) * gate
         slope = -2.0 * density * z * value
     else:
         tl.static_assert(FAMILY == "bspline")
@@ -121,8 +124,8 @@ def _feature(
         v = fixed - (J - 1)
         near = tl.maximum(1.0 - tl.abs(v), 0.0)
         far = tl.maximum(2.0 - tl.abs(v), 0.0)
-        value = (far * far * far - 4.0 * near * near * near) * 0.16666666666666666
-        slope = density * (4.0 * near * near - far * far) * tl.where(v < 0.0, -0.5, 0.5)
+        value = (far * far * far - 4.0 * near * near * near) * 0.16666666666666666 * gate
+        slope = density * (4.0 * near * near - far * far) * tl.where(v < 0.0, -0.5, 0.5) * gate
     return value, slope, now, before, later
 
 
@@ -273,15 +276,16 @@ def forward(
             keep = _keep(mask_ptr, mask_n, mask_m, N - first, M - m, BLOCK_N, BLOCK_M)
             # what is masked may not be finite
             x = tl.where(keep, x, 0.0)
+            gate = tl.where(keep, tl.full(x.shape, 1.0, tl.float32), 0.0)
             mask_ptr += BLOCK_M * mask_m
-        fixed, now, before, later = _start(x, origin, density, FAMILY, FAST)
+        else:
+            gate = tl.full(x.shape, 1.0, tl.float32)
+        fixed, now, before, later = _start(x, gate, origin, density, FAMILY, FAST)
         for J in tl.static_range(LAST):
             f, _, now, before, later = _feature(
-                x, fixed, now, before, later, density, J, SIZE, FAMILY, BASE
+                x, gate, fixed, now, before, later, density, J, SIZE, FAMILY, BASE
             )
             if J >= FIRST:
-                if MASK:
-                    f = tl.where(keep, f, 0.0)
                 c = tl.load(c_ptr + J * c_j + c_offsets)
                 y = tl.dot(f.to(c.dtype), c, y, input_precision=PRECISION)
         k_ptr += BLOCK_M * k_m
@@ -360,23 +364,24 @@ def query_gradient(
             keep = _keep(mask_ptr, mask_n, mask_m, N - first, M - m, BLOCK_N, BLOCK_M)
             # what is masked may not be finite
             x = tl.where(keep, x, 0.0)
+            gate = tl.where(keep, tl.full(x.shape, 1.0, tl.float32), 0.0)
             mask_ptr += BLOCK_M * mask_m
-        fixed, now, before, later = _start(x, origin, density, FAMILY, FAST)
+        else:
+            gate = tl.full(x.shape, 1.0, tl.float32)
+        fixed, now, before, later = _start(x, gate, origin, density, FAMILY, FAST)
         dx = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for J in tl.static_range(0, LAST, 2):
             _, g0, now, before, later = _feature(
-                x, fixed, now, before, later, density, J, SIZE, FAMILY, BASE
+                x, gate, fixed, now, before, later, density, J, SIZE, FAMILY, BASE
             )
             _, g1, now, before, later = _feature(
-                x, fixed, now, before, later, density, J + 1, SIZE, FAMILY, BASE
+                x, gate, fixed, now, before, later, density, J + 1, SIZE, FAMILY, BASE
             )
             if J >= FIRST:
                 c = tl.load(c_ptr + J * c_j + c_offsets)
                 df0, df1 = _unstack(tl.dot(dy, tl.trans(c), input_precision=PRECISION), 1)
                 dx += g0 * df0
                 dx += g1 * df1
-        if MASK:
-            dx = tl.where(keep, dx, 0.0)
         dq = tl.dot(dx.to(k.dtype), k, dq, input_precision=PRECISION)
         k_ptr += BLOCK_M * k_m
         c_ptr += BLOCK_M * R
@@ -463,31 +468,29 @@ def key_gradient(
             if MASK:
                 keep = _keep(mask_at, mask_m, mask_n, M - first, N - n, BLOCK_M, BLOCK_N)
                 x = tl.where(keep, x, 0.0)
+                gate = tl.where(keep, tl.full(x.shape, 1.0, tl.float32), 0.0)
                 if mask_n is not None:
                     mask_at += BLOCK_N * mask_n
-            fixed, now, before, later = _start(x, origin, density, FAMILY, FAST)
+            else:
+                gate = tl.full(x.shape, 1.0, tl.float32)
+            fixed, now, before, later = _start(x, gate, origin, density, FAMILY, FAST)
             dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             sums = ()
             for J in tl.static_range(0, LAST, 2):
                 f0, g0, now, before, later = _feature(
-                    x, fixed, now, before, later, density, J, SIZE, FAMILY, BASE
+                    x, gate, fixed, now, before, later, density, J, SIZE, FAMILY, BASE
                 )
                 f1, g1, now, before, later = _feature(
-                    x, fixed, now, before, later, density, J + 1, SIZE, FAMILY, BASE
+                    x, gate, fixed, now, before, later, density, J + 1, SIZE, FAMILY, BASE
                 )
                 if J >= FIRST:
                     df = tl.dot(c[(J - FIRST) // 2], tl.trans(dy), input_precision=PRECISION)
                     df0, df1 = _unstack(df, 0)
                     dx += g0 * df0
                     dx += g1 * df1
-                    if MASK:
-                        f0 = tl.where(keep, f0, 0.0)
-                        f1 = tl.where(keep, f1, 0.0)
                     f = _stack(f0.to(dy.dtype), f1.to(dy.dtype), 0)
                     sums += (tl.dot(f, dy, dc[(J - FIRST) // 2], input_precision=PRECISION),)
             dc = sums
-            if MASK:
-                dx = tl.where(keep, dx, 0.0)
             dk = tl.dot(dx.to(q.dtype), q, dk, input_precision=PRECISION)
             q_at += BLOCK_N * q_n
             dy_at += BLOCK_N * RANK
