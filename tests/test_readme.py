@@ -14,7 +14,7 @@ def test_the_functional_example_runs_as_it_stands(tmp_path):
     code = re.search(r"```python\n(.*?)```", README, re.S)
     assert code is not None
     lines = [line for line in code[1].splitlines() if line.strip()]
-    assert len(lines) <= 20
+    assert len(lines) == 15
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "error", "-c", code[1]]
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -4,18 +4,15 @@ cores, hardware sines.
 `python -m tests.test_triton_aot` prints the table of registers.
 """
 
-import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from kart import bases
 from kart.kernels import triton as engine
 
 triton = pytest.importorskip("triton")
@@ -94,8 +91,11 @@ def inputs(dtype, basis, batch=128, rank=12, tokens=197, width=64, shared=True, 
     """Of the engine, strided like q and k out of one qkv projection; memory is never touched."""
     heads = 3
     qkv = torch.empty(1, dtype=dtype).expand(batch, tokens, 3, heads, width)
-    qkv = torch.empty_strided(qkv.shape, (tokens * 3 * heads * width, 3 * heads * width,
-                              heads * width, width, 1), dtype=dtype)
+    qkv = torch.empty_strided(
+        qkv.shape,
+        (tokens * 3 * heads * width, 3 * heads * width, heads * width, width, 1),
+        dtype=dtype,
+    )
     q, k = qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)
     count = basis.size + (basis.options["base"] != "zero")
     coefs = torch.empty(1 if shared else batch, heads, rank, tokens, count)

@@ -189,7 +189,7 @@ def _run(engine: str, family: Family, q: Tensor, k: Tensor, coefs: Tensor, mask:
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    # autocast would round the scores to bfloat16
+    """A block without autocast, which would round the scores to bfloat16."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()

@@ -202,8 +202,14 @@ def _common(
 
 
 def _launch(
-    kernel: Any, grid: tuple[int, ...], common: dict[str, Any], packed: Tensor, tile: Tiles,
-    first: int, last: int, **arguments: Any,
+    kernel: Any,
+    grid: tuple[int, ...],
+    common: dict[str, Any],
+    packed: Tensor,
+    tile: Tiles,
+    first: int,
+    last: int,
+    **arguments: Any,
 ) -> None:
     # a batch of one set of coefficients serves all images
     c_b = packed.stride(0) if packed.shape[0] > 1 else 0
@@ -269,7 +275,16 @@ def forward(
         for first in starts:
             last = min(first + tile.features, count)
             _launch(
-                device.forward, grid, common, packed, tile, first, last, y_ptr=y, RANK=rank, ADD=first > 0
+                device.forward,
+                grid,
+                common,
+                packed,
+                tile,
+                first,
+                last,
+                y_ptr=y,
+                RANK=rank,
+                ADD=first > 0,
             )
         outputs.append(y.to(q.dtype))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
@@ -330,7 +345,15 @@ def backward(
             last = min(first + tile_q.features, count)
             add = i > 0 or first > 0
             _launch(
-                device.query_gradient, grid_q, common, packed, tile_q, first, last, dq_ptr=dq, ADD=add
+                device.query_gradient,
+                grid_q,
+                common,
+                packed,
+                tile_q,
+                first,
+                last,
+                dq_ptr=dq,
+                ADD=add,
             )
         features = []
         for first in starts_k:

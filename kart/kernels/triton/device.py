@@ -76,7 +76,7 @@ def _feature(
     FAMILY: tl.constexpr,
     BASE: tl.constexpr,
 ):
-    """Feature J of scores x, what its row of D is multiplied with in dS, and the state for J + 1."""
+    """Feature J of scores x, what multiplies its row of D in dS, and the state for J + 1."""
     if J > SIZE or (J == SIZE and BASE == "zero"):
         # the partner of a last odd feature
         value = tl.zeros_like(x)
