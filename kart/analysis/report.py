@@ -281,8 +281,8 @@ def _functions(seen: Sequence[_Look]) -> str:
         "where the scores of validation images lie, which is where the functions are used. The "
         "change is the root mean square over all units of a head, relative to the initial "
         "functions.</p><p>A key's weight by its own score is the sum over p of W[m, p] "
-        "φ_pm(score), less its mean: thin lines are keys m, the band the middle 80 % of them, orange their "
-        "median; dotted is what softmax has there, exp(score) / N.</p>"
+        "φ_pm(score), less its mean: thin lines are keys m, the band the middle 80 % of them, "
+        "orange their median; dotted is what softmax has there, exp(score) / N.</p>"
         f'<div class="pair">{"".join(shown)}</div></section>'
     )
 
