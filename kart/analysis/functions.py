@@ -1,6 +1,6 @@
 """The functions that the heads of a learnable operator learned (paper, eq. 1, 2 and 5)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +73,22 @@ def strongest(values: Tensor, params: Params, count: int = 4) -> Tensor:
             "Ask for fewer."
         )
     return size.topk(count, dim=-1).indices
+
+
+def response(operator: Operator, params: Params, x: Tensor) -> Tensor:
+    """A key's weight as a function of its own score, less its mean over x: `x (X)` to `(H, M, X)`.
+
+    For key m of `low_rank` that is sum_p W[m, p] phi_pm(x); the other keys' scores add a constant.
+    It stands where softmax has exp(x).
+    """
+    if operator.options.get("kind") != "low_rank":
+        raise ValueError(
+            f"`response` needs a low-rank operator, got {operator.name!r}. `curves` shows the "
+            "units of the others."
+        )
+    values = curves(operator, params, x)
+    own = torch.einsum("hmp,hpmx->hmx", params["mix"].detach().to(values.dtype), values)
+    return own - own.mean(-1, keepdim=True)
 
 
 class Group(NamedTuple):
@@ -155,33 +171,74 @@ def plot(
             lines = values[h].flatten(0, 1)[units]
             dotted = None if before is None else before[h].flatten(0, 1)[units]
             panels.append((group.first + h, lines, bands[::2, h], dotted))
-    columns = min(4, len(panels))
-    fig, axes = figures.grid(
-        -(-len(panels) // columns), columns, 1.9, 1.6, sharex=True, sharey=True
-    )
-    for ax, (head, lines, band, dotted) in zip(axes.flat, panels, strict=False):
-        parts = (None if part is None else part.cpu().numpy() for part in (lines, band, dotted))
-        _draw(ax, where.cpu().numpy(), *parts)
+    parts = [
+        (head, [None if part is None else part.cpu().numpy() for part in rest])
+        for head, *rest in panels
+    ]
+    return _panels(parts, _draw, where, scores, "φ(score)")
+
+
+def plot_response(
+    operator: Operator, params: Params, x: Tensor | None = None, *, scores: Tensor | None = None
+) -> Any:
+    """A matplotlib Figure, one panel a head of `low_rank`: `response` of each key as a thin line,
+    their median, the band of the middle 80 % of the keys, and softmax's exp(x) / M dotted.
+
+    Args as of `plot`.
+    """
+    where = score_range(scores, operator) if x is None else x
+    values = response(operator, params, where)
+    reference = where.exp() / values.shape[1]
+    reference = (reference - reference.mean()).cpu().numpy()
+    levels = values.quantile(values.new_tensor([0.1, 0.5, 0.9]), dim=1).transpose(0, 1)
+    parts = [
+        (head, [lines.cpu().numpy(), level.cpu().numpy(), reference])
+        for head, (lines, level) in enumerate(zip(values, levels, strict=True))
+    ]
+    return _panels(parts, _draw_response, where, scores, "weight, centred")
+
+
+def _panels(
+    parts: Sequence[tuple[int, list[Any]]],
+    draw: Callable[..., None],
+    x: Tensor,
+    scores: Tensor | None,
+    label: str,
+) -> Any:
+    """A panel for each (head, what `draw(ax, x, ...)` takes), four in a row."""
+    columns = min(4, len(parts))
+    fig, axes = figures.grid(-(-len(parts) // columns), columns, 1.9, 1.6, sharex=True, sharey=True)
+    for ax, (head, values) in zip(axes.flat, parts, strict=False):
+        ax.axhline(0, color=figures.QUIET, lw=0.5)
+        draw(ax, x.cpu().numpy(), *values)
+        ax.set_xlim(float(x[0]), float(x[-1]))
         if scores is not None:
-            _silhouette(ax, where, scores[..., head, :, :])
+            _silhouette(ax, x, scores[..., head, :, :])
         ax.set_title(f"head {head + 1}", fontsize=8)
-    for ax in axes.flat[len(panels) :]:
+    for ax in axes.flat[len(parts) :]:
         ax.set_visible(False)
     fig.supxlabel("score", fontsize=8, color=figures.INK)
-    fig.supylabel("φ(score)", fontsize=8, color=figures.INK)
+    fig.supylabel(label, fontsize=8, color=figures.INK)
     return fig
 
 
 def _draw(ax: Any, x: Any, lines: Any, band: Any, dotted: Any) -> None:
-    """One head into matplotlib axes; NumPy arrays, since matplotlib reads no tensors cleanly."""
-    ax.axhline(0, color=figures.QUIET, lw=0.5)
+    """One head's units; NumPy arrays, since matplotlib reads no tensors cleanly."""
     ax.fill_between(x, band[0], band[1], color=figures.QUIET, alpha=0.22, lw=0)
     for i, line in enumerate(lines):
         colour = figures.COLOURS[i % len(figures.COLOURS)]
         if dotted is not None:
             ax.plot(x, dotted[i], color=colour, lw=0.9, ls=(0, (1, 1.5)))
         ax.plot(x, line, color=colour, lw=1.2)
-    ax.set_xlim(x[0], x[-1])
+
+
+def _draw_response(ax: Any, x: Any, lines: Any, levels: Any, reference: Any) -> None:
+    blue, orange = figures.COLOURS[:2]
+    ax.fill_between(x, levels[0], levels[2], color=blue, alpha=0.15, lw=0)
+    # some keys, evenly spaced, the class token's first
+    ax.plot(x, lines[:: max(1, len(lines) // 8)].T, color=blue, lw=0.6, alpha=0.6)
+    ax.plot(x, levels[1], color=orange, lw=1.6)
+    ax.plot(x, reference, color=figures.INK, lw=0.9, ls=(0, (1, 1.5)))
 
 
 def _silhouette(ax: Any, x: Tensor, scores: Tensor) -> None:

@@ -267,6 +267,10 @@ def _functions(seen: Sequence[_Look]) -> str:
             fig = functions.plot(operator, now, x, scores=scores, initial=then)
             name = f"functions-{len(shown)}"
             shown.append(_figure(fig, name, f"Learned functions of {caption}", caption))
+            if operator.options.get("kind") == "low_rank":
+                caption = f"{look.result.name}, {where}. A key's weight by its own score."
+                fig = functions.plot_response(operator, now, x, scores=scores)
+                shown.append(_figure(fig, f"functions-{len(shown)}", caption, caption))
     if not shown:
         return ""
     return (
@@ -276,7 +280,10 @@ def _functions(seen: Sequence[_Look]) -> str:
         "dotted: the same units before training. Grey band: 90 % of all its units. Silhouette: "
         "where the scores of validation images lie, which is where the functions are used. The "
         "change is the root mean square over all units of a head, relative to the initial "
-        f'functions.</p><div class="pair">{"".join(shown)}</div></section>'
+        "functions.</p><p>A key's weight by its own score is the sum over p of W[m, p] "
+        "φ_pm(score), less its mean: thin lines are keys m, the band the middle 80 % of them, "
+        "orange their median; dotted is what softmax has there, exp(score) / N.</p>"
+        f'<div class="pair">{"".join(shown)}</div></section>'
     )
 
 

@@ -67,11 +67,9 @@ def verdict(name: str, ours: Sequence[float], other: str, theirs: Sequence[float
     if len(ours) == 1:
         return f"{name} is {way} with one seed, which says nothing about the spread."
     inside = low <= 0 <= high
-    what = "within the noise of the seeds" if inside else "more than the seeds explain"
-    return (
-        f"{name} is {way} (95 % interval {low:+.2f} to {high:+.2f}, {len(ours)} paired seeds): "
-        f"{what}."
-    )
+    noise = f"not clear of the noise of {len(ours)} seeds"
+    what = noise if inside else f"more than {len(ours)} seeds explain"
+    return f"{name} is {way} (95 % interval {low:+.2f} to {high:+.2f}, paired by seed): {what}."
 
 
 def plot(series: Mapping[str, Tensor], label: str, scale: float = 1.0, log: bool = False) -> Any:
