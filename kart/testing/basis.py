@@ -10,12 +10,12 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import grad, vmap
 
 from kart import bases, tree
 from kart.testing import draw
 from kart.testing.core import Property, show
-from kart.testing.draw import Theta, agree, any_finite, reals, same, slack, unit
+from kart.testing.draw import Theta, agree, any_finite, jvp, reals, same, slack, unit, vjp
 
 Params = dict[str, Any]
 

@@ -7,13 +7,13 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Generator, Tensor
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import grad, vmap
 
 from kart import tree
 from kart.testing import draw
 from kart.testing.basis import check_slope, global_state, restore, show_changes
 from kart.testing.core import Property
-from kart.testing.draw import Theta, agree, same, spread, unit
+from kart.testing.draw import Theta, agree, jvp, same, spread, unit, vjp
 
 Params = dict[str, Any]
 

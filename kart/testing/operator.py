@@ -8,14 +8,14 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import grad, vmap
 from torch.nn.functional import scaled_dot_product_attention
 
 from kart import tree
 from kart.testing import draw
 from kart.testing.basis import check_slope, global_state, restore, show_changes
 from kart.testing.core import Property
-from kart.testing.draw import Theta, agree, same, spread, unit
+from kart.testing.draw import Theta, agree, jvp, same, spread, unit, vjp
 
 Params = dict[str, Any]
 
@@ -271,8 +271,8 @@ def attend_has_the_gradients_of_weights(
         x.q.shape[:-1] + x.v.shape[-1:], generator=draw.generator(row.seed)
     ).double()
 
-    def attended(*args: Any) -> Tensor:
-        return (s.op.attend(*args, mask) * probe).sum()
+    def attended(params: Params, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (s.op.attend(params, q, k, v, mask) * probe).sum()
 
     def looked_at(params: Params, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ((s.op.weights(params, scores_of(q, k), mask) @ v) * probe).sum()

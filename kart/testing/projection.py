@@ -8,12 +8,12 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
-from torch.func import jacrev, jvp, vjp, vmap
+from torch.func import jacrev, vmap
 
 from kart.testing import draw
 from kart.testing.basis import global_state, restore, show_changes
 from kart.testing.core import Property
-from kart.testing.draw import agree, reals, same, unit
+from kart.testing.draw import agree, jvp, reals, same, unit, vjp
 
 # the support ends between neighbours that are this far apart
 EDGES = (1 / 2, 1 / 3, 1 / 4, 0.2)
@@ -22,7 +22,7 @@ EDGES = (1 / 2, 1 / 3, 1 / 4, 0.2)
 class Subject(NamedTuple):
     """A projection as the checks see it: `project(y, dim=-1)`."""
 
-    project: Callable[..., Tensor]
+    project: Callable[..., Any]
     dtypes: Sequence[torch.dtype]
 
 
