@@ -33,6 +33,11 @@ def _bias(mask: Tensor | None, like: Tensor, rows: int, keys: int) -> Tensor | N
     return zeros.masked_fill(~mask, -math.inf).expand(-1, -1, rows, keys)
 
 
+def _dense(*tensors: Tensor) -> list[Tensor]:
+    # the raw kernel takes the last axis for contiguous and reads other memory where it is not
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
 def _gradients(q, k, v, mask, scale, dout):
     """The plain expression's gradients, to be differentiated further."""
     fn = partial(plain.softmax_attention, mask=mask, scale=scale)
@@ -54,7 +59,7 @@ class _Flash(Function):
     def forward(scale, q, k, v, mask):
         bias = _bias(mask, q, q.shape[-2], k.shape[-2])
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=bias, scale=scale
+            *_dense(q, k, v), 0.0, False, attn_mask=bias, scale=scale
         )
 
     @staticmethod
@@ -92,7 +97,7 @@ class _FlashBackward(Function):
     def forward(scale, dout, q, k, v, mask, out, logsumexp):
         bias = _bias(mask, q, q.shape[-2], k.shape[-2])
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, logsumexp, 0.0, False, attn_mask=bias, scale=scale
+            *_dense(dout, q, k, v, out), logsumexp, 0.0, False, attn_mask=bias, scale=scale
         )
 
     @staticmethod

@@ -10,12 +10,12 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import grad, vmap
 
 from kart import bases, tree
 from kart.testing import draw
 from kart.testing.core import Property, show
-from kart.testing.draw import Theta, agree, any_finite, reals, same, slack, unit
+from kart.testing.draw import Theta, agree, any_finite, jvp, reals, same, slack, unit, vjp
 
 Params = dict[str, Any]
 
@@ -237,7 +237,9 @@ def layout_does_not_matter(s: Subject, theta: Theta, x: list[float], dtype: torc
     }
     for name, view in views.items():
         plain = view.contiguous().clone()
-        tolerance = phi_slack(s, tree.map(lambda p: p.expand(len(view), *p.shape), params), plain)
+        count = len(view)
+        rows_of = tree.map(lambda p, count=count: p.expand(count, *p.shape), params)
+        tolerance = phi_slack(s, rows_of, plain)
         got, wanted = s.basis.apply(params, view), s.basis.apply(params, plain)
         agree(got, wanted, tolerance, f"phi of the {name} view", "phi of its copy")
 
@@ -433,8 +435,8 @@ def forward_meets_reverse(s: Subject, theta: Theta, x: list[float], seed: int) -
 
 
 def _one_sided(f: Callable[[Tensor], Tensor], x: Tensor, reach: float) -> tuple[Tensor, Tensor]:
-    """Lowest and highest value that the derivative of elementwise `f` at `x` may have: its one-sided
-    difference quotients, of second order, and their errors.
+    """Lowest and highest value that the derivative of elementwise `f` at `x` may have: its
+    one-sided difference quotients, of second order, and their errors.
     """
     eps = torch.finfo(x.dtype).eps
     h = (x.abs() + reach) * eps ** (1 / 3)
@@ -456,7 +458,7 @@ def _one_sided(f: Callable[[Tensor], Tensor], x: Tensor, reach: float) -> tuple[
 
 
 def _clear(s: Subject, x: Tensor) -> Tensor:
-    """`x`, moved off the places where the function may have a kink, unless it is declared smooth."""
+    """`x`, moved off places where the function may have a kink, unless it is declared smooth."""
     if s.traits.get("smooth", 0) >= 2:
         return x
     kinks = torch.tensor([*draw.SIMPLE, *s.points], dtype=x.dtype)
@@ -639,10 +641,10 @@ def linear(s: Subject, theta: Theta, x: list[float], dtype: torch.dtype) -> None
             f"numbers {tuple(features.shape)}: wanted (..., K) both"
         )
     zero = {**params, "coefs": torch.zeros_like(coefs)}
-    gain = params["scale_basis"] if "scale_basis" in params else 1.0
+    gain = params.get("scale_basis", torch.ones(()))
     wanted = (features * coefs).sum(-1) * gain
     whole, rest = s.basis.apply(params, values), s.basis.apply(zero, values)
-    sizes = (features.abs() * coefs.abs()).sum(-1) * abs(gain) + whole.abs() + rest.abs()
+    sizes = (features.abs() * coefs.abs()).sum(-1) * gain.abs() + whole.abs() + rest.abs()
     limit = phi_slack(s, params, values) + unit(dtype) * sizes
     agree(whole - rest, wanted, limit, "phi(x; c) - phi(x; 0)", "sum_k c_k expand(x)_k")
     if getattr(s.basis, "features", None) is not None:

@@ -87,6 +87,18 @@ def jittered(params: Any, theta: Theta) -> Any:
     return tree.map(lambda x: x + theta.jitter * torch.randn(x.shape, generator=source), params)
 
 
+def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    """`torch.func.vjp`, typed as the pair that it returns without `has_aux`."""
+    value, pullback, *_ = torch.func.vjp(f, *primals)
+    return value, pullback
+
+
+def jvp(f: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """`torch.func.jvp`, typed as the pair that it returns without `has_aux`."""
+    value, tangent, *_ = torch.func.jvp(f, primals, tangents)
+    return value, tangent
+
+
 def agree(
     got: Tensor, wanted: Tensor, tolerance: Tensor | float, left: str, right: str, why: str = ""
 ) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.func import jvp
 
 from kart import bases
 from kart.testing import draw
@@ -23,7 +22,7 @@ from kart.testing.basis import (
     setting,
 )
 from kart.testing.core import Property
-from kart.testing.draw import Theta, agree, slack, unit
+from kart.testing.draw import Theta, agree, jvp, slack, unit
 
 DOUBLE = torch.float64
 

@@ -8,14 +8,14 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import grad, vmap
 from torch.nn.functional import scaled_dot_product_attention
 
 from kart import tree
 from kart.testing import draw
 from kart.testing.basis import check_slope, global_state, restore, show_changes
 from kart.testing.core import Property
-from kart.testing.draw import Theta, agree, same, spread, unit
+from kart.testing.draw import Theta, agree, jvp, same, spread, unit, vjp
 
 Params = dict[str, Any]
 
@@ -271,8 +271,8 @@ def attend_has_the_gradients_of_weights(
         x.q.shape[:-1] + x.v.shape[-1:], generator=draw.generator(row.seed)
     ).double()
 
-    def attended(*args: Any) -> Tensor:
-        return (s.op.attend(*args, mask) * probe).sum()
+    def attended(params: Params, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (s.op.attend(params, q, k, v, mask) * probe).sum()
 
     def looked_at(params: Params, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return ((s.op.weights(params, scores_of(q, k), mask) @ v) * probe).sum()
@@ -394,8 +394,8 @@ def queries_permute(s: Subject, row: Row, order: list[int], dtype: torch.dtype) 
 def keys_permute_with_parameters(
     s: Subject, row: Row, order: list[int], dtype: torch.dtype
 ) -> None:
-    """attend(P theta, q, P k, P v) = attend(theta, q, k, v) for permutations P of the keys that move
-    every axis of keys in theta along.
+    """attend(P theta, q, P k, P v) = attend(theta, q, k, v) for permutations P of the keys that
+    move every axis of keys in theta along.
 
     A parameter is bound to a position other than its key's. (Without moving theta it is false for
     learned operators: they know keys by position.)
@@ -408,8 +408,8 @@ def keys_permute_with_parameters(
 
 
 def linear_in_values(s: Subject, row: Row, seed: int, dtype: torch.dtype) -> None:
-    """attend(theta, q, k, v B + w) = attend(theta, q, k, v) B + attend(theta, q, k, w), for matrices
-    B on the columns.
+    """attend(theta, q, k, v B + w) = attend(theta, q, k, v) B + attend(theta, q, k, w), for
+    matrices B on the columns.
 
     Values enter the weights, or columns of the output mix.
     """
@@ -425,8 +425,8 @@ def linear_in_values(s: Subject, row: Row, seed: int, dtype: torch.dtype) -> Non
 
 
 def change_of_basis(s: Subject, row: Row, seed: int) -> None:
-    """attend(theta, q G, k G^-T, v) = attend(theta, q, k, v) for invertible G, orthogonal ones among
-    them.
+    """attend(theta, q G, k G^-T, v) = attend(theta, q, k, v) for invertible G, orthogonal ones
+    among them.
 
     Queries and keys count by more than their products.
     """

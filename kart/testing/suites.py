@@ -1,13 +1,17 @@
 """From an object to its suite: which properties are asked of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from kart.testing import basis as basis_properties
 from kart.testing import draw, families
+from kart.testing import kernel as kernel_properties
+from kart.testing import model as model_properties
 from kart.testing import operator as operator_properties
+from kart.testing import projection as projection_properties
+from kart.testing import step as step_properties
 from kart.testing.core import Suite, title
 
 
@@ -75,3 +79,89 @@ def operator(
         (*operator_properties.EVERYONE, *operator_properties.TRAITS),
         lambda trait, value: subject._replace(traits={**declared, trait: value}),
     )
+
+
+def projection(obj: Any, name: str | None, dtype: torch.dtype | None) -> Suite:
+    """The suite of a projection of rows onto the simplex, `obj(y, dim=-1)`."""
+    if not callable(obj):
+        raise ValueError(
+            f"`projection_suite` needs a function of (y, dim=-1), got {obj!r:.200}. "
+            "Pass one such as `kart.projections.simplex`."
+        )
+    subject = projection_properties.Subject(obj, _dtypes(dtype))
+    title = name or getattr(obj, "__name__", type(obj).__name__)
+    return Suite("projection", title, subject, {}, projection_properties.EVERYONE, _nothing)
+
+
+def _nothing(trait: str, value: Any) -> Any:
+    raise AssertionError("these properties are asked of everyone")
+
+
+def kernel(
+    fast: Callable[..., Any],
+    plain: Callable[..., Any],
+    inputs: Callable[..., tuple[Any, ...]],
+    sizes: Mapping[str, Sequence[int]],
+    name: str | None,
+    traits: Mapping[str, Any] | None,
+    dtype: torch.dtype | None,
+) -> Suite:
+    """The suite of a fast form against its plain one."""
+    for argument, value in (("fast", fast), ("plain", plain), ("inputs", inputs)):
+        if not callable(value):
+            raise ValueError(
+                f"`kernel_suite` needs a function as `{argument}`, got {value!r:.200}."
+            )
+    if not all(list(values) for values in sizes.values()):
+        raise ValueError(
+            f"`kernel_suite` needs one or more numbers for each of `sizes`, got {dict(sizes)!r}. "
+            "Include those around the block size of the fast form."
+        )
+    declared = dict.fromkeys(kernel_properties.TRANSFORMS, True) | dict(traits or {})
+    kinds = _dtypes(dtype)
+    subject = kernel_properties.Subject(fast, plain, inputs, sizes, declared, kinds)
+    return Suite(
+        "kernel",
+        name or getattr(fast, "__name__", type(fast).__name__),
+        subject,
+        declared,
+        kernel_properties.EVERYONE,
+        lambda trait, value: subject,
+    )
+
+
+def step(training: step_properties.Training, name: str | None) -> Suite:
+    """The suite of a training step."""
+    if not isinstance(training, step_properties.Training):
+        raise ValueError(
+            f"`step_suite` needs a `kart.testing.Training`, got {training!r:.200}. "
+            "Wrap `init`, `step` and `batch` in one."
+        )
+    properties = step_properties.EVERYONE
+    return Suite("step", name or "step", training, {}, properties, _nothing)
+
+
+def model(
+    obj: Any,
+    images: Callable[[torch.Generator, int], torch.Tensor] | None,
+    tied: Any,
+    name: str | None,
+    dtype: torch.dtype | None,
+) -> Suite:
+    """The suite of a model: any object with `init`, `apply` and `intermediates`."""
+    advice = "`kart.models.create` makes one."
+    _require("model_suite", obj, ("init", "apply", "intermediates"), advice)
+    config = getattr(obj, "config", None)
+    if images is None and not hasattr(config, "image_size"):
+        raise ValueError(
+            "`model_suite` needs `images` for a model whose config has no `image_size`, got None. "
+            "Pass a function from (generator, size) to a batch of images."
+        )
+
+    def drawn(generator: torch.Generator, size: int) -> torch.Tensor:
+        shape = (size, config.in_channels, config.image_size, config.image_size)  # pyright: ignore[reportOptionalMemberAccess]
+        return torch.randn(shape, generator=generator)
+
+    subject = model_properties.Subject(obj, images or drawn, tied, {}, _dtypes(dtype))
+    named = name or f"model with {getattr(config, 'operator', type(obj).__name__)}"
+    return Suite("model", named, subject, {}, model_properties.EVERYONE, _nothing)

@@ -1,0 +1,324 @@
+"""Properties of a fast form against its plain one, under every transform."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+from torch import Generator, Tensor
+from torch.func import grad, vmap
+
+from kart import tree
+from kart.testing import draw
+from kart.testing.basis import global_state, restore, show_changes
+from kart.testing.core import Property
+from kart.testing.draw import agree, jvp, same, spread, unit
+
+Inputs = Callable[..., tuple[Any, ...]]
+
+
+class Subject(NamedTuple):
+    """`fast` and `plain` take what `inputs(generator, **sizes)` gives: a tuple of float32 tensors
+    (differentiated), other tensors and None (not). `sizes` are the numbers each size is drawn from.
+    """
+
+    fast: Callable[..., Any]
+    plain: Callable[..., Any]
+    inputs: Inputs
+    sizes: Mapping[str, Sequence[int]]
+    traits: Mapping[str, Any]
+    dtypes: Sequence[torch.dtype]
+
+    def arguments(self, seed: int, sizes: Mapping[str, int], dtype: torch.dtype) -> list[Any]:
+        source: Generator = draw.generator(seed)
+        return [_cast(x, dtype) for x in self.inputs(source, **sizes)]
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def sizes(s: Subject) -> SearchStrategy[dict[str, int]]:
+    return st.fixed_dictionaries({k: st.sampled_from(list(v)) for k, v in s.sizes.items()})
+
+
+def dtypes(s: Subject) -> SearchStrategy[torch.dtype]:
+    return st.sampled_from(list(s.dtypes))
+
+
+def _split(arguments: Sequence[Any]) -> tuple[list[int], tuple[Tensor, ...]]:
+    places = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.is_floating_point()]
+    return places, tuple(arguments[i] for i in places)
+
+
+def _of_floats(f: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
+    """`f` as a function of its floating-point tensors alone."""
+    places, _ = _split(arguments)
+
+    def of(*floats: Tensor) -> Any:
+        full = list(arguments)
+        for i, x in zip(places, floats, strict=True):
+            full[i] = x
+        return f(*full)
+
+    return of
+
+
+def _flat(value: Any) -> Tensor:
+    return torch.cat([leaf.flatten() for leaf in tree.leaves(value)])
+
+
+def _like(floats: Sequence[Tensor], seed: int) -> tuple[Tensor, ...]:
+    source = draw.generator(seed)
+    return tuple(torch.randn(x.shape, generator=source).to(x.dtype) for x in floats)
+
+
+def _loss(f: Callable[..., Any]) -> Callable[..., Tensor]:
+    return lambda *floats: sum(leaf.sin().sum() for leaf in tree.leaves(f(*floats)))
+
+
+def _compare(
+    s: Subject,
+    seed: int,
+    drawn: Mapping[str, int],
+    dtype: torch.dtype,
+    transform: Callable[[Callable[..., Any]], Callable[..., Any]],
+    what: str,
+    factor: float = 1.0,
+) -> None:
+    """Asserts that the transform of `fast` in `dtype` is that of `plain` in float64, up to what
+    rounding in `dtype` may do to the latter.
+    """
+    arguments = s.arguments(seed, drawn, dtype)
+    _, floats = _split(arguments)
+    got = _flat(transform(_of_floats(s.fast, arguments))(*floats))
+    exact = transform(_of_floats(s.plain, arguments))
+    wide = tuple(x.double() for x in floats)
+    limit = factor * spread(lambda *x: _flat(exact(*x)), wide, dtype)
+    agree(got, _flat(exact(*wide)), limit, f"{what} of the fast form", "of the plain one")
+
+
+def values(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
+    """fast(x) = plain(x).
+
+    The fast form computes something else: a block is dropped, doubled or misplaced, or sums are
+    kept in too low a precision.
+    """
+    _compare(s, seed, sizes, dtype, lambda f: f, "the value")
+
+
+def gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
+    """grad(fast) = grad(plain) in every floating-point argument.
+
+    The hand-written backward is wrong, although the forward is right.
+    """
+
+    def transform(f: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *x: grad(_loss(f), tuple(range(len(x))))(*x)
+
+    _compare(s, seed, sizes, dtype, transform, "the gradient")
+
+
+def eager_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
+    """torch.autograd.grad(fast) = grad(plain): outside torch.func, too.
+
+    The two ways to differentiate take different code.
+    """
+    arguments = s.arguments(seed, sizes, dtype)
+    _, floats = _split(arguments)
+    leaves = [x.clone().requires_grad_() for x in floats]
+    loss = _loss(_of_floats(s.fast, arguments))(*leaves)
+    got = _flat(torch.autograd.grad(loss, leaves))
+    plain = _loss(_of_floats(s.plain, arguments))
+    places = tuple(range(len(floats)))
+    wide = tuple(x.double() for x in floats)
+    limit = spread(lambda *x: _flat(grad(plain, places)(*x)), wide, dtype)
+    agree(got, _flat(grad(plain, places)(*wide)), limit, "the eager gradient", "that of plain")
+
+
+def mapped(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
+    """vmap(fast) over each floating-point argument, and over all, = the loop of plain.
+
+    The rule for batches folds the wrong axis; populations and per-example gradients mix.
+    """
+    arguments = s.arguments(seed, sizes, dtype)
+    _, floats = _split(arguments)
+    fast, plain = (_of_floats(f, arguments) for f in (s.fast, s.plain))
+    count = len(floats)
+    for chosen in [*((i,) for i in range(count)), tuple(range(count))]:
+
+        def stacked(x: Sequence[Tensor], chosen: Sequence[int] = chosen) -> list[Tensor]:
+            return [torch.stack([y, y * 0.5, -y]) if i in chosen else y for i, y in enumerate(x)]
+
+        def loop(*x: Tensor, chosen: Sequence[int] = chosen, stacked: Any = stacked) -> Tensor:
+            members = [
+                plain(*(y[m] if i in chosen else y for i, y in enumerate(stacked(x))))
+                for m in range(3)
+            ]
+            return _flat(tree.stack(members))
+
+        axes = tuple(0 if i in chosen else None for i in range(count))
+        got = _flat(vmap(fast, in_dims=axes)(*stacked(floats)))
+        wide = tuple(x.double() for x in floats)
+        limit = spread(loop, wide, dtype)
+        agree(got, loop(*wide), limit, f"vmap of fast over {list(chosen)}", "the loop of plain")
+
+
+def per_example_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
+    """vmap(grad(fast)) = the loop of grad(plain).
+
+    The backward has no rule for batches, or sums over the examples it should keep apart.
+    """
+    arguments = s.arguments(seed, sizes, dtype)
+    _, floats = _split(arguments)
+    places = tuple(range(len(floats)))
+    stacked = tuple(torch.stack([x, x * 0.5, -x]) for x in floats)
+    got = _flat(vmap(grad(_loss(_of_floats(s.fast, arguments)), places))(*stacked))
+    plain = grad(_loss(_of_floats(s.plain, arguments)), places)
+
+    def loop(*x: Tensor) -> Tensor:
+        return _flat(tree.stack([plain(*(y[m] for y in x)) for m in range(3)]))
+
+    wide = tuple(x.double() for x in stacked)
+    limit = spread(loop, wide, dtype)
+    agree(got, loop(*wide), limit, "vmap(grad(fast))", "the loop of grad(plain)")
+
+
+def forward_mode(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
+    """jvp(fast) = jvp(plain).
+
+    Forward mode is missing, wrong, or silently zero: Hessian-vector products are wrong.
+    """
+
+    def transform(f: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *x: jvp(f, x, tuple(t.to(x[0].dtype) for t in _like(x, seed)))[1]
+
+    _compare(s, seed, sizes, dtype, transform, "the forward derivative")
+
+
+def second_derivative(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
+    """jvp(grad(fast)) = jvp(grad(plain)): Hessian-vector products.
+
+    The backward is not differentiable itself.
+    """
+
+    def transform(f: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*x: Tensor) -> Any:
+            slope = grad(_loss(f), tuple(range(len(x))))
+            return jvp(slope, x, tuple(t.to(x[0].dtype) for t in _like(x, seed)))[1]
+
+        return run
+
+    _compare(s, seed, sizes, dtype, transform, "the Hessian-vector product", 4.0)
+
+
+def every_element_counts(
+    s: Subject, seed: int, sizes: dict[str, int], poke: float, dtype: torch.dtype
+) -> None:
+    """fast(x + t e_i) - fast(x) = plain(x + t e_i) - plain(x) for the last element i of each
+    argument.
+
+    The end of an axis is not read: a loop stops a block early.
+    """
+    arguments = s.arguments(seed, sizes, dtype)
+    places, floats = _split(arguments)
+    for place, x in zip(places, floats, strict=True):
+        poked = list(arguments)
+        poked[place] = x.clone()
+        poked[place].view(-1)[-1] += poke
+        fast = _flat(s.fast(*poked)).double() - _flat(s.fast(*arguments)).double()
+        wide = [[_cast(y, torch.float64) for y in one] for one in (poked, arguments)]
+        plain = _flat(s.plain(*wide[0])) - _flat(s.plain(*wide[1]))
+        limits = [
+            spread(lambda *y, one=one: _flat(_of_floats(s.plain, one)(*y)), _split(one)[1], dtype)
+            for one in wide
+        ]
+        agree(fast, plain, limits[0] + limits[1], f"what argument {place} changes", "in plain")
+
+
+def layout_does_not_matter(
+    s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype
+) -> None:
+    """fast sees numbers, not strides: transposed and strided views count as their copies.
+
+    A raw pointer assumes contiguous memory.
+    """
+    arguments = s.arguments(seed, sizes, dtype)
+
+    def view(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dim() < 2:
+            return x
+        return x.mT.contiguous().mT
+
+    def strided(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.dim():
+            return x
+        return x.repeat_interleave(2, -1)[..., ::2]
+
+    wanted = _flat(s.fast(*arguments))
+    _, floats = _split(arguments)
+    wide = tuple(x.double() for x in floats)
+    plain = _of_floats(s.plain, arguments)
+    limit = spread(lambda *x: _flat(plain(*x)), wide, dtype)
+    for name, change in (("transposed", view), ("strided", strided)):
+        got = _flat(s.fast(*(change(x) for x in arguments)))
+        agree(got, wanted, limit, f"fast of {name} views", "fast of their copies")
+
+
+def inputs_untouched(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
+    """fast and its gradient write neither to their arguments nor to anything global, and give the
+    same bits when asked again.
+
+    In-place changes reach whoever else holds the tensor.
+    """
+    state = global_state()
+    arguments = s.arguments(seed, sizes, dtype)
+    before = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+    first = _flat(s.fast(*arguments))
+    _, floats = _split(arguments)
+    grad(_loss(_of_floats(s.fast, arguments)), tuple(range(len(floats))))(*floats)
+    again = _flat(s.fast(*arguments))
+    for i, (x, y) in enumerate(zip(arguments, before, strict=True)):
+        if isinstance(x, Tensor):
+            same(x, y, f"argument {i} afterwards", "it before")
+    same(again, first, "fast asked again", "fast")
+    after = global_state()
+    restore(state)
+    show_changes(state, after)
+
+
+def half(s: Subject, seed: int, sizes: dict[str, int]) -> None:
+    """fast in bfloat16 is plain in float64 of the same numbers, within 4 eps of the largest value.
+
+    Sums or scores are kept in bfloat16: they must be accumulated in float32.
+    """
+    arguments = s.arguments(seed, sizes, torch.bfloat16)
+    wide = [_cast(x, torch.float64) for x in arguments]
+    wanted = s.plain(*wide)
+    for got, exact in zip(tree.leaves(s.fast(*arguments)), tree.leaves(wanted), strict=True):
+        if got.dtype != torch.bfloat16:
+            raise AssertionError(f"fast gives {got.dtype} for bfloat16")
+        # inputs are exact; what is left is one rounding, and that of sums in float32
+        limit = 4 * torch.finfo(torch.bfloat16).eps * float(exact.abs().max())
+        agree(got, exact, limit + unit(torch.float32), "fast in bfloat16", "plain in float64")
+
+
+CASE: dict[str, Any] = {"seed": draw.seeds, "sizes": sizes}
+PAIR: dict[str, Any] = {**CASE, "dtype": dtypes}
+
+# what a fast form is taken to hold under, unless its traits say False
+TRANSFORMS = ("vmap", "forward_mode", "second_derivative", "half")
+EVERYONE = (
+    Property(values, PAIR),
+    Property(gradients, PAIR),
+    Property(eager_gradients, PAIR),
+    Property(every_element_counts, {**PAIR, "poke": st.sampled_from([1.0, 30.0])}),
+    Property(layout_does_not_matter, PAIR),
+    Property(inputs_untouched, PAIR),
+    Property(mapped, PAIR, "vmap"),
+    Property(per_example_gradients, PAIR, "vmap"),
+    Property(forward_mode, PAIR, "forward_mode"),
+    Property(second_derivative, PAIR, "second_derivative"),
+    Property(half, CASE, "half"),
+)
