@@ -40,16 +40,12 @@ def crop(generator: Generator, images: Tensor, padding: int = 4, mode: str = "ze
             f"{padding}. Lower it."
         )
     flat = images.flatten(0, -4)
-    shift = torch.randint(0, 2 * padding + 1, (2, len(flat), 1), generator=generator)
-    pad = (padding,) * 4
-    padded = F.pad(flat, pad, mode="constant" if mode == "zero" else "reflect")
-    rows = (shift[0] + torch.arange(height)).to(images.device)
-    columns = (shift[1] + torch.arange(width)).to(images.device)
-    image = torch.arange(len(flat), device=images.device)[:, None, None, None]
-    channel = torch.arange(flat.shape[1], device=images.device)[None, :, None, None]
-    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]].reshape(
-        images.shape
-    )
+    shift = torch.randint(0, 2 * padding + 1, (2, len(flat)), generator=generator)
+    padded = F.pad(flat, (padding,) * 4, mode="constant" if mode == "zero" else "reflect")
+    windows = padded.unfold(-2, height, 1).unfold(-2, width, 1)  # every crop, as a view
+    image = torch.arange(len(flat), device=images.device)
+    y, x = shift.to(images.device)
+    return windows[image, :, y, x].reshape(images.shape)
 
 
 def random_resized_crop(
