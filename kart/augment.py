@@ -57,7 +57,7 @@ def random_resized_crop(
     """Scales a random box of each image, bilinearly, to the image's own shape.
 
     The box covers a share of the area uniform in `scale` with log(width / height) uniform in
-    log `ratio`; whole pixels, the best of ten draws that fits, else the largest centred box (as
+    log `ratio`; whole pixels, the first of ten draws that fits, else the largest centred box (as
     torchvision). Pixels outside of the box are never read.
     """
     _check("random_resized_crop", generator, images)
