@@ -50,6 +50,7 @@ def svg(fig: Any, name: str) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # a page of HTML needs none
     text = re.sub(r'\bid="(?:\w+_\d+|patch|text)"', "", text)  # of groups nothing refers to
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
     text = re.sub(r"font(-family)?: ([\d.]+px )?'DejaVu Sans'[^;\"]*", _page_font, text)

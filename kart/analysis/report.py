@@ -201,7 +201,7 @@ def _headline(results: Sequence[Result], seen: Sequence[_Look]) -> str:
             f"{counted.operator:,}",
             f"{cost.flops(look.model).total / 1e6:.2f}",
         ]
-        rows.append(row + [f"{result.step_ms:.1f}"] * timed)
+        rows.append(row + ([f"{result.step_ms:.1f}"] if timed else []))
     caption = "Mean and standard deviation over seeds."
     if tested:
         caption += " The test split was read once, after the last epoch, with the last weights."

@@ -32,7 +32,7 @@ class Difference(NamedTuple):
     high: float
 
 
-# Student's t at 0.975 for 1 to 10 degrees of freedom; beyond, its expansion is good to 0.002
+# Student's t at 0.975 for 1 to 10 degrees of freedom; beyond, its expansion is good to 0.001
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
@@ -52,7 +52,8 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     mean = float(deltas.mean())
     if n == 1:
         return Difference(mean, -math.inf, math.inf)
-    t = _T[n - 2] if n <= 11 else 1.96 + 2.372 / (n - 1) + 2.823 / (n - 1) ** 2
+    df = n - 1
+    t = _T[df - 1] if df <= 10 else 1.95996 + 2.3722 / df + 2.8225 / df**2 + 2.556 / df**3
     half = t * float(deltas.std()) / math.sqrt(n)
     return Difference(mean, mean - half, mean + half)
 
