@@ -21,17 +21,18 @@ CONFIG = Config(
     epochs=12,
     batch_size=32,
 )
+RATES = (5e-4, 3e-2)  # learning rates
 
 
 def softmax(trial: optuna.Trial, config: Config) -> Config:
     """The baseline: nothing but the nuisance parameters."""
-    return dataclasses.replace(config, operator="softmax", **search.suggest_rates(trial))
+    return dataclasses.replace(config, operator="softmax", **search.suggest_rates(trial, RATES))
 
 
 def karat(trial: optuna.Trial, config: Config) -> Config:
     """Fourier KArAt: grid size, rank and sharing, and the same nuisance parameters."""
     operator = search.suggest_operator(trial, grid=(1, 9), rank=(2, 16))
-    return dataclasses.replace(config, operator=operator, **search.suggest_rates(trial))
+    return dataclasses.replace(config, operator=operator, **search.suggest_rates(trial, RATES))
 
 
 STUDY = search.Study(
