@@ -47,7 +47,8 @@ p { margin: .4rem 0 .8rem; max-width: 48rem; } p.note { color: #5b6472; font-siz
 table { border-collapse: collapse; font-size: .86rem; margin: .4rem 0; }
 th, td { text-align: right; padding: .28rem .6rem; border-bottom: 1px solid #e3e7ec;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
-th { color: #5b6472; font-weight: 600; } th:first-child, td:first-child, th.text { text-align: left; }
+th { color: #5b6472; font-weight: 600; }
+th:first-child, td:first-child, th.text { text-align: left; }
 td { vertical-align: top; } td.text { text-align: left; white-space: normal; min-width: 13rem; }
 .wide { overflow-x: auto; }
 code, pre { font: .84rem/1.45 ui-monospace, monospace; background: #f4f6f8; border-radius: 3px; }
