@@ -196,7 +196,7 @@ def report(seen: Seen) -> str:
 
 
 FLAGS = [
-    *("--tiny", "--set", "epochs=60", "--pruner", "none", "--confirm", "0"),
+    *("--tiny", "--set", "epochs=30", "--pruner", "none", "--confirm", "0"),
     *("--group", "2", "--heartbeat", "1"),
 ]
 

@@ -236,10 +236,9 @@ def _open(args: argparse.Namespace) -> tuple[Home, Any, Settings, Study, str]:
             )
         found = next(iter(several.values()))
         database = storage.open_database(where.url, found.heartbeat)
-    try:
-        _, _, study, text = question.load(found.study)
-    except ValueError:
-        _, _, study, text = question.load(found.source)
+    # another machine has the file elsewhere
+    here = found.source if Path(found.source).exists() else found.study
+    _, _, study, text = question.load(here)
     config = Config.fromdict(found.config)
     spaces = study.spaces(config, found.fix)
     prints = {arm: work.fingerprint(space) for arm, space in spaces.items()}

@@ -41,13 +41,14 @@ TOP = 8
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; background: #fff; margin: 0 auto;
-  max-width: 62rem; padding: 1.5rem 1.25rem 4rem; }
+  max-width: 72rem; padding: 1.5rem 1.25rem 4rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; }
 p { margin: .4rem 0 .8rem; max-width: 48rem; } p.note { color: #5b6472; font-size: .88rem; }
 table { border-collapse: collapse; font-size: .86rem; margin: .4rem 0; }
 th, td { text-align: right; padding: .28rem .6rem; border-bottom: 1px solid #e3e7ec;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
-th { color: #5b6472; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+th { color: #5b6472; font-weight: 600; }
+th:first-child, td:first-child, th.text { text-align: left; }
 td { vertical-align: top; } td.text { text-align: left; white-space: normal; min-width: 13rem; }
 .wide { overflow-x: auto; }
 code, pre { font: .84rem/1.45 ui-monospace, monospace; background: #f4f6f8; border-radius: 3px; }
@@ -282,7 +283,12 @@ def _cell(value: Any, text: bool = False) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], text: Sequence[int] = ()) -> str:
     """An HTML table; the columns in `text` are words."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    head = "".join(
+        f'<th class="text">{html.escape(name)}</th>'
+        if i in text
+        else f"<th>{html.escape(name)}</th>"
+        for i, name in enumerate(header)
+    )
     body = "".join(
         "<tr>" + "".join(_cell(value, i in text) for i, value in enumerate(row)) + "</tr>"
         for row in rows

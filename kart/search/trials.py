@@ -1,7 +1,10 @@
 """A trial as K seeds of one configuration, trained together; its value is their mean.
 
-study = optuna.create_study(direction="maximize")
-study.optimize(objective(space), n_trials=20)
+    study = optuna.create_study(direction="maximize")
+    study.optimize(objective(space), n_trials=20)
+
+`train_members` trains and drops members, `evaluation` makes trials of it, `objective` is for
+`optuna.Study.optimize`.
 """
 
 import dataclasses
