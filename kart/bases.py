@@ -639,7 +639,7 @@ def meyer(
         return torch.sin(math.pi * t.abs().clamp(max=1)) * torch.sin(math.pi / 2 * nu(2 * rest))
 
     traits = {"parity": "even", "smooth": 0, "bounded": 1.0, "compact_support": (-1.0, 1.0)}
-    traits |= {"points": (0.0, 0.5, -0.5, 1.0, -1.0)}
+    traits |= {"nonnegative": True, "points": (0.0, 0.5, -0.5, 1.0, -1.0)}
     return _wavelet("meyer", psi, base, init, scales, {"reading": reading}, traits)
 
 
@@ -697,7 +697,12 @@ def shannon(
     argument = reading == "argument"
     traits: dict[str, Any] = {"parity": "even", "bounded": 1.0}
     traits |= {"points": (0.0, math.pi, -math.pi, half_width, -half_width)}
-    traits |= {"compact_support": (-half_width, half_width)} if argument else {"smooth": math.inf}
+    if argument:
+        # the window ends at 0.08: a jump, unless the sinc has a zero there
+        traits |= {"smooth": 0 if abs(math.sin(half_width)) < 1e-9 else -1}
+        traits |= {"compact_support": (-half_width, half_width)}
+    else:
+        traits |= {"smooth": math.inf}
     return _wavelet(
         "shannon",
         psi,

@@ -79,6 +79,11 @@ def near(s: Subject) -> SearchStrategy[float]:
     return reals(s.points)
 
 
+def knots(s: Subject) -> SearchStrategy[float]:
+    """The declared points themselves, which float32 may not hold, and any number."""
+    return st.one_of(st.sampled_from(list(s.points) or [0.0]), near(s))
+
+
 def within(s: Subject) -> SearchStrategy[float]:
     return reals(s.points, s.limit)
 
@@ -863,7 +868,7 @@ TRAITS = (
     ),
     Property(
         smooth,
-        {"x": near},
+        {"x": knots},
         "smooth",
         (math.inf, 2, 1, 0),
         lambda s: "declares no continuity" if s.traits.get("smooth", 0) < 0 else None,

@@ -211,7 +211,7 @@ def _probe(suite: Suite, prop: Property) -> str:
         return "no probe without a value"
     for value in prop.guesses:
         try:
-            run(suite, prop, suite.declare(str(prop.trait), value), configured(12, True))
+            run(suite, prop, suite.declare(str(prop.trait), value), configured(20, True))
         except Broken:
             continue
         return f"probe says it holds with {value!r}"
