@@ -169,7 +169,7 @@ def choose(
     name, module = compiled.get(device, ("", None))
     if engine == "triton":  # its interpreter runs on the CPU
         name, module = "triton", _Triton
-    if engine == "torch" or (engine == "auto" and module is None):
+    if engine == "torch" or (engine == "auto" and module is None) or not q.shape[0]:
         return chunked, ""
     if engine not in ("auto", name):
         return None, f"it does not run on {device} tensors"
