@@ -1,6 +1,10 @@
 """The streamed products against the plain expressions, in value, under every transform."""
 
+import gc
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +12,7 @@ from torch import func
 from torch.testing import assert_close
 
 from kart import bases, kernels
-from kart.kernels import plain
+from kart.kernels import chunked, plain
 
 # torch's own: the first forward-mode call compiles its decompositions, `linearize` folds constants
 pytestmark = [
@@ -192,19 +196,26 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-@pytest.mark.parametrize("engine,dtype", ENGINES, ids=[engine for engine, _ in ENGINES])
-@pytest.mark.parametrize("name", BASES)
+# every basis in every transform is slow: by default two families and, with them, masks
+MATRIX = [
+    pytest.param(engine, dtype, name, masked, marks=[] if fast else [pytest.mark.slow])
+    for engine, dtype in ENGINES
+    for name in BASES
+    for masked in ("whole", "masked")
+    if engine != "cpp" or name == "fourier"
+    for fast in [name == "fourier" or (name == "bspline" and masked == "masked")]
+]
+
+
+@pytest.mark.parametrize("engine,dtype,name,masked", MATRIX)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_transform_of_an_engine_is_that_of_the_plain_expression(
     transform, name, engine, dtype, masked
 ):
     needs(engine)
     basis = BASES[name]
-    if engine == "cpp" and name != "fourier":
-        pytest.skip("the C++ engine computes the Fourier family alone")
     args = example(basis, lead=(2,), dtype=dtype)
-    mask = torch.tensor([True, False, True, True]) if masked else None
+    mask = torch.tensor([True, False, True, True]) if masked == "masked" else None
 
     def streamed(q, k, coefs):
         return kernels.contract(basis, coefs, q, k, mask, engine=engine)
@@ -262,3 +273,378 @@ def test_a_transform_of_the_other_products_is_that_of_the_plain_expression(trans
     bind, args = OTHERS[name](MASKS[mask])
     apply = TRANSFORMS[transform]
     close(apply(bind(kernels), *args), apply(bind(plain), *args), torch.float64)
+
+
+SIZES = [
+    (1, 1, 1, 1, 1, 1, 1),
+    (2, 1, 2, 1, 3, 2, 5),
+    (1, 2, 63, 65, 16, 12, 2),
+    (2, 3, 65, 63, 8, 13, 3),
+    (1, 1, 197, 197, 64, 12, 3),
+    pytest.param(1, 2, 785, 785, 64, 12, 3, marks=pytest.mark.slow),
+    pytest.param(1, 1, 300, 2100, 24, 40, 4, marks=pytest.mark.slow),
+]
+
+
+def compare(basis, engine, dtype, q, k, coefs, mask=None, scale=None):
+    """Values and all gradients of an engine against the plain expression in float64."""
+
+    def of(f, *args):
+        leaves = [x.detach().requires_grad_() for x in args]
+        y = f(*leaves)
+        weights = draw(*y.shape, dtype=y.dtype, seed=5)
+        return (y, *torch.autograd.grad((y * weights).sum(), leaves))
+
+    actual = of(lambda q, k, c: kernels.contract(basis, c, q, k, mask, scale, engine), q, k, coefs)
+    expected = of(
+        lambda q, k, c: plain.contract(basis, c, q, k, mask, scale),
+        *(x.double() for x in (q, k, coefs)),
+    )
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape and a.isfinite().all()
+        close(a, e, dtype)
+    return actual
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("engine,dtype", ENGINES, ids=[engine for engine, _ in ENGINES])
+@pytest.mark.parametrize("batch,heads,queries,keys,width,rank,grid", SIZES)
+def test_every_size_has_the_plain_values_and_gradients(
+    batch, heads, queries, keys, width, rank, grid, engine, dtype, own
+):
+    needs(engine)
+    q = draw(batch, queries, heads, width, dtype=dtype).transpose(1, 2)
+    k = draw(batch, heads, width, keys, dtype=dtype, seed=1).mT
+    lead = (batch,) if own else ()
+    coefs = draw(*lead, keys, heads, rank, 2 * grid, dtype=dtype, seed=2).movedim(-4, -2)
+    mask = draw(queries, keys) < 1.0 if own else None
+    compare(bases.fourier(grid), engine, dtype, q, k, coefs / keys**0.5, mask)
+
+
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("queries,keys", [(1, 2), (65, 63)])
+def test_every_basis_has_the_plain_values_and_gradients(name, queries, keys):
+    q, k, coefs = example(BASES[name], (2,), queries=queries, keys=keys, width=4, rank=3)
+    compare(BASES[name], "torch", torch.float64, q, k, coefs, draw(2, 1, 1, keys) < 1.0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("engine,dtype", ENGINES, ids=[engine for engine, _ in ENGINES])
+def test_threads_and_chunks_change_nothing_but_rounding(engine, dtype, threads, monkeypatch):
+    needs(engine)
+    torch.set_num_threads(threads)
+    # rows, heads and samples are all cut
+    monkeypatch.setattr(chunked, "CHUNK", 2**11)
+    monkeypatch.setattr(chunked, "SAMPLES_CHUNK", 2**9)
+    basis = bases.fourier(2)
+    for shape in ((5, 2, 9, 4), (3, 3, 130, 7), (2, 1, 5, 3)):
+        batch, heads, queries, keys = shape
+        q, k, coefs = example(basis, (batch,), heads, queries, keys, 3, 2, dtype)
+        first = compare(basis, engine, dtype, q, k, coefs)
+        second = compare(basis, engine, dtype, q, k, coefs)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("engine,dtype", ENGINES, ids=[engine for engine, _ in ENGINES])
+@pytest.mark.parametrize(
+    "shape",
+    [(), (1,), (4,), (3, 4), (3, 1), (2, 3, 4), (1, 3, 4), (5, 1, 1, 4), (5, 2, 3, 4), (1, 1)],
+)
+def test_a_mask_of_any_shape_silences_its_keys(shape, engine, dtype):
+    needs(engine)
+    basis = bases.fourier(2)
+    q, k, coefs = example(basis, (5,), dtype=dtype)
+    mask = draw(*shape) < 0.8
+    compare(basis, engine, dtype, q, k, coefs, mask)
+    # a key that is masked everywhere leaves no trace, whatever it holds
+    keep = torch.tensor([True, True, False, True])
+    other = k.clone()
+    other[:, :, 2] = 1e3
+    values = [
+        (y, *g)
+        for y, *g in (compare(basis, engine, dtype, q, x, coefs, mask & keep) for x in (k, other))
+    ]
+    for a, b in zip(*values, strict=True):
+        assert_close(a, b)
+    _, _, dk, dcoefs = values[0]
+    assert (dk[:, :, 2] == 0).all() and (dcoefs[:, :, 2] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "lead_q,lead_k,lead_c",
+    [
+        ((), (), ()),
+        ((3,), (), ()),
+        ((), (3,), (3,)),
+        ((2, 3), (2, 3), (1, 3)),
+        ((2, 3), (3,), (2, 1)),
+        ((2, 3), (2, 1), (2, 3)),
+        ((), (), (2, 3)),
+        ((4, 2, 3), (2, 3), (4, 1, 3)),
+        ((0,), (0,), ()),
+        ((2, 0), (1, 0), (2, 1)),
+    ],
+)
+@pytest.mark.parametrize("engine,dtype", ENGINES, ids=[engine for engine, _ in ENGINES])
+def test_leading_axes_broadcast(lead_q, lead_k, lead_c, engine, dtype):
+    needs(engine)
+    basis = bases.fourier(1)
+    q, k, _ = example(basis, dtype=dtype)
+    q = draw(*lead_q, *q.shape, dtype=dtype)
+    k = draw(*lead_k, *k.shape, dtype=dtype, seed=1)
+    coefs = draw(*lead_c, 2, 2, 4, 2, dtype=dtype, seed=2)
+    compare(basis, engine, dtype, q, k, coefs)
+    lead = torch.broadcast_shapes(lead_q, lead_k, lead_c)
+    compare(basis, engine, dtype, q, k, coefs, draw(*lead, 1, 1, 4) < 1.0)
+
+
+@pytest.mark.parametrize("engine,dtype", ENGINES, ids=[engine for engine, _ in ENGINES])
+def test_expanded_and_reversed_inputs(engine, dtype):
+    needs(engine)
+    basis = bases.fourier(2)
+    q = draw(1, 1, 3, dtype=dtype).expand(2, 5, 3)
+    k = draw(1, 4, 3, dtype=dtype, seed=1).flip(1).expand(2, 4, 3)
+    coefs = draw(1, 3, 1, 4, dtype=dtype, seed=2).expand(2, 3, 4, 4)
+    compare(basis, engine, dtype, q, k, coefs)
+
+
+@pytest.mark.parametrize("grid", [1, 3, 10])
+@pytest.mark.parametrize("engine", ["torch", "cpp"])
+@pytest.mark.parametrize("size", [1.0, 10.0, 1e3, 1e5])
+def test_float32_features_are_exact_for_the_score_they_are_given(size, engine, grid):
+    needs(engine)
+    # one query of 1 and one feature at a time, so that a score is k itself and y a feature
+    basis = bases.fourier(grid)
+    scores = torch.cat([torch.linspace(-size, size, 4001), torch.arange(-40, 41) * (torch.pi / 4)])
+    k = scores[:, None, None, None]
+    coefs = torch.eye(2 * grid)[:, None].unsqueeze(0)
+    y = kernels.contract(basis, coefs, torch.ones(1, 1, 1), k, scale=1.0, engine=engine)
+    angles = scores.double()[:, None] * torch.arange(1, grid + 1)
+    expected = torch.cat([angles.cos(), angles.sin()], -1)
+    # the angle sums lose about one rounding for each harmonic
+    assert (y.flatten(1) - expected).abs().max() < 1e-7 * (2 + grid)
+
+
+@pytest.mark.parametrize("engine", ["torch", "cpp"])
+@pytest.mark.parametrize("size", [1e7, 1e30])
+def test_scores_beyond_all_meaning_stay_bounded(size, engine):
+    needs(engine)
+    k = torch.tensor([size, -size])[:, None, None, None].requires_grad_()
+    coefs = torch.eye(4)[:, None].unsqueeze(0)
+    y = kernels.contract(bases.fourier(2), coefs, torch.ones(1, 1, 1), k, scale=1.0, engine=engine)
+    assert (y.abs() <= 1.5).all()
+    assert torch.autograd.grad(y.sum(), k)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wide_coefs", [True, False])
+def test_half_inputs_are_summed_in_float32(dtype, wide_coefs):
+    basis = bases.fourier(2)
+    q, k, coefs = (x.to(dtype) for x in example(basis, (2,), queries=33, keys=65, width=8))
+    if wide_coefs:
+        coefs = coefs.float()
+    leaves = [x.requires_grad_() for x in (q, k, coefs)]
+    y = kernels.contract(basis, leaves[2], leaves[0], leaves[1])
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    expected = plain.contract(basis, exact[2], exact[0], exact[1])
+    assert y.dtype == dtype
+    # one rounding, of the result
+    eps = torch.finfo(dtype).eps
+    assert_close(y.double(), expected, rtol=eps, atol=1e-4)
+    got = torch.autograd.grad((y * 0.25).sum(), leaves)
+    wanted = torch.autograd.grad((expected * 0.25).sum(), exact)
+    for leaf, a, b in zip(leaves, got, wanted, strict=True):
+        assert a.dtype == leaf.dtype
+        assert_close(a.double(), b, rtol=eps, atol=1e-4 * b.abs().max().item())
+
+
+def test_autocast_does_not_round_the_scores():
+    basis = bases.fourier(2)
+    q, k, coefs = example(basis, (2,), queries=9, keys=8, width=8, dtype=torch.float32)
+    k.requires_grad_()
+    for engine in ("torch", "auto", "plain"):
+        y = kernels.contract(basis, coefs, q, k, engine=engine)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = kernels.contract(basis, coefs, q, k, engine=engine)
+            if engine == "plain":  # ordinary operations, rounded where their backward is run
+                assert torch.equal(y, inside)
+                continue
+            (gradient,) = torch.autograd.grad(inside.sum(), k)
+        assert torch.equal(y, inside)
+        assert torch.equal(gradient, torch.autograd.grad(y.sum(), k)[0])
+
+
+def test_gradcheck_of_first_and_second_order():
+    basis = bases.fourier(2)
+    q, k, coefs = (x.requires_grad_() for x in example(basis, (2,), heads=1, queries=2, keys=3))
+
+    def f(q, k, coefs):
+        return kernels.contract(basis, coefs, q, k, engine="torch")
+
+    options = {"check_forward_ad": True, "check_batched_grad": True}
+    # gradcheck batches forward mode by a vmap of its own, of few operations; `jacfwd` is tested
+    assert torch.autograd.gradcheck(f, (q, k, coefs), **options, check_batched_forward_grad=False)
+    assert torch.autograd.gradgradcheck(f, (q, k, coefs), check_fwd_over_rev=True)
+
+
+def test_a_family_is_asked_not_believed():
+    # claims to be fourier, is not: must not run on the Fourier kernels
+    liar = bases.linear(lambda x: torch.stack([x.cos(), 2 * x.sin()], -1), 2, family="fourier")
+    q, k, coefs = example(liar)
+    compare(liar, "torch", torch.float64, q, k, coefs)
+    compare(liar, "auto", torch.float32, q.float(), k.float(), coefs.float())
+
+
+def test_the_basis_may_be_dropped_before_the_backward():
+    q, k, coefs = example(bases.chebyshev(2, span=(-3.0, 3.0)))
+    k.requires_grad_()
+    y = kernels.contract(bases.chebyshev(2, span=(-3.0, 3.0)), coefs, q, k)
+    gc.collect()
+    assert torch.autograd.grad(y.sum(), k)[0].isfinite().all()
+
+
+def peak_of(code):
+    """Peak memory in MiB that `code` adds to a process which has imported everything."""
+    program = f"""
+import resource, torch
+from kart import bases, kernels
+torch.set_num_threads(1)
+{code[0]}
+kernels.contract(basis, coefs[:, :1], q[:1, :, :8], k[:1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+{code[1]}
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    return float(result.stdout.split()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["torch", "cpp"])
+def test_memory_does_not_grow_with_the_scores(engine):
+    needs(engine)
+    # the features alone would be 16 x 3 x 512 x 512 x 6 floats: 288 MiB
+    setup = """
+basis = bases.fourier(3)
+q, k = torch.randn(16, 3, 512, 64), torch.randn(16, 3, 512, 64)
+coefs = torch.randn(3, 12, 512, 6)
+"""
+    run = f"""
+leaves = [x.requires_grad_() for x in (q, k, coefs)]
+kernels.contract(basis, coefs, q, k, engine="{engine}").sum().backward()
+"""
+    assert peak_of((setup, run)) < 60
+
+
+def test_the_torch_engine_runs_where_the_compiled_one_cannot_be_built(tmp_path):
+    # in a process of its own: what a library could be built for is remembered
+    program = """
+import logging, torch
+from kart import bases, kernels
+q = torch.ones(1, 2, 3)
+assert kernels.contract(bases.fourier(1), torch.ones(1, 1, 2, 2), q, q).isfinite().all()
+kernels.contract(bases.fourier(1), torch.ones(1, 1, 2, 2), q, q)
+assert "no-such-compiler" in kernels.engines()["cpp"], kernels.engines()
+try:
+    kernels.contract(bases.fourier(1), torch.ones(1, 1, 2, 2), q, q, engine="cpp")
+except ValueError as error:
+    assert "no-such-compiler" in str(error)
+else:
+    raise SystemExit("no error")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "KART_CACHE": str(tmp_path), "CXX": "no-such-compiler"},
+    )
+    assert result.returncode == 0, result.stderr
+    # one line for each grid that was asked for, 1 and (by `engines`) 3
+    assert result.stderr.count("torch runs instead") == 2
+
+
+def bad(**changes):
+    q, k, coefs = example(bases.fourier(2))
+    return {"basis": bases.fourier(2), "coefs": coefs, "q": q, "k": k, **changes}
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"q": draw(2, 0, 2)}, "`q`"),
+        ({"k": draw(2, 0, 2)}, "`k`"),
+        ({"q": draw(2, 3, 3)}, "one width"),
+        ({"q": draw(3, 2)}, "`q`"),
+        ({"q": None}, "`q`"),
+        ({"coefs": draw(2, 0, 4, 4)}, "r >= 1"),
+        ({"coefs": draw(2, 2, 5, 4)}, "`coefs`"),
+        ({"coefs": draw(2, 2, 4, 6)}, "`coefs`"),
+        ({"coefs": draw(2, 4, 4)}, "`coefs`"),
+        ({"coefs": draw(3, 2, 4, 4)}, "broadcast"),
+        ({"k": draw(3, 1, 2, 4, 2), "q": draw(2, 1, 2, 3, 2)}, "broadcast"),
+        ({"k": draw(2, 4, 2).float()}, "dtype"),
+        ({"coefs": draw(2, 2, 4, 4).float()}, "dtype"),
+        ({"q": draw(2, 3, 2).long(), "k": draw(2, 4, 2).long()}, "floating-point"),
+        ({"k": draw(2, 4, 2).to("meta")}, "one device"),
+        ({"mask": torch.ones(3, 4)}, "boolean `mask`"),
+        ({"mask": torch.ones(3, 5, dtype=torch.bool)}, "`mask`"),
+        ({"mask": torch.ones(2, 4, dtype=torch.bool)}, "`mask`"),
+        ({"mask": torch.ones(3, 1, 3, 4, dtype=torch.bool).to("meta")}, "one device"),
+        ({"scale": float("nan")}, "`scale`"),
+        ({"engine": "fast"}, "`engine`"),
+        ({"basis": bases.rational()}, "contract_units"),
+    ],
+)
+def test_bad_input_is_named(changes, words):
+    with pytest.raises(ValueError, match=words):
+        kernels.contract(**bad(**changes))
+
+
+def test_bad_input_of_the_other_products_is_named():
+    basis, units, q, k = units_example()
+    short = {name: leaf[:, :, :3] for name, leaf in units.items()}
+    for broken in ({}, short, {name: leaf[:, :0] for name, leaf in units.items()}):
+        with pytest.raises(ValueError, match="`units`"):
+            kernels.contract_units(basis, broken, q, k)
+    with pytest.raises(ValueError, match="boolean `mask`"):
+        kernels.contract_units(basis, units, q, k, torch.ones(4))
+    y, mix, v = draw(2, 5, 3), draw(2, 4, 3), draw(2, 4, 6)
+    with pytest.raises(ValueError, match="needs a `mask`"):
+        kernels.mix_values(y, mix, v, None)
+    with pytest.raises(ValueError, match="same keys"):
+        kernels.mix_values(y, mix, v[:, :3], torch.ones(5, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="`v`"):
+        kernels.softmax_attention(q, k, k[..., :3, :])
+    with pytest.raises(ValueError, match="boolean `mask`"):
+        kernels.softmax_attention(q, k, k, torch.ones(5, 4))
+
+
+@pytest.mark.parametrize("product", ["units", "mix", "softmax"])
+def test_empty_batches_of_the_other_products(product):
+    basis, units, _, _ = units_example()
+    q, k, v = draw(0, 2, 5, 3), draw(0, 2, 4, 3), draw(0, 2, 4, 6)
+    mask = torch.ones(5, 4, dtype=torch.bool)
+    if product == "units":
+        assert kernels.contract_units(basis, units, q, k, mask).shape == (0, 2, 5, 3)
+    elif product == "mix":
+        assert kernels.mix_values(q, k, v, mask).shape == (0, 2, 5, 6)
+    else:
+        assert kernels.softmax_attention(q, k, v, mask).shape == (0, 2, 5, 6)
+
+
+def test_a_query_without_keys_gets_zeros_and_finite_gradients():
+    q, k, v = (draw(2, 5, 3, seed=i).requires_grad_() for i in range(3))
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    mask[2] = False
+    out = kernels.softmax_attention(q, k, v, mask)
+    assert (out[:, 2] == 0).all()
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in gradients) and (gradients[0][:, 2] == 0).all()
+
+
+def test_plain_softmax_attention_is_the_fused_kernel():
+    q, k, v = (draw(2, 3, 33, 8, dtype=torch.float32, seed=i) for i in range(3))
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(kernels.softmax_attention(q, k, v), fused)

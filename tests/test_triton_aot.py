@@ -1,19 +1,22 @@
-"""Builds for sm_90 without a GPU of what the Triton engine would launch there: no spills, tensor
-cores, hardware sines.
+"""Builds for sm_90, without a GPU, of what the Triton engine would launch there: registers, spills,
+tensor cores, hardware sines.
 
-`python -m tests.test_triton_aot` prints the table of registers.
+`PYTHONPATH=. python tests/test_triton_aot.py` prints the table.
 """
 
+import itertools
 import re
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from kart import bases
 from kart.kernels import triton as engine
+from kart.kernels.chunked import Family
 
 triton = pytest.importorskip("triton")
 
@@ -21,82 +24,179 @@ KERNELS = ("forward", "query_gradient", "key_gradient")
 
 
 class Recorder:
-    """Stands for a kernel and keeps what it was launched with."""
+    """Stands for a kernel and keeps what it is launched with."""
 
-    def __init__(self, name: str, launches: list[tuple[str, dict[str, Any]]]) -> None:
-        self.name = name
+    def __init__(self, launches: list[dict[str, Any]]) -> None:
         self.launches = launches
 
     def __getitem__(self, grid: tuple[int, ...]):
-        return lambda **arguments: self.launches.append((self.name, arguments))
+        return lambda **arguments: self.launches.append(arguments)
 
 
-def launches(q, k, coefs, mask, family, choose=engine.tiles) -> list[tuple[str, dict[str, Any]]]:
-    """`(kernel, arguments)` of each launch of a forward and a backward of CPU tensors."""
+class Build(NamedTuple):
+    registers: int
+    stack: int  # bytes a thread
+    shared: int  # bytes
+    loop: list[str]  # the instructions of the innermost loop
+    every: list[str]
+
+
+def launches(kernel, family, q, k, coefs, mask=None, **options) -> list[dict[str, Any]]:
+    """The arguments of each launch of a kernel in a forward and a backward of these inputs."""
     from kart.kernels.triton import device
 
-    recorded: list[tuple[str, dict[str, Any]]] = []
+    recorded: list[dict[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
-        # past the check that CPU tensors are for the interpreter
-        patch.setattr(triton.knobs.runtime, "interpret", True)
         for name in KERNELS:
-            patch.setattr(device, name, Recorder(name, recorded))
-        dy = engine.forward(q, k, coefs, mask, 0.125, family, choose=choose)
-        engine.backward(dy, q, k, coefs, mask, 0.125, family, choose=choose)
+            patch.setattr(device, name, Recorder(recorded if name == kernel else []))
+        if kernel == "forward":
+            engine.forward(family, q, k, coefs, mask, 0.125, **options)
+        else:
+            dy = q.new_empty(*q.shape[:3], coefs.shape[2])
+            engine.backward(family, dy, q, k, coefs, mask, 0.125, **options)
     return recorded
 
 
-def compiled(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Registers, stack bytes (spills) and machine instructions of one launch built for sm_90."""
+def build(kernel: str, arguments: dict[str, Any]) -> Build:
+    """One launch, built for sm_90 as `kernel[grid](...)` would build it."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from kart.kernels.triton import device
 
-    arguments = arguments | {"FAST": True}
-    kernel = getattr(device, name)
+    function = getattr(device, kernel)
+    arguments = dict(arguments)
     options = {x: arguments.pop(x) for x in ("num_warps", "num_stages", "enable_fp_fusion")}
     types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
     types |= {torch.uint8: "*u8"}
     signature, constants, attributes = {}, {}, {}
-    # what `kernel[grid](...)` makes of its arguments: 1 and None are built in, 16 divides
-    for i, (argument, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
-        value = arguments[argument]
+    # 1 and None are built in, and that 16 divides a number or an address is known
+    for i, parameter in enumerate(function.params):
+        value = arguments.pop(parameter.name)
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[argument], constants[(i,)] = "constexpr", value
+            signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, float):
-            signature[argument] = "fp32"
+            signature[parameter.name] = "fp32"
         else:
-            signature[argument] = types[value.dtype] if torch.is_tensor(value) else "i32"
-            if torch.is_tensor(value) or value % 16 == 0:
+            tensor = torch.is_tensor(value)
+            signature[parameter.name] = types[value.dtype] if tensor else "i32"
+            if tensor or value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    build = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert not arguments
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
-        binary.write_bytes(build.asm["cubin"])
+        binary.write_bytes(built.asm["cubin"])
         command = [str(tool), "-res-usage", "-sass", str(binary)]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    line = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)"
-    return {
-        "registers": int(re.search(r"REG:(\d+)", text)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", text)[1]),
-        "shared": build.metadata.shared,
-        "instructions": re.findall(line, text, re.MULTILINE),
-    }
+    usage = {x: int(n) for x, n in re.findall(r"(REG|STACK):(\d+)", text)}
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", text, re.MULTILINE)
+    code = {int(address, 16): instruction for address, instruction in lines}
+    loops = []
+    for address, instruction in code.items():
+        target = re.search(r"BRA.* 0x([0-9a-f]+)", instruction)
+        if target and int(target[1], 16) < address:
+            loops.append([x for a, x in code.items() if int(target[1], 16) <= a <= address])
+    loop = min((x for x in loops if count(x, "HGMMA")), key=len, default=[])
+    return Build(usage["REG"], usage["STACK"], built.metadata.shared, loop, list(code.values()))
 
 
-def inputs(dtype, basis, batch=128, rank=12, tokens=197, width=64, shared=True, masked=None):
-    """Of the engine, strided like q and k out of one qkv projection; memory is never touched."""
-    heads = 3
-    qkv = torch.empty(1, dtype=dtype).expand(batch, tokens, 3, heads, width)
-    qkv = torch.empty_strided(
-        qkv.shape,
-        (tokens * 3 * heads * width, 3 * heads * width, heads * width, width, 1),
-        dtype=dtype,
-    )
-    q, k = qkv[:, :, 0].transpose(1, 2), qkv[:, :, 1].transpose(1, 2)
-    count = basis.size + (basis.options["base"] != "zero")
-    coefs = torch.empty(1 if shared else batch, heads, rank, tokens, count)
-    return q, k, coefs, masked, engine.family(basis)
+def count(instructions: list[str], *names: str) -> int:
+    return sum(any(name in x for name in names) for x in instructions)
+
+
+def inputs(basis, dtype=torch.bfloat16, rank=12, width=64, tokens=197, mask=None, batch=8):
+    """Of the engine, strided like the q and k of one projection to qkv."""
+    qkv = torch.empty(batch, tokens, 3, 3, width, dtype=dtype)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)
+    family = Family(basis, basis.features, basis.features(torch.zeros(1)).shape[-1], None)
+    coefs = torch.empty(1, 3, rank, tokens, family.width)
+    if mask is not None:
+        mask = torch.empty(mask, dtype=torch.bool)
+    return family, q, k, coefs, mask
+
+
+def describe(kernel, basis, precision="tf32", **options) -> list[tuple[str, Build]]:
+    """What was built of each launch of a kernel, and its description."""
+    rows = []
+    arguments = inputs(basis, **options)
+    for launch in launches(kernel, *arguments, precision=precision):
+        tile = f"{launch['BLOCK_N']}x{launch['BLOCK_M']} w{launch['num_warps']}"
+        what = (
+            f"{kernel}, {basis.family} {launch['FIRST']}:{launch['LAST']} of {basis.size}, {tile}"
+        )
+        rows.append((what, build(kernel, launch | {"FAST": True})))
+    return rows
+
+
+@pytest.mark.parametrize("grid", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_loop_keeps_to_registers_tensor_cores_and_hardware_sines(kernel, dtype, grid):
+    ((what, built),) = describe(kernel, bases.fourier(grid), dtype=dtype)
+    print(f"{what} {dtype}: {built.registers} registers, {built.stack} bytes of stack")
+    assert count(built.loop, "LDL", "STL") == 0
+    # a few addresses of the outer loop may wait on the stack
+    assert built.stack <= 32
+    assert built.shared <= 227 * 1024
+    assert count(built.loop, "HGMMA") and not count(built.every, "HMMA.")
+    # two sines an element and a rounding of angles without FRND
+    tile = what.split()[-2].split("x")
+    assert count(built.loop, "MUFU") == 2 * int(tile[0]) * int(tile[1]) // 128
+    assert not count(built.every, "FRND")
+
+
+BASIC = [
+    {"basis": bases.fourier(grid), "dtype": dtype}
+    for dtype in (torch.bfloat16, torch.float32)
+    for grid in (1, 3)
+]
+VARIANTS = [
+    {"basis": bases.fourier(10)},
+    {"basis": bases.fourier(3), "dtype": torch.float16},
+    {"basis": bases.fourier(3), "dtype": torch.float32, "precision": "tf32x3"},
+    {"basis": bases.fourier(3), "rank": 64},
+    {"basis": bases.fourier(3), "rank": 17, "width": 32},
+    {"basis": bases.fourier(3), "width": 128},
+    {"basis": bases.fourier(3), "mask": (8, 1, 1, 197)},
+    {"basis": bases.fourier(3), "mask": (1, 1, 197, 197)},
+    {"basis": bases.chebyshev(4)},
+    {"basis": bases.gaussian_rbf(8)},
+    {"basis": bases.bspline(8)},
+    {"basis": bases.polynomial(3, base="silu")},
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variant",
+    VARIANTS,
+    ids=lambda x: ", ".join(map(str, [x["basis"].family, *list(x.values())[1:]])),
+)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_variants_hardly_spill(kernel, variant):
+    for what, built in describe(kernel, **variant):
+        spills = count(built.loop, "LDL", "STL")
+        print(
+            f"{what}: {built.registers} registers, {built.stack} bytes of stack, {spills} in loop"
+        )
+        assert spills <= 0.02 * len(built.loop)
+        assert built.shared <= 227 * 1024
+        assert count(built.loop, "HGMMA")
+
+
+def main() -> None:
+    for kernel, variant in itertools.product(KERNELS, [*BASIC, *VARIANTS]):
+        for what, built in describe(kernel, **variant):
+            spills = count(built.loop, "LDL", "STL")
+            options = {k: v for k, v in variant.items() if k != "basis"}
+            print(
+                f"{what} {options}: {built.registers} registers, {built.stack} bytes of stack, "
+                f"loop of {len(built.loop)} with {spills} spills, {built.shared // 1024} KiB shared"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -331,9 +331,8 @@ def tangent(
         value, slope = _derivatives(family, x, 1)
         if mask is not None:
             value = torch.where(mask[..., None], value, 0)
-        return torch.einsum("hnmk,hpmk->hnp", value, tcoefs) + torch.einsum(
-            "hnmk,hpmk->hnp", slope * tx[..., None], coefs
-        )
+        slope = slope * tx[..., None]
+        return value.flatten(-2) @ tcoefs.flatten(-2).mT + slope.flatten(-2) @ coefs.flatten(-2).mT
 
     batch = primals[0].shape[0]
     columns = [_samples(x, batch) for x in (*primals, *tangents, mask)]
@@ -364,17 +363,15 @@ def backward_tangent(
             value, slope, curve = (
                 torch.where(mask[..., None], f, 0) for f in (value, slope, curve)
             )
-        pulled = torch.einsum("hnp,hpmk->hnmk", dy, coefs)
-        tpulled = torch.einsum("hnp,hpmk->hnmk", tdy, coefs) + torch.einsum(
-            "hnp,hpmk->hnmk", dy, tcoefs
-        )
+        pulled = (dy @ coefs.flatten(-2)).view_as(value)
+        tpulled = (tdy @ coefs.flatten(-2) + dy @ tcoefs.flatten(-2)).view_as(value)
         dx = (pulled * slope).sum(-1)
         tdx = (tpulled * slope).sum(-1) + (pulled * curve).sum(-1) * tx
+        slope = slope * tx[..., None]
         return (
             (tdx @ k + dx @ tk) * scale,
             (tdx.mT @ q + dx.mT @ tq) * scale,
-            torch.einsum("hnp,hnmk->hpmk", tdy, value)
-            + torch.einsum("hnp,hnmk->hpmk", dy, slope * tx[..., None]),
+            (tdy.mT @ value.flatten(-2) + dy.mT @ slope.flatten(-2)).view_as(coefs),
         )
 
     _, q, k, coefs = primals

@@ -9,10 +9,7 @@ is silently zero in forward mode.
 """
 
 import contextlib
-import functools
-import importlib.util
 import math
-import os
 import sys
 import uuid
 import weakref
@@ -24,7 +21,7 @@ from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]  # its one home; no stubs
 from torch.autograd import Function, forward_ad
 
-from kart.kernels import chunked, cpp, plain
+from kart.kernels import chunked, cpp, plain, triton
 from kart.kernels.chunked import Family
 
 ENGINES = ("auto", "torch", "cpp", "triton", "plain")
@@ -112,52 +109,6 @@ _pin._dynamo_marked_constant = True  # type: ignore[attr-defined]
 # --- the raw operations ---------------------------------------------------------------------------
 
 
-class _Triton:
-    """The Triton engine as a module like `chunked`: it knows families of its own by name."""
-
-    @staticmethod
-    def _engine() -> Any:
-        return importlib.import_module("kart.kernels.triton")
-
-    @classmethod
-    @functools.cache
-    def status(cls) -> str:
-        """ "ready", or why the engine does not run here."""
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-            return "no CUDA device"
-        return "ready"
-
-    @classmethod
-    def refuses(
-        cls, family: Family, q: Tensor, k: Tensor, coefs: Tensor, mask: Tensor | None
-    ) -> str:
-        if cls.status() != "ready":
-            return cls.status()
-        engine = cls._engine()
-        known = engine.family(family.basis)
-        if known is None or (known.name == "fourier" and family.grid is None):
-            return f"the Triton engine has no kernel for {family.basis.family} features"
-        if q.shape[-1] > 128:
-            return "the Triton engine computes head widths up to 128"
-        if q.dtype not in engine.DTYPES or coefs.dtype not in engine.DTYPES:
-            return "the Triton engine computes in float32, bfloat16 and float16 alone"
-        if 0 in q.shape:
-            return "the batch is empty"
-        return ""
-
-    @classmethod
-    def forward(cls, family: Family, q, k, coefs, mask, scale) -> Tensor:
-        engine = cls._engine()
-        return engine.forward(q, k, coefs, mask, scale, engine.family(family.basis))
-
-    @classmethod
-    def backward(cls, family: Family, dy, q, k, coefs, mask, scale):
-        engine = cls._engine()
-        return engine.backward(dy, q, k, coefs, mask, scale, engine.family(family.basis))
-
-
 def choose(
     engine: str, family: Family, q: Tensor, k: Tensor, coefs: Tensor, mask: Tensor | None
 ) -> tuple[Any, str]:
@@ -165,11 +116,11 @@ def choose(
     cannot, and why another was not taken.
     """
     device = q.device.type
-    compiled = {"cpu": ("cpp", cpp), "cuda": ("triton", _Triton)}
+    compiled = {"cpu": ("cpp", cpp), "cuda": ("triton", triton)}
     name, module = compiled.get(device, ("", None))
     if engine == "triton":  # its interpreter runs on the CPU
-        name, module = "triton", _Triton
-    if engine == "torch" or (engine == "auto" and module is None):
+        name, module = "triton", triton
+    if engine == "torch" or (engine == "auto" and module is None) or not q.shape[0]:
         return chunked, ""
     if engine not in ("auto", name):
         return None, f"it does not run on {device} tensors"
@@ -640,4 +591,4 @@ def engines() -> dict[str, str]:
     `engine="auto"` takes "triton" on CUDA and "cpp" on the CPU where they are ready and know the
     basis and dtype, and "torch" otherwise.
     """
-    return {"torch": "ready", "cpp": cpp.status(), "triton": _Triton.status()}
+    return {"torch": "ready", "cpp": cpp.status(), "triton": triton.status()}

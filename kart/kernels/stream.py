@@ -110,8 +110,8 @@ def contract_units(
     )
     batch = math.prod(lead)
     rows, names = q.shape[-2], list(units)
-    q = q.expand(*lead, heads, *q.shape[-2:]).reshape(batch, heads, rows, -1)
-    k = k.expand(*lead, heads, *k.shape[-2:]).reshape(batch, heads, keys, -1)
+    q = q.expand(*lead, heads, *q.shape[-2:]).reshape(batch, heads, *q.shape[-2:])
+    k = k.expand(*lead, heads, *k.shape[-2:]).reshape(batch, heads, *k.shape[-2:])
     step = max(1, CHUNK // (heads * rows * keys))
     if mask is None:
         masks: list[Tensor | None] = [None] * -(-batch // step)

@@ -1,30 +1,42 @@
-"""The Triton engine: forward and backward of the streamed product on CUDA, as raw operations.
+"""The "triton" engine: the streamed product on CUDA, for Fourier, polynomial, Chebyshev, Gaussian
+RBF and cubic B-spline bases.
 
-Raw means outside autograd and `torch.func`: `kart.kernels` wraps them. Triton is imported by the
-first call, so that a machine without it can import this module. With TRITON_INTERPRET=1 in the
-environment before that call the same kernels run on CPU tensors, slowly: so they are tested.
+`forward` and `backward` are raw operations in the layout of `kart.kernels.chunked`, deterministic
+and seen by no transform. Triton itself is imported by their first call. With TRITON_INTERPRET=1 in
+the environment before that, the same kernels run on CPU tensors, slowly: so they are tested.
+
+Products of float32 inputs follow `torch.set_float32_matmul_precision`: "highest", torch's default,
+splits each operand in two ("tf32x3", about 22 bits); "high" and "medium" round it to tf32 (11
+bits: with a score of 100 goes an error of 0.05). Scores and sums are float32 for every input.
 """
 
 import contextlib
+import importlib.util
+import math
+import os
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from kart.kernels.chunked import Family
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PRECISIONS = ("tf32", "tf32x3", "ieee")
 # programs wanted in a launch of `key_gradient`, two for each SM of an H100. A constant, so that the
 # order of summation, and with it the last bit, does not depend on the GPU
 PROGRAMS = 264
-# ranks of one launch, of which a program holds a tile
+# ranks in a launch: a program holds a tile of all of them
 RANKS = 64
+WIDTH = 128
 
 
-class Family(NamedTuple):
+class Kind(NamedTuple):
     """What the kernels know of a basis: `size` features, then that of `base` unless it is "zero".
 
-    The features of score x are functions of `(x - origin) * density`; those of "fourier" and
+    The features of a score x are functions of `(x - origin) * density`; those of "fourier" and
     "polynomial" of x itself.
     """
 
@@ -35,27 +47,98 @@ class Family(NamedTuple):
     density: float = 1.0
 
 
-def family(basis: Any) -> Family | None:
-    """The `Family` of a basis of `kart.bases`, or None where the kernels do not have it."""
+_kinds: "weakref.WeakKeyDictionary[Callable, Kind | None]" = weakref.WeakKeyDictionary()
+
+
+def _claimed(basis: Any) -> Kind | None:
     options = basis.options
-    low, high = options.get("span", (0.0, 1.0))
-    if basis.family in ("fourier", "polynomial"):
-        placed = 0.0, 1.0
-    elif basis.family == "chebyshev":
-        placed = (low + high) / 2, 2 / (high - low)
-    elif basis.family == "gaussian_rbf":
-        placed = low, (options["grid"] - 1) / (high - low)
-    elif basis.family == "bspline" and options["degree"] == 3:
-        placed = low, options["grid"] / (high - low)
-    else:
+    base = options.get("base", "zero")
+    if base not in ("zero", "identity", "silu", "gelu"):
         return None
-    return Family(basis.family, basis.size, options.get("base", "zero"), *placed)
+    if basis.family in ("fourier", "polynomial"):
+        return Kind(basis.family, basis.size, base)
+    if basis.family not in ("chebyshev", "gaussian_rbf", "bspline") or "span" not in options:
+        return None
+    low, high = options["span"]
+    if basis.family == "chebyshev":
+        return Kind(basis.family, basis.size, base, (low + high) / 2, 2 / (high - low))
+    if basis.family == "gaussian_rbf":
+        return Kind(basis.family, basis.size, base, low, (basis.size - 1) / (high - low))
+    # the kernels have cubic splines, which are 3 more than there are intervals
+    return Kind(basis.family, basis.size, base, low, (basis.size - 3) / (high - low))
+
+
+def _features(kind: Kind, x: Tensor) -> Tensor:
+    """What the kernels compute, `(...)` to `(..., K')`, to compare a basis with."""
+    t = (x - kind.origin) * kind.density
+    order = torch.arange(kind.size, dtype=x.dtype)
+    if kind.name == "fourier":
+        angles = x[..., None] * (order[: kind.size // 2] + 1)
+        values = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    elif kind.name == "polynomial":
+        values = x[..., None] ** order
+    elif kind.name == "chebyshev":
+        values = (t.clamp(-1, 1).arccos()[..., None] * order).cos()
+    elif kind.name == "gaussian_rbf":
+        values = (-((t[..., None] - order) ** 2)).exp()
+    else:
+        v = (t[..., None] - order + 1).abs()
+        values = ((2 - v).relu() ** 3 - 4 * (1 - v).relu() ** 3) / 6
+    if kind.base == "zero":
+        return values
+    last = {"identity": x, "silu": F.silu(x), "gelu": F.gelu(x)}[kind.base]
+    return torch.cat([values, last[..., None]], dim=-1)
+
+
+def kind_of(basis: Any) -> Kind | None:
+    """The `Kind` of a basis, or None where the kernels do not have it. What a basis claims by its
+    name is compared with what its features are.
+    """
+    with contextlib.suppress(KeyError):
+        return _kinds[basis.features]
+    kind = _claimed(basis)
+    if kind is not None:
+        # asked on plain tensors, whatever transform is running
+        with torch._C._DisableFuncTorch(), torch.no_grad():
+            x = torch.tensor([-5.1, -2.5, -0.3, 0.0, 0.7, 1.1, 3.0, 4.2], dtype=torch.float64)
+            values, expected = basis.features(x), _features(kind, x)
+            scale = 1 + expected.abs()
+            if values.shape != expected.shape or ((values - expected) / scale).abs().max() > 1e-9:
+                kind = None
+    _kinds[basis.features] = kind
+    return kind
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def status() -> str:
+    """ "ready", or why the engine cannot run here."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.cuda.is_available() or _interpreted():
+        return "ready"
+    return "torch sees no CUDA device"
+
+
+def refuses(family: Family, q: Tensor, k: Tensor, coefs: Tensor, mask: Tensor | None) -> str:
+    """Why the engine cannot take these inputs, or ""."""
+    if status() != "ready":
+        return status()
+    if q.device.type != "cuda" and not _interpreted():
+        return f"the Triton engine runs on CUDA, not on {q.device.type}"
+    if kind_of(family.basis) is None:
+        return f"the Triton engine has no {family.basis.family!r} basis of this kind"
+    if q.dtype not in DTYPES or coefs.dtype not in DTYPES:
+        return f"the Triton engine has no {q.dtype}"
+    if q.shape[-1] > WIDTH:
+        return f"the Triton engine takes heads of width {WIDTH} at most, not {q.shape[-1]}"
+    return ""
 
 
 class Tiles(NamedTuple):
-    """How a kernel is cut: queries and keys of a block, warps, pipeline stages, features of a
-    launch.
-    """
+    """How a launch is cut: queries and keys of a block, warps, pipeline stages, features."""
 
     queries: int
     keys: int
@@ -64,318 +147,246 @@ class Tiles(NamedTuple):
     features: int
 
 
-def tiles(kernel: str, dtype: torch.dtype, width: int, ranks: int) -> Tiles:
-    """The tiles of "forward", "query_gradient" or "key_gradient" for padded head width and rank.
+def tiles(
+    kernel: str,
+    dtype: torch.dtype,
+    precision: str,
+    width: int,
+    ranks: int,
+    masked: bool,
+    kind: Kind,
+) -> Tiles:
+    """The tiles of "forward", "query_gradient" or "key_gradient" for a padded width and rank.
 
     Chosen from registers and spills of builds for sm_90 (tests/test_triton_aot.py).
     """
+    # operands of float32, above all if split in two, masks and slopes take registers of their own
+    wide = dtype == torch.float32
+    split = wide and precision != "tf32"
+    exact = wide and precision == "ieee"
+    local = kind.name in ("gaussian_rbf", "bspline")
+    large = width > 64 or ranks > 32
     if kernel == "key_gradient":
-        return Tiles(32, 64, 4, 2, max(2, 96 // ranks))
-    return Tiles(64, 64, 4, 2, 6)
+        # dK takes width / 2 registers and dC ranks / 2 for each feature
+        features = 4 if local else min(8, max(2, (160 - width) // ranks // 2 * 2))
+        return Tiles(16 if split or local else 32, 32 if exact else 64, 4, 2, features)
+    if kernel == "forward":
+        heavy = split or (wide and (ranks > 16 or local or masked))
+    else:
+        heavy = wide or masked or local or large or kind.size > 6
+    keys = 64 if not heavy else 16 if split and (large or masked or exact) else 32
+    features = 6 if local and kernel == "query_gradient" else 24 * 16 // ranks
+    return Tiles(64, keys, 4, 2, features)
 
 
-def _check(
-    q: Tensor, k: Tensor, coefs: Tensor, mask: Tensor | None, family: Family, precision: str
-) -> None:
-    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"`triton` needs `q` (B, H, N, d) and `k` (B, H, M, d), got {tuple(q.shape)} and "
-            f"{tuple(k.shape)}. Fold or add leading axes first."
-        )
-    count = family.size + (family.base != "zero")
-    if (
-        coefs.dim() != 5
-        or coefs.shape[0] not in (1, q.shape[0])
-        or (coefs.shape[1], *coefs.shape[3:]) != (*k.shape[1:3], count)
-    ):
-        raise ValueError(
-            f"`triton` needs `coefs` (B or 1, H, r, M, K') = ({q.shape[0]} or 1, {k.shape[1]}, r, "
-            f"{k.shape[2]}, {count}), got {tuple(coefs.shape)}. Fold or add leading axes first."
-        )
-    if 0 in q.shape or 0 in k.shape or 0 in coefs.shape or q.shape[3] > 128:
-        raise ValueError(
-            f"`triton` needs non-empty inputs and a head width d <= 128, got `q` {tuple(q.shape)}, "
-            f"`k` {tuple(k.shape)}, `coefs` {tuple(coefs.shape)}. Use engine='torch' for others."
-        )
-    if q.dtype not in DTYPES or k.dtype != q.dtype or coefs.dtype not in DTYPES:
-        raise ValueError(
-            f"`triton` needs `q` and `k` of one dtype and `coefs` in float32, bfloat16 or float16, "
-            f"got {q.dtype}, {k.dtype}, {coefs.dtype}. Convert them, or use engine='torch'."
-        )
-    if not q.device == k.device == coefs.device == (q if mask is None else mask).device:
-        raise ValueError(
-            f"`triton` needs `q`, `k`, `coefs` and `mask` on one device, got `q` on {q.device}, "
-            f"`k` on {k.device}, `coefs` on {coefs.device}. Move them with tree.to."
-        )
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(
-            f"`triton` needs a boolean `mask` (True = attend), got {mask.dtype}. Pass mask != 0."
-        )
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"`triton` needs `precision` in {PRECISIONS}, got {precision!r}. Choose one of them."
-        )
-
-
-def _slopes(coefs: Tensor, family: Family) -> Tensor:
-    """D of `(..., K')` coefs C: what the kernels multiply with their features, or slopes, in dS."""
-    weights, base = coefs.split([family.size, coefs.shape[-1] - family.size], dim=-1)
-    order = torch.arange(family.size, device=coefs.device, dtype=torch.float32)
-    if family.name == "fourier":
-        grid = family.size // 2
+def _slopes(coefs: Tensor, kind: Kind) -> Tensor:
+    """D of coefs C `(..., K')`: what the kernels multiply with their features, or slopes, in dS."""
+    weights, base = coefs.split([kind.size, coefs.shape[-1] - kind.size], dim=-1)
+    order = torch.arange(kind.size, device=coefs.device, dtype=torch.float32)
+    if kind.name == "fourier":
+        grid = kind.size // 2
         cosine, sine = weights.split(grid, dim=-1)
         order = order[:grid] + 1
         weights = torch.cat([order * sine, -order * cosine], dim=-1)
-    elif family.name == "polynomial":
+    elif kind.name == "polynomial":
         weights = torch.cat([(weights * order)[..., 1:], torch.zeros_like(weights[..., :1])], -1)
-    elif family.name == "chebyshev":
+    elif kind.name == "chebyshev":
         # T_n' = 2 n (T_{n-1} + T_{n-3} + ..), its T_0 once
         above = order[:, None] - order
         matrix = torch.where((above > 0) & (above % 2 == 1), 2 * order[:, None], 0.0)
-        matrix = matrix * torch.where(order == 0, 0.5, 1.0) * family.density
-        weights = weights.float() @ matrix
+        matrix = matrix * torch.where(order == 0, 0.5, 1.0) * kind.density
+        weights = (weights[..., None] * matrix).sum(-2)
     return torch.cat([weights, base], dim=-1)
 
 
-def _pack(coefs: Tensor, family: Family, dtype: torch.dtype) -> Tensor:
-    """`(batch, H, r, M, K')` to the kernels' `(batch, H, K'', M', R)`, zero beyond K', M and r."""
-    batch, heads, rank, keys, count = coefs.shape
-    # K'' is even: the kernels take features in pairs
-    shape = (batch, heads, count + count % 2, -(-keys // 128) * 128, _padded(rank))
-    packed = torch.zeros(shape, dtype=dtype, device=coefs.device)
-    inside = packed[:, :, :count, :keys, :rank]
-    inside.copy_(coefs.permute(0, 1, 4, 3, 2))
-    if family.name == "fourier":
-        # the kernels' cosines are doubled
-        inside[:, :, : family.size // 2] *= 0.5
-    return packed
-
-
 def _padded(size: int) -> int:
-    # matrix products take no less than 16 and powers of two only
+    # matrix products take powers of two from 16 on
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _common(
-    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, family: Family, precision: str
-) -> dict[str, Any]:
-    """The arguments that all three kernels share."""
-    from triton import knobs
-
-    batch, heads, queries, width = q.shape
-    keys = k.shape[2]
-    interpreted = knobs.runtime.interpret
-    if not (q.is_cuda or interpreted):
-        raise ValueError(
-            f"`triton` needs CUDA tensors, got {q.device}. Use engine='torch', or set "
-            "TRITON_INTERPRET=1 before triton is imported to run its interpreter."
-        )
-    strides: list[int | None] = [None] * 4
-    if mask is not None:
-        mask = mask.expand(batch, heads, queries, keys).view(torch.uint8)
-        strides = [*mask.stride()]
-        if strides[2] == 0 or queries == 1:
-            strides[2] = None
-    names = "q_b q_h q_n q_d k_b k_h k_m k_d mask_b mask_h mask_n mask_m"
-    return {
-        **dict(zip(names.split(), (*q.stride(), *k.stride(), *strides), strict=True)),
-        "q_ptr": q,
-        "k_ptr": k,
-        "mask_ptr": mask,
-        "H": heads,
-        "N": queries,
-        "M": keys,
-        "scale": float(scale),
-        "origin": float(family.origin),
-        "density": float(family.density),
-        "WIDTH": width,
-        "D": _padded(width),
-        "SIZE": family.size,
-        "FAMILY": family.name,
-        "BASE": family.base,
-        "MASK": mask is not None,
-        "PRECISION": precision,
-        "FAST": not interpreted,
-        # the range reduction and the recurrences are written for fused multiply-add
-        "enable_fp_fusion": True,
-    }
+def _pack(coefs: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
+    """`(batch, H, r, M, K')` to the kernels' `(batch, H, K'', M', R)`, zero beyond K', M and r."""
+    batch, heads, rank, keys, count = coefs.shape
+    # K'' is even: the backward kernels take features in pairs
+    shape = (batch, heads, count + count % 2, math.ceil(keys / 64) * 64, _padded(rank))
+    packed = torch.zeros(shape, dtype=dtype, device=coefs.device)
+    inside = packed[:, :, :count, :keys, :rank]
+    inside.copy_(coefs.permute(0, 1, 4, 3, 2))
+    if kind.name == "fourier":
+        # the kernels' cosines are doubled
+        inside[:, :, : kind.size // 2] *= 0.5
+    return packed
 
 
-def _launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    common: dict[str, Any],
-    packed: Tensor,
-    tile: Tiles,
-    first: int,
-    last: int,
-    **arguments: Any,
-) -> None:
-    # a batch of one set of coefficients serves all images
-    c_b = packed.stride(0) if packed.shape[0] > 1 else 0
-    q = common["q_ptr"]
-    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        kernel[grid](
-            **common,
-            **arguments,
-            c_ptr=packed,
-            c_b=c_b,
-            c_h=packed.stride(1),
-            c_j=packed.stride(2),
-            R=packed.shape[4],
-            FIRST=first,
-            LAST=last,
-            BLOCK_N=tile.queries,
-            BLOCK_M=tile.keys,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+class _Launcher:
+    """The kernels, with the arguments that they share."""
+
+    def __init__(self, kind, q, k, coefs, mask, scale, precision, choose):
+        self.kind, self.choose, self.q = kind, choose, q
+        if precision is None:
+            highest = torch.get_float32_matmul_precision() == "highest"
+            precision = "tf32x3" if highest else "tf32"
+        self.precision = precision
+        self.count = coefs.shape[4]
+        batch, heads, queries, width = q.shape
+        keys = k.shape[2]
+        strides: list[int | None] = [None] * 4
+        if mask is not None:
+            mask = mask.expand(batch, heads, queries, keys).view(torch.uint8)
+            strides = [*mask.stride()]
+            if strides[2] == 0:
+                strides[2] = None  # a mask of keys alone
+        self.shared: dict[str, Any] = {
+            **dict(zip(("q_b", "q_h", "q_n", "q_d"), q.stride(), strict=True)),
+            **dict(zip(("k_b", "k_h", "k_m", "k_d"), k.stride(), strict=True)),
+            **dict(zip(("mask_b", "mask_h", "mask_n", "mask_m"), strides, strict=True)),
+            "q_ptr": q,
+            "k_ptr": k,
+            "mask_ptr": mask,
+            "H": heads,
+            "N": queries,
+            "M": keys,
+            "scale": scale,
+            "origin": float(kind.origin),
+            "density": float(kind.density),
+            "WIDTH": width,
+            "D": _padded(width),
+            "SIZE": kind.size,
+            "FAMILY": kind.name,
+            "BASE": kind.base,
+            "MASK": mask is not None,
+            "PRECISION": precision,
+            "FAST": not _interpreted(),
+            # the reduction of angles and the recurrences are meant for fused multiply-add
+            "enable_fp_fusion": True,
+        }
+
+    def tiles(self, kernel: str, rank: int) -> Tiles:
+        width, masked = self.shared["D"], self.shared["MASK"]
+        ranks = _padded(rank)
+        return self.choose(kernel, self.q.dtype, self.precision, width, ranks, masked, self.kind)
+
+    def groups(self, tile: Tiles) -> list[tuple[int, int]]:
+        """First and last of the features of each launch."""
+        starts = range(0, self.count, tile.features)
+        return [(first, min(first + tile.features, self.count)) for first in starts]
+
+    def __call__(
+        self, kernel: str, grid: tuple[int, ...], tile: Tiles, packed: Tensor, **arguments: Any
+    ) -> None:
+        from kart.kernels.triton import device
+
+        guard = torch.cuda.device(self.q.device) if self.q.is_cuda else contextlib.nullcontext()
+        with guard:
+            getattr(device, kernel)[grid](
+                **self.shared,
+                **arguments,
+                c_ptr=packed,
+                # one set of coefficients serves all samples
+                c_b=packed.stride(0) if packed.shape[0] > 1 else 0,
+                c_h=packed.stride(1),
+                c_j=packed.stride(2),
+                R=packed.shape[4],
+                BLOCK_N=tile.queries,
+                BLOCK_M=tile.keys,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
 
 
 def forward(
+    family: Family,
     q: Tensor,
     k: Tensor,
     coefs: Tensor,
     mask: Tensor | None,
     scale: float,
-    family: Family,
-    precision: str = "tf32",
+    precision: str | None = None,
     choose: Callable[..., Tiles] = tiles,
 ) -> Tensor:
-    """`y[b, h, n, p] = sum_m mask sum_j f_j(scale q_n . k_m) coefs[b, h, p, m, j]`, `(B, H, N, r)`.
+    """The streamed product `(B, H, N, r)`, contiguous, in q's dtype.
+
+    A Fourier feature of harmonic g is right to `g (abs(score) 2^-24 + 2^-20)` up to scores of 2^15
+    turns (2e5), where a float32 score has two digits left, and bounded beyond.
 
     Args:
-        q, k: `(B, H, N, d)`, `(B, H, M, d)`, d <= 128, any strides; float32, bfloat16 or float16.
-        coefs: `(B, H, r, M, K')`, or with a batch of 1 for all of B.
-        mask: boolean, True = attend, or None; expands to `(B, H, N, M)`.
-        precision: of the matrix products of float32 inputs: "tf32" rounds their operands to 11
-            bits; "tf32x3" keeps about 22 at three times the cost; "ieee" is exact and slow.
-        choose: the tiles of a kernel, see `tiles`; to tune them.
-
-    Returns:
-        y, contiguous, in the dtype of q. Scores and sums are float32; for Fourier the angle of
-        harmonic g is then right to `g (abs(score) 2^-24 + 2^-22)` and the hardware's sine to
-        2^-20.5, up to scores of 2^15 turns (2e5); beyond, the score itself has no digits left.
+        precision: "tf32", "tf32x3" or "ieee" (exact, slow) products of float32 inputs; by default
+            what torch is set to, see the module.
+        choose: of the tiles of each kernel; to tune them.
     """
-    from kart.kernels.triton import device
-
-    _check(q, k, coefs, mask, family, precision)
+    kind = kind_of(family.basis)
     batch, heads, queries, _ = q.shape
-    common = _common(q, k, mask, scale, family, precision)
-    outputs = []
+    launch = _Launcher(kind, q, k, coefs, mask, scale, precision, choose)
+    outputs = [q.new_empty(batch, heads, queries, 0)]
     for part in coefs.split(RANKS, dim=2):
-        packed = _pack(part, family, q.dtype)
-        rank, count = part.shape[2], part.shape[4]
-        tile = choose("forward", q.dtype, common["D"], packed.shape[4])
-        starts = range(0, count, tile.features)
-        # what several launches add up is kept in float32 until the last
-        wide = q.dtype if len(starts) == 1 else torch.float32
-        y = torch.empty((batch, heads, queries, rank), dtype=wide, device=q.device)
-        grid = (-(-queries // tile.queries), batch * heads)
-        for first in starts:
-            last = min(first + tile.features, count)
-            _launch(
-                device.forward,
-                grid,
-                common,
-                packed,
-                tile,
-                first,
-                last,
-                y_ptr=y,
-                RANK=rank,
-                ADD=first > 0,
-            )
+        rank = part.shape[2]
+        tile = launch.tiles("forward", rank)
+        groups = launch.groups(tile)
+        # what several launches add up is float32 until the last
+        dtype = q.dtype if len(groups) == 1 else torch.float32
+        y = torch.empty(batch, heads, queries, rank, dtype=dtype, device=q.device)
+        if batch:
+            packed = _pack(part, kind, q.dtype)
+            grid = (math.ceil(queries / tile.queries) * batch * heads,)
+            shared: dict[str, Any] = {"y_ptr": y, "RANK": rank}
+            for first, last in groups:
+                shared |= {"FIRST": first, "LAST": last, "ADD": first > 0}
+                launch("forward", grid, tile, packed, **shared)
         outputs.append(y.to(q.dtype))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return outputs[1] if len(outputs) == 2 else torch.cat(outputs, dim=-1)
 
 
 def backward(
+    family: Family,
     dy: Tensor,
     q: Tensor,
     k: Tensor,
     coefs: Tensor,
     mask: Tensor | None,
     scale: float,
-    family: Family,
-    precision: str = "tf32",
+    precision: str | None = None,
     choose: Callable[..., Tiles] = tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients `(dq, dk, dcoefs)` of `(forward(...) * dy).sum()`, contiguous, of the shape and
-    dtype of q, k and coefs.
+    """`(dq, dk, dcoefs)` of `(forward(...) * dy).sum()`, contiguous, in the dtypes of q, k, coefs.
 
-    dcoefs is summed over the batch where coefs has a batch of 1. No atomics: two runs agree in
-    every bit.
+    dcoefs is summed over the batch where coefs has a batch of 1. Two runs agree in every bit.
     """
-    from kart.kernels.triton import device
-
-    _check(q, k, coefs, mask, family, precision)
-    batch, heads, queries, width = q.shape
-    keys = k.shape[2]
-    if dy.shape != (batch, heads, queries, coefs.shape[2]):
-        raise ValueError(
-            f"`triton` needs `dy` {(batch, heads, queries, coefs.shape[2])}, got "
-            f"{tuple(dy.shape)}. Pass the gradient of what `forward` returned."
-        )
-    common = _common(q, k, mask, scale, family, precision)
-    slopes = _slopes(coefs, family)
-    parts = list(zip(slopes.split(RANKS, 2), dy.split(RANKS, 3), strict=True))
-    count = coefs.shape[4]
-
-    def starts(kernel: str) -> tuple[Tiles, range, torch.dtype]:
-        tile = choose(kernel, q.dtype, common["D"], _padded(min(coefs.shape[2], RANKS)))
-        several = len(parts) > 1 or count > tile.features
-        return tile, range(0, count, tile.features), torch.float32 if several else q.dtype
-
-    tile_q, starts_q, wide = starts("query_gradient")
-    dq = torch.empty((batch, heads, queries, width), dtype=wide, device=q.device)
-    tile_k, starts_k, wide = starts("key_gradient")
-    dk = torch.empty((batch, heads, keys, width), dtype=wide, device=q.device)
-    grid_q = (-(-queries // tile_q.queries), batch * heads)
-    blocks = -(-keys // tile_k.keys) * heads
-    images = 1 if coefs.shape[0] > 1 else -(-batch // min(batch, -(-PROGRAMS // blocks)))
-    slices = -(-batch // images)
-    grid_k = (-(-keys // tile_k.keys), heads, slices)
+    kind = kind_of(family.basis)
+    batch, heads, queries, _ = q.shape
+    keys, own = k.shape[2], coefs.shape[0] > 1
+    launch = _Launcher(kind, q, k, coefs, mask, scale, precision, choose)
+    if not batch:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(coefs)
+    parts = list(zip(_slopes(coefs, kind).split(RANKS, 2), dy.split(RANKS, 3), strict=True))
+    plans = []
+    for kernel, x in (("query_gradient", q), ("key_gradient", k)):
+        tile = launch.tiles(kernel, parts[0][0].shape[2])
+        groups = launch.groups(tile)
+        several = len(parts) * len(groups) > 1
+        dtype = torch.float32 if several else x.dtype
+        plans.append((tile, groups, torch.empty(x.shape, dtype=dtype, device=x.device)))
+    (tile_q, groups_q, dq), (tile_k, groups_k, dk) = plans
+    blocks = math.ceil(keys / tile_k.keys) * heads
+    # samples in a slice of the batch, over which one program sums dC
+    samples = 1 if own else math.ceil(batch / min(batch, math.ceil(PROGRAMS / blocks)))
+    slices = math.ceil(batch / samples)
     dcoefs = []
     for i, (part, dy_part) in enumerate(parts):
-        packed = _pack(part, family, q.dtype)
         rank = part.shape[2]
-        common |= {"dy_ptr": dy_part.contiguous(), "RANK": rank}
-        for first in starts_q:
-            last = min(first + tile_q.features, count)
-            add = i > 0 or first > 0
-            _launch(
-                device.query_gradient,
-                grid_q,
-                common,
-                packed,
-                tile_q,
-                first,
-                last,
-                dq_ptr=dq,
-                ADD=add,
-            )
+        packed = _pack(part, kind, q.dtype)
+        shared: dict[str, Any] = {"dy_ptr": dy_part.contiguous(), "RANK": rank}
+        grid = (math.ceil(queries / tile_q.queries) * batch * heads,)
+        for first, last in groups_q:
+            shared |= {"FIRST": first, "LAST": last, "ADD": i + first > 0}
+            launch("query_gradient", grid, tile_q, packed, dq_ptr=dq, **shared)
         features = []
-        for first in starts_k:
-            last = min(first + tile_k.features, count)
-            add = i > 0 or first > 0
+        for first, last in groups_k:
+            shared |= {"FIRST": first, "LAST": last, "ADD": i + first > 0}
             shape = (slices, heads, last - first, keys, rank)
-            partial = torch.empty(shape, dtype=torch.float32, device=q.device)
-            _launch(
-                device.key_gradient,
-                grid_k,
-                common,
-                packed,
-                tile_k,
-                first,
-                last,
-                dk_ptr=dk,
-                dc_ptr=partial,
-                B=batch,
-                images=images,
-                ADD=add,
-            )
-            features.append(partial if coefs.shape[0] > 1 else partial.sum(0, keepdim=True))
+            dc = torch.empty(shape, dtype=torch.float32, device=q.device)
+            shared |= {"dc_ptr": dc, "B": batch, "samples": samples}
+            launch("key_gradient", (blocks * slices,), tile_k, packed, dk_ptr=dk, **shared)
+            features.append(dc if own else dc.sum(0, keepdim=True))
         dcoefs.append(torch.cat(features, dim=2).permute(0, 1, 4, 3, 2))
     dc = torch.cat(dcoefs, dim=2).to(coefs.dtype).contiguous()
     return dq.to(q.dtype), dk.to(k.dtype), dc

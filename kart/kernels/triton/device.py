@@ -76,7 +76,7 @@ def _feature(
     FAMILY: tl.constexpr,
     BASE: tl.constexpr,
 ):
-    """Feature J of scores x, what multiplies its row of D in dS, and the state for J + 1."""
+    """Feature J of scores x, what its row of D meets in dS, and the state for J + 1."""
     if J > SIZE or (J == SIZE and BASE == "zero"):
         # the partner of a last odd feature
         value = tl.zeros_like(x)
@@ -253,8 +253,9 @@ def forward(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    first = tl.program_id(0) * BLOCK_N
-    head = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(N, BLOCK_N)
+    first = tl.program_id(0) % blocks * BLOCK_N
+    head = (tl.program_id(0) // blocks).to(tl.int64)
     b = head // H
     h = head % H
     n = first.to(tl.int64)
@@ -338,8 +339,9 @@ def query_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    first = tl.program_id(0) * BLOCK_N
-    head = tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(N, BLOCK_N)
+    first = tl.program_id(0) % blocks * BLOCK_N
+    head = (tl.program_id(0) // blocks).to(tl.int64)
     b = head // H
     h = head % H
     n = first.to(tl.int64)
@@ -413,7 +415,7 @@ def key_gradient(
     mask_n,
     mask_m,
     B,
-    images,
+    samples,
     H,
     N,
     M,
@@ -436,11 +438,13 @@ def key_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    first = tl.program_id(0) * BLOCK_M
-    h = tl.program_id(1).to(tl.int64)
-    start = tl.program_id(2) * images
+    blocks = tl.cdiv(M, BLOCK_M)
+    first = tl.program_id(0) % blocks * BLOCK_M
+    head = tl.program_id(0) // blocks
+    h = (head % H).to(tl.int64)
+    start = head // H * samples
     m = first.to(tl.int64)
-    # one slice is one image where the coefficients differ between images
+    # one slice is one sample where the coefficients differ between samples
     c_ptr += start.to(tl.int64) * c_b + h * c_h + m * R
     c_offsets = _pair_offsets(c_j, BLOCK_M, R)
     k_offsets = _offsets(k_m, k_d, BLOCK_M, D)
@@ -452,8 +456,8 @@ def key_gradient(
         c += (tl.load(c_ptr + J * c_j + c_offsets),)
         dc += (tl.zeros([2 * BLOCK_M, R], tl.float32),)
     # without hoisting: the addresses of dK would hold registers all through the inner loop
-    for image in tl.range(start, tl.minimum(start + images, B), disable_licm=True):
-        b = tl.cast(image, tl.int64)
+    for sample in tl.range(start, tl.minimum(start + samples, B), disable_licm=True):
+        b = tl.cast(sample, tl.int64)
         q_at = q_ptr + b * q_b + h * q_h
         k_at = k_ptr + b * k_b + h * k_h + m * k_m
         dy_at = dy_ptr + (b * H + h) * N * RANK
@@ -497,7 +501,7 @@ def key_gradient(
         dk_at = dk_ptr + ((b * H + h) * M + m) * WIDTH
         _store(dk_at, dk * scale, M - first, WIDTH, BLOCK_M, D, ADD)
     # partial sums (slices, H, LAST - FIRST, M, r)
-    row = (tl.program_id(2).to(tl.int64) * H + h) * (LAST - FIRST)
+    row = head.to(tl.int64) * (LAST - FIRST)
     for J in tl.static_range(FIRST, LAST, 2):
         at = dc_ptr + ((row + J - FIRST) * M + m) * RANK
         dc0, dc1 = _unstack(dc[(J - FIRST) // 2], 0)

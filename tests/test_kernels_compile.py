@@ -1,0 +1,173 @@
+"""The streamed product under torch.compile: whole graphs, right values, our own rules in use."""
+
+import pytest
+import torch
+from torch import func
+from torch._dynamo.backends.common import aot_autograd
+from torch.testing import assert_close
+
+from kart import bases, kernels, operators
+from kart.kernels import plain
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit.script.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:torch.*"),
+    pytest.mark.filterwarnings("ignore::UserWarning:torch.*"),
+]
+BASES = {"fourier": bases.fourier(2), "bspline": bases.bspline(3)}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Counted:
+    """A backend that keeps the names of the nodes of every graph that it compiles."""
+
+    def __init__(self):
+        self.nodes = []
+
+        def compiler(graph, _):
+            self.nodes += [str(node.target) for node in graph.graph.nodes]
+            return graph.forward
+
+        self.backend = aot_autograd(fw_compiler=compiler)
+
+    def count(self, name):
+        return sum(f"kart.{name}" in node for node in self.nodes)
+
+
+def example(basis, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return draw(2, 2, 5, 3), draw(2, 2, 4, 3), draw(2, 3, 4, basis.size)
+
+
+def loss(f):
+    return lambda *args: (f(*args) ** 2).sum()
+
+
+def gradient(f):
+    return func.grad(loss(f), argnums=(0, 1, 2))
+
+
+def hvp_reverse(f):
+    def directional(*a):
+        return sum((x * y).sum() for x, y in zip(gradient(f)(*a), a, strict=True))
+
+    return func.grad(directional, argnums=(0, 1, 2))
+
+
+# function of f, and the library nodes (forward, backward) that its graph has to have
+CASES = {
+    "value": (lambda f: f, (1, 0)),
+    "grad": (gradient, (1, 1)),
+    "vmap": (lambda f: func.vmap(f, (0, 0, None)), (1, 0)),
+    "population": (
+        lambda f: lambda q, k, c: func.vmap(f, (None, None, 0))(q, k, torch.stack([c, 2 * c])),
+        (1, 0),
+    ),
+    "vmap_grad": (lambda f: func.vmap(gradient(f), (0, 0, None)), (1, 1)),
+    "grad_vmap": (lambda f: gradient(func.vmap(f, (0, 0, None))), (1, 1)),
+    "jvp": (lambda f: lambda *a: func.jvp(f, a, a), (1, 0)),
+    "vmap_jvp": (
+        lambda f: (
+            lambda q, k, c: func.vmap(lambda q, k: func.jvp(f, (q, k, c), (k[:, :1], k, c)))(
+                q[:, :, :1], k
+            )
+        ),
+        (1, 0),
+    ),
+    "hvp_forward_over_reverse": (lambda f: lambda *a: func.jvp(gradient(f), a, a), (1, 1)),
+    "hvp_reverse_over_reverse": (hvp_reverse, (1, 1)),
+    "hvp_reverse_over_forward": (
+        lambda f: func.grad(lambda *a: func.jvp(loss(f), a, a)[1], argnums=(0, 1, 2)),
+        (1, 1),
+    ),
+}
+
+
+def compare(case, basis, engine, dtype, backend, mask):
+    args = example(basis, dtype)
+
+    def streamed(q, k, c):
+        return kernels.contract(basis, c, q, k, mask, engine=engine)
+
+    compiled = torch.compile(CASES[case][0](streamed), fullgraph=True, backend=backend)
+    expected = CASES[case][0](lambda q, k, c: plain.contract(basis, c, q, k, mask))
+    actual, expected = compiled(*args), expected(*(x.double() for x in args))
+    limit = 1e-10 if dtype == torch.float64 else 2e-5
+    for a, e in zip(*(torch.utils._pytree.tree_leaves(x) for x in (actual, expected)), strict=True):
+        assert_close(a.double(), e, rtol=limit, atol=limit * e.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "case,name",
+    [
+        pytest.param(case, name, marks=[] if fast else [pytest.mark.slow])
+        for case in CASES
+        for name in BASES
+        for fast in [name == "fourier" or case in ("grad", "hvp_forward_over_reverse")]
+    ],
+)
+def test_a_whole_graph_uses_our_rules_and_has_the_plain_value(case, name):
+    counted = Counted()
+    mask = torch.tensor([True, False, True, True])
+    compare(case, BASES[name], "torch", torch.float64, counted.backend, mask)
+    forward, backward = CASES[case][1]
+    assert counted.count("contract_forward") == forward
+    assert counted.count("contract_backward") >= backward
+    # nothing of the engines was traced into the graph, but the tangents are ordinary operations
+    if "jvp" not in case and "hvp" not in case:
+        assert not any(x.startswith(("aten.cos", "aten.sin")) for x in counted.nodes)
+
+
+def test_the_backward_of_torch_uses_our_rules():
+    counted = Counted()
+    basis = BASES["fourier"]
+    leaves = [x.requires_grad_() for x in example(basis)]
+
+    def compiled_loss(q, k, c):
+        return loss(lambda *a: kernels.contract(basis, a[2], a[0], a[1]))(q, k, c)
+
+    compiled = torch.compile(compiled_loss, fullgraph=True, backend=counted.backend)
+    actual = torch.autograd.grad(compiled(*leaves), leaves)
+    expected = gradient(lambda q, k, c: plain.contract(basis, c, q, k))(
+        *(x.detach() for x in leaves)
+    )
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e)
+    assert (counted.count("contract_forward"), counted.count("contract_backward")) == (1, 1)
+
+
+@pytest.mark.parametrize("spec", ["G2B", "mexican_hat-B", "softmax", "G2B:base=softmax"])
+def test_a_training_step_of_an_operator_is_one_graph(spec):
+    op = operators.parse(spec).operator
+    params = op.init(torch.Generator().manual_seed(0), 2, 4)
+    q, k, v = (x.float() for x in example(BASES["fourier"])[:2] + example(BASES["fourier"])[1:2])
+
+    def step(params, q, k, v):
+        gradients, value = func.grad_and_value(
+            lambda p: (op.attend(p, q, k, v, torch.tensor([[True, False, True, True]])) ** 2).sum()
+        )(params)
+        return value, torch.utils._pytree.tree_map(lambda p, g: p - 0.1 * g, params, gradients)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected = step(params, q, k, v)
+    assert_close(compiled(params, q, k, v), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine,dtype", [("torch", torch.float64), ("cpp", torch.float32)])
+@pytest.mark.parametrize("case", CASES)
+def test_inductor_has_the_plain_value(case, engine, dtype):
+    if kernels.engines()[engine] != "ready":
+        pytest.skip(kernels.engines()[engine])
+    compare(case, BASES["fourier"], engine, dtype, "inductor", None)
