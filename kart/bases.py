@@ -644,8 +644,8 @@ def meyer(
 
 
 def _sinc(t: Tensor) -> Tensor:
-    """`sin(t) / t`; `torch.sinc` has a derivative that is off by eps / t near 0, where its second one
-    is NaN.
+    """`sin(t) / t`; `torch.sinc` has a derivative that is off by eps / t near 0, where its second
+    one is NaN.
     """
     small = t.abs() < 1
     square = torch.where(small, t, 0.0) ** 2

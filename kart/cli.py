@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -15,11 +15,15 @@ from kart import train, tree
 from kart.tables import spread, table
 from kart.train import Config, Record
 
+if TYPE_CHECKING:
+    from kart.analysis import report
+
 DESCRIPTION = """\
 Train, evaluate and study vision transformers with learnable attention (KArAt).
 
   kart train --operator softmax G3B G3U --seeds 0 1 2 --out runs/digits
   kart eval runs/digits
+  kart analyse runs/digits
   kart info --model vit_tiny --operator G3B
 """
 
@@ -251,6 +255,77 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
+def results_of(path: str, which: str = "last") -> "list[report.Result]":
+    """The runs at or below `path` as results, one an operator, with test scores where all have
+    been scored by `kart eval`.
+
+    Raises ValueError for runs that differ in more than operator and seed, or are unfinished.
+    """
+    from kart import population, runs
+    from kart.analysis import report
+
+    found: dict[str, list[tuple[Config, list[Record], train.Params, dict[str, float] | None]]] = {}
+    for directory in run_directories(path):
+        configs = runs.members(directory)
+        epochs = [
+            population.split_record(one, len(configs)) for one in runs.read_metrics(directory)
+        ]
+        if len(epochs) < configs[0].epochs:
+            raise ValueError(
+                f"`run` needs finished runs, got {str(directory)!r} after epoch {len(epochs)} of "
+                f"{configs[0].epochs}. Train it further with the same command."
+            )
+        scored = directory / f"eval-test-{which}.json"
+        scores: list[Any] = [None] * len(configs)
+        if scored.exists():
+            scores = json.loads(scored.read_text(encoding="utf-8"))["members"]
+        for i, params in enumerate(runs.load_weights(directory, which)):
+            own = [records[i] for records in epochs]
+            found.setdefault(str(configs[i].operator), []).append(
+                (configs[i], own, params, scores[i])
+            )
+    every = [one for members in found.values() for one in members]
+    if len({dataclasses.replace(one[0], operator="softmax", seed=0) for one in every}) > 1:
+        raise ValueError(
+            f"`run` needs runs that differ in operator and seed alone, got others below {path!r}. "
+            "Analyse them one by one."
+        )
+    tested = all(one[3] is not None for one in every)
+    results = []
+    for operator, members in found.items():
+        members.sort(key=lambda one: one[0].seed)
+        configs, records, params, scores = (list(column) for column in zip(*members, strict=True))
+        by_epoch = [list(epoch) for epoch in zip(*records, strict=True)]
+        results.append(
+            report.Result(operator, configs, by_epoch, params, scores if tested else None)
+        )
+    return sorted(results, key=lambda one: one.name != "softmax")
+
+
+def _analyse(args: argparse.Namespace) -> int:
+    from kart.analysis import cost, report
+
+    results = results_of(args.run, args.checkpoint)
+    config = results[0].configs[0]
+    if args.data is not None:
+        config = dataclasses.replace(config, data=args.data)
+    splits = train.load_data(config)
+    out = Path(args.out or Path(args.run) / "report.html")
+    title = args.title or f"{', '.join(one.name for one in results)} on {splits.train.name}"
+    command = f"kart analyse {args.run}"
+    report.write(out, results, splits, title=title, command=command, shown=args.images)
+    split = "val" if results[0].test is None else "test"
+    rows = []
+    for result in results:
+        counted = cost.parameters(train.build(result.configs[0], splits.train))
+        numbers = [f"{counted.total:,}", f"{counted.operator:,}", str(len(result.configs))]
+        rows.append([result.name, spread(result.top1), *numbers])
+    print(table(rows, ["operator", f"{split} top-1 %", "parameters", "in operators", "n"]))
+    print("\n".join(report.verdicts(results)))
+    print(f"written to {out}")
+    return 0
+
+
 def _info(args: argparse.Namespace) -> int:
     from kart import kernels, models
     from kart.analysis import cost
@@ -424,6 +499,22 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--data", help="where the data is now, if it has moved")
     one.add_argument("--device", help="cpu or cuda (default that of the run)")
     one.set_defaults(call=_eval)
+
+    one = commands.add_parser(
+        "analyse",
+        help="one page on runs: curves, learned functions, attention maps",
+        description="Compares the operators that `kart train` trained at or below a directory, and "
+        "writes a self-contained page: training curves, the functions that each head learned, "
+        "attention maps over validation images. Scores are those of the test split where `kart "
+        "eval` has scored every run, else of the validation split.",
+    )
+    one.add_argument("run", help="directory that `kart train` wrote")
+    one.add_argument("--out", metavar="HTML", help="the page (default RUN/report.html)")
+    one.add_argument("--title", help="its headline")
+    one.add_argument("--images", type=int, default=4, help="images with attention maps (4)")
+    one.add_argument("--checkpoint", default="last", choices=["last", "best"])
+    one.add_argument("--data", help="where the data is now, if it has moved")
+    one.set_defaults(call=_analyse)
 
     one = commands.add_parser(
         "info",

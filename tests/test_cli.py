@@ -51,6 +51,34 @@ def test_train_then_eval(capsys, tmp_path):
     assert report["images"] == 360 and [one["seed"] for one in report["members"]] == [0, 1]
 
 
+def test_analyse_writes_a_page_with_the_scores_that_there_are(capsys, tmp_path):
+    out = tmp_path / "runs"
+    argv = ["train", "--operator", "softmax", "G2B", "--seeds", 0, 1, "--out", out, *TINY]
+    assert run(capsys, *argv, "--group", 1)[0] == 0
+    code, text, _ = run(capsys, "analyse", out)
+    assert code == 0 and "val top-1 %" in text and "G2B is" in text
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") > 3 and "G2B, seed 1" in page
+    assert run(capsys, "eval", out)[0] == 0
+    path = tmp_path / "page.html"
+    code, text, _ = run(capsys, "analyse", out / "G2B", "--out", path, "--title", "Two seeds")
+    assert code == 0 and "test top-1 %" in text and "softmax" not in text
+    assert "<h1>Two seeds</h1>" in path.read_text()
+
+
+def test_analyse_refuses_what_cannot_be_compared(capsys, tmp_path):
+    out = tmp_path / "runs"
+    assert run(capsys, "train", "--out", out / "a", *TINY)[0] == 0
+    assert run(capsys, "train", "--weight-decay", 0.1, "--out", out / "b", *TINY)[0] == 0
+    code, _, error = run(capsys, "analyse", out)
+    assert code == 2 and "differ in operator and seed" in error and error.count("\n") == 1
+    (out / "a" / "metrics.jsonl").write_text("")
+    code, _, error = run(capsys, "analyse", out / "a")
+    assert code == 2 and "after epoch 0 of 1" in error
+    code, _, error = run(capsys, "analyse", tmp_path / "nothing")
+    assert code == 2 and "config.json" in error
+
+
 def test_seeds_one_by_one_go_into_directories_of_their_own(capsys, tmp_path):
     argv = ["train", "--seeds", 0, 1, "--group", 1, "--out", tmp_path / "run", *TINY]
     assert run(capsys, *argv)[0] == 0

@@ -1,7 +1,7 @@
 """What does learnable attention cost beside softmax? Time and peak memory, side by side in one run.
 
-    kart bench                  # this machine's CPU, one thread, about six minutes
-    kart bench --quick          # operator level only, one minute
+    kart bench                  # this machine's CPU, one thread, about ten minutes
+    kart bench --quick          # G = 3 and G = 1 at operator level only, one minute
     kart bench --device cuda    # a GPU: times by events, memory by its allocator
 
 Every figure is a ratio to `scaled_dot_product_attention` (its backend is named) measured in the
@@ -254,9 +254,15 @@ def step_level(args: argparse.Namespace, clock: Clock) -> list[dict[str, Any]]:
     ]
 
 
-def resident_mib() -> float:
-    """Peak resident set of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def resident_mib(peak: bool) -> float:
+    """Resident set of this process in MiB: now, or its peak so far."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # macOS has the peak alone, in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # ru_maxrss would start from what the parent of the process held
+    field = "VmHWM:" if peak else "VmRSS:"
+    return int(status.split(field)[1].split()[0]) / 1024
 
 
 def measure_memory(operator: str, batch: int, device: str, precision: str) -> None:
@@ -268,10 +274,10 @@ def measure_memory(operator: str, batch: int, device: str, precision: str) -> No
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
     else:
-        before = resident_mib()
+        before = resident_mib(peak=False)
     for _ in range(2):
         call()
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else resident_mib()
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else resident_mib(True)
     print(json.dumps({"before_mib": before, "peak_mib": peak}))
 
 
@@ -372,6 +378,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--step-batch", type=int, help="batch of a step (default 8; GPU 128)")
     parser.add_argument("--quick", action="store_true", help="operator level only")
     parser.add_argument("--out", default="cost.json", help="JSON; the plot goes beside it")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.memory_of:

@@ -122,7 +122,7 @@ def choose(
         name, module = "triton", triton
     if engine == "torch" or (engine == "auto" and module is None) or not q.shape[0]:
         return chunked, ""
-    if engine not in ("auto", name):
+    if module is None or engine not in ("auto", name):
         return None, f"it does not run on {device} tensors"
     reason = module.refuses(family, q, k, coefs, mask)
     if not reason:

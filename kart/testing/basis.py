@@ -76,6 +76,7 @@ class Subject(NamedTuple):
 
 
 def near(s: Subject) -> SearchStrategy[float]:
+    """Any number, or one beside a declared point."""
     return reals(s.points)
 
 
@@ -85,10 +86,12 @@ def knots(s: Subject) -> SearchStrategy[float]:
 
 
 def within(s: Subject) -> SearchStrategy[float]:
+    """As `near`, up to the size that the checks of accuracy reach."""
     return reals(s.points, s.limit)
 
 
 def finite(s: Subject) -> SearchStrategy[float]:
+    """Any finite number, however large."""
     # where the base activation has to be subtracted, nothing is left of the function far out
     cancels = not s.traits.get("linear") and s.options.get("base", "zero") != "zero"
     return within(s) if cancels else any_finite(s.points)
@@ -97,10 +100,6 @@ def finite(s: Subject) -> SearchStrategy[float]:
 def rows(element: Callable[[Subject], SearchStrategy[float]], least: int = 1, most: int = 4):
     """Lists of numbers."""
     return lambda s: st.lists(element(s), min_size=least, max_size=most)
-
-
-def dtypes(s: Subject) -> SearchStrategy[torch.dtype]:
-    return st.sampled_from(list(s.dtypes))
 
 
 def phi_slack(s: Subject, params: Params, x: Tensor) -> Tensor:
@@ -580,7 +579,7 @@ SHAPES = st.sampled_from([(), (3,), (2, 3), (2, 1)])
 X_SHAPES = st.sampled_from([(), (1,), (3,), (4, 1, 3), (0, 1, 3), (2, 3)])
 X_DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 THETA_X: dict[str, Any] = {"theta": draw.thetas, "x": rows(near)}
-PAIR: dict[str, Any] = {**THETA_X, "dtype": dtypes}
+PAIR: dict[str, Any] = {**THETA_X, "dtype": draw.dtypes}
 
 EVERYONE = (
     Property(
@@ -604,7 +603,7 @@ EVERYONE = (
             "size": st.sampled_from([17, 130, 1023]),
             "cut": st.integers(0, 16),
             "pokes": rows(near, 0),
-            "dtype": dtypes,
+            "dtype": draw.dtypes,
         },
     ),
     Property(layout_does_not_matter, PAIR),
@@ -612,7 +611,7 @@ EVERYONE = (
     Property(global_state_untouched),
     Property(deterministic, {**PAIR, "other": rows(near)}),
     Property(finite_with_derivatives, {**THETA_X, "x": rows(within)}),
-    Property(nan_stays_nan, {"theta": draw.thetas, "dtype": dtypes}),
+    Property(nan_stays_nan, {"theta": draw.thetas, "dtype": draw.dtypes}),
     Property(vmap_is_a_loop, PAIR),
     Property(units_permute, {**PAIR, "x": rows(near, 2), "order": st.permutations(range(4))}),
     Property(units_stand_alone, {**PAIR, "x": rows(near, 1, 3)}),
@@ -821,6 +820,7 @@ def refinable(s: Subject, x: list[float]) -> None:
     function that makes the refined basis; True for a family of kart is the one of twice the grid.)
     """
     finer = s.traits["refinable"]
+    refined: Any
     if finer is True:
         options = {k: v for k, v in s.options.items() if k not in ("base", "scales", "init")}
         refined = bases.FAMILIES[s.family](**{**options, "grid": 2 * options["grid"]})
@@ -837,8 +837,8 @@ def refinable(s: Subject, x: list[float]) -> None:
     agree(got, s.functions(values), limit, "the refined combination", "phi_k(x)")
 
 
-X: dict[str, Any] = {"x": rows(near), "dtype": dtypes}
-FAR: dict[str, Any] = {"x": rows(finite), "dtype": dtypes}
+X: dict[str, Any] = {"x": rows(near), "dtype": draw.dtypes}
+FAR: dict[str, Any] = {"x": rows(finite), "dtype": draw.dtypes}
 
 
 def _no_amplitude(s: Subject) -> str | None:
@@ -862,7 +862,7 @@ TRAITS = (
     Property(nonnegative, FAR, "nonnegative", (True,)),
     Property(
         compact_support,
-        {"beyond": finite, "side": st.sampled_from(["above", "below"]), "dtype": dtypes},
+        {"beyond": finite, "side": st.sampled_from(["above", "below"]), "dtype": draw.dtypes},
         "compact_support",
         ((-1.0, 1.0), (-8.0, 8.0)),
     ),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import hypothesis
 import torch
 from hypothesis import HealthCheck, settings
+from hypothesis.errors import Flaky
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
@@ -117,7 +118,7 @@ def show(value: Any) -> str:
 
 def _complaint(error: BaseException) -> str:
     """What an exception inside a check says, with the place unless it is the check's own."""
-    if isinstance(error, hypothesis.errors.Flaky):
+    if isinstance(error, Flaky):
         return (
             "one and the same example fails at one time and passes at another: the object is not "
             "a function of its arguments"
@@ -200,7 +201,7 @@ def configured(max_examples: int | None, reproducible: bool) -> settings:
         print_blob=False,
         verbosity=hypothesis.Verbosity.quiet,
         phases=[phase for phase in parent.phases if phase is not hypothesis.Phase.explain],
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(HealthCheck),  # type: ignore[arg-type]
         **fixed,
     )
 

@@ -20,7 +20,12 @@ SMALL = (0.1, -0.01, 1e-3, -1e-4, 1e-6, 1e-8, 1.1754944e-38, -1e-30, 1e-45, -1e-
 HUGE = (1e4, -1e4, 1e10, -1e20, 1e30, LARGEST, -LARGEST)
 
 seeds = st.integers(0, 2**20)
-dtypes = (torch.float32, torch.float64)
+DTYPES = (torch.float32, torch.float64)
+
+
+def dtypes(s: Any) -> SearchStrategy[torch.dtype]:
+    """One of the dtypes that subject `s` is held to."""
+    return st.sampled_from(list(s.dtypes))
 
 
 def unit(dtype: torch.dtype) -> float:

@@ -40,11 +40,8 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
 
 
 def sizes(s: Subject) -> SearchStrategy[dict[str, int]]:
+    """One of the declared values of each size."""
     return st.fixed_dictionaries({k: st.sampled_from(list(v)) for k, v in s.sizes.items()})
-
-
-def dtypes(s: Subject) -> SearchStrategy[torch.dtype]:
-    return st.sampled_from(list(s.dtypes))
 
 
 def _split(arguments: Sequence[Any]) -> tuple[list[int], tuple[Tensor, ...]]:
@@ -75,7 +72,7 @@ def _like(floats: Sequence[Tensor], seed: int) -> tuple[Tensor, ...]:
 
 
 def _loss(f: Callable[..., Any]) -> Callable[..., Tensor]:
-    return lambda *floats: sum(leaf.sin().sum() for leaf in tree.leaves(f(*floats)))
+    return lambda *floats: _flat(f(*floats)).sin().sum()
 
 
 def _compare(
@@ -305,7 +302,7 @@ def half(s: Subject, seed: int, sizes: dict[str, int]) -> None:
 
 
 CASE: dict[str, Any] = {"seed": draw.seeds, "sizes": sizes}
-PAIR: dict[str, Any] = {**CASE, "dtype": dtypes}
+PAIR: dict[str, Any] = {**CASE, "dtype": draw.dtypes}
 
 # what a fast form is taken to hold under, unless its traits say False
 TRANSFORMS = ("vmap", "forward_mode", "second_derivative", "half")

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
-from hypothesis.strategies import SearchStrategy
 from torch import Generator, Tensor
 from torch.func import grad, vmap
 
@@ -34,10 +33,6 @@ class Subject(NamedTuple):
 
     def batch(self, seed: int, size: int, dtype: torch.dtype) -> Tensor:
         return self.images(draw.generator(seed + 1), size).to(dtype)
-
-
-def dtypes(s: Subject) -> SearchStrategy[torch.dtype]:
-    return st.sampled_from(list(s.dtypes))
 
 
 def _slack(s: Subject, params: Params, images: Tensor) -> Tensor:
@@ -280,7 +275,7 @@ def universal_is_tied(s: Subject, seed: int) -> None:
 
 
 SEED: dict[str, Any] = {"seed": draw.seeds}
-PAIR: dict[str, Any] = {"seed": draw.seeds, "dtype": dtypes}
+PAIR: dict[str, Any] = {"seed": draw.seeds, "dtype": draw.dtypes}
 THREE = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
 
 

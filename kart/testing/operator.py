@@ -92,6 +92,7 @@ def scores_of(q: Tensor, k: Tensor) -> Tensor:
 
 
 def rows(s: Subject) -> SearchStrategy[Row]:
+    """A small case: sizes and a seed for its tensors."""
     heads = st.integers(1, 3) if s.heads is None else st.just(s.heads)
     return st.builds(
         Row,
@@ -105,10 +106,6 @@ def rows(s: Subject) -> SearchStrategy[Row]:
         size=st.sampled_from([1.0, 0.0, 5.0]),
         jitter=st.sampled_from([0.0, 0.3]),
     )
-
-
-def dtypes(s: Subject) -> SearchStrategy[torch.dtype]:
-    return st.sampled_from(list(s.dtypes))
 
 
 def _attend_slack(s: Subject, x: Inputs, mask: Tensor | None = None) -> Tensor:
@@ -538,7 +535,7 @@ ORDER = st.permutations(range(5))
 LOUD = st.sampled_from([50.0, 1e4])
 SPOILED = st.sampled_from([50.0, math.nan])
 ROW: dict[str, Any] = {"row": rows}
-PAIR: dict[str, Any] = {"row": rows, "dtype": dtypes}
+PAIR: dict[str, Any] = {"row": rows, "dtype": draw.dtypes}
 
 EVERYONE = (
     Property(
@@ -558,7 +555,7 @@ EVERYONE = (
             "queries": st.sampled_from([1, 65]),
             "keys": st.sampled_from([33, 64, 129]),
             "poke": st.integers(0, 2),
-            "dtype": dtypes,
+            "dtype": draw.dtypes,
         },
     ),
     Property(attend_has_the_gradients_of_weights, {**ROW, "kept": MASK, "masked": st.booleans()}),

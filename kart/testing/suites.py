@@ -25,12 +25,12 @@ def _require(function: str, obj: Any, parts: tuple[str, ...], advice: str) -> No
 
 
 def _dtypes(dtype: torch.dtype | None) -> tuple[torch.dtype, ...]:
-    if dtype not in (None, *draw.dtypes):
+    if dtype not in (None, *draw.DTYPES):
         raise ValueError(
             f"`dtype` needs torch.float32, torch.float64 or None for both, got {dtype!r}. "
             "bfloat16 has a property of its own."
         )
-    return draw.dtypes if dtype is None else (dtype,)
+    return draw.DTYPES if dtype is None else (dtype,)
 
 
 def basis(

@@ -315,6 +315,7 @@ def forward(
         choose: of the tiles of each kernel; to tune them.
     """
     kind = kind_of(family.basis)
+    assert kind is not None  # `refuses` has asked
     batch, heads, queries, _ = q.shape
     launch = _Launcher(kind, q, k, coefs, mask, scale, precision, choose)
     outputs = [q.new_empty(batch, heads, queries, 0)]
@@ -352,6 +353,7 @@ def backward(
     dcoefs is summed over the batch where coefs has a batch of 1. Two runs agree in every bit.
     """
     kind = kind_of(family.basis)
+    assert kind is not None  # `refuses` has asked
     batch, heads, queries, _ = q.shape
     keys, own = k.shape[2], coefs.shape[0] > 1
     launch = _Launcher(kind, q, k, coefs, mask, scale, precision, choose)
