@@ -72,6 +72,7 @@ FLAGS: dict[str, dict[str, tuple[type, str]]] = {
     },
     "execution": {
         "batching": (str, "native, or vmap: a per-example loss mapped by torch.func.vmap"),
+        "step": (str, "eager, or compiled: the whole step as one graph of torch.compile"),
         "precision": (str, "float32 or bfloat16"),
         "device": (str, "cpu or cuda"),
         "threads": (int, "CPU threads; recorded, since they change the last bits of a result"),
@@ -331,7 +332,7 @@ def _info(args: argparse.Namespace) -> int:
     from kart.analysis import cost
 
     if args.paper:
-        print(_paper_table())
+        print(cost.paper_table())
         return 0
     config = config_of(args, operator=args.operator)
     given = {name: getattr(config, name) for name in train.MODEL_FIELDS}
@@ -382,38 +383,6 @@ def _info(args: argparse.Namespace) -> int:
     ]  # fmt: skip
     print("\n".join(f"{name:32} {value}" for name, value in rows))
     return 0
-
-
-def _paper_table() -> str:
-    from kart import models
-    from kart.analysis import cost
-
-    rows = []
-    for name, operator, classes, total, learned, activation, gflops, memory in cost.PAPER:
-        spec = operator if operator == "softmax" else f"{operator}:scales=true"
-        model = models.create(name, operator=spec, num_classes=classes)
-        bare = cost.parameters(models.create(name, operator=operator, num_classes=classes))
-        counted, operations = cost.parameters(model), cost.flops(model)
-        kept = 16 * counted.total + cost.activation_memory(model, 32)
-        rows.append(
-            [
-                f"{name} {operator}",
-                f"{counted.total / 1e6:.2f} ({total:.2f})",
-                f"{counted.operator / 1e6:.2f} ({learned:.2f})",
-                f"{bare.operator / 1e6:.2f}",
-                f"{operations.activation / 1e9:.3f} ({activation:.3f})",
-                f"{operations.total / 1e9:.3f} ({gflops:.3f})",
-                f"{kept / 1e9:.2f} ({memory:.2f})",
-            ]
-        )
-    header = ["model", "parameters M", "operator M", "at 2G+1", "activation G", "total G"]
-    note = (
-        "kart's figure (the paper's). Parameters with 2G + 3 a unit, as the paper's tables count\n"
-        "(scales=true); `at 2G+1` as its eq. 2 has it, kart's default. Memory: float32 weights,\n"
-        "gradients, two moments and what kart's streamed form keeps at batch 32; the paper's is\n"
-        "its measured peak."
-    )
-    return table(rows, [*header, "memory GB, batch 32"]) + "\n\n" + note
 
 
 def _bench(args: argparse.Namespace) -> int:

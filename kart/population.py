@@ -71,7 +71,7 @@ def stacked(configs: Sequence[Config], splits: Splits, model: Model | None = Non
         len(configs),
         init,
         hyper,
-        vmap(functions.step),
+        train.whole(config, vmap(functions.step)),
         batch,
         lambda params: train.evaluate(apply, params, splits.val, config),
         diagnose,

@@ -70,6 +70,7 @@ class Config:
     seed: int = 0
     # execution
     batching: str = "native"  # or "vmap": a per-example loss mapped by torch.func.vmap
+    step: str = "eager"  # or "compiled": the whole step as one graph of torch.compile
     precision: str = "float32"  # or "bfloat16", with float32 parameters, scores and loss
     device: str = "cpu"
     threads: int | None = None
@@ -93,6 +94,7 @@ class Config:
         need(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
         need(0 <= self.ema < 1, "ema", "in [0, 1)")
         need(self.batching in ("native", "vmap"), "batching", '"native" or "vmap"')
+        need(self.step in ("eager", "compiled"), "step", '"eager" or "compiled"')
         need(self.precision in ("float32", "bfloat16"), "precision", '"float32" or "bfloat16"')
         need(self.threads is None or self.threads >= 1, "threads", ">= 1, or None")
         need(isinstance(self.seed, int) and self.seed >= 0, "seed", "an integer >= 0")
@@ -300,6 +302,11 @@ def program(config: Config, model: Model, steps_per_epoch: int) -> Program:
     return Program(init, step, gradients)
 
 
+def whole(config: Config, step: Step) -> Step:
+    """`step`, or its compiled form if the config asks for it: no part of it may stay outside."""
+    return torch.compile(step, fullgraph=True) if config.step == "compiled" else step
+
+
 class Batches(NamedTuple):
     """Batches of a split as a pure function of (seed, step)."""
 
@@ -440,7 +447,7 @@ def solo(config: Config, splits: Splits, model: Model | None = None) -> Run:
             torch.tensor(config.peak_learning_rate, device=config.device),
             torch.tensor(config.weight_decay, device=config.device),
         ),
-        functions.step,
+        whole(config, functions.step),
         batch,
         lambda params: evaluate(model.apply, params, splits.val, config),
         lambda state, member: diagnose(functions, state, *batch(int(state.bad_step))),

@@ -17,6 +17,7 @@ no transcendental counted.
 
 import argparse
 import functools
+import itertools
 import json
 import platform
 import resource
@@ -24,15 +25,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kart import bases, checkpoint, kernels, models, operators, tables, train, tree
+from kart import checkpoint, kernels, models, operators, tables, train, tree
+from kart.analysis import cost
 from kart.train import Config
 
 Timed = dict[str, list[float]]
@@ -110,91 +112,128 @@ def matmul_rate(device: str, dtype: torch.dtype, clock: Clock) -> float:
     return 2 * size**3 / best
 
 
-def op_flops(family: str, grid: int, rank: int, tokens: int, width: int, pairs: int) -> float:
+class Setting(NamedTuple):
+    """One operator, at one size and in one precision."""
+
+    what: str
+    spec: str
+    tokens: int = 197
+    precision: str | None = None
+
+
+SETTINGS = (
+    Setting("op G=3 N=197", "G3"),
+    Setting("op G=1 N=197", "G1"),
+    Setting("op G=5 N=197", "G5"),
+    Setting("op G=3 N=197 r=24", "G3:rank=24"),
+    Setting("op G=3 N=65", "G3", 65),
+    Setting("op G=3 N=785", "G3", 785),
+    Setting("op bspline-8 N=197", "bspline-G8"),
+    Setting("op chebyshev-5 N=197", "chebyshev-5"),
+    Setting("op gaussian_rbf-8 N=197", "gaussian_rbf-G8"),
+    Setting("op rational-5/4 N=197", "rational-5/4"),
+    Setting("op mexican_hat N=197", "mexican_hat"),
+    Setting("op full rank G=3 N=197", "G3:order=full_rank"),
+)
+HEADS, WIDTH = 3, 64
+
+
+def op_flops(name: str, op: operators.Operator, tokens: int, pairs: int) -> float:
     """FLOPs of forward and backward over `pairs` (batch x heads) score matrices.
 
-    Softmax attention: 2 products forward, 5 backward. KArAt: scores, F C and its share of W^T V
-    (which is small, r N d) forward; backward scores again, dF, dC, dq, dk.
+    Softmax attention: 2 products forward, 5 backward. KArAt: scores and F C forward; scores again,
+    dF, dC, dq and dk backward. The share of W^T V, r N d, is left out.
     """
     square = tokens * tokens * pairs
-    if family == "softmax":
-        return square * 2 * width * 7
-    return square * (2 * width * 4 + 2 * 2 * grid * rank * 3)
+    if name == "softmax":
+        return square * 2 * WIDTH * 7
+    assert op.basis is not None
+    rank = op.options.get("rank", WIDTH)  # full rank streams the values themselves
+    return square * (2 * WIDTH * 4 + 2 * op.basis.size * rank * 3)
 
 
 Attend = Callable[..., Tensor]
 
 
-def _softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _softmax(params: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def _naive(op: operators.Operator) -> Attend:
     def attend(params: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return op.weights(params, q @ k.mT * q.shape[-1] ** -0.5) @ v
-
-    return attend
-
-
-def _streamed(basis: bases.Basis, engine: str) -> Attend:
-    def attend(params: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        hidden = kernels.contract(basis, params["units"]["coefs"], q, k, engine=engine)
-        return hidden @ (params["mix"].to(v.dtype).mT @ v)
+        return op.weights(params, q @ k.mT * q.shape[-1] ** -0.5).to(v.dtype) @ v
 
     return attend
 
 
 def _gradients(attend: Attend, inputs: tuple, probe: Tensor) -> None:
     leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), inputs)
-    torch.autograd.grad((attend(*leaves) * probe).sum(), tree.leaves(leaves))
+    torch.autograd.grad((attend(*leaves) * probe).sum(), tree.leaves(leaves), allow_unused=True)
 
 
-def operator_level(args: argparse.Namespace, clock: Clock) -> list[dict[str, Any]]:
+def _variants(setting: Setting, device: str, inputs: tuple) -> dict[str, Attend]:
+    """softmax, the materialised form, and each engine that can run this operator."""
+    op = operators.parse(setting.spec).operator
+    found = {"softmax": _softmax}
+    if setting.tokens < 400:
+        found["naive"] = _naive(op)
+    joint = "," if ":" in setting.spec else ":"
+    linear = op.basis is not None and op.basis.features is not None
+    for engine in engines_for(device) if linear else ["auto"]:
+        spec = f"{setting.spec}{joint}engine={engine}" if linear else setting.spec
+        attend = operators.parse(spec).operator.attend
+        try:
+            attend(*inputs)
+        except ValueError as error:
+            if "cannot run engine" not in str(error):
+                raise
+            continue  # the engine has no kernels for this basis
+        found[engine] = attend
+    return found
+
+
+def operator_level(
+    args: argparse.Namespace, clock: Clock, progress: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
     """Forward, and forward + backward, of one attention operator."""
-    dtype = getattr(torch, args.precision)
-    rate = matmul_rate(args.device, dtype, clock)
-    rows = []
-    settings = [(3, 12, 197), (1, 12, 197)]
-    if not args.quick:
-        settings += [(5, 12, 197), (3, 24, 197), (3, 12, 65), (3, 12, 785)]
-    for grid, rank, tokens in settings:
+    settings = list(SETTINGS[:2] if args.quick else SETTINGS)
+    if args.precision == "float32" and not args.quick:
+        settings.insert(2, Setting("op G=3 N=197 bfloat16", "G3", precision="bfloat16"))
+    rates: dict[torch.dtype, float] = {}
+    for setting in settings:
+        progress(setting.what)
+        dtype = getattr(torch, setting.precision or args.precision)
+        rates.setdefault(dtype, matmul_rate(args.device, dtype, clock))
+        tokens = setting.tokens
         batch = max(1, round(args.op_batch * (197 / tokens) ** 2))
         generator = torch.Generator().manual_seed(0)
-        shape = (batch, 3, tokens, 64)
+        shape = (batch, HEADS, tokens, WIDTH)
         tensors = [torch.randn(shape, generator=generator) for _ in range(4)]
         q, k, v, probe = (x.to(args.device, dtype) for x in tensors)
-        basis = bases.fourier(grid)
-        op = operators.low_rank(basis, rank=rank)
-        params = tree.to(op.init(generator, 3, tokens), args.device)
-
-        variants: dict[str, tuple[Attend, tuple]] = {"softmax": (_softmax, (q, k, v))}
-        if tokens < 400 and args.device == "cpu":
-            variants["naive"] = (_naive(op), (params, q, k, v))
-        for engine in engines_for(args.device):
-            variants[engine] = (_streamed(basis, engine), (params, q, k, v))
-        forward = {
-            name: functools.partial(call, *inputs) for name, (call, inputs) in variants.items()
-        }
-        both = {
-            name: functools.partial(_gradients, call, inputs, probe)
-            for name, (call, inputs) in variants.items()
-        }
+        op = operators.parse(setting.spec).operator
+        inputs = (tree.to(op.init(generator, HEADS, tokens), args.device), q, k, v)
+        variants = _variants(setting, args.device, inputs)
+        forward, both = {}, {}
+        for name, attend in variants.items():
+            forward[name] = functools.partial(attend, *inputs)
+            both[name] = functools.partial(_gradients, attend, inputs, probe)
         with torch.no_grad():
             ahead = interleave(forward, args.repeats, clock)
         timed = interleave(both, args.repeats, clock)
+        # inputs and their gradients, the output and its, once each
+        least = (8 * q.numel() * q.element_size()) + 2 * 4 * tree.size(inputs[0])
         for name in variants:
-            flops = op_flops(name, grid, rank, tokens, 64, batch * 3)
-            rows.append(
-                {
-                    "what": f"op G={grid} N={tokens}" + (f" r={rank}" if rank != 12 else ""),
-                    "variant": name,
-                    "batch": batch,
-                    "forward": summary(ahead[name], ahead["softmax"]),
-                    "both": summary(timed[name], timed["softmax"]),
-                    "floor": flops / rate / statistics.median(timed[name]),
-                }
-            )
-    return rows
+            flops = op_flops(name, op, tokens, batch * HEADS)
+            yield {
+                "what": setting.what,
+                "variant": name,
+                "batch": batch,
+                "forward": summary(ahead[name], ahead["softmax"]),
+                "both": summary(timed[name], timed["softmax"]),
+                "flops": flops,
+                "bytes": least,
+                "floor": flops / rates[dtype] / statistics.median(timed[name]),
+            }
 
 
 def summary(values: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
@@ -211,14 +250,14 @@ def summary(values: Sequence[float], reference: Sequence[float]) -> dict[str, fl
 
 
 def step_call(
-    operator: str, batch: int, device: str, precision: str = "float32"
+    operator: str, batch: int, device: str, precision: str = "float32", name: str = "vit_tiny"
 ) -> Callable[[], train.State]:
-    """One functional training step of ViT-Tiny at 224 px on random images; call it repeatedly."""
+    """One functional training step at 224 px on random images; call it repeatedly."""
     config = Config(
         operator=operator, epochs=10, batch_size=batch, warmup_epochs=0, device=device,
         precision=precision,
     )  # fmt: skip
-    model = models.create("vit_tiny", operator=operator, num_classes=10)
+    model = models.create(name, operator=operator, num_classes=10)
     functions = train.program(config, model, steps_per_epoch=10)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, 224, 224, generator=generator).to(device)
@@ -236,22 +275,19 @@ def step_call(
 STEPS = {"softmax": "softmax", "auto": "G3B", "auto G=1": "G1B", "naive": "G3B:engine=plain"}
 
 
-def step_level(args: argparse.Namespace, clock: Clock) -> list[dict[str, Any]]:
+def step_level(
+    args: argparse.Namespace, clock: Clock, progress: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
     """The whole training step of ViT-Tiny: loss, gradients, AdamW."""
+    progress("training step")
     batch = args.step_batch
     calls = {
         name: step_call(spec, batch, args.device, args.precision) for name, spec in STEPS.items()
     }
     seconds = interleave(calls, max(3, args.repeats // 3), clock)
-    return [
-        {
-            "what": "step",
-            "variant": name,
-            "batch": batch,
-            "both": summary(values, seconds["softmax"]),
-        }
-        for name, values in seconds.items()
-    ]
+    for name, values in seconds.items():
+        both = summary(values, seconds["softmax"])
+        yield {"what": "step", "variant": name, "batch": batch, "both": both}
 
 
 def resident_mib(peak: bool) -> float:
@@ -265,10 +301,10 @@ def resident_mib(peak: bool) -> float:
     return int(status.split(field)[1].split()[0]) / 1024
 
 
-def measure_memory(operator: str, batch: int, device: str, precision: str) -> None:
+def measure_memory(operator: str, batch: int, device: str, precision: str, name: str) -> None:
     """Prints the peak memory of a training step, before and after, as JSON; in a fresh process."""
     torch.set_num_threads(1)
-    call = step_call(operator, batch, device, precision)
+    call = step_call(operator, batch, device, precision, name)
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -281,30 +317,54 @@ def measure_memory(operator: str, batch: int, device: str, precision: str) -> No
     print(json.dumps({"before_mib": before, "peak_mib": peak}))
 
 
-def memory_level(args: argparse.Namespace) -> list[dict[str, Any]]:
+def peak(
+    spec: str, batch: int, args: argparse.Namespace, name: str = "vit_tiny"
+) -> dict[str, float]:
+    """Memory of a training step, measured in a process of its own."""
+    inner = [spec, str(batch), args.device, args.precision, name]
+    command = [sys.executable, "-m", "kart.analysis.bench", "--memory-of", *inner]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"measuring the memory of {name} {spec} failed:\n{result.stderr}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+FULL_RANK = {
+    "full rank G=10, batch 1": ("G10B:order=full_rank", 1),
+    "full rank G=10, batch 8": ("G10B:order=full_rank", 8),
+}
+
+
+def memory_level(
+    args: argparse.Namespace, progress: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
     """Peak memory above parameters of a ViT-Tiny training step, each in a process of its own."""
-    specs = {**STEPS, "full rank G=10, batch 1": "G10B:order=full_rank"}
-    specs["full rank G=10, batch 8"] = specs["full rank G=10, batch 1"]
-    rows, reference = [], 0.0
-    for name, spec in specs.items():
-        batch = int(name.rsplit(" ", 1)[1]) if "batch" in name else args.step_batch
-        inner = [spec, str(batch), args.device, args.precision]
-        command = [sys.executable, "-m", "kart.analysis.bench", "--memory-of", *inner]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError(f"measuring the memory of {spec} failed:\n{result.stderr}")
-        found = json.loads(result.stdout.splitlines()[-1])
+    specs = {name: (spec, args.step_batch) for name, spec in STEPS.items()} | FULL_RANK
+    reference = None
+    for name, (spec, batch) in specs.items():
+        progress(f"memory, {name}")
+        found = peak(spec, batch, args)
         grown = found["peak_mib"] - found["before_mib"]
         reference = reference or grown
         row = {"what": "memory", "variant": name, "batch": batch, **found}
-        rows.append({**row, "grown_mib": grown, "ratio": grown / reference})
-    return rows
+        yield {**row, "grown_mib": grown, "ratio": grown / reference}
+
+
+def paper_level(
+    args: argparse.Namespace, progress: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Peak memory of the nine models of the paper's Table 13 at batch 32, on a GPU as there."""
+    for name, spec, *_, memory in cost.PAPER:
+        progress(f"memory, {name} {spec} at batch 32")
+        found = peak(spec, 32, args, name)
+        row = {"what": "table 13", "variant": f"{name} {spec}", "batch": 32, **found}
+        yield {**row, "paper_gb": memory}
 
 
 def show(rows: list[dict[str, Any]]) -> str:
     """The rows as text tables."""
     lines = []
-    timed = [row for row in rows if row["what"] != "memory"]
+    timed = [row for row in rows if "both" in row]
     body = []
     for row in timed:
         cells = [row["what"], row["variant"], str(row["batch"])]
@@ -332,6 +392,13 @@ def show(rows: list[dict[str, Any]]) -> str:
         ]
         names = ["memory of a ViT-Tiny step", "batch", "peak MiB", "above parameters", "ratio"]
         lines += ["", tables.table(body, [*names, "goal"])]
+    nine = [row for row in rows if row["what"] == "table 13"]
+    if nine:
+        body = [
+            [row["variant"], f"{row['peak_mib'] * 2**20 / 1e9:.2f}", f"{row['paper_gb']:.2f}"]
+            for row in nine
+        ]
+        lines += ["", tables.table(body, ["batch 32", "peak GB", "the paper's"])]
     return "\n".join(lines)
 
 
@@ -350,7 +417,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars of the ratios to softmax."""
     from matplotlib.figure import Figure
 
-    chosen = [row for row in rows if row["variant"] != "softmax" and "full" not in row["variant"]]
+    chosen = [
+        row
+        for row in rows
+        if row["variant"] not in ("softmax", *FULL_RANK) and row["what"] != "table 13"
+    ]
     labels = [f"{row['what']}, {row['variant']}" for row in chosen]
     values = [row["ratio"] if row["what"] == "memory" else row["both"]["ratio"] for row in chosen]
     figure = Figure(figsize=(8, 0.32 * len(chosen) + 1), layout="constrained")
@@ -379,24 +450,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="operator level only")
     parser.add_argument("--out", default="cost.json", help="JSON; the plot goes beside it")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    parser.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.memory_of:
-        spec, batch, device, precision = args.memory_of
-        measure_memory(spec, int(batch), device, precision)
+        spec, batch, device, precision, name = args.memory_of
+        measure_memory(spec, int(batch), device, precision, name)
         return
     gpu = args.device == "cuda"
     if gpu and not torch.cuda.is_available():
-        raise SystemExit("cost: --device cuda needs a GPU, and torch sees none")
+        raise ValueError("`--device cuda` needs a GPU, and torch sees none. Leave it out.")
     args.precision = args.precision or ("bfloat16" if gpu else "float32")
     args.op_batch = args.op_batch or (128 if gpu else 8)
     args.step_batch = args.step_batch or (128 if gpu else 8)
     torch.set_num_threads(1)
     clock = Clock(args.device)
-    rows = operator_level(args, clock)
-    if not args.quick:
-        rows += step_level(args, clock)
-        rows += memory_level(args)
     machine = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, one thread"
     about = {
         "machine": machine,
@@ -405,11 +472,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         "engines": kernels.engines(),
         "versions": checkpoint.versions(),
     }
+    path = Path(args.out)
+    if not path.absolute().parent.is_dir():
+        raise ValueError(
+            f"`--out` needs a file in a directory that exists, got {args.out!r}. Make it first."
+        )
+    began = time.monotonic()
+
+    def progress(what: str) -> None:
+        if not args.quiet:
+            print(f"{time.monotonic() - began:5.0f} s  {what}", file=sys.stderr, flush=True)
+
+    levels = [operator_level(args, clock, progress)]
+    if not args.quick:
+        levels += [step_level(args, clock, progress), memory_level(args, progress)]
+    if gpu and not args.quick:
+        levels.append(paper_level(args, progress))
+    rows: list[dict[str, Any]] = []
+    for row in itertools.chain(*levels):
+        rows.append(row)
+        # what has been measured survives whatever comes
+        checkpoint.write_text(path, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     print(show(rows))
+    if not args.quick:
+        print("\n" + cost.paper_table())
     print(f"\n{machine}, {args.precision}, torch {torch.__version__}")
     print(f"SDPA backend: {about['sdpa_backend']}")
-    path = Path(args.out)
-    checkpoint.write_text(path, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     plot(rows, path.with_suffix(".png"))
     print(f"written to {path} and {path.with_suffix('.png')}")
 

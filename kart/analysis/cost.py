@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from kart import tree
+from kart import models, tables, tree
 from kart.models import Model
 from kart.operators import Operator
 
@@ -214,3 +214,33 @@ PAPER: tuple[tuple[str, str, int, float, float, float, float, float], ...] = (
     ("vit_base", "G1B", 10, 87.51, 1.70, 0.268, 17.847, 17.36),
     ("vit_base", "G1U", 10, 85.95, 0.14, 0.268, 17.847, 16.97),
 )
+
+
+def paper_table() -> str:
+    """Parameters, FLOPs and memory of the paper's nine models, counted, beside the paper's."""
+    rows = []
+    for name, operator, classes, total, learned, activation, gflops, memory in PAPER:
+        spec = operator if operator == "softmax" else f"{operator}:scales=true"
+        model = models.create(name, operator=spec, num_classes=classes)
+        bare = parameters(models.create(name, operator=operator, num_classes=classes))
+        counted, operations = parameters(model), flops(model)
+        kept = 16 * counted.total + activation_memory(model, 32)
+        rows.append(
+            [
+                f"{name} {operator}",
+                f"{counted.total / 1e6:.2f} ({total:.2f})",
+                f"{counted.operator / 1e6:.2f} ({learned:.2f})",
+                f"{bare.operator / 1e6:.2f}",
+                f"{operations.activation / 1e9:.3f} ({activation:.3f})",
+                f"{operations.total / 1e9:.3f} ({gflops:.3f})",
+                f"{kept / 1e9:.2f} ({memory:.2f})",
+            ]
+        )
+    header = ["model", "parameters M", "operator M", "at 2G+1", "activation G", "total G"]
+    note = (
+        "kart's figure (the paper's). Parameters with 2G + 3 a unit, as the paper's tables count\n"
+        "(scales=true); `at 2G+1` as its eq. 2 has it, kart's default. Memory: float32 weights,\n"
+        "gradients, two moments and what kart's streamed form keeps at batch 32; the paper's is\n"
+        "its measured peak."
+    )
+    return tables.table(rows, [*header, "memory GB, batch 32"]) + "\n\n" + note
