@@ -366,8 +366,8 @@ def full_rank(
     ) -> Tensor:
         if basis.coefficients is None:
             return contract(params["units"], q, k, mask) @ v
-        coefs = basis.coefficients(params["units"]).to(v.dtype)
-        return contract.product(torch.einsum("hpqk,...hpe->...heqk", coefs, v), q, k, mask)
+        coefs = basis.coefficients(params["units"]).to(contract.dtype(q))
+        return kernels.contract_values(basis, coefs, q, k, v, mask, engine=engine)
 
     def keys_of(params: Params) -> int:
         return next(iter(params["units"].values())).shape[1]

@@ -173,8 +173,7 @@ def clip_by_global_norm(max_norm: float) -> Transformation:
 
     The norm before clipping is kept in the state. Where it is NaN or infinite the updates pass
     unchanged: scaling would spread one bad entry over all parameters, and hide which it was.
-        Whoever
-    trains reads `state.norm` and stops.
+    Whoever trains reads `state.norm` and stops.
     """
     _check("clip_by_global_norm", "max_norm", max_norm, 0 < max_norm < math.inf, "finite and > 0")
 
@@ -183,12 +182,24 @@ def clip_by_global_norm(max_norm: float) -> Transformation:
 
     def update(updates: Updates, state: ClipState, params: Params) -> tuple[Updates, ClipState]:
         del state, params
-        norm = tree.norm(updates)
-        # 1e-6 as in torch, so that runs compare; it also keeps a norm of zero from dividing
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        return _scaled(updates, torch.where(norm.isfinite(), factor, 1.0)), ClipState(norm)
+        factor, norm = _clipping(max_norm, updates)
+        return _scaled(updates, factor), ClipState(norm)
 
     return Transformation(init, update)
+
+
+def _clipping(max_norm: float, updates: Updates) -> tuple[Tensor, Tensor]:
+    """The factor that clips, and the norm before it."""
+    norm = tree.norm(updates)
+    # 1e-6 as in torch, so that runs compare; it also keeps a norm of zero from dividing
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return torch.where(norm.isfinite(), factor, 1.0), norm
+
+
+def clip_in_place(max_norm: float, updates: Updates) -> tuple[Updates, ClipState]:
+    """`clip_by_global_norm`, written into the tensors of `updates`."""
+    factor, norm = _clipping(max_norm, updates)
+    return tree.map(lambda u: u.mul_(factor.to(u.dtype)), updates), ClipState(norm)
 
 
 def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Transformation:
@@ -383,6 +394,59 @@ def sgd(
 def apply_updates(params: Params, updates: Updates) -> Params:
     """`params + updates` in the dtypes of `params`; each sum is taken in the wider of the two."""
     return tree.map(lambda x, u: (x + u).to(x.dtype), params, updates)
+
+
+def _settle(old: State, part: State, new: State, fine: Tensor) -> State:
+    """Writes the dicts of `new` into those of `part`, tensors that belong to `old`, where `fine`;
+    the result has the dicts of `old` and the other tensors of `new`.
+    """
+    if isinstance(old, dict):
+        for mine, theirs in zip(tree.leaves(part), tree.leaves(new), strict=True):
+            mine.copy_(torch.where(fine, theirs, mine))
+        return old
+    if isinstance(old, Tensor):
+        return torch.where(fine, new, old)
+    parts = [_settle(*three, fine) for three in zip(old, part, new, strict=True)]
+    return old._make(parts) if hasattr(old, "_make") else tuple(parts)  # type: ignore
+
+
+def _blocks(params: Params) -> list[list[str]]:
+    """The dotted paths of `params` by what they share up to the second key."""
+    groups: dict[str, list[str]] = {}
+    for name in tree.named(params):
+        groups.setdefault(".".join(name.split(".")[:2]), []).append(name)
+    return list(groups.values())
+
+
+def apply_in_place(
+    optimizer: Transformation, updates: Updates, state: State, params: Params, fine: Tensor
+) -> State:
+    """`optimizer.update` and `apply_updates`, written into the tensors of `params` and `state`
+    where the boolean `fine ()` is true; returns the state.
+
+    The numbers are those of the pure functions, bit for bit. It goes block by block and holds a
+    few tensors of one block, where the pure functions hold several copies of all parameters.
+    `optimizer` must treat each leaf by itself, as all do but `clip_by_global_norm`.
+    """
+    after = state
+    for names in _blocks(params):
+        own, part = tree.restrict(params, names), tree.restrict(state, names)
+        found, new = optimizer.update(tree.restrict(updates, names), part, own)
+        _settle(own, own, apply_updates(own, found), fine)
+        after = _settle(state, part, new, fine)
+    return after
+
+
+def average_in_place(average: Ema, state: EmaState, params: Params, fine: Tensor) -> EmaState:
+    """`average.update`, written into the tensors of `state` where `fine ()` is true, block by
+    block.
+    """
+    after = state
+    for names in _blocks(params):
+        part = tree.restrict(state, names)
+        new = average.update(part, tree.restrict(params, names))
+        after = _settle(state, part, new, fine)
+    return after
 
 
 def constant(value: float | Tensor) -> Schedule:

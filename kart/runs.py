@@ -170,7 +170,7 @@ def execute(
                 on_step(int(state.step.max()), total, metrics.loss)
 
         try:
-            for current, record in train.loop(run, state, on_step=stepped):
+            for current, record in train.loop(run, state, donate=True, on_step=stepped):
                 record["seconds"] = round(record["seconds"] + spent, 3)
                 top1 = _mean(record["val_top1"])
                 with open(log, "a", encoding="utf-8") as file:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.nn import functional as F
 
-from kart import augment, data, models, optim, tree
+from kart import augment, data, kernels, models, optim, tree
 from kart.data import Dataset
 from kart.models import Model
 
@@ -237,11 +237,47 @@ Step = Callable[[State, Hyper, Tensor, Tensor], tuple[State, Metrics]]
 
 
 class Program(NamedTuple):
-    """`init(generator) -> state` and `step(state, hyper, images, targets) -> (state, metrics)`."""
+    """`init(generator) -> state` and `step(state, hyper, images, targets) -> (state, metrics)`.
+
+    `advance` is `step` written into the tensors of the state it is given, which is used up (as by
+    buffer donation in JAX): the same result in less memory. It works under no transform.
+    """
 
     init: Callable[[torch.Generator], State]
     step: Step
+    advance: Step
     gradients: Callable[[State, Tensor, Tensor], tuple[Params, Tensor]]
+
+
+def value_and_gradients(
+    loss: Callable[[Params, Tensor, Tensor], Tensor],
+) -> Callable[[Params, Tensor, Tensor], tuple[Params, Tensor]]:
+    """`(gradients, value)` of `loss` in its first argument, as `torch.func.grad_and_value`.
+
+    That one keeps the graph of its own backward, in case it is differentiated again, which more
+    than doubles the memory of a step (`python -m studies.batching` measures it). It is used where
+    it is needed: under a transform, in a graph of torch.compile, for parameters that require
+    gradients. Elsewhere autograd does the same without.
+    """
+    under_transform = grad_and_value(loss)
+
+    def run(params: Params, images: Tensor, targets: Tensor) -> tuple[Params, Tensor]:
+        flat = tree.leaves(params)
+        plain = not torch.compiler.is_compiling() and not kernels.transforming()
+        if not plain or any(leaf.requires_grad for leaf in flat):
+            return under_transform(params, images, targets)
+        with torch.enable_grad():
+            leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
+            value = loss(leaves, images, targets)
+            # an unused parameter has a gradient of zeros, as under torch.func
+            found = iter(
+                torch.autograd.grad(
+                    value, tree.leaves(leaves), allow_unused=True, materialize_grads=True
+                )
+            )
+        return tree.map(lambda leaf: next(found), params), value.detach()
+
+    return run
 
 
 def program(config: Config, model: Model, steps_per_epoch: int) -> Program:
@@ -250,11 +286,13 @@ def program(config: Config, model: Model, steps_per_epoch: int) -> Program:
     schedule = functools.partial(_schedule, config, steps_per_epoch)
     average = optim.ema(config.ema, warmup=True)
     dtype = getattr(torch, config.precision)
-    value_and_gradients = grad_and_value(loss)
+    # a mapped loss is mapped and differentiated by torch.func throughout
+    differentiate = value_and_gradients if config.batching == "native" else grad_and_value
+    differentiated = differentiate(loss)
+    clip = optim.clip_by_global_norm(config.max_norm)
 
-    def optimizer(hyper: Hyper) -> optim.Transformation:
-        rate = schedule(hyper.learning_rate)
-        return optim.adamw(rate, hyper.weight_decay, eps=config.adam_eps, max_norm=config.max_norm)
+    def adamw(hyper: Hyper) -> optim.Transformation:
+        return optim.adamw(schedule(hyper.learning_rate), hyper.weight_decay, eps=config.adam_eps)
 
     def init(generator: torch.Generator) -> State:
         params = tree.to(model.init(generator), config.device)
@@ -262,7 +300,7 @@ def program(config: Config, model: Model, steps_per_epoch: int) -> Program:
         hyper = Hyper(torch.tensor(config.peak_learning_rate), torch.tensor(config.weight_decay))
         return State(
             params,
-            optimizer(hyper).init(params),
+            optim.chain(clip, adamw(hyper)).init(params),
             average.init(params) if config.ema else {},
             zero,
             zero - 1,
@@ -274,12 +312,13 @@ def program(config: Config, model: Model, steps_per_epoch: int) -> Program:
         return targets * (1 - eps) + eps / targets.shape[-1] if eps else targets
 
     def gradients(state: State, images: Tensor, targets: Tensor) -> tuple[Params, Tensor]:
-        return value_and_gradients(state.params, images.to(dtype), smooth(targets))
+        return differentiated(state.params, images.to(dtype), smooth(targets))
 
     def step(state: State, hyper: Hyper, images: Tensor, targets: Tensor) -> tuple[State, Metrics]:
         grads, value = gradients(state, images, targets)
         norm = tree.norm(grads)
-        updates, opt_state = optimizer(hyper).update(grads, state.optimizer, state.params)
+        optimizer = optim.chain(clip, adamw(hyper))
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         params = optim.apply_updates(state.params, updates)
         mean = average.update(state.average, params) if config.ema else state.average
         # a step that is not finite changes nothing, and no later one does: the state stays the last
@@ -299,7 +338,29 @@ def program(config: Config, model: Model, steps_per_epoch: int) -> Program:
         )
         return following, Metrics(value, norm)
 
-    return Program(init, step, gradients)
+    def advance(
+        state: State, hyper: Hyper, images: Tensor, targets: Tensor
+    ) -> tuple[State, Metrics]:
+        grads, value = gradients(state, images, targets)
+        norm = tree.norm(grads)
+        fine = value.isfinite() & norm.isfinite() & (state.bad_step < 0)
+        grads, clip_state = optim.clip_in_place(config.max_norm, grads)
+        after = optim.apply_in_place(adamw(hyper), grads, state.optimizer[1], state.params, fine)
+        del grads
+        clip_state = tree.map(lambda a, b: torch.where(fine, a, b), clip_state, state.optimizer[0])
+        mean = state.average
+        if config.ema:
+            mean = optim.average_in_place(average, mean, state.params, fine)
+        following = state._replace(
+            optimizer=(clip_state, after),
+            average=mean,
+            step=state.step + 1,
+            bad_step=torch.where(fine | (state.bad_step >= 0), state.bad_step, state.step),
+            loss_sum=state.loss_sum + value.detach(),
+        )
+        return following, Metrics(value, norm)
+
+    return Program(init, step, advance, gradients)
 
 
 def whole(config: Config, step: Step) -> Step:
@@ -415,8 +476,9 @@ def diagnose(program: Program, state: State, images: Tensor, targets: Tensor) ->
 class Run(NamedTuple):
     """One or several members trained together: what the loop needs of them, stacked or not.
 
-    `batch(step)`, `step(state, hyper, images, targets)` and `evaluate(params)` agree on whether
-    there is a leading axis of members; `size` is their number, 1 without that axis.
+    `batch(step)`, `step(state, hyper, images, targets)`, `advance` (see `Program`) and
+    `evaluate(params)` agree on whether there is a leading axis of members; `size` is their number,
+    1 without that axis.
     """
 
     config: Config
@@ -424,6 +486,7 @@ class Run(NamedTuple):
     init: Callable[[], State]
     hyper: Hyper
     step: Step
+    advance: Step
     batch: Callable[[int], tuple[Tensor, Tensor]]
     evaluate: Callable[[Params], dict[str, Tensor]]
     diagnose: Callable[[State, int], Diverged]
@@ -448,6 +511,7 @@ def solo(config: Config, splits: Splits, model: Model | None = None) -> Run:
             torch.tensor(config.weight_decay, device=config.device),
         ),
         whole(config, functions.step),
+        functions.advance if config.step == "eager" else whole(config, functions.step),
         batch,
         lambda params: evaluate(model.apply, params, splits.val, config),
         lambda state, member: diagnose(functions, state, *batch(int(state.bad_step))),
@@ -465,6 +529,7 @@ def loop(
     state: State | None = None,
     *,
     log_every: int = 0,
+    donate: bool = False,
     on_step: Callable[[State, Metrics], None] | None = None,
 ) -> Iterator[tuple[State, Record]]:
     """Trains from `state` (default: the start) to the end; yields after every epoch.
@@ -473,7 +538,8 @@ def loop(
     `val_top5`, `val_loss`, `learning_rate`, `grad_norm`, `diverged` (the step, or -1) and
     `seconds`; values are lists, one entry a member, for a population. With `log_every`, also a
     record without the `val_` entries every so many steps. The result does not depend on where it
-    was resumed.
+    was resumed. With `donate` the tensors of a state are written over by later steps, `state`
+    itself included: the same result in less memory, for callers that keep no state.
 
     Raises Diverged when no member is left whose loss and gradients are finite.
     """
@@ -490,9 +556,10 @@ def loop(
     # reading a flag back stalls a GPU, so it is asked for less often there; nothing is lost by it,
     # since a state that went bad stands still
     check_every = 1 if config.device == "cpu" else 50
+    advance = run.advance if donate else run.step
     started = time.perf_counter()
     for step in range(first, total):
-        state, metrics = run.step(state, run.hyper, *run.batch(step))
+        state, metrics = advance(state, run.hyper, *run.batch(step))
         if on_step is not None:
             on_step(state, metrics)
         last_of_epoch = (step + 1) % run.steps_per_epoch == 0

@@ -71,6 +71,67 @@ def test_the_vmapped_per_example_loss_equals_the_batched_one(operator, splits):
     tree.map(assert_close, one, other)
 
 
+@pytest.mark.parametrize("operator", ["softmax", "G2B", "G2U", "G2B:order=full_rank", "dog-B"])
+def test_autograd_and_torch_func_give_the_same_gradients(operator, splits):
+    config = change(operator=operator)
+    model = train.build(config, splits.train)
+    loss = train.batch_loss(model, "native")
+    params = tree.to(model.init(torch.Generator().manual_seed(0)), torch.float64)
+    images, targets = train.batches(config, splits.train).at(0, 0)
+    batch = (images.double(), targets.double())
+    wanted = torch.func.grad_and_value(loss)(params, *batch)
+    differentiate = train.value_and_gradients(loss)
+    tree.map(assert_close, differentiate(params, *batch), wanted)
+    assert not any(leaf.requires_grad for leaf in tree.leaves(params))
+    # what was asked for derivatives keeps them
+    leaves = tree.map(lambda x: x.clone().requires_grad_(), params)
+    grads, _ = differentiate(leaves, *batch)
+    assert all(leaf.requires_grad for leaf in tree.leaves(grads))
+
+
+@pytest.mark.parametrize("fields", [{}, {"ema": 0.9}, {"operator": "G2U", "max_norm": 0.1}])
+def test_advancing_in_place_is_the_pure_step_bit_for_bit(fields, splits):
+    run = train.solo(change(**fields), splits)
+    pure = given = run.init()
+    written = tree.map(torch.clone, pure)
+    before = tree.leaves(written.params)
+    for step in range(3):
+        batch = run.batch(step)
+        pure, metrics = run.step(pure, run.hyper, *batch)
+        written, in_place = run.advance(written, run.hyper, *batch)
+        same((pure, metrics), (written, in_place))
+    assert all(a is b for a, b in zip(before, tree.leaves(written.params), strict=True))
+    same(given, run.init())  # the pure step has left its state alone
+    # a step that is not finite changes nothing in either
+    images, targets = run.batch(3)
+    kept = tree.map(torch.clone, written.params)
+    pure, _ = run.step(pure, run.hyper, images * math.nan, targets)
+    written, _ = run.advance(written, run.hyper, images * math.nan, targets)
+    same(pure, written)
+    same(kept, written.params)
+    assert int(written.bad_step) == 3
+
+
+def test_a_donated_state_trains_to_the_same_end(splits):
+    run = train.solo(TINY, splits)
+    plain, donated = (list(train.loop(run, donate=donate)) for donate in (False, True))
+    same(plain[-1][0], donated[-1][0])
+    assert without_time(r for _, r in plain) == without_time(r for _, r in donated)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_compiled_step_is_the_eager_one(members, splits, monkeypatch):
+    # one graph or an error; Inductor itself takes minutes, and is tested with the kernels
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **k: compiler(f, backend="aot_eager", **k))
+    results = []
+    for how in ("eager", "compiled"):
+        configs = population.seeds(change(step=how, depth=1), range(members))
+        run = population.run(configs, splits)
+        results.append(run.step(run.init(), run.hyper, *run.batch(0)))
+    tree.map(lambda a, b: assert_close(a, b, rtol=1e-5, atol=1e-7), *results)
+
+
 def test_a_step_is_torchs_own_adamw_step(splits):
     config = change(max_norm=1e9, warmup_epochs=0.0, label_smoothing=0.1)
     run = train.solo(config, splits)

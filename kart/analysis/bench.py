@@ -266,7 +266,7 @@ def step_call(
     held = [functions.init(generator)]
 
     def call() -> train.State:
-        held[0], _ = functions.step(held[0], hyper, images, targets)
+        held[0], _ = functions.advance(held[0], hyper, images, targets)
         return held[0]
 
     return call
@@ -304,6 +304,12 @@ def resident_mib(peak: bool) -> float:
 def measure_memory(operator: str, batch: int, device: str, precision: str, name: str) -> None:
     """Prints the peak memory of a training step, before and after, as JSON; in a fresh process."""
     torch.set_num_threads(1)
+    # a step on a few tokens first: what libraries and engines take when they are loaded is no
+    # memory of the model
+    op = operators.parse(operator).operator
+    inputs = [torch.randn(1, 1, 4, 8, device=device) for _ in range(3)]
+    params = tree.to(op.init(torch.Generator(), 1, 4), device)
+    _gradients(op.attend, (params, *inputs), inputs[0])
     call = step_call(operator, batch, device, precision, name)
     if device == "cuda":
         torch.cuda.synchronize()

@@ -1,7 +1,17 @@
 """The streamed KArAt product: one entry, several engines, correct under every transform."""
 
 from kart.kernels.core import ENGINES, contract, engines
+from kart.kernels.plain import transforming
 from kart.kernels.softmax import softmax_attention
-from kart.kernels.stream import contract_units, mix_values
+from kart.kernels.stream import contract_units, contract_values, mix_values
 
-__all__ = ["ENGINES", "contract", "contract_units", "engines", "mix_values", "softmax_attention"]
+__all__ = [
+    "ENGINES",
+    "contract",
+    "contract_units",
+    "contract_values",
+    "engines",
+    "mix_values",
+    "softmax_attention",
+    "transforming",
+]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]  # no stubs
 
 
 def wide(x: Tensor) -> Tensor:
@@ -16,9 +17,24 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def transforming() -> bool:
+    """Whether a transform of `torch.func` is running."""
+    return bool(_functorch.get_interpreter_stack())
+
+
 def pullback(fn: Callable[..., Any], *primals: Tensor) -> Callable[..., tuple[Tensor, ...]]:
     """The map from a cotangent of `fn(*primals)` to cotangents of `primals`."""
-    return torch.func.vjp(fn, *primals)[1]
+    if torch.is_grad_enabled() or transforming():
+        return torch.func.vjp(fn, *primals)[1]
+    # nobody differentiates it again: without the graph that torch.func keeps for that
+    leaves = [x.detach().requires_grad_() for x in primals]
+    with torch.enable_grad():
+        y = fn(*leaves)
+
+    def pull(cotangent: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, leaves, cotangent, materialize_grads=True)
+
+    return pull
 
 
 def scores(q: Tensor, k: Tensor, scale: float | None) -> Tensor:

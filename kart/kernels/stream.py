@@ -1,5 +1,5 @@
-"""Products without a matrix form, in chunks that are computed again in the backward: units that are
-nonlinear in their parameters, masks that differ between queries.
+"""Products in chunks that are computed again in the backward: full rank, units nonlinear in their
+parameters, masks that differ between queries.
 
 Forward mode differentiates the chunks themselves: alone it holds one chunk at a time, under a
 reverse pass it keeps them all. So does torch.compile, which plans the memory by itself.
@@ -18,6 +18,7 @@ from kart.kernels.core import (
     broadcast_leading,
     check,
     check_mask,
+    contract,
     flat_mask,
     forward_levels,
     no_autocast,
@@ -68,6 +69,78 @@ def _recompute(fn: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
         return _Recompute.apply(fn, *tensors)  # type: ignore[no-any-return]
 
 
+def _flat(lead: list[int], *tensors: Tensor) -> list[Tensor]:
+    """Tensors `(..., a, b)` as `(B, heads, a, b)`, for the common leading axes and heads."""
+    return [x.expand(*lead, *x.shape[-2:]).reshape(-1, lead[-1], *x.shape[-2:]) for x in tensors]
+
+
+def _masks(mask: Tensor | None, lead: list[int], step: int, parts: int) -> list[Tensor | None]:
+    """The mask of each part of `step` samples."""
+    if mask is None:
+        return [None] * parts
+    mask = flat_mask(mask, lead)
+    return [mask] * parts if mask.shape[0] == 1 else list(mask.split(step))
+
+
+def contract_values(
+    basis: Any,
+    coefs: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    engine: str = "auto",
+) -> Tensor:
+    """`out[n] = sum_p (sum_m mask[n, m] sum_j features(scale q_n . k_m)[j] coefs[p, m, j]) v[p]`,
+    `(..., H, N, e)`: full-rank attention, as F(S) (C V).
+
+    The coefficients meet the values first, a few samples at a time, and again in the backward: C V
+    is M K / d times as large as V and is never kept.
+
+    Args:
+        basis: a basis that is linear in its coefficients.
+        coefs: `(H, P, M, K)`; more leading axes through `vmap`.
+        q, k, v: `(..., H, N, d)`, `(..., H, M, d)` and `(..., H, P, e)`.
+        mask, scale, engine: as in `contract`.
+
+    Raises:
+        ValueError: names the argument that does not fit.
+    """
+    check("contract_values", q, k, mask, scale, coefs=coefs, v=v)
+    if coefs.dim() != 4 or coefs.shape[1:3] != (v.shape[-2], k.shape[-2]):
+        raise ValueError(
+            f"`contract_values` needs `coefs` (H, {v.shape[-2]}, {k.shape[-2]}, K) for the tokens "
+            f"of `v` and `k`, got {tuple(coefs.shape)}. Call `init` of the operator for these keys."
+        )
+    lead = broadcast_leading(
+        "contract_values",
+        q=q.shape[:-2],
+        k=k.shape[:-2],
+        v=v.shape[:-2],
+        coefs=coefs.shape[:1],
+        mask=() if mask is None else mask.shape[:-2],
+    )
+    qs, ks, vs = _flat([*lead], q, k, v)
+    batch, heads = qs.shape[:2]
+    if not batch:
+        return q.new_zeros(*lead, q.shape[-2], v.shape[-1])
+    coefs = coefs.expand(heads, *coefs.shape[1:])
+    step = max(1, CHUNK // (v.shape[-1] * coefs.shape[2:].numel() * heads))
+    masks = _masks(mask, [*lead[:-1]], step, -(-batch // step))
+
+    def one(coefs: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        mixed = torch.einsum("hpmj,bhpe->bhemj", coefs.to(v.dtype), v)
+        return contract(basis, mixed.to(coefs.dtype), q, k, mask, scale, engine)
+
+    parts = [
+        _recompute(one, coefs, *tensors)
+        for tensors in zip(qs.split(step), ks.split(step), vs.split(step), masks, strict=True)
+    ]
+    y = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return y.reshape(*lead, *y.shape[-2:])
+
+
 def contract_units(
     basis: Any,
     units: Mapping[str, Tensor],
@@ -110,14 +183,9 @@ def contract_units(
     )
     batch = math.prod(lead)
     rows, names = q.shape[-2], list(units)
-    q = q.expand(*lead, heads, *q.shape[-2:]).reshape(batch, heads, *q.shape[-2:])
-    k = k.expand(*lead, heads, *k.shape[-2:]).reshape(batch, heads, *k.shape[-2:])
+    q, k = _flat([*lead, heads], q, k)
     step = max(1, CHUNK // (heads * rows * keys))
-    if mask is None:
-        masks: list[Tensor | None] = [None] * -(-batch // step)
-    else:
-        mask = flat_mask(mask, lead)
-        masks = [mask] * -(-batch // step) if mask.shape[0] == 1 else list(mask.split(step))
+    masks = _masks(mask, lead, step, -(-batch // step))
 
     def one(q: Tensor, k: Tensor, mask: Tensor | None, *leaves: Tensor) -> Tensor:
         lifted = {name: leaf.unsqueeze(1) for name, leaf in zip(names, leaves, strict=True)}
