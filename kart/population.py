@@ -114,7 +114,7 @@ def fastest_group(
         best = float("inf")
         for attempt in range(repeats + 1):
             began = time.perf_counter()
-            state, metrics = trial.step(state, trial.hyper, *pair)
+            state, metrics = trial.advance(state, trial.hyper, *pair)
             metrics.loss.sum().item()  # waits for the device
             if attempt:  # the first call warms up
                 best = min(best, time.perf_counter() - began)

@@ -255,7 +255,7 @@ def value_and_gradients(
     """`(gradients, value)` of `loss` in its first argument, as `torch.func.grad_and_value`.
 
     That one keeps the graph of its own backward, in case it is differentiated again, which more
-    than doubles the memory of a step (`python -m studies.batching` measures it). It is used where
+    than doubles the memory of a step (`kart bench` measures it). It is used where
     it is needed: under a transform, in a graph of torch.compile, for parameters that require
     gradients. Elsewhere autograd does the same without.
     """

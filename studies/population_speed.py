@@ -34,7 +34,7 @@ def stepper(config: Config, seeds: Sequence[int], splits: train.Splits) -> Calla
 
     def step() -> None:
         nonlocal state
-        state, metrics = run.step(state, run.hyper, *pair)
+        state, metrics = run.advance(state, run.hyper, *pair)
         metrics.loss.sum().item()  # waits for the device
 
     return step

@@ -250,12 +250,17 @@ def summary(values: Sequence[float], reference: Sequence[float]) -> dict[str, fl
 
 
 def step_call(
-    operator: str, batch: int, device: str, precision: str = "float32", name: str = "vit_tiny"
+    operator: str,
+    batch: int,
+    device: str,
+    precision: str = "float32",
+    name: str = "vit_tiny",
+    batching: str = "native",
 ) -> Callable[[], train.State]:
-    """One functional training step at 224 px on random images; call it repeatedly."""
+    """One training step of `kart train` at 224 px on random images; call it repeatedly."""
     config = Config(
         operator=operator, epochs=10, batch_size=batch, warmup_epochs=0, device=device,
-        precision=precision,
+        precision=precision, batching=batching,
     )  # fmt: skip
     model = models.create(name, operator=operator, num_classes=10)
     functions = train.program(config, model, steps_per_epoch=10)
@@ -301,7 +306,9 @@ def resident_mib(peak: bool) -> float:
     return int(status.split(field)[1].split()[0]) / 1024
 
 
-def measure_memory(operator: str, batch: int, device: str, precision: str, name: str) -> None:
+def measure_memory(
+    operator: str, batch: int, device: str, precision: str, name: str, batching: str
+) -> None:
     """Prints the peak memory of a training step, before and after, as JSON; in a fresh process."""
     torch.set_num_threads(1)
     # a step on a few tokens first: what libraries and engines take when they are loaded is no
@@ -310,7 +317,7 @@ def measure_memory(operator: str, batch: int, device: str, precision: str, name:
     inputs = [torch.randn(1, 1, 4, 8, device=device) for _ in range(3)]
     params = tree.to(op.init(torch.Generator(), 1, 4), device)
     _gradients(op.attend, (params, *inputs), inputs[0])
-    call = step_call(operator, batch, device, precision, name)
+    call = step_call(operator, batch, device, precision, name, batching)
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -324,10 +331,14 @@ def measure_memory(operator: str, batch: int, device: str, precision: str, name:
 
 
 def peak(
-    spec: str, batch: int, args: argparse.Namespace, name: str = "vit_tiny"
+    spec: str,
+    batch: int,
+    args: argparse.Namespace,
+    name: str = "vit_tiny",
+    batching: str = "native",
 ) -> dict[str, float]:
     """Memory of a training step, measured in a process of its own."""
-    inner = [spec, str(batch), args.device, args.precision, name]
+    inner = [spec, str(batch), args.device, args.precision, name, batching]
     command = [sys.executable, "-m", "kart.analysis.bench", "--memory-of", *inner]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
@@ -345,11 +356,13 @@ def memory_level(
     args: argparse.Namespace, progress: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
     """Peak memory above parameters of a ViT-Tiny training step, each in a process of its own."""
-    specs = {name: (spec, args.step_batch) for name, spec in STEPS.items()} | FULL_RANK
+    specs = {name: (spec, args.step_batch) for name, spec in STEPS.items()}
+    # torch.func keeps the graph of its own backward
+    specs |= {f"{name}, vmap": specs[name] for name in ("softmax", "auto")} | FULL_RANK
     reference = None
     for name, (spec, batch) in specs.items():
         progress(f"memory, {name}")
-        found = peak(spec, batch, args)
+        found = peak(spec, batch, args, batching="vmap" if name.endswith("vmap") else "native")
         grown = found["peak_mib"] - found["before_mib"]
         reference = reference or grown
         row = {"what": "memory", "variant": name, "batch": batch, **found}
@@ -456,11 +469,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="operator level only")
     parser.add_argument("--out", default="cost.json", help="JSON; the plot goes beside it")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", nargs=6, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.memory_of:
-        spec, batch, device, precision, name = args.memory_of
-        measure_memory(spec, int(batch), device, precision, name)
+        spec, batch, *rest = args.memory_of
+        measure_memory(spec, int(batch), *rest)
         return
     gpu = args.device == "cuda"
     if gpu and not torch.cuda.is_available():

@@ -78,7 +78,7 @@ def train_members(
         for indices, state in parts:
             run = population.run([configs[i] for i in indices], splits, model)
             try:
-                state, record = next(train.loop(run, state))
+                state, record = next(train.loop(run, state, donate=True))
             except train.Diverged as error:  # all of the group
                 for i in indices:
                     members[i] = members[i]._replace(diverged=error.step)
