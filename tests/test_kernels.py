@@ -258,7 +258,22 @@ def softmax_functions(mask):
     return lambda module: lambda q, k, v: module.softmax_attention(q, k, v, mask), (q, k, v)
 
 
-OTHERS = {"units": units_functions, "mix": mix_functions, "softmax": softmax_functions}
+def full_functions(mask):
+    basis = bases.fourier(2)
+    k = draw(2, 4, 3, seed=3)
+
+    def bind(module):
+        return lambda q, v, coefs: module.contract_values(basis, coefs, q, k, v, mask)
+
+    return bind, (draw(2, 2, 5, 3), draw(2, 2, 4, 6, seed=1), draw(2, 4, 4, 4, seed=2))
+
+
+OTHERS = {
+    "units": units_functions,
+    "mix": mix_functions,
+    "softmax": softmax_functions,
+    "full": full_functions,
+}
 MASKS = {
     "whole": None,
     "keys": torch.tensor([True, False, True, True]),
@@ -615,19 +630,30 @@ def test_bad_input_of_the_other_products_is_named():
         kernels.mix_values(y, mix, v, None)
     with pytest.raises(ValueError, match="same keys"):
         kernels.mix_values(y, mix, v[:, :3], torch.ones(5, 3, dtype=torch.bool))
+    full = draw(2, 4, 4, 2)
+    with pytest.raises(ValueError, match="`coefs`"):
+        kernels.contract_values(bases.fourier(1), full[:, :3], q, k, k)
+    with pytest.raises(ValueError, match="`coefs`"):
+        kernels.contract_values(bases.fourier(1), full[None], q, k, k)
+    with pytest.raises(ValueError, match="boolean `mask`"):
+        kernels.contract_values(bases.fourier(1), full, q, k, k, torch.ones(4))
     with pytest.raises(ValueError, match="`v`"):
         kernels.softmax_attention(q, k, k[..., :3, :])
     with pytest.raises(ValueError, match="boolean `mask`"):
         kernels.softmax_attention(q, k, k, torch.ones(5, 4))
 
 
-@pytest.mark.parametrize("product", ["units", "mix", "softmax"])
+@pytest.mark.parametrize("product", OTHERS)
 def test_empty_batches_of_the_other_products(product):
     basis, units, _, _ = units_example()
     q, k, v = draw(0, 2, 5, 3), draw(0, 2, 4, 3), draw(0, 2, 4, 6)
     mask = torch.ones(5, 4, dtype=torch.bool)
     if product == "units":
         assert kernels.contract_units(basis, units, q, k, mask).shape == (0, 2, 5, 3)
+    elif product == "full":
+        full = draw(2, 4, 4, 4)
+        out = kernels.contract_values(bases.fourier(2), full, q, k, v, mask)
+        assert out.shape == (0, 2, 5, 6)
     elif product == "mix":
         assert kernels.mix_values(q, k, v, mask).shape == (0, 2, 5, 6)
     else:

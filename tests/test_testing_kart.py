@@ -142,6 +142,24 @@ def test_contract(): ...
 def test_contract_of_splines(): ...
 
 
+def full_inputs(generator, rank, **sizes):
+    q, k, mask = scores(generator, **sizes)
+    heads, keys = sizes["heads"], sizes["keys"]
+    coefs = torch.randn(heads, keys, keys, FOURIER.size, generator=generator) / keys
+    return coefs, q, k, torch.randn(*k.shape[:-1], rank, generator=generator), mask
+
+
+@kernel_suite(
+    lambda coefs, q, k, v, mask: kernels.contract_values(FOURIER, coefs, q, k, v, mask),
+    lambda coefs, q, k, v, mask: plain.contract_values(FOURIER, coefs, q, k, v, mask),
+    full_inputs,
+    {**SIZES, "keys": [1, 2, 33]},
+    max_examples=FEWER,
+    name="contract_values",
+)
+def test_contract_values(): ...
+
+
 def needs_cpp():
     if (reason := kernels.engines()["cpp"]) != "ready":
         pytest.skip(reason)
