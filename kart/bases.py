@@ -449,13 +449,12 @@ def bspline(
             for i in range(1, k):
                 row.append(((u + (k - i)) * values[i - 1] + (i + 1 - u) * values[i]) / k)
             values = [*row, u * values[-1] / k]
-        index = torch.arange(size, dtype=cell.dtype, device=x.device)
-        offset = index - cell[..., None]
-        y = torch.zeros_like(offset)
-        for i, value in enumerate(values):
-            y = torch.where(offset == i, value[..., None], y)
-        # far outside u is huge and no offset matches; NaN scores stay NaN instead of turning into
-        # zeros
+        # splines that end before or start behind the grid have places of their own beside it
+        first = cell.nan_to_num(0).long() + degree + 1
+        places = first[..., None] + torch.arange(degree + 1, device=x.device)
+        room = x.new_zeros(*x.shape, size + 2 * (degree + 1) + 1)
+        y = room.scatter(-1, places, torch.stack(values, -1))[..., degree + 1 : degree + 1 + size]
+        # far outside u is huge where no spline is; NaN scores stay NaN instead of turning into zeros
         return torch.where(torch.isnan(x)[..., None], x[..., None], y)
 
     step = (high - low) / grid

@@ -92,6 +92,24 @@ def test_a_step_does_not_wait_for_the_device():
     assert int(state.step) == 2
 
 
+@pytest.mark.parametrize("spec", ["softmax", "G3B"])
+def test_a_compiled_step_is_the_eager_one(spec):
+    results = []
+    for how in ("eager", "compiled"):
+        config = train.Config(operator=spec, epochs=2, batch_size=4, device="cuda", step=how)
+        model = models.create("vit_tiny", operator=spec, image_size=32, patch_size=4, depth=2)
+        functions = train.program(config, model, 10)
+        step = train.whole(config, functions.step)
+        state = functions.init(torch.Generator().manual_seed(0))
+        images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).cuda()
+        targets = torch.nn.functional.one_hot(torch.arange(4), 1000).float().cuda()
+        hyper = train.Hyper(*(torch.tensor(x, device="cuda") for x in (1e-3, 0.05)))
+        for _ in range(2):
+            state, metrics = step(state, hyper, images, targets)
+        results.append((float(metrics.loss), float(metrics.grad_norm)))
+    assert results[1] == pytest.approx(results[0], rel=5e-3)
+
+
 def test_masks_on_the_gpu():
     op = operators.parse("G3").operator
     generator = torch.Generator().manual_seed(0)
