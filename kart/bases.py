@@ -454,7 +454,7 @@ def bspline(
         places = first[..., None] + torch.arange(degree + 1, device=x.device)
         room = x.new_zeros(*x.shape, size + 2 * (degree + 1) + 1)
         y = room.scatter(-1, places, torch.stack(values, -1))[..., degree + 1 : degree + 1 + size]
-        # far outside u is huge where no spline is; NaN scores stay NaN instead of turning into zeros
+        # far outside u is huge, where no spline is; NaN scores stay NaN and do not become zeros
         return torch.where(torch.isnan(x)[..., None], x[..., None], y)
 
     step = (high - low) / grid
