@@ -12,7 +12,7 @@ from kart import search, train
 from kart.analysis import cost
 from kart.search import command, question, space, storage, work
 from kart.search.work import Confirmed
-from studies import cluster, controls, per_block, placement, population_speed, samplers
+from studies import cluster, controls, full_rank, per_block, placement, population_speed, samplers
 
 STUDIES = sorted(question.available())
 
@@ -173,3 +173,13 @@ def test_a_killed_worker_loses_nothing_on_postgresql():
         failed = [trial for trial in trials if trial.state == optuna.trial.TrialState.FAIL]
         assert [trial.number for trial in failed] in ([], [seen.killed.number])
     assert seen.workers == 4
+
+
+def test_full_rank_training_prints_loss_and_memory(capsys):
+    argv = ["--data", "digits", "--model", "vit_nano", "--image-size", "8", "--steps", "20"]
+    full_rank.main([*argv, "--batch-size", "8", "--images", "80", "--learning-rate", "3e-3"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = [row for row in rows if len(row) == 3 and row[0].isdigit()]
+    assert [int(row[0]) for row in rows] == list(range(2, 21, 2))
+    losses, peaks = ([float(row[i]) for row in rows] for i in (1, 2))
+    assert losses[-1] < losses[0] and peaks == sorted(peaks)
