@@ -9,9 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from kart import train, tree
+from kart import tables, train, tree
 from kart.tables import spread, table
 from kart.train import Config, Record
 
@@ -184,7 +182,7 @@ def _train_group(
     seeds = ",".join(str(config.seed) for config in configs)
     label = f"{configs[0].operator} seed {seeds}"
     record: Record = {}
-    with tqdm(desc=label, unit="step", disable=quiet, dynamic_ncols=True) as bar:
+    with tables.bar(desc=label, unit="step", disable=quiet) as bar:
 
         def on_step(step: int, total: int, loss: Any) -> None:
             if bar.total is None:

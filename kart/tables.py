@@ -1,7 +1,11 @@
-"""Plain text tables, and numbers with their spread."""
+"""Plain text tables, numbers with their spread, progress bars."""
 
 import statistics
+import sys
 from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
@@ -23,3 +27,10 @@ def spread(values: Sequence[float], digits: int = 2, scale: float = 100.0) -> st
     if len(values) == 1:
         return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ± {statistics.stdev(values) * scale:.{digits}f}"
+
+
+def bar(*args: Any, **options: Any) -> Any:
+    """tqdm's progress bar; into a file it writes a line every half minute."""
+    if not sys.stderr.isatty():
+        options |= {"mininterval": 30, "ascii": True}
+    return tqdm(*args, dynamic_ncols=True, **options)

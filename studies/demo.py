@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from kart import data, population, tables, train, tree
 from kart.analysis import cost, report
@@ -172,7 +171,7 @@ def _run(args: argparse.Namespace, command: str) -> None:
     splits = train.load_data(recipe)
     steps = len(plans) * recipe.epochs * (len(splits.train.labels) // recipe.batch_size)
     label = f"{', '.join(OPERATORS)}: {len(args.seeds)} seeds each"
-    with tqdm(total=steps, desc=label, unit="step", dynamic_ncols=True, disable=args.quiet) as bar:
+    with tables.bar(total=steps, desc=label, unit="step", disable=args.quiet) as bar:
         results = _results(plans, args.processes, bar)
     images = len(data.load(recipe.data, "test", image_size=recipe.decode_size).labels)
     print(printed(results, splits, images))

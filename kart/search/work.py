@@ -13,9 +13,8 @@ import optuna
 import torch
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from tqdm import tqdm
 
-from kart import data, population, train
+from kart import data, population, tables, train
 from kart.search import storage as store
 from kart.search.question import Study
 from kart.search.space import PLACE, Space, enumerate_space, fingerprint, first
@@ -346,7 +345,7 @@ def _bar(
         return sum(state[TrialState.COMPLETE] + state[TrialState.PRUNED] for state in states)
 
     already = done()
-    with tqdm(
+    with tables.bar(
         total=total, initial=already, desc=settings.study, unit="trial", disable=quiet
     ) as bar:
 
@@ -411,7 +410,9 @@ def confirm(
         for one in winners(study)
         if len(confirmed(study).get(one.key, Confirmed("", {}, [], {}, {}, [], 0.0)).val) < seeds
     ]
-    for study, one in tqdm(todo, desc="fresh seeds", unit="winner", disable=quiet or not todo):
+    for study, one in tables.bar(
+        todo, desc="fresh seeds", unit="winner", disable=quiet or not todo
+    ):
         began = time.perf_counter()
         config = dataclasses.replace(Config.fromdict(one.config), **place)
         members = population.seeds(config, range(FRESH_SEED, FRESH_SEED + seeds))
