@@ -454,19 +454,29 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for row in rows
         if row["variant"] not in ("softmax", *FULL_RANK) and row["what"] != "table 13"
     ]
-    labels = [f"{row['what']}, {row['variant']}" for row in chosen]
     values = [row["ratio"] if row["what"] == "memory" else row["both"]["ratio"] for row in chosen]
-    figure = Figure(figsize=(8, 0.32 * len(chosen) + 1), layout="constrained")
+    figure = Figure(figsize=(8, 0.24 * len(chosen) + 1), layout="constrained")
     axes = figure.add_subplot()
+    # a little room between one setting and the next
+    places, place, before = [], 0.0, None
+    for row in chosen:
+        place += 1.0 if before in (None, row["what"]) else 1.5
+        places.append(place)
+        before = row["what"]
     kinds = ["#b3533b" if row["variant"] == "naive" else "#2f6f8f" for row in chosen]
-    axes.barh(range(len(chosen)), values, color=kinds)
-    axes.set_yticks(range(len(chosen)), labels)
-    axes.invert_yaxis()
+    axes.barh(places, [value - 1 for value in values], left=1, color=kinds)
+    axes.set_xscale("log")
+    axes.set_yticks(places, [f"{row['what']}, {row['variant']}" for row in chosen], fontsize=8)
+    axes.set_ylim(place + 0.8, 0.2)
     axes.axvline(1.0, color="0.2", linewidth=1)
+    axes.set_xlim(min(0.7, *values), 1.5 * max(values))
+    ticks = [x for x in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if x <= 1.5 * max(values)]
+    axes.set_xticks(ticks, [f"{x:g} x" for x in ticks])
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("time or memory, forward + backward, as a ratio to softmax attention")
-    for i, value in enumerate(values):
-        axes.text(value, i, f" {value:.2f}", va="center", fontsize=8)
-    axes.set_xlim(0, max(values) * 1.12)
+    for value, y in zip(values, places, strict=True):
+        axes.text(max(value, 1) * 1.02, y, f"{value:.2f}", va="center", fontsize=8)
     figure.savefig(path, dpi=150)
 
 
