@@ -1,6 +1,6 @@
 """Does a full-rank ViT-Tiny with G = 10 train, which the paper could not hold in memory?
 
-    python -m studies.full_rank --data uoft-cs/cifar10 [--steps 300] [--batch-size 4]
+    python -m studies.full_rank --data uoft-cs/cifar10 [--steps 200] [--batch-size 4]
 
 Full rank has one unit for each pair of keys, 28 million coefficients in a ViT-Tiny at 197 tokens;
 the paper's form took 60 GB for a batch of one image. Trains it on real images at 224 px with the
@@ -28,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--operator", default="G10B:order=full_rank", metavar="SPEC")
     parser.add_argument("--model", default="vit_tiny")
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--images", type=int, default=200, help="training images (200)")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--images", type=int, default=64, help="training images (64)")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     per_epoch = args.images // args.batch_size

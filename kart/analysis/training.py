@@ -85,8 +85,13 @@ def plot(series: Mapping[str, Tensor], label: str, scale: float = 1.0, log: bool
         ax.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
         marker = "o" if values.shape[1] == 1 else None
         ax.plot(epochs, values.mean(0), color=colour, lw=1.5, label=name, marker=marker, ms=3)
-    if log:
+    ends = [float(values.min()) for values in series.values()] + [
+        float(values.max()) for values in series.values()
+    ]
+    if log and min(ends) > 0 and max(ends) > 10 * min(ends):
         ax.set_yscale("log")
+    elif log:  # within a decade a logarithmic axis has no ticks worth reading
+        ax.set_ylim(scale * min(ends) * 0.95, scale * max(ends) * 1.02)
     else:
         # the first fifth, where curves are steep, may leave the picture: the end is what counts
         early = min(float(values[:, values.shape[1] // 5].min()) for values in series.values())
