@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.autograd.function import once_differentiable
 
-from kart import bases, testing
+from kart import bases, operators, testing, tree
 
 
 class Bug(NamedTuple):
@@ -392,9 +392,346 @@ BASES = {
         "nonnegative",
     ),
 }
-BUGS = {f"basis: {name}": Bug("basis", wrong, by) for name, (wrong, by) in BASES.items()}
-CHECKS = {"basis": testing.check_basis}
-caught: dict[str, bool] = {}
+
+# --- operators ------------------------------------------------------------------------------------
+
+
+def parsed(spec):
+    return operators.parse(spec).operator
+
+
+def root(q):
+    return math.sqrt(q.shape[-1])
+
+
+def attending(wrong, spec="softmax"):
+    """An operator whose `attend` alone is `wrong(right attend, params, q, k, v, mask)`."""
+    right = parsed(spec)
+    return right._replace(
+        attend=lambda params, q, k, v, mask=None: wrong(right.attend, params, q, k, v, mask)
+    )
+
+
+def weighing(wrong, spec="softmax"):
+    """One whose weights are `wrong(right weights, params, scores, mask)`, `attend` following."""
+    right = parsed(spec)
+
+    def weights(params, scores, mask=None):
+        return wrong(right.weights, params, scores, mask)
+
+    def attend(params, q, k, v, mask=None):
+        return weights(params, q @ k.mT / root(q), mask) @ v
+
+    return right._replace(weights=weights, attend=attend)
+
+
+def drawing(init, spec="G2:rank=2"):
+    return parsed(spec)._replace(init=init)
+
+
+def mixed(params, change):
+    """Parameters of a low-rank operator with another mix."""
+    return {**params, "mix": change(params["mix"])}
+
+
+def masked(weights, mask):
+    return weights if mask is None else torch.where(mask, weights, 0)
+
+
+def finite_mask(weights, params, scores, mask):
+    return scores.softmax(-1) if mask is None else (scores - 20.0 * ~mask).softmax(-1)
+
+
+def infinite_mask(weights, params, scores, mask):
+    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
+
+
+def without_the_largest(weights, params, scores, mask):
+    """Softmax that does not take off the largest score first."""
+    powers = masked(scores.exp(), mask)
+    total = powers.sum(-1, keepdim=True)
+    return powers / torch.where(total > 0, total, 1)
+
+
+def of_the_first(x, dims):
+    """The first along the leading axis for all, where there is one before the last `dims`."""
+    return x if x is None or x.dim() <= dims else x[:1].expand_as(x)
+
+
+def of_head_zero(attend, params, q, k, v, mask):
+    return attend(tree.map(lambda p: p[:1].expand_as(p), params), q, k, v, mask)
+
+
+def mask_of(dims, start):
+    """`attend` with the mask of the first example, head or query for all: axis `start`."""
+
+    def wrong(attend, params, q, k, v, mask):
+        if mask is not None and mask.dim() >= dims:
+            mask = mask.narrow(start, 0, 1).expand_as(mask)
+        return attend(params, q, k, v, mask)
+
+    return wrong
+
+
+def transposed_mask(attend, params, q, k, v, mask):
+    square = mask is not None and mask.dim() > 1 and mask.shape[-1] == mask.shape[-2]
+    return attend(params, q, k, v, mask.mT if square else mask)
+
+
+def leaking_mean(attend, params, q, k, v, mask):
+    out = attend(params, q, k, v, mask)
+    return out if mask is None else out + 1e-3 * v.mean(-2, keepdim=True)
+
+
+def late_keys_dropped(attend, params, q, k, v, mask):
+    """Streams whole blocks of 32 keys, and forgets what is left over."""
+    whole = max(1, k.shape[-2] // 32) * 32
+    if mask is not None and mask.dim() and mask.shape[-1] > 1:
+        mask = mask[..., :whole]
+    return attend(params, q, k[..., :whole, :], v[..., :whole, :], mask)
+
+
+def in_half(attend, params, q, k, v, mask):
+    low = q.to(torch.bfloat16) if q.dtype == torch.float32 else q
+    return attend(params, low.to(q.dtype), k, v, mask)
+
+
+def scaling_in_place(attend, params, q, k, v, mask):
+    free = not torch._C._functorch.is_functorch_wrapped_tensor(k)
+    return attend(params, q, k.div_(root(q)) if free else k / root(q), v, mask)
+
+
+class Flipped(torch.autograd.Function):
+    """The identity, whose backward mixes up the examples, or what else leads."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.flip(0)
+
+
+def warm_start(generator, heads, tokens):
+    return parsed("G2:rank=2,base=softmax,mix=scaled").init(generator, heads, tokens)
+
+
+def global_mix(generator, heads, tokens):
+    right = parsed("G2:rank=2").init(generator, heads, tokens)
+    return {**right, "mix": torch.randn(right["mix"].shape)}
+
+
+def flat_mix(generator, heads, tokens):
+    right = parsed("G2:rank=2").init(generator, heads, tokens)
+    return {**right, "mix": right["mix"].flatten(0, 1)}
+
+
+def seeds_the_heads(generator, heads, tokens):
+    torch.manual_seed(0)
+    return parsed("G2:rank=2").init(generator, heads, tokens)
+
+
+class Swelling:
+    """Divides by the largest value seen so far."""
+
+    def __init__(self):
+        self.largest = 1.0
+
+    def __call__(self, attend, params, q, k, v, mask):
+        self.largest = max(self.largest, float(v.detach().abs().max()))
+        return attend(params, q, k, v / self.largest, mask)
+
+
+def placed(x, axis=-1):
+    """1, 2, 3, .. along an axis of `x`."""
+    count = torch.arange(1, x.shape[axis] + 1, dtype=x.dtype)
+    return count if axis == -1 else count[:, None]
+
+
+def branching(attend, params, q, k, v, mask):
+    return attend(params, q * 0.5 if bool((q.abs() > 3).any()) else q, k, v, mask)
+
+
+G, OVER = "G2:rank=2", "G2:rank=2,base=softmax"
+OPERATORS = {
+    # masks
+    "masked keys leak by a finite number": (weighing(finite_mask), "masked_keys_are_silent"),
+    "masked keys in the hidden sum": (
+        weighing(lambda weights, p, s, mask: masked(weights(p, s), mask), G),
+        "masked_keys_are_silent",
+    ),
+    "masked values reach the output": (attending(leaking_mean), "masked_keys_are_silent"),
+    "mask after the normalisation": (
+        weighing(lambda weights, p, s, mask: masked(s.softmax(-1), mask)),
+        "masking_is_deleting",
+    ),
+    "NaN where no key is left": (weighing(infinite_mask), "masking_is_deleting"),
+    "mask of the first query for all": (attending(mask_of(2, -2), G), "queries_stand_alone"),
+    "mask of the first example for all": (attending(mask_of(4, 0), G), "queries_stand_alone"),
+    "mask of the first head for all": (attending(mask_of(3, -3), G), "heads_stand_alone"),
+    "mask transposed": (attending(transposed_mask), "masks_broadcast"),
+    # two forms of one operator
+    "weights and attend of two minds": (
+        attending(lambda attend, p, q, k, v, mask: attend(p, -q, k, v, mask), G),
+        "attend_is_weights_times_values",
+    ),
+    "scores scaled twice": (
+        attending(lambda attend, p, q, k, v, mask: attend(p, q / root(q), k, v, mask)),
+        "attend_is_weights_times_values",
+    ),
+    "last keys dropped": (attending(late_keys_dropped), "large_as_weights"),
+    "parameters detached in attend": (
+        attending(
+            lambda attend, p, q, k, v, mask: attend(tree.map(torch.detach, p), q, k, v, mask), G
+        ),
+        "attend_has_the_gradients_of_weights",
+    ),
+    # examples, heads, queries and keys
+    "keys of the first example for all": (
+        attending(lambda attend, p, q, k, v, mask: attend(p, q, of_the_first(k, 3), v, mask)),
+        "examples_stand_alone",
+    ),
+    "examples mixed": (
+        attending(
+            lambda attend, p, q, k, v, mask: attend(
+                p, q, k.roll(1, 0) if k.dim() > 3 else k, v, mask
+            )
+        ),
+        "examples_stand_alone",
+    ),
+    "head 0 for all heads": (attending(of_head_zero, G), "heads_stand_alone"),
+    "heads averaged": (
+        weighing(lambda weights, p, s, mask: weights(p, s, mask).mean(-3, True).expand_as(s)),
+        "heads_stand_alone",
+    ),
+    "scores centred over the queries": (
+        weighing(lambda weights, p, s, mask: weights(p, s - s.mean(-2, keepdim=True), mask), G),
+        "queries_stand_alone",
+    ),
+    "score by the place of the query": (
+        weighing(lambda weights, p, s, mask: weights(p, s * placed(s, -2), mask), G),
+        "queries_permute",
+    ),
+    "weight by the place of the key": (
+        weighing(lambda weights, p, s, mask: weights(p, s, mask) * placed(s), G),
+        "keys_permute_with_parameters",
+    ),
+    "parameters of the key before": (
+        weighing(
+            lambda weights, p, s, mask: weights(mixed(p, lambda w: w.roll(1, -2)), s, mask), G
+        ),
+        "keys_permute_with_parameters",
+    ),
+    "values clamped": (
+        attending(lambda attend, p, q, k, v, mask: attend(p, q, k, v.clamp(-1, 1), mask)),
+        "linear_in_values",
+    ),
+    "queries normalised": (
+        attending(
+            lambda attend, p, q, k, v, mask: attend(
+                p, q / (q.square().sum(-1, keepdim=True) + 1).sqrt(), k, v, mask
+            )
+        ),
+        "change_of_basis",
+    ),
+    # numbers
+    "overflow of exp": (weighing(without_the_largest), "finite"),
+    "scores in half precision": (attending(in_half), "float32_follows_float64"),
+    "dtype promotion": (
+        attending(lambda attend, p, q, k, v, mask: attend(p, q, k, v, mask).double()),
+        "keeps_shape_and_dtype",
+    ),
+    "query scaled in place": (
+        attending(lambda attend, p, q, k, v, mask: attend(p, q.mul_(1.01), k, v, mask)),
+        "inputs_untouched",
+    ),
+    "key scaled in place where no gradient is asked": (
+        attending(scaling_in_place),
+        "inputs_untouched",
+    ),
+    "running statistic": (attending(Swelling()), "deterministic"),
+    "dropout": (
+        attending(
+            lambda attend, p, q, k, v, mask: attend(p, q, k, v, mask) * (torch.rand(1) > 0.1)
+        ),
+        "deterministic",
+    ),
+    "mix from the global seed": (drawing(global_mix), "init_follows_its_generator"),
+    "init without the axis of heads": (drawing(flat_mix), "init_follows_its_generator"),
+    "init that seeds the world": (drawing(seeds_the_heads), "global_state_untouched"),
+    # derivatives and transforms
+    "gradient of q one tenth too large": (
+        attending(
+            lambda attend, p, q, k, v, mask: attend(p, q + 0.1 * (q - q.detach()), k, v, mask)
+        ),
+        "gradient_is_right",
+    ),
+    "gradients of the other example": (
+        attending(lambda attend, p, q, k, v, mask: Flipped.apply(attend(p, q, k, v, mask)), G),
+        "per_example_gradients",
+    ),
+    "no forward mode": (
+        weighing(lambda weights, p, s, mask: weights(p, OnceDifferentiable.apply(s), mask), G),
+        "forward_meets_reverse",
+    ),
+    "branch on values": (attending(branching), "vmap_is_a_loop"),
+    # declared
+    "rank declared too small": (parsed("G2:rank=3"), "rank", {"traits": {"rank": 2}}),
+    "rows that do not sum to one": (parsed("sigmoid"), "simplex", {"traits": {"simplex": True}}),
+    "negative weights": (
+        weighing(lambda weights, p, s, mask: 2 * weights(p, s, mask) - weights(p, -s, mask)),
+        "simplex",
+    ),
+    "not invariant to shifts": (
+        parsed("relu"),
+        "shift_invariant",
+        {"traits": {"shift_invariant": True}},
+    ),
+    "scores scaled on the way to the units": (
+        weighing(lambda weights, p, s, mask: weights(p, 1.001 * s, mask), G),
+        "periodic",
+    ),
+    "base left out": (parsed(G), "softmax_base", {"traits": {"softmax_base": True}}),
+    "base of other scores": (
+        weighing(lambda weights, p, s, mask: weights(p, 2 * s, mask), OVER),
+        "softmax_base",
+    ),
+    "mix not zero at the start": (drawing(warm_start, OVER), "softmax_start"),
+    "mix read from the other end": (
+        weighing(lambda weights, p, s, mask: weights(mixed(p, lambda w: w.flip(-1)), s, mask), G),
+        "gauge",
+    ),
+    "hidden units numbered": (
+        weighing(
+            lambda weights, p, s, mask: weights(mixed(p, lambda w: w * placed(w)), s, mask), G
+        ),
+        "hidden_units_permute",
+    ),
+}
+
+
+def plan(kind, table):
+    return {
+        f"{kind}: {name}": Bug(kind, wrong, by, *options)
+        for name, (wrong, by, *options) in table.items()
+    }
+
+
+BUGS = {
+    **plan("basis", BASES),
+    **plan("operator", OPERATORS),
+}
+CHECKS = {
+    "basis": testing.check_basis,
+    "operator": testing.check_operator,
+}
 
 
 @pytest.mark.parametrize("name", BUGS)
@@ -402,7 +739,6 @@ def test_the_suite_catches_the_planted_bug(name):
     bug = BUGS[name]
     check = CHECKS[bug.kind]
     (result,) = check(bug.wrong, only=[bug.caught_by], max_examples=60, **bug.options)
-    caught[name] = result.passed is False
     assert result.passed is False, f"{name} survives {bug.caught_by}: {result.message}"
     for word in ("breaks", bug.caught_by, "smallest example", "what it means"):
         assert word in result.message
