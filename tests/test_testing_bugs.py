@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.autograd.function import once_differentiable
 
-from kart import bases, operators, testing, tree
+from kart import bases, operators, projections, testing, tree
+from kart.kernels import plain as plain_kernels
 
 
 class Bug(NamedTuple):
@@ -17,6 +18,11 @@ class Bug(NamedTuple):
     wrong: Any
     caught_by: str
     options: dict = {}
+
+
+def wrapped(x):
+    """Whether a transform of torch.func looks on."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def waves(features, size=4, family="fourier", **traits):
@@ -128,7 +134,7 @@ def assumes_contiguous(apply, params, x):
     step = [1]
     for size in reversed(x.shape[1:]):
         step.insert(0, step[0] * size)
-    if not x.dim() or x.numel() < 2 or torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if not x.dim() or x.numel() < 2 or wrapped(x):
         return apply(params, x)
     room = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
     return apply(params, x.as_strided(x.shape, step) if room >= x.numel() else x * 0)
@@ -497,7 +503,7 @@ def in_half(attend, params, q, k, v, mask):
 
 
 def scaling_in_place(attend, params, q, k, v, mask):
-    free = not torch._C._functorch.is_functorch_wrapped_tensor(k)
+    free = not wrapped(k)
     return attend(params, q, k.div_(root(q)) if free else k / root(q), v, mask)
 
 
@@ -717,6 +723,304 @@ OPERATORS = {
 }
 
 
+# --- projections ----------------------------------------------------------------------------------
+
+RIGHT = projections.simplex
+
+
+def projecting(wrong):
+    """A projection that is `wrong(rows)` along the last axis."""
+    return lambda y, dim=-1: wrong(y.movedim(dim, -1)).movedim(-1, dim)
+
+
+def water_level(rows, highest=0.0, detach=False, most=None):
+    """max(y - lambda, 0) by a sort, as the paper prints it but for the options."""
+    y = rows - highest
+    ordered = (y.detach() if detach else y).sort(-1, descending=True).values[..., :most]
+    excess = ordered.cumsum(-1) - 1
+    counts = torch.arange(1, ordered.shape[-1] + 1, dtype=y.dtype)
+    last = ((counts * ordered > excess).sum(-1, keepdim=True) - 1).clamp(min=0)
+    return (y - excess.gather(-1, last) / (last + 1)).clamp(min=0)
+
+
+def shifted(rows, **options):
+    return water_level(rows, rows.detach().amax(-1, keepdim=True), **options)
+
+
+def clamped_and_divided(rows):
+    positive = (rows - rows.amax(-1, keepdim=True) + 1).clamp(min=0)
+    return positive / positive.sum(-1, keepdim=True)
+
+
+def one_hot(rows):
+    return torch.nn.functional.one_hot(rows.argmax(-1), rows.shape[-1]).to(rows.dtype)
+
+
+def unsorted(rows):
+    """The sort is not undone."""
+    return RIGHT(rows).sort(-1, descending=True).values
+
+
+class OneWay(torch.autograd.Function):
+    """The projection with a backward by hand, and no forward mode."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows):
+        return RIGHT(rows)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, grad):
+        support = (ctx.saved_tensors[0] > 0).to(grad.dtype)
+        mean = (grad * support).sum(-1, keepdim=True) / support.sum(-1, keepdim=True)
+        return support * (grad - mean)
+
+
+def shifted_in_place(rows):
+    free = not wrapped(rows)
+    return RIGHT(rows.sub_(rows.amax(-1, keepdim=True)) if free else rows)
+
+
+class Warming:
+    """A temperature that falls with every call."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, rows):
+        self.calls += 1
+        return RIGHT(rows * (1 + 1e-3 * self.calls))
+
+
+PROJECTIONS = {
+    "softmax": (projecting(lambda rows: rows.softmax(-1)), "nearest"),
+    "clamped and divided by the sum": (projecting(clamped_and_divided), "nearest"),
+    "twice as steep": (projecting(lambda rows: RIGHT(2 * rows)), "fixed_points"),
+    "sum left at two": (projecting(lambda rows: 2 * RIGHT(rows / 2)), "on_the_simplex"),
+    "running sums far from zero": (projecting(water_level), "on_the_simplex"),
+    "temperature by the mean": (
+        projecting(lambda rows: RIGHT(rows * (1 + 1e-3 * rows.mean(-1, keepdim=True)))),
+        "shift_invariant",
+    ),
+    "running sums that lose digits": (projecting(water_level), "shift_invariant"),
+    "sort not undone": (projecting(unsorted), "entries_permute"),
+    "ties broken by place": (
+        projecting(lambda rows: RIGHT(rows - 1e-3 * torch.arange(rows.shape[-1]).to(rows))),
+        "entries_permute",
+    ),
+    "small scores first": (projecting(lambda rows: RIGHT(-rows)), "monotone"),
+    "one hot": (projecting(one_hot), "nonexpansive"),
+    "axis ignored": (lambda y, dim=-1: RIGHT(y), "keeps_shape_and_dtype"),
+    "sorted along the wrong axis": (
+        projecting(lambda rows: RIGHT(rows, dim=0) if rows.dim() > 1 else RIGHT(rows)),
+        "rows_stand_alone",
+    ),
+    "one maximum for all rows": (
+        projecting(lambda rows: water_level(rows, rows.detach().amax())),
+        "rows_stand_alone",
+    ),
+    "NaN swallowed": (projecting(lambda rows: RIGHT(rows.nan_to_num(-9))), "rows_stand_alone"),
+    "minus infinity made finite": (
+        projecting(lambda rows: RIGHT(rows.clamp(min=-5))),
+        "minus_infinity_is_deleting",
+    ),
+    "threshold detached": (
+        projecting(lambda rows: shifted(rows, detach=True)),
+        "jacobian_of_theory",
+    ),
+    "no forward mode": (projecting(OneWay.apply), "forward_meets_reverse"),
+    "early exit on values": (
+        projecting(lambda rows: rows if bool((rows == one_hot(rows)).all()) else RIGHT(rows)),
+        "vmap_is_a_loop",
+    ),
+    "support of at most 16": (projecting(lambda rows: shifted(rows, most=16)), "large_rows"),
+    "shifted in place": (projecting(shifted_in_place), "inputs_untouched"),
+    "temperature that falls": (projecting(Warming()), "deterministic"),
+}
+
+
+# --- kernels --------------------------------------------------------------------------------------
+
+SIZES = {"batch": [1, 2], "heads": [1, 2], "queries": [1, 3, 17], "keys": [1, 33], "width": [1, 4]}
+
+
+def attention_inputs(generator, batch, heads, queries, keys, width):
+    q = torch.randn(batch, heads, queries, width, generator=generator)
+    k, v = (torch.randn(batch, heads, keys, width, generator=generator) for _ in range(2))
+    return q, k, v, torch.rand(batch, 1, 1, keys, generator=generator) > 0.3
+
+
+def fast_attention(wrong):
+    """Softmax attention as a kernel, `wrong(q, k, v, mask)` against the plain expression."""
+    return wrong, plain_kernels.softmax_attention, attention_inputs, SIZES
+
+
+def forged(value, slope):
+    """The value of one expression with the derivatives of another."""
+    return value.detach() + slope - slope.detach()
+
+
+def attention(q, k, v, mask):
+    return plain_kernels.softmax_attention(q, k, v, mask)
+
+
+def zero_last(x):
+    return torch.cat([x[..., :-1, :], x[..., -1:, :] * 0], -2)
+
+
+def whole_blocks(x, size):
+    return x[..., : max(1, x.shape[-2] // size * size), :]
+
+
+def keys_in_blocks(q, k, v, mask):
+    k, v = whole_blocks(k, 16), whole_blocks(v, 16)
+    return attention(q, k, v, mask[..., : k.shape[-2]])
+
+
+def queries_in_blocks(q, k, v, mask):
+    done = attention(whole_blocks(q, 16), k, v, mask)
+    rest = q.shape[-2] - done.shape[-2]
+    return torch.cat([done, torch.empty_like(q[..., :rest, :])], -2)
+
+
+def in_bfloat16(q, k, v, mask):
+    scores = torch.where(mask, q @ k.mT * q.shape[-1] ** -0.5, torch.finfo(q.dtype).min)
+    return torch.where(mask, scores.softmax(-1), 0) @ v
+
+
+def raw_pointer(x):
+    """The memory behind `x`, taken for contiguous."""
+    return x if wrapped(x) else x.as_strided(x.shape, torch.empty(x.shape).stride())
+
+
+def doubled_in_place(x):
+    return x * 2 if wrapped(x) else x.mul_(2)
+
+
+def doubled_outside(x):
+    return x if wrapped(x) else forged(x, 2 * x)
+
+
+def product(backward=None, tangent=None, rule=None):
+    """x (B, H, N, d) times w (H, d, r) as a Function by hand, with one part of it replaced."""
+
+    def right_backward(grad, x, w):
+        return (grad @ w.mT).sum_to_size(x.shape), (x.mT @ grad).sum_to_size(w.shape)
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(x, w):
+            return x @ w
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return (backward or right_backward)(grad, *ctx.saved_tensors)
+
+        @staticmethod
+        def jvp(ctx, dx, dw):
+            x, w = ctx.saved_tensors
+            return (tangent or (lambda x, w, dx, dw: dx @ w + x @ dw))(x, w, dx, dw)
+
+        @staticmethod
+        def vmap(info, in_dims, x, w):
+            x = x if in_dims[0] is None else x.movedim(in_dims[0], 0)
+            w = w if in_dims[1] is None else w.movedim(in_dims[1], 0).unsqueeze(1)
+            return Product.apply(*(rule or (lambda x, w: (x, w)))(x, w)), 0
+
+    def inputs(generator, batch, heads, queries, keys, width):
+        x = torch.randn(batch, heads, queries, width, generator=generator)
+        return x, torch.randn(heads, width, keys, generator=generator)
+
+    return Product.apply, torch.matmul, inputs, {**SIZES, "queries": [1, 3], "keys": [1, 4]}
+
+
+class FoldedGradient(torch.autograd.Function):
+    """x^T g summed over the batch, into which the rule for vmap folds its examples."""
+
+    @staticmethod
+    def forward(x, grad):
+        return (x.mT @ grad).sum(0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims, x, grad):
+        x, grad = x.movedim(in_dims[0], 0), grad.movedim(in_dims[1], 0)
+        total = FoldedGradient.apply(x.flatten(0, 1), grad.flatten(0, 1))
+        return total.expand(info.batch_size, *total.shape), 0
+
+
+KERNELS = {
+    "last block of keys ignored": (fast_attention(keys_in_blocks), "values"),
+    "last block of queries unwritten": (fast_attention(queries_in_blocks), "values"),
+    "sums in half precision": (
+        fast_attention(lambda q, k, v, mask: attention(q, k, v.half().to(v.dtype), mask)),
+        "values",
+    ),
+    "scores and sums in bfloat16": (fast_attention(in_bfloat16), "half"),
+    "last value never read": (
+        fast_attention(lambda q, k, v, mask: attention(q, k, zero_last(v), mask)),
+        "every_element_counts",
+    ),
+    "memory taken for contiguous": (
+        fast_attention(lambda q, k, v, mask: attention(raw_pointer(q), k, v, mask)),
+        "layout_does_not_matter",
+    ),
+    "query scaled in place": (
+        fast_attention(lambda q, k, v, mask: attention(doubled_in_place(q), k, v, mask)),
+        "inputs_untouched",
+    ),
+    "mask ignored in the backward": (
+        fast_attention(lambda *x: forged(attention(*x), attention(*x[:3], torch.tensor(True)))),
+        "gradients",
+    ),
+    "gradient of k without the scale": (
+        fast_attention(lambda q, k, v, mask: attention(q, forged(k, k * root(k)), v, mask)),
+        "gradients",
+    ),
+    "gradient of w summed over the heads": (
+        product(lambda grad, x, w: (grad @ w.mT, (x.mT @ grad).sum((0, 1)).expand(w.shape))),
+        "gradients",
+    ),
+    "gradient of k doubled outside torch.func": (
+        fast_attention(lambda q, k, v, mask: attention(q, doubled_outside(k), v, mask)),
+        "eager_gradients",
+    ),
+    "rule for vmap forgets an axis of w": (
+        product(rule=lambda x, w: (x, w[0] if w.dim() > 3 else w)),
+        "mapped",
+    ),
+    "no rule for vmap": (
+        fast_attention(lambda q, k, v, mask: attention(q * float(q.abs().max() < 9), k, v, mask)),
+        "mapped",
+    ),
+    "examples folded into the sum over the batch": (
+        product(lambda grad, x, w: (grad @ w.mT, FoldedGradient.apply(x, grad))),
+        "per_example_gradients",
+    ),
+    "forward mode silently zero": (
+        product(tangent=lambda x, w, dx, dw: torch.zeros_like(x @ w)),
+        "forward_mode",
+    ),
+    "backward that is constant in w": (
+        product(lambda grad, x, w: (grad @ w.detach().mT, (x.mT @ grad).sum_to_size(w.shape))),
+        "second_derivative",
+    ),
+}
+
+
 def plan(kind, table):
     return {
         f"{kind}: {name}": Bug(kind, wrong, by, *options)
@@ -727,10 +1031,14 @@ def plan(kind, table):
 BUGS = {
     **plan("basis", BASES),
     **plan("operator", OPERATORS),
+    **plan("projection", PROJECTIONS),
+    **plan("kernel", KERNELS),
 }
 CHECKS = {
     "basis": testing.check_basis,
     "operator": testing.check_operator,
+    "projection": testing.check_projection,
+    "kernel": lambda bug, **options: testing.check_kernel(*bug, **options),
 }
 
 
