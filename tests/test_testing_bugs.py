@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.autograd.function import once_differentiable
 
-from kart import bases, operators, projections, testing, tree
+from kart import bases, models, operators, projections, testing, tree
 from kart.kernels import plain as plain_kernels
 
 
@@ -1021,6 +1021,328 @@ KERNELS = {
 }
 
 
+# --- steps ----------------------------------------------------------------------------------------
+
+
+class Learner(NamedTuple):
+    """The state of a linear regression under momentum."""
+
+    params: dict
+    speed: dict
+    count: torch.Tensor
+
+
+def start(generator):
+    params = {"w": torch.randn(3, 2, generator=generator), "b": torch.zeros(2)}
+    return Learner(params, tree.map(torch.zeros_like, params), torch.zeros((), dtype=torch.int64))
+
+
+def pairs(generator, size):
+    return torch.randn(size, 3, generator=generator), torch.randn(size, 2, generator=generator)
+
+
+def errors(params, x, y):
+    return (x @ params["w"] + params["b"] - y).square().sum(-1)
+
+
+def mean_loss(params, batch):
+    return errors(params, *batch).mean()
+
+
+def summed(params, batch):
+    return errors(params, *batch).sum()
+
+
+def momentum(params, speed, slopes, rate, decay, count):
+    speed = tree.map(lambda v, g: 0.9 * v + g, speed, slopes)
+    return tree.map(lambda p, v: p - rate * (v + decay * p), params, speed), speed
+
+
+def learning(update=momentum, loss=mean_loss, rate=0.01, decay=0.1, mask=lambda name, leaf: False):
+    """A right way to train, but for the `update` or the `loss` it is given."""
+
+    def slopes(state, batch):
+        return torch.func.grad(loss)(state.params, batch)
+
+    def at(rate, decay, mask=mask):
+        def step(state, batch):
+            params, speed = update(
+                state.params, state.speed, slopes(state, batch), rate, decay, state.count
+            )
+            kept = tree.map_named(lambda name, p: mask(name, p), state.params)
+            params = tree.map(lambda k, p, q: q if k else p, kept, params, state.params)
+            return Learner(params, speed, state.count + 1), {"loss": loss(state.params, batch)}
+
+        return step
+
+    return testing.Training(
+        start,
+        at(rate, decay),
+        pairs,
+        gradients=slopes,
+        loss=lambda state, batch: mean_loss(state.params, batch),
+        still=at(0.0, 0.0),
+        freeze=lambda mask: at(rate, decay, mask),
+    )
+
+
+def stepping(wrong):
+    """A training whose step is `wrong(right step, state, batch)`."""
+    right = learning()
+    return right._replace(step=lambda state, batch: wrong(right.step, state, batch))
+
+
+def in_place(params, speed, slopes, rate, decay, count):
+    speed = tree.map(lambda v, g: v.mul_(0.9).add_(g), speed, slopes)
+    return momentum(params, speed, slopes, rate, decay, count)
+
+
+def decayed_by_itself(params, speed, slopes, rate, decay, count):
+    """Decay beside the rate instead of within it."""
+    params, speed = momentum(params, speed, slopes, rate, 0.0, count)
+    return tree.map(lambda p: p * 0.999, params), speed
+
+
+def uphill(params, speed, slopes, rate, decay, count):
+    return momentum(params, speed, slopes, -rate, decay, count)
+
+
+def clipped_together(params, speed, slopes, rate, decay, count):
+    """A norm that is taken as a number: of all members at once, were it of any."""
+    norm = float(sum(leaf.square().sum() for leaf in tree.leaves(slopes)).sqrt())
+    return momentum(params, speed, slopes, rate / max(1.0, norm), decay, count)
+
+
+def bias_left_out(params, speed, slopes, rate, decay, count):
+    moved, speed = momentum(params, speed, slopes, rate, decay, count)
+    return {**moved, "b": params["b"]}, speed
+
+
+class Schedule:
+    """A rate that falls with the calls of a Python counter."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, params, speed, slopes, rate, decay, count):
+        self.calls += 1
+        return momentum(params, speed, slopes, rate / self.calls, decay, count)
+
+
+def noisy(params, batch):
+    return mean_loss(params, batch) + 1e-3 * (params["w"] * torch.randn(3, 2)).sum()
+
+
+def centred(params, batch):
+    """Targets centred over the batch."""
+    x, y = batch
+    return mean_loss(params, (x, y - y.mean(0)))
+
+
+def weighted_by_place(params, batch):
+    each = errors(params, *batch)
+    return (each * torch.arange(1, len(each) + 1)).mean()
+
+
+def frozen_before(mask):
+    """Gradients of frozen parameters are zero, but decay moves them."""
+
+    def update(params, speed, slopes, *rest):
+        slopes = tree.map_named(lambda n, g: g * 0 if mask(n, g) else g, slopes)
+        return momentum(params, speed, slopes, *rest)
+
+    return learning(update).step
+
+
+def in_double(step, state, batch):
+    after, metrics = step(state, batch)
+    return after._replace(speed=tree.map(torch.Tensor.double, after.speed)), metrics
+
+
+class Beside:
+    """Moments kept beside the state: whoever holds another copy of it has none."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def __call__(self, step, state, batch):
+        _, speed = self.kept.get(id(state), (state, state.speed))
+        after, metrics = step(state._replace(speed=speed), batch)
+        shown = after._replace(speed=tree.map(torch.zeros_like, after.speed))
+        self.kept[id(shown)] = shown, after.speed
+        return shown, metrics
+
+
+def all_frozen(mask):
+    return learning(mask=lambda name, leaf: True).step
+
+
+STEPS = {
+    "sum instead of mean": (
+        learning(loss=summed),
+        "micro_batches",
+    ),
+    "examples see each other": (learning(loss=centred), "micro_batches"),
+    "weight by place in the batch": (learning(loss=weighted_by_place), "examples_permute"),
+    "targets of the neighbour": (
+        learning(loss=lambda params, batch: mean_loss(params, (batch[0], batch[1].roll(1, 0)))),
+        "examples_permute",
+    ),
+    "state changed in place": (learning(in_place), "inputs_untouched"),
+    "decay beside the rate": (learning(decayed_by_itself), "zero_rate_is_still"),
+    "counter in Python": (learning(Schedule()), "deterministic"),
+    "noise from the global seed": (learning(loss=noisy), "deterministic"),
+    "frozen parameters decay": (learning()._replace(freeze=frozen_before), "frozen_stay"),
+    "all frozen": (learning()._replace(freeze=all_frozen), "frozen_stay"),
+    "bias never moved": (learning(bias_left_out), "moves"),
+    "uphill": (learning(uphill), "descends"),
+    "norm taken as a number": (learning(clipped_together), "member_is_solo"),
+    "targets of the neighbour in the step alone": (
+        stepping(lambda step, state, batch: step(state, (batch[0], batch[1].roll(1, 0)))),
+        "examples_permute",
+    ),
+    "sum in the step alone": (
+        learning()._replace(step=learning(loss=summed).step),
+        "micro_batches",
+    ),
+    "moments beside the state": (stepping(Beside()), "saving_is_nothing"),
+    "moments in double": (stepping(in_double), "keeps_structure"),
+}
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def tiny(operator):
+    sizes = {"image_size": 4, "patch_size": 2, "in_channels": 1, "num_classes": 3}
+    return models.create(
+        "vit_nano", operator=operator, **sizes, embed_dim=4, depth=2, num_heads=2, mlp_ratio=1.0
+    )
+
+
+def seeing(wrong, operator="softmax"):
+    """A model that is `wrong(right function, params, images)` in `apply` and `intermediates`."""
+    right = tiny(operator)
+    return right._replace(
+        apply=lambda params, images: wrong(right.apply, params, images),
+        intermediates=lambda params, images: wrong(right.intermediates, params, images),
+    )
+
+
+def answering(wrong, operator="softmax"):
+    """A model whose `apply` alone is `wrong(right apply, params, images)`."""
+    right = tiny(operator)
+    return right._replace(apply=lambda params, images: wrong(right.apply, params, images))
+
+
+def shared(wrong):
+    """A universal model made of the blockwise one, with operators `wrong(operator, block)`."""
+    universal, blockwise = tiny("G2U:rank=2"), tiny("G2B:rank=2")
+
+    def apply(params, images):
+        blocks = {
+            i: {**block, "operator": wrong(params["operator"], int(i))}
+            for i, block in params["blocks"].items()
+        }
+        rest = {name: leaf for name, leaf in params.items() if name != "operator"}
+        return blockwise.apply({**rest, "blocks": blocks}, images)
+
+    return universal._replace(apply=apply)
+
+
+TIED = {"tied": tiny("G2B:rank=2")}
+
+
+def normalised_by_the_batch(apply, params, images):
+    return apply(params, images - 1e-3 * (images.mean(0) if images.dim() > 3 else images))
+
+
+def of_a_batch(apply, params, images):
+    """Needs exactly one leading axis."""
+    return apply(params, images.view(-1, 1, 4, 4))
+
+
+def dropout(apply, params, images):
+    return apply(params, images * (torch.rand(images.shape[-2:]) > 0.1))
+
+
+def blind_to(name):
+    """One parameter is drawn, but zeros are used."""
+
+    def wrong(apply, params, images):
+        return apply({**params, name: torch.zeros_like(params[name])}, images)
+
+    return wrong
+
+
+def global_head(generator):
+    right = tiny("softmax").init(generator)
+    return {**right, "cls_token": torch.randn(right["cls_token"].shape)}
+
+
+def low_in_float32(apply, params, images):
+    low = images.to(torch.bfloat16) if images.dtype == torch.float32 else images
+    return apply(params, low.to(images.dtype))
+
+
+MODELS = {
+    "gradient of the last block alone": (
+        shared(lambda op, block: op if block == 1 else tree.map(torch.detach, op)),
+        "universal_is_tied",
+        TIED,
+    ),
+    "shared in the last block alone": (
+        shared(lambda op, block: op if block == 1 else tree.map(torch.zeros_like, op)),
+        "universal_is_tied",
+        TIED,
+    ),
+    "statistics of the batch": (seeing(normalised_by_the_batch), "examples_stand_alone"),
+    "first image for all": (
+        seeing(lambda apply, p, images: apply(p, of_the_first(images, 3))),
+        "examples_stand_alone",
+    ),
+    "dropout": (seeing(dropout), "inputs_untouched"),
+    "images normalised in place": (
+        seeing(lambda apply, p, images: apply(p, doubled_in_place(images))),
+        "inputs_untouched",
+    ),
+    "patches column by column": (
+        seeing(lambda apply, p, images: apply(p, images.mT)),
+        "patches_permute",
+    ),
+    "exactly one leading axis": (answering(of_a_batch), "keeps_shape_and_dtype"),
+    "what is looked at is scaled": (
+        answering(lambda apply, p, images: apply(p, images / 2)),
+        "intermediates_agree",
+    ),
+    "init from the global seed": (
+        tiny("softmax")._replace(init=global_head),
+        "init_follows_its_generator",
+    ),
+    "branch on values": (
+        seeing(lambda apply, p, images: apply(p, images * float(images.abs().max() < 9))),
+        "vmap_is_a_loop",
+    ),
+    "gradients of the other example": (
+        answering(lambda apply, p, images: Flipped.apply(apply(p, images))),
+        "per_example_gradients",
+    ),
+    "class token detached": (
+        seeing(lambda apply, p, images: apply({**p, "cls_token": p["cls_token"].detach()}, images)),
+        "gradient_is_right",
+    ),
+    "no forward mode": (
+        seeing(lambda apply, p, images: apply(p, OnceDifferentiable.apply(images))),
+        "forward_meets_reverse",
+    ),
+    "class token without influence": (
+        seeing(blind_to("cls_token")),
+        "every_parameter_counts",
+    ),
+    "images in half precision": (seeing(low_in_float32), "float32_follows_float64"),
+}
+
+
 def plan(kind, table):
     return {
         f"{kind}: {name}": Bug(kind, wrong, by, *options)
@@ -1033,12 +1355,16 @@ BUGS = {
     **plan("operator", OPERATORS),
     **plan("projection", PROJECTIONS),
     **plan("kernel", KERNELS),
+    **plan("step", STEPS),
+    **plan("model", MODELS),
 }
 CHECKS = {
     "basis": testing.check_basis,
     "operator": testing.check_operator,
     "projection": testing.check_projection,
     "kernel": lambda bug, **options: testing.check_kernel(*bug, **options),
+    "step": testing.check_step,
+    "model": testing.check_model,
 }
 
 
