@@ -1,5 +1,6 @@
 """The kit is tested: planted bugs, each of which its suite must catch by the property named."""
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from kart import bases, models, operators, projections, testing, tree
 from kart.kernels import plain as plain_kernels
+from kart.testing import basis, families, kernel, model, operator, projection, step
 
 
 class Bug(NamedTuple):
@@ -1368,6 +1370,16 @@ CHECKS = {
 }
 
 
+SUITES = {
+    "basis": (*basis.EVERYONE, *basis.TRAITS, *itertools.chain(*families.OF.values())),
+    "operator": (*operator.EVERYONE, *operator.TRAITS),
+    "projection": projection.EVERYONE,
+    "kernel": kernel.EVERYONE,
+    "step": step.EVERYONE,
+    "model": model.EVERYONE,
+}
+
+
 @pytest.mark.parametrize("name", BUGS)
 def test_the_suite_catches_the_planted_bug(name):
     bug = BUGS[name]
@@ -1377,3 +1389,22 @@ def test_the_suite_catches_the_planted_bug(name):
     for word in ("breaks", bug.caught_by, "smallest example", "what it means"):
         assert word in result.message
     print(result.message)
+
+
+@pytest.mark.parametrize("kind", SUITES)
+def test_every_property_of_a_suite_has_a_bug_that_it_catches(kind):
+    planted = {bug.caught_by for bug in BUGS.values() if bug.kind == kind}
+    assert {prop.name for prop in SUITES[kind]} <= planted
+
+
+def test_there_are_bugs_of_every_kind():
+    assert len(BUGS) >= 25
+    assert {bug.kind for bug in BUGS.values()} == set(CHECKS)
+
+
+@pytest.mark.parametrize("kind", ["kernel", "step"])
+def test_what_the_bugs_are_planted_in_is_right(kind):
+    rights = {"kernel": [product(), fast_attention(attention)], "step": [learning()]}
+    for right in rights[kind]:
+        results = CHECKS[kind](right, max_examples=5)
+        assert [result.message for result in results if not result.passed] == []
