@@ -1,6 +1,7 @@
 """Suite-wide settings: one thread, NaN-poisoned `empty`, derandomised Hypothesis."""
 
 import os
+from collections import Counter
 
 import hypothesis
 import pytest
@@ -20,3 +21,18 @@ def _one_thread_and_poison():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says how many of the planted bugs their suites caught, after a run of those tests."""
+    runs, caught = Counter(), Counter()
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            _, planted, name = report.nodeid.partition("::test_the_suite_catches_the_planted_bug[")
+            if planted:
+                runs[name.split(":")[0]] += 1
+                caught[name.split(":")[0]] += outcome == "passed"
+    if runs:
+        kinds = ", ".join(f"{kind} {caught[kind]} of {count}" for kind, count in runs.items())
+        total = f"planted bugs caught: {caught.total()} of {runs.total()} ({kinds})"
+        terminalreporter.write_line(total)

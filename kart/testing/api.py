@@ -149,7 +149,8 @@ def check_kernel(
             (the suite casts and differentiates them), masks and None as they are.
         sizes: the numbers to draw each size from; include those around the blocks of `fast`.
         traits: "vmap", "forward_mode", "second_derivative" or "half" as False, where `fast` does
-            not claim it.
+            not claim it; "half" as the number of eps of the largest value that it may be off by,
+            where it keeps what is between in half precision on purpose.
     """
     suite = suites.kernel(fast, plain, inputs, sizes, name, traits, dtype)
     return core.check(suite, expected_failures, max_examples, only)

@@ -112,11 +112,13 @@ def examples_stand_alone(s: Subject, seed: int, poke: float, dtype: torch.dtype)
     An example leaks into another: the result depends on the batch.
     """
     params, images = s.params(seed, dtype), s.batch(seed, 2, dtype)
-    spoiled = images.clone()
-    spoiled[1] = poke
-    wanted = s.model.apply(params, images[0])
-    limit = spread(s.model.apply, (params, images[0]), dtype)
-    agree(s.model.apply(params, spoiled)[0], wanted, limit, "logits among others", "alone")
+    for b in (0, 1):
+        spoiled = images.clone()
+        spoiled[1 - b] = poke
+        wanted = s.model.apply(params, images[b])
+        limit = spread(s.model.apply, (params, images[b]), dtype)
+        got = s.model.apply(params, spoiled)[b]
+        agree(got, wanted, limit, f"logits of image {b} among others", "alone")
 
 
 def vmap_is_a_loop(s: Subject, seed: int, dtype: torch.dtype) -> None:

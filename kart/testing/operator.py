@@ -1,5 +1,6 @@
 """Properties of a row operator: what stands where softmax stood."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -174,6 +175,8 @@ def inputs_untouched(s: Subject, row: Row, dtype: torch.dtype) -> None:
     before = tree.map(torch.clone, tuple(x))
     out, pullback = vjp(s.op.attend, *x)
     pullback(torch.ones_like(out))
+    # plain as well: what nobody differentiates is where writing in place pays
+    s.op.attend(*x)
     s.op.weights(x.params, scores_of(x.q, x.k))
     for name, leaf in tree.named(tuple(x)).items():
         same(leaf, tree.named(before)[name], f"argument {name} afterwards", "it before")
@@ -200,7 +203,9 @@ def deterministic(s: Subject, row: Row, other: Row, dtype: torch.dtype) -> None:
     """
     x = s.inputs(row, dtype)
     first = s.op.attend(*x)
-    s.op.attend(*s.inputs(other, dtype))
+    between = s.inputs(other, dtype)
+    # loud, so that it changes whatever is kept of the largest seen
+    s.op.attend(between.params, *(1e3 * t for t in between[1:]))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(row.seed + 11)
         again = s.op.attend(*x)
@@ -379,13 +384,30 @@ def float32_follows_float64(s: Subject, row: Row) -> None:
 def queries_permute(s: Subject, row: Row, order: list[int], dtype: torch.dtype) -> None:
     """attend(theta, P q, k, v) = P attend(theta, q, k, v) for permutations P of the queries.
 
-    A query sees others, or its own position.
+    A query knows its own position.
     """
     x = s.inputs(row, dtype)
     index = torch.tensor([i for i in order if i < row.queries])
     moved = s.op.attend(x.params, x.q[..., index, :], x.k, x.v)
     wanted, limit = s.op.attend(*x)[..., index, :], _attend_slack(s, x)[..., index, :]
     agree(moved, wanted, limit, "attend(P q)", "P attend(q)")
+
+
+def queries_stand_alone(s: Subject, row: Row, seed: int, dtype: torch.dtype) -> None:
+    """attend(theta, q, k, v, mask)[b, :, n] = attend(theta, q[b, :, n], k[b], v[b], mask[b, :, n]).
+
+    A query sees others, or the mask of another query or example.
+    """
+    x = s.inputs(row, dtype)
+    shape = (row.batch, row.heads, row.queries, row.keys)
+    mask = torch.rand(shape, generator=draw.generator(seed)) > 0.4
+    for given in (None, mask):
+        got, limit = s.op.attend(*x, given), _attend_slack(s, x, given)
+        for b, n in itertools.product(range(row.batch), range(row.queries)):
+            own = None if given is None else given[b, :, n : n + 1]
+            alone = s.op.attend(x.params, x.q[b, :, n : n + 1], x.k[b], x.v[b], own)
+            here = (b, slice(None), slice(n, n + 1))
+            agree(got[here], alone, limit[here], f"query {n} of example {b}", "it alone")
 
 
 def keys_permute_with_parameters(
@@ -442,28 +464,37 @@ def examples_stand_alone(s: Subject, row: Row, poke: float, dtype: torch.dtype) 
     An example leaks into another: results depend on the batch, and one bad example spoils it.
     """
     x = s.inputs(row._replace(batch=2), dtype)
-    spoiled = [t.clone() for t in x[1:]]
-    for t in spoiled:
-        t[1] = poke
-    got = s.op.attend(x.params, *spoiled)[0]
-    wanted = s.op.attend(x.params, *(t[0] for t in x[1:]))
-    agree(got, wanted, _attend_slack(s, x)[0], "attend among others", "attend alone")
+    for b in (0, 1):
+        spoiled = [t.clone() for t in x[1:]]
+        for t in spoiled:
+            t[1 - b] = poke
+        got = s.op.attend(x.params, *spoiled)[b]
+        wanted = s.op.attend(x.params, *(t[b] for t in x[1:]))
+        agree(got, wanted, _attend_slack(s, x)[b], f"example {b} among others", "it alone")
 
 
-def heads_stand_alone(s: Subject, row: Row, poke: float, dtype: torch.dtype) -> None:
-    """attend(theta, q, k, v)[h] depends on theta[h], q[h], k[h] and v[h] alone.
+def heads_stand_alone(
+    s: Subject, row: Row, kept: list[bool], poke: float, dtype: torch.dtype
+) -> None:
+    """attend(theta, q, k, v, mask)[h] depends on theta[h], q[h], k[h], v[h] and mask[h] alone.
 
-    A head leaks into another.
+    A head leaks into another, or all work with what belongs to one.
     """
     x = s.inputs(row._replace(heads=2), dtype)
-    spoiled = [t.clone() for t in x[1:]]
-    for t in spoiled:
-        t[:, 1] = poke
-    params = tree.map(lambda p: torch.cat([p[:1], torch.full_like(p[1:], poke)]), x.params)
-    got = s.op.attend(params, *spoiled)[:, 0]
-    own = tree.map(lambda p: p[:1], x.params)
-    wanted = s.op.attend(own, *(t[:, :1] for t in x[1:]))[:, 0]
-    agree(got, wanted, _attend_slack(s, x)[:, 0], "head 0 among others", "head 0 alone")
+    mask = torch.stack([_mask(row, kept), ~_mask(row, kept)])[:, None]
+    for h, given in itertools.product((0, 1), (None, mask)):
+        own = torch.tensor([i == h for i in (0, 1)])
+        spoiled = [torch.where(own[:, None, None], t, poke) for t in x[1:]]
+        params = tree.map(
+            lambda p, own=own: torch.where(own.view(2, *[1] * (p.dim() - 1)), p, poke), x.params
+        )
+        got = s.op.attend(params, *spoiled, given)[:, h]
+        one = slice(h, h + 1)
+        alone = tree.map(lambda p, one=one: p[one], x.params)
+        part = None if given is None else given[one]
+        wanted = s.op.attend(alone, *(t[:, one] for t in x[1:]), part)[:, 0]
+        limit = _attend_slack(s, x, given)[:, h]
+        agree(got, wanted, limit, f"head {h} among others", f"head {h} alone")
 
 
 def masked_keys_are_silent(
@@ -565,13 +596,14 @@ EVERYONE = (
     Property(per_example_gradients, ROW),
     Property(float32_follows_float64, ROW),
     Property(queries_permute, {**PAIR, "order": ORDER}),
+    Property(queries_stand_alone, {**PAIR, "seed": draw.seeds}),
     Property(keys_permute_with_parameters, {**PAIR, "order": ORDER}),
     Property(linear_in_values, {**PAIR, "seed": draw.seeds}),
     Property(change_of_basis, {**ROW, "seed": draw.seeds}),
     Property(examples_stand_alone, {**PAIR, "poke": SPOILED}),
     Property(
         heads_stand_alone,
-        {**PAIR, "poke": SPOILED},
+        {**PAIR, "kept": MASK, "poke": SPOILED},
         unfit=lambda s: "the heads are different operators" if s.heads is not None else None,
     ),
     Property(masked_keys_are_silent, {**PAIR, "kept": MASK, "poke": LOUD}),
@@ -655,6 +687,17 @@ def softmax_base(s: Subject, row: Row, dtype: torch.dtype) -> None:
     agree(got, wanted, limit, "attend with mix 0", "scaled_dot_product_attention")
 
 
+def softmax_start(s: Subject, row: Row, dtype: torch.dtype) -> None:
+    """attend(init(generator), q, k, v) = scaled_dot_product_attention(q, k, v).
+
+    The learned part is not zero at the start, where training is to leave from softmax.
+    """
+    x = s.inputs(row._replace(jitter=0.0), dtype)
+    wanted = scaled_dot_product_attention(x.q, x.k, x.v)
+    limit = spread(scaled_dot_product_attention, tuple(x[1:]), dtype)
+    agree(s.op.attend(*x), wanted, limit, "attend at the start", "scaled_dot_product_attention")
+
+
 def gauge(s: Subject, row: Row, seed: int) -> None:
     """weights(theta) = weights(theta') for units c' = G c and mix W' = W G^-1, G invertible.
 
@@ -715,6 +758,7 @@ TRAITS = (
         (2 * math.pi,),
     ),
     Property(softmax_base, PAIR, "softmax_base", (True,)),
+    Property(softmax_start, PAIR, "softmax_start", (True,)),
     Property(gauge, {**ROW, "seed": draw.seeds}, "gauge", (True,)),
     Property(hidden_units_permute, {**PAIR, "seed": draw.seeds}, "hidden_units_permute", (True,)),
 )
@@ -731,6 +775,7 @@ def traits_of(op: Any) -> dict[str, Any]:
         declared["simplex"] = True
     if options.get("base") == "softmax":
         declared["softmax_base"] = True
+        declared["softmax_start"] = options.get("mix") == "zero" and not options.get("project")
     if basis is None:
         return declared
     plain = basis.options.get("base", "zero") == "zero"

@@ -157,7 +157,8 @@ def descends(t: Training, seed: int) -> None:
 
 
 def micro_batches(t: Training, seed: int, steps: int, parts: int) -> None:
-    """The mean of the gradients of equal micro-batches = the gradient of the full batch.
+    """The mean of the gradients of equal micro-batches = the gradient of the full batch, and step
+    moves by a batch repeated as by the batch.
 
     The loss is a sum where a mean is meant, or examples of a batch see each other.
     """
@@ -168,18 +169,23 @@ def micro_batches(t: Training, seed: int, steps: int, parts: int) -> None:
     each = [t.gradients(state, piece) for piece in pieces]
     mean = tree.map(lambda *xs: torch.stack(xs).mean(0), *each)
     _near(mean, t.gradients(state, batch), "the mean of micro-batches", "the full batch")
+    twice, _ = t.step(state, tree.map(lambda x: torch.cat([x, x]), batch))
+    _updates_near(t, twice, t.step(state, batch)[0], state, "a batch twice")
 
 
 def examples_permute(t: Training, seed: int, steps: int) -> None:
-    """gradients(state, P batch) = gradients(state, batch) for permutations P of the examples.
+    """gradients(state, P batch) = gradients(state, batch) for permutations P of the examples, and
+    step moves alike by both.
 
     The place of an example in its batch counts, as where inputs and targets are paired wrongly.
     """
     assert t.gradients is not None
     state, batch = t.after(seed, steps), _batch(t, seed)
     order = torch.randperm(4, generator=draw.generator(seed))
-    moved = t.gradients(state, tree.map(lambda x: x[order], batch))
-    _near(moved, t.gradients(state, batch), "the permuted batch", "the batch")
+    moved = tree.map(lambda x: x[order], batch)
+    _near(t.gradients(state, moved), t.gradients(state, batch), "the permuted batch", "the batch")
+    after, alone = t.step(state, moved)[0], t.step(state, batch)[0]
+    _updates_near(t, after, alone, state, "the permuted batch")
 
 
 def member_is_solo(t: Training, seed: int, steps: int) -> None:
@@ -208,8 +214,9 @@ def _updates_near(t: Training, got: State, wanted: State, start: State, who: str
         apart = (one - other).abs() > 1e-3 * other.abs().max() + 4 * torch.finfo(leaf.dtype).eps
         if float(apart.double().mean()) > 0.05:
             raise AssertionError(
-                f"{name} of {who} moves by {float(one.flatten()[0]):.6g} (first entry), alone by "
-                f"{float(other.flatten()[0]):.6g}; {float(apart.double().mean()):.0%} differ"
+                f"{name} of {who} moves by {float(one.flatten()[0]):.6g} (first entry), where "
+                f"{float(other.flatten()[0]):.6g} is wanted; {float(apart.double().mean()):.0%} "
+                "differ"
             )
 
 
