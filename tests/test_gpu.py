@@ -74,19 +74,21 @@ def test_a_training_step_on_the_gpu_is_that_of_the_cpu(spec, precision):
     assert results[1] == pytest.approx(results[0], rel=limit)
 
 
-def test_a_step_does_not_wait_for_the_device():
+@pytest.mark.parametrize("name", ["step", "advance"])
+def test_a_step_does_not_wait_for_the_device(name):
     config = train.Config(operator="G3B", epochs=2, batch_size=4, device="cuda")
     model = models.create("vit_tiny", operator="G3B", image_size=32, patch_size=4, depth=2)
     functions = train.program(config, model, 10)
+    step = getattr(functions, name)
     state = functions.init(torch.Generator().manual_seed(0))
     images = torch.randn(4, 3, 32, 32, device="cuda")
     targets = torch.nn.functional.one_hot(torch.arange(4), 1000).float().cuda()
     hyper = train.Hyper(*(torch.tensor(x, device="cuda") for x in (1e-3, 0.05)))
-    state, _ = functions.step(state, hyper, images, targets)  # builds the kernels
+    state, _ = step(state, hyper, images, targets)  # builds the kernels
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        state, _ = functions.step(state, hyper, images, targets)
+        state, _ = step(state, hyper, images, targets)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert int(state.step) == 2
