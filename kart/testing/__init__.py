@@ -1,4 +1,36 @@
-"""Property suites."""
+"""Property suites for bases, operators, projections, kernels, training steps and models: your own
+are held to the mathematics that kart's are held to.
+
+A basis of one's own, hat functions on equal intervals:
+
+    def hats(grid=5, low=-2.0, high=2.0):
+        step = (high - low) / (grid - 1)
+
+        def expand(x):
+            centres = low + step * torch.arange(grid, dtype=x.dtype, device=x.device)
+            return (1 - ((x[..., None] - centres) / step).abs()).relu()
+
+        traits = {"partition_of_unity": (low, high), "nonnegative": True, "smooth": 0}
+        traits["points"] = [low + j * step for j in range(-1, grid + 1)]
+        return bases.linear(expand, grid, family="hats", traits=traits)
+
+is checked in three lines, each property a test of pytest:
+
+    @basis_suite(hats(grid=7), expected_failures={})
+    def test_hats(): ...
+
+or without pytest by `check_basis(hats())`, a list of `Result`, or by `kart test-basis my_module:hats`.
+
+* Some properties are asked of everyone (elementwise, derivatives, dtypes, vmap, float32 against
+  float64). The others follow from what the object declares in `traits`; a trait that is not declared
+  is probed, and listed as skipped with what the probe found. "points" are where something happens
+  (knots, poles, ends): examples are drawn on and beside them.
+* A failure names object, trait and property with its formula, the smallest example that Hypothesis
+  finds, the numbers there, and what it means for training.
+* `expected_failures={"property": "reason"}` is strict: a property that holds after all fails.
+* `HYPOTHESIS_PROFILE=nightly` (`make test-nightly`) draws thousands of examples at random; the
+  default profile draws the same few every time.
+"""
 
 try:
     import hypothesis  # noqa: F401
