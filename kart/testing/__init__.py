@@ -19,12 +19,13 @@ is checked in three lines, each property a test of pytest:
     @basis_suite(hats(grid=7), expected_failures={})
     def test_hats(): ...
 
-or without pytest by `check_basis(hats())`, a list of `Result`, or by `kart test-basis my_module:hats`.
+or without pytest by `check_basis(hats())`, a list of `Result`, or on the command line by
+`kart test-basis my_module:hats`.
 
 * Some properties are asked of everyone (elementwise, derivatives, dtypes, vmap, float32 against
-  float64). The others follow from what the object declares in `traits`; a trait that is not declared
-  is probed, and listed as skipped with what the probe found. "points" are where something happens
-  (knots, poles, ends): examples are drawn on and beside them.
+  float64). The others follow from what the object declares in `traits`; a trait that is not
+  declared is probed, and listed as skipped with what the probe found. "points" are where
+  something happens (knots, poles, ends): examples are drawn on and beside them.
 * A failure names object, trait and property with its formula, the smallest example that Hypothesis
   finds, the numbers there, and what it means for training.
 * `expected_failures={"property": "reason"}` is strict: a property that holds after all fails.
