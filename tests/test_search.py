@@ -15,7 +15,7 @@ import torch
 from optuna.trial import TrialState
 
 from kart import operators, population, train, tree
-from kart.search import command, question, space, storage, trials, work
+from kart.search import command, question, report, space, storage, trials, work
 from kart.search.trials import objective, train_members
 from kart.train import Config
 
@@ -541,6 +541,24 @@ def test_grid_and_brute_try_all_points_once(asked, tmp_path):
     assert command.study_main([*argv, *flags]) == 0
     for study in opened(tmp_path / "brute").values():
         assert sorted(trial.params["rank"] for trial in study.trials) == [2, 3]
+
+
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+def test_importances_are_of_good_values(direction):
+    # among the good ones only `fine` matters; `coarse` separates the bad from the worse
+    study = optuna.create_study(direction=direction, sampler=optuna.samplers.RandomSampler(0))
+    sign = 1 if direction == "maximize" else -1
+
+    def value(trial):
+        fine, coarse = trial.suggest_float("fine", 0, 1), trial.suggest_float("coarse", 0, 1)
+        return sign * (1 + fine if fine > 0.9 else -coarse)
+
+    study.optimize(value, n_trials=200)
+    found = report.importances(study)
+    assert found["fine"] > 0.9 and sum(found.values()) == pytest.approx(1)
+    few = optuna.create_study(direction=direction)
+    few.add_trials(study.trials[:7])
+    assert report.importances(few) == {}
 
 
 def test_several_objectives_have_a_front_in_the_report(asked, tmp_path):

@@ -6,6 +6,7 @@ import html
 import io
 import json
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -183,18 +184,27 @@ def _originals(study: optuna.Study) -> list[FrozenTrial]:
     return [t for t in study.get_trials(deepcopy=False) if original(t) == t.number]
 
 
+def importances(study: optuna.Study) -> dict[str, float]:
+    """What each parameter has to do with good values of the first objective, summing to one; empty
+    for less than eight complete trials.
+    """
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(complete) < 8 or not complete[0].params:
+        return {}
+    # PED-ANOVA asks what brings low values, and warns of that whatever it is given
+    sign = -1.0 if study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1.0
+    if len({trial.values[0] for trial in complete}) < 2:
+        return {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "PedAnova", UserWarning)
+        return optuna.importance.get_param_importances(
+            study, target=lambda trial: sign * trial.values[0]
+        )
+
+
 def importance_figure(arms: Arms) -> str:
     """Importance of each parameter for the first objective, an arm a panel; "" if not known."""
-    found: dict[str, dict[str, float]] = {}
-    for arm, study in arms.items():
-        complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if len(complete) < 8 or not complete[0].params:
-            continue
-        values = {trial.values[0] for trial in complete}
-        if len(values) > 1:
-            found[arm] = optuna.importance.get_param_importances(
-                study, target=lambda trial: trial.values[0]
-            )
+    found = {arm: values for arm, study in arms.items() if (values := importances(study))}
     found = dict(list(found.items())[:4])
     if not found:
         return ""
