@@ -471,7 +471,7 @@ def page(
         parts.append(
             '<p class="note">Not confirmed yet: the search chose these, so they look better than '
             f"they are. <code>kart study report {html.escape(where)} --confirm "
-            f"{settings.confirm}</code> trains them again with fresh seeds.</p>"
+            f"{settings.confirm or 5}</code> trains them again with fresh seeds.</p>"
         )
     if len(settings.objectives) > 1:
         parts += ["<h2>Accuracy against cost</h2>", pareto_figure(arms, settings)]
