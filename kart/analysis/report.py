@@ -175,8 +175,8 @@ def _described(look: _Look) -> str:
 def _setting(model: Model, config: Config, splits: Splits, seeds: int) -> str:
     c = model.config
     return _text(
-        f"{config.data}, {len(splits.train.labels):,} training images of {c.image_size} x "
-        f"{c.image_size}. {config.model}: {c.depth} blocks, {c.num_heads} heads, width "
+        f"{os.path.basename(config.data)}, {len(splits.train.labels):,} training images of "
+        f"{c.image_size} x {c.image_size}. {config.model}: {c.depth} blocks, {c.num_heads} heads, width "
         f"{c.embed_dim}, patches of {c.patch_size}, {c.tokens} tokens. {config.epochs} epochs in "
         f"batches of {config.batch_size}, AdamW at {config.peak_learning_rate:g} with warm-up and "
         f"cosine, weight decay {config.weight_decay:g}. {seeds} "

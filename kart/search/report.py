@@ -174,6 +174,7 @@ def history_figure(arms: Arms, settings: Settings) -> str:
             markersize=4,
             alpha=0.45,
         )
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("trial (x: stopped early, at its last value)")
     ax.set_ylabel(UNITS[settings.objectives[0]])
     ax.legend(fontsize=8, frameon=False, loc="lower right", ncols=2)
@@ -443,7 +444,8 @@ def page(
     parts.append(
         f"<p>Study <code>{html.escape(settings.study)}</code>: {len(arms)} arms, "
         f"{settings.per_arm} trials each, {settings.seeds} {unit} a trial, "
-        f"{settings.config['epochs']} epochs, data {html.escape(settings.config['data'])} "
+        f"{settings.config['epochs']} epochs, data "
+        f"{html.escape(Path(settings.config['data']).name)} "
         f"({settings.dataset['train']:,} training and {settings.dataset['val']:,} validation "
         f"images), sampler {settings.sampler}, pruner {settings.pruner}.</p>"
     )
