@@ -177,10 +177,11 @@ def _setting(model: Model, config: Config, splits: Splits, seeds: int) -> str:
     return _text(
         f"{os.path.basename(config.data)}, {len(splits.train.labels):,} training images of "
         f"{c.image_size} x {c.image_size}. {config.model}: {c.depth} blocks, {c.num_heads} heads, "
-        f"width {c.embed_dim}, patches of {c.patch_size}, {c.tokens} tokens. {config.epochs} epochs "
-        f"in batches of {config.batch_size}, AdamW at {config.peak_learning_rate:g} with warm-up and "
-        f"cosine, weight decay {config.weight_decay:g}. {seeds} "
-        f"seed{'s' if seeds > 1 else ''} each; all operators with the same recipe."
+        f"width {c.embed_dim}, patches of {c.patch_size}, {c.tokens} tokens. "
+        f"{config.epochs} epochs in batches of {config.batch_size}, AdamW at "
+        f"{config.peak_learning_rate:g} with warm-up and cosine, weight decay "
+        f"{config.weight_decay:g}. {seeds} seed{'s' if seeds > 1 else ''} each; all operators with "
+        "the same recipe."
     )
 
 
