@@ -133,12 +133,14 @@ def _apply(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
         return plain.softmax_attention(q, k, v, mask, scale)
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    # the CPU's kernel would round the weights to half precision before they meet the values
+    dtype, (q, k, v) = q.dtype, (plain.wide(x) for x in (q, k, v))
     # asked of plain tensors of these sizes: the question has no rule of its own under vmap
     samples = [torch.empty(1, 1, *x.shape[-2:], dtype=x.dtype, device=x.device) for x in (q, k, v)]
     backend = torch.ops.aten._fused_sdp_choice(*samples, None, 0.0, False, scale=scale)
     if backend != _FLASH:
-        return plain.softmax_attention(q, k, v, mask, scale)
-    return _Flash.apply(scale, q, k, v, mask)[0]
+        return plain.softmax_attention(q, k, v, mask, scale).to(dtype)
+    return _Flash.apply(scale, q, k, v, mask)[0].to(dtype)
 
 
 def softmax_attention(
