@@ -67,6 +67,7 @@ FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "max_norm": (float, "global norm to which gradients are clipped"),
         "label_smoothing": (float, "share of a target spread over all classes"),
         "ema": (float, "decay of the average of the weights that is evaluated; 0 for none"),
+        "trajectory": (int, "snapshots of the weights to keep for kart analyse; 0 for none"),
     },
     "execution": {
         "batching": (str, "native, or vmap: a per-example loss mapped by torch.func.vmap"),

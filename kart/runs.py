@@ -4,6 +4,7 @@
     metrics.jsonl     one record an epoch, in order
     last.safetensors  weights and the whole state after the last finished epoch
     best.safetensors  weights of the epoch with the best validation top-1
+    trajectory/       `Config.trajectory` snapshots of the weights, evenly spaced over the steps
 
 A directory that is opened again with the same config goes on where it stopped, to the same result.
 """
@@ -132,6 +133,24 @@ def _mean(value: float | list[float]) -> float:
     return sum(value) / len(value) if isinstance(value, list) else value
 
 
+def snapshot_steps(count: int, total: int) -> list[int]:
+    """The steps after which a run of `total` steps keeps its `count` snapshots; 0 is the start.
+
+    >>> snapshot_steps(5, 100)
+    [0, 25, 50, 75, 100]
+    """
+    if not 2 <= count <= total + 1:
+        raise ValueError(
+            f"`trajectory` needs at most one snapshot a step, {total + 1} here, got {count}. "
+            "Keep fewer of them, or train longer."
+        )
+    return [round(i * total / (count - 1)) for i in range(count)]
+
+
+def _snapshot(directory: Path, step: int) -> Path:
+    return directory / "trajectory" / f"step-{step:09d}.safetensors"
+
+
 def execute(
     directory: str | os.PathLike,
     configs: Sequence[Config],
@@ -162,10 +181,24 @@ def execute(
         yield from records
         if done >= total:
             return
+        kept = set(snapshot_steps(run.config.trajectory, total) if run.config.trajectory else ())
+
+        def keep(state: State, step: int) -> None:
+            if step in kept:
+                path = _snapshot(directory, step)
+                path.parent.mkdir(exist_ok=True)
+                description = {**_description(configs), "step": step}
+                checkpoint.save(path, train.weights_for_evaluation(state), description)
+
+        if state is None:
+            state = run.init()
+            keep(state, 0)
         latest: list[State] = []
 
         def stepped(state: State, metrics: train.Metrics) -> None:
             latest[:] = [state]
+            if kept:
+                keep(state, int(state.step.max()))
             if on_step is not None:
                 on_step(int(state.step.max()), total, metrics.loss)
 
@@ -203,3 +236,30 @@ def load_weights(directory: str | os.PathLike, which: str = "last") -> list[trai
         )
     params, _ = checkpoint.load(path)
     return [params] if count == 1 else tree.unstack(params)
+
+
+def load_trajectory(directory: str | os.PathLike) -> list[tuple[int, list[train.Params]]]:
+    """The snapshots of a run directory in order: the step, and the weights of each member then.
+
+    The first are the initial weights, the last the final ones, averaged where the run averages.
+
+    Raises ValueError for a run without a trajectory, or with an unfinished one.
+    """
+    directory = Path(directory)
+    configs = members(directory)
+    if not configs[0].trajectory:
+        raise ValueError(
+            f"`run` needs a trajectory, got {str(directory)!r} without one. Train it into a new "
+            "directory with `kart train ... --trajectory 60`."
+        )
+    paths = sorted((directory / "trajectory").glob("step-*.safetensors"))
+    if len(paths) < configs[0].trajectory:
+        raise ValueError(
+            f"`run` needs a finished trajectory, got {len(paths)} of {configs[0].trajectory} "
+            f"snapshots in {str(directory)!r}. Train it further with the same command."
+        )
+    found = []
+    for path in paths:
+        params, config = checkpoint.load(path)
+        found.append((config["step"], [params] if len(configs) == 1 else tree.unstack(params)))
+    return found

@@ -68,6 +68,7 @@ class Config:
     label_smoothing: float = 0.0
     ema: float = 0.0
     seed: int = 0
+    trajectory: int = 0  # snapshots of the weights that a run keeps, from the first to the last
     # execution
     batching: str = "native"  # or "vmap": a per-example loss mapped by torch.func.vmap
     step: str = "eager"  # or "compiled": the whole step as one graph of torch.compile
@@ -98,6 +99,8 @@ class Config:
         need(self.precision in ("float32", "bfloat16"), "precision", '"float32" or "bfloat16"')
         need(self.threads is None or self.threads >= 1, "threads", ">= 1, or None")
         need(isinstance(self.seed, int) and self.seed >= 0, "seed", "an integer >= 0")
+        kept = self.trajectory
+        need(isinstance(kept, int) and (kept == 0 or kept >= 3), "trajectory", "0, or 3 and more")
 
     def asdict(self) -> dict[str, Any]:
         """The config as JSON has it."""

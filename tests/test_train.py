@@ -376,6 +376,49 @@ def test_sigkill_at_any_moment_and_resume_is_bit_exact(tmp_path):
         assert (tmp_path / "killed" / name).read_bytes() == wanted
 
 
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_a_trajectory_runs_from_the_first_weights_to_the_last(seeds, splits, tmp_path):
+    configs = [dataclasses.replace(one, trajectory=4) for one in members(*seeds)]
+    list(runs.execute(tmp_path / "run", configs, splits))
+    path = runs.load_trajectory(tmp_path / "run")
+    run = population.run(configs, splits)
+    total = configs[0].epochs * run.steps_per_epoch
+    assert [step for step, _ in path] == runs.snapshot_steps(4, total)
+    start = run.init().params
+    starts = [start] if len(seeds) == 1 else tree.unstack(start)
+    for i, (first, last) in enumerate(
+        zip(starts, runs.load_weights(tmp_path / "run"), strict=True)
+    ):
+        same(path[0][1][i], first)
+        same(path[-1][1][i], last)
+
+
+def test_a_resumed_run_has_the_trajectory_of_the_uninterrupted_one(splits, tmp_path):
+    config = change(epochs=2, trajectory=5, ema=0.9)
+    list(runs.execute(tmp_path / "whole", [config], splits))
+    part = runs.execute(tmp_path / "part", [config], splits)
+    next(part)
+    part.close()
+    list(runs.execute(tmp_path / "part", [config], splits))
+    pairs = zip(*(runs.load_trajectory(tmp_path / name) for name in ("whole", "part")), strict=True)
+    for (step, (whole,)), (again, (rest,)) in pairs:
+        assert step == again
+        same(whole, rest)
+
+
+def test_a_run_without_or_with_part_of_a_trajectory_says_what_to_do(splits, tmp_path):
+    list(runs.execute(tmp_path / "none", [change(epochs=1)], splits))
+    with pytest.raises(ValueError, match="--trajectory"):
+        runs.load_trajectory(tmp_path / "none")
+    part = runs.execute(tmp_path / "part", [change(epochs=2, trajectory=3)], splits)
+    next(part)
+    part.close()
+    with pytest.raises(ValueError, match="finished trajectory, got 2 of 3"):
+        runs.load_trajectory(tmp_path / "part")
+    with pytest.raises(ValueError, match="at most one snapshot a step"):
+        list(runs.execute(tmp_path / "many", [change(epochs=1, trajectory=10**6)], splits))
+
+
 def test_a_directory_of_another_run_is_refused(splits, tmp_path):
     list(runs.execute(tmp_path / "run", [change(epochs=1)], splits))
     before = (tmp_path / "run" / "config.json").read_bytes()
