@@ -9,7 +9,17 @@ from types import ModuleType
 
 ROOMS = (
     *("analysis", "augment", "bases", "checkpoint", "cli", "data", "kernels", "layers", "models"),
-    *("operators", "optim", "population", "projections", "runs", "search", "tables", "testing"),
+    *(
+        "operators",
+        "optim",
+        "population",
+        "projections",
+        "recipes",
+        "runs",
+        "search",
+        "tables",
+        "testing",
+    ),
     *("train", "tree"),
 )
 

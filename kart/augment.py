@@ -8,13 +8,14 @@ gives the same draws on every device. Inputs are never written to; dtypes are ke
 import difflib
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-Pipeline = Callable[[Generator, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+Pipeline = Callable[[Generator, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 
 
 def flip(generator: Generator, images: Tensor, p: float = 0.5) -> Tensor:
@@ -53,8 +54,10 @@ def random_resized_crop(
     images: Tensor,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (0.67, 1.5),
+    size: int | None = None,
 ) -> Tensor:
-    """Scales a random box of each image, bilinearly, to the image's own shape.
+    """Scales a random box of each image, bilinearly, to `size` x `size`, or to the image's own
+    shape.
 
     The box covers a share of the area uniform in `scale` with log(width / height) uniform in
     log `ratio`; whole pixels, the first of ten draws that fits, else the largest centred box (as
@@ -67,6 +70,7 @@ def random_resized_crop(
             f"{scale} and {ratio}."
         )
     height, width = images.shape[-2:]
+    rows, columns = (height, width) if size is None else (size, size)
     flat = images.flatten(0, -4)
     draws = _uniform(generator, (4, len(flat), 10))
     area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[0])
@@ -92,8 +96,9 @@ def random_resized_crop(
         # half a pixel inside of the box, where interpolation reads the box alone
         return at.maximum(start + 0.5).minimum(start + length - 0.5).to(images.device)
 
-    y, x = coordinates(0, height)[:, :, None], coordinates(1, width)[:, None, :]
-    return _sample(flat, *torch.broadcast_tensors(x, y)).reshape(images.shape)
+    y, x = coordinates(0, rows)[:, :, None], coordinates(1, columns)[:, None, :]
+    out = _sample(flat, *torch.broadcast_tensors(x, y))
+    return out.reshape(*images.shape[:-2], rows, columns)
 
 
 def color_jitter(generator: Generator, images: Tensor, strength: float = 0.4) -> Tensor:
@@ -247,24 +252,36 @@ def one_hot(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
 
 
 def pipeline(name: str) -> Pipeline:
-    """The augmentation `name`: `fn(generator, images, labels, num_classes)` -> (images, targets).
+    """The augmentation `name`, `fn(generator, images, labels, num_classes, size)` -> (images,
+    targets).
 
-    Images `(..., B, C, height, width)` in [0, 1], labels int64 `(..., B)`, targets
-    `(..., B, num_classes)`.
+    Images `(..., B, C, height, width)` in [0, 1] come out as `size` x `size`; labels are int64
+    `(..., B)`, targets `(..., B, num_classes)`.
 
     * "none": nothing.
     * "crop": shifts by up to an eighth of the side, zeros outside (for digits and other signs).
     * "flip_crop": the same and flips, the standard for CIFAR (4 pixels at 32).
-    * "paper": the recipe of Maity et al. 2025 (arXiv:2503.10632), Table 5: `random_resized_crop`,
-      `flip`, `rand_augment`, `color_jitter`, then `mixup_or_cutmix` on labels smoothed by 0.1.
-      (timm leaves the jitter out beside RandAugment; the recipe lists both, and here both run.)
+    * "paper": the recipe of Maity et al. 2025 (arXiv:2503.10632), Table 5: `random_resized_crop` to
+      `size`, `flip`, `rand_augment`, `color_jitter`, then `mixup_or_cutmix` on labels smoothed by
+      0.1. "mixup/cutmix with probability 0.5/0.5" is read as timm has it: every batch is mixed, by
+      either of them with probability 0.5. (timm leaves the jitter out beside RandAugment; the
+      recipe lists both, and here both run.)
+    * "paper_half": the same with the other reading, in which a batch is mixed with probability 0.5.
+    * "small": for images of 32 pixels: shifts and flips, RandAugment of magnitude 9, every batch
+      mixed, labels smoothed by 0.1.
     """
     if name not in _PIPELINES:
         near = difflib.get_close_matches(name, _PIPELINES) or list(_PIPELINES)
         raise ValueError(
             f"`pipeline` needs one of {tuple(_PIPELINES)}, got {name!r}. Near: {', '.join(near)}."
         )
-    return _PIPELINES[name]
+    return _PIPELINES[name].run
+
+
+def smoothing(name: str) -> float:
+    """The label smoothing that the pipeline `name` does itself."""
+    pipeline(name)
+    return _PIPELINES[name].smoothing
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -284,17 +301,18 @@ def resize(images: Tensor, size: int) -> Tensor:
     return out.reshape(*images.shape[:-2], size, size)
 
 
-def center_crop(images: Tensor, ratio: float = 0.9) -> Tensor:
-    """The centre of images `(..., C, size, size)`, `ratio` of a side, scaled back to size."""
-    size = images.shape[-1]
-    side = max(1, round(ratio * size))
-    if images.shape[-2] != size or not 0 < ratio <= 1:
+def center_crop(images: Tensor, size: int, ratio: float = 0.9) -> Tensor:
+    """The centre `size` x `size` of images `(..., C, side, side)` scaled to floor(size / ratio), as
+    timm evaluates with a crop ratio; a ratio of 1 only scales.
+    """
+    if images.shape[-2] != images.shape[-1] or not 0 < ratio <= 1:
         raise ValueError(
             f"`center_crop` needs square images and `ratio` in (0, 1], got "
             f"{tuple(images.shape)} and {ratio}."
         )
-    start = (size - side) // 2
-    return resize(images[..., start : start + side, start : start + side], size)
+    scaled = resize(images, math.floor(size / ratio))
+    start = (scaled.shape[-1] - size) // 2
+    return scaled[..., start : start + size, start : start + size]
 
 
 # enhancements of images (..., C, height, width) by a factor (..., 1, 1, 1); 1 changes nothing
@@ -442,33 +460,56 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
 # pipelines
 
 
-def _none(generator: Generator, images: Tensor, labels: Tensor, num_classes: int):
+class _Steps(NamedTuple):
+    run: Pipeline
+    smoothing: float
+
+
+def _none(generator: Generator, images: Tensor, labels: Tensor, num_classes: int, size: int):
     _check("pipeline", generator, images)
-    return images, one_hot(labels, num_classes)
+    return resize(images, size), one_hot(labels, num_classes)
 
 
-def _crop(generator: Generator, images: Tensor, labels: Tensor, num_classes: int):
+def _shifted(generator: Generator, images: Tensor) -> Tensor:
     _check("pipeline", generator, images)
-    padding = max(1, min(images.shape[-2:]) // 8)
-    return crop(generator, images, padding), one_hot(labels, num_classes)
+    return crop(generator, images, padding=max(1, min(images.shape[-2:]) // 8))
 
 
-def _flip_crop(generator: Generator, images: Tensor, labels: Tensor, num_classes: int):
-    images, targets = _crop(generator, images, labels, num_classes)
-    return flip(generator, images), targets
+def _crop(generator: Generator, images: Tensor, labels: Tensor, num_classes: int, size: int):
+    return resize(_shifted(generator, images), size), one_hot(labels, num_classes)
 
 
-def _paper(generator: Generator, images: Tensor, labels: Tensor, num_classes: int):
-    images = flip(generator, random_resized_crop(generator, images))
-    images = color_jitter(generator, rand_augment(generator, images))
-    return mixup_or_cutmix(generator, images, one_hot(labels, num_classes, smoothing=0.1))
+def _flip_crop(generator: Generator, images: Tensor, labels: Tensor, num_classes: int, size: int):
+    shifted = flip(generator, _shifted(generator, images))
+    return resize(shifted, size), one_hot(labels, num_classes)
 
 
-_PIPELINES: dict[str, Pipeline] = {
-    "none": _none,
-    "crop": _crop,
-    "flip_crop": _flip_crop,
-    "paper": _paper,
+_SMOOTHING = 0.1
+
+
+def _paper(mixed: float) -> Pipeline:
+    def run(generator: Generator, images: Tensor, labels: Tensor, num_classes: int, size: int):
+        images = flip(generator, random_resized_crop(generator, images, size=size))
+        images = color_jitter(generator, rand_augment(generator, images))
+        targets = one_hot(labels, num_classes, _SMOOTHING)
+        return mixup_or_cutmix(generator, images, targets, p=mixed)
+
+    return run
+
+
+def _small(generator: Generator, images: Tensor, labels: Tensor, num_classes: int, size: int):
+    images = resize(flip(generator, _shifted(generator, images)), size)
+    images = rand_augment(generator, images, magnitude=9)
+    return mixup_or_cutmix(generator, images, one_hot(labels, num_classes, _SMOOTHING))
+
+
+_PIPELINES: dict[str, _Steps] = {
+    "none": _Steps(_none, 0.0),
+    "crop": _Steps(_crop, 0.0),
+    "flip_crop": _Steps(_flip_crop, 0.0),
+    "paper": _Steps(_paper(mixed=1.0), _SMOOTHING),
+    "paper_half": _Steps(_paper(mixed=0.5), _SMOOTHING),
+    "small": _Steps(_small, _SMOOTHING),
 }
 
 

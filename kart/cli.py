@@ -41,7 +41,8 @@ FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         ),
         "train_limit": (int, "train on the first so many images"),
         "decode_size": (int, "side to cut images to when reading, where they differ"),
-        "augment": (str, "none, crop, flip_crop or paper"),
+        "augment": (str, "none, crop, flip_crop, paper, paper_half or small"),
+        "eval_crop": (float, "share of the side that evaluation sees, the centre (paper: 0.9)"),
     },
     "model": {
         "model": (str, "vit_nano, vit_tiny, vit_small or vit_base"),
@@ -60,6 +61,7 @@ FLAGS: dict[str, dict[str, tuple[type, str]]] = {
         "epochs": (int, "passes over the training images"),
         "batch_size": (int, "images a step"),
         "learning_rate": (float, "peak of the schedule; `paper` for 5e-4 * batch / 512"),
+        "start_learning_rate": (float, "where the warm-up begins"),
         "end_learning_rate": (float, "where the cosine ends"),
         "warmup_epochs": (float, "linear warm-up, half of the run at most"),
         "weight_decay": (float, "decoupled weight decay"),

@@ -38,11 +38,13 @@ class Config:
     number; a run records it, since on a CPU the number of threads changes the last bits.
     """
 
+    recipe: str | None = None  # the name of the one in kart.recipes that it was made of
     # data
     data: str = "digits"
     train_limit: int | None = None
     decode_size: int | None = None  # side to which images are cut when read, where they differ
     augment: str = "none"
+    eval_crop: float = 1.0  # at evaluation: the side of the centre that is seen, over the image's
     # model
     model: str = "vit_nano"
     operator: str | tuple[str, ...] = "softmax"
@@ -60,6 +62,7 @@ class Config:
     epochs: int = 20
     batch_size: int = 64
     learning_rate: float | None = 1e-3
+    start_learning_rate: float = 1e-6  # where the warm-up begins
     end_learning_rate: float = 1e-5
     warmup_epochs: float = 1.0
     weight_decay: float = 0.05
@@ -67,6 +70,7 @@ class Config:
     max_norm: float = 1.0
     label_smoothing: float = 0.0
     ema: float = 0.0
+    ema_warmup: bool = True  # average less at first: see kart.optim.ema
     seed: int = 0
     trajectory: int = 0  # snapshots of the weights that a run keeps, from the first to the last
     # execution
@@ -86,7 +90,7 @@ class Config:
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
             need(isinstance(value, int) and value >= 1, name, "an integer >= 1")
-        for name in ("end_learning_rate", "warmup_epochs", "weight_decay"):
+        for name in ("start_learning_rate", "end_learning_rate", "warmup_epochs", "weight_decay"):
             need(0 <= getattr(self, name) < math.inf, name, ">= 0 and finite")
         for name in ("adam_eps", "max_norm"):
             need(getattr(self, name) > 0, name, "> 0")
@@ -94,6 +98,13 @@ class Config:
         need(rate is None or 0 <= rate < math.inf, "learning_rate", ">= 0, or None")
         need(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
         need(0 <= self.ema < 1, "ema", "in [0, 1)")
+        need(0 < self.eval_crop <= 1, "eval_crop", "in (0, 1]")
+        smoothed = augment.smoothing(self.augment)
+        need(
+            not (smoothed and self.label_smoothing),
+            "label_smoothing",
+            f"0 with augment={self.augment!r}, which smooths by {smoothed} itself",
+        )
         need(self.batching in ("native", "vmap"), "batching", '"native" or "vmap"')
         need(self.step in ("eager", "compiled"), "step", '"eager" or "compiled"')
         need(self.precision in ("float32", "bfloat16"), "precision", '"float32" or "bfloat16"')
@@ -233,7 +244,9 @@ def _schedule(config: Config, steps_per_epoch: int, peak: Tensor) -> optim.Sched
     total_steps = config.epochs * steps_per_epoch
     # a run shorter than two warm-ups warms up for half of itself
     warmup_steps = min(int(config.warmup_epochs * steps_per_epoch), total_steps // 2)
-    return optim.warmup_cosine(peak, warmup_steps, total_steps, end=config.end_learning_rate)
+    return optim.warmup_cosine(
+        peak, warmup_steps, total_steps, config.start_learning_rate, config.end_learning_rate
+    )
 
 
 Step = Callable[[State, Hyper, Tensor, Tensor], tuple[State, Metrics]]
@@ -287,7 +300,7 @@ def program(config: Config, model: Model, steps_per_epoch: int) -> Program:
     """The pure functions that train `model` by `config`; both work under `vmap`."""
     loss = batch_loss(model, config.batching)
     schedule = functools.partial(_schedule, config, steps_per_epoch)
-    average = optim.ema(config.ema, warmup=True)
+    average = optim.ema(config.ema, warmup=config.ema_warmup)
     dtype = getattr(torch, config.precision)
     # a mapped loss is mapped and differentiated by torch.func throughout
     differentiate = value_and_gradients if config.batching == "native" else grad_and_value
@@ -390,7 +403,7 @@ def batches(config: Config, dataset: Dataset) -> Batches:
         )
     steps_per_epoch = count // config.batch_size
     pipeline = augment.pipeline(config.augment)
-    classes = len(dataset.classes)
+    classes, size = len(dataset.classes), config.image_size or dataset.images.shape[-1]
     order: dict[tuple[int, int], Tensor] = {}  # the current epoch's permutation of each seed
 
     def at(seed: int, step: int) -> tuple[Tensor, Tensor]:
@@ -401,16 +414,18 @@ def batches(config: Config, dataset: Dataset) -> Batches:
         pixels, labels = data.take(dataset, order[seed, epoch][position])
         images = data.as_float(pixels.to(config.device))
         generator = data.generator_for("augment", seed, step)
-        images, targets = pipeline(generator, images, labels.to(config.device), classes)
-        return prepare(images, dataset, config.image_size), targets
+        images, targets = pipeline(generator, images, labels.to(config.device), classes, size)
+        return data.normalise(images, dataset.mean, dataset.std), targets
 
     return Batches(steps_per_epoch, at)
 
 
-def prepare(images: Tensor, dataset: Dataset, image_size: int | None = None) -> Tensor:
-    """Images in [0, 1] to what a model is given: resized if asked, standardised by channel."""
-    if image_size is not None and images.shape[-1] != image_size:
-        images = augment.resize(images, image_size)
+def prepare(images: Tensor, dataset: Dataset, config: Config) -> Tensor:
+    """Images in [0, 1] as a model of `config` is given them outside of training: scaled, the
+    centre cut if asked, standardised by channel.
+    """
+    size = config.image_size or images.shape[-1]
+    images = augment.center_crop(images, size, config.eval_crop)
     return data.normalise(images, dataset.mean, dataset.std)
 
 
@@ -433,7 +448,7 @@ def evaluate(
         for start in range(0, count, batch_size):
             chosen = torch.arange(start, min(start + batch_size, count))
             pixels, labels = data.take(dataset, chosen)
-            images = prepare(data.as_float(pixels.to(config.device)), dataset, config.image_size)
+            images = prepare(data.as_float(pixels.to(config.device)), dataset, config)
             labels = labels.to(config.device)
             logits = apply(params, images.to(dtype)).float()
             ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices

@@ -31,7 +31,7 @@ LABEL_FUNCTIONS = {
     "mixup_or_cutmix": augment.mixup_or_cutmix,
     "mixup_or_cutmix_rarely": lambda g, x, y: augment.mixup_or_cutmix(g, x, y, p=0.3),
 }
-PIPELINES = ("none", "crop", "flip_crop", "paper")
+PIPELINES = ("none", "crop", "flip_crop", "paper", "paper_half", "small")
 
 
 def generator(seed: int) -> torch.Generator:
@@ -108,10 +108,11 @@ def test_pipelines_keep_shapes_and_targets_sum_to_one(name, seed, shape):
     images = images_of(shape)
     labels = torch.randint(5, shape[:-3], generator=generator(seed))
     run = augment.pipeline(name)
-    out, targets = run(generator(seed), images, labels, 5)
-    assert out.shape == shape and targets.shape == (*shape[:-3], 5)
+    size = 9
+    out, targets = run(generator(seed), images, labels, 5, size)
+    assert out.shape == (*shape[:-2], size, size) and targets.shape == (*shape[:-3], 5)
     assert_close(targets.sum(-1), torch.ones(shape[:-3]))
-    again = run(generator(seed), images, labels, 5)
+    again = run(generator(seed), images, labels, 5, size)
     assert torch.equal(out, again[0]) and torch.equal(targets, again[1])
 
 
@@ -122,8 +123,8 @@ def test_pipelines_agree_between_devices(name):
     images, labels = images_of((64, 3, 32, 32)), torch.arange(64) % 10
     # whole grey levels: an operation that cuts at a level must not meet a rounding difference
     images = (images * 255).round() / 255
-    on_cpu = augment.pipeline(name)(generator(0), images, labels, 10)
-    on_gpu = augment.pipeline(name)(generator(0), images.cuda(), labels.cuda(), 10)
+    on_cpu = augment.pipeline(name)(generator(0), images, labels, 10, 32)
+    on_gpu = augment.pipeline(name)(generator(0), images.cuda(), labels.cuda(), 10, 32)
     assert_close(on_gpu[1].cpu(), on_cpu[1])
     wrong = (on_gpu[0].cpu() - on_cpu[0]).abs() > 1e-3
     assert wrong.float().mean() < 1e-3  # a grey level may fall on the other side of a threshold
@@ -428,12 +429,12 @@ def test_one_hot_by_hand():
 
 def test_pipeline_none_and_crop_by_hand():
     images, labels = images_of((6, 1, 8, 8)), torch.arange(6)
-    out, targets = augment.pipeline("none")(generator(0), images, labels, 6)
+    out, targets = augment.pipeline("none")(generator(0), images, labels, 6, 8)
     assert torch.equal(out, images) and torch.equal(targets, torch.eye(6))
     # an eighth of the side: the digits move by one pixel
-    out, _ = augment.pipeline("crop")(generator(0), images, labels, 6)
+    out, _ = augment.pipeline("crop")(generator(0), images, labels, 6, 8)
     assert torch.equal(out, augment.crop(generator(0), images, padding=1))
-    out, _ = augment.pipeline("flip_crop")(generator(0), images_of((6, 3, 32, 32)), labels, 6)
+    out, _ = augment.pipeline("flip_crop")(generator(0), images_of((6, 3, 32, 32)), labels, 6, 32)
     both = generator(0)
     expected = augment.flip(both, augment.crop(both, images_of((6, 3, 32, 32)), padding=4))
     assert torch.equal(out, expected)
@@ -441,9 +442,29 @@ def test_pipeline_none_and_crop_by_hand():
 
 def test_pipeline_paper_smooths_labels_and_mixes():
     images, labels = images_of((8, 3, 16, 16)), torch.zeros(8, dtype=torch.int64)
-    out, targets = augment.pipeline("paper")(generator(0), images, labels, 10)
+    out, targets = augment.pipeline("paper")(generator(0), images, labels, 10, 16)
     assert_close(targets[0], torch.tensor([0.91] + [0.01] * 9))
     assert not torch.equal(out, images)
+    assert augment.smoothing("paper") == 0.1 and augment.smoothing("flip_crop") == 0
+
+
+@pytest.mark.parametrize(("name", "share"), [("paper", 1.0), ("paper_half", 0.5)])
+def test_the_two_readings_of_half_and_half_mix_all_or_half_of_the_batches(name, share):
+    images, labels = images_of((2, 3, 8, 8)), torch.tensor([0, 1])
+    targets = [augment.pipeline(name)(generator(i), images, labels, 2, 8)[1] for i in range(200)]
+    own = torch.tensor([0.95, 0.05])
+    mixed = sum(bool((one[0] - own).abs().max() > 1e-6) for one in targets) / len(targets)
+    # a cutmix box can be empty: such a batch counts as not mixed
+    assert share - 0.12 < mixed <= min(1.0, share + 0.12)
+
+
+def test_the_papers_crop_is_scaled_once_to_the_size_of_the_model():
+    images = images_of((4, 3, 16, 16))
+    out = augment.random_resized_crop(generator(3), images, size=40)
+    assert out.shape == (4, 3, 40, 40)
+    # the whole image as the box: the crop is the resizing of the whole
+    whole = augment.random_resized_crop(generator(3), images, (1.0, 1.0), (1.0, 1.0), size=40)
+    assert_close(whole, augment.resize(images, 40), atol=1e-5, rtol=0)
 
 
 @given(SHAPES)
@@ -464,11 +485,14 @@ def test_resize_by_hand():
     )
 
 
-def test_center_crop_cuts_the_rim():
-    image = torch.zeros(1, 10, 10)
-    image[..., 1:-1, 1:-1] = 1
-    assert_close(augment.center_crop(image, 0.8), torch.ones(1, 10, 10))
-    assert torch.equal(augment.center_crop(image, 1.0), image)
+def test_center_crop_is_timms_resize_and_cut():
+    images = images_of((2, 3, 32, 32))
+    scaled = augment.resize(images, 248)  # floor(224 / 0.9)
+    assert torch.equal(augment.center_crop(images, 224), scaled[..., 12:236, 12:236])
+    assert torch.equal(augment.center_crop(images, 32, 1.0), images)
+    rim = torch.zeros(1, 10, 10)
+    rim[..., 1:-1, 1:-1] = 1
+    assert_close(augment.center_crop(rim, 8, 0.8), torch.ones(1, 8, 8))
 
 
 # bad input
@@ -497,9 +521,9 @@ def test_center_crop_cuts_the_rim():
         (lambda g, x: augment.one_hot(torch.tensor([-1]), 3), "labels in 0..2, got -1..-1"),
         (lambda g, x: augment.one_hot(torch.tensor([1.0]), 3), "int64 labels, got torch.float32"),
         (lambda g, x: augment.pipeline("flipcrop"), "got 'flipcrop'. Near: flip_crop"),
-        (lambda g, x: augment.pipeline("none")(g, x.byte(), torch.arange(4), 4), "float images"),
+        (lambda g, x: augment.pipeline("none")(g, x.byte(), torch.arange(4), 4, 8), "float images"),
         (lambda g, x: augment.resize(x, 0), "`size` >= 1"),
-        (lambda g, x: augment.center_crop(x, 0.0), "`ratio` in \\(0, 1\\]"),
+        (lambda g, x: augment.center_crop(x, 8, 0.0), "`ratio` in \\(0, 1\\]"),
     ],
 )
 def test_bad_input_is_named(call, words):

@@ -16,7 +16,7 @@ HOUSE = [
     {"testing", "search"},
     {"runs"},
     {"analysis"},
-    {"population"},
+    {"population", "recipes"},
     {"train"},
     {"models"},
     {"layers", "operators", "optim", "checkpoint"},

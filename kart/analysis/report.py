@@ -117,7 +117,7 @@ class _Look(NamedTuple):
         count = max(least, min(64, 2**22 // (c.num_heads * c.tokens**2)))
         chosen = torch.arange(min(count, len(splits.val.labels)))
         pixels = data.as_float(data.take(splits.val, chosen)[0])
-        images = train.prepare(pixels, splits.val, config.image_size)
+        images = train.prepare(pixels, splits.val, config)
         with torch.no_grad():
             aux = model.intermediates(result.params[0], images)
         if pixels.shape[-1] != c.image_size:
