@@ -727,3 +727,13 @@ FAMILIES: dict[str, Callable[..., Basis]] = {
     "meyer": meyer,
     "shannon": shannon,
 }
+
+# the positional numbers of a family in a spec, such as the grid of G3B; families not named take none
+NUMBERS: dict[str, tuple[str, ...]] = {
+    "fourier": ("grid",),
+    "bspline": ("grid",),
+    "gaussian_rbf": ("grid",),
+    "polynomial": ("degree",),
+    "chebyshev": ("degree",),
+    "rational": ("numerator", "denominator"),
+}

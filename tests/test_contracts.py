@@ -21,6 +21,7 @@ HOUSE = [
     {"models"},
     {"layers", "operators", "optim", "checkpoint"},
     {"tree", "bases", "projections", "kernels", "data", "augment", "tables"},
+    {"factories"},
 ]
 FLOOR = {room: len(HOUSE) - i for i, rooms in enumerate(HOUSE) for room in rooms}
 # within a floor

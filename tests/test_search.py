@@ -14,7 +14,7 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from kart import operators, population, train, tree
+from kart import bases, operators, population, train, tree
 from kart.search import command, question, report, space, storage, trials, work
 from kart.search.trials import objective, train_members
 from kart.train import Config
@@ -57,7 +57,7 @@ def learning_rate_only(trial):
 # spaces
 
 
-@pytest.mark.parametrize("family", sorted(operators.bases.FAMILIES))
+@pytest.mark.parametrize("family", sorted(bases.FAMILIES))
 def test_suggested_operators_are_specs_that_parse(family):
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(5):

@@ -25,7 +25,7 @@ from optuna.distributions import (
     distribution_to_json,
 )
 
-from kart import bases, operators
+from kart import bases
 from kart.train import Config
 
 Space = Callable[[optuna.Trial], Config]
@@ -73,11 +73,11 @@ def suggest_operator(
             f"`suggest_operator` needs `families` among {known}, got {list(families)}. Choose some."
         )
     family = choose(trial, "family", families)
-    numbers = operators.NUMBERS.get(family, [])
+    numbers = bases.NUMBERS.get(family, ())
     size = ""
-    if numbers == ["grid"]:
+    if numbers == ("grid",):
         size = str(integer(trial, "grid", max(grid[0], LEAST_GRID.get(family, 1)), grid[1]))
-    elif numbers == ["degree"]:
+    elif numbers == ("degree",):
         size = str(integer(trial, "degree", *degree))
     drawn = integer(trial, "rank", *rank, log=True)
     letter = {"blockwise": "B", "universal": "U"}[choose(trial, "sharing", sharing)]

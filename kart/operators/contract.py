@@ -1,0 +1,458 @@
+"""What a row operator is, and what all of them share: checks, masks, precision, base, projection.
+
+An operator of one's own starts at `from_rows` (a function of scores alone) or `from_logits`
+(parameters and logits): both check arguments, silence what is masked, and compute in float32 where the input is
+half precision.
+"""
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from kart import bases, factories, kernels, projections
+from kart.bases import Basis, Params
+from kart.kernels.core import no_autocast
+from kart.kernels.plain import scores as scores_of
+from kart.kernels.plain import wide
+
+
+class Operator(NamedTuple):
+    """A map from scores to attention weights, as pure functions of its parameters.
+
+    `init(generator, heads, tokens)` draws parameters for rows of `tokens` keys; every leaf leads
+    with the H heads. `weights(params, scores, mask=None)` maps `(..., H, N, M)` to `(..., H, N,
+    M)`, materialised, for looking. `attend(params, q, k, v, mask=None)` is `weights(q k^T /
+    sqrt(d)) @ v`, `(..., H, N, d)`, streamed. `mask` is boolean, True = attend, and broadcasts to
+    `(..., H, N, M)`: a masked key has weight 0 and no part in the weights of others, whatever it
+    holds. `basis` is the family of the learnable units, None where there is none.
+
+    `options` are the hyperparameters. `traits` are what `kart.testing` and other rooms may rely on:
+    "learned" (has parameters) and "length_free" (the parameters fit any number of keys).
+    `resize(params, old, new)` moves parameters to another lattice of keys (see
+    `kart.operators.resize`), None where there is nothing to move. `call` is the call that made the
+    tuple, by which it pickles.
+    """
+
+    name: str
+    init: Callable[[Generator, int, int], Params]
+    weights: Callable[..., Tensor]
+    attend: Callable[..., Tensor]
+    basis: Basis | None = None
+    options: Mapping[str, Any] = {}
+    traits: Mapping[str, Any] = {}
+    resize: Callable[..., Params] | None = None
+    call: factories.Call | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return factories.reduce(self)
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def check_sizes(heads: int, tokens: int) -> None:
+    """Raises ValueError unless there is at least one head and one key."""
+    for value in (heads, tokens):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"`init` needs `heads` >= 1 and `tokens` >= 1, got {heads!r} and {tokens!r}. "
+                "Pass the number of heads and of keys."
+            )
+
+
+def check_fits_memory(name: str, numbers: int, what: str) -> None:
+    """Raises ValueError where float32 parameters are more than this machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * numbers > memory:
+        raise ValueError(
+            f"`{name}.init` needs parameters that fit the {memory / 2**30:.0f} GiB of memory, got "
+            f"{what}, {4 * numbers // 2**30:,} GiB. Choose a smaller rank, grid or number of keys."
+        )
+
+
+def check_rank(name: str, rank: int) -> None:
+    """Raises ValueError unless `rank` is a positive integer."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"`{name}` needs an integer `rank` >= 1, got {rank!r}. The paper uses 12.")
+
+
+def near_matches(text: Any, allowed: Sequence[str]) -> list[str]:
+    """Up to three of `allowed` that `text` may have meant, whatever its case."""
+    folded = {name.casefold(): name for name in allowed}
+    near = difflib.get_close_matches(str(text).casefold(), folded, n=3, cutoff=0.5)
+    return [folded[name] for name in near]
+
+
+def check_choice(name: str, argument: str, value: str | None, allowed: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is None or among `allowed`."""
+    if value is not None and value not in allowed:
+        near = near_matches(value, allowed)
+        advice = f"Near matches: {', '.join(near)}." if near else "Choose one of them."
+        raise ValueError(
+            f"`{name}` needs `{argument}` None or in {list(allowed)}, got {value!r}. {advice}"
+        )
+
+
+def check_scores(name: str, scores: Tensor, mask: Tensor | None) -> None:
+    """Raises ValueError unless scores are `(..., H, N, M)` and the mask fits them."""
+    if scores.dim() < 2 or not scores.dtype.is_floating_point or 0 in scores.shape[-2:]:
+        raise ValueError(
+            f"`{name}.weights` needs floating-point `scores` (..., H, N, M) with N, M >= 1, got "
+            f"{scores.dtype} of shape {tuple(scores.shape)}. Pass q @ k.mT / sqrt(d)."
+        )
+    check_mask(f"{name}.weights", mask, *scores.shape[-2:])
+
+
+def check_qkv(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    """Raises ValueError unless q, k, v and the mask fit together."""
+    fits = (
+        min(q.dim(), k.dim(), v.dim()) >= 2
+        and q.shape[-1] == k.shape[-1]
+        and k.shape[-2] == v.shape[-2]
+        and 0 not in (*q.shape[-2:], *k.shape[-2:], v.shape[-1])
+    )
+    if not fits:
+        raise ValueError(
+            f"`{name}.attend` needs `q` (..., H, N, d), `k` (..., H, M, d) and `v` (..., H, M, e) "
+            f"with no empty axis, got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}. "
+            "Put the heads before the tokens."
+        )
+    kinds = {(t.dtype, t.device.type) for t in (q, k, v)}
+    if len(kinds) > 1 or not q.dtype.is_floating_point:
+        raise ValueError(
+            f"`{name}.attend` needs `q`, `k` and `v` of one floating-point dtype on one device, "
+            f"got {[f'{t.dtype} on {t.device}' for t in (q, k, v)]}. Convert them with `.to`."
+        )
+    check_mask(f"{name}.attend", mask, q.shape[-2], k.shape[-2])
+
+
+def check_mask(name: str, mask: Tensor | None, queries: int, keys: int) -> None:
+    """Raises ValueError unless the mask is boolean and broadcasts to `(..., queries, keys)`."""
+    if mask is None:
+        return
+    shape = tuple(mask.shape)
+    fits = not shape or shape[-1] in (1, keys)
+    fits = fits and (len(shape) < 2 or shape[-2] in (1, queries))
+    if mask.dtype != torch.bool or not fits:
+        raise ValueError(
+            f"`{name}` needs a boolean `mask` (True = attend) broadcasting to (..., H, {queries}, "
+            f"{keys}), got {mask.dtype} of shape {shape}. A mask of keys is (..., 1, 1, {keys})."
+        )
+
+
+def check_keys(name: str, expected: int, keys: int) -> None:
+    """Raises ValueError unless the parameters are for this number of keys."""
+    if expected != keys:
+        raise ValueError(
+            f"`{name}` was initialised for rows of {expected} keys, got {keys}. "
+            f"Call `init(generator, heads, {keys})` for this number of tokens, or move the "
+            "parameters with `kart.operators.resize`."
+        )
+
+
+# --- masks and rows -------------------------------------------------------------------------------
+
+
+def two_axes(mask: Tensor | None) -> Tensor | None:
+    """The mask with axes of queries and of keys, `(..., N or 1, M or 1)`."""
+    if mask is None or mask.dim() >= 2:
+        return mask
+    return mask.reshape((1,) * (2 - mask.dim()) + mask.shape)
+
+
+def same_for_all_queries(mask: Tensor | None) -> bool:
+    """Whether no query has a mask of its own."""
+    return mask is None or mask.shape[-2] == 1
+
+
+def silence(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v with zeros for queries that attend to nothing and keys that nobody attends to.
+
+    A weight of 0 is not enough where they hold NaN or infinity: 0 times those is NaN, in the output
+    and in every gradient.
+    """
+    if mask is None:
+        return q, k, v
+    queries, keys = mask.any(-1)[..., None], mask.any(-2)[..., None]
+    return torch.where(queries, q, 0), torch.where(keys, k, 0), torch.where(keys, v, 0)
+
+
+def attended_keys(mask: Tensor | None, keys: int, like: Tensor) -> Tensor:
+    """The number of keys that each query attends to, at least 1, `(..., N or 1, 1)`."""
+    if mask is None:
+        return torch.tensor(float(keys), dtype=like.dtype, device=like.device)
+    count = mask.expand(*mask.shape[:-1], keys).sum(-1, keepdim=True)
+    return count.clamp(min=1).to(like.dtype)
+
+
+def only(y: Tensor, mask: Tensor | None) -> Tensor:
+    """`y` where the mask is True, zero elsewhere."""
+    return y if mask is None else torch.where(mask, y, 0)
+
+
+def softmax_rows(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax of each row over the keys that it attends to; a row of none is zero."""
+    if mask is None:
+        return scores.softmax(-1)
+    # a row without any key must come out zero: softmax of a row of -inf is NaN, of a finite row not
+    hidden = torch.where(mask, scores, torch.finfo(scores.dtype).min)
+    return torch.where(mask, hidden.softmax(-1), 0)
+
+
+def simplex_rows(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Each row projected onto the simplex over the keys that it attends to; a row of none is
+    zero.
+    """
+    if mask is None:
+        return projections.simplex(logits)
+    return torch.where(mask, projections.simplex(logits.masked_fill(~mask, -math.inf)), 0)
+
+
+# --- operators that have no parameters ------------------------------------------------------------
+
+
+def no_parameters(generator: Generator, heads: int, tokens: int) -> Params:
+    """The empty parameters of a fixed operator."""
+    check_sizes(heads, tokens)
+    return {}
+
+
+def from_rows(
+    name: str,
+    rows: Callable[[Tensor, Tensor | None], Tensor],
+    product: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Operator:
+    """An operator without parameters from `rows(scores, mask)`, the weights of whole rows.
+
+    `rows` sees float32 or float64 scores, zero where they are masked, and a mask of at least two
+    axes. `product(q, k, v, mask)` is `rows(q k^T / sqrt(d)) v` without the N x M weights where that
+    can be; q, k and v come in their own dtype.
+    """
+
+    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        check_scores(name, scores, mask)
+        mask = two_axes(mask)
+        with no_autocast(scores):
+            return rows(only(wide(scores), mask), mask).to(scores.dtype)
+
+    def attend(
+        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        check_qkv(name, q, k, v, mask)
+        mask = two_axes(mask)
+        with no_autocast(q):
+            q, k, v = silence(q, k, v, mask)
+            if product is not None:
+                return product(q, k, v, mask).to(v.dtype)
+            return (rows(scores_of(q, k, None), mask) @ wide(v)).to(v.dtype)
+
+    options = {"kind": name, **(options or {})}
+    traits = {"learned": False, "length_free": True}
+    return Operator(name, no_parameters, weights, attend, None, options, traits)
+
+
+# --- learnable operators --------------------------------------------------------------------------
+
+
+class Factored(NamedTuple):
+    """Logits as a product, `left (..., H, N, J)` times the transpose of `right (..., H, M, J)`."""
+
+    left: Tensor
+    right: Tensor
+
+    def dense(self) -> Tensor:
+        """`(..., H, N, M)`."""
+        return self.left @ self.right.to(self.left.dtype).mT
+
+
+Logits = Tensor | Factored
+
+
+class Source(Protocol):
+    """The scores as the logits of an operator see them: held, or streamed from q and k."""
+
+    @property
+    def queries(self) -> int:
+        """N."""
+        ...
+
+    def units(self, basis: Basis, units: Params, exact: bool = False) -> Tensor:
+        """`sum_m phi_pm(S[n, m])` over attended keys for `units (H, P, M)`: `(..., H, N, P)`.
+
+        `exact` keeps float32 of half inputs, for sums that a nonlinear function is taken of.
+        """
+        ...
+
+    def mixed(self, mix: Tensor) -> Tensor:
+        """`sum_m mix[p, m] S[n, m]` over attended keys for `mix (H, P, M)`, in float32."""
+        ...
+
+
+def sum_units(basis: Basis, units: Params, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """`sum_m phi_pm(x[n, m])` for `units (H, P, M)` and `x (..., H, N, M)`: `(..., H, N, P)`."""
+    if basis.features is not None and basis.coefficients is not None:
+        features = basis.features(x)
+        if mask is not None:
+            features = torch.where(mask[..., None], features, 0)
+        coefs = basis.coefficients(units).to(x.dtype)
+        return torch.einsum("...hnmk,hpmk->...hnp", features, coefs)
+    lifted = {name: leaf.unsqueeze(1) for name, leaf in units.items()}  # (H, 1, P, M, ..)
+    values = basis.apply(lifted, x.unsqueeze(-2))  # (..., H, N, P, M)
+    if mask is not None:
+        values = torch.where(mask.unsqueeze(-2), values, 0)
+    return values.sum(-1)
+
+
+class Held:
+    """Scores `(..., H, N, M)` that are there, zero where they are masked."""
+
+    def __init__(self, scores: Tensor, mask: Tensor | None):
+        self.scores = scores
+        self.mask = mask
+
+    @property
+    def queries(self) -> int:
+        return self.scores.shape[-2]
+
+    def units(self, basis: Basis, units: Params, exact: bool = False) -> Tensor:
+        return sum_units(basis, units, self.scores, self.mask)
+
+    def mixed(self, mix: Tensor) -> Tensor:
+        return self.scores @ mix.to(self.scores.dtype).mT
+
+
+class Streamed:
+    """Scores of `q` and `k`, streamed over the keys by an engine of `kart.kernels`."""
+
+    def __init__(self, q: Tensor, k: Tensor, mask: Tensor | None, engine: str):
+        self.q = q
+        self.k = k
+        self.mask = mask
+        self.engine = engine
+
+    @property
+    def queries(self) -> int:
+        return self.q.shape[-2]
+
+    def units(self, basis: Basis, units: Params, exact: bool = False) -> Tensor:
+        q, k = (wide(self.q), wide(self.k)) if exact else (self.q, self.k)
+        if basis.coefficients is None:
+            # half types keep float32 parameters: the scores they meet are float32, too
+            units = {name: leaf.to(wide(q[..., :0]).dtype) for name, leaf in units.items()}
+            return kernels.contract_units(basis, units, q, k, self.mask)
+        coefs = basis.coefficients(units).to(wide(q[..., :0]).dtype)
+        return kernels.contract(basis, coefs, q, k, self.mask, engine=self.engine)
+
+    def mixed(self, mix: Tensor) -> Tensor:
+        q, k = wide(self.q), wide(self.k)
+        mix = mix.to(k.dtype)
+        if same_for_all_queries(self.mask):
+            # W S^T is q (W K)^T: r keys instead of M; masked ones are zero
+            return scores_of(q, mix @ k, None)
+        coefs = torch.stack([torch.zeros_like(mix), mix], dim=-1)
+        return kernels.contract(bases.polynomial(1), coefs, q, k, self.mask, engine=self.engine)
+
+
+def values_of(logits: Logits, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The logits, zero where they are masked, times `v (..., H, M, e)`, in the logits' dtype."""
+    if isinstance(logits, Factored):
+        left, right = logits
+        right, v = right.to(left.dtype), v.to(left.dtype)
+        if same_for_all_queries(mask):
+            return left @ (right.mT @ v)
+        # a mask that differs between queries cannot move into right^T V
+        return kernels.mix_values(left, right, v, mask)  # type: ignore[arg-type]
+    return only(logits, mask) @ v.to(logits.dtype)
+
+
+def from_logits(
+    name: str,
+    init: Callable[[Generator, int, int], Params],
+    logits: Callable[[Params, Source], Logits],
+    keys: Callable[[Params], int | None],
+    *,
+    basis: Basis | None = None,
+    project: str | None = None,
+    base: str | None = None,
+    engine: str = "auto",
+    product: Callable[[Params, Streamed, Tensor], Tensor] | None = None,
+    resize: Callable[..., Params] | None = None,
+    options: Mapping[str, Any] | None = None,
+    traits: Mapping[str, Any] | None = None,
+) -> Operator:
+    """An operator with parameters from its logits, whose rows it may project or add softmax to.
+
+    Args:
+        init: draws the parameters; the sizes are checked before.
+        logits: the logits `(..., H, N, M)` of the scores of a `Source`, or their factors, which are
+            streamed under every mask. What they hold at masked keys is dropped.
+        keys: the number of keys that parameters are for, None where they fit any.
+        basis: of the learnable units.
+        project: None, or "simplex".
+        base: None, or "softmax", which is added.
+        engine: of `kart.kernels`.
+        product: `logits @ v` for a mask of keys, where that has a better order than the factors'.
+        resize: see `Operator`.
+        options, traits: recorded in the result.
+    """
+    check_choice(name, "project", project, ["simplex"])
+    check_choice(name, "base", base, ["softmax"])
+    check_choice(name, "engine", engine, kernels.ENGINES)
+
+    def rows(logits: Logits, scores: Tensor | None, mask: Tensor | None) -> Tensor:
+        y = logits.dense() if isinstance(logits, Factored) else logits
+        y = y if scores is None else y + softmax_rows(scores, mask)
+        return only(y, mask) if project is None else simplex_rows(y, mask)
+
+    def checked_init(generator: Generator, heads: int, tokens: int) -> Params:
+        check_sizes(heads, tokens)
+        return init(generator, heads, tokens)
+
+    def check_length(params: Params, found: int) -> None:
+        expected = keys(params)
+        if expected is not None:
+            check_keys(name, expected, found)
+
+    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        check_scores(name, scores, mask)
+        check_length(params, scores.shape[-1])
+        mask = two_axes(mask)
+        with no_autocast(scores):
+            held = only(wide(scores), mask)
+            y = rows(logits(params, Held(held, mask)), held if base else None, mask)
+        return y.to(scores.dtype)
+
+    def attend(
+        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        check_qkv(name, q, k, v, mask)
+        check_length(params, k.shape[-2])
+        mask, dtype = two_axes(mask), v.dtype
+        with no_autocast(q):
+            q, k, v = silence(q, k, v, mask)
+            if project is not None:
+                # the projection sees whole rows, so this one operator holds the N x M weights
+                q, k, v = wide(q), wide(k), wide(v)
+                scores = scores_of(q, k, None) if base else None
+                y = logits(params, Streamed(q, k, mask, engine))
+                return (rows(y, scores, mask) @ v).to(dtype)
+            source = Streamed(q, k, mask, engine)
+            if product is not None and same_for_all_queries(mask):
+                out = product(params, source, v)
+            else:
+                out = values_of(logits(params, source), v, mask)
+            if base is not None:
+                out = out + kernels.softmax_attention(q, k, v, mask)
+            return out.to(dtype)
+
+    options = {"kind": name, **(options or {}), "project": project, "base": base}
+    traits = {"learned": True, "length_free": False, **(traits or {})}
+    return Operator(name, checked_init, weights, attend, basis, options, traits, resize)

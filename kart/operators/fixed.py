@@ -1,0 +1,73 @@
+"""The fixed operators, baselines of the learnable ones: softmax, sigmoid, relu, sparsemax."""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from kart import bases, kernels
+from kart.factories import remember
+from kart.kernels.plain import scores as scores_of
+from kart.kernels.plain import wide
+from kart.operators.contract import (
+    Operator,
+    attended_keys,
+    from_rows,
+    only,
+    simplex_rows,
+    softmax_rows,
+)
+
+
+def streamed(
+    unit: Callable[[Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> Tensor:
+    """`sum_m unit(S[n, m]) v[m]` over attended keys, `(..., H, N, e)`, without the weights."""
+    # the full-rank product with one feature and v for coefficients
+    feature = bases.linear(lambda x: unit(x)[..., None], 1, family="fixed")
+    return kernels.contract(feature, wide(v).mT[..., None], q, k, mask)
+
+
+@remember
+def softmax() -> Operator:
+    """Rows of softmax; a row whose keys are all masked is zero."""
+    return from_rows("softmax", softmax_rows, kernels.softmax_attention)
+
+
+@remember
+def sigmoid() -> Operator:
+    """sigmoid(s - log n), n the number of keys that are attended (Ramapuram et al. 2024)."""
+
+    def rows(scores: Tensor, mask: Tensor | None) -> Tensor:
+        count = attended_keys(mask, scores.shape[-1], scores)
+        return only((scores - count.log()).sigmoid(), mask)
+
+    def product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None:
+            return rows(scores_of(q, k, None), mask) @ wide(v)
+        shift = math.log(k.shape[-2])
+        return streamed(lambda x: (x - shift).sigmoid(), q, k, v, None)
+
+    return from_rows("sigmoid", rows, product)
+
+
+@remember
+def relu() -> Operator:
+    """relu(s) / n, n the number of keys that are attended (Wortsman et al. 2023)."""
+
+    def rows(scores: Tensor, mask: Tensor | None) -> Tensor:
+        return only(scores.relu() / attended_keys(mask, scores.shape[-1], scores), mask)
+
+    def product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        # divided before the sum, which half types could not hold
+        keys = k.shape[-2]
+        mean = streamed(lambda x: x.relu() / keys, q, k, v, mask)
+        return mean if mask is None else wide(mean) * (keys / attended_keys(mask, keys, wide(mean)))
+
+    return from_rows("relu", rows, product)
+
+
+@remember
+def sparsemax() -> Operator:
+    """Rows of scores projected onto the simplex (Martins and Astudillo 2016)."""
+    return from_rows("sparsemax", simplex_rows)

@@ -1,0 +1,91 @@
+"""Mixtures of operators: heads of one block that differ."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from kart.bases import Params
+from kart.factories import remember
+from kart.operators.contract import Operator, check_sizes
+from kart.operators.resize import Lattice
+
+
+@remember
+def hybrid(operators: Sequence[Operator]) -> Operator:
+    """One operator a head, e.g. 2 softmax + 1 KArAt (App. C.5.2).
+
+    Heads that follow each other with the same operator (the same object) run as one group; group i
+    has its parameters under `str(i)`.
+    """
+    if not operators or not all(isinstance(op, Operator) for op in operators):
+        raise ValueError(
+            f"`hybrid` needs one Operator per head, got {list(operators)!r}. "
+            "Pass for example [softmax(), softmax(), low_rank(basis)]."
+        )
+    heads_wanted = len(operators)
+    groups: list[tuple[Operator, int]] = []
+    for op in operators:
+        if groups and groups[-1][0] is op:
+            groups[-1] = (op, groups[-1][1] + 1)
+        else:
+            groups.append((op, 1))
+    counts = [count for _, count in groups]
+
+    def check(heads: int) -> None:
+        if heads != heads_wanted:
+            raise ValueError(
+                f"`hybrid` needs as many heads as operators, {heads_wanted}, got {heads}. "
+                "Give one operator per head."
+            )
+
+    def init(generator: Generator, heads: int, tokens: int) -> Params:
+        check_sizes(heads, tokens)
+        check(heads)
+        return {str(i): op.init(generator, count, tokens) for i, (op, count) in enumerate(groups)}
+
+    def by_group(call: Callable[..., Tensor], *tensors: Tensor, mask: Tensor | None) -> Tensor:
+        for tensor in tensors:
+            check(tensor.shape[-3] if tensor.dim() >= 3 else 0)
+        columns = [tensor.split(counts, dim=-3) for tensor in tensors]
+        if mask is not None and mask.dim() >= 3 and mask.shape[-3] > 1:
+            masks: Sequence[Tensor | None] = mask.split(counts, dim=-3)
+        else:
+            masks = [mask] * len(groups)
+        parts = [
+            call(i, op, *(column[i] for column in columns), mask=masks[i])
+            for i, (op, _) in enumerate(groups)
+        ]
+        return torch.cat(parts, dim=-3)
+
+    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        return by_group(
+            lambda i, op, s, mask: op.weights(params[str(i)], s, mask), scores, mask=mask
+        )
+
+    def attend(
+        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        return by_group(
+            lambda i, op, q, k, v, mask: op.attend(params[str(i)], q, k, v, mask),
+            *(q, k, v),
+            mask=mask,
+        )
+
+    def resize(params: Params, old: Lattice, new: Lattice) -> Params:
+        return {
+            str(i): params[str(i)] if op.resize is None else op.resize(params[str(i)], old, new)
+            for i, (op, _) in enumerate(groups)
+        }
+
+    # one that cannot move its parameters is not skipped: then the whole has no `resize`
+    movable = all(op.resize or op.traits.get("length_free") for op, _ in groups)
+    traits = {
+        "learned": any(op.traits.get("learned", True) for op, _ in groups),
+        "length_free": all(op.traits.get("length_free", False) for op, _ in groups),
+    }
+    options = {"kind": "hybrid", "groups": groups}
+    name = "+".join(f"{count}*{op.name}" for op, count in groups)
+    return Operator(
+        name, init, weights, attend, None, options, traits, resize if movable else None
+    )

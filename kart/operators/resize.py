@@ -1,0 +1,161 @@
+"""Parameters of an operator for another number of keys: bicubic over the lattice of patches.
+
+A unit, or an entry of W, at key m is a sample of a function of the place of the patch m. Keys are
+class or register tokens first, kept as they are, then the patches by rows. On the new lattice the
+function is sampled by cubic convolution (Keys, a = -1/2; on the way down its support is widened to
+cover what is dropped, as in image resizing with `antialias=True`), and the samples are weighted
+anew: a sum over P patches stands for an integral, so amplitudes become P / P' times as large. Both
+sums of an operator, the hidden one over scores and W^T V over values, then keep their size, and so
+does what a head puts out. (Units that look alike add up like P, not like the sqrt(P) of independent
+ones, and neighbours on a refined lattice do look alike.)
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kart.bases import Basis, Params
+from kart.operators.contract import Operator
+
+Tokens = int | Sequence[int]
+
+
+class Lattice(NamedTuple):
+    """Keys as `prefix` tokens without a place, then `rows` x `columns` patches.
+
+    `prefix` is None where it is what the parameters have beside the patches.
+    """
+
+    prefix: int | None
+    rows: int
+    columns: int
+
+    @property
+    def patches(self) -> int:
+        """P."""
+        return self.rows * self.columns
+
+
+def lattice(argument: str, tokens: Tokens) -> Lattice:
+    """The lattice that a number of keys or a tuple stands for."""
+    whole = isinstance(tokens, int) and not isinstance(tokens, bool)
+    if whole and tokens > 1:  # type: ignore[operator]
+        side = math.isqrt(tokens - 1)  # type: ignore[operator]
+        if side * side == tokens - 1:  # type: ignore[operator]
+            return Lattice(1, side, side)
+    sizes = tuple(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else ()
+    fits = all(isinstance(x, int) and not isinstance(x, bool) for x in sizes)
+    if fits and len(sizes) == 2 and min(sizes) >= 1:
+        return Lattice(None, *sizes)
+    if fits and len(sizes) == 3 and sizes[0] >= 0 and min(sizes[1:]) >= 1:
+        return Lattice(*sizes)
+    raise ValueError(
+        f"`resize` needs `{argument}` as 1 + g * g keys (a class token and a square of patches) or "
+        f"as (prefix tokens, rows, columns), got {tokens!r}. Name the lattice: "
+        f"`resize(op, params, old_tokens=(1, 14, 14), new_tokens=(1, 16, 16))`."
+    )
+
+
+def interpolate(leaf: Tensor, axis: int, old: Lattice, new: Lattice, amplitude: bool) -> Tensor:
+    """`leaf` with its axis of keys on another lattice; `amplitude` ones are weighted by P / P'."""
+    keys = leaf.shape[axis]
+    prefix = keys - old.patches if old.prefix is None else old.prefix
+    if prefix < 0 or prefix + old.patches != keys:
+        raise ValueError(
+            f"`resize` needs `old_tokens` to be the {keys} keys of `params`, got {prefix} and "
+            f"{old.rows} x {old.columns} patches. Name the lattice: `resize(op, params, "
+            f"old_tokens=(prefix, rows, columns), new_tokens=...)`."
+        )
+    if new.prefix not in (None, prefix):
+        raise ValueError(
+            f"`resize` needs `new_tokens` with the {prefix} prefix tokens of `old_tokens`, got "
+            f"{new.prefix}. Tokens without a place are kept: pass ({prefix}, {new.rows}, "
+            f"{new.columns})."
+        )
+    if (old.rows, old.columns) == (new.rows, new.columns):
+        return leaf
+    last = leaf.movedim(axis, -1)
+    first, patches = last[..., :prefix], last[..., prefix:]
+    # half types would round the weights of the interpolation
+    image = patches.to(torch.promote_types(leaf.dtype, torch.float32))
+    image = image.reshape(-1, 1, old.rows, old.columns)
+    size = (new.rows, new.columns)
+    image = functional.interpolate(image, size, mode="bicubic", antialias=True)
+    if amplitude:
+        image = image * (old.patches / new.patches)
+    moved = image.reshape(*patches.shape[:-1], new.patches).to(leaf.dtype)
+    return torch.cat([first, moved], dim=-1).movedim(-1, axis).contiguous()
+
+
+def amplitudes(basis: Basis) -> tuple[str, ...]:
+    """The leaves that the units of a basis are linear in, the base activation's with them."""
+    named = basis.traits.get("amplitude") or ("coefs" if basis.coefficients is not None else None)
+    names = (named,) if named else ("coefs", "weight", "numerator")
+    return (*names, "scale_base")
+
+
+def moving(axes: Mapping[str, Sequence[int]], basis: Basis) -> Callable[..., Params]:
+    """The field `resize` of an operator whose parameters `name` have keys at `axes[name]`.
+
+    A parameter that is a dict holds units of `basis`; one that is a tensor is an amplitude.
+    """
+
+    def resize(params: Params, old: Lattice, new: Lattice) -> Params:
+        unscaled = basis.options.get("base", "zero") != "zero" and not basis.options.get("scales")
+        if unscaled and old.patches != new.patches:
+            raise ValueError(
+                f"`resize` needs units that can be weighted anew, got base activation "
+                f"{basis.options['base']!r} of weight 1, which adds up over the keys. Train with "
+                "`scales=True`, whose weight of it is a parameter."
+            )
+        scaled = amplitudes(basis)
+
+        def move(leaf: Tensor, name: str, amplitude: bool) -> Tensor:
+            for axis in axes[name]:
+                leaf = interpolate(leaf, axis, old, new, amplitude)
+            return leaf
+
+        return {
+            name: {key: move(leaf, name, key in scaled) for key, leaf in value.items()}
+            if isinstance(value, dict)
+            else move(value, name, True)
+            for name, value in params.items()
+        }
+
+    return resize
+
+
+def resize(op: Operator, params: Params, old_tokens: Tokens, new_tokens: Tokens) -> Params:
+    """Parameters of `op` for another number of keys, moved from those for `old_tokens`.
+
+    Bicubic over the patches, class and register tokens kept; amplitudes (coefficients, W) are
+    weighted by P / P', the numbers of patches, other parameters (the shifts and scales of wavelets,
+    denominators) are not. The same lattice is the identity to the bit, an operator without
+    parameters of keys has nothing to move.
+
+    Args:
+        op: the operator that `params` are of.
+        params: as `op.init(generator, heads, tokens)` makes them.
+        old_tokens, new_tokens: the keys before and after, 1 + g * g (a class token and a square of
+            patches); or (prefix tokens, rows, columns); or (rows, columns), with the prefix tokens
+            that the parameters have.
+
+    >>> from kart import bases, operators
+    >>> op = operators.low_rank(bases.fourier(3), rank=4)
+    >>> params = op.init(torch.Generator().manual_seed(0), 2, 17)
+    >>> operators.resize(op, params, 17, 65)["mix"].shape
+    torch.Size([2, 65, 4])
+    """
+    old, new = lattice("old_tokens", old_tokens), lattice("new_tokens", new_tokens)
+    if op.resize is not None:
+        return op.resize(params, old, new)
+    if not params or op.traits.get("length_free"):
+        return params
+    raise ValueError(
+        f"`resize` needs an operator that says where its keys are (`Operator.resize`), got "
+        f"{op.name!r}. Give it one, or call `init` for the new number of keys."
+    )

@@ -1,0 +1,298 @@
+"""The spec language: strings such as `G3B:rank=24` or `2*softmax+G3B`, read into operators.
+
+It knows no operator and no family by name: what may be written is read off the signatures of the
+factories that it is given. A factory whose first parameter is `basis` is an order, which meets a
+family (`polynomial-1B:order=full_rank`); any other stands by its own name (`softmax`).
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from kart import bases
+from kart.operators.contract import Operator, near_matches
+from kart.operators.mixtures import hybrid
+
+Factory = Callable[..., Operator]
+
+SHARING = {"B": "blockwise", "U": "universal", None: None}
+WORDS = {"none": None, "None": None, "true": True, "True": True, "false": False, "False": False}
+# more digits name nothing that could be computed with, and are caught before anything is allocated
+DIGITS = 6
+HEAD = re.compile(
+    r"(?:(?P<name>[a-z][a-z_]*)(?:-|$))?(?P<numbers>G?[0-9]+(?:/[0-9]+)*)?(?P<sharing>[BU])?"
+)
+WHOLE = re.compile(r"[+-]?[0-9]+")
+REAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+class Spec(NamedTuple):
+    """What a spec string says: the operator, and "blockwise", "universal" or None where it is
+    silent.
+    """
+
+    operator: Operator
+    sharing: str | None
+
+
+class Head(NamedTuple):
+    """One kind of head, read but not yet made: its factory, family, numbers and options."""
+
+    text: str
+    factory: Factory
+    family: str | None
+    numbers: Mapping[str, int]
+    options: Mapping[str, Any]
+    sharing: str | None
+
+
+def parameters(factory: Callable[..., Any]) -> dict[str, Any]:
+    """The options of a factory and their defaults."""
+    found = inspect.signature(factory).parameters
+    return {name: p.default for name, p in found.items() if name != "basis"}
+
+
+def takes_basis(factory: Factory) -> bool:
+    """Whether the factory is an order, of units of a basis."""
+    return "basis" in inspect.signature(factory).parameters
+
+
+def options_of(head: Head) -> dict[str, Any]:
+    """Every option that a head may be given, and its default; those of the units come last."""
+    own = parameters(head.factory)
+    if head.family is None:
+        return own
+    units = parameters(bases.FAMILIES[head.family])
+    named = {"unit_base" if name == "base" else name: value for name, value in units.items()}
+    return {**own, **{name: value for name, value in named.items() if name not in own}}
+
+
+def examples(factories: Sequence[Factory]) -> list[str]:
+    """Specs of every operator and family, with their defaults."""
+    orders = [factory for factory in factories if takes_basis(factory)]
+    names = [f.__name__ for f in factories if f not in orders]
+    for family, factory in bases.FAMILIES.items():
+        defaults = parameters(factory)
+        numbers = "/".join(str(defaults[name]) for name in bases.NUMBERS.get(family, ()))
+        first = family == next(iter(bases.FAMILIES))  # which is named by its numbers alone
+        names += [f"G{numbers}B", f"G{numbers}U"] if first else [f"{family}-{numbers}B"]
+    names += [f"G3B:order={order.__name__}" for order in orders]
+    return names
+
+
+def refusal(spec: str, why: str, near: Sequence[str] = ()) -> ValueError:
+    """The error of a spec, with what it may have meant."""
+    advice = f" Near matches: {', '.join(near)}." if near else ""
+    return ValueError(
+        f"`operator` needs a spec such as G3B, softmax or bspline-G8U:rank=24, got {spec!r}: "
+        f"{why}.{advice}"
+    )
+
+
+def read_value(spec: str, text: str) -> Any:
+    """None, a truth value, a number, an interval `low..high` or a word."""
+    if text in WORDS:
+        return WORDS[text]
+    if WHOLE.fullmatch(text):
+        return read_whole(spec, text)
+    if REAL.fullmatch(text):
+        return float(text)
+    ends = text.split("..")
+    if len(ends) == 2 and all(REAL.fullmatch(end) for end in ends):
+        return float(ends[0]), float(ends[1])
+    return text
+
+
+def read_whole(spec: str, text: str) -> int:
+    """A whole number that something can be computed with."""
+    if len(text.lstrip("+-0")) > DIGITS:
+        raise refusal(spec, f"{text[:12]}... has more than {DIGITS} digits")
+    return int(text)
+
+
+def read_options(spec: str, text: str) -> dict[str, Any]:
+    """The options of `name=value,name=value`."""
+    options: dict[str, Any] = {}
+    for item in text.split(","):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not name or not value:
+            raise refusal(spec, f"option {item!r} is not of the form name=value")
+        if name in options:
+            raise refusal(spec, f"option {name!r} is given twice")
+        options[name] = read_value(spec, value)
+    return options
+
+
+def read_head(spec: str, text: str, factories: Sequence[Factory]) -> Head:
+    """One kind of head; nothing is made yet."""
+    orders = {f.__name__: f for f in factories if takes_basis(f)}
+    alone = {f.__name__: f for f in factories if not takes_basis(f)}
+    written, colon, tail = text.partition(":")
+    options = read_options(spec, tail) if colon else {}
+    match = HEAD.fullmatch(written)
+    name = match["name"] if match else None
+    known = (name in alone or name in bases.FAMILIES) if name else bool(match and match["numbers"])
+    if match is None or not known:
+        names = [*examples(factories), *bases.FAMILIES]
+        near = near_matches(written, names) or names[:6]
+        raise refusal(spec, f"there is no operator {written!r}", near)
+    sharing = SHARING[match["sharing"]]
+    if name in alone:
+        if match["numbers"]:
+            raise refusal(spec, f"{name} takes no numbers, got {match['numbers']}")
+        return Head(spec, alone[name], None, {}, options, sharing)
+    # numbers alone are those of the first family
+    family = name or next(iter(bases.FAMILIES))
+    fields = bases.NUMBERS.get(family, ())
+    digits = (match["numbers"] or "").lstrip("G")
+    values = [read_whole(spec, number) for number in digits.split("/") if number]
+    defaults = parameters(bases.FAMILIES[family])
+    missing = not values and family == next(iter(bases.FAMILIES))
+    if len(values) not in (0, len(fields)) or missing:
+        wanted = "/".join(f"{field} ({defaults[field]})" for field in fields) or "no numbers"
+        raise refusal(spec, f"{family} needs {wanted} before B or U")
+    order = options.pop("order", next(iter(orders)))
+    if order not in orders:
+        raise refusal(
+            spec,
+            f"order must be one of {', '.join(orders)}, got {order!r}",
+            near_matches(order, list(orders)),
+        )
+    numbers = dict(zip(fields, values, strict=False))
+    for field in numbers:
+        if field in options:
+            raise refusal(spec, f"{field} is given twice, as {numbers[field]} and by an option")
+    return Head(spec, orders[order], family, numbers, options, sharing)
+
+
+def fits(value: Any, default: Any) -> bool:
+    """Whether a value is of the kind of a default: a truth value, a number, an interval, a word."""
+    if value is None or default is None:
+        return True
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, int | float):
+        return isinstance(value, int | (float if isinstance(default, float) else int))
+    return isinstance(value, Sequence) and isinstance(value, str) == isinstance(default, str)
+
+
+def checked(head: Head, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options given to a head, under the names of `options_of`, or ValueError."""
+    known = options_of(head)
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        # `base` names what is added to rows (softmax) or to units (eq. 5): no value is both
+        if name == "base" and head.family is not None:
+            words = ["softmax", *bases.BASES]
+            if value is not None and value not in words:
+                why = f"`base` must be one of {', '.join(words)}, got {value!r}"
+                raise refusal(head.text, why, near_matches(value, words))
+            name = "unit_base" if value in bases.BASES else "base"
+        if name not in known:
+            what = head.factory.__name__ if head.family is None else head.family
+            takes = f"it takes {', '.join(known)}" if known else "it takes no options"
+            raise refusal(
+                head.text,
+                f"{name!r} has no effect on {what}: {takes}",
+                near_matches(name, list(known)),
+            )
+        if name in options:
+            raise refusal(head.text, f"option {name!r} is given twice")
+        if not fits(value, known[name]):
+            raise refusal(
+                head.text, f"{name!r} must be like {known[name]!r}, its default, got {value!r}"
+            )
+        options[name] = value
+    return options
+
+
+def make(head: Head, options: Mapping[str, Any]) -> Operator:
+    """The operator of a head with its checked options."""
+    if head.family is None:
+        return head.factory(**options)
+    own = parameters(head.factory)
+    outer = {name: value for name, value in options.items() if name in own}
+    inner = {name: value for name, value in options.items() if name not in own}
+    if "unit_base" in inner:
+        inner["base"] = inner.pop("unit_base")
+    return head.factory(bases.FAMILIES[head.family](**head.numbers, **inner), **outer)
+
+
+def split(spec: str, factories: Sequence[Factory]) -> list[tuple[str, Head, int]]:
+    """The kinds of heads that a spec joins: how each is written, what it is, and its number."""
+    if not isinstance(spec, str) or not spec or not spec.isascii():
+        raise refusal(str(spec), "it must be a word of ASCII letters", examples(factories)[:6])
+    parts = []
+    for part in spec.split("+"):
+        count, star, rest = part.partition("*")
+        if star and not WHOLE.fullmatch(count):
+            raise refusal(spec, f"{count!r} before * is not a number of heads")
+        number = read_whole(spec, count) if star else 1
+        if number < 1:
+            raise refusal(spec, f"{count} before * is not a number of heads of at least 1")
+        text = rest if star else part
+        parts.append((text, read_head(spec, text, factories), number))
+    return parts
+
+
+def open_options(spec: str, factories: Sequence[Factory]) -> set[str]:
+    """The options that some head of the spec takes and does not name itself."""
+    found: set[str] = set()
+    for _, head, _ in split(spec, factories):
+        found |= set(options_of(head)) - set(checked(head, head.options)) - set(head.numbers)
+    return found
+
+
+def read(spec: str, factories: Sequence[Factory], overrides: Mapping[str, Any]) -> Spec:
+    """The operator that a spec names among those of `factories`; see `kart.operators.parse`."""
+    asked = {name: value for name, value in overrides.items() if value is not None}
+    parts = split(spec, factories)
+    given = [checked(head, head.options) for _, head, _ in parts]
+    for name, value in asked.items():
+        place(spec, name, value, [head for _, head, _ in parts], given)
+    made = [
+        make(head, options)._replace(name=text)
+        for (text, head, _), options in zip(parts, given, strict=True)
+    ]
+    for (_, head, _), op in zip(parts, made, strict=True):
+        if head.sharing and not op.traits.get("learned"):
+            raise refusal(spec, f"{head.factory.__name__} has no parameters to share")
+    modes = {head.sharing for _, head, _ in parts} - {None}
+    if len(modes) > 1:
+        raise refusal(spec, "the heads of a block are all blockwise or all universal")
+    sharing = modes.pop() if modes else None
+    if len(parts) == 1 and parts[0][2] == 1:
+        return Spec(made[0]._replace(name=spec), sharing)
+    heads = [op for op, (_, _, count) in zip(made, parts, strict=True) for _ in range(count)]
+    return Spec(hybrid(heads)._replace(name=spec), sharing)
+
+
+def place(
+    spec: str, name: str, value: Any, heads: Sequence[Head], given: Sequence[dict[str, Any]]
+) -> None:
+    """Puts an override among the options of every head that takes it and does not name it."""
+    effect, names, refused = False, set[str](), []
+    for head, options in zip(heads, given, strict=True):
+        names |= set(options_of(head))
+        try:
+            fitting = checked(head, {name: value})
+        except ValueError as error:
+            refused.append(error)
+            continue
+        key, fitted = next(iter(fitting.items()))
+        if key in head.numbers or key in options:
+            effect = effect or head.numbers.get(key, options.get(key)) == fitted
+        else:
+            options[key] = fitted
+            effect = True
+    if not effect and len(refused) == len(heads) == 1:
+        raise refused[0]
+    if not effect:
+        known = ", ".join(sorted(names)) or "no options"
+        raise refusal(
+            spec,
+            f"{name}={value!r}, given beside it, has no effect: the spec takes {known}, and what "
+            "it says itself holds",
+            near_matches(name, sorted(names)),
+        )
