@@ -728,7 +728,7 @@ FAMILIES: dict[str, Callable[..., Basis]] = {
     "shannon": shannon,
 }
 
-# the positional numbers of a family in a spec, such as the grid of G3B; families not named take none
+# the positional numbers of a family in a spec, as the grid in G3B; families not named take none
 NUMBERS: dict[str, tuple[str, ...]] = {
     "fourier": ("grid",),
     "bspline": ("grid",),

@@ -1,8 +1,8 @@
 """What a row operator is, and what all of them share: checks, masks, precision, base, projection.
 
 An operator of one's own starts at `from_rows` (a function of scores alone) or `from_logits`
-(parameters and logits): both check arguments, silence what is masked, and compute in float32 where the input is
-half precision.
+(parameters and logits): both check arguments, silence what is masked, and compute in float32 where
+the input is half precision.
 """
 
 import difflib
@@ -170,9 +170,7 @@ def same_for_all_queries(mask: Tensor | None) -> bool:
     return mask is None or mask.shape[-2] == 1
 
 
-def silence(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def silence(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v with zeros for queries that attend to nothing and keys that nobody attends to.
 
     A weight of 0 is not enough where they hold NaN or infinity: 0 times those is NaN, in the output

@@ -86,6 +86,4 @@ def hybrid(operators: Sequence[Operator]) -> Operator:
     }
     options = {"kind": "hybrid", "groups": groups}
     name = "+".join(f"{count}*{op.name}" for op, count in groups)
-    return Operator(
-        name, init, weights, attend, None, options, traits, resize if movable else None
-    )
+    return Operator(name, init, weights, attend, None, options, traits, resize if movable else None)

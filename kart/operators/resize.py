@@ -12,7 +12,7 @@ ones, and neighbours on a refined lattice do look alike.)
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

@@ -7,7 +7,7 @@ family (`polynomial-1B:order=full_rank`); any other stands by its own name (`sof
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kart import bases
