@@ -1,6 +1,9 @@
-"""Row operators: attend against weights @ v, masks, invariants, spec strings, bad input."""
+"""Row operators: attend against weights @ v, masks, invariants, bad input."""
 
+import copy
+import inspect
 import math
+import pickle
 
 import pytest
 import torch
@@ -242,41 +245,6 @@ def test_a_new_head_neither_explodes_nor_vanishes(spec):
     assert 0.005 < float(op.attend(params, q, k, v).std()) < 5
 
 
-@pytest.mark.parametrize("spec", operators.EXAMPLES)
-def test_every_example_spec_parses_to_an_operator_of_that_name(spec):
-    parsed = operators.parse(spec)
-    assert parsed.operator.name == spec
-    letter = spec.split(":")[0][-1]
-    assert parsed.sharing == {"B": "blockwise", "U": "universal"}.get(letter)
-
-
-@pytest.mark.parametrize(
-    ("spec", "words"),
-    [
-        ("sofmax", "Near matches: softmax"),
-        ("G3X", "Near matches: G3"),
-        ("", "needs a spec"),
-        ("furier-G3B", "Near matches"),
-        ("G0B", "`grid` >= 1"),
-        ("fourier", "fourier needs"),
-        ("rational-5B", "needs"),
-        ("G3B:rnk=3", "rnk"),
-        ("G3B:rank=0", "`rank` >= 1"),
-        ("G3B:rank", "name=value"),
-        ("G3B:order=sideways", "order must be one of"),
-        ("G3B:project=ball", "`project`"),
-        ("softmax:rank=3", "takes no options"),
-        ("x*G3B", "number of heads"),
-        ("G3B+G3U", "all blockwise or all universal"),
-        ("G3B:init=warm", "`init`"),
-    ],
-)
-def test_a_bad_spec_says_what_is_wrong(spec, words):
-    with pytest.raises(ValueError, match="needs") as caught:
-        operators.parse(spec)
-    assert words in str(caught.value)
-
-
 def test_bad_tensors_name_the_argument():
     op, params, q, k, v = setting("G2", 4, 6)
     with pytest.raises(ValueError, match="initialised for rows of 6 keys, got 5"):
@@ -302,3 +270,75 @@ def test_bad_tensors_name_the_argument():
         mixed.init(torch.Generator(), 3, 5)
     with pytest.raises(ValueError, match="one Operator per head"):
         operators.hybrid([])
+    with pytest.raises(ValueError, match="as many heads as operators, 2, got 1"):
+        mixed.attend({}, q[:, :2], k[:, :1], v[:, :2])
+
+
+HUGE = 10**30
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        operators.low_rank(bases.fourier(2), rank=HUGE),
+        operators.low_rank(bases.linear(lambda x: x[..., None], 10**15)),
+        operators.project_first(bases.dog(), rank=HUGE),
+        operators.two_stage(bases.dog(), rank=HUGE),
+    ],
+)
+def test_parameters_that_do_not_fit_memory_are_refused_before_any_is_drawn(op):
+    with pytest.raises(ValueError, match=r"parameters that fit the \d+ GiB of memory, got"):
+        op.init(torch.Generator(), 2, 5)
+
+
+def test_keys_that_do_not_fit_memory_are_refused():
+    op = operators.full_rank(bases.fourier(1))
+    with pytest.raises(ValueError, match="1 x 10,000,000 x 10,000,000 units of 2 numbers"):
+        op.init(torch.Generator(), 1, 10**7)
+
+
+def wave(x):
+    return torch.stack([x.sin(), x.cos()], dim=-1)
+
+
+def fixed_weights(params, scores, mask=None):
+    return torch.ones_like(scores)
+
+
+@pytest.mark.parametrize("spec", FIXED)
+def test_a_fixed_operator_pickles_and_deepcopies(spec):
+    op, params, q, k, v = setting(spec, 4, 6)
+    for copied in (pickle.loads(pickle.dumps(op)), copy.deepcopy(op)):
+        assert copied.name == spec and copied.options == op.options
+        assert_close(copied.attend(params, q, k, v), op.attend(params, q, k, v), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("spec", [*LEARNED, "2*softmax+G3"])
+def test_an_operator_deepcopies(spec):
+    op, params, q, k, v = setting(spec, 4, 6)
+    copied = copy.deepcopy(op)
+    assert isinstance(copied, operators.Operator) and copied.name == op.name
+    assert_close(copied.attend(params, q, k, v), op.attend(params, q, k, v), rtol=0, atol=0)
+
+
+def test_what_was_replaced_after_the_factory_survives_a_copy():
+    op = operators.softmax()._replace(name="mine", weights=fixed_weights)
+    for copied in (pickle.loads(pickle.dumps(op)), copy.deepcopy(op)):
+        assert copied.name == "mine" and copied.weights is fixed_weights
+        again = copy.deepcopy(copied)
+        assert again.name == "mine" and again.weights is fixed_weights
+    by_hand = op._replace(call=None, init=fixed_weights, attend=fixed_weights)
+    assert pickle.loads(pickle.dumps(by_hand)) == by_hand
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        pickle.dumps(op._replace(attend=lambda *_: None))
+
+
+def test_groups_of_a_mixture_survive_a_copy():
+    op = operators.hybrid([operators.softmax()] * 2 + [operators.relu()])
+    copied = pickle.loads(pickle.dumps(op))
+    assert [count for _, count in copied.options["groups"]] == [2, 1]
+
+
+def test_a_factory_keeps_its_signature_and_says_what_made_a_tuple():
+    assert list(inspect.signature(operators.low_rank).parameters)[:2] == ["basis", "rank"]
+    assert repr(operators.softmax().call) == "<call of softmax>"

@@ -360,15 +360,16 @@ class Streamed:
 
 
 def values_of(logits: Logits, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The logits, zero where they are masked, times `v (..., H, M, e)`, in the logits' dtype."""
+    """The logits, zero where they are masked, times `v (..., H, M, e)`, at least in float32."""
+    v = wide(v)
     if isinstance(logits, Factored):
-        left, right = logits
-        right, v = right.to(left.dtype), v.to(left.dtype)
+        # r cancelling terms: rounding each factor to half precision would show in the sum
+        left, right = wide(logits.left), logits.right.to(v.dtype)
         if same_for_all_queries(mask):
             return left @ (right.mT @ v)
         # a mask that differs between queries cannot move into right^T V
         return kernels.mix_values(left, right, v, mask)  # type: ignore[arg-type]
-    return only(logits, mask) @ v.to(logits.dtype)
+    return only(wide(logits), mask) @ v
 
 
 def from_logits(
