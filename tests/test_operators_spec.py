@@ -20,7 +20,12 @@ EXAMPLES = [
     ),
     *("G3B:rank=24", "G3B:project=simplex", "G3B:base=softmax", "G3B:base=gelu", "2*softmax+G3B"),
     *("G3B:scales=true,init=smooth", "morlet-B:omega=3,rank=2", "chebyshev-4B:span=-2..2.5"),
-    *("meyer:reading=direct", "bspline:grid=4,degree=2", "G3B:base=softmax,unit_base=silu"),
+    *(
+        "fourier-3U",
+        "meyer:reading=direct",
+        "bspline:grid=4,degree=2",
+        "G3B:base=softmax,unit_base=silu",
+    ),
     *("polynomial-1:order=full_rank", "G2:order=two_stage,rank=3", "G3:mix=zero,engine=torch"),
 ]
 
@@ -143,7 +148,10 @@ def test_what_is_no_string_is_refused(spec):
         ("G3B", {"project": "Simplex"}, "Near matches: simplex"),
         ("G3B", {"rank": "12"}, "'rank' must be like 12"),
         ("G3B", {"rank": -1}, "`rank` >= 1"),
-        ("G3B", {"order": "full_rank"}, "'order' has no effect on"),
+        ("G3B", {"order": "fullrank"}, "Near matches: full_rank"),
+        ("softmax", {"order": "full_rank"}, "order='full_rank', given beside it, has no effect"),
+        ("G3B:order=two_stage", {"order": "full_rank"}, "given beside it, has no effect"),
+        ("G3B", {"order": "full_rank", "rank": 3}, "'rank' has no effect on"),
     ],
 )
 def test_an_override_without_effect_is_refused(spec, overrides, words):
@@ -158,12 +166,17 @@ def test_overrides_reach_every_head_that_leaves_them_open():
     assert (first.options["rank"], second.options["rank"]) == (4, 7)
     assert first.basis.options["base"] == second.basis.options["base"] == "gelu"
     assert operators.parse("G3B:rank=4", rank=4).operator.options["rank"] == 4
+    orders = operators.parse("softmax+G3B+G2B:order=two_stage", order="full_rank").operator
+    kinds = [op.options["kind"] for op, _ in orders.options["groups"]]
+    assert kinds == ["softmax", "full_rank", "two_stage"]
     assert operators.parse("softmax", rank=None, base=None).operator.name == "softmax"
 
 
 def test_open_options_are_those_that_an_override_may_give():
     assert operators.options("softmax") == set()
-    assert {"rank", "project", "base", "unit_base", "scales", "mix"} <= operators.options("G3B")
+    assert {"rank", "project", "base", "unit_base", "scales", "mix", "order"} <= operators.options(
+        "G3B"
+    )
     assert "rank" not in operators.options("G3B:rank=3")
     assert "rank" not in operators.options("G3B:order=full_rank")
     assert "rank" in operators.options("softmax+G3B:rank=3+G2B")

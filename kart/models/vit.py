@@ -99,6 +99,10 @@ def _resolve(
             "Give as many as `depth`."
         )
     options = {name: fields.get(name) for name in ("rank", "project", "base")}
+    options = {name: value for name, value in options.items() if value is not None}
+    # with several blocks, an option is for those that leave it open; for none, `parse` refuses it
+    written = {one: operators.options(one) for one in ones if isinstance(one, str)}
+    nobody = {name for name in options if not any(name in open_ for open_ in written.values())}
     specs = []
     parsed: dict[str, operators.Spec] = {}
     for one in ones:
@@ -106,8 +110,15 @@ def _resolve(
             specs.append(operators.Spec(one, None))
         else:
             if one not in parsed:
-                parsed[one] = operators.parse(one, **options)
+                taken = written[one] | nobody
+                fitting = {name: value for name, value in options.items() if name in taken}
+                parsed[one] = operators.parse(one, **fitting)
             specs.append(parsed[one])
+    if nobody and not written:
+        raise ValueError(
+            f"`vit` needs options that have an effect, got {sorted(nobody)} beside an Operator. "
+            "Give them to the factory of the operator."
+        )
     modes = {mode for mode in (asked, *(spec.sharing for spec in specs)) if mode is not None}
     if len(modes) > 1:
         raise ValueError(

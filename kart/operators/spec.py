@@ -45,6 +45,7 @@ class Head(NamedTuple):
     numbers: Mapping[str, int]
     options: Mapping[str, Any]
     sharing: str | None
+    order: str | None = None  # where the spec names it
 
 
 def parameters(factory: Callable[..., Any]) -> dict[str, Any]:
@@ -124,8 +125,8 @@ def read_options(spec: str, text: str) -> dict[str, Any]:
     return options
 
 
-def read_head(spec: str, text: str, factories: Sequence[Factory]) -> Head:
-    """One kind of head; nothing is made yet."""
+def read_head(spec: str, text: str, factories: Sequence[Factory], order: str | None) -> Head:
+    """One kind of head, of `order` where it names none; nothing is made yet."""
     orders = {f.__name__: f for f in factories if takes_basis(f)}
     alone = {f.__name__: f for f in factories if not takes_basis(f)}
     written, colon, tail = text.partition(":")
@@ -152,7 +153,8 @@ def read_head(spec: str, text: str, factories: Sequence[Factory]) -> Head:
     if len(values) not in (0, len(fields)) or missing:
         wanted = "/".join(f"{field} ({defaults[field]})" for field in fields) or "no numbers"
         raise refusal(spec, f"{family} needs {wanted} before B or U")
-    order = options.pop("order", next(iter(orders)))
+    named = options.pop("order", None)
+    order = named or order or next(iter(orders))
     if order not in orders:
         raise refusal(
             spec,
@@ -163,7 +165,7 @@ def read_head(spec: str, text: str, factories: Sequence[Factory]) -> Head:
     for field in numbers:
         if field in options:
             raise refusal(spec, f"{field} is given twice, as {numbers[field]} and by an option")
-    return Head(spec, orders[order], family, numbers, options, sharing)
+    return Head(spec, orders[order], family, numbers, options, sharing, named)
 
 
 def fits(value: Any, default: Any) -> bool:
@@ -219,7 +221,9 @@ def make(head: Head, options: Mapping[str, Any]) -> Operator:
     return head.factory(bases.FAMILIES[head.family](**head.numbers, **inner), **outer)
 
 
-def split(spec: str, factories: Sequence[Factory]) -> list[tuple[str, Head, int]]:
+def split(
+    spec: str, factories: Sequence[Factory], order: str | None = None
+) -> list[tuple[str, Head, int]]:
     """The kinds of heads that a spec joins: how each is written, what it is, and its number."""
     if not isinstance(spec, str) or not spec or not spec.isascii():
         raise refusal(str(spec), "it must be a word of ASCII letters", examples(factories)[:6])
@@ -232,7 +236,7 @@ def split(spec: str, factories: Sequence[Factory]) -> list[tuple[str, Head, int]
         if number < 1:
             raise refusal(spec, f"{count} before * is not a number of heads of at least 1")
         text = rest if star else part
-        parts.append((text, read_head(spec, text, factories), number))
+        parts.append((text, read_head(spec, text, factories, order), number))
     return parts
 
 
@@ -241,13 +245,19 @@ def open_options(spec: str, factories: Sequence[Factory]) -> set[str]:
     found: set[str] = set()
     for _, head, _ in split(spec, factories):
         found |= set(options_of(head)) - set(checked(head, head.options)) - set(head.numbers)
+        found |= {"order"} if head.family is not None and head.order is None else set()
     return found
 
 
 def read(spec: str, factories: Sequence[Factory], overrides: Mapping[str, Any]) -> Spec:
     """The operator that a spec names among those of `factories`; see `kart.operators.parse`."""
     asked = {name: value for name, value in overrides.items() if value is not None}
-    parts = split(spec, factories)
+    order = asked.pop("order", None)
+    parts = split(spec, factories, order)
+    if order is not None and not any(
+        head.family is not None and head.factory.__name__ == order for _, head, _ in parts
+    ):
+        raise refusal(spec, f"order={order!r}, given beside it, has no effect")
     given = [checked(head, head.options) for _, head, _ in parts]
     for name, value in asked.items():
         place(spec, name, value, [head for _, head, _ in parts], given)
