@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kart import tables, train, tree
+from kart import operators, tables, train, tree
 from kart.tables import spread, table
 from kart.train import Config, Record
 
@@ -109,6 +109,29 @@ def config_of(args: argparse.Namespace, **changes: Any) -> Config:
     return Config(**{**given, **changes})
 
 
+# fields of Config that belong to the operator
+OPTIONS = {"rank", "project", "base"}
+
+
+def options_of(operator: str | tuple[str, ...]) -> set[str]:
+    """Those of `OPTIONS` that the spec of an operator, or one of those of the blocks, leaves
+    open.
+    """
+    specs = [operator] if isinstance(operator, str) else operator
+    return OPTIONS & set[str]().union(*map(operators.options, specs))
+
+
+def configs_of(args: argparse.Namespace) -> list[Config]:
+    """One Config for each of the operators; each option of operators is for those that leave it
+    open.
+    """
+    some = set[str]().union(*map(options_of, args.operator))
+    return [
+        config_of(args, operator=spec, **dict.fromkeys(some - options_of(spec)))
+        for spec in args.operator
+    ]
+
+
 def slug(operator: str) -> str:
     """A directory name for a spec string."""
     return re.sub(r"[^A-Za-z0-9]+", "-", operator).strip("-")
@@ -121,7 +144,7 @@ def _train(args: argparse.Namespace) -> int:
 
     if args.threads is None:
         args.threads = torch.get_num_threads()
-    named = [config_of(args, operator=spec) for spec in args.operator]
+    named = configs_of(args)
     if len({slug(spec) for spec in args.operator}) != len(args.operator):
         raise ValueError(f"`--operator` needs different operators, got {args.operator}.")
     splits = train.load_data(named[0])
@@ -287,7 +310,10 @@ def results_of(path: str, which: str = "last") -> "list[report.Result]":
                 (configs[i], own, params, scores[i])
             )
     every = [one for members in found.values() for one in members]
-    if len({dataclasses.replace(one[0], operator="softmax", seed=0) for one in every}) > 1:
+    unset = dict.fromkeys(OPTIONS)
+    settings = {dataclasses.replace(one[0], operator="softmax", seed=0, **unset) for one in every}
+    given = {(name, getattr(one[0], name)) for one in every for name in options_of(one[0].operator)}
+    if len(settings) > 1 or len(given) > len({name for name, _ in given}):
         raise ValueError(
             f"`run` needs runs that differ in operator and seed alone, got others below {path!r}. "
             "Analyse them one by one."

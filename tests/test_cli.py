@@ -10,7 +10,7 @@ from kart.train import Config
 
 TINY = [
     *("--epochs", "1", "--batch-size", "64", "--train-limit", "128", "--embed-dim", "8"),
-    *("--depth", "1", "--num-heads", "2", "--patch-size", "4", "--rank", "3"),
+    *("--depth", "1", "--num-heads", "2", "--patch-size", "4"),
     *("--threads", "1", "--quiet"),
 ]
 
@@ -54,8 +54,8 @@ def test_train_then_eval(capsys, tmp_path):
 
 def test_analyse_writes_a_page_with_the_scores_that_there_are(capsys, tmp_path):
     out = tmp_path / "runs"
-    argv = ["train", "--operator", "softmax", "G2B", "--seeds", 0, 1, "--out", out, *TINY]
-    assert run(capsys, *argv, "--group", 1)[0] == 0
+    argv = ["train", "--operator", "softmax", "G2B", "--rank", 3, "--seeds", 0, 1, "--out", out]
+    assert run(capsys, *argv, *TINY, "--group", 1)[0] == 0
     code, text, _ = run(capsys, "analyse", out)
     assert code == 0 and "val top-1 %" in text and "G2B is" in text
     page = (out / "report.html").read_text()
@@ -95,6 +95,8 @@ def test_seeds_one_by_one_go_into_directories_of_their_own(capsys, tmp_path):
         (["train", "--operator", "G3B", "G3B"], "different operators"),
         (["train", "--data", "nowhere"], "nowhere"),
         (["train", "--rank", "0", "--operator", "G3B"], "`rank` >= 1"),
+        (["train", "--rank", "3", "--operator", "softmax"], "'rank' has no effect on softmax"),
+        (["train", "--base", "Softmax", "--operator", "G3B"], "Near matches: softmax"),
         (["train", "--batch-size", "5000"], "training images"),
         (["train", "--seeds", "1", "1"], "different seeds"),
         (["train", "--augment", "flipp"], "flip"),
