@@ -1,14 +1,27 @@
-"""What the plots share: Figures without global state, colours for either background, SVG text."""
+"""What the plots share: Figures without global state, colours for either background."""
 
-import io
-import re
 from typing import Any
 
+from kart.pages import INK
+
 # of middle lightness, so that they stand on a light and on a dark page; told apart by the colour
-# blind (after Okabe and Ito, 2008)
+# blind (after Okabe and Ito, 2008). In grey they are alike: lines differ by `DASHES` as well
 COLOURS = ("#3b7dd8", "#e0862a", "#1f9d7a", "#c2529d", "#8a6fd1", "#b0a020")
-INK = "#2b2f36"  # text and marks; follows the page's text colour in a report
+DASHES = (
+    *("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5))),
+    *((0, (8, 3)), (0, (3, 1, 1, 1, 1, 1))),
+)
 QUIET = "#8b909a"  # axes, reference lines
+
+
+def look(i: int) -> dict[str, Any]:
+    """Colour and dash of the i-th line, for `Axes.plot`: the dashes move on by one each time the
+    colours have been used up.
+    """
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "ls": DASHES[(i + i // len(COLOURS)) % len(DASHES)],
+    }
 
 
 def grid(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
@@ -33,31 +46,3 @@ def grid(rows: int, columns: int, width: float, height: float, **options: Any) -
         for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
             text.set(fontsize=8, color=INK)
     return fig, axes
-
-
-def svg(fig: Any, name: str) -> str:
-    """`fig` as an SVG element for a page: its texts stay text in the page's font and colour.
-
-    `name` is put before all ids, since the figures of a page share one name space. The same figure
-    gives the same text on every call.
-    """
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "kart"}):
-        empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        fig.savefig(buffer, format="svg", transparent=True, metadata=empty)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # a page of HTML needs none
-    text = re.sub(r'\bid="(?:\w+_\d+|patch|text)"', "", text)  # of groups nothing refers to
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    text = re.sub(r"font(-family)?: ([\d.]+px )?'DejaVu Sans'[^;\"]*", _page_font, text)
-    text = text.replace(INK, "currentColor")
-    # the page sets the size; the view box keeps the shape
-    return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-
-
-def _page_font(match: re.Match[str]) -> str:
-    return f"font-size: {match[2].strip()}; font-family: inherit" if match[2] else ""
