@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -289,7 +290,8 @@ def results_of(path: str, which: str = "last") -> "list[report.Result]":
     from kart import population, runs
     from kart.analysis import report
 
-    found: dict[str, list[tuple[Config, list[Record], train.Params, dict[str, float] | None]]] = {}
+    found: dict[str, list[tuple[Config, list[Record], train.Params, Any, Path]]] = {}
+    images: set[int] = set()
     for directory in run_directories(path):
         configs = runs.members(directory)
         epochs = [
@@ -303,11 +305,13 @@ def results_of(path: str, which: str = "last") -> "list[report.Result]":
         scored = directory / f"eval-test-{which}.json"
         scores: list[Any] = [None] * len(configs)
         if scored.exists():
-            scores = json.loads(scored.read_text(encoding="utf-8"))["members"]
+            stored = json.loads(scored.read_text(encoding="utf-8"))
+            scores = stored["members"]
+            images.add(stored["images"])
         for i, params in enumerate(runs.load_weights(directory, which)):
             own = [records[i] for records in epochs]
             found.setdefault(str(configs[i].operator), []).append(
-                (configs[i], own, params, scores[i])
+                (configs[i], own, params, scores[i], directory)
             )
     every = [one for members in found.values() for one in members]
     unset = dict.fromkeys(OPTIONS)
@@ -322,16 +326,24 @@ def results_of(path: str, which: str = "last") -> "list[report.Result]":
     results = []
     for operator, members in found.items():
         members.sort(key=lambda one: one[0].seed)
-        configs, records, params, scores = (list(column) for column in zip(*members, strict=True))
+        configs, records, params, scores, homes = (list(c) for c in zip(*members, strict=True))
         by_epoch = [list(epoch) for epoch in zip(*records, strict=True)]
         results.append(
-            report.Result(operator, configs, by_epoch, params, scores if tested else None)
+            report.Result(
+                operator,
+                configs,
+                by_epoch,
+                params,
+                test=scores if tested else None,
+                test_images=next(iter(images)) if len(images) == 1 and tested else None,
+                homes=homes,
+            )
         )
     return sorted(results, key=lambda one: one.name != "softmax")
 
 
 def _analyse(args: argparse.Namespace) -> int:
-    from kart.analysis import cost, report
+    from kart.analysis import cost, report, scores, training
 
     results = results_of(args.run, args.checkpoint)
     config = results[0].configs[0]
@@ -340,8 +352,18 @@ def _analyse(args: argparse.Namespace) -> int:
     splits = train.load_data(config)
     out = Path(args.out or Path(args.run) / "report.html")
     title = args.title or f"{', '.join(one.name for one in results)} on {splits.train.name}"
-    command = f"kart analyse {args.run}"
-    report.write(out, results, splits, title=title, command=command, shown=args.images)
+    done = report.analyse(
+        results,
+        splits,
+        report.select(args.sections.split(",")) if args.sections else report.SECTIONS,
+        args.minutes,
+        out,
+        title=title,
+        command=shlex.join(["kart", *args.given]),
+        shown=args.images,
+        cache=Path(args.run) / "analysis",
+        say=lambda line: print(line, file=sys.stderr),
+    )
     split = "val" if results[0].test is None else "test"
     rows = []
     for result in results:
@@ -349,8 +371,11 @@ def _analyse(args: argparse.Namespace) -> int:
         numbers = [f"{counted.total:,}", f"{counted.operator:,}", str(len(result.configs))]
         rows.append([result.name, spread(result.top1), *numbers])
     print(table(rows, ["operator", f"{split} top-1 %", "parameters", "in operators", "n"]))
-    print("\n".join(report.verdicts(results)))
-    print(f"written to {out}")
+    print("\n".join([*scores.verdicts(results), *training.warnings(results)]))
+    for one in done:
+        if one.problem:
+            print(f"{one.name} is not shown: {one.problem}")
+    print(f"written to {out}, its numbers beside it as .json and .csv")
     return 0
 
 
@@ -508,6 +533,10 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--out", metavar="HTML", help="the page (default RUN/report.html)")
     one.add_argument("--title", help="its headline")
     one.add_argument("--images", type=int, default=4, help="images with attention maps (4)")
+    one.add_argument("--sections", metavar="NAMES", help="comma-separated; default all")
+    one.add_argument(
+        "--minutes", type=float, default=float("inf"), help="for all slow sections together"
+    )
     one.add_argument("--checkpoint", default="last", choices=["last", "best"])
     one.add_argument("--data", help="where the data is now, if it has moved")
     one.set_defaults(call=_analyse)
@@ -549,7 +578,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args, rest = parser().parse_known_args(argv[:1] if argv[:1] in PASSED_ON else argv)
     # what follows `bench` and `study` is theirs, `--help` included
-    args.rest = argv[1:]
+    args.rest, args.given = argv[1:], argv
     if rest:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     call: Callable[[argparse.Namespace], int] = args.call

@@ -7,6 +7,7 @@ HTML, made by the functions below, and the numbers in them, for machines.
 
 import html
 import io
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ class Number(NamedTuple):
 
     operator: str
     measure: str
-    value: float
+    value: float | None
     unit: str = ""
     seed: int | None = None
     low: float | None = None
@@ -34,20 +35,25 @@ class Number(NamedTuple):
 class Section(NamedTuple):
     """A part of a page under its title; `blocks` are HTML, `numbers` what they show."""
 
-    title: str
     blocks: Sequence[str]
     numbers: Sequence[Number] = ()
+    title: str = ""
 
     def asdict(self) -> dict[str, Any]:
-        """The section as JSON has it; `fromdict` makes it again."""
-        numbers = [number._asdict() for number in self.numbers]
+        """The section as JSON has it, where a number that is not finite is None; `fromdict` makes
+        it again.
+        """
+        numbers = [
+            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in one}
+            for one in (number._asdict().items() for number in self.numbers)
+        ]
         return {"title": self.title, "blocks": [*map(str, self.blocks)], "numbers": numbers}
 
     @classmethod
     def fromdict(cls, found: dict[str, Any]) -> "Section":
         """The section of `asdict`."""
         blocks = [Markup(block) for block in found["blocks"]]
-        return cls(found["title"], blocks, [Number(**number) for number in found["numbers"]])
+        return cls(blocks, [Number(**number) for number in found["numbers"]], found["title"])
 
 
 def escape(value: Any) -> str:
