@@ -101,7 +101,10 @@ def details(summary: str, *blocks: Any) -> Markup:
 
 
 def table(
-    header: Sequence[Any], rows: Iterable[Sequence[Any]], caption: Any = "", words: Sequence[int] = ()
+    header: Sequence[Any],
+    rows: Iterable[Sequence[Any]],
+    caption: Any = "",
+    words: Sequence[int] = (),
 ) -> Markup:
     """A table whose first column names the rows and stays in sight when the others scroll; the
     columns in `words` are prose.
@@ -125,7 +128,7 @@ def figure(fig: Any, name: str, alt: str, caption: Any = "") -> Markup:
     says what it shows to who cannot see it.
     """
     width = fig.get_size_inches()[0] * 96
-    # texts stay legible: a narrow screen scrolls a figure rather than shrink it below three quarters
+    # texts stay legible: a narrow screen scrolls a figure that it would shrink by a quarter
     place = f"min-width: {0.75 * width:.0f}px; max-width: {1.4 * width:.0f}px"
     lead = f'<svg role="img" aria-label="{html.escape(alt, quote=True)}" style="{place}" '
     image = Markup(svg(fig, name).replace("<svg ", lead, 1))
@@ -220,5 +223,6 @@ figure { margin: .4rem 0; min-width: 0; }
 figure svg { width: 100%; height: auto; display: block; }
 pre { background: var(--code); padding: .7rem .9rem; border-radius: 4px; overflow-x: auto;
   font-size: .8125rem; line-height: 1.4; }
+@media (max-width: 40rem) { table { font-size: .8125rem; } th, td { padding-right: .6rem; } }
 summary { cursor: pointer; margin: .6rem 0; }
 """

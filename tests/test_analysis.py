@@ -189,32 +189,6 @@ def test_history_is_members_by_epochs():
         training.history(records, "b")
 
 
-def test_difference_by_hand():
-    # differences 1, 2, 3: mean 2, deviation 1, t(2) = 4.303
-    found = training.difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
-    assert found.mean == 2 and found.high - 2 == pytest.approx(4.303 / 3**0.5)
-    assert found.low == pytest.approx(2 - 4.303 / 3**0.5)
-    with pytest.raises(ValueError, match="one a seed"):
-        training.difference([1.0], [1.0, 2.0])
-
-
-def test_quantiles_of_student_are_those_of_scipy():
-    stats = pytest.importorskip("scipy.stats")
-    for n in (2, 3, 5, 11, 12, 30, 200):
-        spread = training.difference([0.0, 1.0] * (n // 2) + [0.5] * (n % 2), [0.0] * n)
-        values = torch.tensor([0.0, 1.0] * (n // 2) + [0.5] * (n % 2)).double()
-        t = (spread.high - spread.mean) / float(values.std()) * n**0.5
-        assert t == pytest.approx(stats.t.ppf(0.975, n - 1), abs=1e-3)
-
-
-def test_a_verdict_says_whether_seeds_explain_it():
-    base = [0.90, 0.91, 0.92]
-    assert "more than 3 seeds explain" in training.verdict("A", [0.95, 0.96, 0.97], "B", base)
-    text = training.verdict("A", [0.90, 0.95, 0.89], "B", base)
-    assert "not clear of the noise of 3 seeds" in text and "0.33 points above B" in text
-    assert "2.00 points below B with one seed" in training.verdict("A", [0.9], "B", [0.92])
-
-
 # plots and the page
 
 

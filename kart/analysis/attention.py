@@ -110,7 +110,7 @@ def plot(images: Tensor, maps: Tensor, share: float = 0.5) -> Any:
 
 
 def section(context: Context) -> pages.Section:
-    """Maps of the class token's attention, and how much of the attention is the same for all images."""
+    """Maps of the class token's attention, and how much of it is the same for all images."""
     looks = [context.look(result) for result in context.results]
     pictures, rows, numbers = [], [], []
     blocks = some_blocks(max(look.model.config.depth for look in looks))

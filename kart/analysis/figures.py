@@ -1,5 +1,6 @@
 """What the plots share: Figures without global state, colours for either background."""
 
+import textwrap
 from typing import Any
 
 from kart.pages import INK
@@ -46,3 +47,21 @@ def grid(rows: int, columns: int, width: float, height: float, **options: Any) -
         for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
             text.set(fontsize=8, color=INK)
     return fig, axes
+
+
+def legend(fig: Any) -> None:
+    """Names the labelled lines of the first axes below them, in as many columns as fit."""
+    handles, labels = fig.axes[0].get_legend_handles_labels()
+    labels = ["\n".join(textwrap.wrap(label, 40)) for label in labels]
+    # an entry is about as wide as its text, in characters of 8 points, and its line
+    widest = 0.7 + 0.07 * max(min(40, len(label)) for label in labels)
+    fig.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=max(1, min(len(labels), int(fig.get_size_inches()[0] / widest))),
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        handlelength=3,
+    )

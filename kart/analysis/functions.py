@@ -92,9 +92,7 @@ def softmax_response(x: Tensor, keys: int, scores: Tensor | None = None) -> Tens
     return values - values.mean(-1, keepdim=True)
 
 
-def response(
-    operator: Operator, params: Params, x: Tensor, scores: Tensor | None = None
-) -> Tensor:
+def response(operator: Operator, params: Params, x: Tensor, scores: Tensor | None = None) -> Tensor:
     """A key's weight as a function of its own score, less its mean over x: `x (X)` to `(H, M, X)`.
 
     For key m of `low_rank` that is sum_p W[m, p] phi_pm(x), and with base="softmax" the weight of
@@ -279,7 +277,7 @@ def some_blocks(depth: int) -> list[int]:
 
 
 def section(context: Context) -> pages.Section:
-    """The functions that each head learned, over the scores seen, and how far training moved them."""
+    """The functions that each head learned, over the scores seen, and how far they moved."""
     shown, numbers = [], []
     for look in map(context.look, context.results):
         universal = look.model.config.sharing == "universal"

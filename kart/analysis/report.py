@@ -125,9 +125,7 @@ def analyse(
 
 def _run(one: Analysis, context: Context, deadline: float) -> Done:
     """A section, read if it was kept, else computed and kept; its problem where it has one."""
-    context = dataclasses.replace(
-        context, name=one.name, version=one.version, deadline=deadline
-    )
+    context = dataclasses.replace(context, name=one.name, version=one.version, deadline=deadline)
     missing = one.needs(context) if one.needs is not None else None
     if missing:
         return _problem(one, missing)
@@ -141,7 +139,7 @@ def _run(one: Analysis, context: Context, deadline: float) -> Done:
     except ValueError as error:
         return _problem(one, str(error))
     except OutOfTime:
-        return _problem(one, "its minutes are used up. What it has computed is kept: call it again.")
+        return _problem(one, "its minutes are used up. What it computed is kept: call it again.")
     found = found._replace(title=one.title)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

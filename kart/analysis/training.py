@@ -1,7 +1,7 @@
 """Training runs side by side: curves over epochs, and whether they have come to rest.
 
-    training.trend(training.history(records, "val_top1"))
-    training.plot({"softmax": training.history(records, "val_top1")}, "validation top-1, %", 100.0)
+training.trend(training.history(records, "val_top1"))
+training.plot({"softmax": training.history(records, "val_top1")}, "validation top-1, %", 100.0)
 """
 
 from collections.abc import Mapping, Sequence
@@ -111,15 +111,7 @@ def plot(series: Mapping[str, Tensor], label: str, scale: float = 1.0, log: bool
         ax.grid(axis="y", color=figures.QUIET, alpha=0.25, lw=0.5)
         title = label if start == 0 else "the last half, enlarged"
         ax.set_title(title, loc="left", fontsize=9, color=figures.INK)
-    fig.legend(
-        *axes[0, 0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=min(4, len(series)),
-        frameon=False,
-        fontsize=8,
-        labelcolor=figures.INK,
-        handlelength=3,
-    )
+    figures.legend(fig)
     return fig
 
 

@@ -25,7 +25,7 @@ from kart.search.command import study_main
 from kart.search.question import TINY, Arm, Study
 from kart.search.space import fixed, suggest_operator, suggest_rates
 from kart.search.trials import OBJECTIVES, costs, objective, train_members
-from kart.search.work import Candidate, Confirmed, interval, paired_difference, ratio_interval
+from kart.search.work import Candidate, Confirmed
 
 __all__ = [
     "OBJECTIVES",
@@ -36,10 +36,7 @@ __all__ = [
     "Study",
     "costs",
     "fixed",
-    "interval",
     "objective",
-    "paired_difference",
-    "ratio_interval",
     "study_main",
     "suggest_operator",
     "suggest_rates",

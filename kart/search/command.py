@@ -3,6 +3,7 @@
 import argparse
 import ast
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -252,7 +253,9 @@ def _worker() -> str:
 
 
 def _where(where: Home, name: str) -> str:
-    return f"--out {where.directory}" if where.directory else f"{name} --storage {where.name}"
+    if where.directory:
+        return shlex.join(["--out", str(where.directory)])
+    return shlex.join([name, "--storage", where.name])
 
 
 def _write(
@@ -266,12 +269,7 @@ def _write(
     paths = report.write(
         Path(out), arms, settings, text, _where(where, settings.study), study.answer
     )
-    for row in report.result_rows(arms):
-        shown = [f"search {report.with_interval(row['search'])}"]
-        if row["val"]:
-            shown.append(f"fresh seeds {report.with_interval(row['val'])}")
-            shown.append(f"test {report.with_interval(row['test'])}")
-        print(f"{row['arm']}: {row['configuration']}: {', '.join(shown)} %")
+    print("\n".join(report.lines(arms, settings)))
     found = report.results(arms)
     if study.answer is not None and found:
         print(study.answer(found))
@@ -352,7 +350,7 @@ def _list(args: argparse.Namespace) -> int:
         for arm, one in arms.items():
             state = {s.name.lower(): n for s, n in sorted(work.counts(one).items())}
             best = work.winners(one)
-            shown = f"best {report.percent(best[0].mean)} %" if best else "no value yet"
+            shown = f"best {100 * best[0].mean:.2f} %" if best else "no value yet"
             print(f"{name}/{arm}: {state or 'no trials'}; {shown}")
     return 0
 
