@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 import shlex
@@ -337,9 +338,19 @@ def results_of(path: str, which: str = "last") -> "list[report.Result]":
                 test=scores if tested else None,
                 test_images=next(iter(images)) if len(images) == 1 and tested else None,
                 homes=homes,
+                snapshots=functools.partial(_snapshots, homes, [c.seed for c in configs]),
             )
         )
     return sorted(results, key=lambda one: one.name != "softmax")
+
+
+def _snapshots(
+    homes: Sequence[Path], seeds: Sequence[int], index: int
+) -> list[tuple[int, train.Params]]:
+    from kart import runs
+
+    own = [config.seed for config in runs.members(homes[index])].index(seeds[index])
+    return [(step, params[own]) for step, params in runs.load_trajectory(homes[index])]
 
 
 def _analyse(args: argparse.Namespace) -> int:

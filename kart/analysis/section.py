@@ -37,7 +37,8 @@ class Result(NamedTuple):
     `records[epoch][member]` are those of `population.fit`; `params` the weights of each member;
     `test` its scores on the test split, {"top1", "top5", "loss"}, where they were read, on
     `test_images` images; `step_ms` the time of a training step a member, where it was measured;
-    `homes` the run directory of each member, where it has one.
+    `homes` the run directory of each member, where it has one; `snapshots(member)` reads the
+    trajectory of a member, (step, weights) in order, where it kept one.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Result(NamedTuple):
     step_ms: float | None = None
     test_images: int | None = None
     homes: Sequence[Path] | None = None
+    snapshots: Callable[[int], list[tuple[int, Params]]] | None = None
 
     @property
     def top1(self) -> list[float]:
@@ -92,6 +94,15 @@ class Member(NamedTuple):
     def home(self) -> Path | None:
         """Its run directory, where it has one."""
         return None if self.result.homes is None else self.result.homes[self.index]
+
+    def snapshots(self) -> list[tuple[int, Params]]:
+        """Its trajectory, (step, weights) in order; see `trajectories`."""
+        if self.result.snapshots is None:
+            raise ValueError(
+                f"`snapshots` needs a run with a trajectory, got {self.name} without one. Train it "
+                "into a new directory with `kart train ... --trajectory 60`."
+            )
+        return self.result.snapshots(self.index)
 
     @property
     def key(self) -> str:
@@ -185,8 +196,7 @@ class Context:
         pixels = data.as_float(data.take(self.splits.val, chosen)[0])
         with torch.no_grad():
             aux = model.intermediates(result.params[0], self.images(config, count)[0])
-        if pixels.shape[-1] != c.image_size:
-            pixels = augment.resize(pixels, c.image_size)
+        pixels = augment.center_crop(pixels, c.image_size, config.eval_crop)
         initial = model.init(torch.Generator().manual_seed(config.seed))
         found = Look(result, model, result.params[0], initial, pixels, aux)
         self.memory[f"look {result.name}"] = found
@@ -257,6 +267,18 @@ class Analysis(NamedTuple):
     version: int = 1
     minutes: float = 0.0
     needs: Callable[[Context], str | None] | None = None
+
+
+def trajectories(context: Context) -> str | None:
+    """For `Analysis.needs`: what is missing where a run keeps less than three snapshots."""
+    for result in context.results:
+        count = result.configs[0].trajectory if result.snapshots is not None else 0
+        if count < 3:
+            return (
+                f"it needs three snapshots of the weights or more, got {count} of {result.name}. "
+                "Train with `kart train ... --trajectory 60`."
+            )
+    return None
 
 
 def fingerprint(splits: Splits) -> str:

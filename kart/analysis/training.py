@@ -61,19 +61,22 @@ def trend(curves: Tensor) -> Trend:
 
 
 def warnings(results: Sequence[Result]) -> list[str]:
-    """A sentence for each operator whose validation top-1 had not come to rest."""
+    """A sentence for each operator whose validation top-1 had not come to rest, the first being the
+    baseline; one for all where the epochs are too few.
+    """
+    trends = {one.name: trend(history(one.records, "val_top1")) for one in results}
+    short = {name: one.epochs for name, one in trends.items() if one.epochs < LEAST_EPOCHS}
     lines = []
-    for i, result in enumerate(results):
-        found = trend(history(result.records, "val_top1"))
-        if found.at_rest:
+    if short:
+        epochs = min(short.values())
+        lines = [f"{epochs} epochs are too few to show whether {', '.join(short)} converged."]
+    for i, (name, one) in enumerate(trends.items()):
+        if one.at_rest or name in short:
             continue
-        if found.epochs < LEAST_EPOCHS:
-            line = f"{result.name}: {found.epochs} epochs are too few to show whether it converged."
-        else:
-            line = (
-                f"{result.name} has not converged: its validation top-1 still rose by "
-                f"{100 * found.rise:.1f} points from one third of the epochs to the next."
-            )
+        line = (
+            f"{name} has not converged: its validation top-1 still rose by {100 * one.rise:.1f} "
+            "points from one third of the epochs to the next."
+        )
         if i == 0 and len(results) > 1:
             line += " Differences to it are about how fast each learns, too. Train it longer."
         lines.append(line)
