@@ -214,7 +214,7 @@ thead th { color: var(--quiet); border-bottom: 1px solid var(--ink); font-size: 
 tbody th { font-weight: 600; }
 tbody tr + tr > * { border-top: 1px solid var(--line); }
 th:first-child { text-align: left; position: sticky; left: 0; background: var(--page);
-  white-space: normal; min-width: 5rem; max-width: 11rem; overflow-wrap: break-word; }
+  white-space: normal; min-width: 6rem; max-width: 11rem; overflow-wrap: break-word; }
 .words { text-align: left; white-space: normal; min-width: 13rem; }
 .beside { display: grid; gap: 1rem 2rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }

@@ -375,9 +375,9 @@ def test_the_report_stands_alone(results, tmp_path):
 
 
 def test_the_numbers_stand_beside_the_page(results, tmp_path):
-    analysed(results, tmp_path)
+    analysed(results, tmp_path, sections=report.select(["training", "scores"]))
     stored = json.loads((tmp_path / "report.json").read_text())
-    assert list(stored["sections"]) == [one.name for one in report.SECTIONS]
+    assert list(stored["sections"]) == ["scores", "training"]
     assert stored["members"][1] == {"operator": "G2B", "seeds": [0, 1]}
     numbers = stored["sections"]["scores"]["numbers"]
     own = [one for one in numbers if one["operator"] == "G2B" and one["measure"] == "test_top1"]
@@ -393,7 +393,7 @@ def test_the_numbers_stand_beside_the_page(results, tmp_path):
 
 def test_a_report_without_test_scores_says_validation(results, tmp_path):
     bare = [one._replace(test=None, step_ms=None) for one in results[:2]]
-    words = words_of(analysed(bare, tmp_path)[1])
+    words = words_of(analysed(bare, tmp_path, sections=report.select(["scores"]))[1])
     assert "validation top-1 %" in words and "test top-1" not in words and "step ms" not in words
     assert f"the choice of the {len(train.load_data(TINY).val.labels)} images" in words
     top1 = bare[0].records[-1][0]["val_top1"]
@@ -496,10 +496,10 @@ def test_a_section_that_cannot_be_is_one_line_among_the_others(results, tmp_path
         section.Analysis("one", "One", refused),
         section.Analysis("two", "Two", late, minutes=1.0),
         section.Analysis("three", "Three", late, needs=section.trajectories),
-        *report.SECTIONS,
+        *report.select(["training"]),
     ]
     done, text = analysed(results[:1], tmp_path, sections=sections, minutes=0.0)
-    assert [bool(one.problem) for one in done] == [True] * 3 + [False] * 4
+    assert [bool(one.problem) for one in done] == [True] * 3 + [False]
     words = words_of(text)
     assert "Not shown: `one` needs a mask, got none." in words
     assert "Not shown: its minutes are used up" in words

@@ -131,8 +131,7 @@ def _run(one: Analysis, context: Context, deadline: float) -> Done:
         return _problem(one, missing)
     path = None if context.cache is None else context.cache / f"{one.name}-{_key(context)}.json"
     if path is not None and path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return Done(one.name, pages.Section.fromdict(kept))
+        return Done(one.name, pages.Section.fromdict(json.loads(path.read_text(encoding="utf-8"))))
     context.say(f"{one.name} ...")
     try:
         found = one.section(context)
@@ -140,11 +139,11 @@ def _run(one: Analysis, context: Context, deadline: float) -> Done:
         return _problem(one, str(error))
     except OutOfTime:
         return _problem(one, "its minutes are used up. What it computed is kept: call it again.")
-    found = found._replace(title=one.title)
+    stored = found._replace(title=one.title).asdict()
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(path, json.dumps(found.asdict()) + "\n")
-    return Done(one.name, found)
+        checkpoint.write_text(path, json.dumps(stored) + "\n")
+    return Done(one.name, pages.Section.fromdict(stored))
 
 
 def _problem(one: Analysis, line: str) -> Done:

@@ -3,9 +3,11 @@
 import collections
 import csv
 import io
+import itertools
 import json
 import shlex
 import statistics as stats
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -131,7 +133,7 @@ def _complete(study: optuna.Study) -> list[FrozenTrial]:
 def confirmation_figure(rows: Sequence[Row]) -> Any:
     """Search, fresh seeds and test of each arm's winner, with intervals."""
     rows = [row for row in rows if row.val]
-    figure, (ax,) = _axes(6.6, 1.1 + 0.4 * len(rows))
+    figure, (ax,) = _axes(4.8, 1.2 + 0.4 * len(rows))
     marks = {"search seeds, validation": "o", "fresh seeds, validation": "s", "fresh, test": "D"}
     for y, row in enumerate(rows):
         for i, (one, (label, mark)) in enumerate(
@@ -144,7 +146,9 @@ def confirmation_figure(rows: Sequence[Row]) -> Any:
                 ax.plot([100 * one.low, 100 * one.high], [place] * 2, color=colour, linewidth=1.6)
             shown = label if y == 0 else None
             ax.plot([100 * one.mean], [place], mark, color=colour, markersize=5, label=shown)
-    ax.set_yticks(range(len(rows)), [row.arm for row in rows])
+    several = len({row.arm for row in rows}) < len(rows)
+    names = [f"{row.arm}, trial {row.best.trial.number}" if several else row.arm for row in rows]
+    ax.set_yticks(range(len(rows)), ["\n".join(textwrap.wrap(name, 20)) for name in names])
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlabel("top-1, % (line: 95 % interval)")
     figures.legend(figure)
@@ -153,7 +157,7 @@ def confirmation_figure(rows: Sequence[Row]) -> Any:
 
 def history_figure(arms: Arms, settings: Settings) -> Any:
     """Value of each trial in order, and the best so far."""
-    figure, (ax,) = _axes(6.6, 2.9)
+    figure, (ax,) = _axes(4.8, 2.9)
     objective = settings.objectives[0]
     scale = _scale(objective)
     pick = max if OBJECTIVES[objective] == "maximize" else min
@@ -172,7 +176,7 @@ def history_figure(arms: Arms, settings: Settings) -> Any:
         ys = [scale * list(t.intermediate_values.values())[-1] for t in stopped]
         ax.plot(xs, ys, "x", color=style["color"], markersize=4, alpha=0.45)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set_xlabel("trial (dot: its value; line: the best so far; x: stopped early, last value)")
+    ax.set_xlabel("trial")
     ax.set_ylabel(UNITS[objective])
     figures.legend(figure)
     return figure
@@ -196,16 +200,13 @@ def importances(study: optuna.Study) -> dict[str, float]:
         )
 
 
-def importance_figure(found: Mapping[str, Mapping[str, float]]) -> Any:
-    """Importance of each parameter for the first objective, an arm a panel."""
-    rows = max(map(len, found.values()))
-    figure, axes = _axes(3.3 * len(found), 0.9 + 0.28 * rows, len(found))
-    for ax, (arm, values), colour in zip(axes, found.items(), figures.COLOURS, strict=False):
-        names = list(values)[::-1]
-        ax.barh(names, [values[name] for name in names], color=colour, height=0.6)
-        ax.set_title(arm)
-        ax.set_xlim(0, 1)
-        ax.set_xlabel("share of the importance")
+def importance_figure(values: Mapping[str, float], colour: str) -> Any:
+    """The importance of each parameter as a bar."""
+    figure, (ax,) = _axes(3.3, 0.8 + 0.28 * len(values))
+    names = list(values)[::-1]
+    ax.barh(names, [values[name] for name in names], color=colour, height=0.6)
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("share of the importance")
     return figure
 
 
@@ -355,23 +356,25 @@ def _history(view: View) -> pages.Section | None:
         return None
     alt = "Value of every trial in order, and the best so far, arm by arm"
     figure = pages.figure(history_figure(view.arms, view.settings), "history", alt)
-    return pages.Section([figure], title="History")
+    told = "Dot: value of a trial. Line: the best so far. Cross: stopped early, its last value."
+    return pages.Section([figure, pages.note(told)], title="History")
 
 
 def _importance(view: View) -> pages.Section | None:
-    found = {arm: values for arm, study in view.arms.items() if (values := importances(study))}
-    if not found:
+    shown = []
+    for (arm, study), colour in zip(view.arms.items(), itertools.cycle(figures.COLOURS)):
+        values = importances(study)
+        if values:
+            alt = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+            figure = importance_figure(values, colour)
+            shown.append(pages.figure(figure, f"importance-{len(shown)}", alt, arm))
+    if not shown:
         return None
-    alt = "; ".join(
-        f"{arm}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items())
-        for arm, values in found.items()
-    )
     told = (
         "Importance of each parameter for the value (PED-ANOVA over the complete trials, summing "
         "to one). With few trials it is a hint, no more."
     )
-    figure = pages.figure(importance_figure(found), "importance", alt)
-    return pages.Section([figure, pages.note(told)], title="What matters most")
+    return pages.Section([pages.beside(*shown), pages.note(told)], title="What matters most")
 
 
 def _best(view: View, arm: str, study: optuna.Study) -> pages.Section | None:
