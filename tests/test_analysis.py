@@ -242,7 +242,7 @@ def test_who_has_not_converged_is_named():
     lines = training.warnings([result("softmax", flat), result("G3B", rising)])
     assert "how fast" not in lines[0] and "G3B" in lines[0]
     (line,) = training.warnings([result("a", flat[:3]), result("b", flat[:3])])
-    assert "3 epochs are too few to show whether a, b converged" in line
+    assert "Too few epochs (3) to show whether a, b converged" in line
 
 
 def test_curves_cut_nothing_off():
@@ -368,7 +368,7 @@ def test_the_report_stands_alone(results, tmp_path):
     for expected in ("A <title>", "make this & that", "50.50 ± 0.71", "50.00, 51.00", "1.2"):
         assert expected in words
     assert "0.00 points above softmax with each of 2 seeds" in words and "test top-1 %" in words
-    assert "2 epochs are too few to show whether softmax, G2B, softmax+G1U converged" in words
+    assert "Too few epochs (2) to show whether softmax, G2B, softmax+G1U converged" in words
     names = ["report.csv", "report.html", "report.json"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     assert text == analysed(results, tmp_path, title="A <title>", command="make this & that")[1]

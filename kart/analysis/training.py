@@ -69,7 +69,8 @@ def warnings(results: Sequence[Result]) -> list[str]:
     lines = []
     if short:
         epochs = min(short.values())
-        lines = [f"{epochs} epochs are too few to show whether {', '.join(short)} converged."]
+        names = ", ".join(short)
+        lines = [f"Too few epochs ({epochs}) to show whether {names} converged."]
     for i, (name, one) in enumerate(trends.items()):
         if one.at_rest or name in short:
             continue
