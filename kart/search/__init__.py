@@ -10,7 +10,7 @@
 | `storage` | settings and their guard, SQLite and servers, heartbeats, samplers, pruners |
 | `question` | what a file in `studies/` defines |
 | `work` | set-up, the loop of a worker, confirmation of the winners |
-| `report` | the HTML page and the CSV |
+| `report`, `plots` | the HTML page and the CSV; its figures |
 | `command` | `kart study` |
 """
 

@@ -6,31 +6,21 @@ import io
 import itertools
 import json
 import shlex
-import statistics as stats
-import textwrap
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from kart import checkpoint, pages, statistics
 from kart.analysis import figures
+from kart.search import plots
+from kart.search.plots import Arms
 from kart.search.storage import Settings, original
-from kart.search.trials import OBJECTIVES
 from kart.search.work import Candidate, Confirmed, best_confirmed, candidates, confirmed, winners
 from kart.statistics import Interval
 
-Arms = Mapping[str, optuna.Study]
-UNITS = {
-    "accuracy": "validation top-1, %",
-    "parameters": "parameters",
-    "flops": "FLOPs an image",
-    "memory": "training memory, MiB",
-    "step_time": "ms a seed and step",
-}
 TOP = 8
 
 
@@ -49,10 +39,11 @@ class View(NamedTuple):
 
 def describe(params: Mapping[str, Any]) -> str:
     """Parameters of a trial in a few characters: `grid 3, rank 12`."""
-    return ", ".join(
+    shown = [
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in params.items()
-    )
+    ]
+    return ", ".join(shown) or "nothing to choose"
 
 
 def results(arms: Arms) -> dict[str, Confirmed]:
@@ -110,169 +101,6 @@ def lines(arms: Arms, settings: Settings) -> list[str]:
     return found
 
 
-# figures
-
-
-def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]]:
-    """A Figure of `width x height` inches with its axes in a row, ruled."""
-    figure, axes = figures.grid(1, columns, width / columns, height)
-    for ax in axes[0]:
-        ax.grid(True, color=figures.QUIET, alpha=0.25, linewidth=0.5)
-        ax.set_axisbelow(True)
-    return figure, list(axes[0])
-
-
-def _scale(objective: str) -> float:
-    return 100.0 if objective == "accuracy" else 1.0
-
-
-def _complete(study: optuna.Study) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-
-
-def confirmation_figure(rows: Sequence[Row]) -> Any:
-    """Search, fresh seeds and test of each arm's winner, with intervals."""
-    rows = [row for row in rows if row.val]
-    figure, (ax,) = _axes(4.8, 1.2 + 0.4 * len(rows))
-    marks = {"search seeds, validation": "o", "fresh seeds, validation": "s", "fresh, test": "D"}
-    for y, row in enumerate(rows):
-        for i, (one, (label, mark)) in enumerate(
-            zip((row.search, row.val, row.test), marks.items(), strict=True)
-        ):
-            if one is None:
-                continue
-            place, colour = y + 0.2 * (i - 1), figures.COLOURS[i]
-            if not one.why:
-                ax.plot([100 * one.low, 100 * one.high], [place] * 2, color=colour, linewidth=1.6)
-            shown = label if y == 0 else None
-            ax.plot([100 * one.mean], [place], mark, color=colour, markersize=5, label=shown)
-    several = len({row.arm for row in rows}) < len(rows)
-    names = [f"{row.arm}, trial {row.best.trial.number}" if several else row.arm for row in rows]
-    ax.set_yticks(range(len(rows)), ["\n".join(textwrap.wrap(name, 20)) for name in names])
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_xlabel("top-1, % (line: 95 % interval)")
-    figures.legend(figure)
-    return figure
-
-
-def history_figure(arms: Arms, settings: Settings) -> Any:
-    """Value of each trial in order, and the best so far."""
-    figure, (ax,) = _axes(4.8, 2.9)
-    objective = settings.objectives[0]
-    scale = _scale(objective)
-    pick = max if OBJECTIVES[objective] == "maximize" else min
-    for i, (arm, study) in enumerate(arms.items()):
-        style, trials = figures.look(i), study.get_trials(deepcopy=False)
-        firsts = [t.number for t in trials if original(t) == t.number]
-        rank = {number: j for j, number in enumerate(firsts, 1)}
-        done = _complete(study)
-        stopped = [t for t in trials if t.state == TrialState.PRUNED and t.intermediate_values]
-        xs = [rank[original(t)] for t in done]
-        ys = [scale * t.values[0] for t in done]
-        best = [pick(ys[: j + 1]) for j in range(len(ys))]
-        ax.plot(xs, ys, "o", color=style["color"], markersize=4, alpha=0.75)
-        ax.step(xs, best, where="post", linewidth=1.6, label=arm, **style)
-        xs = [rank[original(t)] for t in stopped]
-        ys = [scale * list(t.intermediate_values.values())[-1] for t in stopped]
-        ax.plot(xs, ys, "x", color=style["color"], markersize=4, alpha=0.45)
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set_xlabel("trial")
-    ax.set_ylabel(UNITS[objective])
-    figures.legend(figure)
-    return figure
-
-
-def importances(study: optuna.Study) -> dict[str, float]:
-    """What each parameter has to do with good values of the first objective, summing to one; empty
-    for less than eight complete trials.
-    """
-    complete = _complete(study)
-    if len(complete) < 8 or not complete[0].params:
-        return {}
-    # PED-ANOVA asks what brings low values, and warns of that whatever it is given
-    sign = -1.0 if study.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1.0
-    if len({trial.values[0] for trial in complete}) < 2:
-        return {}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "PedAnova", UserWarning)
-        return optuna.importance.get_param_importances(
-            study, target=lambda trial: sign * trial.values[0]
-        )
-
-
-def importance_figure(values: Mapping[str, float], colour: str) -> Any:
-    """The importance of each parameter as a bar."""
-    figure, (ax,) = _axes(3.3, 0.8 + 0.28 * len(values))
-    names = list(values)[::-1]
-    ax.barh(names, [values[name] for name in names], color=colour, height=0.6)
-    ax.set_xlim(0, 1)
-    ax.set_xlabel("share of the importance")
-    return figure
-
-
-def slice_figure(study: optuna.Study, settings: Settings) -> Any:
-    """The first objective against each parameter of an arm; None where it has none."""
-    complete = _complete(study)
-    names = list(dict.fromkeys(name for trial in complete for name in trial.params))
-    if len(complete) < 3 or not names:
-        return None
-    scale = _scale(settings.objectives[0])
-    figure, axes = _axes(2.1 * len(names) + 0.6, 2.4, len(names))
-    for i, (ax, name) in enumerate(zip(axes, names, strict=True)):
-        own = [trial for trial in complete if name in trial.params]
-        values = [trial.params[name] for trial in own]
-        ys = [scale * trial.values[0] for trial in own]
-        labels = sorted(set(values), key=str) if isinstance(values[0], str | bool) else []
-        xs = [labels.index(value) if labels else value for value in values]
-        ax.plot(xs, ys, "o", color=figures.COLOURS[0], markersize=4, alpha=0.6)
-        groups = collections.defaultdict(list)
-        for x, y in zip(xs, ys, strict=True):
-            groups[x].append(y)
-        if len(groups) <= 12 and not isinstance(values[0], float):
-            means = sorted((x, stats.fmean(group)) for x, group in groups.items())
-            style = "_" if labels else "-"
-            ax.plot(*zip(*means, strict=True), style, color=figures.COLOURS[1], markersize=22)
-        if getattr(own[-1].distributions[name], "log", False):
-            ax.set_xscale("log")
-            low, high = min(xs), max(xs)
-            ticks = sorted({low, high}) if high < 4 * low else [low, (low * high) ** 0.5, high]
-            whole = isinstance(values[0], int)
-            ax.set_xticks(ticks, [f"{x:.0f}" if whole else f"{x:.1g}" for x in ticks])
-            ax.set_xticks([], minor=True)
-        if labels:
-            ax.set_xticks(range(len(labels)), [str(label) for label in labels])
-            ax.set_xlim(-0.6, len(labels) - 0.4)
-        ax.set_xlabel(name, fontsize=8)
-        if i:
-            ax.set_yticklabels([])
-    low = min(ax.get_ylim()[0] for ax in axes)
-    high = max(ax.get_ylim()[1] for ax in axes)
-    for ax in axes:
-        ax.set_ylim(low, high)
-    axes[0].set_ylabel(UNITS[settings.objectives[0]], fontsize=8)
-    return figure
-
-
-def pareto_figure(arms: Arms, settings: Settings) -> Any:
-    """The first objective against each other one, with the front."""
-    first, *others = settings.objectives
-    figure, axes = _axes(4.2 * len(others), 3.2, len(others))
-    for column, (ax, name) in enumerate(zip(axes, others, strict=True), 1):
-        for i, (arm, study) in enumerate(arms.items()):
-            front = sorted(study.best_trials, key=lambda t: t.values[column])
-            for trials, style in (
-                (_complete(study), {"color": figures.COLOURS[i % 6], "ls": "", "alpha": 0.5}),
-                (front, {**figures.look(i), "label": f"{arm}: front"}),
-            ):
-                xs = [_scale(name) * t.values[column] for t in trials]
-                ys = [_scale(first) * t.values[0] for t in trials]
-                ax.plot(xs, ys, marker="o", markersize=4, **style)
-        ax.set_xlabel(UNITS[name])
-        ax.set_ylabel(UNITS[first])
-    figures.legend(figure)
-    return figure
-
-
 # the sections
 
 
@@ -294,7 +122,7 @@ def _outcome(view: View) -> pages.Section:
         operator = row.best.config["operator"]
         if not isinstance(operator, str):  # one a block
             operator = " | ".join(operator)
-        params = describe(row.best.trial.params) or "nothing to choose"
+        params = describe(row.best.trial.params)
         n = f"{row.search.n}, {row.test.n}" if row.test else f"{row.search.n}"
         bad = pages.Markup(f"<br>{row.diverged} diverged") if row.diverged else ""
         optimism = f"{100 * (row.search.mean - row.val.mean):.2f}" if row.val else "-"
@@ -339,7 +167,16 @@ def _outcome(view: View) -> pages.Section:
             told = "Configurations that have been scored on the test split, earlier winners of "
             blocks.append(pages.note(f"{told}this study included: {shown}."))
         alt = "Accuracy of each arm's winner in search, with fresh seeds and on the test split"
-        blocks.append(pages.figure(confirmation_figure(rows), "confirmation", alt))
+        several = len({row.arm for row in rows}) < len(rows)
+        shown = [
+            (
+                f"{row.arm}, trial {row.best.trial.number}" if several else row.arm,
+                (row.search, row.val, row.test),
+            )
+            for row in rows
+            if row.val
+        ]
+        blocks.append(pages.figure(plots.confirmation_figure(shown), "confirmation", alt))
     return pages.Section(blocks, title="What the search found, and what it is worth")
 
 
@@ -347,7 +184,7 @@ def _pareto(view: View) -> pages.Section | None:
     if len(view.settings.objectives) < 2:
         return None
     alt = "Every complete trial by its cost and accuracy, and the front of each arm"
-    figure = pages.figure(pareto_figure(view.arms, view.settings), "pareto", alt)
+    figure = pages.figure(plots.pareto_figure(view.arms, view.settings), "pareto", alt)
     return pages.Section([figure], title="Accuracy against cost")
 
 
@@ -355,7 +192,7 @@ def _history(view: View) -> pages.Section | None:
     if not any(map(candidates, view.arms.values())):
         return None
     alt = "Value of every trial in order, and the best so far, arm by arm"
-    figure = pages.figure(history_figure(view.arms, view.settings), "history", alt)
+    figure = pages.figure(plots.history_figure(view.arms, view.settings), "history", alt)
     told = "Dot: value of a trial. Line: the best so far. Cross: stopped early, its last value."
     return pages.Section([figure, pages.note(told)], title="History")
 
@@ -363,10 +200,10 @@ def _history(view: View) -> pages.Section | None:
 def _importance(view: View) -> pages.Section | None:
     shown = []
     for (arm, study), colour in zip(view.arms.items(), itertools.cycle(figures.COLOURS)):
-        values = importances(study)
+        values = plots.importances(study)
         if values:
             alt = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
-            figure = importance_figure(values, colour)
+            figure = plots.importance_figure(values, colour)
             shown.append(pages.figure(figure, f"importance-{len(shown)}", alt, arm))
     if not shown:
         return None
@@ -393,7 +230,7 @@ def _best(view: View, arm: str, study: optuna.Study) -> pages.Section | None:
         rows.append([number, _two_lines(scores), *numbers, f"{cost['flops'] / 1e6:.2f}"])
     header = ["trial", "val top-1, %", "n", *names, "parameters", "MFLOPs an image"]
     blocks = [pages.table(header, rows, "Mean and 95 % interval, as above.")]
-    figure = slice_figure(study, view.settings)
+    figure = plots.slice_figure(study, view.settings)
     if figure is not None:
         told = (
             "Each complete trial against each parameter; the others vary too. Lines and dashes are "
