@@ -568,7 +568,7 @@ def test_the_commands_on_the_page_run_when_pasted(asked, tmp_path):
         for one in (row.search, row.val, row.test):
             assert one is not None and 0 <= one.low <= one.mean <= one.high <= 1
     assert rows[0].difference is None and rows[1].difference is not None
-    assert rows[0].test is not None and rows[0].test.n == 2
+    assert rows[0].test is not None and rows[0].test.n == 5
 
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
