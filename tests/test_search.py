@@ -18,13 +18,8 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-<<<<<<< HEAD
 from kart import bases, operators, population, train, tree
-from kart.search import command, question, report, space, storage, trials, work
-=======
-from kart import operators, population, train, tree
 from kart.search import command, plots, question, report, space, storage, trials, work
->>>>>>> d4f1fd7 (Give the figures of a study a file of their own; its printed commands run)
 from kart.search.trials import objective, train_members
 from kart.train import Config
 

@@ -39,7 +39,7 @@ def section(context: Context) -> pages.Section:
     tested = all(result.test is not None for result in results)
     split = "test" if tested else "validation"
     timed = all(result.step_ms is not None for result in results)
-    header = ["operator", f"{split} top-1 %", "95 % interval", "by seed", "parameters"]
+    header = ["operator", f"{split} top-1 %", "by seed", "parameters"]
     header += ["in operators", "MMACs an image"] + ["step ms"] * timed
     rows, numbers, looks = [], [], []
     for result in results:
@@ -48,10 +48,10 @@ def section(context: Context) -> pages.Section:
         look = context.look(result)
         looks.append(look)
         counted = cost.parameters(look.model)
+        bounds = found.why or f"[{100 * found.low:.2f}, {100 * found.high:.2f}]"
         row = [
             result.name,
-            tables.spread(result.top1),
-            found.why or f"{100 * found.low:.2f} to {100 * found.high:.2f}",
+            pages.Markup(f"{tables.spread(result.top1)}<br>{pages.tag('small', bounds)}"),
             ", ".join(f"{100 * value:.2f}" for value in result.top1),
             f"{counted.total:,}",
             f"{counted.operator:,}",
@@ -67,7 +67,7 @@ def section(context: Context) -> pages.Section:
             pages.Number(result.name, "parameters", counted.total),
             pages.Number(result.name, "operator_parameters", counted.operator),
         ]
-    caption = "Mean and standard deviation over seeds."
+    caption = "Mean and standard deviation over seeds, below them the 95 % interval."
     if tested:
         caption += " The test split was read once, after the last epoch, with the last weights."
     if timed:

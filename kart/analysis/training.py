@@ -84,37 +84,36 @@ def warnings(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def plot(series: Mapping[str, Tensor], label: str, scale: float = 1.0, log: bool = False) -> Any:
+def plot(
+    series: Mapping[str, Tensor], label: str, scale: float = 1.0, log: bool = False, start: int = 0
+) -> Any:
     """A matplotlib Figure of each `(members, epochs)`: the mean over members as a line, over the
-    band from the lowest to the highest. On the left all epochs, nothing cut off; on the right the
-    last half of them on an axis of its own, where there are six or more.
+    band from the lowest to the highest; nothing is cut off.
 
     Args:
         series: by name, all with as many epochs.
         label: of the values, with their unit.
         scale: what they are multiplied by.
         log: whether the axis may be logarithmic; it is where they span more than a decade.
+        start: how many epochs to leave out, for a closer look at the others.
     """
-    epochs = next(iter(series.values())).shape[1]
-    starts = [0, epochs // 2] if epochs >= LEAST_EPOCHS else [0]
-    fig, axes = figures.grid(1, len(starts), 3.4, 2.7)
-    for ax, start in zip(axes[0], starts, strict=True):
-        low, high = float("inf"), -float("inf")
-        for i, (name, values) in enumerate(series.items()):
-            shown = scale * values[:, start:].numpy()
-            low, high = min(low, shown.min()), max(high, shown.max())
-            x = range(start + 1, epochs + 1)
-            style = figures.look(i)
-            ax.fill_between(x, shown.min(0), shown.max(0), color=style["color"], alpha=0.2, lw=0)
-            marker = "o" if len(x) == 1 else None
-            ax.plot(x, shown.mean(0), lw=1.5, label=name, marker=marker, ms=3, **style)
-        if log and low > 0 and high > 10 * low:
-            ax.set_yscale("log")
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set_xlabel("epoch")
-        ax.grid(axis="y", color=figures.QUIET, alpha=0.25, lw=0.5)
-        title = label if start == 0 else "the last half, enlarged"
-        ax.set_title(title, loc="left", fontsize=9, color=figures.INK)
+    fig, axes = figures.grid(1, 1, 4.4, 2.9)
+    ax = axes[0, 0]
+    low, high = float("inf"), -float("inf")
+    for i, (name, values) in enumerate(series.items()):
+        shown = scale * values[:, start:].numpy()
+        low, high = min(low, shown.min()), max(high, shown.max())
+        x = range(start + 1, values.shape[1] + 1)
+        style = figures.look(i)
+        ax.fill_between(x, shown.min(0), shown.max(0), color=style["color"], alpha=0.2, lw=0)
+        marker = "o" if len(x) == 1 else None
+        ax.plot(x, shown.mean(0), lw=1.5, label=name, marker=marker, ms=3, **style)
+    if log and low > 0 and high > 10 * low:
+        ax.set_yscale("log")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set_xlabel("epoch")
+    ax.grid(axis="y", color=figures.QUIET, alpha=0.25, lw=0.5)
+    ax.set_title(label, loc="left", fontsize=9, color=figures.INK)
     figures.legend(fig)
     return fig
 
@@ -130,6 +129,11 @@ def section(context: Context) -> pages.Section:
         ends = ", ".join(f"{n} {scale * float(v[:, -1].mean()):.3g}" for n, v in series.items())
         alt = f"{label} over epochs; mean over seeds at the end: {ends}"
         shown.append(pages.figure(plot(series, label, scale, log), key, alt))
+        half = len(context.results[0].records) // 2
+        if 2 * half >= LEAST_EPOCHS:
+            close = f"{label}: the last half, enlarged"
+            fig = plot(series, close, scale, log, half)
+            shown.append(pages.figure(fig, f"{key}-end", f"{close}; {alt}"))
     for result in context.results:
         found = trend(history(result.records, "val_top1"))
         if found.epochs >= LEAST_EPOCHS:
@@ -141,7 +145,11 @@ def section(context: Context) -> pages.Section:
         "jitter from epoch to epoch. A cosine schedule flattens every curve at its end, so this "
         "finds the clear cases only."
     )
-    blocks = [*map(pages.warning, warnings(context.results)), *shown, pages.note(rule)]
+    blocks = [
+        *map(pages.warning, warnings(context.results)),
+        pages.beside(*shown),
+        pages.note(rule),
+    ]
     return pages.Section(blocks, numbers)
 
 
