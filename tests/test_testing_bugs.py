@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from kart import bases, models, operators, projections, testing, tree
 from kart.kernels import plain as plain_kernels
-from kart.testing import basis, families, kernel, model, operator, projection, step
+from kart.testing import basis, kernel, model, operator, projection, step
 
 
 class Bug(NamedTuple):
@@ -1371,12 +1371,12 @@ CHECKS = {
 
 
 SUITES = {
-    "basis": (*basis.EVERYONE, *basis.TRAITS, *itertools.chain(*families.OF.values())),
-    "operator": (*operator.EVERYONE, *operator.TRAITS),
-    "projection": projection.EVERYONE,
-    "kernel": kernel.EVERYONE,
-    "step": step.EVERYONE,
-    "model": model.EVERYONE,
+    "basis": (*basis.PROPERTIES, *itertools.chain(*basis.OF_FAMILY.values())),
+    "operator": operator.PROPERTIES,
+    "projection": projection.PROPERTIES,
+    "kernel": kernel.PROPERTIES,
+    "step": step.PROPERTIES,
+    "model": model.PROPERTIES,
 }
 
 

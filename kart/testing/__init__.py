@@ -49,17 +49,21 @@ from kart.testing.api import (
     check_operator,
     check_projection,
     check_step,
-    cli_main,
     kernel_suite,
     model_suite,
     operator_suite,
     projection_suite,
     step_suite,
 )
+from kart.testing.command import cli_main
 from kart.testing.core import Result
+from kart.testing.formulas import AdamW
+from kart.testing.kernel import Kernel
 from kart.testing.step import Training
 
 __all__ = [
+    "AdamW",
+    "Kernel",
     "Result",
     "Training",
     "basis_suite",
