@@ -89,13 +89,15 @@ def heads_stand_alone(
 
     A head leaks into another, or all work with what belongs to one.
     """
-    x = s.inputs(row._replace(heads=2), dtype)
-    mask = torch.stack([mask_of(row, kept), ~mask_of(row, kept)])[:, None]
-    for h, given in itertools.product((0, 1), (None, mask)):
-        own = torch.tensor([i == h for i in (0, 1)])
+    count = max(2, row.heads)
+    x = s.inputs(row._replace(heads=count), dtype)
+    turns = [mask_of(row, kept), ~mask_of(row, kept)] * count
+    mask = torch.stack(turns[:count])[:, None]
+    for h, given in itertools.product((0, count - 1), (None, mask)):
+        own = torch.arange(count) == h
         spoiled = [torch.where(own[:, None, None], t, poke) for t in x[1:]]
         params = tree.map(
-            lambda p, own=own: torch.where(own.view(2, *[1] * (p.dim() - 1)), p, poke), x.params
+            lambda p, own=own: torch.where(own.view(count, *[1] * (p.dim() - 1)), p, poke), x.params
         )
         got = s.op.attend(params, *spoiled, given)[:, h]
         one = slice(h, h + 1)
