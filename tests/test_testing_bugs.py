@@ -441,8 +441,8 @@ BASES = {
         waves(lambda x: torch.cat(harmonics(x.clamp(-1e3, 1e3)), -1), periodic=2 * math.pi),
         "periodic",
     ),
-    "splines that come back at 100": (
-        splines(lambda x: bases.bspline(4, 2, (-2.0, 2.0)).expand((x + 50) % 100 - 50), 6),
+    "splines that come back at 50": (
+        splines(lambda x: bases.bspline(4, 2, (-2.0, 2.0)).expand((x + 25) % 50 - 25), 6),
         "local_support",
     ),
     "a jump at 64 where smooth is declared": (
@@ -713,7 +713,7 @@ def by_place_in_ties(weights, params, scores, mask):
 def low_projection(weights, params, scores, mask):
     """Sparsemax whose running sums are kept in the dtype of the scores."""
     low = scores if mask is None else scores.masked_fill(~mask, -math.inf)
-    return masked(shifted(low), mask)
+    return masked((water_level if low.itemsize == 2 else shifted)(low), mask)
 
 
 def scaled_in_half(attend, params, q, k, v, mask):
@@ -1049,7 +1049,10 @@ PROJECTIONS = {
     "support of at most 16": (projecting(lambda rows: shifted(rows, most=16)), "large_rows"),
     "shifted in place": (projecting(shifted_in_place), "inputs_untouched"),
     "temperature that falls": (projecting(Warming()), "deterministic"),
-    "running sums in half precision": (projecting(shifted), "half_rounds_once"),
+    "running sums in half precision": (
+        projecting(lambda rows: (water_level if rows.itemsize == 2 else RIGHT)(rows)),
+        "half_rounds_once",
+    ),
     "rounded to eighths in half precision": (
         projecting(lambda rows: RIGHT((rows * 8).round() / 8 if rows.itemsize == 2 else rows)),
         "half_rounds_once",

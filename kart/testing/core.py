@@ -5,6 +5,7 @@ import re
 import textwrap
 import time
 import traceback
+import unittest
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -129,6 +130,10 @@ class Broken(AssertionError):
     """A property that does not hold, with the whole message."""
 
 
+class OutOfTime(unittest.SkipTest):
+    """Ends the examples of a property: Hypothesis passes on what skips a test, and draws no more."""
+
+
 def show(value: Any) -> str:
     """`value` as a failure message has it: tensors as numbers, long ones by their shape."""
     if isinstance(value, Tensor):
@@ -199,7 +204,9 @@ def run(
     def example(**drawn: Any) -> None:
         nonlocal count, late
         late = late or (count > 0 and seconds is not None and time.monotonic() - start > seconds)
-        if late and (not failing or repr(drawn) != repr(failing)):
+        if late and not failing:
+            raise OutOfTime
+        if late and repr(drawn) != repr(failing):
             return
         count += 1
         try:
@@ -222,6 +229,8 @@ def run(
         if options.derandomize:
             test = hypothesis.seed(zlib.crc32(label))(test)
         options(test)()
+    except OutOfTime:
+        return count, True
     except Exception as error:
         raise Broken(_report(suite, prop, failing, error)) from error
     return count, late

@@ -19,6 +19,7 @@ from kart.testing.operator.subject import (
     Subject,
     attend_slack,
     mask_of,
+    mild,
     scores_of,
 )
 
@@ -63,7 +64,7 @@ def poison_stays_hidden(
     mask = keys
     if by_query:
         mask = keys & (torch.rand(row.queries, row.keys, generator=draw.generator(row.seed)) > 0.3)
-    x = s.inputs(row, dtype)
+    x = s.inputs(mild(row), dtype)
     hidden = ~keys[:, None]
     y = x._replace(k=torch.where(hidden, poison, x.k), v=torch.where(hidden, poison, x.v))
     scores = scores_of(x.q, x.k)

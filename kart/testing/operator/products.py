@@ -17,6 +17,7 @@ from kart.testing.operator.subject import (
     Subject,
     attend_slack,
     mask_of,
+    mild,
     scores_of,
 )
 
@@ -57,7 +58,7 @@ def attend_has_the_gradients_of_weights(
 
     A fused backward is wrong, although the forward is right.
     """
-    x = s.inputs(row, torch.float64)
+    x = s.inputs(mild(row), torch.float64)
     mask = mask_of(row, kept) if masked else None
     probe = draw.probe(x.q.shape[:-1] + x.v.shape[-1:], row.seed)
 
