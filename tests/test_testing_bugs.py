@@ -711,9 +711,9 @@ def by_place_in_ties(weights, params, scores, mask):
 
 
 def low_projection(weights, params, scores, mask):
-    """Sparsemax whose running sums are kept in the dtype of the scores."""
+    """Sparsemax whose scores are kept to quarters in half precision."""
     low = scores if mask is None else scores.masked_fill(~mask, -math.inf)
-    return masked((water_level if low.itemsize == 2 else shifted)(low), mask)
+    return masked(shifted((low * 4).round() / 4 if low.itemsize == 2 else low), mask)
 
 
 def scaled_in_half(attend, params, q, k, v, mask):
@@ -878,7 +878,7 @@ OPERATORS = {
     ),
     # half precision
     "scores rounded to eight bits": (weighing(lambda w, *x: w(*x), G), "half_follows_float32"),
-    "running sums of a projection in half": (weighing(low_projection), "half_follows_float32"),
+    "scores of a projection in quarters": (weighing(low_projection), "half_follows_float32"),
     "overflow of float16": (attending(scaled_in_half), "half_follows_float32"),
     "parameters rounded to four bits for half inputs": (
         attending(
@@ -1926,9 +1926,13 @@ SINE = {"smooth": math.inf, "periodic": 2 * math.pi, "bounded": 1.0, "parity": "
 @pytest.mark.parametrize(
     ("function", "traits"),
     [
-        (SineWithTangent, {}),
-        (Sine, {"forward_mode": False}),
-        (OnceDifferentiable, {"forward_mode": False, "second_derivative": False}),
+        # torch.compile traces no Function with a `setup_context` that saves for both modes
+        (SineWithTangent, {"compiles": False}),
+        (Sine, {"forward_mode": False, "compiles": False}),
+        (
+            OnceDifferentiable,
+            {"forward_mode": False, "second_derivative": False, "compiles": False},
+        ),
     ],
 )
 def test_a_right_function_of_autograd_passes(function, traits):
@@ -1936,7 +1940,7 @@ def test_a_right_function_of_autograd_passes(function, traits):
     results = testing.check_basis(own, max_examples=10)
     assert [result.message for result in results if result.passed is False] == []
     skipped = {result.name: result.message for result in results if result.passed is None}
-    assert ("forward_meets_reverse" in skipped) == bool(traits)
+    assert ("forward_meets_reverse" in skipped) == ("forward_mode" in traits)
     assert ("curvature_is_right" in skipped) == ("second_derivative" in traits)
     for trait in traits:
         assert f"{trait} is declared not to hold" in skipped.values()

@@ -72,7 +72,7 @@ def slack(f: Callable[[Tensor], Tensor], x: Tensor, reach: float = 1.0) -> Tenso
 
 def spread(f: Callable[..., Tensor], args: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
     """How far rounding in `dtype` may carry `f(*args)`, like its result: four times the largest
-    change over six relative shakes of all arguments by a few eps, and a few eps of the largest
+    change over four relative shakes of all arguments by a few eps, and a few eps of the largest
     value. Measured in float64, so that it needs no knowledge of f.
     """
     exact = tree.map(lambda x: x.double(), args)
@@ -83,7 +83,7 @@ def spread(f: Callable[..., Tensor], args: tuple[Any, ...], dtype: torch.dtype) 
         return x * (1 + unit(dtype) * sign)
 
     value = f(*exact)
-    swing = [(f(*tree.map(shaken, exact)) - value).abs() for _ in range(6)]
+    swing = [(f(*tree.map(shaken, exact)) - value).abs() for _ in range(4)]
     return 4 * torch.stack(swing).amax(0) + unit(dtype) * value.abs().amax()
 
 

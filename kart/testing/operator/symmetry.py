@@ -93,7 +93,10 @@ def heads_stand_alone(
     x = s.inputs(row._replace(heads=count), dtype)
     turns = [mask_of(row, kept), ~mask_of(row, kept)] * count
     mask = torch.stack(turns[:count])[:, None]
-    for h, given in itertools.product((0, count - 1), (None, mask)):
+    limits = [attend_slack(s, x, given) for given in (None, mask)]
+    for h, (given, limit) in itertools.product(
+        (0, count - 1), zip((None, mask), limits, strict=True)
+    ):
         own = torch.arange(count) == h
         spoiled = [torch.where(own[:, None, None], t, poke) for t in x[1:]]
         params = tree.map(
@@ -104,8 +107,7 @@ def heads_stand_alone(
         alone = tree.map(lambda p, one=one: p[one], x.params)
         part = None if given is None else given[one]
         wanted = s.op.attend(alone, *(t[:, one] for t in x[1:]), part)[:, 0]
-        limit = attend_slack(s, x, given)[:, h]
-        agree(got, wanted, limit, f"head {h} among others", f"head {h} alone")
+        agree(got, wanted, limit[:, h], f"head {h} among others", f"head {h} alone")
 
 
 def leading_axes_are_apart(
@@ -123,12 +125,14 @@ def leading_axes_are_apart(
     )
     mask = torch.rand(*lead, row.heads, row.queries, row.keys, generator=draw.generator(seed)) > 0.3
     given = mask if masked else None
-    got = s.op.attend(x.params, q, k, v, given)
+    wanted, limits = [], []
     for i in itertools.product(*map(range, lead)):
         own = mask[i] if masked else None
-        wanted = s.op.attend(x.params, q[i], k[i], v[i], own)
-        limit = attend_slack(s, x._replace(q=q[i], k=k[i], v=v[i]), own)
-        agree(got[i], wanted, limit, f"attend at {list(i)}", "attend of that alone")
+        wanted.append(s.op.attend(x.params, q[i], k[i], v[i], own))
+        limits.append(attend_slack(s, x._replace(q=q[i], k=k[i], v=v[i]), own))
+    limit = torch.stack(limits).unflatten(0, lead)
+    got = s.op.attend(x.params, q, k, v, given)
+    agree(got, torch.stack(wanted).unflatten(0, lead), limit, "attend", "attend of each alone")
 
 
 # NaN as well: heads and examples never meet
@@ -138,7 +142,7 @@ SPOILED = st.sampled_from([50.0, math.nan])
 def leads(s: Subject) -> SearchStrategy[tuple[int, ...]]:
     """Leading axes, of the length of the heads and of others."""
     heads = s.heads or 3
-    return st.sampled_from([(2,), (heads,), (2, 2), (2, 3), (1, heads)])
+    return st.sampled_from([(2,), (heads,), (2, 2), (1, heads)])
 
 
 PROPERTIES = (
