@@ -23,8 +23,8 @@ or without pytest by `check_basis(hats())`, a list of `Result`, or on the comman
 `kart test-basis my_module:hats` (`cli_main`, for every kind).
 
 Where to look: `basis/` and `operator/` hold a file for each family of properties, `projection.py`,
-`kernel.py`, `step.py` and `model.py` all of theirs; each ends with its `PROPERTIES` and its `suite`,
-of which `api.py` makes the check and the decorator. `draw.py` says what is drawn, `compare.py` how
+`kernel.py`, `step.py` and `model.py` all of theirs; each ends with its `PROPERTIES` and `suite`, of
+which `api.py` makes the check and the decorator. `draw.py` says what is drawn, `compare.py` how
 far apart two right answers may be, `laws.py` what several kinds are asked alike, `formulas.py` what
 a step is held to, `core.py` how a property is run and how a failure reads.
 

@@ -205,7 +205,7 @@ def run(
         nonlocal count, late
         late = late or (count > 0 and seconds is not None and time.monotonic() - start > seconds)
         if late and not failing:
-            raise OutOfTime
+            raise OutOfTime("no new example is begun")
         if late and repr(drawn) != repr(failing):
             return
         count += 1

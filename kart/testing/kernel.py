@@ -58,7 +58,7 @@ def sizes(s: Subject) -> SearchStrategy[dict[str, int]]:
     shared = sorted(set.intersection(*(set(v) for v in s.sizes.values())) - {1})
     if not shared:
         return each
-    return st.one_of(each, st.sampled_from(shared).map(lambda n: dict.fromkeys(s.sizes, n)))
+    return st.one_of(each, st.sampled_from(shared).map(lambda n: {k: n for k in s.sizes}))
 
 
 def _split(arguments: Sequence[Any]) -> tuple[list[int], tuple[Tensor, ...]]:

@@ -154,7 +154,7 @@ def _derivatives(s: Subject, order: int) -> list[Callable[[Tensor], Tensor]]:
 
         return slope
 
-    stack = [value]
+    stack: list[Callable[[Tensor], Tensor]] = [value]
     for _ in range(order):
         stack.append(derived(stack[-1]))
     return [lambda x, f=f: f(x[:, None].expand(-1, size)) for f in stack]
