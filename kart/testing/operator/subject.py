@@ -122,10 +122,12 @@ def rows(s: Subject) -> SearchStrategy[Row]:
 
 
 def attend_slack(s: Subject, x: Inputs, mask: Tensor | None = None) -> Tensor:
+    """How far rounding may carry `attend` of these inputs, in their dtype."""
     return spread(lambda *args: s.op.attend(*args, mask), tuple(x), x.q.dtype)
 
 
 def mask_of(row: Row, kept: Sequence[bool]) -> Tensor:
+    """The mask of keys that the drawn booleans say, `(M,)`."""
     return torch.tensor(list(kept)[: row.keys])
 
 
