@@ -1,0 +1,66 @@
+"""The data set of one split as arrays, with the records of what was left out or changed."""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+SPLITS = ("train", "val", "test")
+
+
+class Unused(NamedTuple):
+    """Something found beside the data and not read: a path, a pattern or a column, and why."""
+
+    what: str
+    count: int  # files, images or rows
+    why: str
+
+
+class Converted(NamedTuple):
+    """A change made to `count` images or labels while reading them."""
+
+    what: str
+    count: int
+
+
+class Dataset(NamedTuple):
+    """One split: images and labels as NumPy arrays, images possibly memory-mapped and read-only.
+
+    `mean` and `std` are per channel, of pixels in [0, 1], over the whole training split (whatever
+    `train_limit`), and the same on every split; so are `classes`, which are names (the integers as
+    text where a source has no names). `unused` is what the source holds and no split has,
+    `converted` what was changed in the images of this split (all of it, whatever `train_limit`).
+    """
+
+    images: np.ndarray  # uint8 (n, channels, height, width)
+    labels: np.ndarray  # int64 (n,)
+    classes: tuple[str, ...]
+    name: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    unused: tuple[Unused, ...] = ()
+    converted: tuple[Converted, ...] = ()
+    masks: np.ndarray | None = None  # bool (n, height, width), True on the object; "masked_digits"
+
+    @property
+    def channels(self) -> int:
+        """1 for grey images, 3 for colour."""
+        return self.images.shape[1]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of images of each class, in the order of `classes`."""
+        return tuple(np.bincount(self.labels, minlength=len(self.classes)).tolist())
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over classes, shape, labels and pixels, in order: equal where the data are.
+
+        Computed at every call, at some 1.5 GB a second.
+        """
+        digest = hashlib.sha256(repr((self.classes, self.images.shape)).encode())
+        digest.update(np.ascontiguousarray(self.labels))
+        step = max(1, 2**24 // max(1, self.images[:1].size))
+        for start in range(0, len(self.images), step):
+            digest.update(np.ascontiguousarray(self.images[start : start + step]))
+        return digest.hexdigest()

@@ -1,0 +1,139 @@
+"""The files below a directory: each real one once, links and what is not read named."""
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from kart.data.dataset import Unused
+
+IMAGES = frozenset(
+    (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".dib", ".gif", ".tif", ".tiff")
+    + (".webp", ".avif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga")
+)
+# pictures all the same: a class that has only these must not vanish
+_OTHER_IMAGES = frozenset(
+    (".heic", ".heif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".nef", ".cr2", ".cr3", ".arw")
+    + (".dcm", ".exr", ".hdr", ".jpx", ".ico")
+)
+_DEPTH = 64
+
+
+class Folder(NamedTuple):
+    """A directory with what it holds, in the order of the names."""
+
+    name: str
+    path: Path
+    folders: list["Folder"]
+    images: list[Path]
+    tables: list[Path]  # parquet files
+    pictures: list[Path]  # of formats that are not read
+
+
+class Found(NamedTuple):
+    """All below one directory."""
+
+    top: Folder
+    unused: tuple[Unused, ...]
+    links: tuple[tuple[Path, Path], ...]  # left out, with the folder each leads to; below the top
+
+
+def images_below(folder: Folder) -> list[Path]:
+    """Every image in `folder` and below it."""
+    return [*folder.images, *(p for inner in folder.folders for p in images_below(inner))]
+
+
+def tables_below(folder: Folder) -> list[Path]:
+    """Every parquet file in `folder` and below it."""
+    return [*folder.tables, *(p for inner in folder.folders for p in tables_below(inner))]
+
+
+def pictures_below(folder: Folder) -> list[Path]:
+    """Every file in `folder` and below it that is a picture of a format that is not read."""
+    return [*folder.pictures, *(p for inner in folder.folders for p in pictures_below(inner))]
+
+
+def walk(root: Path) -> Found:
+    """Reads the names of all files below `root`.
+
+    A link is followed to where it leads below `root` if that is not read anyway. A link to an
+    image, a table or a folder elsewhere is an error: it would make the data depend on what was not
+    named.
+    """
+    real = Path(os.path.realpath(root))
+    counts: Counter[tuple[str, str]] = Counter()
+    links: list[tuple[Folder, Path]] = []
+    left_out: list[tuple[Path, Path]] = []
+    visited = {str(real)}
+
+    def read(path: Path, name: str, depth: int) -> Folder:
+        if depth > _DEPTH:
+            raise ValueError(
+                f"`load` needs folders within {_DEPTH} of each other, got {str(path)!r}. "
+                "Name a directory further down."
+            )
+        folder = Folder(name, path, [], [], [], [])
+        try:
+            with os.scandir(path) as scan:
+                entries = sorted(scan, key=lambda entry: entry.name)
+        except OSError as err:
+            raise ValueError(
+                f"`load` cannot list {str(path)!r}: {err.strerror}. Make it readable."
+            ) from err
+        for entry in entries:
+            place, suffix = path / entry.name, Path(entry.name).suffix.lower()
+            kind = suffix in IMAGES or suffix in _OTHER_IMAGES or suffix == ".parquet"
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                inner = entry.is_dir(follow_symlinks=False)
+                count = sum(len(names) for *_, names in os.walk(place)) if inner else 1
+                what = f"{place.relative_to(root)}/" if inner else ".*"
+                counts[what, "hidden"] += count
+            elif entry.is_symlink() and not place.exists():
+                counts[str(place.relative_to(root)), "a link that leads nowhere"] += 1
+            elif entry.is_symlink() and (entry.is_dir() or kind):
+                target = Path(os.path.realpath(place))
+                if not target.is_relative_to(real):
+                    raise ValueError(
+                        f"`load` reads nothing outside the directory named, got the link "
+                        f"{str(place)!r} to {str(target)!r}. Copy what it leads to, or name a "
+                        "directory that holds both."
+                    )
+                if entry.is_dir():
+                    links.append((folder, place))
+                else:
+                    add(folder, place, suffix)
+            elif entry.is_dir():
+                visited.add(os.path.realpath(place))
+                folder.folders.append(read(place, entry.name, depth + 1))
+            elif entry.is_file():
+                add(folder, place, suffix)
+            else:
+                counts[str(place.relative_to(root)), "not a file"] += 1
+        return folder
+
+    def add(folder: Folder, place: Path, suffix: str) -> None:
+        if suffix in IMAGES:
+            folder.images.append(place)
+        elif suffix == ".parquet":
+            folder.tables.append(place)
+        elif suffix in _OTHER_IMAGES:
+            folder.pictures.append(place)
+            counts[f"*{suffix}", "an image format that is not read"] += 1
+        else:
+            what = f"*{suffix}" if suffix else "files without a suffix"
+            counts[what, "neither an image nor a parquet file"] += 1
+
+    top = read(root, root.name, 0)
+    # after the real folders: a link to one of them adds nothing; those found below a link come last
+    for folder, place in links:
+        target = os.path.realpath(place)
+        if target in visited:
+            link, led = place.relative_to(root), Path(target).relative_to(real)
+            left_out.append((link, led))
+            counts[f"{link}/", f"a link to the folder {str(led)!r}, read in its own place"] += 1
+        else:
+            visited.add(target)
+            folder.folders.append(read(place, place.name, len(place.relative_to(root).parts)))
+            folder.folders.sort(key=lambda inner: inner.name)
+    unused = tuple(Unused(what, count, why) for (what, why), count in sorted(counts.items()))
+    return Found(top, unused, tuple(left_out))

@@ -1,0 +1,146 @@
+"""What a name or path means: a public data set, parquet files or folders of images."""
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from kart.data import files, folders, public, tables
+from kart.data.dataset import Unused
+from kart.data.names import SHORT, Public
+from kart.data.source import Source, near
+
+BUILT_IN = ("digits", "masked_digits")
+
+
+class Options(NamedTuple):
+    """How to read a source, where that is not told by itself."""
+
+    image_column: str | None = None
+    label_column: str | None = None
+    config: str | None = None
+    revision: str | None = None
+
+
+class Finding(NamedTuple):
+    """A source that was found: read already if it lies on this machine, else its public name."""
+
+    name: str
+    identity: list  # what makes it another data set, JSON
+    source: Source | None
+    public: Public | None
+    options: Options
+
+    def open(self, scratch: Path) -> Source:
+        """The source; `scratch` is where a library may write."""
+        if self.source is not None:
+            return self.source
+        if self.public is None:
+            raise ValueError("`load` needs a directory or a public name.")
+        columns = (self.options.image_column, self.options.label_column)
+        return public.read(self.public, columns, self.options.revision, scratch, [*SHORT])
+
+
+def find(source: str | Path, options: Options) -> Finding:
+    """Looks for `source` below its directory, or among the names."""
+    text = str(source)
+    root = Path(os.path.expanduser(text))
+    if text in SHORT:
+        if root.is_dir():
+            raise ValueError(
+                f"`load` cannot tell the directory {text!r} from the public data set of that name. "
+                f"Pass './{text}' or {SHORT[text].path!r}."
+            )
+        known = SHORT[text]
+        options = options._replace(
+            image_column=options.image_column or known.image,
+            label_column=options.label_column or known.label,
+        )
+        return _public(known._replace(config=options.config or known.config), options)
+    if root.is_dir():
+        return _directory(root, text, options)
+    # "data/cifar" beside a directory "data" is a mistyped path: say so before the network times out
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text) and not root.parent.is_dir():
+        return _public(Public(text, options.config), options)
+    if root.exists():
+        raise ValueError(
+            f"`load` needs `source` to be a directory, got the file {text!r}. Unpack it if it is "
+            "an archive, and name the directory."
+        )
+    raise ValueError(
+        f"`load` needs `source` to be one of {', '.join([*BUILT_IN, *SHORT])}, a directory or a "
+        f"public name like 'uoft-cs/cifar10', got {text!r}.{near(text, _candidates(text))}"
+    )
+
+
+def _public(known: Public, options: Options) -> Finding:
+    columns = (options.image_column, options.label_column)
+    identity = ["public", *known, *columns, options.revision]
+    return Finding(known.path, identity, None, known, options)
+
+
+def _directory(root: Path, text: str, options: Options) -> Finding:
+    found = files.walk(root)
+    images, parquet = files.images_below(found.top), files.tables_below(found.top)
+    if not images and not parquet:
+        seen = ", ".join(f"{item.what} ({item.count})" for item in found.unused[:8])
+        raise ValueError(
+            f"`load` needs a directory of parquet files or images, got {text!r} with none"
+            f"{': only ' + seen if seen else ''}. Check the path, or fetch the data again."
+        )
+    # the footers tell, but only where there is a choice: reading them needs pyarrow
+    table = bool(parquet) and (
+        not images or any(tables.has_images(path, options.image_column) for path in parquet)
+    )
+    columns = (options.image_column, options.label_column)
+    if any((*columns, options.config, options.revision)[0 if not table else 2 :]):
+        raise ValueError(
+            f"`load` needs `config` and `revision` for public names only, and columns for "
+            f"tables only, got them with the directory {text!r}. Leave them out."
+        )
+    if table:
+        if images:
+            _check_beside(root, found, len(parquet))
+        source = tables.read(root, parquet, columns)
+        source = source._replace(unused=(*found.unused, *source.unused))
+        left = [
+            Unused(f"*{suffix}", count, "images beside the parquet files")
+            for suffix, count in _by_suffix(images)
+        ]
+    else:
+        source = folders.read(root, found)
+        left = [
+            Unused(str(path.relative_to(root)), 1, "a parquet file without images")
+            for path in parquet
+        ]
+    source = source._replace(unused=(*source.unused, *left))
+    notes = []
+    for path in source.files:
+        info = path.stat()
+        place = str(path.relative_to(root))
+        notes.append((place, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
+    real = Path(os.path.realpath(root))
+    return Finding(real.name, ["directory", str(real), notes, columns], source, None, options)
+
+
+def _check_beside(root: Path, found: files.Found, count: int) -> None:
+    """Refuses a directory that holds a table and a whole data set in folders beside it."""
+    try:
+        folders.read(root, found)
+    except ValueError:
+        return
+    raise ValueError(
+        f"`load` found {count} parquet files and folders of images in {str(root)!r}, both a data "
+        "set. Name the directory of the one that is meant."
+    )
+
+
+def _by_suffix(images: list[Path]) -> list[tuple[str, int]]:
+    suffixes = [path.suffix.lower() for path in images]
+    return [(suffix, suffixes.count(suffix)) for suffix in sorted(set(suffixes))]
+
+
+def _candidates(source: str) -> list[str]:
+    parent = Path(os.path.expanduser(source)).parent
+    beside = [str(path) for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    return [*BUILT_IN, *SHORT, *(known.path for known in SHORT.values()), *beside]

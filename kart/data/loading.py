@@ -1,0 +1,323 @@
+"""One split of a data set, from the cache or decoded into it."""
+
+import hashlib
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from kart.data import cache as entries
+from kart.data import digits, finding, images, splits, statistics
+from kart.data.cache import Manifest
+from kart.data.dataset import SPLITS, Converted, Dataset
+from kart.data.finding import Finding, Options
+from kart.data.source import Row, Source, check_labels, near
+
+_FORMAT = 2  # part of every cache key: raise it when the layout or the splits change
+_LARGEST = 8192  # pixels a side
+_LOG = logging.getLogger("kart.data")
+
+
+def load(
+    source: str | Path = "digits",
+    split: str = "train",
+    *,
+    image_size: int | None = None,
+    train_limit: int | None = None,
+    cache: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    config: str | None = None,
+    revision: str | None = None,
+) -> Dataset:
+    """One split of an image classification data set, the same on every machine and every call.
+
+    Fit on "train", choose on "val"; "test" is for the final evaluation and its images are to be
+    read by nothing else (no other split touches a source's own test images).
+
+    Splits: a source's own test split stays as it is and 10 % of its training images become "val",
+    unless it also has a validation split; a lone held-out split, whatever its name, is the test
+    split. A source with one split only is cut 60/20/20. Cuts are stratified by class, and "train"
+    is in a fixed shuffled order, so its first n images are a fair sample. Folders, parquet files
+    and public splits are told by one table of names (`kart.data.splits`), in upper or lower case;
+    what could be read in two ways is an error.
+
+    Nothing is left out or changed in silence: `Dataset.unused` and `Dataset.converted` have it, and
+    the logger "kart.data" warns of it (on standard error, unless logging is set up otherwise) when
+    the training split is loaded, and of what was changed whenever a split is. `describe` tells it
+    beforehand.
+
+    Args:
+        source: "digits" (scikit-learn's 1797 handwritten digits of 8 x 8, no network);
+            "masked_digits" (those digits on photographs, with masks); a directory of parquet files
+            or of images, one sub-folder per class, below `train` and `test` where there are such;
+            a short name (`kart.data.SHORT`: "cifar10", "svhn", ...) or another public Hugging Face
+            name such as "uoft-cs/cifar10". Of a directory nothing is read but images and parquet
+            files below it; links that lead elsewhere are refused.
+        split: "train", "val" or "test".
+        image_size: side in pixels; shorter sides are scaled to it and the centre is cropped. Needed
+            where images differ in size.
+        train_limit: keeps the first images of "train"; the other splits ignore it.
+        cache: where decoded images are kept; default `$KART_CACHE`, else `~/.cache/kart`. A source
+            directory is decoded again when its files change, a public name only under another
+            `revision`.
+        image_column, label_column: column names, where types do not tell (an `Image` and a
+            `ClassLabel`; of several labels `fine_label` or `label`). Labels may be integers.
+        config, revision: configuration and git revision of a public name.
+
+    Raises:
+        ValueError: unknown source or split, an unreadable, incomplete or ambiguous one, a label
+            outside the classes, images of several sizes without `image_size`, or a library that is
+            missing.
+    """
+    if not isinstance(split, str) or split not in SPLITS:
+        raise ValueError(f"`load` needs `split` in {SPLITS}, got {split!r}.{near(split, SPLITS)}")
+    check_options(source, image_size, image_column, label_column, config, revision)
+    if train_limit is not None and (type(train_limit) is not int or train_limit < 1):
+        raise ValueError(f"`load` needs `train_limit` >= 1 or None, got {train_limit!r}.")
+    if cache is not None and not isinstance(cache, str | Path):
+        raise ValueError(f"`load` needs `cache` to be a path or None, got {cache!r}.")
+    options = Options(image_column, label_column, config, revision)
+    if str(source) in finding.BUILT_IN:
+        dataset = digits.load(str(source), split, image_size)
+    else:
+        dataset = _cached(finding.find(source, options), split, image_size, cache)
+    for line in notes(dataset, unused=split == "train"):
+        _LOG.warning("%s", line)
+    if split != "train" or train_limit is None:
+        return dataset
+    if train_limit > len(dataset.labels):
+        raise ValueError(
+            f"`load` needs `train_limit` <= {len(dataset.labels)}, the training images of "
+            f"{str(source)!r}, got {train_limit}. Leave it out to use them all."
+        )
+    return dataset._replace(
+        images=dataset.images[:train_limit],
+        labels=dataset.labels[:train_limit],
+        masks=None if dataset.masks is None else dataset.masks[:train_limit],
+    )
+
+
+def check_options(source: Any, image_size: Any, *options: Any) -> None:
+    """Refuses a source, a size, columns, a `config` or a `revision` of a wrong type or range."""
+    if not isinstance(source, str | Path) or not str(source):
+        raise ValueError(f"`load` needs `source` to be a name or a path, got {source!r}.")
+    if "\0" in str(source):
+        raise ValueError(f"`load` needs `source` to be a name or a path, got {source!r}.")
+    names = ("image_column", "label_column", "config", "revision")
+    for name, value in zip(names, options, strict=True):
+        if value is not None and (not isinstance(value, str) or not value):
+            raise ValueError(f"`load` needs `{name}` to be a name or None, got {value!r}.")
+    built_in = str(source) in finding.BUILT_IN
+    if built_in and any(options):
+        raise ValueError(
+            f"`load` needs no columns, `config` or `revision` for {str(source)!r}. Leave them out."
+        )
+    largest = digits.LARGEST if built_in else _LARGEST
+    if image_size is None:
+        return
+    if type(image_size) is not int or image_size < 1:
+        raise ValueError(f"`load` needs `image_size` >= 1 or None, got {image_size!r}.")
+    if image_size > largest:
+        raise ValueError(
+            f"`load` needs `image_size` <= {largest} for {str(source)!r}, got {image_size}."
+        )
+
+
+def notes(dataset: Dataset, unused: bool = True) -> list[str]:
+    """Lines that name what was left out of the source and changed in the images of this split."""
+    lines = []
+    if unused and dataset.unused:
+        lines.append(f"{dataset.name}: not used: " + "; ".join(map(_left_out, dataset.unused)))
+    if dataset.converted:
+        changed = "; ".join(f"{item.count} {item.what}" for item in dataset.converted)
+        lines.append(f"{dataset.name}: converted: {changed}")
+    return lines
+
+
+def _left_out(item: Any) -> str:
+    return f"{item.what} ({item.count}): {item.why}" if item.count else f"{item.what}: {item.why}"
+
+
+def _cached(
+    found: Finding, split: str, image_size: int | None, cache: str | Path | None
+) -> Dataset:
+    base = entries.directory(cache)
+    entries.sweep(base)
+    key = json.dumps([_FORMAT, found.identity, image_size])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:20]
+    stem = re.sub(r"[^\w.-]+", "-", found.name)[:80]
+    fit_path = base / f"{stem}-fit-{digest}"
+    fit = entries.read(fit_path)
+    if fit is None:
+        fit = _build(fit_path, found, image_size, None)
+    path, manifest = fit_path, fit
+    if split == "test" and not fit.holds_test:
+        path = base / f"{stem}-test-{digest}"
+        manifest = entries.read(path)
+        if manifest is None or manifest.classes != fit.classes or manifest.shape != fit.shape:
+            manifest = _build(path, found, image_size, fit)
+    arrays = entries.arrays(path, manifest, split)
+    if arrays is None:
+        manifest = _build(path, found, image_size, None if path == fit_path else fit)
+        arrays = entries.arrays(path, manifest, split)
+    if arrays is None:
+        raise ValueError(
+            f"`load` lost {str(path)!r} while reading it. Keep `cache` for kart alone."
+        )
+    # of a directory the present state: what is not used is not part of the key
+    unused = fit.unused if found.source is None else found.source.unused
+    converted = manifest.converted.get(split, ())
+    return Dataset(
+        *arrays, fit.classes, found.name, fit.mean, fit.std, unused=unused, converted=converted
+    )
+
+
+def _build(path: Path, found: Finding, image_size: int | None, like: Manifest | None) -> Manifest:
+    entries.build(path, lambda work: fill(work, found.open(work / "scratch"), image_size, like))
+    manifest = entries.read(path)
+    if manifest is None:
+        raise ValueError(
+            f"`load` lost {str(path)!r} while reading it. Keep `cache` for kart alone."
+        )
+    return manifest
+
+
+class Decoded(NamedTuple):
+    """The images of one split of a source, RGB in a file."""
+
+    height: int
+    width: int
+    labels: np.ndarray
+    grey: np.ndarray  # bool (n,)
+    changes: list[tuple[str, ...]]
+
+
+def fill(work: Path, source: Source, image_size: int | None, like: Manifest | None) -> None:
+    """Writes the arrays and the manifest of one cache entry into `work / "entry"`.
+
+    `like` is the manifest of the training images when the test images are decoded, else None.
+    """
+    entry = work / "entry"
+    own = source.rows
+    classes, shape = source.classes, None
+    if like is not None:
+        classes, shape = like.classes, like.shape
+    converted: dict[str, tuple[Converted, ...]] = {}
+    for split in ["test"] if like else [name for name in ("train", "val") if name in own]:
+        rows, size = own[split](), source.sizes[split]
+        bar = tqdm(rows, f"decoding {split}", size, unit=" images", disable=None)
+        with (work / "raw").open("wb") as raw, bar:
+            decoded = _decode(bar, classes, image_size, raw, work, size)
+        height, width, labels, grey, _ = decoded
+        if classes is None:
+            check_labels(labels, None, lambda n, split=split: f"image {n} of {split!r}")
+            classes = tuple(str(i) for i in range(labels.max() + 1))
+        pixels = np.memmap(work / "raw", np.uint8, "r", shape=(len(labels), height, width, 3))
+        if shape is None:
+            shape = (1 if grey.all() else 3, height, width)
+        if (height, width) != shape[1:]:
+            raise ValueError(
+                f"`load` needs `image_size` where splits differ in size, got {[height, width]} for "
+                f"{split!r} and {list(shape[1:])} for 'train' (height, width)."
+            )
+        parts = {split: np.arange(len(labels))}
+        if split == "train":
+            parts = splits.partition(labels, splits.cuts(own))
+        for part, index in parts.items():
+            count = source.renumbered.get(split, 0) and len(index)
+            converted[part] = changes(decoded, index, shape[0], count)
+            size_on_disk = (len(index), *shape)
+            chunks = _chunks(pixels, index, shape[0])
+            entries.write_array(entry / f"{part}.images.npy", size_on_disk, chunks)
+            entries.write_labels(entry / f"{part}.labels.npy", labels[index])
+        del pixels
+        (work / "raw").unlink()
+    if classes is None or shape is None:
+        raise ValueError("`load` needs a training split.")
+    if like is None:
+        train = np.load(entry / "train.images.npy", mmap_mode="r")
+        mean, std = statistics.mean_and_std(train)
+    else:
+        mean, std = like.mean, like.std
+    holds_test = "test" not in own
+    manifest = Manifest(classes, shape, mean, std, holds_test, source.unused, converted, blocks={})
+    entries.write_manifest(entry, manifest)
+
+
+def changes(
+    decoded: Decoded, index: np.ndarray, channels: int, renumbered: int
+) -> tuple[Converted, ...]:
+    """What was changed in the images at `index`, counted by kind."""
+    counts: Counter[str] = Counter()
+    for i in index:
+        counts.update(decoded.changes[i])
+    grey = int(decoded.grey[index].sum())
+    counts[images.TO_COLOUR if channels == 3 else images.TO_GREY] += (
+        grey if channels == 3 else len(index) - grey
+    )
+    counts["labels renumbered to agree by name"] += renumbered
+    return tuple(Converted(what, count) for what, count in sorted(counts.items()) if count)
+
+
+def _decode(
+    rows: Iterable[Row],
+    classes: tuple[str, ...] | None,
+    image_size: int | None,
+    out: Any,
+    work: Path,
+    count: int | None,
+) -> Decoded:
+    """Writes every image to `out` as RGB bytes."""
+    shape, labels, grey, changed = None, [], [], []
+    for row in rows:
+        image, header = images.decode(row.file, row.where)
+        if image_size is not None:
+            image = images.resize(image, image_size)
+        if shape is None:
+            shape = image.size
+            # once as they come and once in the order of the splits
+            entries.check_room(work, 2 * 3 * shape[0] * shape[1] * (count or 1))
+        if image.size != shape:
+            raise ValueError(
+                f"`load` needs `image_size` where images differ in size: {row.where} is "
+                f"{image.size}, those before are {shape} (width, height). "
+                f"Pass `image_size`, say {min(shape)}."
+            )
+        if row.label < 0 or (classes is not None and row.label >= len(classes)):
+            raise ValueError(
+                f"`load` needs labels among the training classes {tuple(classes or ())}, got "
+                f"{row.label} for {row.where}. Correct it, or remove the image."
+            )
+        out.write(image.tobytes())
+        labels.append(row.label)
+        grey.append(header.grey)
+        changed.append(header.changes)
+    if shape is None:
+        raise ValueError("`load` needs images in every split, got an empty one. Add or remove it.")
+    # one that does not fit is no label either: it is found to be out of range
+    labels = np.array([min(label, 2**62) for label in labels], dtype=np.int64)
+    return Decoded(shape[1], shape[0], labels, np.array(grey), changed)
+
+
+def _chunks(pixels: np.ndarray, index: np.ndarray, channels: int) -> Iterator[np.ndarray]:
+    """Images at `index` as `(n, channels, height, width)`, some at a time."""
+    step = max(1, 2**24 // pixels[0].size)
+    for start in range(0, len(index), step):
+        chunk = pixels[index[start : start + step]]
+        if channels == 1:
+            yield _luminance(chunk)[:, None]
+        else:
+            yield chunk.transpose(0, 3, 1, 2)
+
+
+def _luminance(pixels: np.ndarray) -> np.ndarray:
+    """Grey `(..., )` of RGB `(..., 3)` by ITU-R 601 as Pillow rounds it; grey pixels stay."""
+    weights = np.array([19595, 38470, 7471], dtype=np.uint32)
+    return ((pixels @ weights + 0x8000) >> 16).astype(np.uint8)

@@ -1,0 +1,243 @@
+"""What would be read of a source: splits, classes, kinds of images, what is left out or changed."""
+
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from kart.data import digits, finding, images, splits
+from kart.data.dataset import SPLITS, Converted, Dataset, Unused
+from kart.data.finding import Options
+from kart.data.loading import Decoded, changes, check_options
+from kart.data.source import Source, check_labels
+
+_FEW = 8  # kinds of a thing that the text names before it counts the rest
+
+
+class SplitDescription(NamedTuple):
+    """One split as `load` would give it; every count is of images."""
+
+    origin: str  # the folder, file name or split of the source, or what it is cut from
+    counts: dict[str, int]  # by class, in the order of the classes, 0 where there are none
+    sizes: dict[tuple[int, int], int]  # by (width, height)
+    modes: dict[str, int]  # by Pillow's mode
+    formats: dict[str, int]
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return sum(self.counts.values())
+
+
+class Description(NamedTuple):
+    """What `load` would read of a source."""
+
+    name: str
+    classes: tuple[str, ...]
+    channels: int
+    splits: dict[str, SplitDescription]  # "train", "val", "test"
+    unused: tuple[Unused, ...]
+    converted: tuple[Converted, ...]  # over all splits
+    unreadable: tuple[str, ...]  # one message for each image without a readable header
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Number of images by split and class."""
+        return {name: split.counts for name, split in self.splits.items()}
+
+
+def describe(
+    source: str | Path = "digits",
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    config: str | None = None,
+    revision: str | None = None,
+) -> Description:
+    """What `load` would read of `source`, with the same options: the header of every image is read.
+
+    Pixels are not decoded, so that a file damaged after its header is found by `load` alone.
+
+    Raises:
+        ValueError: where `load` would refuse the source, other than for an image that is damaged.
+    """
+    options = Options(image_column, label_column, config, revision)
+    check_options(source, None, *options)
+    if str(source) in finding.BUILT_IN:
+        return _built_in(str(source))
+    found = finding.find(source, options)
+    with tempfile.TemporaryDirectory(prefix="kart-") as scratch:
+        return _describe(found.name, found.open(Path(scratch)))
+
+
+def summary(description: Description) -> str:
+    """The description as plain text: a table of classes by splits, then everything else."""
+    parts = list(description.splits)
+    rows = [["class", *parts]]
+    rows += [
+        [name, *(str(description.splits[part].counts[name]) for part in parts)]
+        for name in description.classes
+    ]
+    rows.append(["all", *(str(description.splits[part].images) for part in parts)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(parts) + 1)]
+    lines = [f"{description.name}: {len(description.classes)} classes"]
+    lines += [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    for name, split in description.splits.items():
+        sizes = {f"{width} x {height}": count for (width, height), count in split.sizes.items()}
+        kinds = ", ".join(_few(kind) for kind in (sizes, split.modes, split.formats))
+        lines.append(f"{name}: from {split.origin}: {kinds}")
+    lines.append(f"read as: {'grey' if description.channels == 1 else 'colour'}")
+    lines += [f"converted: {item.count} {item.what}" for item in description.converted]
+    lines += [
+        f"not used: {item.what}{f' ({item.count})' if item.count else ''}: {item.why}"
+        for item in description.unused
+    ]
+    lines += [f"unreadable: {message}" for message in description.unreadable]
+    return "\n".join(lines)
+
+
+def contact_sheet(dataset: Dataset, per_class: int = 8, side: int = 64, classes: int = 40) -> Any:
+    """A picture of the first images of each class, one row a class, as a Pillow image.
+
+    Args:
+        dataset: one split, as `load` gives it.
+        per_class: images in a row.
+        side: of each image, pixels.
+        classes: rows at most, the first ones; the last line of the picture says how many are not
+            shown.
+    """
+    for name, value in (("per_class", per_class), ("side", side), ("classes", classes)):
+        if type(value) is not int or not 1 <= value <= 512:
+            raise ValueError(f"`contact_sheet` needs `{name}` in 1..512, got {value!r}.")
+    from PIL import ImageDraw
+
+    pillow = images.pillow()
+    shown = dataset.classes[:classes]
+    gap, text = 2, 160
+    more = len(dataset.classes) - len(shown)
+    height = (len(shown) + (more > 0)) * (side + gap) + gap
+    sheet = pillow.new("RGB", (text + per_class * (side + gap) + gap, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, name in enumerate(shown):
+        top = gap + row * (side + gap)
+        chosen = np.flatnonzero(dataset.labels == row)
+        label = f"{_printable(name)} ({len(chosen)})"
+        draw.text((gap, top + side // 2 - 8), label, fill="black", font_size=14)
+        for column, index in enumerate(chosen[:per_class]):
+            pixels = dataset.images[index]
+            pixels = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+            image = pillow.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
+            # small images stay sharp squares, large ones are scaled down smoothly
+            small = max(image.size) <= side
+            how = pillow.Resampling.NEAREST if small else pillow.Resampling.BICUBIC
+            scale = side / max(image.size)
+            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+            place = (text + column * (side + gap), top)
+            sheet.paste(image.resize(size, how), place)
+    if more > 0:
+        draw.text((gap, height - side // 2 - 8), f"{more} more classes", fill="black", font_size=14)
+    return sheet
+
+
+def _printable(name: str) -> str:
+    # Pillow's own font knows no more
+    return name.encode("ascii", "replace").decode()[:20]
+
+
+def _few(counts: dict[str, int]) -> str:
+    items = sorted(counts.items(), key=lambda item: -item[1])
+    told = " + ".join(f"{count} of {name}" for name, count in items[:_FEW])
+    return told + (f" + {len(items) - _FEW} other kinds" if len(items) > _FEW else "")
+
+
+def _describe(name: str, source: Source) -> Description:
+    classes, channels = source.classes, 3
+    found: dict[str, SplitDescription] = {}
+    converted: Counter[str] = Counter()
+    unreadable: list[str] = []
+    for split, rows in source.rows.items():
+        headers, labels = [], []
+        bar = tqdm(rows(), f"reading {split}", source.sizes[split], unit=" images", disable=None)
+        with bar:
+            for row in bar:
+                labels.append(min(row.label, 2**62))
+                try:
+                    headers.append(images.header(row.file, row.where))
+                except ValueError as err:
+                    if "needs Pillow" in str(err):
+                        raise
+                    unreadable.append(str(err))
+                    headers.append(images.Header((0, 0), "unreadable", "unreadable", True, ()))
+        if not labels:
+            raise ValueError(
+                "`load` needs images in every split, got an empty one. Add or remove it."
+            )
+        array = np.array(labels, dtype=np.int64)
+        check_labels(array, classes, lambda n, split=split: f"image {n} of {split!r}")
+        classes = classes or tuple(str(i) for i in range(array.max() + 1))
+        if split == "train":
+            channels = 1 if all(header.grey for header in headers) else 3
+        origin = source.origins[split]
+        parts = {split: np.arange(len(array))}
+        if split == "train":
+            parts = splits.partition(array, splits.cuts(source.rows))
+        grey = np.array([header.grey for header in headers])
+        decoded = Decoded(0, 0, array, grey, [header.changes for header in headers])
+        for part, index in parts.items():
+            told = repr(origin) if part == split else f"{len(index)} images cut from {origin!r}"
+            found[part] = _split(told, classes, array[index], [headers[i] for i in index])
+            count = source.renumbered.get(split, 0) and len(index)
+            for what, number in changes(decoded, index, channels, count):
+                converted[what] += number
+    if classes is None:
+        raise ValueError("`load` needs a training split.")
+    return Description(
+        name=name,
+        classes=classes,
+        channels=channels,
+        splits={split: found[split] for split in SPLITS},
+        unused=source.unused,
+        converted=tuple(Converted(*item) for item in sorted(converted.items())),
+        unreadable=tuple(unreadable),
+    )
+
+
+def _split(
+    origin: str, classes: tuple[str, ...], labels: np.ndarray, headers: Sequence[images.Header]
+) -> SplitDescription:
+    counts = np.bincount(labels, minlength=len(classes)).tolist()
+    return SplitDescription(
+        origin=origin,
+        counts=dict(zip(classes, counts, strict=True)),
+        sizes=dict(Counter(header.size for header in headers)),
+        modes=dict(Counter(header.mode for header in headers)),
+        formats=dict(Counter(header.format for header in headers)),
+    )
+
+
+def _built_in(name: str) -> Description:
+    datasets = {split: digits.load(name, split, None) for split in SPLITS}
+    train = datasets["train"]
+    height, width = train.images.shape[2:]
+    mode = "L" if train.channels == 1 else "RGB"
+    found = {
+        split: SplitDescription(
+            origin=f"the {name.replace('_', ' ')} of scikit-learn",
+            counts=dict(zip(dataset.classes, dataset.counts, strict=True)),
+            sizes={(width, height): len(dataset.labels)},
+            modes={mode: len(dataset.labels)},
+            formats={"array": len(dataset.labels)},
+        )
+        for split, dataset in datasets.items()
+    }
+    return Description(name, train.classes, train.channels, found, (), (), ())

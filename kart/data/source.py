@@ -1,0 +1,57 @@
+"""A data set that is found but not decoded yet."""
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kart.data.dataset import Unused
+
+INSTALL = 'Run `pip install "kart-attention[data]"`.'
+
+
+class Row(NamedTuple):
+    """One image: where it is (for messages), its file (a path or an open one), its label."""
+
+    where: str
+    file: Any
+    label: int
+
+
+class Source(NamedTuple):
+    """Rows by split, "train" among them; "val" and "test" only where the source has its own."""
+
+    classes: tuple[str, ...] | None  # None where labels are bare integers
+    rows: dict[str, Callable[[], Iterator[Row]]]
+    sizes: dict[str, int | None]  # None where it is not known beforehand
+    origins: dict[str, str]  # the name that each split has in the source
+    unused: tuple[Unused, ...]
+    renumbered: dict[str, int]  # labels of a split given another number to agree by name
+    files: tuple[Any, ...] = ()  # what is read, where that is files of this machine
+
+
+def check_labels(
+    labels: np.ndarray, classes: Sequence[str] | None, where: Callable[[int], str]
+) -> None:
+    """Refuses labels outside of `classes`; bare ones (None) if negative or more than images."""
+    bound = len(labels) if classes is None else len(classes)
+    wrong = np.flatnonzero((labels < 0) | (labels >= bound))
+    if len(wrong):
+        told = f"(0 to {bound - 1}, as many as images)" if classes is None else tuple(classes)
+        raise ValueError(
+            f"`load` needs labels among the training classes {told}, got {labels[wrong[0]]} for "
+            f"{where(int(wrong[0]))} ({len(wrong)} such). Correct or remove them."
+        )
+
+
+def near(word: object, candidates: Sequence[str]) -> str:
+    """A sentence with the candidates that look like `word`, or nothing."""
+    matches = difflib.get_close_matches(str(word), candidates)
+    return f" Near matches: {', '.join(matches)}." if matches else ""
+
+
+def first_line(err: Exception) -> str:
+    """The first line of an error's message as a sentence."""
+    text = str(err).strip().splitlines()
+    return f"{text[0] if text else type(err).__name__}".rstrip(".") + "."
