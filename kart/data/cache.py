@@ -97,18 +97,21 @@ def arrays(path: Path, manifest: Manifest, split: str) -> tuple[np.ndarray, np.n
     return (images, labels) if fits else None
 
 
-def build(path: Path, fill: Callable[[Path], None]) -> None:
+def build(path: Path, fill: Callable[[Path], None], damaged: bool) -> None:
     """Calls `fill(work)`, which writes `work / "entry"`, and moves that to `path` in one step.
 
-    What is at `path` already and is not whole is replaced.
+    What is at `path` already stays if it is whole and not known to be `damaged`.
     """
     base = path.parent
-    if os.path.lexists(path):
+    if damaged:
         # on standard error, unless a program has set up logging otherwise
         _LOG.warning("the cache %s is damaged; decoding again", path)
     with contextlib.ExitStack() as stack:
         try:
             work = stack.enter_context(_workshop(base, path.name))
+            if damaged:
+                with contextlib.suppress(FileNotFoundError):
+                    path.rename(work / "damaged")
             fill(work)
             # another process may have been first, or a damaged entry be there, or both in turn
             for attempt in range(5):

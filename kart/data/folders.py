@@ -171,6 +171,14 @@ def _classes(folder: Folder, root: Path, unused: list[Unused]) -> list[tuple[Pat
             unused.append(Unused(_inside(inner, root), 0, "no image in it"))
         _check_no_splits(inner, [deeper.name for deeper in _full(inner)])
         labelled += [(path, inner.name) for path in images]
+    inside = [{deeper.name for deeper in _full(inner)} for inner in _full(folder)]
+    if len(inside) > 1 and len(inside[0]) > 1 and all(names == inside[0] for names in inside):
+        raise ValueError(
+            f"`load` cannot tell whether {[inner.name for inner in _full(folder)][:5]} in "
+            f"{str(folder.path)!r} are classes: each holds folders of the same names, "
+            f"{sorted(inside[0])[:5]}. Name the directory of one of them; if they are splits, call "
+            "them train, val and test; if they are classes, put their images right into them."
+        )
     return sorted(labelled)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -180,7 +181,11 @@ def _cached(
 
 
 def _build(path: Path, found: Finding, image_size: int | None, like: Manifest | None) -> Manifest:
-    entries.build(path, lambda work: fill(work, found.open(work / "scratch"), image_size, like))
+    # who gets here has found no entry, or one that cannot be used
+    damaged = os.path.lexists(path)
+    entries.build(
+        path, lambda work: fill(work, found.open(work / "scratch"), image_size, like), damaged
+    )
     manifest = entries.read(path)
     if manifest is None:
         raise ValueError(

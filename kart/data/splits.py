@@ -24,7 +24,12 @@ _FILL = (
 )
 _ANY = "|".join(f"(?P<{role}>{words})" for role, words in _WORDS.items())
 _PLAIN = re.compile(f"{_FILL}(?:{_ANY}){_FILL}")
-_AMONG = re.compile(rf"(?P<before>(?:.*[\W_])?)(?:{_ANY})(?P<after>(?:[\W_\d].*)?)")
+_APART = re.compile(rf"(?P<before>(?:.*[\W_])?)(?:{_ANY})(?P<after>(?:[\W_\d].*)?)")
+# inside of a longer word: "trainA", "mytestingset"
+_GLUED = re.compile(
+    r"(?P<before>.*?)(?:(?P<train>training|train)|(?P<val>validation|valid|val)|"
+    r"(?P<test>testing|test))(?P<after>.*)"
+)
 _SHARD = re.compile(r"[-_.]\d+[-_]of[-_]\d+(?:-[0-9a-f]+)?$")
 
 
@@ -41,22 +46,26 @@ def role(name: str) -> str | None:
 def roles(names: Iterable[str]) -> dict[str, str]:
     """The role of each name that has one, by itself or beside the others.
 
-    What two roles have in common does not matter: `seg_train` and `seg_test` are splits,
-    `train_station` and `test_tube` are not.
+    What stands around two roles does not matter if it is the same: `seg_train` and `seg_test`,
+    `trainA` and `testA` are splits, `train_station` and `test_tube` are not.
 
     >>> roles(["seg_train", "seg_test", "seg_pred", "bus"])
     {'seg_train': 'train', 'seg_test': 'test', 'seg_pred': 'other'}
     """
     names = list(names)
     found = {name: known for name in names if (known := role(name))}
-    around: dict[tuple[str, str], dict[str, str]] = {}
-    for name in names:
-        if name not in found and (match := _AMONG.fullmatch(name.casefold())):
-            rest = (match["before"], match["after"])
-            around.setdefault(rest, {})[name] = next(r for r in _WORDS if match[r])
-    for group in around.values():
-        if "train" in group.values() and len(set(group.values())) > 1:
-            found |= group
+    for pattern in (_APART, _GLUED):
+        around: dict[tuple[str, str], dict[str, str]] = {}
+        for name in names:
+            if name not in found and (match := pattern.fullmatch(name.casefold())):
+                rest = (match["before"], match["after"])
+                told = next(
+                    known for known, word in match.groupdict().items() if word and known in _WORDS
+                )
+                around.setdefault(rest, {})[name] = told
+        for group in around.values():
+            if "train" in group.values() and len(set(group.values())) > 1:
+                found |= group
     return {name: found[name] for name in names if name in found}
 
 
