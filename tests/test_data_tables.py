@@ -105,3 +105,202 @@ def test_bad_tables(tmp_path):
     with pytest.raises(ValueError, match="`load` .*(could not read|needs whole)"):
         data.load(root)
     assert entries(tmp_path / "cache") == []
+
+
+# splits and names
+
+PAIRS = [("Train", "Test"), ("TRAIN", "TEST"), ("trainset", "testset"), ("train", "eval")]
+PAIRS += [("train", "Val"), ("train", "holdout"), ("mnist_train", "mnist_test")]
+PAIRS += [("data/train", "data/test"), ("train/0000", "test/0000"), ("a/Train/x", "a/Test/x")]
+
+
+def write(path, count=30, start=0, names=CLASSES, labels=None, note=True, **more):
+    """One parquet file of pictures; labels by name, so that their numbers follow `names`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    labels = [CLASSES[i % 3] for i in range(count)] if labels is None else labels
+    columns = {
+        "img": [encoded(picture(start + i)) for i in range(count)],
+        "label": [names.index(name) if isinstance(name, str) else name for name in labels],
+        **more,
+    }
+    kind = datasets.ClassLabel(names=names) if note else datasets.Value("int64")
+    features = {"img": datasets.Image(), "label": kind}
+    features |= {name: datasets.Value("int64") for name in more}
+    table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    table.to_parquet(path)
+
+
+def sizes(root):
+    return {name: split.images for name, split in data.describe(root).splits.items()}
+
+
+@pytest.mark.parametrize("train, test", PAIRS)
+def test_the_same_names_of_splits_as_for_folders(tmp_path, train, test):
+    write(tmp_path / "set" / f"{train}.parquet")
+    write(tmp_path / "set" / f"{test}.parquet", 6, start=100)
+    assert sizes(tmp_path / "set") == {"train": 27, "val": 3, "test": 6}
+    assert numbers(data.load(tmp_path / "set", "test")) == list(range(100, 106))
+
+
+def test_shards_counted_in_any_way(tmp_path):
+    for i in range(3):
+        write(tmp_path / "set" / f"train_{i}.parquet", 10, start=10 * i)
+    write(tmp_path / "set" / "test-00000-of-00001-0a1b2c3d.parquet", 6, start=100)
+    assert sizes(tmp_path / "set") == {"train": 27, "val": 3, "test": 6}
+
+
+def test_files_that_are_no_split_are_named(tmp_path):
+    root = tmp_path / "set"
+    write(root / "train.parquet")
+    write(root / "test.parquet", 6)
+    write(root / "extra.parquet", 9)
+    write(root / "notes.parquet", 5, more=[1] * 5)
+    picture(0).save(root / "teaser.png")
+    (root / "README.md").write_text("hello")
+    found = data.describe(root)
+    assert {item.what: item.count for item in found.unused} == {
+        "*.md": 1,
+        "*.png": 1,
+        "notes.parquet": 5,
+        "split 'extra'": 9,
+    }
+    write(root / "train.parquet", more=[1] * 30)
+    write(root / "test.parquet", 6, more=[1] * 6)
+    assert ("column 'more'", 36) in [item[:2] for item in data.describe(root).unused]
+
+
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        (["a/train", "a/test", "b/train", "b/test"], "2 configurations in .*'a', 'b'.. Name the"),
+        (["train", "Train"], "one 'train' split .*'Train', 'train'"),
+        (["data", "test"], "split named 'train' in .*beside .*data.parquet"),
+        (["train/test-0"], r"cannot tell the split of .* names \['train', 'test'\]"),
+        (["val", "test"], "split named 'train'"),
+    ],
+)
+def test_files_that_can_be_read_in_two_ways(tmp_path, files, words):
+    for name in files:
+        write(tmp_path / "set" / f"{name}.parquet")
+    with pytest.raises(ValueError, match=words):
+        data.load(tmp_path / "set")
+
+
+def test_labels_agree_by_name(tmp_path):
+    root = tmp_path / "set"
+    other = ["cat", "ant", "bee"]
+    write(root / "train-00000-of-00002.parquet", 15)
+    write(root / "train-00001-of-00002.parquet", 15, start=15, names=other)
+    write(root / "test.parquet", 6, start=100, names=other)
+    for split in data.SPLITS:
+        dataset = data.load(root, split)
+        assert dataset.classes == tuple(CLASSES)
+        for number, label in zip(numbers(dataset), dataset.labels, strict=True):
+            assert label == (number - 100 * (number >= 100)) % 3
+    changed = ("labels renumbered to agree by name", 6)
+    assert data.load(root, "test").converted == (data.Converted(*changed),)
+    assert data.describe(root).converted[0].what == changed[0]
+
+
+@pytest.mark.parametrize(
+    "names, split, words",
+    [
+        (["ant", "bee", "dog", "cat"], "test", r"with \['dog'\] beside those of the training"),
+        (["ant", "bee", "cat", "dog"], "train-1", r"with \['dog'\] beside"),
+    ],
+)
+def test_other_names_are_refused(tmp_path, names, split, words):
+    write(tmp_path / "set" / "train-0.parquet")
+    write(tmp_path / "set" / f"{split}.parquet", names=names)
+    with pytest.raises(ValueError, match=f"same class names everywhere, got .*{split}.* {words}"):
+        data.load(tmp_path / "set")
+
+
+def test_names_beside_bare_numbers_are_refused(tmp_path):
+    write(tmp_path / "set" / "train.parquet")
+    write(tmp_path / "set" / "test.parquet", note=False)
+    with pytest.raises(ValueError, match="same columns everywhere, got int64 in 'label'"):
+        data.load(tmp_path / "set")
+
+
+def test_a_held_out_split_without_labels_is_left_out(tmp_path):
+    write(tmp_path / "set" / "train.parquet")
+    write(tmp_path / "set" / "validation.parquet", 6, start=100)
+    write(tmp_path / "set" / "test.parquet", 9, labels=[-1] * 9)
+    found = data.describe(tmp_path / "set")
+    assert [tuple(item) for item in found.unused] == [("split 'test'", 9, "no labels: all are -1")]
+    assert sizes(tmp_path / "set") == {"train": 27, "val": 3, "test": 6}
+
+
+@pytest.mark.parametrize("label", [10**12, 2**63 - 1, 30, -1])
+def test_bare_labels_that_are_none(tmp_path, label):
+    write(tmp_path / "set" / "train.parquet", labels=[0, 1, label] + [0] * 27, note=False)
+    with pytest.raises(ValueError, match=f"as many as images.*got {label} for image 2"):
+        data.load(tmp_path / "set", label_column="label")
+
+
+# nothing but the files below the directory
+
+
+def test_a_readme_does_not_choose_what_is_read(tmp_path):
+    write(tmp_path / "secret" / "train.parquet", start=200)
+    root = tmp_path / "set"
+    write(root / "train.parquet")
+    write(root / "test.parquet", 6, start=100)
+    before = data.load(root, "test")
+    (root / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n"
+        "  - split: train\n    path: ../secret/*.parquet\n"
+        f"  - split: test\n    path: {tmp_path}/secret/train.parquet\n---\n"
+    )
+    (root / "dataset_infos.json").write_text("{")
+    for split in data.SPLITS:
+        assert max(numbers(data.load(root, split))) < 200
+    assert data.load(root, "test").fingerprint == before.fingerprint
+
+
+def test_paths_inside_of_a_table_are_not_followed(tmp_path):
+    picture(0).save(tmp_path / "secret.png")
+    rows = [{"bytes": None, "path": str(tmp_path / "secret.png")}] * 6
+    import pyarrow
+    from pyarrow import parquet
+
+    (tmp_path / "set").mkdir()
+    table = pyarrow.table({"img": rows, "label": [0, 1] * 3})
+    parquet.write_table(table, tmp_path / "set" / "train.parquet")
+    with pytest.raises(ValueError, match="images inside of the parquet file, got image 0 of"):
+        data.load(tmp_path / "set", label_column="label")
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*b", "train", "test", "a b", "ü", "{x,y}", "?"])
+def test_the_name_of_the_directory_means_nothing(tmp_path, name):
+    write(tmp_path / name / "train.parquet")
+    write(tmp_path / name / "test.parquet", 6)
+    assert sizes(tmp_path / name) == {"train": 27, "val": 3, "test": 6}
+
+
+def test_files_without_the_notes_of_the_datasets_library(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    (tmp_path / "set").mkdir()
+    rows = [encoded(picture(i)) for i in range(20)]
+    table = pyarrow.table({"image": rows, "label": [i % 2 for i in range(20)]})
+    parquet.write_table(table, tmp_path / "set" / "train.parquet")
+    dataset = data.load(tmp_path / "set", label_column="label")
+    assert dataset.classes == ("0", "1") and len(dataset.labels) == 12
+
+
+def test_a_table_beside_folders_of_images(tmp_path):
+    write(tmp_path / "set" / "train.parquet")
+    save_folder(tmp_path / "set" / "pictures", 9)
+    with pytest.raises(ValueError, match="1 parquet files and folders .* both a data set"):
+        data.load(tmp_path / "set")
+    # one without images is no data set
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"x": [1]}), tmp_path / "set" / "train.parquet")
+    found = data.describe(tmp_path / "set")
+    assert found.classes == tuple(CLASSES)
+    assert found.unused == (data.Unused("train.parquet", 1, "a parquet file without images"),)

@@ -57,8 +57,9 @@ def decode(file: Any, where: str) -> tuple[Any, Header]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with pillow().open(file) as opened:
-                opened.load()
+                # before decoding: a TIFF turns itself then, and forgets that it did
                 told = _header(opened)
+                opened.load()
                 image = ImageOps.exif_transpose(opened) if _TURNED in told.changes else opened
                 if image.mode.startswith("I"):
                     image = _to_8_bits(image)
@@ -97,8 +98,11 @@ def _header(opened: Any) -> Header:
     if mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         changes.append(f"{mode} to RGB")
     size = opened.size
-    # not PNG's own, which decodes the pixels to look for what may stand behind them
-    turn = pillow().Image.getexif(opened).get(0x0112, 1)
+    if opened.format == "TIFF":
+        # as stored; Pillow's own are turned already in some versions
+        size = (int(opened.tag_v2[256]), int(opened.tag_v2[257]))
+    # a PNG is decoded by it: this may stand behind the pixels
+    turn = opened.getexif().get(0x0112, 1)
     if turn in range(2, 9):
         changes.append(_TURNED)
     if turn in range(5, 9):

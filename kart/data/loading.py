@@ -306,8 +306,8 @@ def _decode(
         changed.append(header.changes)
     if shape is None:
         raise ValueError("`load` needs images in every split, got an empty one. Add or remove it.")
-    # one that does not fit is no label either: it is found to be out of range
-    labels = np.array([min(label, 2**62) for label in labels], dtype=np.int64)
+    # an unsigned one may not fit; nor is it a label, and it is found to be out of range
+    labels = np.array([min(label, 2**63 - 1) for label in labels], dtype=np.int64)
     return Decoded(shape[1], shape[0], labels, np.array(grey), changed)
 
 

@@ -60,7 +60,7 @@ def describe(
 ) -> Description:
     """What `load` would read of `source`, with the same options: the header of every image is read.
 
-    Pixels are not decoded, so that a file damaged after its header is found by `load` alone.
+    Other than of PNG pixels are not decoded: damage behind the header may be found by `load` alone.
 
     Raises:
         ValueError: where `load` would refuse the source, other than for an image that is damaged.
@@ -170,7 +170,7 @@ def _describe(name: str, source: Source) -> Description:
         bar = tqdm(rows(), f"reading {split}", source.sizes[split], unit=" images", disable=None)
         with bar:
             for row in bar:
-                labels.append(min(row.label, 2**62))
+                labels.append(min(row.label, 2**63 - 1))
                 try:
                     headers.append(images.header(row.file, row.where))
                 except ValueError as err:

@@ -307,8 +307,8 @@ def _labels(path: Path, label: str) -> np.ndarray:
         values = [-1 if value is None else value for value in column.to_pylist()]
     except Exception as err:
         raise _unreadable(path, err) from err
-    # one of 2^64 and more does not fit, nor is it a label
-    return np.array([min(value, 2**62) for value in values], dtype=np.int64)
+    # an unsigned one may not fit; nor is it a label
+    return np.array([min(value, 2**63 - 1) for value in values], dtype=np.int64)
 
 
 def _check_like(first: _Table, table: _Table, image: str, label: str) -> None:
