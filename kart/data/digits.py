@@ -46,7 +46,7 @@ def _paste(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Digits in ink on crops of photographs: images `(n, 3, size, size)`, masks `(n, size, size)`.
 
-    A digit takes 45 to 75 % of the side, anywhere; the crop is 1 to 3 times as wide as the image,
+    A digit takes 35 to 55 % of the side, anywhere; the crop is 1 to 3 times as wide as the image,
     the most textured (by its deviation) of three. The ink is a colour drawn on the far side of the
     mean brightness around it. The mask is where the ink covers half or more.
     """
@@ -67,7 +67,7 @@ def _paste(
             crop = ground.resize((size, size), pillow.Resampling.BICUBIC, box=box)
             crops.append(np.asarray(crop).astype(np.float64))
         pixels = max(crops, key=np.std)
-        span = max(1, round(size * (0.45 + 0.3 * draw[8])))
+        span = max(1, round(size * (0.35 + 0.2 * draw[8])))
         row, column = (int(u * (size - span + 1)) for u in draw[9:11])
         place = (slice(row, row + span), slice(column, column + span))
         glyph = pillow.fromarray(level).resize((span, span), pillow.Resampling.BICUBIC)

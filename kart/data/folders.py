@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from kart.data import files, splits
 from kart.data.dataset import Unused
 from kart.data.files import Folder, Found
@@ -58,6 +60,7 @@ def read(root: Path, found: Found) -> Source:
         unused=tuple(unused),
         renumbered={},
         files=tuple(path for images in labelled.values() for path, _ in images),
+        labels=np.array([index[name] for _, name in labelled["train"]], dtype=np.int64),
     )
 
 

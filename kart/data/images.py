@@ -97,7 +97,7 @@ def _header(opened: Any) -> Header:
         changes.append("palette to RGB")
     if mode in ("CMYK", "YCbCr", "LAB", "HSV"):
         changes.append(f"{mode} to RGB")
-    size = opened.size
+    size: tuple[int, int] = opened.size
     if opened.format == "TIFF":
         # as stored; Pillow's own are turned already in some versions
         size = (int(opened.tag_v2[256]), int(opened.tag_v2[257]))
@@ -106,7 +106,7 @@ def _header(opened: Any) -> Header:
     if turn in range(2, 9):
         changes.append(_TURNED)
     if turn in range(5, 9):
-        size = size[::-1]
+        size = (size[1], size[0])
     if getattr(opened, "is_animated", False):
         changes.append("first frame of several")
     grey = mode in GREY_MODES or mode.startswith("I")

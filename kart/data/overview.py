@@ -1,5 +1,6 @@
 """What would be read of a source: splits, classes, kinds of images, what is left out or changed."""
 
+import itertools
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -10,9 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from kart.data import digits, finding, images, splits
-from kart.data.dataset import SPLITS, Converted, Dataset, Unused
+from kart.data.dataset import SPLITS, Converted, Unused
 from kart.data.finding import Options
-from kart.data.loading import Decoded, changes, check_options
+from kart.data.loading import Decoded, changes, check_options, load
 from kart.data.source import Source, check_labels
 
 _FEW = 8  # kinds of a thing that the text names before it counts the rest
@@ -106,11 +107,24 @@ def summary(description: Description) -> str:
     return "\n".join(lines)
 
 
-def contact_sheet(dataset: Dataset, per_class: int = 8, side: int = 64, classes: int = 40) -> Any:
-    """A picture of the first images of each class, one row a class, as a Pillow image.
+def contact_sheet(
+    source: str | Path = "digits",
+    *,
+    per_class: int = 8,
+    side: int = 64,
+    classes: int = 40,
+    cache: str | Path | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    config: str | None = None,
+    revision: str | None = None,
+) -> Any:
+    """A picture of some training images of each class, one row a class, as a Pillow image.
+
+    Of a directory only the images shown are decoded; a public name is loaded, at `side` pixels.
 
     Args:
-        dataset: one split, as `load` gives it.
+        source: as `load` takes it, with `cache`, the columns, `config` and `revision`.
         per_class: images in a row.
         side: of each image, pixels.
         classes: rows at most, the first ones; the last line of the picture says how many are not
@@ -119,33 +133,68 @@ def contact_sheet(dataset: Dataset, per_class: int = 8, side: int = 64, classes:
     for name, value in (("per_class", per_class), ("side", side), ("classes", classes)):
         if type(value) is not int or not 1 <= value <= 512:
             raise ValueError(f"`contact_sheet` needs `{name}` in 1..512, got {value!r}.")
+    options = Options(image_column, label_column, config, revision)
+    check_options(source, None, *options)
+    pillow = images.pillow()
+    built_in = str(source) in finding.BUILT_IN
+    found = None if built_in else finding.find(source, options)
+    if found is not None and found.source is not None:
+        local = found.source
+        if local.labels is None or local.classes is None:
+            raise ValueError("`contact_sheet` needs a source with labels.")
+        own, labels = local.classes, local.labels
+        # in the order of the source: a table is not read further than it must be
+        train = np.sort(splits.partition(labels, splits.cuts(local.rows))["train"])
+        labels = labels[train]
+        chosen = {int(train[i]) for i in _first(labels, len(own[:classes]), per_class)}
+        rows = itertools.islice(local.rows["train"](), max(chosen) + 1)
+        decoded = {
+            n: images.decode(row.file, row.where)[0] for n, row in enumerate(rows) if n in chosen
+        }
+        shown = [(int(local.labels[n]), image) for n, image in decoded.items()]
+    else:
+        size = None if built_in else side
+        dataset = load(source, "train", image_size=size, cache=cache, **options._asdict())
+        own, labels = dataset.classes, dataset.labels
+        shown = []
+        for i in _first(labels, len(own[:classes]), per_class):
+            pixels = dataset.images[i]
+            pixels = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+            shown.append((int(labels[i]), pillow.fromarray(np.ascontiguousarray(pixels))))
+    counts = np.bincount(labels, minlength=len(own)).tolist()
+    return _sheet(dict(zip(own[:classes], counts, strict=False)), shown, per_class, side, len(own))
+
+
+def _first(labels: np.ndarray, classes: int, per_class: int) -> list[int]:
+    """Where the first images of each class are."""
+    return [i for c in range(classes) for i in np.flatnonzero(labels == c)[:per_class].tolist()]
+
+
+def _sheet(
+    counts: dict[str, int], shown: list[tuple[int, Any]], per_class: int, side: int, classes: int
+) -> Any:
     from PIL import ImageDraw
 
     pillow = images.pillow()
-    shown = dataset.classes[:classes]
     gap, text = 2, 160
-    more = len(dataset.classes) - len(shown)
-    height = (len(shown) + (more > 0)) * (side + gap) + gap
+    more = classes - len(counts)
+    height = (len(counts) + (more > 0)) * (side + gap) + gap
     sheet = pillow.new("RGB", (text + per_class * (side + gap) + gap, height), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, name in enumerate(shown):
-        top = gap + row * (side + gap)
-        chosen = np.flatnonzero(dataset.labels == row)
-        label = f"{_printable(name)} ({len(chosen)})"
-        draw.text((gap, top + side // 2 - 8), label, fill="black", font_size=14)
-        for column, index in enumerate(chosen[:per_class]):
-            pixels = dataset.images[index]
-            pixels = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
-            image = pillow.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
+    for row, (name, count) in enumerate(counts.items()):
+        place = (gap, gap + row * (side + gap) + side // 2 - 8)
+        draw.text(place, f"{_printable(name)} ({count})", fill="black", font_size=14)
+        for column, image in enumerate(image for label, image in shown if label == row):
             # small images stay sharp squares, large ones are scaled down smoothly
             small = max(image.size) <= side
             how = pillow.Resampling.NEAREST if small else pillow.Resampling.BICUBIC
             scale = side / max(image.size)
             size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-            place = (text + column * (side + gap), top)
-            sheet.paste(image.resize(size, how), place)
+            corner = (text + column * (side + gap), gap + row * (side + gap))
+            sheet.paste(image.convert("RGB").resize(size, how), corner)
     if more > 0:
-        draw.text((gap, height - side // 2 - 8), f"{more} more classes", fill="black", font_size=14)
+        place = (gap, height - side // 2 - 8)
+        draw.text(place, f"{more} more classes", fill="black", font_size=14)
     return sheet
 
 

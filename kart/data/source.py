@@ -29,6 +29,7 @@ class Source(NamedTuple):
     unused: tuple[Unused, ...]
     renumbered: dict[str, int]  # labels of a split given another number to agree by name
     files: tuple[Any, ...] = ()  # what is read, where that is files of this machine
+    labels: np.ndarray | None = None  # of the rows of "train", where known beforehand
 
 
 def check_labels(

@@ -241,6 +241,9 @@ def read(root: Path, paths: list[Path], columns: tuple[str | None, str | None]) 
         unused=tuple(unused),
         renumbered=renumbered,
         files=tuple(table.path for name in own.values() for table in tables[name]),
+        labels=np.concatenate(
+            [_renumbered(raw[table.path], maps[table.path]) for table in tables[own["train"]]]
+        ),
     )
 
 
@@ -296,6 +299,10 @@ def _rows(
             raise _unreadable(table.path, err) from err
         except Exception as err:
             raise _unreadable(table.path, err) from err
+
+
+def _renumbered(labels: np.ndarray, numbers: np.ndarray | None) -> np.ndarray:
+    return labels if numbers is None else numbers[labels]
 
 
 def _labels(path: Path, label: str) -> np.ndarray:
