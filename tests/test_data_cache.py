@@ -169,6 +169,33 @@ def test_any_change_in_the_cache_is_found_and_said_in_one_line(tmp_path, damage)
     assert same(data.load(root), before)
 
 
+def test_drawn_damage_changes_nothing(tmp_path):
+    root = save_folder(tmp_path / "p" / "train", 12).parent
+    save_folder(root / "test", 6, start=100)
+    before = {split: data.load(root, split).fingerprint for split in data.SPLITS}
+    draw = np.random.default_rng(0)
+    for _ in range(25):
+        files = sorted((tmp_path / "cache").glob("p-*/*"))
+        path = files[draw.integers(len(files))]
+        content = bytearray(path.read_bytes())
+        start = int(draw.integers(len(content)))
+        stop = start + int(draw.integers(1, 200))
+        damage = draw.choice(["zero", "noise", "cut", "more", "twice"])
+        if damage == "zero":
+            content[start:stop] = bytes(len(content[start:stop]))
+        elif damage == "noise":
+            content[start:stop] = draw.bytes(len(content[start:stop]))
+        elif damage == "cut":
+            del content[start:]
+        elif damage == "more":
+            content += b"more"
+        else:
+            content[start:start] = content[start:stop]
+        path.write_bytes(content)
+        assert {split: data.load(root, split).fingerprint for split in data.SPLITS} == before
+    assert len(entries(tmp_path / "cache")) == 2
+
+
 def test_cache_is_private(tmp_path, monkeypatch):
     root = save_folder(tmp_path / "pictures", 10)
     before = os.umask(0)

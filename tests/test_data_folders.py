@@ -177,7 +177,7 @@ def test_classes_do_not_vanish(tmp_path):
     }
     (root / "dog").mkdir()
     (root / "dog" / "0.heic").write_bytes(b"")
-    with pytest.raises(ValueError, match="Pillow reads in .*dog', got 1 pictures of ..heic"):
+    with pytest.raises(ValueError, match="Pillow reads in .*dog', got 1 pictures of .*heic"):
         data.load(root)
     picture(0).save(root / "dog" / "0.JPEG")
     assert left_out(data.describe(root)) == {"*.heic": 1}

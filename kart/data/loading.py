@@ -167,6 +167,7 @@ def _cached(
     arrays = entries.arrays(path, manifest, split)
     if arrays is None:
         manifest = _build(path, found, image_size, None if path == fit_path else fit)
+        fit = manifest if path == fit_path else fit
         arrays = entries.arrays(path, manifest, split)
     if arrays is None:
         raise ValueError(
