@@ -19,17 +19,16 @@ def truncated_normal(generator: Generator, *shape: int, std: float = 0.02) -> Te
     return torch.nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std, generator=generator)
 
 
-def linear_init(generator: Generator, in_size: int, out_size: int) -> Params:
-    """Parameters of `linear`, `weight (out, in)` and a zero `bias (out,)`."""
-    return {
-        "weight": truncated_normal(generator, out_size, in_size),
-        "bias": torch.zeros(out_size),
-    }
+def linear_init(generator: Generator, in_size: int, out_size: int, bias: bool = True) -> Params:
+    """Parameters of `linear`, `weight (out, in)` and, unless it has none, a zero `bias (out,)`."""
+    weight = {"weight": truncated_normal(generator, out_size, in_size)}
+    return {**weight, "bias": torch.zeros(out_size)} if bias else weight
 
 
 def linear(params: Params, x: Tensor) -> Tensor:
     """`(..., in)` to `(..., out)`."""
-    return F.linear(x, params["weight"].to(x.dtype), params["bias"].to(x.dtype))
+    bias = params["bias"].to(x.dtype) if "bias" in params else None
+    return F.linear(x, params["weight"].to(x.dtype), bias)
 
 
 def layer_norm_init(size: int) -> Params:

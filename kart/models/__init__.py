@@ -8,13 +8,18 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from kart.models.convit import FAMILY as CONVIT
+from kart.models.convit import ConViTConfig
 from kart.models.model import Choice, Family, Model, Site
+from kart.models.swin import FAMILY as SWIN
+from kart.models.swin import SwinConfig
 from kart.models.vit import FAMILY as VIT
 from kart.models.vit import ViTConfig, vit
 
-__all__ = ["FAMILIES", "MODELS", "Model", "Site", "ViTConfig", "create", "from_config", "vit"]
+__all__ = ["FAMILIES", "MODELS", "ConViTConfig", "Model", "Site", "SwinConfig", "ViTConfig"]
+__all__ += ["create", "from_config", "vit"]
 
-FAMILIES: dict[str, Family] = {family.config.family: family for family in (VIT,)}
+FAMILIES: dict[str, Family] = {family.config.family: family for family in (VIT, SWIN, CONVIT)}
 MODELS: dict[str, Mapping[str, Any]] = {
     name: sizes for family in FAMILIES.values() for name, sizes in family.sizes.items()
 }

@@ -59,10 +59,10 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(-3, -2).flatten(-2)
 
 
-def attention_init(generator: Generator, size: int) -> Params:
-    """Parameters of `attention`."""
+def attention_init(generator: Generator, size: int, bias: bool = True) -> Params:
+    """Parameters of `attention`, with a bias of queries, keys and values or without."""
     return {
-        "qkv": layers.linear_init(generator, size, 3 * size),
+        "qkv": layers.linear_init(generator, size, 3 * size, bias),
         "proj": layers.linear_init(generator, size, size),
     }
 

@@ -1,6 +1,7 @@
 """What a model is, where its blocks keep their row operators, and how configs choose them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Generator, Tensor
@@ -11,6 +12,21 @@ from kart.operators import Operator
 Params = dict[str, Any]
 # what `operator` may be: a spec, an Operator, or one of either per block
 Choice = str | Operator | Sequence[str | Operator]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the configs of all models share; JSON-able when `operator` is a spec."""
+
+    operator: str | tuple[str, ...] = "softmax"  # one spec, or one a block
+    sharing: str = "blockwise"  # or "universal": blocks share one operator
+    rank: int | None = None  # r; None leaves it to the spec, else 12
+    project: str | None = None
+    base: str | None = None
+    image_size: int = 224
+    patch_size: int = 16
+    in_channels: int = 3
+    mlp_ratio: float = 4.0
 
 
 class Site(NamedTuple):

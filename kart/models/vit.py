@@ -13,26 +13,17 @@ from torch import Generator, Tensor
 
 from kart import layers
 from kart.models import blocks, checks
-from kart.models.model import Choice, Family, Model, Params, Site, add_operators, choose
+from kart.models.model import Choice, Config, Family, Model, Params, Site, add_operators, choose
 
 
 @dataclass(frozen=True)
-class ViTConfig:
-    """Everything that defines a vision transformer; JSON-able when `operator` is a spec."""
+class ViTConfig(Config):
+    """Everything that defines a vision transformer."""
 
-    operator: str | tuple[str, ...] = "softmax"  # one spec, or one a block
-    sharing: str = "blockwise"  # or "universal": all blocks share one operator
-    rank: int | None = None  # r; None leaves it to the spec, else 12
-    project: str | None = None
-    base: str | None = None
-    image_size: int = 224
-    patch_size: int = 16
-    in_channels: int = 3
     num_classes: int = 1000
     embed_dim: int = 192  # D
     depth: int = 12  # L
     num_heads: int = 3  # H, d = D / H
-    mlp_ratio: float = 4.0
     family: str = field(default="vit", init=False)
 
     @property
@@ -44,7 +35,7 @@ class ViTConfig:
 def vit(operator: Choice = "softmax", **fields: Any) -> Model:
     """A vision transformer from an operator (or one a block) and the fields of `ViTConfig`."""
     config = ViTConfig(**fields)
-    checks.integers("vit", config, "embed_dim", "depth", "num_heads")
+    checks.integers("vit", config, "num_classes", "embed_dim", "depth", "num_heads")
     checks.divides("vit", config, ("image_size", "patch_size"), ("embed_dim", "num_heads"))
     chosen = choose("vit", operator, config.depth, fields)
     config = dataclasses.replace(config, operator=chosen.names, sharing=chosen.sharing)
