@@ -15,11 +15,15 @@ from kart.models.swin import FAMILY as SWIN
 from kart.models.swin import SwinConfig
 from kart.models.vit import FAMILY as VIT
 from kart.models.vit import ViTConfig, vit
+from kart.models.vitdet import FAMILY as VITDET
+from kart.models.vitdet import ViTDetConfig
 
 __all__ = ["FAMILIES", "MODELS", "ConViTConfig", "Model", "Site", "SwinConfig", "ViTConfig"]
-__all__ += ["create", "from_config", "vit"]
+__all__ += ["ViTDetConfig", "create", "from_config", "vit"]
 
-FAMILIES: dict[str, Family] = {family.config.family: family for family in (VIT, SWIN, CONVIT)}
+FAMILIES: dict[str, Family] = {
+    family.config.family: family for family in (VIT, SWIN, CONVIT, VITDET)
+}
 MODELS: dict[str, Mapping[str, Any]] = {
     name: sizes for family in FAMILIES.values() for name, sizes in family.sizes.items()
 }

@@ -51,8 +51,8 @@ def convit(operator: Choice = "softmax", **fields: Any) -> Model:
     gated = config.gated_blocks
     if isinstance(gated, bool) or not isinstance(gated, int) or not 0 <= gated < config.depth:
         raise ValueError(
-            f"`convit` needs `gated_blocks` in 0 .. depth - 1, got {gated!r} of {config.depth}: the "
-            f"class token enters behind them. Pass gated_blocks={max(0, config.depth - 2)}."
+            f"`convit` needs `gated_blocks` in 0 .. depth - 1, got {gated!r} of {config.depth}: "
+            f"the class token enters behind them. Pass gated_blocks={max(0, config.depth - 2)}."
         )
     if not 0 <= config.locality < math.inf:
         raise ValueError(

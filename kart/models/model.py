@@ -1,5 +1,6 @@
 """What a model is, where its blocks keep their row operators, and how configs choose them."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,6 +28,11 @@ class Config:
     patch_size: int = 16
     in_channels: int = 3
     mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            if isinstance(getattr(self, one.name), list):  # JSON has no tuples
+                object.__setattr__(self, one.name, tuple(getattr(self, one.name)))
 
 
 class Site(NamedTuple):

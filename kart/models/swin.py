@@ -37,11 +37,6 @@ class SwinConfig(Config):
     window_size: int = 7
     family: str = field(default="swin", init=False)
 
-    def __post_init__(self) -> None:
-        for name in ("depths", "num_heads"):  # JSON has no tuples
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-
     @property
     def depth(self) -> int:
         """L: the blocks of all stages."""
@@ -96,7 +91,7 @@ def _check(config: SwinConfig) -> None:
     for stage in config.stages:
         if stage.width % stage.heads or stage.side % stage.window:
             raise ValueError(
-                f"`swin` needs in every stage a width divisible by `num_heads` and a grid divisible "
+                f"`swin` needs in each stage a width divisible by `num_heads` and a grid divisible "
                 f"by `window_size`, got width {stage.width}, {stage.heads} heads, a grid of "
                 f"{stage.side} and windows of {stage.window} in stage {stage.index}. Change one."
             )
