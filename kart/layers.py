@@ -27,8 +27,12 @@ def linear_init(generator: Generator, in_size: int, out_size: int, bias: bool = 
 
 def linear(params: Params, x: Tensor) -> Tensor:
     """`(..., in)` to `(..., out)`."""
+    weight = params["weight"].to(x.dtype)
     bias = params["bias"].to(x.dtype) if "bias" in params else None
-    return F.linear(x, params["weight"].to(x.dtype), bias)
+    if x.dim() <= 3:
+        return F.linear(x, weight, bias)
+    # beyond three axes torch rounds otherwise where gradients are traced than where they are not
+    return F.linear(x.flatten(0, -2), weight, bias).reshape(*x.shape[:-1], weight.shape[-2])
 
 
 def layer_norm_init(size: int) -> Params:
