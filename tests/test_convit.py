@@ -170,7 +170,7 @@ def test_universal_is_blockwise_with_operators_tied_by_kind():
 def test_the_kit_finds_nothing():
     model = small("G2B:rank=3", image_size=8, depth=2, gated_blocks=1)
     results = testing.check_model(model, max_examples=2)
-    assert [] == [result for result in results if result.passed is False]
+    assert [result for result in results if result.passed is False] == []
     assert sum(result.passed is True for result in results) >= 10
 
 

@@ -238,7 +238,7 @@ def test_the_kit_finds_nothing():
         "G2B:rank=3", image_size=8, depths=(2, 1), window_size=2, embed_dim=6, num_heads=(2, 2)
     )
     results = testing.check_model(model, max_examples=2)
-    assert [] == [result for result in results if result.passed is False]
+    assert [result for result in results if result.passed is False] == []
     assert sum(result.passed is True for result in results) >= 10
 
 
