@@ -8,9 +8,10 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from kart.models import resize as resizing
 from kart.models.convit import FAMILY as CONVIT
 from kart.models.convit import ConViTConfig
-from kart.models.model import Choice, Family, Model, Site
+from kart.models.model import Choice, Family, Model, Params, Site
 from kart.models.swin import FAMILY as SWIN
 from kart.models.swin import SwinConfig
 from kart.models.vit import FAMILY as VIT
@@ -19,7 +20,7 @@ from kart.models.vitdet import FAMILY as VITDET
 from kart.models.vitdet import ViTDetConfig
 
 __all__ = ["FAMILIES", "MODELS", "ConViTConfig", "Model", "Site", "SwinConfig", "ViTConfig"]
-__all__ += ["ViTDetConfig", "create", "from_config", "vit"]
+__all__ += ["ViTDetConfig", "create", "from_config", "resize", "vit"]
 
 FAMILIES: dict[str, Family] = {
     family.config.family: family for family in (VIT, SWIN, CONVIT, VITDET)
@@ -79,3 +80,31 @@ def from_config(config: Mapping[str, Any]) -> Model:
             f"`from_config` needs the fields of {family.config.__name__}, got {sorted(config)} "
             f"({error}). Pass the config stored in a kart checkpoint."
         ) from None
+
+
+def resize(model: Model, params: Params, image_size: int) -> tuple[Model, Params]:
+    """`model` and `params` for square images of another size.
+
+    Positions are resized bicubically (with antialiasing, as timm does), operators by
+    `kart.operators.resize`; the patch size stays, so there are more or fewer patches. The same size
+    is the identity to the bit. A Swin keeps its parameters, as its windows have fixed sizes; sizes
+    that make a window larger or smaller are refused.
+
+    >>> import torch
+    >>> model = create("vit_nano", image_size=32, patch_size=4, num_classes=10)
+    >>> params = model.init(torch.Generator().manual_seed(0))
+    >>> model, params = resize(model, params, image_size=48)
+    >>> model.config.image_size, params["pos_embed"].shape
+    (48, torch.Size([1, 145, 64]))
+    """
+    config = model.config
+    if image_size == config.image_size:
+        return model, params
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+    # the operators are there, so what chose them is not asked again
+    names = {name: fields.pop(name) for name in ("operator", "rank", "project", "base")}
+    single = isinstance(names["operator"], str)
+    chosen = model.operators[0] if single else model.operators
+    new = FAMILIES[config.family].build(chosen, **{**fields, "image_size": image_size})
+    new = new._replace(config=dataclasses.replace(new.config, **names))
+    return new, resizing.move(model, new, params)
