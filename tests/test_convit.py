@@ -103,7 +103,7 @@ def test_heads_are_drawn_to_look_at_a_square_of_neighbours():
     weights = convit.positions(params, 5)
     centre = 2 * 5 + 2
     for head in range(9):
-        down, right = head // 3 - 1, head % 3 - 1
+        down, right = head % 3 - 1, head // 3 - 1
         wanted = F.one_hot(torch.tensor(centre + 5 * down + right), 25).float()
         assert_close(weights[head, centre], wanted, rtol=0, atol=1e-6)
     # two by two: the four corners around the query, by half a step: 50 % each of four patches

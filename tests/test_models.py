@@ -157,6 +157,13 @@ def test_the_global_seed_is_neither_read_nor_set():
         ({"operator": ["G2U"] * 2}, "one operator for universal sharing"),
         ({"mlp_ratio": 0.0}, "`mlp_ratio` > 0"),
         ({"embed": 3}, "embed_dim"),
+        ({"depth": 10**30}, "`depth` <= 2147483647, got an integer of 31 digits"),
+        ({"embed_dim": 3 * 10**6}, "GiB, most of them in the blocks"),
+        ({"depth": 10**9}, "GiB, most of them in the blocks"),
+        ({"num_classes": 2 * 10**9, "embed_dim": 192}, "most of them in the classifier"),
+        ({"image_size": 4 * 10**6}, "most of them in the positions"),
+        ({"mlp_ratio": "4"}, "`mlp_ratio` > 0, got '4'"),
+        ({"embed_dim": 12.0}, "integer `embed_dim`"),
         ({"operator": "G2X"}, "Near matches"),
     ],
 )

@@ -293,6 +293,7 @@ def test_parameter_totals(operator, total):
         ({"window_size": 5}, "a grid of 16 and windows of 5 in stage 0"),
         ({"embed_dim": 13}, "width 13, 2 heads"),
         ({"num_heads": (2, 10**30)}, "`num_heads` <= 2147483647, got an integer of 31 digits"),
+        ({"embed_dim": 6 * 10**6}, "GiB, most of them in the blocks"),
         ({"operator": ["G2B"] * 3}, "one for each of 4 blocks, got 3"),
         ({"depth": 3}, "Near matches: depths"),
     ],

@@ -46,8 +46,7 @@ class ConViTConfig(Config):
 def convit(operator: Choice = "softmax", **fields: Any) -> Model:
     """A ConViT from an operator (or one a block) and the fields of `ConViTConfig`."""
     config = ConViTConfig(**fields)
-    checks.integers("convit", config, "num_classes", "embed_dim", "depth", "num_heads")
-    checks.divides("convit", config, ("image_size", "patch_size"), ("embed_dim", "num_heads"))
+    checks.columnar("convit", config, "num_classes")
     gated = config.gated_blocks
     if isinstance(gated, bool) or not isinstance(gated, int) or not 0 <= gated < config.depth:
         raise ValueError(
@@ -127,7 +126,8 @@ def gated_attention_init(generator: Generator, size: int, heads: int, locality: 
     }
     kernel = math.isqrt(heads)
     offset = torch.arange(kernel) - (kernel - 1) / 2
-    right, down = offset.repeat(kernel), offset.repeat_interleave(kernel)
+    # down first, as timm counts the heads
+    down, right = offset.repeat(kernel), offset.repeat_interleave(kernel)
     nearest = torch.stack([2 * right, 2 * down, -torch.ones(kernel**2)], dim=-1)
     drawn = params["pos_proj"]["weight"]
     params["pos_proj"]["weight"] = locality * torch.cat([nearest, drawn[kernel**2 :]])

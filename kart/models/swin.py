@@ -87,13 +87,20 @@ def _check(config: SwinConfig) -> None:
             f"{config.num_heads}. Give one of each per stage."
         )
     checks.divides("swin", config, ("image_size", "patch_size"))
-    side, last = config.image_size // config.patch_size, len(config.depths) - 1
+    side, stages = config.image_size // config.patch_size, config.stages
+    last = len(stages) - 1
     if side % (1 << last):
         raise ValueError(
             f"`swin` needs a grid of patches that can be halved {last} times, got {side} x {side}. "
             f"Make `image_size` a multiple of {config.patch_size << last}, or change `patch_size`."
         )
-    for stage in config.stages:
+    checks.fits_memory(
+        "swin",
+        patches=config.embed_dim * config.in_channels * config.patch_size**2,
+        blocks=sum(s.depth * checks.block_numbers(s.width, config.mlp_ratio) for s in stages),
+        classifier=stages[-1].width * config.num_classes,
+    )
+    for stage in stages:
         if stage.width % stage.heads or stage.side % stage.window:
             raise ValueError(
                 f"`swin` needs in each stage a width divisible by `num_heads` and a grid divisible "

@@ -35,8 +35,7 @@ class ViTConfig(Config):
 def vit(operator: Choice = "softmax", **fields: Any) -> Model:
     """A vision transformer from an operator (or one a block) and the fields of `ViTConfig`."""
     config = ViTConfig(**fields)
-    checks.integers("vit", config, "num_classes", "embed_dim", "depth", "num_heads")
-    checks.divides("vit", config, ("image_size", "patch_size"), ("embed_dim", "num_heads"))
+    checks.columnar("vit", config, "num_classes")
     chosen = choose("vit", operator, config.depth, fields)
     config = dataclasses.replace(config, operator=chosen.names, sharing=chosen.sharing)
     size, heads, tokens = config.embed_dim, config.num_heads, config.tokens

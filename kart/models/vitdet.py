@@ -44,10 +44,7 @@ class ViTDetConfig(Config):
 
 
 def _check(config: ViTDetConfig) -> None:
-    checks.integers(
-        *("vitdet", config, "embed_dim", "depth", "num_heads", "window_size", "pyramid_dim")
-    )
-    checks.divides("vitdet", config, ("image_size", "patch_size"), ("embed_dim", "num_heads"))
+    checks.columnar("vitdet", config, "window_size", "pyramid_dim")
     patch, side = config.patch_size, config.image_size // config.patch_size
     if patch < 4 or patch & (patch - 1) or side % 2 or config.embed_dim % 4:
         raise ValueError(
