@@ -1,6 +1,9 @@
 """The vision transformer: paper counts, sharing, placement, intermediates, dtypes, bad input."""
 
+import copy
 import dataclasses
+import io
+import pickle
 
 import pytest
 import torch
@@ -254,3 +257,30 @@ def test_sizes_that_do_not_fit_are_refused():
     params = swin.init(torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=r"keeps the windows, got 8 with windows of \(4, 2\)"):
         models.resize(swin, params, image_size=8)
+
+
+def saved(x):
+    """As a file of `torch.save` brings it back."""
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, saved, lambda x: pickle.loads(pickle.dumps(x))]
+)
+@pytest.mark.parametrize("name", SIZES)
+def test_models_pickle_and_deepcopy(name, duplicate):
+    sizes = {"image_size": 16, "in_channels": 2, **SIZES[name]}
+    model = models.create(name, operator="sigmoid", sharing="universal", **sizes)
+    params, images = start(model)
+    larger, moved = models.resize(model, params, image_size=32)
+    for one, own, batch in ((model, params, images), (larger, moved, images.repeat(1, 1, 2, 2))):
+        again = duplicate(one)
+        assert again.config == one.config
+        wanted, found = one.apply(own, batch), again.apply(own, batch)
+        assert all(map(torch.equal, tree.leaves(wanted), tree.leaves(found)))
+    assert copy.deepcopy(small("G2U")).config == small("G2U").config
+    mixed = models.create("vit_tiny", operator=["softmax", operators.relu()], **SMALL)
+    assert duplicate(mixed).config == mixed.config

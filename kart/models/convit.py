@@ -21,6 +21,7 @@ import torch
 from torch import Generator, Tensor
 
 from kart import layers
+from kart.factories import remember
 from kart.models import blocks, checks
 from kart.models.model import Choice, Config, Family, Model, Params, Site, add_operators, choose
 
@@ -43,6 +44,7 @@ class ConViTConfig(Config):
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
+@remember
 def convit(operator: Choice = "softmax", **fields: Any) -> Model:
     """A ConViT from an operator (or one a block) and the fields of `ConViTConfig`."""
     config = ConViTConfig(**fields)
@@ -161,6 +163,12 @@ def gated_attention(
     return layers.linear(params["proj"], blocks.merge_heads(out))
 
 
+# "convit_nano" is kart's own size for small images
 FAMILY = Family(
-    convit, ConViTConfig, {"convit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 4}}
+    convit,
+    ConViTConfig,
+    {
+        "convit_nano": {"embed_dim": 64, "depth": 4, "num_heads": 4, "gated_blocks": 3},
+        "convit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 4},
+    },
 )

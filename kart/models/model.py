@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Generator, Tensor
 
-from kart import operators
+from kart import factories, operators
 from kart.operators import Operator
 
 Params = dict[str, Any]
@@ -61,6 +61,10 @@ class Model(NamedTuple):
     apply: Callable[[Params, Tensor], Any]
     intermediates: Callable[[Params, Tensor], dict[str, Tensor]]
     sites: tuple[Site, ...]
+    call: factories.Call | None = None  # that made the tuple, by which it pickles
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return factories.reduce(self)
 
     @property
     def operators(self) -> tuple[Operator, ...]:

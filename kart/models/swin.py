@@ -19,6 +19,7 @@ import torch
 from torch import Generator, Tensor
 
 from kart import layers
+from kart.factories import remember
 from kart.models import blocks, checks, windows
 from kart.models.model import Choice, Config, Family, Model, Params, Site, add_operators, choose
 
@@ -109,6 +110,7 @@ def _check(config: SwinConfig) -> None:
             )
 
 
+@remember
 def swin(operator: Choice = "softmax", **fields: Any) -> Model:
     """A Swin from an operator (or one a block) and the fields of `SwinConfig`."""
     config = SwinConfig(**fields)
@@ -206,8 +208,12 @@ def downsample(params: Params, x: Tensor, dtype: torch.dtype) -> Tensor:
     return layers.linear(params["reduction"], four.to(dtype)).to(x.dtype)
 
 
+# "swin_nano" is kart's own size for small images
 FAMILY = Family(
     swin,
     SwinConfig,
-    {"swin_tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}},
+    {
+        "swin_nano": {"embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4},
+        "swin_tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+    },
 )

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Generator, Tensor
 
 from kart import layers
+from kart.factories import remember
 from kart.models import blocks, checks
 from kart.models.model import Choice, Config, Family, Model, Params, Site, add_operators, choose
 
@@ -32,6 +33,7 @@ class ViTConfig(Config):
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
+@remember
 def vit(operator: Choice = "softmax", **fields: Any) -> Model:
     """A vision transformer from an operator (or one a block) and the fields of `ViTConfig`."""
     config = ViTConfig(**fields)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Generator, Tensor
 
 from kart import layers
+from kart.factories import remember
 from kart.models import blocks, checks, pyramid, windows
 from kart.models.model import Choice, Config, Family, Model, Params, Site, add_operators, choose
 
@@ -59,6 +60,7 @@ def _check(config: ViTDetConfig) -> None:
         )
 
 
+@remember
 def vitdet(operator: Choice = "softmax", **fields: Any) -> Model:
     """A ViTDet backbone from an operator (or one a block) and the fields of `ViTDetConfig`.
 
