@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import json
 import pickle
 
 import pytest
@@ -124,6 +125,24 @@ def test_config_rebuilds_the_model():
     assert_close(again.apply(params, images), model.apply(params, images))
     with pytest.raises(ValueError, match="fields of ViTConfig"):
         models.from_config({"depth": 3})
+    with pytest.raises(
+        ValueError, match="`family` in .'vit', 'swin', 'convit', 'vitdet'., got 'vi'"
+    ):
+        models.from_config({"family": "vi", "operator": "softmax"})
+
+
+def test_a_config_from_before_there_were_families_is_a_vits():
+    model = small("G3U")
+    fields = dataclasses.asdict(model.config)
+    assert fields.pop("family") == "vit"
+    assert models.from_config(fields).config == model.config
+
+
+def test_every_model_is_known_by_its_name_and_comes_back_from_its_config():
+    for name in models.MODELS:
+        model = models.create(name)
+        again = models.from_config(json.loads(json.dumps(dataclasses.asdict(model.config))))
+        assert again.config == model.config and len(again.sites) == model.config.depth
 
 
 def test_bfloat16_images_compute_in_bfloat16_near_float32():
