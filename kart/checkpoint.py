@@ -23,9 +23,8 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Generator, Tensor
-from torch.nn import functional
 
-from kart import tree
+from kart import layers, tree
 
 Params = Any
 Tree = Any
@@ -33,7 +32,9 @@ Tree = Any
 FORMAT = 1
 # older than this, an unfinished file is what a killed process left, not what another one is writing
 STALE_S = 3600.0
-HEAD = ("head.weight", "head.bias")
+# where other trainers put a state dict, and what they put before its names
+WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
+PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def save(path: str | os.PathLike, params: Params, config: Any, **trees: Tree) -> None:
@@ -139,14 +140,16 @@ def describe(path: str | os.PathLike) -> dict[str, Any]:
 
 def from_timm(
     model: Any,
-    state_dict: Mapping[str, Tensor],
+    state_dict: Mapping[str, Any],
     strict_head: bool = True,
     generator: Generator | None = None,
+    *,
+    resize: bool = False,
 ) -> Params:
-    """Parameters of `model` with the weights of a vision transformer that has timm's names.
+    """Parameters of `model` with the weights of a donor that has timm's names.
 
-    Attention operators, which no donor has, keep their initialisation. Position embeddings of
-    another grid are resized bicubically with antialiasing, the class token's kept, as timm does it.
+    Attention operators, which no donor has, keep their initialisation. The dict may lie in a
+    checkpoint, as its only entry of WRAPPERS, and its names may all begin with PREFIXES.
 
     Args:
         model: has `init(generator)` and a `config` with `image_size` and `patch_size`.
@@ -154,39 +157,38 @@ def from_timm(
         strict_head: False keeps the initialised classifier where the donor's has other classes, or
             none.
         generator: draws what the donor does not give; None is seed 0.
+        resize: True resizes position embeddings of another grid, bicubically with antialiasing, as
+            timm does; the class token's are kept.
 
     Raises:
         ValueError: names every leaf that is missing, unexpected or of another shape.
     """
-    odd = [name for name, leaf in state_dict.items() if not isinstance(leaf, Tensor)]
-    if odd:
-        raise ValueError(
-            f"`from_timm` needs tensors by dotted name, got {type(state_dict[odd[0]]).__name__} "
-            f"under {odd[0]!r}. Pass the inner dict, as in `torch.load(...)[{odd[0]!r}]`."
-        )
+    donors = _donor(model, state_dict)
     params = model.init(generator or torch.Generator().manual_seed(0))
     own = tree.named(params)
     taken: dict[str, Tensor] = {}
-    missing, wrong, hints = [], [], []
+    missing, wrong, hints = [], [], _hints(own, donors)
     for name, leaf in own.items():
-        donor = state_dict.get(name)
-        is_head = name in HEAD
-        if donor is not None and name == "pos_embed" and donor.shape != leaf.shape:
-            donor = _resize_positions(donor, leaf, model.config)
+        donor = donors.get(name)
+        if donor is not None and donor.shape != leaf.shape and name == "pos_embed" and resize:
+            donor = _resized(donor, leaf, model.config)
         if donor is not None and donor.shape == leaf.shape:
             taken[name] = donor.detach().to(leaf.device, leaf.dtype, copy=True)
-        elif "operator" in name.split(".") and donor is None or is_head and not strict_head:
+        elif "operator" in name.split(".") and donor is None or _is_head(name) and not strict_head:
             taken[name] = leaf
+        elif donor is None:
+            missing.append(name)
         else:
-            if donor is None:
-                missing.append(name)
-            else:
-                wrong.append(f"{name} {tuple(donor.shape)} for {tuple(leaf.shape)}")
-            if is_head:
-                hints.append("Pass strict_head=False to start the classifier anew.")
-            elif donor is not None and name == "patch_embed.proj.weight":
-                hints += _patch_hints(donor, leaf)
-    unexpected = [n for n in state_dict if n not in own and (strict_head or n not in HEAD)]
+            wrong.append(f"{name} {tuple(donor.shape)} for {tuple(leaf.shape)}")
+            if (
+                name == "pos_embed"
+                and not resize
+                and _resized(donor, leaf, model.config) is not donor
+            ):
+                hints.append("Pass resize=True to resize the positions.")
+        if _is_head(name) and name not in taken:
+            hints.append("Pass strict_head=False to start the classifier anew.")
+    unexpected = [n for n in donors if n not in own and (strict_head or not _is_head(n))]
     problems = [
         f"{kind} {_some(names)}"
         for kind, names in (
@@ -409,17 +411,88 @@ def _write(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
             os.close(directory)
 
 
-def _resize_positions(donor: Tensor, own: Tensor, config: Any) -> Tensor:
-    """Positions `(1, 1 + n, D)` on the grid of `config`; as they came if they cannot fit."""
-    height, width = _grid(config)
-    if donor.ndim != 3 or donor.shape[-1] != own.shape[-1] or own.shape[-2] != 1 + height * width:
+def _donor(model: Any, given: Any) -> dict[str, Tensor]:
+    """The tensors of a donor by timm's names, out of its wrapper and without prefixes."""
+    if isinstance(model, Mapping) and hasattr(given, "init"):
+        raise ValueError(
+            "`from_timm` needs the model first, got a dict first and a model second. "
+            "Call `from_timm(model, state_dict)`."
+        )
+    if not hasattr(model, "init") or not hasattr(model, "config"):
+        raise ValueError(
+            f"`from_timm` needs a model of `kart.models.create`, got {type(model).__name__}. "
+            "Call `from_timm(model, state_dict)`."
+        )
+    if not isinstance(given, Mapping):
+        advice = "Pass its `state_dict()`." if hasattr(given, "state_dict") else "Load it first."
+        raise ValueError(
+            f"`from_timm` needs a dict of tensors by name, got {type(given).__name__}. {advice}"
+        )
+    wrapped = [key for key in WRAPPERS if isinstance(given.get(key), Mapping)]
+    if len(wrapped) > 1:
+        raise ValueError(
+            f"`from_timm` needs one state dict, got {', '.join(wrapped)}. Pass one of them, as in "
+            f"`torch.load(...)[{wrapped[0]!r}]`."
+        )
+    found: Mapping[Any, Any] = given[wrapped[0]] if wrapped else given
+    odd = [name for name, leaf in found.items() if not isinstance(leaf, Tensor)]
+    if odd:
+        raise ValueError(
+            f"`from_timm` needs tensors by dotted name, got {type(found[odd[0]]).__name__} under "
+            f"{odd[0]!r}. Pass the inner dict, as in `torch.load(...)[{odd[0]!r}]`."
+        )
+    names = {str(name): leaf for name, leaf in found.items()}
+    while prefix := next(
+        (p for p in PREFIXES if names and all(n.startswith(p) for n in names)), ""
+    ):
+        names = {name.removeprefix(prefix): leaf for name, leaf in names.items()}
+    return names
+
+
+def _hints(own: Mapping[str, Tensor], donors: Mapping[str, Tensor]) -> list[str]:
+    """What to do about donors that are known not to fit."""
+    hints = []
+    if any(name.startswith(("dist_token", "head_dist.")) for name in donors):
+        hints.append(
+            "The donor is a distilled DeiT, with a second token and head that kart's models lack: "
+            "take the checkpoint without distillation."
+        )
+    if any(name.endswith((".relative_position_index", ".attn_mask")) for name in donors):
+        hints.append(
+            "The donor is of the original Swin repository: convert its names with timm's "
+            "`checkpoint_filter_fn`."
+        )
+    half = [n for n in donors if n not in own and n.startswith(PREFIXES)]
+    if half:
+        hints.append(
+            f"Some names begin with a prefix ({half[0]}) and others do not: pass one model's."
+        )
+    ours, theirs = (x.get("patch_embed.proj.weight") for x in (own, donors))
+    if ours is not None and theirs is not None and theirs.ndim == 4:
+        if theirs.shape[1] != ours.shape[1]:
+            hints.append(
+                f"The donor reads images of {theirs.shape[1]} channels, the model of "
+                f"{ours.shape[1]}: create the model with in_channels={theirs.shape[1]}."
+            )
+        if theirs.shape[2:] != ours.shape[2:] and theirs.shape[2] == theirs.shape[3]:
+            hints.append(f"Create the model with the donor's patch_size={theirs.shape[2]}.")
+    return hints
+
+
+def _is_head(name: str) -> bool:
+    return name.split(".")[0] == "head"
+
+
+def _resized(donor: Tensor, own: Tensor, config: Any) -> Tensor:
+    """Positions of a square grid on that of `config`; the donor itself where they cannot fit."""
+    grid = _grid(config)
+    prefix = own.shape[-2] - grid[0] * grid[1]
+    if donor.ndim != 3 or donor.shape[-1] != own.shape[-1]:
         return donor
-    side = math.isqrt(donor.shape[-2] - 1)
-    if side**2 != donor.shape[-2] - 1:
+    side = math.isqrt(max(0, donor.shape[-2] - prefix))
+    if side < 1 or side**2 != donor.shape[-2] - prefix:
         return donor
-    grid = donor[:, 1:].detach().float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    grid = functional.interpolate(grid, (height, width), mode="bicubic", antialias=True)
-    return torch.cat([donor[:, :1].detach().float(), grid.flatten(2).mT], dim=1)
+    return layers.resize_positions(donor.detach(), (side, side), grid)
 
 
 def _grid(config: Any) -> tuple[int, int]:
@@ -428,12 +501,3 @@ def _grid(config: Any) -> tuple[int, int]:
 
     (height, width), (rows, columns) = pair(config.image_size), pair(config.patch_size)
     return height // rows, width // columns
-
-
-def _patch_hints(donor: Tensor, own: Tensor) -> list[str]:
-    if donor.ndim == own.ndim == 4 and donor.shape[1] != own.shape[1]:
-        return [
-            f"The donor reads images of {donor.shape[1]} channels, the model of {own.shape[1]}: "
-            f"create the model with in_channels={donor.shape[1]}."
-        ]
-    return []

@@ -1,4 +1,4 @@
-"""Linear, layer norm, MLP and patch embedding, each as an init and an apply over a dict of tensors.
+"""Linear, layer norm, MLP, patch and position embedding: init and apply over a dict of tensors.
 
 Weights keep torch's layout, `(out, in)`, and are cast to the dtype of the input, so that bfloat16
 inputs compute in bfloat16 with float32 parameters.
@@ -19,17 +19,20 @@ def truncated_normal(generator: Generator, *shape: int, std: float = 0.02) -> Te
     return torch.nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std, generator=generator)
 
 
-def linear_init(generator: Generator, in_size: int, out_size: int) -> Params:
-    """Parameters of `linear`, `weight (out, in)` and a zero `bias (out,)`."""
-    return {
-        "weight": truncated_normal(generator, out_size, in_size),
-        "bias": torch.zeros(out_size),
-    }
+def linear_init(generator: Generator, in_size: int, out_size: int, bias: bool = True) -> Params:
+    """Parameters of `linear`, `weight (out, in)` and, unless it has none, a zero `bias (out,)`."""
+    weight = {"weight": truncated_normal(generator, out_size, in_size)}
+    return {**weight, "bias": torch.zeros(out_size)} if bias else weight
 
 
 def linear(params: Params, x: Tensor) -> Tensor:
     """`(..., in)` to `(..., out)`."""
-    return F.linear(x, params["weight"].to(x.dtype), params["bias"].to(x.dtype))
+    weight = params["weight"].to(x.dtype)
+    bias = params["bias"].to(x.dtype) if "bias" in params else None
+    if x.dim() <= 3:
+        return F.linear(x, weight, bias)
+    # beyond three axes torch rounds otherwise where gradients are traced than where they are not
+    return F.linear(x.flatten(0, -2), weight, bias).reshape(*x.shape[:-1], weight.shape[-2])
 
 
 def layer_norm_init(size: int) -> Params:
@@ -77,3 +80,18 @@ def patch_embed(params: Params, images: Tensor) -> Tensor:
     order = [*range(n), n + 1, n + 3, n, n + 2, n + 4]
     patches = grid.permute(order).reshape(*lead, (height // p) * (width // p), channels * p * p)
     return F.linear(patches, weight.flatten(1).to(images.dtype), bias.to(images.dtype))
+
+
+def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Position embeddings `(1, prefix + h w, D)` of a grid `old` on the grid `new`.
+
+    Bicubic with antialiasing, computed in float32, as timm's `resample_abs_pos_embed`; the first
+    tokens, which have no place on the grid, stay. The same grid is the identity to the bit.
+    """
+    if old == new:
+        return positions
+    prefix = positions.shape[-2] - old[0] * old[1]
+    grid = positions[:, prefix:].float().unflatten(1, old).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, new, mode="bicubic", antialias=True)
+    moved = grid.flatten(2).mT.to(positions.dtype)
+    return torch.cat([positions[:, :prefix], moved], dim=1)

@@ -335,7 +335,7 @@ def test_another_head_is_drawn_anew_only_on_request(classes):
         checkpoint.from_timm(model, headless)
 
 
-def test_positions_are_resized_and_the_class_tokens_kept():
+def test_positions_are_resized_on_request_and_the_class_tokens_kept():
     state_dict = donor(size=32)
     # one channel constant, one rising along the rows, one along the columns
     grid = torch.zeros(8, 8, 6)
@@ -343,7 +343,9 @@ def test_positions_are_resized_and_the_class_tokens_kept():
     grid[..., 1] = (torch.arange(8.0) + 0.5)[:, None] / 8
     grid[..., 2] = (torch.arange(8.0) + 0.5) / 8
     state_dict["pos_embed"][:, 1:] = grid.reshape(1, 64, 6)
-    params = checkpoint.from_timm(vit(size=(16, 24)), state_dict)
+    with pytest.raises(ValueError, match=r"pos_embed \(1, 65, 6\) for .*Pass resize=True"):
+        checkpoint.from_timm(vit(size=(16, 24)), state_dict)
+    params = checkpoint.from_timm(vit(size=(16, 24)), state_dict, resize=True)
     found = params["pos_embed"]
     assert torch.equal(found[:, 0], state_dict["pos_embed"][:, 0])
     resized = found[0, 1:].reshape(4, 6, 6)
@@ -358,14 +360,69 @@ def test_positions_are_resized_and_the_class_tokens_kept():
     ("state_dict", "words"),
     [
         (donor(channels=1), "images of 1 channels, the model of 3: .*in_channels=1"),
-        (donor(patch=8, size=32), "another shape patch_embed.proj.weight .* patch size"),
+        (donor(patch=8, size=32), "another shape patch_embed.proj.weight .* patch_size=8"),
         (donor(dim=8), r"blocks.0.attn.qkv.weight \(24, 8\) for \(18, 6\)"),
-        (donor() | {"dist_token": torch.ones(1, 1, 6)}, "unexpected dist_token"),
+        (
+            donor() | {"dist_token": torch.ones(1, 1, 6), "head_dist.weight": torch.ones(3, 6)},
+            "unexpected dist_token, head_dist.weight. The donor is a distilled DeiT",
+        ),
+        (
+            donor() | {"layers.0.blocks.1.attn_mask": torch.ones(1)},
+            "unexpected layers.0.blocks.1.attn_mask. The donor is of the original Swin",
+        ),
+        (
+            donor() | {"module.extra": torch.ones(1)},
+            r"unexpected module.extra. Some names begin with a prefix \(module.extra\)",
+        ),
+        (donor() | {"norm.weight": torch.ones(6)}, "unexpected norm.weight"),
         (donor() | {"pos_embed": torch.ones(1, 12, 6)}, r"pos_embed \(1, 12, 6\) for \(1, 17, 6\)"),
         ({}, "missing patch_embed.proj.weight, cls_token"),
-        ({"model": donor()}, r"got dict under 'model'. Pass the inner dict"),
+        ({"weights": donor()}, r"got dict under 'weights'. Pass the inner dict"),
+        ({"model": donor() | {"step": 3}}, "got int under 'step'"),
+        (
+            {"state_dict": donor(), "state_dict_ema": donor()},
+            "got state_dict, state_dict_ema. Pass",
+        ),
+        (torch.nn.Linear(2, 2), r"got Linear. Pass its `state_dict\(\)`"),
+        ("vit.safetensors", "got str. Load it first"),
     ],
 )
 def test_a_donor_that_does_not_fit_is_told_all_that_differs(state_dict, words):
     with pytest.raises(ValueError, match=words):
         checkpoint.from_timm(vit(), state_dict)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "model_ema"])
+def test_wrappers_and_prefixes_of_trainers_are_known(prefix, wrapper):
+    state_dict = donor()
+    wrapped = {prefix + name: leaf for name, leaf in state_dict.items()}
+    if wrapper is not None:
+        wrapped = {wrapper: wrapped, "epoch": 3, "optimizer": {"state": {}}}
+    found = checkpoint.from_timm(vit(), wrapped)
+    assert_close(found, checkpoint.from_timm(vit(), state_dict))
+
+
+def test_swapped_arguments_are_named():
+    with pytest.raises(ValueError, match="needs the model first, got a dict first"):
+        checkpoint.from_timm(donor(), vit())
+    with pytest.raises(ValueError, match="needs a model of `kart.models.create`, got dict"):
+        checkpoint.from_timm(donor(), donor())
+
+
+def test_a_head_of_another_name_is_a_head_too():
+    def swin(classes):
+        def init(generator):
+            weight = torch.randn(classes, 4, generator=generator)
+            return {"norm": {"weight": torch.ones(4)}, "head": {"fc": {"weight": weight}}}
+
+        return Model(SimpleNamespace(image_size=8, patch_size=4), init)
+
+    state_dict = tree.named(swin(10).init(torch.Generator().manual_seed(1)))
+    with pytest.raises(
+        ValueError, match=r"head.fc.weight \(10, 4\) for \(3, 4\). Pass strict_head"
+    ):
+        checkpoint.from_timm(swin(3), state_dict)
+    params = checkpoint.from_timm(swin(3), state_dict, strict_head=False)
+    fresh = swin(3).init(torch.Generator().manual_seed(0))
+    assert_close(params, fresh)

@@ -19,8 +19,8 @@ HOUSE = [
     {"population", "recipes"},
     {"train"},
     {"models"},
-    {"layers", "operators", "optim", "checkpoint"},
-    {"tree", "bases", "projections", "kernels", "data", "augment", "tables"},
+    {"operators", "optim", "checkpoint"},
+    {"tree", "layers", "bases", "projections", "kernels", "data", "augment", "tables"},
     {"factories"},
     {"pages", "statistics"},
 ]

@@ -91,3 +91,15 @@ def test_the_naive_form_keeps_what_the_paper_complains_of():
     assert naive > 2.3 and streamed < 1.05
     with pytest.raises(ValueError, match='"streamed" or "naive"'):
         cost.activation_memory(model, 1, "other")
+
+
+def test_other_families_are_counted_by_drawing_and_their_operations_refused():
+    blockwise, plain = (
+        models.create("swin_nano", operator=o, image_size=32) for o in ("G3B", "softmax")
+    )
+    counted, bare = cost.parameters(blockwise), cost.parameters(plain)
+    # 7 numbers a pair of unit and key at rank 12, 16 keys, and 1 + 1 + 2 + 2 heads
+    assert counted.operator == 7 * 12 * 16 * 6 == counted.total - bare.total
+    for call in (cost.flops, lambda model: cost.activation_memory(model, 2)):
+        with pytest.raises(ValueError, match="needs a ViT.*family 'swin'"):
+            call(blockwise)

@@ -33,3 +33,30 @@ def test_weights_are_drawn_within_two_deviations():
     drawn = layers.truncated_normal(torch.Generator().manual_seed(0), 200, 200)
     assert drawn.abs().max() <= 0.04
     assert_close(drawn.std(), torch.tensor(0.02 * 0.8796), rtol=0.02, atol=0)
+
+
+def test_linear_without_bias_and_beyond_three_axes():
+    generator = torch.Generator().manual_seed(0)
+    params = layers.linear_init(generator, 6, 4, bias=False)
+    assert params.keys() == {"weight"}
+    x = torch.randn(2, 3, 5, 6, generator=generator)
+    assert_close(layers.linear(params, x), x @ params["weight"].mT)
+    assert layers.linear(params, x[:0]).shape == (0, 3, 5, 4)
+    _, pullback = torch.func.vjp(lambda y: layers.linear(params, y), x)
+    assert torch.equal(layers.linear(params, x), torch.func.vjp(layers.linear, params, x)[0])
+    assert pullback(torch.ones(2, 3, 5, 4))[0].shape == x.shape
+
+
+def test_positions_follow_the_published_formula():
+    # timm's resample_abs_pos_embed: bicubic, antialiased, in float32, class token aside
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.randn(1, 2 + 12, 5, generator=generator)
+    found = layers.resize_positions(positions, (3, 4), (5, 2))
+    for channel in range(5):
+        grid = positions[:, 2:, channel].reshape(1, 1, 3, 4)
+        wanted = torch.nn.functional.interpolate(grid, (5, 2), mode="bicubic", antialias=True)
+        assert_close(found[0, 2:, channel], wanted.flatten())
+    assert torch.equal(found[:, :2], positions[:, :2])
+    half = layers.resize_positions(positions.bfloat16(), (3, 4), (5, 2))
+    assert half.dtype == torch.bfloat16
+    assert layers.resize_positions(positions, (3, 4), (3, 4)) is positions

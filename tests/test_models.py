@@ -1,13 +1,17 @@
 """The vision transformer: paper counts, sharing, placement, intermediates, dtypes, bad input."""
 
+import copy
 import dataclasses
+import io
+import json
+import pickle
 
 import pytest
 import torch
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
-from kart import checkpoint, models, operators, tree
+from kart import checkpoint, layers, models, operators, tree
 
 SMALL = {"image_size": 8, "patch_size": 4, "in_channels": 1, "num_classes": 10} | {
     "embed_dim": 12,
@@ -121,6 +125,24 @@ def test_config_rebuilds_the_model():
     assert_close(again.apply(params, images), model.apply(params, images))
     with pytest.raises(ValueError, match="fields of ViTConfig"):
         models.from_config({"depth": 3})
+    with pytest.raises(
+        ValueError, match="`family` in .'vit', 'swin', 'convit', 'vitdet'., got 'vi'"
+    ):
+        models.from_config({"family": "vi", "operator": "softmax"})
+
+
+def test_a_config_from_before_there_were_families_is_a_vits():
+    model = small("G3U")
+    fields = dataclasses.asdict(model.config)
+    assert fields.pop("family") == "vit"
+    assert models.from_config(fields).config == model.config
+
+
+def test_every_model_is_known_by_its_name_and_comes_back_from_its_config():
+    for name in models.MODELS:
+        model = models.create(name)
+        again = models.from_config(json.loads(json.dumps(dataclasses.asdict(model.config))))
+        assert again.config == model.config and len(again.sites) == model.config.depth
 
 
 def test_bfloat16_images_compute_in_bfloat16_near_float32():
@@ -157,6 +179,13 @@ def test_the_global_seed_is_neither_read_nor_set():
         ({"operator": ["G2U"] * 2}, "one operator for universal sharing"),
         ({"mlp_ratio": 0.0}, "`mlp_ratio` > 0"),
         ({"embed": 3}, "embed_dim"),
+        ({"depth": 10**30}, "`depth` <= 2147483647, got an integer of 31 digits"),
+        ({"embed_dim": 3 * 10**6}, "GiB, most of them in the blocks"),
+        ({"depth": 10**9}, "GiB, most of them in the blocks"),
+        ({"num_classes": 2 * 10**9, "embed_dim": 192}, "most of them in the classifier"),
+        ({"image_size": 4 * 10**6}, "most of them in the positions"),
+        ({"mlp_ratio": "4"}, "`mlp_ratio` > 0, got '4'"),
+        ({"embed_dim": 12.0}, "integer `embed_dim`"),
         ({"operator": "G2X"}, "Near matches"),
     ],
 )
@@ -175,3 +204,102 @@ def test_bad_names_and_images_say_what_is_wrong():
         model.apply(params, images.to(torch.uint8))
     with pytest.raises(ValueError, match="1, 8, 8"):
         model.apply(params, images[..., :7])
+
+
+# --- images of another size -----------------------------------------------------------------------
+
+SIZES = {
+    "vit_tiny": {"depth": 2, "embed_dim": 12, "num_heads": 3, "patch_size": 4},
+    "convit_tiny": {"depth": 2, "embed_dim": 8, "num_heads": 4, "patch_size": 4}
+    | {"gated_blocks": 1},
+    "vitdet_tiny": {"depth": 2, "embed_dim": 8, "num_heads": 2, "patch_size": 4}
+    | {"window_size": 2, "global_blocks": (1,), "pyramid_dim": 4},
+    "swin_tiny": {"depths": (2, 1), "embed_dim": 6, "num_heads": (2, 2), "patch_size": 2}
+    | {"window_size": 4},
+}
+
+
+@pytest.mark.parametrize("operator", ["softmax", "G2B:rank=3", "G2U:rank=3", "own"])
+@pytest.mark.parametrize("name", SIZES)
+def test_resizing_fits_every_leaf_and_keeps_what_has_no_size(name, operator):
+    given = operators.parse("G2").operator if operator == "own" else operator
+    model = models.create(name, operator=given, image_size=16, in_channels=2, **SIZES[name])
+    params, images = start(model)
+    assert models.resize(model, params, image_size=16) == (model, params)
+    larger, moved = models.resize(model, params, image_size=32)
+    assert larger.config == dataclasses.replace(model.config, image_size=32)
+    wanted = tree.named(larger.init(torch.Generator().manual_seed(0)))
+    found, before = tree.named(moved), tree.named(params)
+    assert {k: x.shape for k, x in found.items()} == {k: x.shape for k, x in wanted.items()}
+    changed = {k for k in found if found[k] is not before[k]}
+    assert all(k == "pos_embed" or "operator" in k.split(".") for k in changed)
+    assert changed == {k for k in found if found[k].shape != before[k].shape}
+    generator = torch.Generator().manual_seed(1)
+    outputs = larger.apply(moved, torch.randn(2, 2, 32, 32, generator=generator).double())
+    assert all(x.isfinite().all() for x in tree.leaves(outputs))
+
+
+def test_resized_positions_and_operators_are_those_of_their_rooms():
+    model = small("G2B", image_size=16)
+    params, _ = start(model)
+    _, moved = models.resize(model, params, image_size=8)
+    wanted = layers.resize_positions(params["pos_embed"], (4, 4), (2, 2))
+    assert torch.equal(moved["pos_embed"], wanted)
+    for i, op in enumerate(model.operators):
+        own = params["blocks"][str(i)]["operator"]
+        wanted = operators.resize(op, own, (1, 4, 4), (1, 2, 2))
+        tree.map(
+            lambda a, b: assert_close(a, b, rtol=0, atol=0),
+            moved["blocks"][str(i)]["operator"],
+            wanted,
+        )
+
+
+def test_up_and_down_again_loses_little_of_smooth_positions():
+    model = small("softmax", image_size=32)
+    params, _ = start(model)
+    place = (torch.arange(8.0).double() + 0.5) / 8
+    waves = torch.cos(torch.pi * torch.arange(12) * place[:, None] / 8)
+    smooth = (waves[:, None] * waves).reshape(1, 64, 12)
+    params["pos_embed"] = torch.cat([params["pos_embed"][:, :1], smooth], dim=1)
+    larger, up = models.resize(model, params, image_size=64)
+    _, back = models.resize(larger, up, image_size=32)
+    assert_close(back["pos_embed"], params["pos_embed"], rtol=0, atol=0.05)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    model = small()
+    params, _ = start(model)
+    with pytest.raises(ValueError, match="`image_size` divisible by `patch_size`, got 10 and 4"):
+        models.resize(model, params, image_size=10)
+    swin = models.create("swin_tiny", image_size=16, **SIZES["swin_tiny"])
+    params = swin.init(torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"keeps the windows, got 8 with windows of \(4, 2\)"):
+        models.resize(swin, params, image_size=8)
+
+
+def saved(x):
+    """As a file of `torch.save` brings it back."""
+    file = io.BytesIO()
+    torch.save(x, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, saved, lambda x: pickle.loads(pickle.dumps(x))]
+)
+@pytest.mark.parametrize("name", SIZES)
+def test_models_pickle_and_deepcopy(name, duplicate):
+    sizes = {"image_size": 16, "in_channels": 2, **SIZES[name]}
+    model = models.create(name, operator="sigmoid", sharing="universal", **sizes)
+    params, images = start(model)
+    larger, moved = models.resize(model, params, image_size=32)
+    for one, own, batch in ((model, params, images), (larger, moved, images.repeat(1, 1, 2, 2))):
+        again = duplicate(one)
+        assert again.config == one.config
+        wanted, found = one.apply(own, batch), again.apply(own, batch)
+        assert all(map(torch.equal, tree.leaves(wanted), tree.leaves(found)))
+    assert copy.deepcopy(small("G2U")).config == small("G2U").config
+    mixed = models.create("vit_tiny", operator=["softmax", operators.relu()], **SMALL)
+    assert duplicate(mixed).config == mixed.config

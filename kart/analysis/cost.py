@@ -45,9 +45,21 @@ def _distinct(model: Model) -> tuple[Operator, ...]:
     return model.operators[:1] if universal else model.operators
 
 
+def _check_vit(function: str, model: Model) -> None:
+    if model.config.family != "vit":
+        raise ValueError(
+            f"`{function}` needs a ViT, whose operations it knows, got a model of the family "
+            f"{model.config.family!r}. Count its parameters with `parameters`."
+        )
+
+
 def parameters(model: Model) -> Parameters:
-    """Parameters of `model`, counted without drawing the backbone."""
+    """Parameters of `model`; those of a ViT are counted without drawing the backbone."""
     c = model.config
+    if c.family != "vit":
+        named = tree.named(model.init(Generator().manual_seed(0)))
+        learned = sum(x.numel() for path, x in named.items() if "operator" in path.split("."))
+        return Parameters(sum(x.numel() for x in named.values()), learned)
     size, hidden = c.embed_dim, int(c.embed_dim * c.mlp_ratio)
     embed = size * (c.in_channels * c.patch_size**2 + 1) + size * (1 + c.tokens)
     block = 4 * size + 4 * size * (size + 1) + 2 * size * hidden + size + hidden
@@ -99,7 +111,8 @@ def activation_flops(op: Operator, heads: int, tokens: int) -> int:
 
 
 def flops(model: Model) -> Flops:
-    """Operations of a forward pass of one image, in the paper's convention."""
+    """Operations of a forward pass of one image, in the paper's convention; of ViTs alone."""
+    _check_vit("flops", model)
     c = model.config
     size, n = c.embed_dim, c.tokens
     hidden = int(size * c.mlp_ratio)
@@ -184,6 +197,7 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
         )
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"`activation_memory` needs an integer `batch` >= 1, got {batch!r}.")
+    _check_vit("activation_memory", model)
     c = model.config
     n, hidden = c.tokens, int(c.embed_dim * c.mlp_ratio)
     block = n * (5 * c.embed_dim + 2 * hidden)

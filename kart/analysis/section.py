@@ -131,9 +131,7 @@ class Look(NamedTuple):
 
     def operator_params(self, params: Params, block: int) -> Params:
         """The operator's part of `params`, of the model, in `block`."""
-        if self.model.config.sharing == "universal":
-            return params["operator"]
-        return params["blocks"][str(block)]["operator"]
+        return self.model.operator_params(params, block)
 
 
 class OutOfTime(Exception):

@@ -1,48 +1,56 @@
-"""Vision transformers with a swappable row operator: `create(name, operator=...)`."""
+"""Vision models with a swappable row operator: `create(name, operator=...)`.
+
+Each model is a file that composes `blocks.py` and ends in its `FAMILY`; FAMILIES lists them.
+"""
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from kart.models.vit import Model, ViTConfig, vit
-from kart.operators import Operator
+from kart.models import resize as resizing
+from kart.models.convit import FAMILY as CONVIT
+from kart.models.convit import ConViTConfig
+from kart.models.model import Choice, Family, Model, Params, Site
+from kart.models.swin import FAMILY as SWIN
+from kart.models.swin import SwinConfig
+from kart.models.vit import FAMILY as VIT
+from kart.models.vit import ViTConfig, vit
+from kart.models.vitdet import FAMILY as VITDET
+from kart.models.vitdet import ViTDetConfig
 
-__all__ = ["MODELS", "Model", "ViTConfig", "create", "from_config", "vit"]
+__all__ = ["FAMILIES", "MODELS", "ConViTConfig", "Model", "Site", "SwinConfig", "ViTConfig"]
+__all__ += ["ViTDetConfig", "create", "from_config", "resize", "vit"]
 
-# "vit_nano" is kart's own size for laptops and studies on small images; the others have the
-# widths of Dosovitskiy et al. 2021 and Touvron et al. 2021, as the paper uses them (Table 1)
-MODELS: dict[str, dict[str, int]] = {
-    "vit_nano": {"embed_dim": 64, "depth": 4, "num_heads": 2},
-    "vit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
-    "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
-    "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+FAMILIES: dict[str, Family] = {
+    family.config.family: family for family in (VIT, SWIN, CONVIT, VITDET)
+}
+MODELS: dict[str, Mapping[str, Any]] = {
+    name: sizes for family in FAMILIES.values() for name, sizes in family.sizes.items()
 }
 
 
-def create(
-    name: str, operator: str | Operator | Sequence[str | Operator] = "softmax", **overrides: Any
-) -> Model:
-    """A vision transformer by name: "vit_nano", "vit_tiny", "vit_small" or
-    "vit_base".
+def create(name: str, operator: Choice = "softmax", **overrides: Any) -> Model:
+    """A model by name, one of MODELS: "vit_tiny", "vit_small", ...
 
     `operator` is a spec string (see `kart.operators.parse`), an Operator, or one of either per
-    block. `overrides` are the fields of `ViTConfig`: image_size, patch_size, in_channels,
-    num_classes, embed_dim, depth, num_heads, mlp_ratio, sharing ("blockwise" or "universal"), and
-    the options that
-    a spec leaves open: rank, project, base.
+    block. `overrides` are the fields of the model's config, of `ViTConfig` for "vit_tiny":
+    image_size, patch_size, in_channels, num_classes, embed_dim, depth, num_heads, mlp_ratio,
+    sharing ("blockwise" or "universal"), and the options that a spec leaves open: rank, project,
+    base.
 
     >>> model = create("vit_tiny", operator="G3B", image_size=32, patch_size=4, depth=2)
     >>> model.config.tokens, model.config.sharing
     (65, 'blockwise')
     """
-    if name not in MODELS:
+    found = [family for family in FAMILIES.values() if name in family.sizes]
+    if not found:
         near = difflib.get_close_matches(str(name), MODELS, n=3, cutoff=0.3) or list(MODELS)
         raise ValueError(
             f"`create` needs a model name in {list(MODELS)}, got {name!r}. "
             f"Near matches: {', '.join(near)}."
         )
-    fields = {field.name for field in dataclasses.fields(ViTConfig)} - {"operator"}
+    fields = {f.name for f in dataclasses.fields(found[0].config) if f.init} - {"operator"}
     unknown = sorted(set(overrides) - fields)
     if unknown:
         near = difflib.get_close_matches(unknown[0], fields, n=3, cutoff=0.3)
@@ -50,16 +58,53 @@ def create(
             f"`create` needs overrides among {sorted(fields)}, got {unknown}. "
             f"Near matches: {', '.join(near) or 'none'}."
         )
-    return vit(operator, **{**MODELS[name], **overrides})
+    return found[0].build(operator, **{**found[0].sizes[name], **overrides})
 
 
-def from_config(config: dict[str, Any]) -> Model:
-    """The model whose `dataclasses.asdict(model.config)` is `config`, as checkpoints store it."""
+def from_config(config: Mapping[str, Any]) -> Model:
+    """The model whose `dataclasses.asdict(model.config)` is `config`, as checkpoints store it.
+
+    A config without `family`, as kart wrote them before there was more than one, is a ViT's.
+    """
     fields = dict(config)
+    family = FAMILIES.get(fields.pop("family", "vit"))
+    if family is None:
+        raise ValueError(
+            f"`from_config` needs a `family` in {list(FAMILIES)}, got {config['family']!r}. "
+            "The config was written by another version of kart."
+        )
     try:
-        return vit(fields.pop("operator"), **fields)
+        return family.build(fields.pop("operator"), **fields)
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"`from_config` needs the fields of ViTConfig, got {sorted(config)} ({error}). "
-            "Pass the config stored in a kart checkpoint."
+            f"`from_config` needs the fields of {family.config.__name__}, got {sorted(config)} "
+            f"({error}). Pass the config stored in a kart checkpoint."
         ) from None
+
+
+def resize(model: Model, params: Params, image_size: int) -> tuple[Model, Params]:
+    """`model` and `params` for square images of another size.
+
+    Positions are resized bicubically (with antialiasing, as timm does), operators by
+    `kart.operators.resize`; the patch size stays, so there are more or fewer patches. The same size
+    is the identity to the bit. A Swin keeps its parameters, as its windows have fixed sizes; sizes
+    that make a window larger or smaller are refused.
+
+    >>> import torch
+    >>> model = create("vit_nano", image_size=32, patch_size=4, num_classes=10)
+    >>> params = model.init(torch.Generator().manual_seed(0))
+    >>> model, params = resize(model, params, image_size=48)
+    >>> model.config.image_size, params["pos_embed"].shape
+    (48, torch.Size([1, 145, 64]))
+    """
+    config = model.config
+    if image_size == config.image_size:
+        return model, params
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+    # the operators are there, so what chose them is not asked again
+    names = {name: fields.pop(name) for name in ("operator", "rank", "project", "base")}
+    single = isinstance(names["operator"], str)
+    chosen = model.operators[0] if single else model.operators
+    new = FAMILIES[config.family].build(chosen, **{**fields, "image_size": image_size})
+    new = new._replace(config=dataclasses.replace(new.config, **names))
+    return new, resizing.move(model, new, params)

@@ -327,7 +327,11 @@ def _no_patches(s: Subject) -> str | None:
     params = s.model.init(draw.generator(0))
     config = getattr(s.model, "config", None)
     known = "pos_embed" in params and hasattr(config, "patch_size")
-    return None if known else "has no `pos_embed` and no patches"
+    if not known:
+        return "has no `pos_embed` and no patches"
+    # ConViT knows the class token by its block and patches by their offsets, too
+    whole = params["pos_embed"].shape[-2] == getattr(config, "tokens", None)
+    return None if whole else "has tokens without a position in `pos_embed`"
 
 
 PROPERTIES = (

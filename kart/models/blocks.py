@@ -1,0 +1,138 @@
+"""What the models are made of: embedding, heads, attention, residual blocks, classifier.
+
+Parameters carry timm's names. The residual stream keeps the precision of the parameters; attention
+and MLP compute in the dtype of the images.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from kart import layers
+from kart.models.model import Model, Site, find
+
+Params = dict[str, Any]
+Attend = Callable[..., Tensor]  # (q, k, v, mask=None) to (..., H, N, d)
+
+
+def check_images(images: Tensor, channels: int, size: int) -> None:
+    """Refuses what is not floating-point images `(..., channels, size, size)`."""
+    if not images.dtype.is_floating_point:
+        raise ValueError(
+            f"`apply` needs floating-point images, got {images.dtype}. "
+            "Scale them with kart.data.normalise."
+        )
+    if images.dim() < 3 or tuple(images.shape[-3:]) != (channels, size, size):
+        raise ValueError(
+            f"`apply` needs images (..., {channels}, {size}, {size}), got shape "
+            f"{tuple(images.shape)}. Resize them, or create the model for this size."
+        )
+
+
+def embed_init(
+    generator: Generator, channels: int, patch_size: int, size: int, tokens: int
+) -> Params:
+    """Parameters of patches, class token and `tokens` positions of width `size`."""
+    return {
+        "patch_embed": layers.patch_embed_init(generator, channels, patch_size, size),
+        "cls_token": layers.truncated_normal(generator, 1, 1, size),
+        "pos_embed": layers.truncated_normal(generator, 1, tokens, size),
+    }
+
+
+def prepend_class(params: Params, x: Tensor) -> Tensor:
+    """The class token before tokens `(..., N, D)`: `(..., 1 + N, D)`."""
+    token = params["cls_token"][0].to(x.dtype)
+    return torch.cat([token.expand(*x.shape[:-2], *token.shape), x], dim=-2)
+
+
+def split_heads(qkv: Tensor, heads: int, parts: int = 3) -> tuple[Tensor, ...]:
+    """`(..., N, parts D)` to `parts` tensors `(..., H, N, d)`."""
+    split = qkv.unflatten(-1, (parts, heads, qkv.shape[-1] // (parts * heads)))
+    return split.movedim(-3, 0).transpose(-3, -2).unbind(0)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """`(..., H, N, d)` to `(..., N, D)`."""
+    return x.transpose(-3, -2).flatten(-2)
+
+
+def attention_init(generator: Generator, size: int, bias: bool = True) -> Params:
+    """Parameters of `attention`, with a bias of queries, keys and values or without."""
+    return {
+        "qkv": layers.linear_init(generator, size, 3 * size, bias),
+        "proj": layers.linear_init(generator, size, size),
+    }
+
+
+def attention(params: Params, x: Tensor, heads: int, attend: Attend) -> Tensor:
+    """Multi-head self-attention, `(..., N, D)` to `(..., N, D)`."""
+    q, k, v = split_heads(layers.linear(params["qkv"], x), heads)
+    return layers.linear(params["proj"], merge_heads(attend(q, k, v)))
+
+
+def attend_at(site: Site, params: Params, look: dict[str, Tensor] | None, name: str) -> Attend:
+    """`attend` of the operator at `site`, with its parameters from those of the model.
+
+    With `look` the weights are materialised and left there with the scores, as "<name>.scores" and
+    "<name>.weights"; without, they are streamed.
+    """
+    operator, own = site.operator, find(params, site.path)
+
+    def streamed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return operator.attend(own, q, k, v, mask)
+
+    def looked_at(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        assert look is not None
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        weights = operator.weights(own, scores, mask)
+        look[f"{name}.scores"], look[f"{name}.weights"] = scores, weights
+        return weights @ v
+
+    return streamed if look is None else looked_at
+
+
+def block_init(generator: Generator, size: int, hidden: int, attn: Callable[..., Params]) -> Params:
+    """Parameters of `block` with those of its attention, `attn(generator, size)`."""
+    return {
+        "norm1": layers.layer_norm_init(size),
+        "attn": attn(generator, size),
+        "norm2": layers.layer_norm_init(size),
+        "mlp": layers.mlp_init(generator, size, hidden),
+    }
+
+
+def block(
+    params: Params,
+    x: Tensor,
+    attn: Callable[[Params, Tensor], Tensor],
+    dtype: torch.dtype,
+    eps: float = 1e-6,
+) -> Tensor:
+    """A pre-norm residual block: `x + attn(norm(x))`, then `x + mlp(norm(x))`, `(..., N, D)`."""
+    x = x + attn(params["attn"], layers.layer_norm(params["norm1"], x, eps).to(dtype))
+    return x + layers.mlp(params["mlp"], layers.layer_norm(params["norm2"], x, eps).to(dtype))
+
+
+def classify(params: Params, x: Tensor) -> Tensor:
+    """Logits `(..., C)` of the class token, the first of `x (..., N, D)`."""
+    return layers.linear(params["head"], layers.layer_norm(params["norm"], x[..., 0, :]))
+
+
+Forward = Callable[[Params, Tensor, dict[str, Tensor] | None], Tensor]
+
+
+def model(config: Any, init: Callable[[Generator], Params], forward: Forward, sites: Any) -> Model:
+    """The Model of `forward(params, images, look)`, which fills `look` where it is not None."""
+
+    def apply(params: Params, images: Tensor) -> Tensor:
+        return forward(params, images, None)
+
+    def intermediates(params: Params, images: Tensor) -> dict[str, Tensor]:
+        look: dict[str, Tensor] = {}
+        look["logits"] = forward(params, images, look)
+        return look
+
+    return Model(config, init, apply, intermediates, tuple(sites))

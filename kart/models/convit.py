@@ -1,0 +1,174 @@
+"""ConViT: a vision transformer whose first blocks mix content with learned positions (d'Ascoli et
+al. 2021, arXiv:2103.10697).
+
+Parameters carry timm's names (`blocks.0.attn.qk.weight`, `pos_proj`, `gating_param`). In the gated
+blocks the operator stands where the softmax of the content scores stood; the softmax of the
+position scores stays, and the gate g mixes the two: `(1 - g) content + g positions` (eq. 7). The
+paper then divides rows by their sums. Those are 1 where both parts are softmax, so this changes
+nothing there but rounding; KArAt's signed rows can sum to zero, and here no row is divided.
+
+The class token enters behind the gated blocks, which have one key less than the others: universal
+sharing keeps one operator for each of the two, `params["operator"]["gated"]` and `["plain"]`.
+"""
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from kart import layers
+from kart.factories import remember
+from kart.models import blocks, checks
+from kart.models.model import Choice, Config, Family, Model, Params, Site, add_operators, choose
+
+
+@dataclass(frozen=True)
+class ConViTConfig(Config):
+    """Everything that defines a ConViT."""
+
+    num_classes: int = 1000
+    embed_dim: int = 192  # D
+    depth: int = 12  # L
+    num_heads: int = 4  # H, d = D / H
+    gated_blocks: int = 10  # of the L, from the first
+    locality: float = 1.0  # alpha: how sharply a head looks at its neighbour when it is drawn
+    family: str = field(default="convit", init=False)
+
+    @property
+    def tokens(self) -> int:
+        """N: the patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@remember
+def convit(operator: Choice = "softmax", **fields: Any) -> Model:
+    """A ConViT from an operator (or one a block) and the fields of `ConViTConfig`."""
+    config = ConViTConfig(**fields)
+    checks.columnar("convit", config, "num_classes")
+    gated = config.gated_blocks
+    if isinstance(gated, bool) or not isinstance(gated, int) or not 0 <= gated < config.depth:
+        raise ValueError(
+            f"`convit` needs `gated_blocks` in 0 .. depth - 1, got {gated!r} of {config.depth}: "
+            f"the class token enters behind them. Pass gated_blocks={max(0, config.depth - 2)}."
+        )
+    if not 0 <= config.locality < math.inf:
+        raise ValueError(
+            f"`convit` needs `locality` >= 0 and finite, got {config.locality!r}. It uses 1."
+        )
+    chosen = choose("convit", operator, config.depth, fields)
+    config = dataclasses.replace(config, operator=chosen.names, sharing=chosen.sharing)
+    size, heads = config.embed_dim, config.num_heads
+    side = config.image_size // config.patch_size
+
+    def site(i: int) -> Site:
+        shared = f"operator.{'gated' if i < gated else 'plain'}"
+        path = shared if config.sharing == "universal" else f"blocks.{i}.operator"
+        return Site(path, chosen.operators[i], heads, side * side + (i >= gated))
+
+    sites = [site(i) for i in range(config.depth)]
+
+    def init(generator: Generator) -> Params:
+        patch, hidden = config.patch_size, int(size * config.mlp_ratio)
+        gated_init = functools.partial(gated_attention_init, heads=heads, locality=config.locality)
+        plain_init = functools.partial(blocks.attention_init, bias=False)
+        params: Params = {
+            **blocks.embed_init(generator, config.in_channels, patch, size, side * side),
+            "blocks": {
+                str(i): blocks.block_init(
+                    generator, size, hidden, gated_init if i < gated else plain_init
+                )
+                for i in range(config.depth)
+            },
+            "norm": layers.layer_norm_init(size),
+            "head": layers.linear_init(generator, size, config.num_classes),
+        }
+        return add_operators(generator, sites, params)
+
+    def forward(params: Params, images: Tensor, look: dict[str, Tensor] | None) -> Tensor:
+        blocks.check_images(images, config.in_channels, config.image_size)
+        x = layers.patch_embed(params["patch_embed"], images) + params["pos_embed"][0]
+        for i, site in enumerate(sites):
+            own, name = params["blocks"][str(i)], f"blocks.{i}"
+            if i == gated:
+                x = blocks.prepend_class(params, x)
+            attend = blocks.attend_at(site, params, look, name)
+            if i < gated:
+                attn = functools.partial(gated_attention, heads=heads, side=side, attend=attend)
+            else:
+                attn = functools.partial(blocks.attention, heads=heads, attend=attend)
+            x = blocks.block(own, x, attn, images.dtype)
+            if look is not None:
+                if i < gated:
+                    content = look[f"{name}.weights"]
+                    look[f"{name}.weights"] = mix(
+                        own["attn"], content, positions(own["attn"], side)
+                    )
+                look[f"{name}.tokens"] = x
+        return blocks.classify(params, x)
+
+    return blocks.model(config, init, forward, sites)
+
+
+def gated_attention_init(generator: Generator, size: int, heads: int, locality: float) -> Params:
+    """Parameters of `gated_attention`, drawn local: values pass as they are, and of the heads each
+    looks at one neighbour of a square around the query, as a convolution does (sec. 3).
+
+    A number of heads that is no square leaves the heads beyond it without a neighbour.
+    """
+    params = {
+        "qk": layers.linear_init(generator, size, 2 * size, bias=False),
+        "v": {"weight": torch.eye(size)},
+        "proj": layers.linear_init(generator, size, size),
+        "pos_proj": layers.linear_init(generator, 3, heads),
+        "gating_param": torch.ones(heads),
+    }
+    kernel = math.isqrt(heads)
+    offset = torch.arange(kernel) - (kernel - 1) / 2
+    # down first, as timm counts the heads
+    down, right = offset.repeat(kernel), offset.repeat_interleave(kernel)
+    nearest = torch.stack([2 * right, 2 * down, -torch.ones(kernel**2)], dim=-1)
+    drawn = params["pos_proj"]["weight"]
+    params["pos_proj"]["weight"] = locality * torch.cat([nearest, drawn[kernel**2 :]])
+    return params
+
+
+def positions(params: Params, side: int) -> Tensor:
+    """Attention weights of the positions alone, `(H, N, N)` for a grid of N = side^2 patches: the
+    softmax of a learned function of the offset (x, y) to the key and its squared length.
+    """
+    weight = params["pos_proj"]["weight"]
+    place = torch.arange(side, dtype=weight.dtype, device=weight.device)
+    right, down = (x - x[:, None] for x in (place.repeat(side), place.repeat_interleave(side)))
+    offsets = torch.stack([right, down, right**2 + down**2], dim=-1)  # (N, N, 3)
+    return layers.linear(params["pos_proj"], offsets).movedim(-1, 0).softmax(-1)
+
+
+def mix(params: Params, content: Tensor, positional: Tensor) -> Tensor:
+    """`(1 - g) content + g positional` of tensors `(..., H, N, .)`, g the sigmoid of the gate."""
+    gate = params["gating_param"].sigmoid()[:, None, None].to(content.dtype)
+    return (1 - gate) * content + gate * positional.to(content.dtype)
+
+
+def gated_attention(
+    params: Params, x: Tensor, heads: int, side: int, attend: blocks.Attend
+) -> Tensor:
+    """Gated positional self-attention, `(..., N, D)` to `(..., N, D)`."""
+    q, k = blocks.split_heads(layers.linear(params["qk"], x), heads, parts=2)
+    (v,) = blocks.split_heads(layers.linear(params["v"], x), heads, parts=1)
+    out = mix(params, attend(q, k, v), positions(params, side).to(v.dtype) @ v)
+    return layers.linear(params["proj"], blocks.merge_heads(out))
+
+
+# "convit_nano" is kart's own size for small images
+FAMILY = Family(
+    convit,
+    ConViTConfig,
+    {
+        "convit_nano": {"embed_dim": 64, "depth": 4, "num_heads": 4, "gated_blocks": 3},
+        "convit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 4},
+    },
+)

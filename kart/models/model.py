@@ -1,0 +1,173 @@
+"""What a model is, where its blocks keep their row operators, and how configs choose them."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Generator, Tensor
+
+from kart import factories, operators
+from kart.operators import Operator
+
+Params = dict[str, Any]
+# what `operator` may be: a spec, an Operator, or one of either per block
+Choice = str | Operator | Sequence[str | Operator]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the configs of all models share; JSON-able when `operator` is a spec."""
+
+    operator: str | tuple[str, ...] = "softmax"  # one spec, or one a block
+    sharing: str = "blockwise"  # or "universal": blocks share one operator
+    rank: int | None = None  # r; None leaves it to the spec, else 12
+    project: str | None = None
+    base: str | None = None
+    image_size: int = 224
+    patch_size: int = 16
+    in_channels: int = 3
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            if isinstance(getattr(self, one.name), list):  # JSON has no tuples
+                object.__setattr__(self, one.name, tuple(getattr(self, one.name)))
+
+
+class Site(NamedTuple):
+    """The row operator of one block: the dotted path of its parameters, its heads and its keys.
+
+    Blocks that share an operator name the same path.
+    """
+
+    path: str
+    operator: Operator
+    heads: int
+    tokens: int
+
+
+class Model(NamedTuple):
+    """A model as pure functions of its parameters.
+
+    `init(generator)` draws them; `apply(params, images)` maps `(..., Cin, height, width)` to logits
+    `(..., C)`; `intermediates(params, images)` returns, by name, "blocks.<i>.scores" and
+    "blocks.<i>.weights" `(..., H, N, M)`, "blocks.<i>.tokens" `(..., N, D)` and "logits". `sites`
+    say, block by block, which operator stands there and where its parameters are.
+    """
+
+    config: Any
+    init: Callable[[Generator], Params]
+    apply: Callable[[Params, Tensor], Any]
+    intermediates: Callable[[Params, Tensor], dict[str, Tensor]]
+    sites: tuple[Site, ...]
+    call: factories.Call | None = None  # that made the tuple, by which it pickles
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return factories.reduce(self)
+
+    @property
+    def operators(self) -> tuple[Operator, ...]:
+        """The row operators, one a block."""
+        return tuple(site.operator for site in self.sites)
+
+    def operator_params(self, params: Params, block: int) -> Params:
+        """The parameters of the operator of `block`, counted from 0 over the whole model."""
+        return find(params, self.sites[block].path)
+
+
+class Family(NamedTuple):
+    """Models of one kind: `build(operator, **fields of config)`, and the sizes that have names."""
+
+    build: Callable[..., Model]
+    config: type
+    sizes: Mapping[str, Mapping[str, Any]]
+
+
+def find(params: Params, path: str) -> Params:
+    """The subtree of `params` at a dotted path."""
+    for key in path.split("."):
+        params = params[key]
+    return params
+
+
+def place(params: Params, path: str, node: Params) -> Params:
+    """`params` with `node` at a dotted path; what was given is not changed."""
+    key, dot, rest = path.partition(".")
+    return {**params, key: place(params.get(key, {}), rest, node) if dot else node}
+
+
+def add_operators(generator: Generator, sites: Sequence[Site], params: Params) -> Params:
+    """`params` with drawn operators at their sites.
+
+    Drawn after all else, so that models which differ in the operator alone start from the same
+    backbone.
+    """
+    for site in {site.path: site for site in sites}.values():
+        drawn = site.operator.init(generator, site.heads, site.tokens)
+        params = place(params, site.path, drawn)
+    return params
+
+
+class Chosen(NamedTuple):
+    """What a choice of operators comes to: names for the config, one operator a block, sharing."""
+
+    names: str | tuple[str, ...]
+    operators: tuple[Operator, ...]
+    sharing: str
+
+
+def choose(function: str, given: Choice, depth: int, fields: Mapping[str, Any]) -> Chosen:
+    """The operators of `depth` blocks from `given` and, in `fields`, sharing, rank, project, base.
+
+    Sharing is what `fields` ask for or the letter of the spec says, else blockwise.
+    """
+    asked = fields.get("sharing")
+    if asked not in (None, "blockwise", "universal"):
+        raise ValueError(
+            f'`{function}` needs `sharing` "blockwise" or "universal", got {asked!r}. Choose one '
+            "of them."
+        )
+    single = isinstance(given, str | Operator)
+    ones = [given] if single else list(given)
+    if not single and len(ones) != depth:
+        raise ValueError(
+            f"`{function}` needs one operator, or one for each of {depth} blocks, got {len(ones)}. "
+            "Give as many as there are blocks."
+        )
+    options = {name: fields.get(name) for name in ("rank", "project", "base")}
+    options = {name: value for name, value in options.items() if value is not None}
+    # with several blocks, an option is for those that leave it open; for none, `parse` refuses it
+    written = {one: operators.options(one) for one in ones if isinstance(one, str)}
+    nobody = {name for name in options if not any(name in open_ for open_ in written.values())}
+    specs = []
+    parsed: dict[str, operators.Spec] = {}
+    for one in ones:
+        if isinstance(one, Operator):
+            specs.append(operators.Spec(one, None))
+        else:
+            if one not in parsed:
+                taken = written[one] | nobody
+                fitting = {name: value for name, value in options.items() if name in taken}
+                parsed[one] = operators.parse(one, **fitting)
+            specs.append(parsed[one])
+    if nobody and not written:
+        raise ValueError(
+            f"`{function}` needs options that have an effect, got {sorted(nobody)} beside an "
+            "Operator. Give them to the factory of the operator."
+        )
+    modes = {mode for mode in (asked, *(spec.sharing for spec in specs)) if mode is not None}
+    if len(modes) > 1:
+        raise ValueError(
+            f"`{function}` needs one way of sharing, got {sorted(modes)} from the spec {given!r} "
+            f"and `sharing`={asked!r}. Drop the letter of the spec or the argument."
+        )
+    sharing = modes.pop() if modes else "blockwise"
+    if sharing == "universal" and not single:
+        raise ValueError(
+            f"`{function}` needs one operator for universal sharing, got {len(ones)}. "
+            "Give one spec, or share blockwise."
+        )
+    names = tuple(spec.operator.name for spec in specs)
+    blocks = tuple(spec.operator for spec in specs) * (depth if single else 1)
+    return Chosen(names[0] if single else names, blocks, sharing)
