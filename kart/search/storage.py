@@ -59,7 +59,8 @@ class Settings:
     levels: int
     pruner: str
     val_limit: int | None
-    source: str  # the file of the question
+    question: str  # as the study's file asks it: the report shows it without running that file
+    source: str  # fingerprint of the file
     trials: int  # wanted, of all arms together
     group: int
     confirm: int
@@ -75,7 +76,12 @@ class Settings:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
-MAY_CHANGE = ("source", "trials", "group", "confirm", "heartbeat")
+MAY_CHANGE = ("question", "trials", "group", "confirm", "heartbeat")
+
+
+def changed(settings: Settings, **fields: Any) -> Settings:
+    """`settings` with other `fields`, as JSON has them."""
+    return Settings(**{**settings.asdict(), **fields})
 
 
 def check_same(found: Settings, wanted: Settings, where: str) -> None:

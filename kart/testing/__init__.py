@@ -20,7 +20,7 @@ is checked in three lines, each property a test of pytest:
     def test_hats(): ...
 
 or without pytest by `check_basis(hats())`, a list of `Result`, or on the command line by
-`kart test-basis my_module:hats`.
+`kart test basis my_module:hats`.
 
 * Some properties are asked of everyone (elementwise, derivatives, dtypes, vmap, float32 against
   float64). The others follow from what the object declares in `traits`; a trait that is not

@@ -1,0 +1,56 @@
+"""`kart analyse`: one page on runs."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from kart import runs, tables, train
+from kart.commands.command import Command, integer
+
+
+def _flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="directory that `kart train` wrote")
+    parser.add_argument("--out", metavar="HTML", help="the page (default RUN/report.html)")
+    parser.add_argument("--title", help="its headline")
+    parser.add_argument(
+        "--images", type=integer(0), default=4, metavar="INT", help="images with attention maps (4)"
+    )
+    parser.add_argument("--checkpoint", default="last", choices=["last", "best"])
+    parser.add_argument("--data", help="where the data is now, if it has moved")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from kart.analysis import cost, report
+
+    results = runs.compare(args.run, args.checkpoint)
+    config = results[0].configs[0]
+    if args.data is not None:
+        config = dataclasses.replace(config, data=args.data)
+    splits = train.load_data(config)
+    out = Path(args.out or Path(args.run) / "report.html")
+    title = args.title or f"{', '.join(one.name for one in results)} on {splits.train.name}"
+    command = f"kart analyse {args.run}"
+    report.write(out, results, splits, title=title, command=command, shown=args.images)
+    split = "val" if results[0].test is None else "test"
+    rows = []
+    for result in results:
+        counted = cost.parameters(train.build(result.configs[0], splits.train))
+        numbers = [f"{counted.total:,}", f"{counted.operator:,}", str(len(result.configs))]
+        rows.append([result.name, tables.spread(result.top1), *numbers])
+    header = ["operator", f"{split} top-1 %", "parameters", "in operators", "n"]
+    print(tables.table(rows, header))
+    print("\n".join(report.verdicts(results)))
+    print(f"written to {out}")
+    return 0
+
+
+COMMAND = Command(
+    "analyse",
+    "one page on runs: curves, learned functions, attention maps",
+    _flags,
+    _run,
+    description="Compares the operators that `kart train` trained at or below a directory, and "
+    "writes a self-contained page: training curves, the functions that each head learned, "
+    "attention maps over validation images. Scores are those of the test split where `kart eval` "
+    "has scored every run, else of the validation split.",
+)
