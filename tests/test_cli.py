@@ -42,14 +42,14 @@ def test_train_then_eval(capsys, tmp_path):
     assert code == 0
     assert "operator" in text and "G2B" in text and "kart eval" in text
     for name in ("softmax", "G2B"):
-        files = {path.name for path in (out / name).iterdir()} - {".lock"}
+        files = {path.name for path in (out / name / "group-0").iterdir()} - {".lock"}
         assert files == {"config.json", "metrics.jsonl", "last.safetensors", "best.safetensors"}
     again = run(capsys, *argv, *TINY)
     assert again[0] == 0 and again[1] == text  # finished runs are read, not trained again
 
     code, text, _ = run(capsys, "eval", out)
     assert code == 0 and "test top-1 %" in text and text.count("±") == 6
-    report = json.loads((out / "G2B" / "eval-test-last.json").read_text())
+    report = json.loads((out / "G2B" / "group-0" / "eval-test-last.json").read_text())
     assert report["images"] == 360 and [one["seed"] for one in report["members"]] == [0, 1]
 
 

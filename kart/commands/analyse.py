@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kart import runs, tables, train
 from kart.commands.command import Command, integer
+from kart.runs import owned
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
@@ -24,9 +25,10 @@ def _run(args: argparse.Namespace) -> int:
 
     results = runs.compare(args.run, args.checkpoint)
     config = results[0].configs[0]
-    if args.data is not None:
-        config = dataclasses.replace(config, data=args.data)
+    config = dataclasses.replace(config, data=args.data or config.data)
     splits = train.load_data(config)
+    for directory in runs.find(args.run):
+        owned.check(str(directory), runs.read(directory).data, splits)
     out = Path(args.out or Path(args.run) / "report.html")
     title = args.title or f"{', '.join(one.name for one in results)} on {splits.train.name}"
     command = f"kart analyse {args.run}"

@@ -2,10 +2,13 @@
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kart.commands.command import integer, number
+import torch
+
+from kart.commands.command import choice, integer, number
 from kart.train import Config
 
 OPERATORS_HELP = """\
@@ -72,6 +75,8 @@ FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
     },
 }
 
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
 METAVARS: dict[Parse, str] = {str: "STR", WHOLE: "INT", REAL: "FLOAT", _rate: "FLOAT"}
 
 
@@ -97,3 +102,22 @@ def config_of(args: argparse.Namespace, **changes: Any) -> Config:
     known = {field.name for field in dataclasses.fields(Config)}
     given = {name: value for name, value in vars(args).items() if name in known}
     return Config(**{**given, **changes})
+
+
+def check_device(name: str | None) -> None:
+    """Raises ValueError unless torch can compute on the device `name`; None is no choice."""
+    if name is None:
+        return
+    kind, _, index = name.partition(":")
+    choice("--device", kind, DEVICES)
+    if kind == "cpu":
+        count = 1
+    elif kind == "mps":
+        count = int(torch.backends.mps.is_available())
+    else:
+        count = getattr(torch, kind).device_count()
+    if not re.fullmatch("[0-9]{0,3}", index) or int(index or 0) >= count:
+        raise ValueError(
+            f"`--device {name}` needs a device that torch sees, and it sees {count} of {kind}. "
+            "Leave it out, or choose another."
+        )

@@ -2,12 +2,13 @@
 
 import argparse
 import dataclasses
-import json
 
 import torch
 
-from kart import checkpoint, data, runs, tables, train, tree
+from kart import runs, tables, train, tree
 from kart.commands.command import Command
+from kart.commands.config import check_device
+from kart.runs import owned
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
@@ -19,29 +20,31 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    check_device(args.device)
     by_operator: dict[str, list[dict[str, float]]] = {}
-    for directory in runs.find(args.run):
-        configs = runs.members(directory)
-        if args.data is not None:
-            configs = [dataclasses.replace(config, data=args.data) for config in configs]
-        config = configs[0]
+    found = runs.distinct(args.run)
+    for directory in found:
+        # the test split is read once, at the end
+        runs.check_finished(directory, runs.read_metrics(directory))
+    for directory in found:
+        own = runs.read(directory)
+        config = own.configs[0]
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        config = dataclasses.replace(config, device=args.device or config.device)
-        dataset = data.load(config.data, args.split, image_size=config.decode_size)
+        config = dataclasses.replace(
+            config, device=args.device or config.device, data=args.data or config.data
+        )
+        dataset = owned.load_split(str(directory), own.data, config, args.split)
         model = train.build(config, dataset)
         scores = []
         weights = runs.load_weights(directory, args.checkpoint)
-        for member, params in zip(configs, weights, strict=True):
+        for member, params in zip(own.configs, weights, strict=True):
             params = tree.to(params, config.device)
             values = train.evaluate(model.apply, params, dataset, config)
             scores.append(
                 {"seed": member.seed, **{name: float(value) for name, value in values.items()}}
             )
-        text = {"split": args.split, "checkpoint": args.checkpoint, "images": len(dataset.labels)}
-        report = {**text, "members": scores, "versions": checkpoint.versions()}
-        path = directory / f"eval-{args.split}-{args.checkpoint}.json"
-        checkpoint.write_text(path, json.dumps(report, indent=1) + "\n")
+        runs.write_scores(directory, args.split, args.checkpoint, scores, len(dataset.labels))
         by_operator.setdefault(str(config.operator), []).extend(scores)
     rows = [
         [

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from kart.commands.command import Command, choice, integer, number
+from kart.commands.config import check_device
 
 if TYPE_CHECKING:
     from kart.search import Study
@@ -205,6 +206,7 @@ class Opened(NamedTuple):
 
 def _place(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of Config that say where this process trains."""
+    check_device(args.device)
     place: dict[str, Any] = {"threads": args.threads or torch.get_num_threads()}
     if args.device is not None:
         place["device"] = args.device

@@ -1,6 +1,8 @@
 """`kart train`: one or several operators on one or several seeds."""
 
 import argparse
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,12 @@ import torch
 
 from kart import population, runs, tables, train, tree
 from kart.commands.command import Command, integer
-from kart.commands.config import OPERATORS_HELP, add_config_flags, config_of
+from kart.commands.config import OPERATORS_HELP, add_config_flags, check_device, config_of
 from kart.train import Config, Record
 
-SEED = integer(0, most=2**63 - 1)
+SEED = integer(0)
+MOST_STEPS = 10**9
+LONG_S = 86_400.0  # what would take longer is said
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +28,9 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--group",
+        type=_group,
         default="auto",
+        metavar="INT",
         help="seeds that train as one vmapped program; auto (default) measures what is fastest",
     )
     parser.add_argument("--out", help="run directory (default runs/<data>-<hash of the config>)")
@@ -35,17 +41,22 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     if args.threads is None:
         args.threads = torch.get_num_threads()
+    check_device(args.device)
     named = [config_of(args, operator=spec) for spec in args.operator]
-    if len({runs.slug(spec) for spec in args.operator}) != len(args.operator):
-        raise ValueError(f"`--operator` needs different operators, got {args.operator}.")
+    seeds = [config.seed for config in population.seeds(named[0], args.seeds)]
     splits = train.load_data(named[0])
-    for config in named:
-        train.build(config, splits.train)  # a bad operator is found before the first one trains
-    out = Path(args.out or f"runs/{runs.slug(Path(args.data).name)}-{named[0].hash}")
+    out = Path(args.out) if args.out else runs.default_directory(named, seeds)
+    homes = runs.homes(named, out)
+    # nothing is written before all of it is known to be in order
+    for config, home in zip(named, homes, strict=True):
+        _check(config, splits)
+        for _, directory in runs.parts(population.seeds(config, seeds), 1, home):
+            runs.check_place(directory)
+    if args.group != "auto" and len(seeds) == 1:
+        raise ValueError("`--group` needs several seeds, got one. Leave it out.")
     results: list[tuple[str, int, list[Record]]] = []
-    for config in named:
-        configs = population.seeds(config, args.seeds)
-        home = out if len(named) == 1 else out / runs.slug(str(config.operator))
+    for config, home in zip(named, homes, strict=True):
+        configs = population.seeds(config, seeds)
         size = runs.group_size(home) or _group_size(configs, splits, args.group)
         parts = runs.parts(configs, size, home)
         last: list[Record] = []
@@ -70,11 +81,30 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _group_size(configs: Sequence[Config], splits: train.Splits, asked: str) -> int:
+def _check(config: Config, splits: train.Splits) -> None:
+    """Raises ValueError for what would stop `config` later: a bad operator, too large a batch."""
+    train.build(config, splits.train)
+    steps = config.epochs * train.batches(config, splits.train).steps_per_epoch
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"`--epochs` needs at most {MOST_STEPS:,} steps together, got {steps:,}: even at 1 ms "
+            f"each {steps / 86_400_000:,.0f} days. Train for fewer epochs."
+        )
+    if config.trajectory:
+        runs.snapshot_steps(config.trajectory, steps)
+
+
+def _group(text: str) -> int | str:
+    return text if text == "auto" else integer(1)(text)
+
+
+def _group_size(configs: Sequence[Config], splits: train.Splits, asked: int | str) -> int:
     if len(configs) == 1:
         return 1
-    if asked != "auto":
-        return int(asked)
+    if isinstance(asked, int):
+        if asked > len(configs):
+            raise ValueError(f"`--group` needs at most the {len(configs)} seeds, got {asked}.")
+        return asked
     size, seconds = population.fastest_group(configs, splits)
     shown = ", ".join(f"{k}: {1000 * s:.1f} ms" for k, s in seconds.items())
     print(f"{configs[0].operator}: {size} at a time (ms per member and step: {shown})")
@@ -87,6 +117,7 @@ def _train(
     seeds = ",".join(str(config.seed) for config in configs)
     label = f"{configs[0].operator} seed {seeds}"
     record: Record = {}
+    marks: list[float] = []
     with tables.bar(desc=label, unit="step", disable=quiet) as bar:
 
         def on_step(step: int, total: int, loss: Any) -> None:
@@ -94,6 +125,12 @@ def _train(
                 bar.reset(total)
                 bar.initial = bar.n = step - 1
             bar.update(1)
+            marks.append(time.monotonic())
+            if len(marks) == 11:  # the first steps warm up
+                left = (marks[-1] - marks[5]) / 5 * (total - step)
+                if left > LONG_S:
+                    tell = f"{label}: about {left / 86_400:,.0f} days for {total:,} steps"
+                    print(f"{tell}; stop it with Ctrl-C, it goes on later", file=sys.stderr)
 
         for record in runs.execute(directory, configs, splits, on_step=on_step):
             top1 = [one["val_top1"] for one in population.split_record(record, len(configs))]

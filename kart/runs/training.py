@@ -1,6 +1,5 @@
 """Training in a run directory, so that it can be killed at any moment."""
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,17 +11,21 @@ from kart.runs import identity, records, weights
 from kart.train import Config, Record, Run, Splits, State
 
 
-def _save(path: Path, run: Run, configs: Sequence[Config], state: State, best: float) -> None:
+def _save(path: Path, owner: str, state: State, best: float) -> None:
     # without averaging the weights are the state's own: stored once
     slim = state if state.average else state._replace(params={})
-    config = {**identity.describe(configs), "best_val_top1": best}
-    checkpoint.save(path, train.weights_for_evaluation(state), config, state=slim)
+    about = {"run": owner, "step": int(state.step.max()), "best_val_top1": best}
+    checkpoint.save(path, train.weights_for_evaluation(state), about, state=slim)
 
 
-def restore(path: Path, run: Run) -> tuple[State, float]:
-    """The state in a checkpoint of `run`, and the best validation top-1 until then."""
+def restore(path: Path, run: Run, owner: str) -> tuple[State, float]:
+    """The state in a checkpoint of `run`, and the best validation top-1 until then.
+
+    Raises ValueError for a checkpoint of another run than the one whose id is `owner`.
+    """
     like = run.init()
     params, config = checkpoint.load(path, device=run.config.device)
+    identity.check_owner(path, config, owner)
     slim = like if like.average else like._replace(params={})
     state = checkpoint.load_state(path, state=slim)["state"]
     return (state if like.average else state._replace(params=params)), config["best_val_top1"]
@@ -60,30 +63,37 @@ def execute(
     before.
     """
     directory = Path(directory)
+    run = population.run(configs, splits)
+    total = run.config.epochs * run.steps_per_epoch
+    kept = set(snapshot_steps(run.config.trajectory, total) if run.config.trajectory else ())
+    identity.check_place(directory)
     with identity.locked(directory):
-        identity.claim(directory, configs)
-        run = population.run(configs, splits)
-        total = run.config.epochs * run.steps_per_epoch
+        owner = identity.claim(directory, configs, splits).id
         last, log = directory / "last.safetensors", directory / "metrics.jsonl"
-        state, best = restore(last, run) if last.exists() else (None, -1.0)
+        state, best = restore(last, run, owner) if last.exists() else (None, -1.0)
         done = 0 if state is None else int(state.step.max())
         # a kill between record and checkpoint leaves a record that will be made again
-        earlier = [record for record in records.read_metrics(directory) if record["step"] <= done]
-        text = "".join(json.dumps(record) + "\n" for record in earlier)
+        earlier = [one for one in records.read_metrics(directory) if one["step"] <= done]
+        if len(earlier) * run.steps_per_epoch != done:
+            raise ValueError(
+                f"`run` needs a record of every epoch in metrics.jsonl, got {len(earlier)} in "
+                f"{str(directory)!r} with weights after {done // run.steps_per_epoch}. Put the "
+                "right file back, or train into a new directory."
+            )
+        text = "".join(records.line(owner, record) for record in earlier)
         if earlier or log.exists():
             checkpoint.write_text(log, text)
         spent = earlier[-1]["seconds"] if earlier else 0.0
         yield from earlier
         if done >= total:
             return
-        kept = set(snapshot_steps(run.config.trajectory, total) if run.config.trajectory else ())
 
         def keep(state: State, step: int) -> None:
             if step in kept:
                 path = weights.snapshot(directory, step)
                 path.parent.mkdir(exist_ok=True)
-                description = {**identity.describe(configs), "step": step}
-                checkpoint.save(path, train.weights_for_evaluation(state), description)
+                about = {"run": owner, "step": step}
+                checkpoint.save(path, train.weights_for_evaluation(state), about)
 
         if state is None:
             state = run.init()
@@ -102,15 +112,15 @@ def execute(
                 record["seconds"] = round(record["seconds"] + spent, 3)
                 top1 = _mean(record["val_top1"])
                 with open(log, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+                    file.write(records.line(owner, record))
                     file.flush()
                     os.fsync(file.fileno())
                 if top1 > best:
                     best = top1
-                    _save(directory / "best.safetensors", run, configs, current, best)
-                _save(last, run, configs, current, best)
+                    _save(directory / "best.safetensors", owner, current, best)
+                _save(last, owner, current, best)
                 yield record
         except train.Diverged:
             if latest:
-                _save(directory / "diverged.safetensors", run, configs, latest[0], best)
+                _save(directory / "diverged.safetensors", owner, latest[0], best)
             raise

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 import sqlalchemy.exc
 import torch
 from optuna.samplers import BaseSampler
@@ -126,7 +127,8 @@ def open_database(url: str, heartbeat: int = 20, create: bool = False) -> RDBSto
     sqlite = url.startswith("sqlite")
     if sqlite and create:
         # a property of the file: readers and the writer no longer wait for each other
-        with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+        path = sqlalchemy.make_url(url).database or ""
+        with contextlib.closing(sqlite3.connect(path)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
     try:
         with _quiet():
@@ -174,8 +176,19 @@ def check_url(url: str) -> None:
 
 
 def directory_url(directory: Path) -> str:
-    """The SQLite database of a run directory."""
-    return f"sqlite:///{directory / 'study.db'}"
+    """The SQLite database of a run directory.
+
+    >>> directory_url(Path("/runs/lr?1"))
+    'sqlite:////runs/lr%3F1/study.db'
+    """
+    path = str(directory / "study.db")
+    url = sqlalchemy.URL.create("sqlite", database=path).render_as_string()
+    if sqlalchemy.make_url(url).database != path:
+        raise ValueError(
+            f"`out` needs a path that SQLAlchemy {sqlalchemy.__version__} can write in a URL, got "
+            f"{str(directory)!r}. Choose one of letters, digits, - and _."
+        )
+    return url
 
 
 def studies(storage: RDBStorage, settings: Settings) -> dict[str, optuna.Study]:
