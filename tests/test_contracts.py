@@ -18,7 +18,7 @@ HOUSE = [
     {"testing", "search"},
     {"runs"},
     {"analysis"},
-    {"population", "recipes"},
+    {"export", "population", "recipes"},
     {"train"},
     {"models"},
     {"layers", "operators", "optim", "checkpoint"},

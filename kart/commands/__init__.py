@@ -4,7 +4,7 @@ A command is a `Command`: its name, what `--help` says of it, its flags, and the
 it. What it calls is imported when it runs, so that `kart --help` needs no optional package.
 """
 
-from kart.commands import analyse, bench, data, eval, info, study, test, train
+from kart.commands import analyse, bench, data, eval, export, info, predict, study, test, train
 from kart.commands.command import Command
 
 COMMANDS: tuple[Command, ...] = (
@@ -12,6 +12,8 @@ COMMANDS: tuple[Command, ...] = (
     train.COMMAND,
     eval.COMMAND,
     analyse.COMMAND,
+    predict.COMMAND,
+    export.COMMAND,
     study.COMMAND,
     test.COMMAND,
     bench.COMMAND,
