@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kart import runs
 from kart.commands.command import choice, integer, number
 from kart.train import Config
 
@@ -102,6 +103,17 @@ def config_of(args: argparse.Namespace, **changes: Any) -> Config:
     known = {field.name for field in dataclasses.fields(Config)}
     given = {name: value for name, value in vars(args).items() if name in known}
     return Config(**{**given, **changes})
+
+
+def configs_of(args: argparse.Namespace) -> list[Config]:
+    """One Config for each of the operators; each option of operators is for those that leave it
+    open.
+    """
+    some = set[str]().union(*map(runs.options_of, args.operator))
+    return [
+        config_of(args, operator=spec, **dict.fromkeys(some - runs.options_of(spec)))
+        for spec in args.operator
+    ]
 
 
 def check_device(name: str | None) -> None:

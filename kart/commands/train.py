@@ -11,7 +11,7 @@ import torch
 
 from kart import population, runs, tables, train, tree
 from kart.commands.command import Command, integer
-from kart.commands.config import OPERATORS_HELP, add_config_flags, check_device, config_of
+from kart.commands.config import OPERATORS_HELP, add_config_flags, check_device, configs_of
 from kart.train import Config, Record
 
 SEED = integer(0)
@@ -42,7 +42,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.threads is None:
         args.threads = torch.get_num_threads()
     check_device(args.device)
-    named = [config_of(args, operator=spec) for spec in args.operator]
+    named = configs_of(args)
     seeds = [config.seed for config in population.seeds(named[0], args.seeds)]
     splits = train.load_data(named[0])
     out = Path(args.out) if args.out else runs.default_directory(named, seeds)
