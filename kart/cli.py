@@ -1,10 +1,13 @@
 """The `kart` command: parsing and calling, and one line for whatever goes wrong."""
 
+import re
 import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from kart import train
 from kart.commands import COMMANDS
@@ -53,9 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _one_line(error: Exception) -> str:
     """What went wrong, in a line; the traceback of what nobody foresaw goes to a file."""
-    text = " ".join(str(error).split())
+    # whatever a library says of a connection, without its password
+    text = re.sub(r"(://[^\s:/@]*):[^\s/]*@", r"\1:***@", " ".join(str(error).split()))
     if isinstance(error, ValueError | OSError | ImportError):
         return text
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+        return f"this needs more memory than there is ({text[-200:]}). Choose a smaller model."
     with tempfile.NamedTemporaryFile(
         "w", prefix="kart-", suffix=".txt", delete=False, encoding="utf-8"
     ) as file:

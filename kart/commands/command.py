@@ -7,6 +7,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+# products of larger numbers overflow
+MOST = 1e30
+
 Call = Callable[[argparse.Namespace], int]
 
 
@@ -102,6 +105,8 @@ def number(least: float | None = None) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"needs a finite number, got {text!r}")
         if least is not None and value < least:
             raise argparse.ArgumentTypeError(f"needs a number >= {least:g}, got {text}")
+        if abs(value) > MOST:
+            raise argparse.ArgumentTypeError(f"needs a number of at most {MOST:g}, got {text}")
         return value
 
     return parse

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +27,9 @@ def _rate(text: str) -> float | None:
     return None if text == "paper" else number(0)(text)
 
 
-WHOLE, REAL = integer(0), number()
+WHOLE, COUNT, REAL = integer(0), integer(1), number()
+# torch ends the process where the machine cannot start as many
+THREADS = integer(1, most=max(64, os.cpu_count() or 1))
 
 # one line for each field of Config that is a flag; argparse's help of `kart train`
 FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
@@ -35,8 +38,8 @@ FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
             str,
             'digits, a directory (parquet or images), or a public name "uoft-cs/cifar10"',
         ),
-        "train_limit": (WHOLE, "train on the first so many images"),
-        "decode_size": (WHOLE, "side to cut images to when reading, where they differ"),
+        "train_limit": (COUNT, "train on the first so many images"),
+        "decode_size": (COUNT, "side to cut images to when reading, where they differ"),
         "augment": (str, "none, crop, flip_crop, paper, paper_half or small"),
         "eval_crop": (REAL, "share of the side that evaluation sees, the centre (paper: 0.9)"),
     },
@@ -46,16 +49,16 @@ FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
         "rank": (WHOLE, "rank r of the operators (12)"),
         "project": (str, "simplex: project rows of weights onto the probability simplex"),
         "base": (str, "softmax: add rows of softmax to the learned weights"),
-        "image_size": (WHOLE, "side of the model's images; those of the data are resized to it"),
-        "patch_size": (WHOLE, "side of a patch (16 from 128 px on, else an eighth of the side)"),
-        "embed_dim": (WHOLE, "width D"),
-        "depth": (WHOLE, "number of blocks L"),
-        "num_heads": (WHOLE, "number of heads H"),
+        "image_size": (COUNT, "side of the model's images; those of the data are resized to it"),
+        "patch_size": (COUNT, "side of a patch (16 from 128 px on, else an eighth of the side)"),
+        "embed_dim": (COUNT, "width D"),
+        "depth": (COUNT, "number of blocks L"),
+        "num_heads": (COUNT, "number of heads H"),
         "mlp_ratio": (REAL, "width of the MLP over D"),
     },
     "optimisation": {
-        "epochs": (WHOLE, "passes over the training images"),
-        "batch_size": (WHOLE, "images a step"),
+        "epochs": (COUNT, "passes over the training images"),
+        "batch_size": (COUNT, "images a step"),
         "learning_rate": (_rate, "peak of the schedule; `paper` for 5e-4 * batch / 512"),
         "start_learning_rate": (REAL, "where the warm-up begins"),
         "end_learning_rate": (REAL, "where the cosine ends"),
@@ -72,13 +75,20 @@ FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
         "step": (str, "eager, or compiled: the whole step as one graph of torch.compile"),
         "precision": (str, "float32 or bfloat16"),
         "device": (str, "cpu or cuda"),
-        "threads": (WHOLE, "CPU threads; recorded, since they change the last bits of a result"),
+        "threads": (THREADS, "CPU threads; recorded, since they change the last bits of a result"),
     },
 }
 
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
-METAVARS: dict[Parse, str] = {str: "STR", WHOLE: "INT", REAL: "FLOAT", _rate: "FLOAT"}
+METAVARS: dict[Parse, str] = {
+    str: "STR",
+    WHOLE: "INT",
+    COUNT: "INT",
+    THREADS: "INT",
+    REAL: "FLOAT",
+    _rate: "FLOAT",
+}
 
 
 def add_config_flags(parser: argparse.ArgumentParser, groups: Sequence[str] = tuple(FLAGS)) -> None:
@@ -102,7 +112,21 @@ def config_of(args: argparse.Namespace, **changes: Any) -> Config:
     """The Config that the flags in `args` describe."""
     known = {field.name for field in dataclasses.fields(Config)}
     given = {name: value for name, value in vars(args).items() if name in known}
-    return Config(**{**given, **changes})
+    config = Config(**{**given, **changes})
+    check_together(config)
+    return config
+
+
+def check_together(config: Config) -> None:
+    """Raises ValueError for a schedule that ends or begins above its peak."""
+    peak = config.peak_learning_rate
+    for name in ("start_learning_rate", "end_learning_rate"):
+        if getattr(config, name) > peak:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"`{flag}` needs to be at most the peak, {peak:g}, got {getattr(config, name):g}. "
+                "Lower it, or raise `--learning-rate`."
+            )
 
 
 def configs_of(args: argparse.Namespace) -> list[Config]:

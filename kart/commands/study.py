@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from kart.commands.command import Command, choice, integer, number
-from kart.commands.config import check_device
+from kart.commands.config import THREADS, check_device, check_together
 
 if TYPE_CHECKING:
     from kart.search import Study
@@ -78,7 +78,7 @@ def _place_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("this process")
     group.add_argument("--device", default=None, help="cpu or cuda (default cpu)")
     group.add_argument(
-        "--threads", type=integer(1), metavar="INT", help="CPU threads (default torch's)"
+        "--threads", type=THREADS, metavar="INT", help="CPU threads (default torch's)"
     )
     group.add_argument("--quiet", action="store_true", help="no progress bar")
 
@@ -123,7 +123,7 @@ def _study_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--confirm", type=count, metavar="N", help="fresh seeds of the winners")
     group.add_argument("--sampler", help=SAMPLERS_HELP)
     group.add_argument(
-        "--levels", type=positive, default=3, metavar="INT", help="values of an interval, grid (3)"
+        "--levels", type=positive, metavar="INT", help="values of an interval, grid (3)"
     )
     group.add_argument(
         "--sampler-seed", type=count, default=0, metavar="INT", help="seed of the search (0)"
@@ -228,7 +228,12 @@ def _set_up(args: argparse.Namespace) -> Opened:
     changes = dict(study.tiny) if args.tiny else {}
     given = ("data", "epochs", "train_limit", "trials", "seeds", "confirm", "sampler", "pruner")
     changes |= {n: getattr(args, n) for n in given if getattr(args, n) is not None}
-    study = question.with_changes(study, {**changes, **_pairs(args.set, "--set")})
+    asked, fix = _pairs(args.set, "--set"), _pairs(args.fix, "--fix")
+    study = question.with_changes(study, {**changes, **asked})
+    question.check_effects(study, asked, fix)
+    if args.levels is not None and study.sampler != "grid":
+        raise ValueError("`--levels` needs `--sampler grid`, got it without. Leave it out.")
+    check_together(study.config)
     choice("--sampler", study.sampler, list(storage.SAMPLERS))
     choice("--pruner", study.pruner, storage.PRUNERS)
     for field, least in (("trials", len(study.arms)), ("seeds", 1), ("confirm", 0)):
@@ -246,9 +251,9 @@ def _set_up(args: argparse.Namespace) -> Opened:
     options = {
         "objectives": objectives,
         "limits": {name: value for name, value in limits.items() if value is not None},
-        "fix": _pairs(args.fix, "--fix"),
+        "fix": fix,
         "sampler_seed": args.sampler_seed,
-        "levels": args.levels,
+        "levels": args.levels or 3,
         "val_limit": args.val_limit,
         "group": args.group or 0,
         "heartbeat": args.heartbeat,
@@ -345,20 +350,21 @@ def _write(opened: Opened, out: str, arms: "Arms") -> None:
 
 
 def _search(args: argparse.Namespace, opened: Opened, place: Mapping[str, Any]) -> bool:
-    from kart.search import work
+    from kart.search import storage, work
 
     assert opened.study is not None
-    return work.work(
-        opened.where,
-        opened.database,
-        opened.settings,
-        opened.study,
-        place=place,
-        pool=args.pool,
-        worker=_worker(),
-        quiet=args.quiet,
-        timeout=args.timeout,
-    )
+    with storage.reachable(opened.where.name):
+        return work.work(
+            opened.where,
+            opened.database,
+            opened.settings,
+            opened.study,
+            place=place,
+            pool=args.pool,
+            worker=_worker(),
+            quiet=args.quiet,
+            timeout=args.timeout,
+        )
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """`kart train`: one or several operators on one or several seeds."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from kart import population, runs, tables, train, tree
+from kart.analysis import cost
 from kart.commands.command import Command, integer
 from kart.commands.config import OPERATORS_HELP, add_config_flags, check_device, configs_of
 from kart.train import Config, Record
@@ -83,7 +85,15 @@ def _run(args: argparse.Namespace) -> int:
 
 def _check(config: Config, splits: train.Splits) -> None:
     """Raises ValueError for what would stop `config` later: a bad operator, too large a batch."""
-    train.build(config, splits.train)
+    model = train.build(config, splits.train)
+    # weights, gradients and AdamW's two moments
+    needed = 16 * cost.parameters(model).total
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if config.device == "cpu" and needed > memory:
+        raise ValueError(
+            f"`kart train` needs parameters that fit the {memory / 2**30:.0f} GiB of memory, got "
+            f"{needed / 2**30:,.0f} GiB of them with their moments. Choose a smaller model."
+        )
     steps = config.epochs * train.batches(config, splits.train).steps_per_epoch
     if steps > MOST_STEPS:
         raise ValueError(

@@ -6,6 +6,7 @@ import difflib
 import functools
 import hashlib
 import importlib.util
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 import optuna
 
 import kart
-from kart.search.space import Space, fixed
+from kart.runs import identity
+from kart.search.space import Space, contains, distributions, first, fixed
 from kart.train import Config
 
 Arm = Callable[[optuna.Trial, Config], Config]
@@ -160,8 +162,43 @@ def with_changes(study: Study, changes: Mapping[str, Any]) -> Study:
             f"`--set` needs fields of Config, got {unknown[0]!r}. "
             f"Near matches: {', '.join(near) or 'none'}."
         )
+    for cls in (Config, Study):
+        hints = typing.get_type_hints(cls)
+        for name, value in changes.items():
+            if name in hints and not identity.fits(value, hints[name]):
+                raise ValueError(
+                    f"`--set` needs a value of the type of {name!r}, {hints[name]}, got {value!r}."
+                )
     config = dataclasses.replace(
         study.config, **{name: value for name, value in changes.items() if name in shared}
     )
     mine = {name: value for name, value in changes.items() if name in own}
     return dataclasses.replace(study, config=config, **mine)
+
+
+def check_effects(study: Study, changes: Mapping[str, Any], fix: Mapping[str, Any]) -> None:
+    """Raises ValueError for a change of the config that every arm overrides, and for a fixed
+    parameter that no arm has, or not with this value.
+    """
+    made = [first(arm) for arm in study.spaces(study.config, {}).values()]
+    for name, value in changes.items():
+        if hasattr(study.config, name) and all(getattr(one, name) != value for one in made):
+            raise ValueError(
+                f"`--set` needs fields that the arms leave alone, got {name!r}, which they set "
+                "themselves. Leave it out, or write a study of your own."
+            )
+    known: dict[str, list[Any]] = {}
+    for arm in study.spaces(study.config, {}).values():
+        for name, found in distributions(arm).items():
+            known.setdefault(name, []).extend(found)
+    for name, value in fix.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or list(known)
+            raise ValueError(
+                f"`--fix` needs a parameter of the study, got {name!r}. Near matches: "
+                f"{', '.join(near)}."
+            )
+        if not any(contains(one, value) for one in known[name]):
+            raise ValueError(
+                f"`--fix` needs a value that {name!r} can take, {known[name][0]}, got {value!r}."
+            )

@@ -155,13 +155,25 @@ def open_database(url: str, heartbeat: int = 20, create: bool = False) -> RDBSto
         ) from None
 
 
+@contextlib.contextmanager
+def reachable(name: str) -> Iterator[None]:
+    """Raises ConnectionError, in one line, where the database `name` is lost in the block."""
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ConnectionError(
+            f"the database {name!r} is gone: {reason}. The same command goes on when it is back."
+        ) from error
+
+
 def hide(url: str) -> str:
     """A database URL without its password."""
     try:
         return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
     except sqlalchemy.exc.ArgumentError:
         raise ValueError(
-            f"`storage` needs a URL such as postgresql://user@host/database, got {url!r}."
+            "`storage` needs a URL such as postgresql://user@host/database, got another."
         ) from None
 
 
