@@ -343,7 +343,7 @@ def arm(operator):
     def space(trial, config):
         rate = trial.suggest_float("learning_rate", 1e-3, {high}, log=True)
         size = trial.suggest_categorical("rank", [2, 3])
-        return dataclasses.replace(config, operator=operator, learning_rate=rate, rank=size)
+        return dataclasses.replace(config, operator=operator, learning_rate=rate, mlp_ratio=size)
     return space
 
 STUDY = search.Study(config=CONFIG, arms={{"softmax": arm("softmax"), "G1": arm("G1B")}},

@@ -387,6 +387,7 @@ def _run(args: argparse.Namespace) -> int:
 def _init(args: argparse.Namespace) -> int:
     opened = _set_up(args)
     settings = opened.settings
+    opened.database.engine.dispose()  # its files are whole when this returns
     home = f"--storage {opened.where.name}" if args.storage else f"--out {args.out}"
     print(
         f"{settings.study}: {len(settings.spaces)} arms ({', '.join(settings.spaces)}), "
