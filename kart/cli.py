@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, rest = parser().parse_known_args(argv)
         if rest:
             args.parser.refuse(rest)
+        args.given = argv
         return args.call(args)
     except KeyboardInterrupt:
         print("\nkart: stopped; the same command goes on where it stopped", file=sys.stderr)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kart import cli, models, search
+from kart import cli, models, search, statistics
 from kart.search import Confirmed
 from kart.train import Config
 
@@ -72,15 +72,15 @@ def answer(found: Mapping[str, Confirmed]) -> str:
     lines = []
     base = found["softmax"].test
     for name, one in found.items():
-        gain = search.paired_difference(one.test, base)
+        gain = statistics.pairs(one.test, base)
         if name != "softmax" and len(gain) > 1:
-            mean, low, high = (100 * x for x in search.interval(gain))
-            bounds = f"[{low:+.2f}, {high:+.2f}], n = {len(gain)}"
-            lines.append(f"{name}: {mean:+.2f} points over softmax {bounds}")
+            shown = statistics.interval(gain, low=-1.0, high=1.0).text(sign="+")
+            mean, _, bounds = shown.partition(" ")
+            lines.append(f"{name}: {mean} points over softmax {bounds}, n = {len(gain)}")
     for beside in ("", " + softmax"):
         names = [f"{name}{beside}" for name in ("polynomial-0", "G3")]
         if all(name in found for name in names):
-            part, whole = (search.paired_difference(found[n].test, base) for n in names)
+            part, whole = (statistics.pairs(found[n].test, base) for n in names)
             if len(part) == len(whole) > 1:
                 lines.append(
                     f"share of the gain of {names[1]} left in {names[0]}: {share(part, whole)}"
@@ -90,10 +90,7 @@ def answer(found: Mapping[str, Confirmed]) -> str:
 
 def share(part: Sequence[float], whole: Sequence[float]) -> str:
     """`mean(part) / mean(whole)` with Fieller's 95 % interval, for pairs."""
-    ratio, low, high = search.ratio_interval(part, whole)
-    if low == float("-inf"):
-        return f"{ratio:.2f}, without bounds: the gain itself is not surely different from 0"
-    return f"{ratio:.2f} [{low:.2f}, {high:.2f}], n = {len(part)}"
+    return f"{statistics.ratio(part, whole).text(scale=1.0)}, n = {len(part)}"
 
 
 STUDY = search.compare(ARMS, tiny={"confirm": 2}, answer=answer)

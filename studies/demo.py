@@ -20,6 +20,7 @@ import argparse
 import multiprocessing
 import os
 import queue
+import shlex
 import signal
 import statistics
 import sys
@@ -31,7 +32,7 @@ from typing import Any
 import torch
 
 from kart import data, population, tables, train, tree
-from kart.analysis import cost, report
+from kart.analysis import cost, report, scores, training
 from kart.train import Config
 
 OPERATORS = ("softmax", "G3B", "G3U")
@@ -55,14 +56,15 @@ def result_of(configs: Sequence[Config], on_step: Callable[[], None]) -> report.
         weights = train.weights_for_evaluation(state)
         params = [weights] if len(configs) == 1 else tree.unstack(weights)
     test = data.load(config.data, "test", image_size=config.decode_size)
+    images = len(test.labels)
     model = train.build(config, test)
-    scores = [
-        {name: float(value) for name, value in found.items()}
-        for found in (train.evaluate(model.apply, own, test, config) for own in params)
+    found = [
+        {name: float(value) for name, value in one.items()}
+        for one in (train.evaluate(model.apply, own, test, config) for own in params)
     ]
     steps = [later - sooner for sooner, later in zip(marks, marks[1:], strict=False)]
     step_ms = 1000 * statistics.median(steps) / len(configs)
-    return report.Result(str(config.operator), configs, records, params, scores, step_ms)
+    return report.Result(str(config.operator), configs, records, params, found, step_ms, images)
 
 
 def _work(number: int, configs: Sequence[Config], messages: Any) -> None:
@@ -135,7 +137,8 @@ def printed(results: Sequence[report.Result], splits: train.Splits, test_images:
         f"{test_images} test images (one is {100 / test_images:.2f} points),",
         "which are read once, after the last epoch, as `kart eval` does. Step: CPU time of one",
         "training step of one seed on one thread, as measured: the only column that varies.",
-        *report.verdicts(results),
+        *scores.verdicts(results),
+        *training.warnings(results),
     ]
     return "\n".join(lines)
 
@@ -176,15 +179,15 @@ def _run(args: argparse.Namespace, command: str) -> None:
     images = len(data.load(recipe.data, "test", image_size=recipe.decode_size).labels)
     print(printed(results, splits, images))
     title = f"{', '.join(OPERATORS[:-1])} and {OPERATORS[-1]} on handwritten digits"
-    report.write(out, results, splits, title=title, command=command)
-    print(f"\nreport: {out.absolute()}")
+    report.analyse(results, splits, out=out, title=title, command=command)
+    print(f"\nreport: {out.absolute()}, its numbers beside it as .json and .csv")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo; returns the exit status."""
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        _run(parser().parse_args(given), " ".join(["python -m studies.demo", *given]))
+        _run(parser().parse_args(given), shlex.join(["python", "-m", "studies.demo", *given]))
     except KeyboardInterrupt:
         print("\ndemo: stopped", file=sys.stderr)
         return 130

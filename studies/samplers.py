@@ -19,7 +19,7 @@ from typing import Any
 
 import optuna
 
-from kart.search import interval
+from kart import statistics
 from kart.search.storage import SAMPLERS, PerTrial
 from kart.tables import table
 
@@ -99,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         cells = []
         for mark in marks:
-            mean, low, high = (100 * x for x in interval([run[mark - 1] for run in runs]))
-            cells.append(f"{mean:.2f} [{low:.2f}, {high:.2f}]")
+            # a regret is never negative
+            cells.append(statistics.interval([run[mark - 1] for run in runs], low=0.0).text())
         found = sum(run[-1] == 0 for run in runs)
         rows.append([sampler, *cells, f"{found}/{args.seeds}"])
     print(table(rows, ["sampler", *(f"after {mark}" for mark in marks), "best found"]))

@@ -24,6 +24,7 @@ HOUSE = [
     {"layers", "operators", "optim", "checkpoint"},
     {"tree", "bases", "projections", "kernels", "data", "augment", "tables"},
     {"factories"},
+    {"pages", "statistics"},
 ]
 FLOOR = {room: len(HOUSE) - i for i, rooms in enumerate(HOUSE) for room in rooms}
 # within a floor

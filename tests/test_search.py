@@ -1,12 +1,16 @@
 """Spaces, trials of K seeds, storage, and the loop that can be killed."""
 
 import dataclasses
+import html
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -15,7 +19,7 @@ import torch
 from optuna.trial import TrialState
 
 from kart import bases, cli, operators, population, train, tree
-from kart.search import question, report, space, storage, trials, work
+from kart.search import plots, question, report, space, storage, trials, work
 from kart.search.trials import objective, train_members
 from kart.train import Config
 
@@ -546,6 +550,25 @@ def test_grid_and_brute_try_all_points_once(asked, tmp_path):
         assert sorted(trial.params["rank"] for trial in study.trials) == [2, 3]
 
 
+def test_the_commands_on_the_page_run_when_pasted(asked, tmp_path):
+    path, argv = asked
+    argv[argv.index("--out") + 1] = str(tmp_path / "a b")
+    assert kart_study([*argv, "--confirm", "0", "--trials", "2"]) == 0
+    text = html.unescape((tmp_path / "a b" / "report.html").read_text())
+    lines = re.findall(r"kart study ((?:work|report) [^<#\n]*--out [^<#\n]*)", text)
+    assert [line.split()[0] for line in lines] == ["report", "work", "report"]
+    for line in lines:
+        assert kart_study([*shlex.split(line), "--threads", "1", "--quiet"]) == 0
+    (url,) = re.findall(r"optuna-dashboard ([^<#\n]*)", text)
+    assert Path(shlex.split(url)[0].removeprefix("sqlite:///")).exists()
+    rows = report.result_rows(opened(tmp_path / "a b"), storage.read_settings(tmp_path / "a b"))
+    for row in rows:
+        for one in (row.search, row.val, row.test):
+            assert one is not None and 0 <= one.low <= one.mean <= one.high <= 1
+    assert rows[0].difference is None and rows[1].difference is not None
+    assert rows[0].test is not None and rows[0].test.n == 5
+
+
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])
 def test_importances_are_of_good_values(direction):
     # among the good ones only `fine` matters; `coarse` separates the bad from the worse
@@ -557,11 +580,11 @@ def test_importances_are_of_good_values(direction):
         return sign * (1 + fine if fine > 0.9 else -coarse)
 
     study.optimize(value, n_trials=200)
-    found = report.importances(study)
+    found = plots.importances(study)
     assert found["fine"] > 0.9 and sum(found.values()) == pytest.approx(1)
     few = optuna.create_study(direction=direction)
     few.add_trials(study.trials[:7])
-    assert report.importances(few) == {}
+    assert plots.importances(few) == {}
 
 
 def test_several_objectives_have_a_front_in_the_report(asked, tmp_path):

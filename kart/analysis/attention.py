@@ -8,7 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kart import pages
 from kart.analysis import figures
+from kart.analysis.functions import some_blocks
+from kart.analysis.section import Analysis, Context
 
 HEAT = "#ff7a1a"  # seen on black and on white
 
@@ -104,3 +107,40 @@ def plot(images: Tensor, maps: Tensor, share: float = 0.5) -> Any:
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize=8, color=figures.INK)
     return fig
+
+
+def section(context: Context) -> pages.Section:
+    """Maps of the class token's attention, and how much of it is the same for all images."""
+    looks = [context.look(result) for result in context.results]
+    pictures, rows, numbers = [], [], []
+    blocks = some_blocks(max(look.model.config.depth for look in looks))
+    for i, look in enumerate(looks):
+        name, last = look.result.name, look.model.config.depth - 1
+        maps = class_maps(look.aux[f"blocks.{last}.weights"][: context.shown])
+        alt = f"Attention maps of {name}, last block, over {len(maps)} images"
+        fig = plot(look.pixels[: context.shown], maps)
+        pictures.append(pages.figure(fig, f"attention-{i}", alt, name))
+        shares = [static_share(look.aux[f"blocks.{b}.weights"]) for b in blocks]
+        rows.append([name, *(", ".join(f"{100 * s:.0f}" for s in share) for share in shares)])
+        numbers += [
+            pages.Number(name, f"static_share_block_{b + 1}_head_{h + 1}", s, "", look.seed)
+            for b, share in zip(blocks, shares, strict=True)
+            for h, s in enumerate(share.tolist())
+        ]
+    count = len(looks[0].pixels)
+    caption = (
+        "Share of the attention weights that is the same for all images, %, head by head: the "
+        f"squared norm of their mean over {count} images, over the mean of their squared norms. "
+        "100 would be attention that ignores the image."
+    )
+    told = (
+        f"The class token's row of the last block over the first {min(context.shown, count)} "
+        f"validation images, seed {looks[0].seed}; negative weights count as none, and "
+        "every map is scaled to its own maximum. Region: the fewest patches that hold half of the "
+        "weight of the head with the most."
+    )
+    table = pages.table(["operator", *(f"block {i + 1}" for i in blocks)], rows, caption)
+    return pages.Section([pages.text(told), pages.beside(*pictures), table], numbers)
+
+
+ANALYSIS = Analysis("attention", "Attention", section)

@@ -1,14 +1,28 @@
-"""What the plots share: Figures without global state, colours for either background, SVG text."""
+"""What the plots share: Figures without global state, colours for either background."""
 
-import io
-import re
+import textwrap
 from typing import Any
 
+from kart.pages import INK
+
 # of middle lightness, so that they stand on a light and on a dark page; told apart by the colour
-# blind (after Okabe and Ito, 2008)
+# blind (after Okabe and Ito, 2008). In grey they are alike: lines differ by `DASHES` as well
 COLOURS = ("#3b7dd8", "#e0862a", "#1f9d7a", "#c2529d", "#8a6fd1", "#b0a020")
-INK = "#2b2f36"  # text and marks; follows the page's text colour in a report
+DASHES = (
+    *("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5))),
+    *((0, (8, 3)), (0, (3, 1, 1, 1, 1, 1))),
+)
 QUIET = "#8b909a"  # axes, reference lines
+
+
+def look(i: int) -> dict[str, Any]:
+    """Colour and dash of the i-th line, for `Axes.plot`: the dashes move on by one each time the
+    colours have been used up.
+    """
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "ls": DASHES[(i + i // len(COLOURS)) % len(DASHES)],
+    }
 
 
 def grid(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
@@ -35,29 +49,19 @@ def grid(rows: int, columns: int, width: float, height: float, **options: Any) -
     return fig, axes
 
 
-def svg(fig: Any, name: str) -> str:
-    """`fig` as an SVG element for a page: its texts stay text in the page's font and colour.
-
-    `name` is put before all ids, since the figures of a page share one name space. The same figure
-    gives the same text on every call.
-    """
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "kart"}):
-        empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        fig.savefig(buffer, format="svg", transparent=True, metadata=empty)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)  # a page of HTML needs none
-    text = re.sub(r'\bid="(?:\w+_\d+|patch|text)"', "", text)  # of groups nothing refers to
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    text = re.sub(r"font(-family)?: ([\d.]+px )?'DejaVu Sans'[^;\"]*", _page_font, text)
-    text = text.replace(INK, "currentColor")
-    # the page sets the size; the view box keeps the shape
-    return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-
-
-def _page_font(match: re.Match[str]) -> str:
-    return f"font-size: {match[2].strip()}; font-family: inherit" if match[2] else ""
+def legend(fig: Any) -> None:
+    """Names the labelled lines of the first axes below them, in as many columns as fit."""
+    handles, labels = fig.axes[0].get_legend_handles_labels()
+    labels = ["\n".join(textwrap.wrap(label, 40)) for label in labels]
+    # an entry is about as wide as its text, in characters of 8 points, and its line
+    widest = 0.7 + 0.07 * max(min(40, len(label)) for label in labels)
+    fig.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=max(1, min(len(labels), int(fig.get_size_inches()[0] / widest))),
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        handlelength=3,
+    )

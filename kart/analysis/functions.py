@@ -1,12 +1,15 @@
 """The functions that the heads of a learnable operator learned (paper, eq. 1, 2 and 5)."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kart import pages
 from kart.analysis import figures
+from kart.analysis.section import Analysis, Context
 from kart.bases import Params
 from kart.operators import Operator
 
@@ -75,11 +78,26 @@ def strongest(values: Tensor, params: Params, count: int = 4) -> Tensor:
     return size.topk(count, dim=-1).indices
 
 
-def response(operator: Operator, params: Params, x: Tensor) -> Tensor:
+def softmax_response(x: Tensor, keys: int, scores: Tensor | None = None) -> Tensor:
+    """A key's weight in a row of softmax as a function of its own score, less its mean over x: `x
+    (X)` to `(1, X)`, or to `(H, X)` with the `scores (..., H, N, M)` that other keys take.
+
+    The other keys are `keys - 1` times the mean of exp over the scores of the head, or of zeros.
+    """
+    rest = x.new_tensor([float(keys - 1)]).log()
+    if scores is not None:
+        seen = scores.detach().movedim(-3, 0).flatten(1).to(x.dtype)
+        rest = rest + seen.logsumexp(1) - math.log(seen.shape[1])
+    values = (x - rest[:, None]).sigmoid()
+    return values - values.mean(-1, keepdim=True)
+
+
+def response(operator: Operator, params: Params, x: Tensor, scores: Tensor | None = None) -> Tensor:
     """A key's weight as a function of its own score, less its mean over x: `x (X)` to `(H, M, X)`.
 
-    For key m of `low_rank` that is sum_p W[m, p] phi_pm(x); the other keys' scores add a constant.
-    It stands where softmax has exp(x).
+    For key m of `low_rank` that is sum_p W[m, p] phi_pm(x), and with base="softmax" the weight of
+    softmax that it is added to; the other keys' scores add a constant. Before any projection. It
+    stands where softmax has exp(x). `scores` as in `softmax_response`.
     """
     if operator.options.get("kind") != "low_rank":
         raise ValueError(
@@ -88,7 +106,10 @@ def response(operator: Operator, params: Params, x: Tensor) -> Tensor:
         )
     values = curves(operator, params, x)
     own = torch.einsum("hmp,hpmx->hmx", params["mix"].detach().to(values.dtype), values)
-    return own - own.mean(-1, keepdim=True)
+    own = own - own.mean(-1, keepdim=True)
+    if operator.options.get("base") == "softmax":
+        own = own + softmax_response(x, own.shape[1], scores)[:, None]
+    return own
 
 
 class Group(NamedTuple):
@@ -182,18 +203,17 @@ def plot_response(
     operator: Operator, params: Params, x: Tensor | None = None, *, scores: Tensor | None = None
 ) -> Any:
     """A matplotlib Figure, one panel a head of `low_rank`: `response` of each key as a thin line,
-    their median, the band of the middle 80 % of the keys, and softmax's exp(x) / M dotted.
+    their median, the band of the middle 80 % of the keys, and `softmax_response` dotted.
 
     Args as of `plot`.
     """
     where = score_range(scores, operator) if x is None else x
-    values = response(operator, params, where)
-    reference = where.exp() / values.shape[1]
-    reference = (reference - reference.mean()).cpu().numpy()
+    values = response(operator, params, where, scores)
+    reference = softmax_response(where, values.shape[1], scores).expand(len(values), -1)
     levels = values.quantile(values.new_tensor([0.1, 0.5, 0.9]), dim=1).transpose(0, 1)
     parts = [
-        (head, [lines.cpu().numpy(), level.cpu().numpy(), reference])
-        for head, (lines, level) in enumerate(zip(values, levels, strict=True))
+        (head, [part.cpu().numpy() for part in rest])
+        for head, rest in enumerate(zip(values, levels, reference, strict=True))
     ]
     return _panels(parts, _draw_response, where, scores, "weight, centred")
 
@@ -249,3 +269,71 @@ def _silhouette(ax: Any, x: Tensor, scores: Tensor) -> None:
     edges = torch.linspace(low, high, 41).numpy()
     bottom = ax.get_xaxis_transform()
     ax.stairs(heights, edges, transform=bottom, fill=True, color=figures.QUIET, alpha=0.5)
+
+
+def some_blocks(depth: int) -> list[int]:
+    """The first, the middle and the last block, or all of three."""
+    return list(range(depth)) if depth <= 3 else [0, depth // 2, depth - 1]
+
+
+def section(context: Context) -> pages.Section:
+    """The functions that each head learned, over the scores seen, and how far they moved."""
+    shown, numbers = [], []
+    for look in map(context.look, context.results):
+        universal = look.model.config.sharing == "universal"
+        depth = look.model.config.depth
+        for block in [0] if universal else some_blocks(depth):
+            operator = look.model.operators[block]
+            now, then = (look.operator_params(p, block) for p in (look.params, look.initial))
+            groups = list(learned_groups(operator, now))
+            if not groups:
+                continue
+            names = range(depth) if universal else [block]
+            scores = torch.cat([look.aux[f"blocks.{i}.scores"] for i in names])
+            x = score_range(scores, groups[0].operator)
+            distances = [
+                100 * float(value)
+                for a, b in zip(groups, learned_groups(operator, then), strict=True)
+                for value in moved(curves(a.operator, a.params, x), curves(b.operator, b.params, x))
+            ]
+            where = "all blocks (shared)" if universal else f"block {block + 1}"
+            far = ", ".join(f"{value:.0f}\N{NO-BREAK SPACE}%" for value in distances)
+            numbers += [
+                pages.Number(
+                    look.result.name, f"change_block_{block + 1}_panel_{i + 1}", d, "%", look.seed
+                )
+                for i, d in enumerate(distances)
+            ]
+            caption = f"{look.result.name}, {where}. Change by training, head by head: {far}."
+            fig = plot(operator, now, x, scores=scores, initial=then)
+            alt = f"Learned functions of {caption}"
+            shown.append(pages.figure(fig, f"functions-{len(shown)}", alt, caption))
+            if operator.options.get("kind") == "low_rank":
+                caption = f"{look.result.name}, {where}. A key's weight by its own score."
+                if operator.options.get("base") == "softmax":
+                    caption += " The softmax that it is added to is included."
+                fig = plot_response(operator, now, x, scores=scores)
+                shown.append(pages.figure(fig, f"functions-{len(shown)}", caption, caption))
+    if not shown:
+        return pages.Section([pages.note("No operator here learns functions.")])
+    seed = context.results[0].configs[0].seed
+    blocks = [
+        pages.text(
+            f"Each panel is a head, seed {seed}. Solid: the four units that move its weights most; "
+            "dotted: the same units before training. Grey band: 90 % of all its units. Silhouette: "
+            "where the scores of validation images lie, which is where the functions are used. The "
+            "change is the root mean square over all units of a head, relative to the initial "
+            "functions."
+        ),
+        pages.text(
+            "A key's weight by its own score is the sum over p of W[m, p] \u03c6_pm(score), less "
+            "its mean: thin lines are keys m, the band the middle 80 % of them, orange their "
+            "median; dotted is what softmax has there, with the other keys' scores as they were "
+            "seen."
+        ),
+        pages.beside(*shown),
+    ]
+    return pages.Section(blocks, numbers)
+
+
+ANALYSIS = Analysis("functions", "The functions that each head learned", section)

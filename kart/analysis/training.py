@@ -1,15 +1,22 @@
-"""Training runs side by side: curves over epochs, and whether seeds explain a difference."""
+"""Training runs side by side: curves over epochs, and whether they have come to rest.
 
-import math
+training.trend(training.history(records, "val_top1"))
+training.plot({"softmax": training.history(records, "val_top1")}, "validation top-1, %", 100.0)
+"""
+
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kart import pages
 from kart.analysis import figures
+from kart.analysis.section import Analysis, Context, Result
+from kart.train import Record
 
-Record = Mapping[str, Any]
+RISE = 0.01  # of top-1 from one third of the epochs to the next: less counts as at rest
+LEAST_EPOCHS = 6
 
 
 def history(records: Sequence[Sequence[Record]], key: str) -> Tensor:
@@ -24,82 +31,126 @@ def history(records: Sequence[Sequence[Record]], key: str) -> Tensor:
     return torch.tensor([[record[key] for record in row] for row in records]).double().mT
 
 
-class Difference(NamedTuple):
-    """A mean difference and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-# Student's t at 0.975 for 1 to 10 degrees of freedom; beyond, its expansion is good to 0.001
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """Mean of `ours - theirs`, seed by seed, with its 95 % interval by Student's t.
-
-    Pairs belong together: a seed fixes the batches and the backbone's initial weights of both. One
-    pair has no spread, and the interval is the whole line.
+class Trend(NamedTuple):
+    """How much a curve still rose: its mean over the last third of the epochs over that of the
+    third before, and the standard error of that which its jitter from epoch to epoch explains.
     """
-    n = len(ours)
-    if n != len(theirs) or not n:
-        raise ValueError(
-            f"`difference` needs as many values on both sides, one a seed, got {n} and "
-            f"{len(theirs)}. Train both with the same seeds."
+
+    rise: float
+    error: float
+    epochs: int
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether it rose by no more than a point, or by no more than twice the error; never with
+        less than six epochs, which cannot show it.
+        """
+        return self.epochs >= LEAST_EPOCHS and self.rise <= max(RISE, 2 * self.error)
+
+
+def trend(curves: Tensor) -> Trend:
+    """The trend of the mean over members of `curves (members, epochs)`, such as top-1."""
+    mean = curves.double().mean(0)
+    third = len(mean) // 3
+    if third < 2:
+        return Trend(float("nan"), float("nan"), len(mean))
+    before, last = mean[-2 * third : -third], mean[-third:]
+    # second differences: they see the jitter and not the slope; their variance is 6 of the noise's
+    noise = mean[-2 * third :].diff(n=2).square().mean() / 6
+    return Trend(float(last.mean() - before.mean()), float((2 * noise / third).sqrt()), len(mean))
+
+
+def warnings(results: Sequence[Result]) -> list[str]:
+    """A sentence for each operator whose validation top-1 had not come to rest, the first being the
+    baseline; one for all where the epochs are too few.
+    """
+    trends = {one.name: trend(history(one.records, "val_top1")) for one in results}
+    short = {name: one.epochs for name, one in trends.items() if one.epochs < LEAST_EPOCHS}
+    lines = []
+    if short:
+        epochs = min(short.values())
+        names = ", ".join(short)
+        lines = [f"Too few epochs ({epochs}) to show whether {names} converged."]
+    for i, (name, one) in enumerate(trends.items()):
+        if one.at_rest or name in short:
+            continue
+        line = (
+            f"{name} has not converged: its validation top-1 still rose by {100 * one.rise:.1f} "
+            "points from one third of the epochs to the next."
         )
-    deltas = torch.tensor(list(ours)).double() - torch.tensor(list(theirs)).double()
-    mean = float(deltas.mean())
-    if n == 1:
-        return Difference(mean, -math.inf, math.inf)
-    df = n - 1
-    t = _T[df - 1] if df <= 10 else 1.95996 + 2.3722 / df + 2.8225 / df**2 + 2.556 / df**3
-    half = t * float(deltas.std()) / math.sqrt(n)
-    return Difference(mean, mean - half, mean + half)
+        if i == 0 and len(results) > 1:
+            line += " Differences to it are about how fast each learns, too. Train it longer."
+        lines.append(line)
+    return lines
 
 
-def verdict(name: str, ours: Sequence[float], other: str, theirs: Sequence[float]) -> str:
-    """One sentence on two lists of top-1 fractions, seed by seed: how far apart, and whether that
-    is more than the seeds explain.
-    """
-    found = difference(ours, theirs)
-    points, low, high = (100 * value for value in found)
-    way = f"{abs(points):.2f} points {'above' if points >= 0 else 'below'} {other}"
-    if len(ours) == 1:
-        return f"{name} is {way} with one seed, which says nothing about the spread."
-    inside = low <= 0 <= high
-    noise = f"not clear of the noise of {len(ours)} seeds"
-    what = noise if inside else f"more than {len(ours)} seeds explain"
-    return f"{name} is {way} (95 % interval {low:+.2f} to {high:+.2f}, paired by seed): {what}."
-
-
-def plot(series: Mapping[str, Tensor], label: str, scale: float = 1.0, log: bool = False) -> Any:
+def plot(
+    series: Mapping[str, Tensor], label: str, scale: float = 1.0, log: bool = False, start: int = 0
+) -> Any:
     """A matplotlib Figure of each `(members, epochs)`: the mean over members as a line, over the
-    band from the lowest to the highest.
+    band from the lowest to the highest; nothing is cut off.
+
+    Args:
+        series: by name, all with as many epochs.
+        label: of the values, with their unit.
+        scale: what they are multiplied by.
+        log: whether the axis may be logarithmic; it is where they span more than a decade.
+        start: how many epochs to leave out, for a closer look at the others.
     """
-    fig, axes = figures.grid(1, 1, 4.4, 2.7)
+    fig, axes = figures.grid(1, 1, 4.4, 2.9)
     ax = axes[0, 0]
-    for colour, (name, values) in zip(figures.COLOURS, series.items(), strict=False):
-        values = scale * values.numpy()
-        epochs = range(1, values.shape[1] + 1)
-        ax.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
-        marker = "o" if values.shape[1] == 1 else None
-        ax.plot(epochs, values.mean(0), color=colour, lw=1.5, label=name, marker=marker, ms=3)
-    ends = [float(values.min()) for values in series.values()] + [
-        float(values.max()) for values in series.values()
-    ]
-    if log and min(ends) > 0 and max(ends) > 10 * min(ends):
+    low, high = float("inf"), -float("inf")
+    for i, (name, values) in enumerate(series.items()):
+        shown = scale * values[:, start:].numpy()
+        low, high = min(low, shown.min()), max(high, shown.max())
+        x = range(start + 1, values.shape[1] + 1)
+        style = figures.look(i)
+        ax.fill_between(x, shown.min(0), shown.max(0), color=style["color"], alpha=0.2, lw=0)
+        marker = "o" if len(x) == 1 else None
+        ax.plot(x, shown.mean(0), lw=1.5, label=name, marker=marker, ms=3, **style)
+    if log and low > 0 and high > 10 * low:
         ax.set_yscale("log")
-    elif log:  # within a decade a logarithmic axis has no ticks worth reading
-        ax.set_ylim(scale * min(ends) * 0.95, scale * max(ends) * 1.02)
-    else:
-        # the first fifth, where curves are steep, may leave the picture: the end is what counts
-        early = min(float(values[:, values.shape[1] // 5].min()) for values in series.values())
-        ax.set_ylim(bottom=scale * early)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("epoch")
-    ax.set_title(label, loc="left", fontsize=9, color=figures.INK)
-    legend = ax.legend(frameon=False, fontsize=8, labelcolor=figures.INK)
-    legend.set_zorder(5)
     ax.grid(axis="y", color=figures.QUIET, alpha=0.25, lw=0.5)
+    ax.set_title(label, loc="left", fontsize=9, color=figures.INK)
+    figures.legend(fig)
     return fig
+
+
+def section(context: Context) -> pages.Section:
+    """Curves of validation top-1 and training loss, and who had not converged."""
+    shown, numbers = [], []
+    for key, label, scale, log in (
+        ("val_top1", "validation top-1, %", 100.0, False),
+        ("train_loss", "training loss, nats", 1.0, True),
+    ):
+        series = {result.name: history(result.records, key) for result in context.results}
+        ends = ", ".join(f"{n} {scale * float(v[:, -1].mean()):.3g}" for n, v in series.items())
+        alt = f"{label} over epochs; mean over seeds at the end: {ends}"
+        shown.append(pages.figure(plot(series, label, scale, log), key, alt))
+        half = len(context.results[0].records) // 2
+        if 2 * half >= LEAST_EPOCHS:
+            close = f"{label}: the last half, enlarged"
+            fig = plot(series, close, scale, log, half)
+            shown.append(pages.figure(fig, f"{key}-end", f"{close}; {alt}"))
+    for result in context.results:
+        found = trend(history(result.records, "val_top1"))
+        if found.epochs >= LEAST_EPOCHS:
+            numbers.append(pages.Number(result.name, "rise", 100 * found.rise, "points"))
+    rule = (
+        "Line: mean over seeds. Band: lowest to highest seed. A curve counts as at rest when its "
+        "mean over the last third of the epochs is no more than a point of top-1 above that over "
+        "the third before, or no more than twice the standard error of that difference by its "
+        "jitter from epoch to epoch. A cosine schedule flattens every curve at its end, so this "
+        "finds the clear cases only."
+    )
+    blocks = [
+        *map(pages.warning, warnings(context.results)),
+        pages.beside(*shown),
+        pages.note(rule),
+    ]
+    return pages.Section(blocks, numbers)
+
+
+ANALYSIS = Analysis("training", "Training", section)

@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import shlex
+import sys
 from pathlib import Path
 
 from kart import runs, tables, train
-from kart.commands.command import Command, integer
+from kart.commands.command import Command, integer, number
 from kart.runs import owned
 
 
@@ -16,12 +18,16 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images", type=integer(0), default=4, metavar="INT", help="images with attention maps (4)"
     )
+    parser.add_argument("--sections", metavar="NAMES", help="comma-separated; default all")
+    parser.add_argument(
+        "--minutes", type=number(0), default=float("inf"), help="for all slow sections together"
+    )
     parser.add_argument("--checkpoint", default="last", choices=["last", "best"])
     parser.add_argument("--data", help="where the data is now, if it has moved")
 
 
 def _run(args: argparse.Namespace) -> int:
-    from kart.analysis import cost, report
+    from kart.analysis import cost, report, scores, training
 
     results = runs.compare(args.run, args.checkpoint)
     config = results[0].configs[0]
@@ -31,8 +37,18 @@ def _run(args: argparse.Namespace) -> int:
         owned.check(str(directory), runs.read(directory).data, splits)
     out = Path(args.out or Path(args.run) / "report.html")
     title = args.title or f"{', '.join(one.name for one in results)} on {splits.train.name}"
-    command = f"kart analyse {args.run}"
-    report.write(out, results, splits, title=title, command=command, shown=args.images)
+    done = report.analyse(
+        results,
+        splits,
+        report.select(args.sections.split(",")) if args.sections else report.SECTIONS,
+        args.minutes,
+        out,
+        title=title,
+        command=shlex.join(["kart", *args.given]),
+        shown=args.images,
+        cache=Path(args.run) / "analysis",
+        say=lambda line: print(line, file=sys.stderr),
+    )
     split = "val" if results[0].test is None else "test"
     rows = []
     for result in results:
@@ -41,8 +57,11 @@ def _run(args: argparse.Namespace) -> int:
         rows.append([result.name, tables.spread(result.top1), *numbers])
     header = ["operator", f"{split} top-1 %", "parameters", "in operators", "n"]
     print(tables.table(rows, header))
-    print("\n".join(report.verdicts(results)))
-    print(f"written to {out}")
+    print("\n".join([*scores.verdicts(results), *training.warnings(results)]))
+    for one in done:
+        if one.problem:
+            print(f"{one.name} is not shown: {one.problem}")
+    print(f"written to {out}, its numbers beside it as .json and .csv")
     return 0
 
 

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import os
+import shlex
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -319,7 +320,9 @@ def _worker() -> str:
 
 
 def _named(where: "Home", name: str) -> str:
-    return f"--out {where.directory}" if where.directory else f"{name} --storage {where.name}"
+    if where.directory:
+        return shlex.join(["--out", str(where.directory)])
+    return shlex.join([name, "--storage", where.name])
 
 
 def _write(opened: Opened, out: str, arms: "Arms") -> None:
@@ -338,12 +341,7 @@ def _write(opened: Opened, out: str, arms: "Arms") -> None:
         _named(opened.where, settings.study),
         None if answer is None else lambda _: answer,
     )
-    for row in report.result_rows(arms):
-        shown = [f"search {report.with_interval(row['search'])}"]
-        if row["val"]:
-            shown.append(f"fresh seeds {report.with_interval(row['val'])}")
-            shown.append(f"test {report.with_interval(row['test'])}")
-        print(f"{row['arm']}: {row['configuration']}: {', '.join(shown)} %")
+    print("\n".join(report.lines(arms, settings)))
     if answer is not None:
         print(answer)
     print("written: " + ", ".join(str(path) for path in paths))
@@ -426,7 +424,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from kart.search import report, storage, work
+    from kart.search import storage, work
 
     where = work.home(None if args.storage else args.out, args.storage)
     if where.directory is not None and storage.read_settings(where.directory) is None:
@@ -436,7 +434,7 @@ def _status(args: argparse.Namespace) -> int:
         for arm, one in storage.studies(database, settings).items():
             state = {s.name.lower(): n for s, n in sorted(work.counts(one).items())}
             best = work.winners(one)
-            shown = f"best {report.percent(best[0].mean)} %" if best else "no value yet"
+            shown = f"best {100 * best[0].mean:.2f} %" if best else "no value yet"
             print(f"{name}/{arm}: {state or 'no trials'}; {shown}")
     return 0
 

@@ -11,7 +11,7 @@
 | `question` | what a file in `studies/` defines |
 | `designs` | what several studies share |
 | `work` | set-up, the loop of a worker, confirmation of the winners |
-| `report` | the HTML page and the CSV |
+| `report`, `plots` | the HTML page and the CSV; its figures |
 """
 
 try:
@@ -25,7 +25,7 @@ from kart.search.designs import SMALL_CIFAR, compare, rate_only
 from kart.search.question import TINY, Arm, Study
 from kart.search.space import fixed, suggest_operator, suggest_rates
 from kart.search.trials import OBJECTIVES, costs, objective, train_members
-from kart.search.work import Candidate, Confirmed, interval, paired_difference, ratio_interval
+from kart.search.work import Candidate, Confirmed
 
 __all__ = [
     "OBJECTIVES",
@@ -38,11 +38,8 @@ __all__ = [
     "compare",
     "costs",
     "fixed",
-    "interval",
     "objective",
-    "paired_difference",
     "rate_only",
-    "ratio_interval",
     "suggest_operator",
     "suggest_rates",
     "train_members",

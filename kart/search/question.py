@@ -132,6 +132,7 @@ class Question(NamedTuple):
     """A study with its name, its question as text, and the fingerprint of its source."""
 
     name: str
+    named: str  # what `load` was given
     study: Study
     text: str
     source: str
@@ -148,7 +149,7 @@ def load(name: str) -> Question:
             "without. See studies/grid_rank_sharing.py."
         )
     source = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    return Question(path.stem, study, (module.__doc__ or "").strip(), source)
+    return Question(path.stem, name, study, (module.__doc__ or "").strip(), source)
 
 
 def with_changes(study: Study, changes: Mapping[str, Any]) -> Study:

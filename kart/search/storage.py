@@ -60,6 +60,7 @@ class Settings:
     levels: int
     pruner: str
     val_limit: int | None
+    named: str  # as the command line named it, for those who read the report
     question: str  # as the study's file asks it: the report shows it without running that file
     source: str  # fingerprint of the file
     trials: int  # wanted, of all arms together
@@ -77,7 +78,7 @@ class Settings:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
-MAY_CHANGE = ("question", "trials", "group", "confirm", "heartbeat")
+MAY_CHANGE = ("named", "question", "trials", "group", "confirm", "heartbeat")
 
 
 def changed(settings: Settings, **fields: Any) -> Settings:

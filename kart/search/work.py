@@ -5,9 +5,8 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +67,7 @@ def settings_for(asked: Question, splits: Splits, options: Mapping[str, Any]) ->
     images = splits.train.images
     return Settings(
         study=asked.name,
+        named=asked.named,
         question=asked.text,
         source=asked.source,
         versions=store.versions(),
@@ -374,6 +374,7 @@ class Confirmed(NamedTuple):
     test: dict[int, float]
     diverged: list[int]
     seconds: float
+    images: int | None = None  # how many the test split has
 
 
 def confirmed(study: optuna.Study) -> dict[str, Confirmed]:
@@ -438,6 +439,7 @@ def confirm(
             test_scores,
             bad,
             round(time.perf_counter() - began, 1),
+            len(test.labels),
         )
         others = {k: v._asdict() for k, v in confirmed(study).items() if k != one.key}
         study.set_user_attr("confirmed", [*others.values(), entry._asdict()])
@@ -461,50 +463,3 @@ def stored_answer(arms: Mapping[str, optuna.Study]) -> str | None:
     if stored is None or stored["results"] != _results_digest(arms):
         return None
     return stored["text"]
-
-
-def paired_difference(one: Mapping[int, float], other: Mapping[int, float]) -> list[float]:
-    """`one - other` over the seeds they share."""
-    return [one[seed] - other[seed] for seed in sorted(set(one) & set(other))]
-
-
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and Student's interval at `level`, `(mean, low, high)`; infinite for a single value."""
-    from scipy import stats
-
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, float("-inf"), float("inf")
-    _, error = mean_and_error(values)
-    half = float(stats.t.ppf(0.5 + level / 2, len(values) - 1)) * (error or 0.0)
-    return mean, mean - half, mean + half
-
-
-def ratio_interval(
-    part: Sequence[float], whole: Sequence[float], level: float = 0.95
-) -> tuple[float, float, float]:
-    """`mean(part) / mean(whole)` over pairs with Fieller's interval, `(ratio, low, high)`.
-
-    The interval is `(-inf, inf)` where the mean of `whole` is not surely different from zero.
-
-    Reference: Fieller, "Some problems in interval estimation", 1954.
-    """
-    from scipy import stats
-
-    n = len(part)
-    if n != len(whole) or n < 2:
-        raise ValueError(
-            f"`ratio_interval` needs two or more pairs, got {n} and {len(whole)} values. "
-            "Confirm with the same seeds, at least two."
-        )
-    a, b = statistics.fmean(part), statistics.fmean(whole)
-    factor = float(stats.t.ppf(0.5 + level / 2, n - 1)) ** 2 / n
-    g_aa, g_bb = factor * statistics.variance(part), factor * statistics.variance(whole)
-    g_ab = factor * statistics.covariance(part, whole)
-    ratio = a / b if b else float("nan")
-    square = b * b - g_bb
-    if square <= 0:
-        return ratio, float("-inf"), float("inf")
-    middle, constant = a * b - g_ab, a * a - g_aa
-    half = max(0.0, middle * middle - square * constant) ** 0.5
-    return ratio, (middle - half) / square, (middle + half) / square

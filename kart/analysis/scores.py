@@ -1,0 +1,91 @@
+"""What each operator scored and what it costs, beside softmax."""
+
+from collections.abc import Sequence
+
+from kart import pages, statistics, tables
+from kart.analysis import cost
+from kart.analysis.section import Analysis, Context, Look, Result, mean_number
+
+
+def verdicts(results: Sequence[Result]) -> list[str]:
+    """What the differences to softmax mean (to the first result, where softmax is not there)."""
+    names = [result.name for result in results]
+    base = results[names.index("softmax") if "softmax" in names else 0]
+    return [
+        statistics.verdict(result.name, result.top1, base.name, base.top1)
+        for result in results
+        if result is not base
+    ]
+
+
+def described(look: Look) -> str:
+    """What an operator is, in words."""
+    op, sharing = look.model.operators[0], look.model.config.sharing
+    name = look.result.name
+    if op.basis is None:
+        return f"{name}: {'a fixed function' if op.options.get('kind') == name else op.name}"
+    options = {k: v for k, v in op.basis.options.items() if k not in ("init", "scales")}
+    units = ", ".join(f"{key} {value}" for key, value in options.items() if value != "zero")
+    kind = str(op.options.get("kind", op.name)).replace("_", " ")
+    rank = f" {op.options['rank']}" if "rank" in op.options else ""
+    shared = "one for all blocks" if sharing == "universal" else "one a block"
+    extra = "".join(f", {k} {op.options[k]}" for k in ("project", "base") if op.options.get(k))
+    return f"{name}: {kind}{rank} of {op.basis.family} units ({units}){extra}, {shared}"
+
+
+def section(context: Context) -> pages.Section:
+    """The table of accuracies with intervals, parameters and operations; the differences."""
+    results = context.results
+    tested = all(result.test is not None for result in results)
+    split = "test" if tested else "validation"
+    timed = all(result.step_ms is not None for result in results)
+    header = ["operator", f"{split} top-1 %", "by seed", "parameters"]
+    header += ["in operators", "MMACs an image"] + ["step ms"] * timed
+    rows, numbers, looks = [], [], []
+    for result in results:
+        images = result.test_images if tested else len(context.splits.val.labels)
+        found = statistics.accuracy(result.top1, images)
+        look = context.look(result)
+        looks.append(look)
+        counted = cost.parameters(look.model)
+        bounds = found.why or f"[{100 * found.low:.2f}, {100 * found.high:.2f}]"
+        row = [
+            result.name,
+            pages.Markup(f"{tables.spread(result.top1)}<br>{pages.tag('small', bounds)}"),
+            ", ".join(f"{100 * value:.2f}" for value in result.top1),
+            f"{counted.total:,}",
+            f"{counted.operator:,}",
+            f"{cost.flops(look.model).total / 1e6:.2f}",
+        ]
+        rows.append(row + ([f"{result.step_ms:.1f}"] if timed else []))
+        numbers += [
+            pages.Number(result.name, f"{split}_top1", value, "", config.seed)
+            for config, value in zip(result.configs, result.top1, strict=True)
+        ]
+        numbers += [
+            mean_number(result.name, f"{split}_top1", found),
+            pages.Number(result.name, "parameters", counted.total),
+            pages.Number(result.name, "operator_parameters", counted.operator),
+        ]
+    caption = "Mean and standard deviation over seeds, below them the 95 % interval."
+    if tested:
+        caption += " The test split was read once, after the last epoch, with the last weights."
+    if timed:
+        caption += " Step: one training step a member, CPU time; it alone varies between runs."
+    caption += " MACs by the paper's count, for the materialised form. "
+    caption += "; ".join(map(described, looks)) + "."
+    known = results[0].test_images if tested else len(context.splits.val.labels)
+    chosen = f" and the choice of the {known:,} images" if known else ""
+    found = verdicts(results)
+    intervals = (
+        f"Intervals of a mean are Student's on the scale of the logit and cover seeds{chosen}; "
+        "those of a difference pair by seed, on the same images, and cover seeds alone: initial "
+        "weights and order of batches, which operators share. Another data set or another recipe "
+        "is covered by neither."
+    )
+    blocks = [pages.table(header, rows, caption)]
+    blocks += [pages.items(found)] if found else []
+    return pages.Section([*blocks, pages.note(intervals)], numbers)
+
+
+ANALYSIS = Analysis("scores", "", section)

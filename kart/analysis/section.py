@@ -1,0 +1,313 @@
+"""What a section of the page of runs is, and what it may ask for.
+
+A section is a function of a `Context` that returns a `pages.Section`: blocks of the page, and the
+numbers in them. Its file names it, and `report.SECTIONS` lists it:
+
+    def section(context: Context) -> pages.Section:
+        found = {one: context.kept("rank", one, lambda: measured(one)) for one in context.members()}
+        ...
+        return pages.Section([pages.text(...), pages.figure(fig, "spectra", alt)], numbers)
+
+    ANALYSIS = Analysis("spectra", "Spectra of the weights", section, minutes=2.0)
+
+What cannot be done with these runs raises ValueError, which the page shows in one line among the
+other sections. What takes long keeps its parts (`context.kept`) and calls `context.check()` between
+them: a section is whole or not shown, never thinner for a lack of time.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from kart import augment, checkpoint, data, pages, statistics, train, tree
+from kart.models import Model
+from kart.train import Config, Params, Record, Splits
+
+
+class Result(NamedTuple):
+    """Seeds of one configuration, trained.
+
+    `records[epoch][member]` are those of `population.fit`; `params` the weights of each member;
+    `test` its scores on the test split, {"top1", "top5", "loss"}, where they were read, on
+    `test_images` images; `step_ms` the time of a training step a member, where it was measured;
+    `homes` the run directory of each member, where it has one; `snapshots(member)` reads the
+    trajectory of a member, (step, weights) in order, where it kept one.
+    """
+
+    name: str
+    configs: Sequence[Config]
+    records: Sequence[Sequence[Record]]
+    params: Sequence[Params]
+    test: Sequence[Mapping[str, float]] | None = None
+    step_ms: float | None = None
+    test_images: int | None = None
+    homes: Sequence[Path] | None = None
+    snapshots: Callable[[int], list[tuple[int, Params]]] | None = None
+
+    @property
+    def top1(self) -> list[float]:
+        """Top-1 fraction of each member, on the test split if it was read, else validation."""
+        if self.test is not None:
+            return [scores["top1"] for scores in self.test]
+        return [record["val_top1"] for record in self.records[-1]]
+
+
+class Member(NamedTuple):
+    """One seed of a result."""
+
+    result: Result
+    index: int
+
+    @property
+    def name(self) -> str:
+        """The operator."""
+        return self.result.name
+
+    @property
+    def config(self) -> Config:
+        """Its config."""
+        return self.result.configs[self.index]
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return self.config.seed
+
+    @property
+    def params(self) -> Params:
+        """Its trained weights."""
+        return self.result.params[self.index]
+
+    @property
+    def records(self) -> list[Record]:
+        """Its record of each epoch."""
+        return [epoch[self.index] for epoch in self.result.records]
+
+    @property
+    def home(self) -> Path | None:
+        """Its run directory, where it has one."""
+        return None if self.result.homes is None else self.result.homes[self.index]
+
+    def snapshots(self) -> list[tuple[int, Params]]:
+        """Its trajectory, (step, weights) in order; see `trajectories`."""
+        if self.result.snapshots is None:
+            raise ValueError(
+                f"`snapshots` needs a run with a trajectory, got {self.name} without one. Train it "
+                "into a new directory with `kart train ... --trajectory 60`."
+            )
+        return self.result.snapshots(self.index)
+
+    @property
+    def key(self) -> str:
+        """Twelve hex digits that name its config and weights."""
+        digest = hashlib.sha256(json.dumps(self.config.asdict(), sort_keys=True).encode())
+        for name, leaf in tree.named(self.params).items():
+            digest.update(name.encode())
+            digest.update(leaf.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+
+class Look(NamedTuple):
+    """The first member of a result, looked into on a few validation images, unselected."""
+
+    result: Result
+    model: Model
+    params: Params
+    initial: Params  # the weights before training
+    pixels: Tensor  # in [0, 1], (B, C, height, width)
+    aux: dict[str, Tensor]  # of `model.intermediates`
+
+    @property
+    def seed(self) -> int:
+        """The seed of the member."""
+        return self.result.configs[0].seed
+
+    def operator_params(self, params: Params, block: int) -> Params:
+        """The operator's part of `params`, of the model, in `block`."""
+        if self.model.config.sharing == "universal":
+            return params["operator"]
+        return params["blocks"][str(block)]["operator"]
+
+
+class OutOfTime(Exception):
+    """A section has used up its minutes; what it has kept is there for the next call."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Everything that a section may ask for.
+
+    Args:
+        results: seeds of each operator, the baseline (softmax where it is there) first.
+        splits: the data all of them were trained on; the test split is not among them.
+        shown: how many images to show where images are shown.
+        cache: directory that `kept` writes to for members without a home; None writes nothing.
+        say: called with a line of progress.
+        name: of the section that runs, a part of what is kept and of its generators.
+        version: of that section.
+        deadline: `time.monotonic()` at which it should be done.
+    """
+
+    results: Sequence[Result]
+    splits: Splits
+    shown: int = 4
+    cache: Path | None = None
+    say: Callable[[str], None] = lambda line: None
+    name: str = ""
+    version: int = 1
+    deadline: float = float("inf")
+    memory: dict[str, Any] = field(default_factory=dict)  # shared by the sections of a page
+
+    def members(self) -> Iterator[Member]:
+        """Every seed of every operator, operator by operator."""
+        for result in self.results:
+            yield from (Member(result, i) for i in range(len(result.configs)))
+
+    def model(self, config: Config) -> Model:
+        """The model of a config, for these data."""
+        return train.build(config, self.splits.train)
+
+    def images(self, config: Config, count: int, skip: int = 0) -> tuple[Tensor, Tensor]:
+        """The validation images `skip` to `skip + count` as the model takes them, and their labels:
+        the same for all operators, fewer where there are no more.
+        """
+        chosen = torch.arange(skip, min(skip + count, len(self.splits.val.labels)))
+        pixels, labels = data.take(self.splits.val, chosen)
+        prepared = train.prepare(data.as_float(pixels), self.splits.val, config)
+        return prepared, labels
+
+    def look(self, result: Result) -> Look:
+        """The first member of `result` on the first validation images, computed once a page."""
+        if f"look {result.name}" in self.memory:
+            return self.memory[f"look {result.name}"]
+        config = result.configs[0]
+        model = self.model(config)
+        c = model.config
+        # weights and scores are N x N a head and block: as many images as stay small
+        count = max(self.shown, min(64, 2**22 // (c.num_heads * c.tokens**2)))
+        chosen = torch.arange(min(count, len(self.splits.val.labels)))
+        pixels = data.as_float(data.take(self.splits.val, chosen)[0])
+        with torch.no_grad():
+            aux = model.intermediates(result.params[0], self.images(config, count)[0])
+        pixels = augment.center_crop(pixels, c.image_size, config.eval_crop)
+        initial = model.init(torch.Generator().manual_seed(config.seed))
+        found = Look(result, model, result.params[0], initial, pixels, aux)
+        self.memory[f"look {result.name}"] = found
+        return found
+
+    @property
+    def data_key(self) -> str:
+        """Eight hex digits that name the data."""
+        if "data" not in self.memory:
+            self.memory["data"] = fingerprint(self.splits)
+        return self.memory["data"]
+
+    def generator(self, *keys: int | str) -> Generator:
+        """A generator that depends on the section and `keys` alone: the same for each operator
+        where they are to be compared.
+        """
+        return data.generator_for("analysis", self.name, *keys)
+
+    def left(self) -> float:
+        """Seconds that the section has left."""
+        return self.deadline - time.monotonic()
+
+    def check(self) -> None:
+        """Raises OutOfTime where none are left."""
+        if self.left() <= 0:
+            raise OutOfTime
+
+    def kept(
+        self, what: str, member: Member, compute: Callable[[], Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The tensors of `compute()`, read again where they were kept by an earlier call with the
+        same weights, section and version, else computed and kept beside the run.
+
+        Call it member by member (or finer), so that a kill or the end of the time loses one of
+        them. All that the tensors depend on besides the member belongs into `what`.
+        """
+        folder = self.cache if member.home is None else member.home / "analysis"
+        if self.cache is None or folder is None:
+            return dict(compute())
+        safe = "".join(c if c.isalnum() or c in ".=" else "-" for c in what)
+        known = f"{self.data_key}-{member.key}-v{self.version}"
+        path = folder / f"{self.name}-{safe}-{known}.safetensors"
+        if path.exists():
+            return checkpoint.load(path)[0]
+        self.check()
+        found = dict(compute())
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(path, found, {"section": self.name, "what": what, "seed": member.seed})
+        return found
+
+
+class Analysis(NamedTuple):
+    """A section as `report.SECTIONS` lists it.
+
+    Args:
+        name: for `--sections`, files and the JSON.
+        title: its heading on the page, "" for none.
+        section: makes it; see this module.
+        version: raised when what it computes changes, so that nothing old is read again.
+        minutes: how long it may take; 0 is a quick one, which always runs to its end.
+        needs: given the context, says in one line what is missing, or None; the page shows the
+            line in place of the section.
+    """
+
+    name: str
+    title: str
+    section: Callable[[Context], pages.Section]
+    version: int = 1
+    minutes: float = 0.0
+    needs: Callable[[Context], str | None] | None = None
+
+
+def trajectories(context: Context) -> str | None:
+    """For `Analysis.needs`: what is missing where a run keeps less than three snapshots."""
+    for result in context.results:
+        count = result.configs[0].trajectory if result.snapshots is not None else 0
+        if count < 3:
+            return (
+                f"it needs three snapshots of the weights or more, got {count} of {result.name}. "
+                "Train with `kart train ... --trajectory 60`."
+            )
+    return None
+
+
+def fingerprint(splits: Splits) -> str:
+    """Eight hex digits that name the data: all labels, classes and statistics, and of the images
+    16 MB a split.
+    """
+    digest = hashlib.sha256()
+    for one in splits:
+        described = [one.name, one.classes, one.mean, one.std, one.images.shape]
+        digest.update(json.dumps(described).encode())
+        digest.update(one.labels.tobytes())
+        digest.update(one.images[: max(1, 2**24 // max(1, one.images[:1].nbytes))].tobytes())
+    return digest.hexdigest()[:8]
+
+
+def over_seeds(
+    operator: str, measure: str, values: Mapping[int, float], unit: str = ""
+) -> tuple[statistics.Interval, list[pages.Number]]:
+    """The interval of `values` by seed, and the numbers that a page reports of them: each seed's,
+    and the mean with its interval.
+    """
+    found = statistics.interval(list(values.values()))
+    numbers = [pages.Number(operator, measure, v, unit, seed) for seed, v in values.items()]
+    return found, [*numbers, mean_number(operator, measure, found, unit)]
+
+
+def mean_number(
+    operator: str, measure: str, found: statistics.Interval, unit: str = ""
+) -> pages.Number:
+    """The mean of an interval as a number of a page; without bounds where there are none."""
+    low, high = (None, None) if found.why else (found.low, found.high)
+    return pages.Number(operator, measure, found.mean, unit, None, low, high, found.n)
