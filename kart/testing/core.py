@@ -3,9 +3,11 @@
 import inspect
 import re
 import textwrap
+import time
 import traceback
+import unittest
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -66,7 +68,7 @@ def _paragraphs(function: Callable[..., Any]) -> list[str]:
 class Suite(NamedTuple):
     """An object under test: `kind` ("basis"), its name, its traits, and the properties asked of it.
 
-    `subject` is what the checks are given; `declare(trait, value)` is the same with one more trait.
+    `subject` is what the checks are given, a NamedTuple with `traits` where properties have any.
     """
 
     kind: str
@@ -74,7 +76,34 @@ class Suite(NamedTuple):
     subject: Any
     traits: Mapping[str, Any]
     properties: Sequence[Property]
-    declare: Callable[[str, Any], Any]
+
+    def declaring(self, trait: str, value: Any) -> "Suite":
+        """The same suite with one more trait."""
+        traits = {**self.traits, trait: value}
+        return self._replace(subject=self.subject._replace(traits=traits), traits=traits)
+
+
+def require(kind: str, obj: Any, parts: Sequence[str], advice: str) -> None:
+    """Refuses an object that lacks one of the functions `parts`."""
+    missing = [part for part in parts if not callable(getattr(obj, part, None))]
+    if missing:
+        raise ValueError(
+            f"`{kind}_suite` needs an object with {', '.join(f'`{p}`' for p in parts)}, got "
+            f"{obj!r:.200} without {', '.join(missing)}. {advice}"
+        )
+
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def dtypes_of(dtype: torch.dtype | None) -> tuple[torch.dtype, ...]:
+    """The dtypes that an object is held to: the one given, or both."""
+    if dtype not in (None, *DTYPES):
+        raise ValueError(
+            f"`dtype` needs torch.float32, torch.float64 or None for both, got {dtype!r}. "
+            "bfloat16 has a property of its own."
+        )
+    return DTYPES if dtype is None else (dtype,)
 
 
 class TorchRandom:
@@ -99,6 +128,10 @@ _TORCH_RANDOM = TorchRandom()
 
 class Broken(AssertionError):
     """A property that does not hold, with the whole message."""
+
+
+class OutOfTime(unittest.SkipTest):
+    """Ends the examples of a property: Hypothesis passes on what skips a test, and stops."""
 
 
 def show(value: Any) -> str:
@@ -156,14 +189,28 @@ def _resolve(draws: Mapping[str, Any], subject: Any) -> dict[str, SearchStrategy
     }
 
 
-def run(suite: Suite, prop: Property, subject: Any, options: settings) -> None:
-    """Puts one property to `subject`; raises `Broken` with the smallest example found."""
-    draws = _resolve(prop.draws, subject)
+def run(
+    suite: Suite, prop: Property, options: settings, seconds: float | None = None
+) -> tuple[int, bool]:
+    """Puts one property to the object; raises `Broken` with the smallest example found.
+
+    Returns the number of examples and whether they were cut short: after `seconds` no new one is
+    begun, and a failing one is not made smaller.
+    """
+    draws = _resolve(prop.draws, suite.subject)
     failing: dict[str, Any] = {}
+    count, start, late = 0, time.monotonic(), False
 
     def example(**drawn: Any) -> None:
+        nonlocal count, late
+        late = late or (count > 0 and seconds is not None and time.monotonic() - start > seconds)
+        if late and not failing:
+            raise OutOfTime("no new example is begun")
+        if late and repr(drawn) != repr(failing):
+            return
+        count += 1
         try:
-            prop.check(subject, **drawn)
+            prop.check(suite.subject, **drawn)
         except Exception:
             # Hypothesis replays the smallest example last
             failing.clear()
@@ -173,7 +220,7 @@ def run(suite: Suite, prop: Property, subject: Any, options: settings) -> None:
     try:
         if not draws:
             example()
-            return
+            return 1, False
         # what Hypothesis' pytest plugin sets for an item: properties do not share saved examples
         label = f"{suite.kind} {suite.name} {prop.name}".encode()
         example._hypothesis_internal_add_digest = label  # pyright: ignore[reportFunctionMemberAccess]
@@ -182,8 +229,11 @@ def run(suite: Suite, prop: Property, subject: Any, options: settings) -> None:
         if options.derandomize:
             test = hypothesis.seed(zlib.crc32(label))(test)
         options(test)()
+    except OutOfTime:
+        return count, True
     except Exception as error:
         raise Broken(_report(suite, prop, failing, error)) from error
+    return count, late
 
 
 def configured(max_examples: int | None, reproducible: bool) -> settings:
@@ -212,19 +262,22 @@ def _probe(suite: Suite, prop: Property) -> str:
         return "no probe without a value"
     for value in prop.guesses:
         try:
-            run(suite, prop, suite.declare(str(prop.trait), value), configured(20, True))
+            # whether it fails is all that is asked, not the smallest example
+            quick = settings(configured(20, True), phases=[hypothesis.Phase.generate])
+            run(suite.declaring(str(prop.trait), value), prop, quick)
         except Broken:
             continue
         return f"probe says it holds with {value!r}"
     return "probe says it does not hold"
 
 
-def skipped(suite: Suite, prop: Property) -> str | None:
-    """Why `prop` is not put to the object, None if it is."""
+def skipped(suite: Suite, prop: Property, probe: bool = True) -> str | None:
+    """Why `prop` is not put to the object, None if it is; with what a probe finds."""
     if prop.trait is not None:
         value = suite.traits.get(prop.trait)
         if prop.trait not in suite.traits:
-            return f"{prop.trait} is not declared ({_probe(suite, prop)})"
+            found = f" ({_probe(suite, prop)})" if probe else ""
+            return f"{prop.trait} is not declared{found}"
         if value is None or value is False:
             return f"{prop.trait} is declared not to hold"
     return prop.unfit(suite.subject)
@@ -241,49 +294,66 @@ def check_names(suite: Suite, function: str, argument: str, names: Sequence[str]
         )
 
 
-def check(
+def _expected(
+    suite: Suite, function: str, expected_failures: Mapping[str, str] | None
+) -> dict[str, str]:
+    """`expected_failures`, each of a property that is put to the object."""
+    expected = dict(expected_failures or {})
+    check_names(suite, function, "expected_failures", list(expected))
+    for prop in suite.properties:
+        reason = skipped(suite, prop, probe=False) if prop.name in expected else None
+        if reason is not None:
+            raise ValueError(
+                f"`{function}` needs `expected_failures` among what is asked of {suite.name}, got "
+                f"{prop.name}, which is skipped: {reason}. Remove the entry."
+            )
+    return expected
+
+
+def results(
     suite: Suite,
     expected_failures: Mapping[str, str] | None = None,
     max_examples: int | None = None,
     only: Sequence[str] | None = None,
-) -> list[Result]:
-    """The results of all properties of `suite`, or of those named by `only`."""
-    expected = dict(expected_failures or {})
+    seconds: float | None = None,
+) -> Iterator[Result]:
+    """The results of the properties of `suite`, or of those named by `only`, one by one."""
     function = f"check_{suite.kind}"
-    check_names(suite, function, "expected_failures", list(expected))
+    expected = _expected(suite, function, expected_failures)
     check_names(suite, function, "only", list(only or ()))
-    results = []
     options = configured(max_examples, reproducible=True)
     for prop in suite.properties:
-        if only is not None and prop.name not in only:
-            continue
-        results.append(_result(suite, prop, expected.get(prop.name), options))
-    return results
+        if only is None or prop.name in only:
+            reason = skipped(suite, prop)
+            yield (
+                judge(suite, prop, expected.get(prop.name), options, seconds)
+                if reason is None
+                else Result(prop.name, None, reason)
+            )
 
 
-def _result(suite: Suite, prop: Property, expected: str | None, options: settings) -> Result:
-    reason = skipped(suite, prop)
-    return Result(prop.name, None, reason) if reason else judge(suite, prop, expected, options)
-
-
-def judge(suite: Suite, prop: Property, expected: str | None, options: settings) -> Result:
+def judge(
+    suite: Suite,
+    prop: Property,
+    expected: str | None,
+    options: settings,
+    seconds: float | None = None,
+) -> Result:
     """The result of a property that applies; `expected` is the reason it should fail for."""
     try:
-        run(suite, prop, suite.subject, options)
+        count, late = run(suite, prop, options, seconds)
     except Broken as broken:
         if expected is None:
             return Result(prop.name, False, str(broken))
         return Result(prop.name, None, f"fails as expected: {expected}")
     if expected is not None:
-        return Result(prop.name, False, _held(suite, prop, expected))
-    return Result(prop.name, True, prop.formula)
-
-
-def _held(suite: Suite, prop: Property, expected: str) -> str:
-    return (
-        f"{suite.kind} {suite.name} was expected to break `{prop.name}` ({expected}), but holds "
-        "it. Remove the entry of `expected_failures`."
-    )
+        message = (
+            f"{suite.kind} {suite.name} was expected to break `{prop.name}` ({expected}), but "
+            "holds it. Remove the entry of `expected_failures`."
+        )
+        return Result(prop.name, False, message)
+    short = f"[{count} examples in {seconds:g} s] " if late else ""
+    return Result(prop.name, True, short + prop.formula)
 
 
 def pytest_suite(
@@ -299,8 +369,7 @@ def pytest_suite(
             f"`{suite.kind}_suite` needs pytest, which is not installed. Install it with "
             f"`pip install 'kart-attention[testing]'`, or call `check_{suite.kind}`."
         ) from error
-    expected = dict(expected_failures or {})
-    check_names(suite, f"{suite.kind}_suite", "expected_failures", list(expected))
+    expected = _expected(suite, f"{suite.kind}_suite", expected_failures)
 
     def decorate(test: Callable[[], Any]) -> Callable[..., None]:
         if not callable(test) or inspect.signature(test).parameters:

@@ -1,5 +1,6 @@
 """Properties of a fast form against its plain one, under every transform."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,12 +11,22 @@ from torch import Generator, Tensor
 from torch.func import grad, vmap
 
 from kart import tree
-from kart.testing import draw
-from kart.testing.basis import global_state, restore, show_changes
-from kart.testing.core import Property
-from kart.testing.draw import agree, jvp, same, spread
+from kart.testing import draw, laws
+from kart.testing.compare import agree, agree_trees, close, same, spread
+from kart.testing.core import Property, Suite, dtypes_of
+from kart.testing.laws import jvp, vjp
 
 Inputs = Callable[..., tuple[Any, ...]]
+
+
+class Kernel(NamedTuple):
+    """The arguments of `kernel_suite` in one, for the command line."""
+
+    fast: Callable[..., Any]
+    plain: Callable[..., Any]
+    inputs: Inputs
+    sizes: Mapping[str, Sequence[int]]
+    traits: Mapping[str, Any] = {}
 
 
 class Subject(NamedTuple):
@@ -40,8 +51,14 @@ def _cast(x: Any, dtype: torch.dtype) -> Any:
 
 
 def sizes(s: Subject) -> SearchStrategy[dict[str, int]]:
-    """One of the declared values of each size."""
-    return st.fixed_dictionaries({k: st.sampled_from(list(v)) for k, v in s.sizes.items()})
+    """One of the declared values of each size, or one that all share: axes that are mixed up go
+    unnoticed where their lengths happen to differ, or not.
+    """
+    each = st.fixed_dictionaries({k: st.sampled_from(list(v)) for k, v in s.sizes.items()})
+    shared = sorted(set.intersection(*(set(v) for v in s.sizes.values())) - {1})
+    if not shared:
+        return each
+    return st.one_of(each, st.sampled_from(shared).map(lambda n: {k: n for k in s.sizes}))
 
 
 def _split(arguments: Sequence[Any]) -> tuple[list[int], tuple[Tensor, ...]]:
@@ -269,52 +286,117 @@ def inputs_untouched(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.
 
     In-place changes reach whoever else holds the tensor.
     """
-    state = global_state()
     arguments = s.arguments(seed, sizes, dtype)
-    before = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
-    first = _flat(s.fast(*arguments))
-    _, floats = _split(arguments)
-    grad(_loss(_of_floats(s.fast, arguments)), tuple(range(len(floats))))(*floats)
-    again = _flat(s.fast(*arguments))
-    for i, (x, y) in enumerate(zip(arguments, before, strict=True)):
-        if isinstance(x, Tensor):
-            same(x, y, f"argument {i} afterwards", "it before")
+    kept = {str(i): x for i, x in enumerate(arguments) if isinstance(x, Tensor)}
+    with laws.world_untouched(), laws.untouched(argument=kept):
+        first = _flat(s.fast(*arguments))
+        _, floats = _split(arguments)
+        grad(_loss(_of_floats(s.fast, arguments)), tuple(range(len(floats))))(*floats)
+        again = _flat(s.fast(*arguments))
     same(again, first, "fast asked again", "fast")
-    after = global_state()
-    restore(state)
-    show_changes(state, after)
 
 
-def half(s: Subject, seed: int, sizes: dict[str, int]) -> None:
-    """fast in bfloat16 is plain in float64 of the same numbers, rounded once: within eps of every
-    value and the rounding of float32. With half = c declared, c eps of the largest value besides.
+def special_values(
+    s: Subject, seed: int, sizes: dict[str, int], place: int, kind: str, dtype: torch.dtype
+) -> None:
+    """fast(x) = plain(x), and finite, with one argument all zero, in ties, or 50 times as large,
+    where the plain form is finite.
 
-    Sums or scores are kept in bfloat16: they must be accumulated in float32.
+    A shortcut for zeros, an order of ties, or an overflow that the plain form does not have.
     """
-    arguments = s.arguments(seed, sizes, torch.bfloat16)
+    arguments = s.arguments(seed, sizes, dtype)
+    places, floats = _split(arguments)
+    chosen = places[place % len(places)]
+    change = {"zero": lambda x: x * 0, "ties": torch.round, "large": lambda x: x * 50}[kind]
+    arguments[chosen] = change(arguments[chosen])
+    plain = _of_floats(s.plain, arguments)
+    wide = tuple(x.double() for x in _split(arguments)[1])
+    exact = _flat(plain(*wide))
+    if not bool(exact.isfinite().all()):
+        return
+    limit = spread(lambda *x: _flat(plain(*x)), wide, dtype)
+    what = f"fast with argument {chosen} {kind}"
+    agree(_flat(s.fast(*arguments)), exact, limit, what, "the plain form")
+
+
+def poison_stays_hidden(
+    s: Subject, seed: int, sizes: dict[str, int], poison: float, dtype: torch.dtype
+) -> None:
+    """fast and its gradients are the same with NaN or infinite numbers behind the mask, put there
+    by the declared function `poison(arguments, value)`.
+
+    0 * NaN is NaN, and `torch.where` lets NaN through to the gradient: padding spoils the rest.
+    """
+    arguments = s.arguments(seed, sizes, dtype)
+    spoiled = list(s.traits["poison"](arguments, poison))
+    value, pullback = vjp(_of_floats(s.fast, arguments), *_split(arguments)[1])
+    probe = tree.map(lambda x: draw.probe(x.shape, seed).to(x.dtype), value)
+    slopes = pullback(probe)
+    for way in (vjp, laws.eager_vjp):
+        got, poisoned = way(_of_floats(s.fast, spoiled), *_split(spoiled)[1])
+        agree_trees(got, value, 64, f"poisoned fast ({way.__name__})", "fast")
+        agree_trees(poisoned(probe), slopes, 64, f"poisoned gradient ({way.__name__})", "gradient")
+
+
+def half(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
+    """fast in bfloat16 and float16 is plain in float64 of the same numbers, rounded once: within
+    eps of every value and the rounding of float32. With half = c declared, c eps of the largest
+    value besides.
+
+    Sums or scores are kept in half precision: they must be accumulated in float32.
+    """
+    arguments = s.arguments(seed, sizes, dtype)
     fast = s.fast(*arguments)
     kinds = {leaf.dtype for leaf in tree.leaves(fast)}
-    if kinds != {torch.bfloat16}:
-        raise AssertionError(f"fast gives {kinds} for bfloat16")
+    if kinds != {dtype}:
+        raise AssertionError(f"fast gives {kinds} for {dtype}")
     plain = _of_floats(s.plain, arguments)
     wide = tuple(x.double() for x in _split(arguments)[1])
     exact = _flat(plain(*wide))
     # inputs are exact; what is left is one rounding, and that of sums in float32
     limit = spread(lambda *x: _flat(plain(*x)), wide, torch.float32)
-    eps, declared = torch.finfo(torch.bfloat16).eps, s.traits.get("half", True)
-    limit = limit + eps * exact.abs()
+    eps, declared = torch.finfo(dtype).eps, s.traits.get("half", True)
+    # below the smallest normal number of float16 the distance of neighbours is fixed
+    limit = limit + eps * exact.abs().clamp(min=torch.finfo(dtype).smallest_normal)
     if declared is not True:
         limit = limit + declared * eps * exact.abs().max()
-    agree(_flat(fast), exact, limit, "fast in bfloat16", "plain in float64")
+    agree(_flat(fast), exact, limit, f"fast in {dtype}", "plain in float64")
+
+
+def half_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
+    """The gradient of fast in bfloat16 and float16, in each argument, is that of plain in float64
+    of the same numbers, within 1e-2 of its norm, and finite.
+
+    The backward sums many terms in half precision, where the forward does not.
+    """
+    arguments = s.arguments(seed, sizes, dtype)
+    _, floats = _split(arguments)
+    value, pullback = vjp(_of_floats(s.fast, arguments), *floats)
+    probe = tree.map(lambda x: draw.probe(x.shape, seed).to(dtype), value)
+    got = pullback(probe)
+    exact = vjp(_of_floats(s.plain, arguments), *(x.double() for x in floats))[1]
+    for i, (a, b) in enumerate(zip(got, exact(tree.to(probe, torch.float64)), strict=True)):
+        # what is left of sums that cancel is rounding of their terms
+        slip = torch.finfo(dtype).eps * b.numel() ** 0.5
+        close(a, b, 1e-2, f"the gradient of float {i} in {dtype}", "that of plain", slip)
 
 
 CASE: dict[str, Any] = {"seed": draw.seeds, "sizes": sizes}
 PAIR: dict[str, Any] = {**CASE, "dtype": draw.dtypes}
 
-# what a fast form is taken to hold under, unless its traits say False
-TRANSFORMS = ("vmap", "forward_mode", "second_derivative", "half")
-EVERYONE = (
+HALF = st.sampled_from([torch.bfloat16, torch.float16])
+POISON = st.sampled_from([math.nan, math.inf, -math.inf])
+
+PROPERTIES = (
     Property(values, PAIR),
+    Property(
+        special_values,
+        {
+            **PAIR,
+            "place": st.integers(0, 3),
+            "kind": st.sampled_from(["zero", "ties", "large"]),
+        },
+    ),
     Property(gradients, PAIR),
     Property(eager_gradients, PAIR),
     Property(every_element_counts, {**PAIR, "poke": st.sampled_from([1.0, 30.0])}),
@@ -324,5 +406,45 @@ EVERYONE = (
     Property(per_example_gradients, PAIR, "vmap"),
     Property(forward_mode, PAIR, "forward_mode"),
     Property(second_derivative, PAIR, "second_derivative"),
-    Property(half, CASE, "half"),
+    Property(half, {**CASE, "dtype": HALF}, "half"),
+    Property(half_gradients, {**CASE, "dtype": HALF}, "half"),
+    Property(poison_stays_hidden, {**PAIR, "poison": POISON}, "poison"),
 )
+
+
+def suite(
+    fast: Callable[..., Any],
+    plain: Callable[..., Any],
+    inputs: Inputs,
+    sizes: Mapping[str, Sequence[int]],
+    *,
+    dtype: torch.dtype | None = None,
+    traits: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> Suite:
+    """Puts a fast form beside its plain expression, under every transform.
+
+    Args:
+        fast, plain: functions of the same arguments, with one result or a tree of them.
+        inputs: `inputs(generator, **sizes)` gives the arguments, floating-point tensors in float32
+            (the suite casts and differentiates them), masks and None as they are.
+        sizes: the numbers to draw each size from; include those around the blocks of `fast`.
+        traits: "vmap", "forward_mode", "second_derivative" or "half" as False, where `fast` does
+            not claim it; "half" as the number of eps of the largest value that it may be off by,
+            where it keeps what is between in half precision on purpose; "poison" as a function of
+            (arguments, value) to arguments in which `value` stands wherever the masks hide it.
+    """
+    for argument, value in (("fast", fast), ("plain", plain), ("inputs", inputs)):
+        if not callable(value):
+            raise ValueError(
+                f"`kernel_suite` needs a function as `{argument}`, got {value!r:.200}. Pass one."
+            )
+    if not sizes or not all(list(values) for values in sizes.values()):
+        raise ValueError(
+            f"`kernel_suite` needs one or more numbers for each of `sizes`, got {dict(sizes)!r}. "
+            "Include those around the block size of the fast form."
+        )
+    declared = {**laws.TRANSFORMS, "half": True, **(traits or {})}
+    subject = Subject(fast, plain, inputs, sizes, declared, dtypes_of(dtype))
+    named = name or getattr(fast, "__name__", type(fast).__name__)
+    return Suite("kernel", named, subject, declared, PROPERTIES)

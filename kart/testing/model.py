@@ -9,10 +9,11 @@ from torch import Generator, Tensor
 from torch.func import grad, vmap
 
 from kart import tree
-from kart.testing import draw
-from kart.testing.basis import check_slope, global_state, restore, show_changes
-from kart.testing.core import Property
-from kart.testing.draw import Theta, agree, jvp, same, spread, unit, vjp
+from kart.testing import draw, laws
+from kart.testing.compare import agree, agree_trees, close, same, spread, unit
+from kart.testing.core import Property, Suite, dtypes_of, require
+from kart.testing.draw import Theta
+from kart.testing.laws import vjp
 
 Params = dict[str, Any]
 
@@ -44,16 +45,18 @@ def keeps_shape_and_dtype(s: Subject, seed: int, dtype: torch.dtype) -> None:
 
     A model that needs exactly one batch axis breaks under vmap, or mixes what it flattens.
     """
-    params, images = s.params(seed, torch.float32), s.batch(seed, 2, dtype)
+    params, images = s.params(seed, torch.float32), s.batch(seed, 6, dtype)
     logits = s.model.apply(params, images)
     for name, view, wanted in (
         ("one image", images[0], logits[0]),
-        ("two leading axes", images[None].expand(2, *images.shape), logits.expand(2, -1, -1)),
+        ("leading axes (2, 3)", images.unflatten(0, (2, 3)), logits.unflatten(0, (2, 3))),
+        ("leading axes (2, 2)", images[:4].unflatten(0, (2, 2)), logits[:4].unflatten(0, (2, 2))),
+        ("leading axes (3, 1)", images[:3, None], logits[:3, None]),
     ):
         got = s.model.apply(params, view)
-        # in bfloat16 other blockings round otherwise
+        # in half types other blockings round otherwise
         scale = float(logits.abs().max()) + 1
-        eps = torch.finfo(dtype).eps * (4 if dtype == torch.bfloat16 else 64)
+        eps = torch.finfo(dtype).eps * (4 if dtype in HALF_TYPES else 64)
         agree(got, wanted, eps * scale, f"logits of {name}", "those of the batch")
 
 
@@ -62,14 +65,7 @@ def init_follows_its_generator(s: Subject, seed: int) -> None:
 
     Parameters that come from elsewhere make runs that cannot be repeated.
     """
-    first = tree.named(s.model.init(draw.generator(seed)))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 7)
-        again = tree.named(s.model.init(draw.generator(seed)))
-    for name, leaf in first.items():
-        if leaf.dtype != torch.float32 or not bool(leaf.isfinite().all()):
-            raise AssertionError(f"{name} is {leaf.dtype}, or not finite: wanted finite float32")
-        same(again[name], leaf, f"{name} of a second init", "that of the first")
+    laws.follows_its_generator(s.model.init, seed, lambda leaf: True, "")
 
 
 def inputs_untouched(s: Subject, seed: int, dtype: torch.dtype) -> None:
@@ -78,18 +74,12 @@ def inputs_untouched(s: Subject, seed: int, dtype: torch.dtype) -> None:
 
     In-place changes and hidden states reach whoever else uses the model.
     """
-    state = global_state()
     params, images = s.params(seed, dtype), s.batch(seed, 2, dtype)
-    before = tree.map(torch.clone, {"params": params, "images": images})
-    logits, pullback = vjp(s.model.apply, params, images)
-    pullback(torch.ones_like(logits))
-    s.model.intermediates(params, images)
-    same(s.model.apply(params, images), logits, "logits asked again", "logits")
-    for name, leaf in tree.named({"params": params, "images": images}).items():
-        same(leaf, tree.named(before)[name], f"{name} afterwards", "it before")
-    after = global_state()
-    restore(state)
-    show_changes(state, after)
+    with laws.world_untouched(), laws.untouched(params=params, images=images):
+        logits, pullback = vjp(s.model.apply, params, images)
+        pullback(torch.ones_like(logits))
+        s.model.intermediates(params, images)
+        same(s.model.apply(params, images), logits, "logits asked again", "logits")
 
 
 def intermediates_agree(s: Subject, seed: int, dtype: torch.dtype) -> None:
@@ -101,9 +91,53 @@ def intermediates_agree(s: Subject, seed: int, dtype: torch.dtype) -> None:
     aux = s.model.intermediates(params, images)
     wanted = s.model.apply(params, images)
     agree(aux["logits"], wanted, _slack(s, params, images), "logits of intermediates", "apply")
-    odd = [name for name, leaf in aux.items() if not bool(leaf.isfinite().all())]
-    if odd:
-        raise AssertionError(f"not finite: {odd}")
+    laws.all_finite(aux)
+
+
+def _blocks(names: Sequence[str], params: Params) -> dict[str, list[str]]:
+    """The intermediates of each block, in their order: a block is the longest dotted path that an
+    intermediate shares with parameters.
+    """
+    paths = {
+        ".".join(parts[:n])
+        for parts in (name.split(".") for name in tree.named(params))
+        for n in range(1, len(parts))
+    }
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        owner = [".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1)]
+        block = next((path for path in owner if path in paths), None)
+        if block is not None:
+            found.setdefault(block, []).append(name)
+    return found
+
+
+def intermediates_are_of_their_block(s: Subject, seed: int) -> None:
+    """What `intermediates` names by a block ("blocks.1.weights") changes with the parameters of
+    that block, and not with those of later ones.
+
+    A block's weights are shown under another's name: figures and measures are of the wrong block.
+    """
+    params, images = s.params(seed, torch.float64), s.batch(seed, 2, torch.float64)
+    aux = s.model.intermediates(params, images)
+    blocks = _blocks(list(aux), params)
+    for i, block in enumerate(blocks):
+        source = draw.generator(seed + 3)
+
+        def moved(
+            name: str, leaf: Tensor, block: str = block, source: Generator = source
+        ) -> Tensor:
+            other = leaf + 0.5 * torch.randn(leaf.shape, generator=source).double()
+            return other if name.startswith(f"{block}.") else leaf
+
+        after = s.model.intermediates(tree.map_named(moved, params), images)
+        for j, other in enumerate(blocks):
+            for name in blocks[other]:
+                kept = torch.equal(after[name], aux[name])
+                if kept != (j < i) and j <= i:
+                    verb = "does not change" if kept else "changes"
+                    raise AssertionError(f"{name} {verb} with the parameters of {block}")
 
 
 def examples_stand_alone(s: Subject, seed: int, poke: float, dtype: torch.dtype) -> None:
@@ -148,10 +182,9 @@ def per_example_gradients(s: Subject, seed: int) -> None:
     """
     params, images = s.params(seed, torch.float64), s.batch(seed, 3, torch.float64)
     each = vmap(grad(_loss(s.model.apply)), in_dims=(None, 0))(params, images)
-    whole = tree.named(grad(_loss(s.model.apply))(params, images))
-    for name, leaf in tree.named(each).items():
-        limit = 1024 * unit(torch.float64) * (1 + float(leaf.abs().max()))
-        agree(leaf.sum(0), whole[name], limit, f"summed gradients of {name}", "the gradient")
+    whole = grad(_loss(s.model.apply))(params, images)
+    summed = tree.map(lambda leaf: leaf.sum(0), each)
+    agree_trees(summed, whole, 1024, "summed gradients of", "the gradient of")
 
 
 def gradient_is_right(s: Subject, seed: int) -> None:
@@ -160,18 +193,7 @@ def gradient_is_right(s: Subject, seed: int) -> None:
     A gradient is cut or wrong somewhere in the model.
     """
     params, images = s.params(seed, torch.float64), s.batch(seed, 2, torch.float64)
-    source = draw.generator(seed + 2)
-    line = tree.map(lambda p: torch.randn(p.shape, generator=source).double(), params)
-    probe = torch.randn(s.model.apply(params, images).shape, generator=source).double()
-
-    def along(t: Tensor) -> Tensor:
-        flat = [
-            (s.model.apply(tree.map(lambda p, d, t=t: p + t * d, params, line), images) * probe)
-            for t in 0.1 * t.flatten()
-        ]
-        return torch.stack([x.sum() for x in flat]).reshape(t.shape)
-
-    check_slope(along, torch.zeros(1, dtype=torch.float64), 1.0, "the derivative")
+    laws.check_line(lambda p: s.model.apply(p, images), (params,), seed + 2, 0.1)
 
 
 def forward_meets_reverse(s: Subject, seed: int) -> None:
@@ -180,15 +202,7 @@ def forward_meets_reverse(s: Subject, seed: int) -> None:
     Hessian-vector products, and with them all measures of sharpness, are wrong or fail.
     """
     x = (s.params(seed, torch.float64), s.batch(seed, 2, torch.float64))
-    source = draw.generator(seed + 2)
-    tangents = tree.map(lambda t: torch.randn(t.shape, generator=source).double(), x)
-    logits, forward = jvp(s.model.apply, x, tangents)
-    u = torch.randn(logits.shape, generator=source).double()
-    reverse = vjp(s.model.apply, *x)[1](u)
-    terms = tree.leaves(tree.map(lambda a, b: (a * b).flatten(), reverse, tangents))
-    right = torch.cat(terms)
-    limit = 64 * unit(torch.float64) * (right.abs().sum() + (u * forward).abs().sum())
-    agree((u * forward).sum(), right.sum(), limit, "<u, J v>", "<J^T u, v>")
+    laws.adjoint(s.model.apply, x, seed + 2, 64.0)
 
 
 def every_parameter_counts(s: Subject, seed: int) -> None:
@@ -212,6 +226,34 @@ def float32_follows_float64(s: Subject, seed: int) -> None:
     wanted = s.model.apply(*tree.to((params, images), torch.float64))
     limit = _slack(s, params, images)
     agree(s.model.apply(params, images), wanted, 4 * limit, "apply in float32", "in float64")
+
+
+def half_follows_float32(s: Subject, seed: int, dtype: torch.dtype) -> None:
+    """apply to images in bfloat16 or float16, with float32 parameters, is apply to the same numbers
+    in float32, within 1e-2 of the norm of the logits.
+
+    Scores, features or norms are computed in half precision, where roundings add up over blocks.
+    """
+    params, images = s.params(seed, torch.float32), s.batch(seed, 8, dtype)
+    wanted = s.model.apply(params, images.float())
+    close(s.model.apply(params, images), wanted, 1e-2, f"logits in {dtype}", "in float32")
+
+
+def finite(s: Subject, seed: int, kind: str) -> None:
+    """Logits, intermediates and gradients are finite in float32 for images that are black, of one
+    colour, or 1e4 times as bright, and logits of alike images are alike.
+
+    A norm divides by the spread of an image that has none, or a score overflows.
+    """
+    params, images = s.params(seed, torch.float32), s.batch(seed, 2, torch.float32)
+    images = {"black": images * 0, "one colour": images * 0 + 0.7, "bright": images * 1e4}[kind]
+    logits, pullback = vjp(s.model.apply, params, images)
+    slopes = tree.named(pullback(torch.ones_like(logits)))
+    found = {"logits": logits, **s.model.intermediates(params, images)}
+    laws.all_finite(found | {f"gradient {name}": leaf for name, leaf in slopes.items()})
+    if kind != "bright":
+        limit = 64 * unit(torch.float32) * (float(logits.abs().max()) + 1)
+        agree(logits[0], logits[1], limit, "logits of an image", "those of its copy")
 
 
 def patches_permute(s: Subject, seed: int) -> None:
@@ -270,15 +312,15 @@ def universal_is_tied(s: Subject, seed: int) -> None:
     shared = grad(_loss(s.model.apply))(params, images)["operator"]
     blocks = grad(_loss(s.tied.apply))(tied, images)["blocks"]
     summed = tree.map(lambda *xs: torch.stack(xs).sum(0), *(b["operator"] for b in blocks.values()))
-    for name, leaf in tree.named(shared).items():
-        other = tree.named(summed)[name]
-        size = 1024 * unit(torch.float64) * (1 + float(other.abs().max()))
-        agree(leaf, other, size, f"the gradient of {name}", "the sum over blocks")
+    agree_trees(shared, summed, 1024, "the gradient of", "the sum over blocks of")
 
 
 SEED: dict[str, Any] = {"seed": draw.seeds}
 PAIR: dict[str, Any] = {"seed": draw.seeds, "dtype": draw.dtypes}
-THREE = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
+HALF_TYPES = (torch.bfloat16, torch.float16)
+HALF = st.sampled_from(HALF_TYPES)
+ALL = st.sampled_from([torch.float32, torch.float64, *HALF_TYPES])
+KINDS = st.sampled_from(["black", "one colour", "bright"])
 
 
 def _no_patches(s: Subject) -> str | None:
@@ -288,18 +330,21 @@ def _no_patches(s: Subject) -> str | None:
     return None if known else "has no `pos_embed` and no patches"
 
 
-EVERYONE = (
-    Property(keeps_shape_and_dtype, {**SEED, "dtype": THREE}),
+PROPERTIES = (
+    Property(keeps_shape_and_dtype, {**SEED, "dtype": ALL}),
     Property(init_follows_its_generator, SEED),
     Property(inputs_untouched, PAIR),
     Property(intermediates_agree, PAIR),
+    Property(intermediates_are_of_their_block, SEED),
     Property(examples_stand_alone, {**PAIR, "poke": st.sampled_from([50.0, float("nan")])}),
-    Property(vmap_is_a_loop, PAIR),
-    Property(per_example_gradients, SEED),
+    Property(vmap_is_a_loop, PAIR, "vmap"),
+    Property(per_example_gradients, SEED, "vmap"),
     Property(gradient_is_right, SEED),
-    Property(forward_meets_reverse, SEED),
+    Property(forward_meets_reverse, SEED, "forward_mode"),
     Property(every_parameter_counts, SEED),
     Property(float32_follows_float64, SEED),
+    Property(half_follows_float32, {**SEED, "dtype": HALF}),
+    Property(finite, {**SEED, "kind": KINDS}),
     Property(patches_permute, SEED, unfit=_no_patches),
     Property(
         universal_is_tied,
@@ -307,3 +352,38 @@ EVERYONE = (
         unfit=lambda s: None if s.tied is not None else "no blockwise model was given as `tied`",
     ),
 )
+
+
+def suite(
+    obj: Any,
+    *,
+    images: Callable[[Generator, int], Tensor] | None = None,
+    tied: Any = None,
+    dtype: torch.dtype | None = None,
+    traits: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> Suite:
+    """Puts a model through its suite.
+
+    Args:
+        obj: anything with `init(generator)`, `apply(params, images)` and
+            `intermediates(params, images)`.
+        images: `images(generator, size)` gives a float32 batch; None draws what `obj.config` takes.
+        tied: the blockwise model of a universal one, of which it ties the operators.
+    """
+    require("model", obj, ("init", "apply", "intermediates"), "`kart.models.create` makes one.")
+    config = getattr(obj, "config", None)
+    if images is None and not hasattr(config, "image_size"):
+        raise ValueError(
+            "`model_suite` needs `images` for a model whose config has no `image_size`, got None. "
+            "Pass a function from (generator, size) to a batch of images."
+        )
+
+    def drawn(generator: Generator, size: int) -> Tensor:
+        shape = (size, config.in_channels, config.image_size, config.image_size)  # pyright: ignore[reportOptionalMemberAccess]
+        return torch.randn(shape, generator=generator)
+
+    declared = {**laws.TRANSFORMS, **(traits or {})}
+    subject = Subject(obj, images or drawn, tied, declared, dtypes_of(dtype))
+    named = name or f"model with {getattr(config, 'operator', type(obj).__name__)}"
+    return Suite("model", named, subject, declared, PROPERTIES)

@@ -1,8 +1,7 @@
 """Properties of a training step: a pure function from state and batch to state and metrics."""
 
-import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +11,10 @@ from torch import Generator, Tensor
 from torch.func import vmap
 
 from kart import checkpoint, tree
-from kart.testing import draw
-from kart.testing.basis import global_state, restore, show_changes
-from kart.testing.core import Property
-from kart.testing.draw import agree, same, unit
+from kart.testing import draw, laws
+from kart.testing.compare import agree, same, same_tree, unit
+from kart.testing.core import Property, Suite
+from kart.testing.formulas import AdamW, adamw, averaged
 
 State = Any
 Batch = Any
@@ -29,7 +28,9 @@ class Training(NamedTuple):
     batch)` the next state and metrics. Optional, each the switch of its properties:
     `gradients(state, batch)`, those of the mean loss over the batch, as the parameters are;
     `loss(state, batch)`, that mean; `still`, the same step at learning rate 0 (and without decay);
-    `freeze(mask)`, the same step with the parameters held where `mask(path, leaf)` is true.
+    `freeze(mask)`, the same step with the parameters held where `mask(path, leaf)` is true;
+    `formula`, what the step computes from those gradients as a plain formula has it, and
+    `average(state)`, the moving average of the parameters, where it keeps one.
     """
 
     init: Callable[[Generator], State]
@@ -40,6 +41,8 @@ class Training(NamedTuple):
     loss: Callable[[State, Batch], Tensor] | None = None
     still: Callable[[State, Batch], tuple[State, Any]] | None = None
     freeze: Callable[[Callable[[str, Tensor], bool]], Callable[..., Any]] | None = None
+    formula: AdamW | None = None
+    average: Callable[[State], Any] | None = None
 
     def after(self, seed: int, steps: int) -> State:
         """The state after some steps, so that moments and counters are not zero."""
@@ -52,17 +55,6 @@ class Training(NamedTuple):
 
 def _batch(t: Training, seed: int, size: int = 4) -> Batch:
     return t.batch(draw.generator(seed + 1), size)
-
-
-def _equal(got: Any, wanted: Any, left: str, right: str) -> None:
-    """Asserts that two trees are equal bit for bit."""
-    here, there = tree.named(got), tree.named(wanted)
-    if here.keys() != there.keys():
-        raise AssertionError(f"{left} and {right} differ in {sorted(here.keys() ^ there.keys())}")
-    for name, leaf in there.items():
-        if here[name].dtype != leaf.dtype:
-            raise AssertionError(f"{name} is {here[name].dtype} in {left}, {leaf.dtype} in {right}")
-        same(here[name], leaf, f"{name} of {left}", f"that of {right}")
 
 
 def _near(got: Any, wanted: Any, left: str, right: str) -> None:
@@ -86,10 +78,9 @@ def deterministic(t: Training, seed: int, steps: int) -> None:
     state, batch = t.after(seed, steps), _batch(t, seed)
     first = t.step(state, batch)
     t.step(t.init(draw.generator(seed + 5)), _batch(t, seed + 5))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 11)
+    with laws.another_seed(seed + 11):
         again = t.step(state, batch)
-    _equal(tuple(again), tuple(first), "a second step", "the first")
+    same_tree(tuple(again), tuple(first), "a second step", "the first")
 
 
 def inputs_untouched(t: Training, seed: int, steps: int) -> None:
@@ -97,14 +88,9 @@ def inputs_untouched(t: Training, seed: int, steps: int) -> None:
 
     The old state is gone: no comparison, no retry, no population from one start.
     """
-    before = global_state()
     state, batch = t.after(seed, steps), _batch(t, seed)
-    kept = tree.map(torch.clone, (state, batch))
-    t.step(state, batch)
-    _equal((state, batch), kept, "state and batch afterwards", "those before")
-    after = global_state()
-    restore(before)
-    show_changes(before, after)
+    with laws.world_untouched(), laws.untouched(state=state, batch=batch):
+        t.step(state, batch)
 
 
 def keeps_structure(t: Training, seed: int) -> None:
@@ -206,12 +192,18 @@ def member_is_solo(t: Training, seed: int, steps: int) -> None:
 
 def _updates_near(t: Training, got: State, wanted: State, start: State, who: str) -> None:
     """Asserts that two next states moved the parameters alike from `start`."""
-    here, there, origin = (tree.named(t.params(x)) for x in (got, wanted, start))
-    for name, leaf in origin.items():
-        one, other = here[name] - leaf, there[name] - leaf
+    _moved_alike(t.params(got), t.params(wanted), t.params(start), who)
+
+
+def _moved_alike(got: Any, wanted: Any, start: Any, who: str) -> None:
+    """Asserts that two trees moved alike from `start`."""
+    here, there = tree.named(got), tree.named(wanted)
+    for name, leaf in tree.named(start).items():
+        one, other = here[name].double() - leaf, there[name].double() - leaf
         # a normalised update amplifies rounding of the gradient where that is nearly zero; a member
         # that sees another's batch differs in nearly all entries
-        apart = (one - other).abs() > 1e-3 * other.abs().max() + 4 * torch.finfo(leaf.dtype).eps
+        rounding = 4 * torch.finfo(leaf.dtype).eps * leaf.abs().clamp(min=1)
+        apart = (one - other).abs() > 1e-3 * other.abs().max() + rounding
         if float(apart.double().mean()) > 0.05:
             raise AssertionError(
                 f"{name} of {who} moves by {float(one.flatten()[0]):.6g} (first entry), where "
@@ -228,7 +220,7 @@ def zero_rate_is_still(t: Training, seed: int, steps: int) -> None:
     assert t.still is not None
     state = t.after(seed, steps)
     following, _ = t.still(state, _batch(t, seed))
-    _equal(t.params(following), t.params(state), "the parameters afterwards", "those before")
+    same_tree(t.params(following), t.params(state), "the parameters afterwards", "those before")
 
 
 def frozen_stay(t: Training, seed: int, steps: int, every: int) -> None:
@@ -251,10 +243,38 @@ def frozen_stay(t: Training, seed: int, steps: int, every: int) -> None:
         raise AssertionError("no parameter moved, frozen or not")
 
 
-@contextlib.contextmanager
-def _folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
+def parameters_follow_the_formula(t: Training, seed: int) -> None:
+    """params(step(state, batch)) is what the formula makes of params(state) and of
+    gradients(state, batch), at every update from the first.
+
+    The first updates tell: a missing bias correction, a counter that stands still or starts at
+    another number, gradients at stale parameters, decay inside the moments, a norm that is not of
+    all gradients, a rate of the update before.
+    """
+    assert t.formula is not None and t.gradients is not None
+    state, moments = t.init(draw.generator(seed)), None
+    for i in range(6):
+        batch = _batch(t, seed + i)
+        start, slopes = t.params(state), t.gradients(state, batch)
+        wanted, moments = adamw(t.formula, start, slopes, moments, i)
+        state, _ = t.step(state, batch)
+        _moved_alike(t.params(state), wanted, start, f"update {i}")
+
+
+def average_follows_the_formula(t: Training, seed: int) -> None:
+    """average(step(state, batch)) = keeps(i) average(state) + (1 - keeps(i)) params(step(state,
+    batch)) at update i, from average = params.
+
+    The average is an update late, or its warm-up one ahead: what is evaluated is another model.
+    """
+    assert t.formula is not None and t.average is not None
+    state = t.init(draw.generator(seed))
+    same_tree(t.average(state), t.params(state), "the average at the start", "the parameters")
+    for i in range(6):
+        start = t.average(state)
+        state, _ = t.step(state, _batch(t, seed + i))
+        wanted = averaged(t.formula, start, t.params(state), i)
+        _moved_alike(t.average(state), wanted, start, f"the average at update {i}")
 
 
 def saving_is_nothing(t: Training, seed: int, steps: int) -> None:
@@ -264,22 +284,26 @@ def saving_is_nothing(t: Training, seed: int, steps: int) -> None:
     other runs.
     """
     state, batch = t.after(seed, steps), _batch(t, seed)
-    with _folder() as folder:
-        path = folder / "state.safetensors"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state.safetensors"
         checkpoint.save(path, t.params(state), {}, state=state)
         loaded = checkpoint.load_state(path, state=t.init(draw.generator(seed + 3)))["state"]
-    _equal(loaded, state, "the loaded state", "the saved one")
-    _equal(t.step(loaded, batch)[0], t.step(state, batch)[0], "the resumed step", "the step")
+    same_tree(loaded, state, "the loaded state", "the saved one")
+    same_tree(t.step(loaded, batch)[0], t.step(state, batch)[0], "the resumed step", "the step")
 
 
-def _needs(field: str) -> Callable[[Training], str | None]:
-    return lambda t: None if getattr(t, field) else f"no `{field}` was given"
+def _needs(*fields: str) -> Callable[[Training], str | None]:
+    def missing(t: Training) -> str | None:
+        absent = [field for field in fields if getattr(t, field) is None]
+        return f"no `{'` and no `'.join(absent)}` was given" if absent else None
+
+    return missing
 
 
 SEED: dict[str, Any] = {"seed": draw.seeds}
 CASE: dict[str, Any] = {"seed": draw.seeds, "steps": st.integers(0, 2)}
 
-EVERYONE = (
+PROPERTIES = (
     Property(deterministic, CASE),
     Property(inputs_untouched, CASE),
     Property(keeps_structure, SEED),
@@ -291,4 +315,16 @@ EVERYONE = (
     Property(zero_rate_is_still, CASE, unfit=_needs("still")),
     Property(frozen_stay, {**CASE, "every": st.integers(1, 3)}, unfit=_needs("freeze")),
     Property(saving_is_nothing, CASE),
+    Property(parameters_follow_the_formula, SEED, unfit=_needs("formula", "gradients")),
+    Property(average_follows_the_formula, SEED, unfit=_needs("formula", "average")),
 )
+
+
+def suite(training: Training, *, name: str | None = None) -> Suite:
+    """Puts a training step through its suite; `Training` says what is needed of it."""
+    if not isinstance(training, Training):
+        raise ValueError(
+            f"`step_suite` needs a `kart.testing.Training`, got {training!r:.200}. "
+            "Wrap `init`, `step` and `batch` in one."
+        )
+    return Suite("step", name or "step", training, {}, PROPERTIES)

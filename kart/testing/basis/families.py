@@ -10,19 +10,12 @@ from torch import Tensor
 
 from kart import bases
 from kart.testing import draw
-from kart.testing.basis import (
-    PAIR,
-    Params,
-    Subject,
-    X,
-    integral,
-    near,
-    phi_slack,
-    rows,
-    setting,
-)
+from kart.testing.basis.subject import PAIR, Params, Subject, X, near, phi_slack, rows, setting
+from kart.testing.basis.traits import integral
+from kart.testing.compare import agree, slack, unit
 from kart.testing.core import Property
-from kart.testing.draw import Theta, agree, jvp, slack, unit
+from kart.testing.draw import Theta
+from kart.testing.laws import vjp
 
 DOUBLE = torch.float64
 
@@ -105,7 +98,8 @@ def derivative_swaps_pairs(s: Subject, seed: int, x: list[float]) -> None:
     k = torch.arange(1, _grid(s) + 1, dtype=DOUBLE)
     values = torch.tensor(x, dtype=DOUBLE)
     swapped = torch.cat([k * b, -k * a])
-    slope = jvp(lambda x: _sum(s, torch.cat([a, b]), x), (values,), (torch.ones_like(values),))[1]
+    y, pullback = vjp(lambda x: _sum(s, torch.cat([a, b]), x), values)
+    (slope,) = pullback(torch.ones_like(y))
     limit = unit(DOUBLE) * swapped.abs().sum() * _grid(s) * (1 + values.abs())
     agree(slope, _sum(s, swapped, values), limit, "phi'(x; a, b)", "phi(x; k b, -k a)")
 

@@ -1,0 +1,123 @@
+"""Two forms of one operator: `attend` is the materialised weights times the values."""
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.func import grad
+
+from kart.testing import draw
+from kart.testing.compare import agree, agree_trees
+from kart.testing.core import Property
+from kart.testing.operator.subject import (
+    MASK,
+    PAIR,
+    ROW,
+    Params,
+    Row,
+    Subject,
+    attend_slack,
+    mask_of,
+    mild,
+    scores_of,
+)
+
+
+def attend_is_weights_times_values(
+    s: Subject, row: Row, kept: list[bool], masked: bool, dtype: torch.dtype
+) -> None:
+    """attend(theta, q, k, v, mask) = weights(theta, q k^T / sqrt(d), mask) v.
+
+    The form that trains and the form that is looked at are two operators.
+    """
+    x = s.inputs(row, dtype)
+    mask = mask_of(row, kept) if masked else None
+    wanted = s.op.weights(x.params, scores_of(x.q, x.k), mask) @ x.v
+    agree(s.op.attend(*x, mask), wanted, attend_slack(s, x, mask), "attend", "weights v")
+
+
+def large_as_weights(
+    s: Subject, seed: int, queries: int, keys: int, poke: int, dtype: torch.dtype
+) -> None:
+    """attend(theta, q, k, v) = weights(theta, q k^T / sqrt(d)) v for many queries and keys.
+
+    A fused form that works in blocks drops, repeats or misplaces the last one.
+    """
+    row = Row(seed, 1, s.heads or 1, queries, keys, 4)
+    x = s.inputs(row, dtype)
+    # one late key that matters more than all others
+    place = max(0, keys - 1 - poke)
+    x.v[..., place, :] = x.v[..., place, :] + 100
+    wanted = s.op.weights(x.params, scores_of(x.q, x.k)) @ x.v
+    agree(s.op.attend(*x), wanted, attend_slack(s, x), "attend", "weights v")
+
+
+def attend_has_the_gradients_of_weights(
+    s: Subject, row: Row, kept: list[bool], masked: bool
+) -> None:
+    """d attend = d (weights v) in theta, q, k and v.
+
+    A fused backward is wrong, although the forward is right.
+    """
+    x = s.inputs(mild(row), torch.float64)
+    mask = mask_of(row, kept) if masked else None
+    probe = draw.probe(x.q.shape[:-1] + x.v.shape[-1:], row.seed)
+
+    def attended(params: Params, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (s.op.attend(params, q, k, v, mask) * probe).sum()
+
+    def looked_at(params: Params, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((s.op.weights(params, scores_of(q, k), mask) @ v) * probe).sum()
+
+    places = (0, 1, 2, 3) if x.params else (1, 2, 3)
+    got, wanted = (grad(f, places)(*x) for f in (attended, looked_at))
+    agree_trees(got, wanted, 64, "the gradient", "that of weights")
+
+
+def linear_in_values(s: Subject, row: Row, seed: int, dtype: torch.dtype) -> None:
+    """attend(theta, q, k, v B + w) = attend(theta, q, k, v) B + attend(theta, q, k, w), for
+    matrices B on the columns.
+
+    Values enter the weights, or columns of the output mix.
+    """
+    x = s.inputs(row, dtype)
+    source = draw.generator(seed)
+    b = torch.randn(x.v.shape[-1], 2, generator=source).to(dtype)
+    w = torch.randn(*x.v.shape[:-1], 2, generator=source).to(dtype)
+    got = s.op.attend(x.params, x.q, x.k, x.v @ b + w)
+    wanted = s.op.attend(*x) @ b + s.op.attend(x.params, x.q, x.k, w)
+    limit = attend_slack(s, x._replace(v=x.v @ b + w)) + attend_slack(s, x) @ b.double().abs()
+    limit = limit + attend_slack(s, x._replace(v=w))
+    agree(got, wanted, limit, "attend(v B + w)", "attend(v) B + attend(w)")
+
+
+def change_of_basis(s: Subject, row: Row, seed: int) -> None:
+    """attend(theta, q G, k G^-T, v) = attend(theta, q, k, v) for invertible G, orthogonal ones
+    among them.
+
+    Queries and keys count by more than their products.
+    """
+    x = s.inputs(row, torch.float64)
+    a, b = (torch.randn(row.width, row.width, generator=draw.generator(seed + i)) for i in (0, 1))
+    stretch = torch.linspace(0.5, 2.0, row.width, dtype=torch.float64)
+    g = torch.linalg.qr(a.double())[0] * stretch @ torch.linalg.qr(b.double())[0]
+    moved = x._replace(q=x.q @ g, k=x.k @ torch.linalg.inv(g).mT)
+    limit = attend_slack(s, x) + attend_slack(s, moved)
+    agree(s.op.attend(*moved), s.op.attend(*x), 4 * limit, "attend(q G, k G^-T)", "attend(q, k)")
+
+
+PROPERTIES = (
+    Property(attend_is_weights_times_values, {**PAIR, "kept": MASK, "masked": st.booleans()}),
+    Property(
+        large_as_weights,
+        {
+            "seed": draw.seeds,
+            "queries": st.sampled_from([1, 65]),
+            "keys": st.sampled_from([33, 64, 129]),
+            "poke": st.integers(0, 2),
+            "dtype": draw.dtypes,
+        },
+    ),
+    Property(attend_has_the_gradients_of_weights, {**ROW, "kept": MASK, "masked": st.booleans()}),
+    Property(linear_in_values, {**PAIR, "seed": draw.seeds}),
+    Property(change_of_basis, {**ROW, "seed": draw.seeds}),
+)
