@@ -8,9 +8,9 @@ import importlib
 from types import ModuleType
 
 ROOMS = (
-    *("analysis", "augment", "bases", "checkpoint", "cli", "data", "factories", "kernels"),
-    *("layers", "models", "operators", "optim", "population", "projections", "recipes", "runs"),
-    *("search", "tables", "testing", "train", "tree"),
+    *("analysis", "augment", "bases", "checkpoint", "cli", "commands", "data", "export"),
+    *("factories", "kernels", "layers", "models", "operators", "optim", "population"),
+    *("projections", "recipes", "runs", "search", "tables", "testing", "train", "tree"),
 )
 
 

@@ -14,17 +14,9 @@ import sys
 import optuna
 
 from kart import bases, search
+from kart.cli import main
 from kart.search import Arm
 from kart.train import Config
-
-CONFIG = Config(
-    data="uoft-cs/cifar10",
-    train_limit=8000,
-    augment="flip_crop",
-    image_size=32,
-    patch_size=4,
-    epochs=20,
-)
 
 
 def softmax(trial: optuna.Trial, config: Config) -> Config:
@@ -53,7 +45,7 @@ def arm(family: str) -> Arm:
 
 
 STUDY = search.Study(
-    config=CONFIG,
+    config=search.SMALL_CIFAR,
     arms={"softmax": softmax, **{family: arm(family) for family in bases.FAMILIES}},
     trials=8 * (1 + len(bases.FAMILIES)),
     seeds=1,
@@ -62,4 +54,4 @@ STUDY = search.Study(
 )
 
 if __name__ == "__main__":
-    sys.exit(search.study_main(["run", __file__, *sys.argv[1:]]))
+    sys.exit(main(["study", "run", __file__, *sys.argv[1:]]))

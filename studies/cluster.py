@@ -109,8 +109,7 @@ class Seen(NamedTuple):
 
 def kart_study(*argv: str) -> list[str]:
     """The command line of `kart study`, by this Python."""
-    code = "import sys; from kart.search import study_main; sys.exit(study_main(sys.argv[1:]))"
-    return [sys.executable, "-c", code, *argv]
+    return [sys.executable, "-m", "kart", "study", *argv]
 
 
 def watch(url: str, env: dict[str, str], workers: int, trials: int, flags: Sequence[str]) -> Seen:
@@ -122,7 +121,7 @@ def watch(url: str, env: dict[str, str], workers: int, trials: int, flags: Seque
         started = [
             stack.enter_context(
                 subprocess.Popen(
-                    kart_study("work", "--storage", url, "--threads", "1", "--quiet"),
+                    kart_study("work", name, "--storage", url, "--threads", "1", "--quiet"),
                     env=env,
                     cwd=ROOT,
                     stdout=subprocess.DEVNULL,

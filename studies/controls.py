@@ -11,25 +11,13 @@ its learning rate out of three on one seed; the winners are trained again with f
 """
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import optuna
-
-from kart import models, search, statistics
-from kart.search import Arm, Confirmed
+from kart import cli, models, search, statistics
+from kart.search import Confirmed
 from kart.train import Config
-
-CONFIG = Config(
-    data="uoft-cs/cifar10",
-    train_limit=8000,
-    augment="flip_crop",
-    image_size=32,
-    patch_size=4,
-    epochs=20,
-)
 
 # spec and rank; (K + 1) r is 84 for all, K parameters a unit and one of the mix
 OPERATORS = {
@@ -62,17 +50,14 @@ def wider_mlp(config: Config) -> float:
     return (hidden + 0.5) / width  # the model rounds down
 
 
-def arm(operator: str, rank: int | None = None, base: str | None = None, wide: bool = False) -> Arm:
-    """The space of one operator: nothing but the learning rate."""
-
-    def space(trial: optuna.Trial, config: Config) -> Config:
-        rate = trial.suggest_categorical("learning_rate", [5e-4, 1e-3, 2e-3])
-        ratio = wider_mlp(config) if wide else None
-        return dataclasses.replace(
-            config, operator=operator, rank=rank, base=base, mlp_ratio=ratio, learning_rate=rate
-        )
-
-    return space
+def arm(
+    operator: str, rank: int | None = None, base: str | None = None, wide: bool = False
+) -> search.Arm:
+    """The space of one operator."""
+    given = {"operator": operator, "rank": rank, "base": base}
+    return search.rate_only(
+        lambda config: {**given, "mlp_ratio": wider_mlp(config) if wide else None}
+    )
 
 
 ARMS = {"softmax": arm("softmax"), "softmax, wider MLP": arm("softmax", wide=True)}
@@ -108,17 +93,7 @@ def share(part: Sequence[float], whole: Sequence[float]) -> str:
     return f"{statistics.ratio(part, whole).text(scale=1.0)}, n = {len(part)}"
 
 
-STUDY = search.Study(
-    config=CONFIG,
-    arms=ARMS,
-    trials=3 * len(ARMS),
-    seeds=1,
-    confirm=5,
-    sampler="brute",
-    pruner="none",
-    tiny={**search.TINY, "trials": len(ARMS), "confirm": 2},
-    answer=answer,
-)
+STUDY = search.compare(ARMS, tiny={"confirm": 2}, answer=answer)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"== {name}")
         directory = Path(args.out) / name.replace(" ", "-")
         given = ["run", __file__, "--out", str(directory), *SETTINGS[name], *flags]
-        status = search.study_main(given)
+        status = cli.main(["study", *given])
         if status:
             return status
     return 0

@@ -16,6 +16,7 @@ import sys
 import optuna
 
 from kart import search
+from kart.cli import main
 from kart.train import Config
 
 # small enough for a laptop: 17 tokens, width 32, two blocks
@@ -51,4 +52,4 @@ STUDY = search.Study(
 )
 
 if __name__ == "__main__":
-    sys.exit(search.study_main(["run", __file__, *sys.argv[1:]]))
+    sys.exit(main(["study", "run", __file__, *sys.argv[1:]]))

@@ -13,17 +13,9 @@ import sys
 import optuna
 
 from kart import search
+from kart.cli import main
 from kart.search import Arm
 from kart.train import Config
-
-CONFIG = Config(
-    data="uoft-cs/cifar10",
-    train_limit=8000,
-    augment="flip_crop",
-    image_size=32,
-    patch_size=4,
-    epochs=20,
-)
 
 
 def arm(order: str | None) -> Arm:
@@ -48,7 +40,7 @@ ARMS = {
 }
 
 STUDY = search.Study(
-    config=CONFIG,
+    config=search.SMALL_CIFAR,
     arms=ARMS,
     trials=8 * len(ARMS),
     seeds=1,
@@ -57,4 +49,4 @@ STUDY = search.Study(
 )
 
 if __name__ == "__main__":
-    sys.exit(search.study_main(["run", __file__, *sys.argv[1:]]))
+    sys.exit(main(["study", "run", __file__, *sys.argv[1:]]))

@@ -13,16 +13,8 @@ import sys
 import optuna
 
 from kart import models, search
+from kart.cli import main
 from kart.train import Config
-
-CONFIG = Config(
-    data="uoft-cs/cifar10",
-    train_limit=8000,
-    augment="flip_crop",
-    image_size=32,
-    patch_size=4,
-    epochs=20,
-)
 
 
 def softmax(trial: optuna.Trial, config: Config) -> Config:
@@ -48,7 +40,7 @@ def per_block(trial: optuna.Trial, config: Config) -> Config:
 
 
 STUDY = search.Study(
-    config=CONFIG,
+    config=search.SMALL_CIFAR,
     arms={"softmax": softmax, "one for all": one_for_all, "per block": per_block},
     trials=72,
     seeds=1,
@@ -57,4 +49,4 @@ STUDY = search.Study(
 )
 
 if __name__ == "__main__":
-    sys.exit(search.study_main(["run", __file__, *sys.argv[1:]]))
+    sys.exit(main(["study", "run", __file__, *sys.argv[1:]]))

@@ -9,51 +9,33 @@ heads (App. C.5.2), and its reviewers asked for the rest.
 
 import dataclasses
 import sys
-
-import optuna
+from typing import Any
 
 from kart import models, search
-from kart.search import Arm
+from kart.cli import main
 from kart.train import Config
 
-CONFIG = Config(
-    data="uoft-cs/cifar10",
-    train_limit=8000,
-    augment="flip_crop",
-    image_size=32,
-    patch_size=4,
-    epochs=20,
-    depth=6,
-)
 
-
-def arm(first: float, last: float, every: int = 1) -> Arm:
+def arm(first: float, last: float, every: int = 1) -> search.Arm:
     """KArAt in every so many blocks of the share [first, last) of the depth, softmax elsewhere."""
 
-    def space(trial: optuna.Trial, config: Config) -> Config:
+    def fields(config: Config) -> dict[str, Any]:
         depth = config.depth or models.MODELS[config.model]["depth"]
         chosen = range(round(first * depth), round(last * depth), every)
         specs = tuple("G3B" if block in chosen else "softmax" for block in range(depth))
-        return with_rate(trial, config, specs)
+        return {"operator": specs}
 
-    return space
-
-
-def with_rate(trial: optuna.Trial, config: Config, operator: str | tuple[str, ...]) -> Config:
-    """A config with this operator, its learning rate open."""
-    rate = trial.suggest_categorical("learning_rate", [5e-4, 1e-3, 2e-3])
-    return dataclasses.replace(config, operator=operator, learning_rate=rate)
+    return search.rate_only(fields)
 
 
-def half_of_the_heads(trial: optuna.Trial, config: Config) -> Config:
+def half_of_the_heads(config: Config) -> dict[str, Any]:
     """In every block softmax in the first half of the heads, KArAt in the others."""
     heads = config.num_heads or models.MODELS[config.model]["num_heads"]
-    return with_rate(trial, config, f"{heads // 2}*softmax+{heads - heads // 2}*G3B")
+    return {"operator": f"{heads // 2}*softmax+{heads - heads // 2}*G3B"}
 
 
-STUDY = search.Study(
-    config=CONFIG,
-    arms={
+STUDY = search.compare(
+    {
         "softmax": arm(0, 0),
         "all blocks": arm(0, 1),
         "early third": arm(0, 1 / 3),
@@ -62,15 +44,11 @@ STUDY = search.Study(
         "every other block": arm(0, 1, 2),
         "first block": arm(0, 1 / 6),
         "last block": arm(5 / 6, 1),
-        "half of the heads": half_of_the_heads,
+        "half of the heads": search.rate_only(half_of_the_heads),
     },
-    trials=27,
-    seeds=1,
-    confirm=5,
-    sampler="brute",
-    pruner="none",
-    tiny={**search.TINY, "depth": 3, "num_heads": 2, "trials": 9},
+    config=dataclasses.replace(search.SMALL_CIFAR, depth=6),
+    tiny={"depth": 3, "num_heads": 2},
 )
 
 if __name__ == "__main__":
-    sys.exit(search.study_main(["run", __file__, *sys.argv[1:]]))
+    sys.exit(main(["study", "run", __file__, *sys.argv[1:]]))

@@ -19,7 +19,8 @@ import torch
 from kart import population, train
 from kart.tables import table
 from kart.train import Config
-from studies.grid_rank_sharing import CONFIG
+
+from .grid_rank_sharing import CONFIG
 
 SETTINGS = {
     "digits, 17 tokens, D 32": dataclasses.replace(CONFIG, learning_rate=3e-3),

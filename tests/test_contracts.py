@@ -12,11 +12,13 @@ import kart
 ROOT = Path(kart.__file__).parent
 # top to bottom: a room may import the rooms that stand below it
 HOUSE = [
+    {"__main__"},
     {"cli"},
+    {"commands"},
     {"testing", "search"},
     {"runs"},
     {"analysis"},
-    {"population", "recipes"},
+    {"export", "population", "recipes"},
     {"train"},
     {"models"},
     {"operators", "optim", "checkpoint"},

@@ -18,8 +18,8 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from kart import bases, operators, population, train, tree
-from kart.search import command, plots, question, report, space, storage, trials, work
+from kart import bases, cli, operators, population, train, tree
+from kart.search import plots, question, report, space, storage, trials, work
 from kart.search.trials import objective, train_members
 from kart.train import Config
 
@@ -347,13 +347,16 @@ def arm(operator):
     def space(trial, config):
         rate = trial.suggest_float("learning_rate", 1e-3, {high}, log=True)
         size = trial.suggest_categorical("rank", [2, 3])
-        rank = None if operator == "softmax" else size
-        return dataclasses.replace(config, operator=operator, learning_rate=rate, rank=rank)
+        return dataclasses.replace(config, operator=operator, learning_rate=rate, mlp_ratio=size)
     return space
 
 STUDY = search.Study(config=CONFIG, arms={{"softmax": arm("softmax"), "G1": arm("G1B")}},
                      trials=6, seeds=2, confirm=2)
 """
+
+
+def kart_study(argv):
+    return cli.main(["study", *argv])
 
 
 @pytest.fixture
@@ -390,7 +393,7 @@ def contents(directory):
 
 def test_a_study_runs_and_is_not_done_twice(asked, tmp_path, capsys):
     path, argv = asked
-    assert command.study_main(argv) == 0
+    assert kart_study(argv) == 0
     out = capsys.readouterr().out
     assert "softmax: learning_rate" in out and "test" in out and "report.html" in out
     arms = opened(tmp_path / "out")
@@ -405,12 +408,12 @@ def test_a_study_runs_and_is_not_done_twice(asked, tmp_path, capsys):
     rows = (tmp_path / "out" / "trials.csv").read_text().splitlines()
     assert len(rows) == 1 + 6 and rows[0].startswith("arm,trial,retry_of,state")
     before = listed(tmp_path / "out")
-    assert command.study_main(argv) == 0
+    assert kart_study(argv) == 0
     assert listed(tmp_path / "out") == before
-    assert command.study_main(["list", "--out", str(tmp_path / "out")]) == 0
+    assert kart_study(["status", "--out", str(tmp_path / "out")]) == 0
     assert "rates/G1:" in capsys.readouterr().out
     # more trials of the same study
-    assert command.study_main([*argv, "--trials", "8", "--confirm", "0"]) == 0
+    assert kart_study([*argv, "--trials", "8", "--confirm", "0"]) == 0
     after = listed(tmp_path / "out")
     assert all(after[arm][:3] == before[arm] and len(after[arm]) == 4 for arm in after)
 
@@ -429,14 +432,14 @@ def interrupt_at(monkeypatch, call):
 
 def test_ctrl_c_leaves_a_study_that_goes_on_to_the_same_trials(asked, tmp_path, monkeypatch):
     path, argv = asked
-    assert command.study_main([*argv, "--confirm", "0"]) == 0
+    assert kart_study([*argv, "--confirm", "0"]) == 0
     whole = listed(tmp_path / "out")
     argv[argv.index("--out") + 1] = str(tmp_path / "stopped")
     for call in (2, 3):
         interrupt_at(monkeypatch, call)
-        assert command.study_main([*argv, "--confirm", "0"]) == 130
+        assert kart_study([*argv, "--confirm", "0"]) == 130
     monkeypatch.setattr(trials, "train_members", train_members)
-    assert command.study_main([*argv, "--confirm", "0"]) == 0
+    assert kart_study([*argv, "--confirm", "0"]) == 0
     assert listed(tmp_path / "stopped") == whole
     arms = opened(tmp_path / "stopped").values()
     assert sum(storage.original(t) != t.number for study in arms for t in study.trials) == 2
@@ -444,10 +447,10 @@ def test_ctrl_c_leaves_a_study_that_goes_on_to_the_same_trials(asked, tmp_path, 
 
 def test_trials_of_a_dead_process_are_retried_at_once(asked, tmp_path):
     path, argv = asked
-    assert command.study_main([*argv, "--confirm", "0", "--trials", "4"]) == 0
+    assert kart_study([*argv, "--confirm", "0", "--trials", "4"]) == 0
     study = opened(tmp_path / "out")["G1"]
     storage.ask(study)  # and then the process is gone
-    assert command.study_main([*argv, "--confirm", "0"]) == 0
+    assert kart_study([*argv, "--confirm", "0"]) == 0
     found = opened(tmp_path / "out")["G1"].trials
     assert [t.state == TrialState.FAIL for t in found] == [False, False, True, False]
     assert storage.original(found[3]) == 2
@@ -457,13 +460,12 @@ def test_trials_of_a_dead_process_are_retried_at_once(asked, tmp_path):
 def test_sigkill_at_any_moment_and_resume_gives_the_same_trials(asked, tmp_path):
     path, argv = asked
     argv += ["--confirm", "0", "--trials", "12"]
-    assert command.study_main(argv) == 0
+    assert kart_study(argv) == 0
     whole = listed(tmp_path / "out")
     argv[argv.index("--out") + 1] = str(tmp_path / "killed")
-    code = "import sys; from kart.search import study_main; study_main(sys.argv[1:])"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     for fraction in (0.2, 0.5):
-        with subprocess.Popen([sys.executable, "-c", code, *argv], env=env) as process:
+        with subprocess.Popen([sys.executable, "-m", "kart", "study", *argv], env=env) as process:
             deadline = time.monotonic() + 120
             while time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -473,7 +475,7 @@ def test_sigkill_at_any_moment_and_resume_gives_the_same_trials(asked, tmp_path)
                 if done and done >= fraction * 12:
                     break
             process.send_signal(signal.SIGKILL)
-    assert command.study_main(argv) == 0
+    assert kart_study(argv) == 0
     assert listed(tmp_path / "killed") == whole
 
 
@@ -491,9 +493,9 @@ def test_sigkill_at_any_moment_and_resume_gives_the_same_trials(asked, tmp_path)
 def test_a_changed_study_is_refused_and_nothing_is_touched(asked, tmp_path, capsys, flags, named):
     path, argv = asked
     init = ["init", *argv[1:4], *argv[4:6], "--quiet", "--group", "2"]
-    assert command.study_main(init) == 0
+    assert kart_study(init) == 0
     before = contents(tmp_path / "out")
-    assert command.study_main([*argv, *flags]) == 2
+    assert kart_study([*argv, *flags]) == 2
     error = capsys.readouterr().err
     assert named in error and "Nothing was changed" in error
     assert contents(tmp_path / "out") == before
@@ -504,17 +506,17 @@ def test_other_versions_and_spaces_are_refused_and_nothing_is_touched(
 ):
     path, argv = asked
     init = ["init", *argv[1:4], *argv[4:6], "--quiet", "--group", "2"]
-    assert command.study_main(init) == 0
+    assert kart_study(init) == 0
     before = contents(tmp_path / "out")
     monkeypatch.setattr(storage, "versions", lambda: {"kart": "9", "torch": "1", "optuna": "1"})
-    for argument in (argv, ["work", "--out", str(tmp_path / "out")]):
-        assert command.study_main(argument) == 2
+    for argument in (argv, ["work", str(path), "--out", str(tmp_path / "out")]):
+        assert kart_study(argument) == 2
         assert "versions.kart" in capsys.readouterr().err
     monkeypatch.undo()
     path.write_text(textwrap.dedent(QUESTION.format(high=2e-2)))
     question._module.cache_clear()
-    for argument in (argv, ["work", "--out", str(tmp_path / "out")]):
-        assert command.study_main(argument) == 2
+    for argument in (argv, ["work", str(path), "--out", str(tmp_path / "out")]):
+        assert kart_study(argument) == 2
         assert "spaces.softmax.distributions.learning_rate" in capsys.readouterr().err
     assert contents(tmp_path / "out") == before
 
@@ -536,14 +538,14 @@ def test_a_third_worker_on_sqlite_is_sent_to_postgresql(tmp_path):
 def test_grid_and_brute_try_all_points_once(asked, tmp_path):
     path, argv = asked
     flags = ["--sampler", "grid", "--levels", "2", "--trials", "99", "--confirm", "0"]
-    assert command.study_main([*argv, *flags, "--pool", "4"]) == 0
+    assert kart_study([*argv, *flags, "--pool", "4"]) == 0
     for study in opened(tmp_path / "out").values():
         points = {tuple(sorted(trial.params.items())) for trial in study.trials}
         assert len(points) == len(study.trials) == 4
     argv[argv.index("--out") + 1] = str(tmp_path / "brute")
-    assert command.study_main([*argv, "--sampler", "brute"]) == 2
+    assert kart_study([*argv, "--sampler", "brute"]) == 2
     flags = ["--sampler", "brute", "--fix", "learning_rate=0.01", "--confirm", "0"]
-    assert command.study_main([*argv, *flags]) == 0
+    assert kart_study([*argv, *flags]) == 0
     for study in opened(tmp_path / "brute").values():
         assert sorted(trial.params["rank"] for trial in study.trials) == [2, 3]
 
@@ -551,12 +553,12 @@ def test_grid_and_brute_try_all_points_once(asked, tmp_path):
 def test_the_commands_on_the_page_run_when_pasted(asked, tmp_path):
     path, argv = asked
     argv[argv.index("--out") + 1] = str(tmp_path / "a b")
-    assert command.study_main([*argv, "--confirm", "0", "--trials", "2"]) == 0
+    assert kart_study([*argv, "--confirm", "0", "--trials", "2"]) == 0
     text = html.unescape((tmp_path / "a b" / "report.html").read_text())
-    lines = re.findall(r"kart study ((?:work|report) --out [^<#\n]*)", text)
+    lines = re.findall(r"kart study ((?:work|report) [^<#\n]*--out [^<#\n]*)", text)
     assert [line.split()[0] for line in lines] == ["report", "work", "report"]
     for line in lines:
-        assert command.study_main([*shlex.split(line), "--threads", "1", "--quiet"]) == 0
+        assert kart_study([*shlex.split(line), "--threads", "1", "--quiet"]) == 0
     (url,) = re.findall(r"optuna-dashboard ([^<#\n]*)", text)
     assert Path(shlex.split(url)[0].removeprefix("sqlite:///")).exists()
     rows = report.result_rows(opened(tmp_path / "a b"), storage.read_settings(tmp_path / "a b"))
@@ -588,7 +590,7 @@ def test_importances_are_of_good_values(direction):
 def test_several_objectives_have_a_front_in_the_report(asked, tmp_path):
     path, argv = asked
     flags = ["--objectives", "accuracy,parameters", "--sampler", "nsga2", "--confirm", "0"]
-    assert command.study_main([*argv, *flags]) == 0
+    assert kart_study([*argv, *flags]) == 0
     assert "Accuracy against cost" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -601,13 +603,13 @@ def test_several_objectives_have_a_front_in_the_report(asked, tmp_path):
         (["run", "grid_rank_sharing", "--out", "x", "--set", "epoch=3"], "epochs"),
         (["run", "grid_rank_sharing", "--out", "x", "--trials", "0"], "at least 2"),
         (["run", "grid_rank_sharing", "--out", "x", "--storage", "sqlite:///a.db"], "`--out DIR`"),
-        (["work", "--out", "nowhere"], "without study.json"),
-        (["work", "--storage", "not a url"], "postgresql://"),
+        (["work", "grid_rank_sharing", "--out", "nowhere"], "without study.json"),
+        (["work", "grid_rank_sharing", "--storage", "not a url"], "postgresql://"),
     ],
 )
 def test_mistakes_are_explained(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert command.study_main(argv) == 2
+    assert kart_study(argv) == 2
     assert words in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -616,7 +618,7 @@ def test_a_directory_of_something_else_is_refused(asked, tmp_path, capsys):
     path, argv = asked
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    assert command.study_main(argv) == 2
+    assert kart_study(argv) == 2
     assert "notes.txt" in capsys.readouterr().err
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["notes.txt"]
 

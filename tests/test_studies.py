@@ -6,9 +6,9 @@ import dataclasses
 import optuna
 import pytest
 
-from kart import train
+from kart import cli, train
 from kart.analysis import cost
-from kart.search import command, question, space, storage, work
+from kart.search import question, space, storage, work
 from kart.search.work import Confirmed
 from studies import cluster, controls, full_rank, per_block, placement, population_speed, samplers
 
@@ -29,7 +29,7 @@ def test_the_studies_are_found_and_ask_something():
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_runs_in_its_tiny_setting(name, tmp_path, capsys):
     flags = ["--tiny", "--val-limit", "16", "--threads", "1", "--group", "1", "--quiet"]
-    assert command.study_main(["run", name, "--out", str(tmp_path / "out"), *flags]) == 0
+    assert cli.main(["study", "run", name, "--out", str(tmp_path / "out"), *flags]) == 0
     settings = storage.read_settings(tmp_path / "out")
     assert settings is not None
     database = storage.open_database(storage.directory_url(tmp_path / "out"))

@@ -348,7 +348,7 @@ def peak(
 ) -> dict[str, float]:
     """Memory of a training step, measured in a process of its own."""
     inner = [spec, str(batch), args.device, args.precision, name, batching]
-    command = [sys.executable, "-m", "kart.analysis.bench", "--memory-of", *inner]
+    command = [sys.executable, "-m", "kart.analysis.bench", *inner]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"measuring the memory of {name} {spec} failed:\n{result.stderr}")
@@ -480,24 +480,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measures and prints the tables."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("kart bench", description=__doc__, formatter_class=raw)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--precision", choices=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=15, help="timed rounds (default 15)")
-    parser.add_argument("--op-batch", type=int, help="batch at N = 197 (default 8; GPU 128)")
-    parser.add_argument("--step-batch", type=int, help="batch of a step (default 8; GPU 128)")
-    parser.add_argument("--quick", action="store_true", help="operator level only")
-    parser.add_argument("--out", default="cost.json", help="JSON; the plot goes beside it")
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
-    parser.add_argument("--memory-of", nargs=6, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.memory_of:
-        spec, batch, *rest = args.memory_of
-        measure_memory(spec, int(batch), *rest)
-        return
+def run(args: argparse.Namespace) -> None:
+    """Measures and prints the tables; `args` are the flags of `kart bench`."""
     gpu = args.device == "cuda"
     if gpu and not torch.cuda.is_available():
         raise ValueError("`--device cuda` needs a GPU, and torch sees none. Leave it out.")
@@ -545,4 +529,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    spec, batch, *rest = sys.argv[1:]
+    measure_memory(spec, int(batch), *rest)

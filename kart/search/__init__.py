@@ -9,9 +9,9 @@
 | `trials` | a trial as K seeds that train together; costs, limits, repeats |
 | `storage` | settings and their guard, SQLite and servers, heartbeats, samplers, pruners |
 | `question` | what a file in `studies/` defines |
+| `designs` | what several studies share |
 | `work` | set-up, the loop of a worker, confirmation of the winners |
 | `report`, `plots` | the HTML page and the CSV; its figures |
-| `command` | `kart study` |
 """
 
 try:
@@ -21,7 +21,7 @@ except ImportError as error:
         '`kart.search` needs Optuna, got none. Run `pip install "kart-attention[studies]"`.'
     ) from error
 
-from kart.search.command import study_main
+from kart.search.designs import SMALL_CIFAR, compare, rate_only
 from kart.search.question import TINY, Arm, Study
 from kart.search.space import fixed, suggest_operator, suggest_rates
 from kart.search.trials import OBJECTIVES, costs, objective, train_members
@@ -29,15 +29,17 @@ from kart.search.work import Candidate, Confirmed
 
 __all__ = [
     "OBJECTIVES",
+    "SMALL_CIFAR",
     "TINY",
     "Arm",
     "Candidate",
     "Confirmed",
     "Study",
+    "compare",
     "costs",
     "fixed",
     "objective",
-    "study_main",
+    "rate_only",
     "suggest_operator",
     "suggest_rates",
     "train_members",

@@ -4,17 +4,20 @@ import ast
 import dataclasses
 import difflib
 import functools
+import hashlib
 import importlib.util
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 
 import kart
-from kart.search.space import Space, fixed
+from kart.runs import identity
+from kart.search.space import Space, contains, distributions, first, fixed
 from kart.train import Config
 
 Arm = Callable[[optuna.Trial, Config], Config]
@@ -69,11 +72,18 @@ class Study:
         return {name: fixed(space(arm), fix) for name, arm in self.arms.items()}
 
 
-def folders() -> list[Path]:
-    """Where studies are looked for: `./studies`, and beside the source tree of kart."""
-    beside = Path(kart.__file__).resolve().parents[1] / "studies"
-    here = Path("studies").resolve()
-    return list(dict.fromkeys(folder for folder in (here, beside) if folder.is_dir()))
+def folder() -> Path:
+    """Where kart's own studies are: beside its source tree, or installed as `kart_studies`."""
+    tree = Path(kart.__file__).resolve().parents[1]
+    if (tree / "pyproject.toml").is_file() and (tree / "studies").is_dir():
+        return tree / "studies"
+    spec = importlib.util.find_spec("kart_studies")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            "`kart study` needs the studies that are installed with kart, got none. Install "
+            "kart-attention again, or name a file of your own."
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _defines_study(path: Path) -> bool:
@@ -85,11 +95,10 @@ def _defines_study(path: Path) -> bool:
 def available() -> dict[str, tuple[Path, str]]:
     """File and question (the first line of its docstring) of each study that is found, by name."""
     found: dict[str, tuple[Path, str]] = {}
-    for folder in folders():
-        for path in sorted(folder.glob("[a-z]*.py")):
-            if path.stem not in found and _defines_study(path):
-                text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-                found[path.stem] = (path, text.split("\n")[0])
+    for path in sorted(folder().glob("[a-z]*.py")):
+        if _defines_study(path):
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            found[path.stem] = (path, text.split("\n")[0])
     return found
 
 
@@ -102,9 +111,8 @@ def locate(name: str) -> Path:
     found = available()
     if name not in found:
         near = difflib.get_close_matches(name, found, n=3, cutoff=0.3) or list(found)
-        where = "; `kart study` finds them from the root of kart's source tree" if not found else ""
         raise ValueError(
-            f"`study` needs a file or one of {list(found)}, got {name!r}{where}. "
+            f"`study` needs a file or one of {list(found)}, got {name!r}. "
             f"Near matches: {', '.join(near) or 'none'}."
         )
     return found[name][0]
@@ -120,8 +128,18 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
-def load(name: str) -> tuple[str, Path, Study, str]:
-    """Name, file, study and question of a study, by name or path."""
+class Question(NamedTuple):
+    """A study with its name, its question as text, and the fingerprint of its source."""
+
+    name: str
+    named: str  # what `load` was given
+    study: Study
+    text: str
+    source: str
+
+
+def load(name: str) -> Question:
+    """The question that a study's file asks, by name or path. This runs the file."""
     path = locate(name)
     module = _module(path)
     study = getattr(module, "STUDY", None)
@@ -130,7 +148,8 @@ def load(name: str) -> tuple[str, Path, Study, str]:
             f"`study` needs a file that defines STUDY = search.Study(...), got {str(path)!r} "
             "without. See studies/grid_rank_sharing.py."
         )
-    return path.stem, path, study, (module.__doc__ or "").strip()
+    source = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return Question(path.stem, name, study, (module.__doc__ or "").strip(), source)
 
 
 def with_changes(study: Study, changes: Mapping[str, Any]) -> Study:
@@ -144,8 +163,43 @@ def with_changes(study: Study, changes: Mapping[str, Any]) -> Study:
             f"`--set` needs fields of Config, got {unknown[0]!r}. "
             f"Near matches: {', '.join(near) or 'none'}."
         )
+    for cls in (Config, Study):
+        hints = typing.get_type_hints(cls)
+        for name, value in changes.items():
+            if name in hints and not identity.fits(value, hints[name]):
+                raise ValueError(
+                    f"`--set` needs a value of the type of {name!r}, {hints[name]}, got {value!r}."
+                )
     config = dataclasses.replace(
         study.config, **{name: value for name, value in changes.items() if name in shared}
     )
     mine = {name: value for name, value in changes.items() if name in own}
     return dataclasses.replace(study, config=config, **mine)
+
+
+def check_effects(study: Study, changes: Mapping[str, Any], fix: Mapping[str, Any]) -> None:
+    """Raises ValueError for a change of the config that every arm overrides, and for a fixed
+    parameter that no arm has, or not with this value.
+    """
+    made = [first(arm) for arm in study.spaces(study.config, {}).values()]
+    for name, value in changes.items():
+        if hasattr(study.config, name) and all(getattr(one, name) != value for one in made):
+            raise ValueError(
+                f"`--set` needs fields that the arms leave alone, got {name!r}, which they set "
+                "themselves. Leave it out, or write a study of your own."
+            )
+    known: dict[str, list[Any]] = {}
+    for arm in study.spaces(study.config, {}).values():
+        for name, found in distributions(arm).items():
+            known.setdefault(name, []).extend(found)
+    for name, value in fix.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or list(known)
+            raise ValueError(
+                f"`--fix` needs a parameter of the study, got {name!r}. Near matches: "
+                f"{', '.join(near)}."
+            )
+        if not any(contains(one, value) for one in known[name]):
+            raise ValueError(
+                f"`--fix` needs a value that {name!r} can take, {known[name][0]}, got {value!r}."
+            )

@@ -252,7 +252,12 @@ def _command(name: str, view: View, *flags: str) -> str:
     """A command of `kart study` on this study that runs when it is pasted."""
     if name == "report" and not view.where.startswith("--out"):
         flags = ("--out", str(view.directory), *flags)
-    return " ".join(["kart study", name, view.where, *map(shlex.quote, flags)])
+    # its code runs where the command line names it, and nowhere else
+    where = view.where
+    if name == "work":
+        home = where[where.index("--") :]
+        where = f"{shlex.quote(view.settings.named)} {home}"
+    return " ".join(["kart study", name, where, *map(shlex.quote, flags)])
 
 
 def rerun(view: View) -> str:

@@ -169,28 +169,53 @@ def first(space: Space) -> Config:
     return _record(space, {})[1]
 
 
-def fingerprint(space: Space) -> dict[str, Any]:
-    """What identifies a space: its distributions, and the configs it makes of some of its points.
+def _probe(space: Space) -> tuple[dict[str, list[BaseDistribution]], list[str]]:
+    """Distributions by parameter, and keys of configs, of a space and its branches.
 
     Probes the first value of everything, and from there each choice of each categorical parameter
     and both ends of each interval, one at a time; a branch behind two choices at once is not seen.
     """
-    distributions: dict[str, set[str]] = {}
-    hashes: list[str] = []
+    found: dict[str, list[BaseDistribution]] = {}
+    keys: list[str] = []
     todo: list[Params] = [{}]
     seen: set[tuple[str, Any]] = set()
     while todo:
         given = todo.pop(0)
         recorder, made = _record(space, given)
-        hashes.append(key(made))
+        keys.append(key(made))
         for name, distribution in recorder.distributions.items():
-            distributions.setdefault(name, set()).add(distribution_to_json(distribution))
+            if distribution not in found.setdefault(name, []):
+                found[name].append(distribution)
             for value in _values(distribution, 2):
                 if (name, value) not in seen:
                     seen.add((name, value))
                     todo.append({**given, name: value})
-    digest = hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:12]
-    listed = {name: sorted(distributions[name]) for name in sorted(distributions)}
+    return found, keys
+
+
+def distributions(space: Space) -> dict[str, list[BaseDistribution]]:
+    """The parameters of a space, each with the distributions that its branches ask for."""
+    return _probe(space)[0]
+
+
+def contains(distribution: BaseDistribution, value: Any) -> bool:
+    """Whether a parameter can take `value`."""
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    assert isinstance(distribution, IntDistribution | FloatDistribution)
+    kinds = int if isinstance(distribution, IntDistribution) else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        return False
+    return distribution.low <= value <= distribution.high
+
+
+def fingerprint(space: Space) -> dict[str, Any]:
+    """What identifies a space: its distributions, and the configs of some of its points."""
+    found, keys = _probe(space)
+    digest = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:12]
+    listed = {
+        name: sorted({distribution_to_json(one) for one in found[name]}) for name in sorted(found)
+    }
     return {"distributions": listed, "points": digest}
 
 

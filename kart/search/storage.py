@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import sqlalchemy
 import sqlalchemy.exc
 import torch
 from optuna.samplers import BaseSampler
@@ -59,7 +60,9 @@ class Settings:
     levels: int
     pruner: str
     val_limit: int | None
-    source: str  # the file of the question
+    named: str  # as the command line named it, for those who read the report
+    question: str  # as the study's file asks it: the report shows it without running that file
+    source: str  # fingerprint of the file
     trials: int  # wanted, of all arms together
     group: int
     confirm: int
@@ -75,7 +78,12 @@ class Settings:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
-MAY_CHANGE = ("source", "trials", "group", "confirm", "heartbeat")
+MAY_CHANGE = ("named", "question", "trials", "group", "confirm", "heartbeat")
+
+
+def changed(settings: Settings, **fields: Any) -> Settings:
+    """`settings` with other `fields`, as JSON has them."""
+    return Settings(**{**settings.asdict(), **fields})
 
 
 def check_same(found: Settings, wanted: Settings, where: str) -> None:
@@ -120,7 +128,8 @@ def open_database(url: str, heartbeat: int = 20, create: bool = False) -> RDBSto
     sqlite = url.startswith("sqlite")
     if sqlite and create:
         # a property of the file: readers and the writer no longer wait for each other
-        with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+        path = sqlalchemy.make_url(url).database or ""
+        with contextlib.closing(sqlite3.connect(path)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
     try:
         with _quiet():
@@ -147,13 +156,25 @@ def open_database(url: str, heartbeat: int = 20, create: bool = False) -> RDBSto
         ) from None
 
 
+@contextlib.contextmanager
+def reachable(name: str) -> Iterator[None]:
+    """Raises ConnectionError, in one line, where the database `name` is lost in the block."""
+    try:
+        yield
+    except optuna.exceptions.StorageInternalError as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        raise ConnectionError(
+            f"the database {name!r} is gone: {reason}. The same command goes on when it is back."
+        ) from error
+
+
 def hide(url: str) -> str:
     """A database URL without its password."""
     try:
         return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
     except sqlalchemy.exc.ArgumentError:
         raise ValueError(
-            f"`storage` needs a URL such as postgresql://user@host/database, got {url!r}."
+            "`storage` needs a URL such as postgresql://user@host/database, got another."
         ) from None
 
 
@@ -168,8 +189,19 @@ def check_url(url: str) -> None:
 
 
 def directory_url(directory: Path) -> str:
-    """The SQLite database of a run directory."""
-    return f"sqlite:///{directory / 'study.db'}"
+    """The SQLite database of a run directory.
+
+    >>> directory_url(Path("/runs/lr?1"))
+    'sqlite:////runs/lr%3F1/study.db'
+    """
+    path = str(directory / "study.db")
+    url = sqlalchemy.URL.create("sqlite", database=path).render_as_string()
+    if sqlalchemy.make_url(url).database != path:
+        raise ValueError(
+            f"`out` needs a path that SQLAlchemy {sqlalchemy.__version__} can write in a URL, got "
+            f"{str(directory)!r}. Choose one of letters, digits, - and _."
+        )
+    return url
 
 
 def studies(storage: RDBStorage, settings: Settings) -> dict[str, optuna.Study]:

@@ -3,6 +3,8 @@
 import collections
 import contextlib
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from kart import data, population, tables, train
 from kart.search import storage as store
-from kart.search.question import Study
+from kart.search.question import Question, Study
 from kart.search.space import PLACE, Space, enumerate_space, fingerprint, first
 from kart.search.storage import Settings
 from kart.search.trials import (
@@ -58,15 +60,16 @@ def home(out: str | None, url: str | None) -> Home:
     return Home(Path(out), store.directory_url(Path(out).resolve()))
 
 
-def settings_for(
-    name: str, path: Path, study: Study, splits: Splits, options: Mapping[str, Any]
-) -> Settings:
+def settings_for(asked: Question, splits: Splits, options: Mapping[str, Any]) -> Settings:
     """The settings of a study that is to start; `options` are the fields that `Study` has not."""
+    study = asked.study
     spaces = study.spaces(study.config, options["fix"])
     images = splits.train.images
     return Settings(
-        study=name,
-        source=str(path),
+        study=asked.name,
+        named=asked.named,
+        question=asked.text,
+        source=asked.source,
         versions=store.versions(),
         config=dataclasses.replace(study.config, **PLACE).asdict(),
         spaces={arm: fingerprint(space) for arm, space in spaces.items()},
@@ -440,3 +443,23 @@ def confirm(
         )
         others = {k: v._asdict() for k, v in confirmed(study).items() if k != one.key}
         study.set_user_attr("confirmed", [*others.values(), entry._asdict()])
+
+
+def _results_digest(arms: Mapping[str, optuna.Study]) -> str:
+    found = [(arm, best_confirmed(study)) for arm, study in arms.items()]
+    text = json.dumps([(arm, None if one is None else one._asdict()) for arm, one in found])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def save_answer(arms: Mapping[str, optuna.Study], text: str) -> None:
+    """Stores what a study concludes from the confirmed results that there are."""
+    first = next(iter(arms.values()))
+    first.set_user_attr("answer", {"text": text, "results": _results_digest(arms)})
+
+
+def stored_answer(arms: Mapping[str, optuna.Study]) -> str | None:
+    """What the study's own code concluded; None where it has not, or from other results."""
+    stored = next(iter(arms.values())).user_attrs.get("answer")
+    if stored is None or stored["results"] != _results_digest(arms):
+        return None
+    return stored["text"]

@@ -20,7 +20,7 @@ is checked in three lines, each property a test of pytest:
     def test_hats(): ...
 
 or without pytest by `check_basis(hats())`, a list of `Result`, or on the command line by
-`kart test-basis my_module:hats` (`cli_main`, for every kind).
+`kart test basis my_module:hats` (`cli_main`, for every kind).
 
 Where to look: `basis/` and `operator/` hold a file for each family of properties, `projection.py`,
 `kernel.py`, `step.py` and `model.py` all of theirs; each ends with its `PROPERTIES` and `suite`, of

@@ -1,0 +1,40 @@
+"""`kart bench`: time and memory of each engine beside softmax, on this machine."""
+
+import argparse
+
+from kart.commands.command import Command, integer
+
+
+def _flags(parser: argparse.ArgumentParser) -> None:
+    count = integer(1)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--repeats", type=count, default=15, metavar="INT", help="timed rounds (default 15)"
+    )
+    parser.add_argument(
+        "--op-batch", type=count, metavar="INT", help="batch at N = 197 (default 8; GPU 128)"
+    )
+    parser.add_argument(
+        "--step-batch", type=count, metavar="INT", help="batch of a step (default 8; GPU 128)"
+    )
+    parser.add_argument("--quick", action="store_true", help="operator level only")
+    parser.add_argument("--out", default="cost.json", help="JSON; the plot goes beside it")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from kart.analysis import bench
+
+    bench.run(args)
+    return 0
+
+
+COMMAND = Command(
+    "bench",
+    "time and memory of each engine beside softmax",
+    _flags,
+    _run,
+    description="Measures each engine beside softmax in the same run: single operators, a training "
+    "step, its memory. kart/analysis/bench.py says what is measured and how.",
+)

@@ -1,0 +1,112 @@
+"""What a command is, and the types of its flags: one parser for all, one line for every mistake."""
+
+import argparse
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+# products of larger numbers overflow
+MOST = 1e30
+
+Call = Callable[[argparse.Namespace], int]
+
+
+class Command(NamedTuple):
+    """A command, or a group of them: `add_flags(parser)` adds its flags, `run(args)` runs it and
+    returns the exit status. A group has `commands` and neither of the two.
+    """
+
+    name: str
+    help: str
+    add_flags: Callable[[argparse.ArgumentParser], None] | None = None
+    run: Call | None = None
+    description: str | None = None
+    epilog: str | None = None
+    commands: tuple["Command", ...] = ()
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are a ValueError of one line, and flags are written out."""
+
+    def __init__(self, *args: Any, **options: Any):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises what argparse would print over its usage."""
+        raise ValueError(f"{message}. See `{self.prog} --help`.")
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Raises for arguments that nothing has taken, with the flags that are near."""
+        flags = set(re.findall(r"--[a-z][a-z-]*", self.format_help()))
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=3)
+        self.error(f"`{unknown[0]}` is no argument{near_matches(near)}")
+
+
+def add(parser: Parser, commands: Sequence[Command]) -> None:
+    """Adds `commands` below `parser`; the chosen one is `args.call`, its parser `args.parser`."""
+    # argparse wants a metavar to list them without their names in braces
+    below = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for one in commands:
+        child = below.add_parser(
+            one.name, help=one.help, description=one.description or one.help, epilog=one.epilog
+        )
+        if one.commands:
+            add(child, one.commands)
+            continue
+        assert one.add_flags is not None and one.run is not None
+        one.add_flags(child)
+        child.set_defaults(call=one.run, parser=child)
+
+
+def near_matches(near: Sequence[str]) -> str:
+    """The end of a sentence on a name that is unknown."""
+    return f". Near matches: {', '.join(near)}" if near else ""
+
+
+def choice(flag: str, value: str, allowed: Sequence[str]) -> str:
+    """`value` if it is one of `allowed`, else a ValueError with the near ones."""
+    if value in allowed:
+        return value
+    near = difflib.get_close_matches(value, allowed, n=3, cutoff=0.4)
+    raise ValueError(
+        f"`{flag}` needs one of {', '.join(allowed)}, got {value!r}{near_matches(near)}."
+    )
+
+
+def integer(least: int | None = None, most: int = 2**63 - 1) -> Callable[[str], int]:
+    """The type of a flag that takes an integer in ASCII digits, `least` to `most`."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,19}", text):
+            raise argparse.ArgumentTypeError(f"needs an integer, got {text!r}")
+        value = int(text)
+        if (least is not None and value < least) or abs(value) > most:
+            bound = f"an integer >= {least}" if least is not None else "a smaller integer"
+            if value > most:
+                bound = f"an integer <= {most}"
+            raise argparse.ArgumentTypeError(f"needs {bound}, got {text}")
+        return value
+
+    return parse
+
+
+def number(least: float | None = None) -> Callable[[str], float]:
+    """The type of a flag that takes a finite number, at least `least`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text) if text.isascii() and "_" not in text else math.nan
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"needs a finite number, got {text!r}")
+        if least is not None and value < least:
+            raise argparse.ArgumentTypeError(f"needs a number >= {least:g}, got {text}")
+        if abs(value) > MOST:
+            raise argparse.ArgumentTypeError(f"needs a number of at most {MOST:g}, got {text}")
+        return value
+
+    return parse

@@ -1,0 +1,159 @@
+"""The flags of `train.Config`, one line a field, for the commands that take them."""
+
+import argparse
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from kart import runs
+from kart.commands.command import choice, integer, number
+from kart.train import Config
+
+OPERATORS_HELP = """\
+operators: softmax, sigmoid, relu, sparsemax, or FAMILY-NUMBERS followed by B (blockwise) or U
+(universal): G3B (Fourier, grid 3), bspline-G8B, gaussian_rbf-G8B, polynomial-0B, chebyshev-4B,
+rational-5/4B, mexican_hat-B, morlet-B, dog-B, meyer-B, shannon-B. Options follow a colon:
+G3B:rank=24,base=softmax. Heads that differ are joined by +: 2*softmax+G3B.
+"""
+
+Parse = Callable[[str], Any]
+
+
+def _rate(text: str) -> float | None:
+    return None if text == "paper" else number(0)(text)
+
+
+WHOLE, COUNT, REAL = integer(0), integer(1), number()
+# torch ends the process where the machine cannot start as many
+THREADS = integer(1, most=max(64, os.cpu_count() or 1))
+
+# one line for each field of Config that is a flag; argparse's help of `kart train`
+FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
+    "data": {
+        "data": (
+            str,
+            'digits, a directory (parquet or images), or a public name "uoft-cs/cifar10"',
+        ),
+        "train_limit": (COUNT, "train on the first so many images"),
+        "decode_size": (COUNT, "side to cut images to when reading, where they differ"),
+        "augment": (str, "none, crop, flip_crop, paper, paper_half or small"),
+        "eval_crop": (REAL, "share of the side that evaluation sees, the centre (paper: 0.9)"),
+    },
+    "model": {
+        "model": (str, "vit_nano, vit_tiny, vit_small or vit_base"),
+        "sharing": (str, "blockwise or universal, where the operator's letter is left out"),
+        "rank": (WHOLE, "rank r of the operators (12)"),
+        "project": (str, "simplex: project rows of weights onto the probability simplex"),
+        "base": (str, "softmax: add rows of softmax to the learned weights"),
+        "image_size": (COUNT, "side of the model's images; those of the data are resized to it"),
+        "patch_size": (COUNT, "side of a patch (16 from 128 px on, else an eighth of the side)"),
+        "embed_dim": (COUNT, "width D"),
+        "depth": (COUNT, "number of blocks L"),
+        "num_heads": (COUNT, "number of heads H"),
+        "mlp_ratio": (REAL, "width of the MLP over D"),
+    },
+    "optimisation": {
+        "epochs": (COUNT, "passes over the training images"),
+        "batch_size": (COUNT, "images a step"),
+        "learning_rate": (_rate, "peak of the schedule; `paper` for 5e-4 * batch / 512"),
+        "start_learning_rate": (REAL, "where the warm-up begins"),
+        "end_learning_rate": (REAL, "where the cosine ends"),
+        "warmup_epochs": (REAL, "linear warm-up, half of the run at most"),
+        "weight_decay": (REAL, "decoupled weight decay"),
+        "adam_eps": (REAL, "epsilon of AdamW"),
+        "max_norm": (REAL, "global norm to which gradients are clipped"),
+        "label_smoothing": (REAL, "share of a target spread over all classes"),
+        "ema": (REAL, "decay of the average of the weights that is evaluated; 0 for none"),
+        "trajectory": (WHOLE, "snapshots of the weights to keep for kart analyse; 0 for none"),
+    },
+    "execution": {
+        "batching": (str, "native, or vmap: a per-example loss mapped by torch.func.vmap"),
+        "step": (str, "eager, or compiled: the whole step as one graph of torch.compile"),
+        "precision": (str, "float32 or bfloat16"),
+        "device": (str, "cpu or cuda"),
+        "threads": (THREADS, "CPU threads; recorded, since they change the last bits of a result"),
+    },
+}
+
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+METAVARS: dict[Parse, str] = {
+    str: "STR",
+    WHOLE: "INT",
+    COUNT: "INT",
+    THREADS: "INT",
+    REAL: "FLOAT",
+    _rate: "FLOAT",
+}
+
+
+def add_config_flags(parser: argparse.ArgumentParser, groups: Sequence[str] = tuple(FLAGS)) -> None:
+    """Adds the flags of `Config` in `groups` to `parser`, with Config's defaults."""
+    defaults = Config()
+    for title in groups:
+        group = parser.add_argument_group(title)
+        for name, (kind, text) in FLAGS[title].items():
+            default = getattr(defaults, name)
+            shown = "" if default is None else f" (default {default})"
+            group.add_argument(
+                f"--{name.replace('_', '-')}",
+                type=kind,
+                default=default,
+                metavar=METAVARS[kind],
+                help=text + shown,
+            )
+
+
+def config_of(args: argparse.Namespace, **changes: Any) -> Config:
+    """The Config that the flags in `args` describe."""
+    known = {field.name for field in dataclasses.fields(Config)}
+    given = {name: value for name, value in vars(args).items() if name in known}
+    config = Config(**{**given, **changes})
+    check_together(config)
+    return config
+
+
+def check_together(config: Config) -> None:
+    """Raises ValueError for a schedule that ends or begins above its peak."""
+    peak = config.peak_learning_rate
+    for name in ("start_learning_rate", "end_learning_rate"):
+        if getattr(config, name) > peak:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"`{flag}` needs to be at most the peak, {peak:g}, got {getattr(config, name):g}. "
+                "Lower it, or raise `--learning-rate`."
+            )
+
+
+def configs_of(args: argparse.Namespace) -> list[Config]:
+    """One Config for each of the operators; each option of operators is for those that leave it
+    open.
+    """
+    some = set[str]().union(*map(runs.options_of, args.operator))
+    return [
+        config_of(args, operator=spec, **dict.fromkeys(some - runs.options_of(spec)))
+        for spec in args.operator
+    ]
+
+
+def check_device(name: str | None) -> None:
+    """Raises ValueError unless torch can compute on the device `name`; None is no choice."""
+    if name is None:
+        return
+    kind, _, index = name.partition(":")
+    choice("--device", kind, DEVICES)
+    if kind == "cpu":
+        count = 1
+    elif kind == "mps":
+        count = int(torch.backends.mps.is_available())
+    else:
+        count = getattr(torch, kind).device_count()
+    if not re.fullmatch("[0-9]{0,3}", index) or int(index or 0) >= count:
+        raise ValueError(
+            f"`--device {name}` needs a device that torch sees, and it sees {count} of {kind}. "
+            "Leave it out, or choose another."
+        )

@@ -1,0 +1,52 @@
+"""`kart export`: the model of a run as one file."""
+
+import argparse
+
+from kart import runs
+from kart.commands.command import Command, integer
+
+
+def _flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="directory of one run, as `kart train` wrote it")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument(
+        "--format",
+        default="safetensors",
+        choices=["safetensors", "timm", "torch", "onnx"],
+        help="safetensors (default): for kart.checkpoint.load; timm: its names of the weights; "
+        "torch: a graph of torch.export; onnx",
+    )
+    parser.add_argument("--checkpoint", default="last", choices=["last", "best"])
+    parser.add_argument(
+        "--seed", type=integer(0), metavar="INT", help="the member, where a run has several"
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    from kart import export
+
+    one = runs.only(args.run, args.checkpoint, args.seed)
+    about = {
+        "run": one.identity.id,
+        "operator": str(one.config.operator),
+        "seed": one.config.seed,
+        "checkpoint": args.checkpoint,
+        "classes": one.identity.data["classes"],
+        "image_size": one.model.config.image_size,
+        "eval_crop": one.config.eval_crop,
+        "mean": one.identity.data["mean"],
+        "std": one.identity.data["std"],
+    }
+    export.write(args.out, one.model, one.params, about, args.format)
+    print(f"{one.config.operator} seed {one.config.seed} written to {args.out}")
+    return 0
+
+
+COMMAND = Command(
+    "export",
+    "write the model of a run to one file, for kart, timm, torch.export or ONNX",
+    _flags,
+    _run,
+    description="Writes the weights of one finished run. The file maps standardised images to "
+    "logits; mean, deviation, size and classes stand in the JSON file beside it.",
+)

@@ -1,0 +1,95 @@
+"""`kart predict`: the classes of images, by the model of a run."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kart import data, runs, tables, train
+from kart.commands.command import Command, integer
+from kart.runs import owned
+
+
+def _flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="directory of one run, as `kart train` wrote it")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    parser.add_argument("--checkpoint", default="last", choices=["last", "best"])
+    parser.add_argument(
+        "--seed", type=integer(0), metavar="INT", help="the member, where a run has several"
+    )
+    parser.add_argument(
+        "--top", type=integer(1), default=3, metavar="INT", help="classes of each image (3)"
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    one = runs.only(args.run, args.checkpoint, args.seed)
+    own = one.identity.data
+    pixels = np.stack([read(Path(name), tuple(own["image"])) for name in args.images])
+    dataset = owned.empty(own)
+    images = train.prepare(data.as_float(torch.from_numpy(pixels)), dataset, one.config)
+    with torch.no_grad():
+        shares = one.model.apply(one.params, images).float().softmax(-1)
+    best = shares.topk(min(args.top, shares.shape[-1]), dim=-1)
+    rows = [
+        [name, *(f"{own['classes'][i]} {100 * p:.1f} %" for p, i in zip(ps, index, strict=True))]
+        for name, ps, index in zip(
+            args.images, best.values.tolist(), best.indices.tolist(), strict=True
+        )
+    ]
+    ranks = [f"{place}." for place in range(1, best.values.shape[-1] + 1)]
+    print(tables.table(rows, ["image", *ranks]))
+    return 0
+
+
+def read(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """An image file as uint8 `shape`, (channels, height, width): transparency composited on white,
+    colour to grey by luminance, the shorter side scaled and the centre cropped.
+    """
+    pillow = _pillow()
+    from PIL import ImageOps
+
+    channels, height, width = shape
+    try:
+        with pillow.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"mode {image.mode} is not 8 bits a channel")
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                ground = pillow.new("RGBA", image.size, "white")
+                image = pillow.alpha_composite(ground, image)
+            image = ImageOps.fit(
+                image.convert("L" if channels == 1 else "RGB"),
+                (width, height),
+                method=pillow.Resampling.BICUBIC,
+            )
+    # Pillow raises OSError, ValueError, SyntaxError, struct.error, ... on a damaged file
+    except Exception as error:
+        raise ValueError(
+            f"`predict` needs whole 8-bit images, got {str(path)!r} ({error}). Replace or drop it."
+        ) from error
+    array = np.asarray(image)
+    return array[None] if channels == 1 else array.transpose(2, 0, 1)
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ValueError(
+            '`predict` needs Pillow to read images. Run `pip install "kart-attention[data]"`.'
+        ) from None
+    return Image
+
+
+COMMAND = Command(
+    "predict",
+    "print the classes of images, with probabilities, by the model of a run",
+    _flags,
+    _run,
+    description="Reads images as the run's own data were read, with its size and statistics, and "
+    "prints the most probable classes.",
+)

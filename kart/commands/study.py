@@ -1,0 +1,459 @@
+"""`kart study`: searches over what attention learns."""
+
+import argparse
+import ast
+import os
+import shlex
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from kart.commands.command import Command, choice, integer, number
+from kart.commands.config import THREADS, check_device, check_together
+
+if TYPE_CHECKING:
+    from kart.search import Study
+    from kart.search.report import Arms
+    from kart.search.storage import RDBStorage, Settings
+    from kart.search.work import Home
+
+DESCRIPTION = """\
+Search over what attention learns. A trial trains K seeds of one configuration together; a study
+compares arms that are searched with the same budget, and trains its winners again.
+
+  kart study list
+  kart study run grid_rank_sharing --data digits --trials 24 --out runs/grid
+  kart study report --out runs/grid
+
+Killed or stopped with Ctrl-C, the same command goes on where it stopped. On several machines:
+
+  kart study init grid_rank_sharing --storage postgresql://user@host/kart
+  kart study work grid_rank_sharing --storage postgresql://user@host/kart     # as many as you like
+  kart study report --storage postgresql://user@host/kart --out report
+
+`run`, `init` and `work` run the code of the study that you name; the others run none.
+To watch a study: pip install optuna-dashboard; optuna-dashboard sqlite:///runs/grid/study.db
+"""
+
+POOL_HELP = (
+    "ask for N trials at once and train those of one shape as one population. The sampler then "
+    "chooses N trials without seeing each other's results: searches of few trials get worse, "
+    "which buys speed only where shapes repeat (default 1)"
+)
+# what these flags take is named by kart.search, which needs Optuna: checked when they are used
+SAMPLERS_HELP = "tpe, random, nsga2, gp, grid or brute (default the study's, mostly tpe)"
+PRUNERS_HELP = "asha (saves most, and unfairly ends what starts slowly), median or none"
+OBJECTIVES_HELP = "comma-separated, of accuracy, parameters, flops, memory and step_time"
+LIMITS_HELP = {"parameters": "parameters", "flops": "FLOPs an image", "memory": "MiB"}
+
+
+# flags
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"none": None, "true": True, "false": False}.get(text.lower(), text)
+
+
+def _pairs(items: Sequence[str], flag: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        name = name.replace("-", "_")
+        if not equals or not name:
+            raise ValueError(
+                f"`{flag}` needs NAME=VALUE, got {item!r}. Write for example epochs=5."
+            )
+        if name in found:
+            raise ValueError(f"`{flag}` needs each name once, got {name!r} twice. Drop one.")
+        found[name] = _value(text)
+    return found
+
+
+def _place_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("this process")
+    group.add_argument("--device", default=None, help="cpu or cuda (default cpu)")
+    group.add_argument(
+        "--threads", type=THREADS, metavar="INT", help="CPU threads (default torch's)"
+    )
+    group.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _search_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the search")
+    group.add_argument("--pool", type=integer(1), default=1, metavar="N", help=POOL_HELP)
+    group.add_argument(
+        "--timeout", type=number(0), metavar="SECONDS", help="start no trial after it"
+    )
+
+
+def _home_flags(parser: argparse.ArgumentParser, out: str) -> None:
+    parser.add_argument("--out", metavar="DIR", help=out)
+    parser.add_argument(
+        "--storage", metavar="URL", help="a database server, such as postgresql://user@host/kart"
+    )
+
+
+def _study_flags(parser: argparse.ArgumentParser) -> None:
+    count, positive = integer(0), integer(1)
+    parser.add_argument("study", help="a name of `kart study list`, or a file of your own")
+    group = parser.add_argument_group("what is searched (defaults: the study's own)")
+    group.add_argument("--data", help="digits, a directory, or a public name")
+    group.add_argument("--epochs", type=positive, metavar="INT", help="epochs of every run")
+    for split, what in (("train", "train"), ("val", "validate")):
+        group.add_argument(
+            f"--{split}-limit", type=positive, metavar="INT", help=f"{what} on the first so many"
+        )
+    group.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="any field of Config"
+    )
+    group.add_argument(
+        "--fix", action="append", default=[], metavar="NAME=VALUE", help="fix a parameter"
+    )
+    group.add_argument("--tiny", action="store_true", help="the study's tiny setting, for a look")
+    group = parser.add_argument_group("how")
+    group.add_argument(
+        "--trials", type=count, metavar="INT", help="trials, shared equally by the arms"
+    )
+    group.add_argument("--seeds", type=positive, metavar="K", help="the seeds of a trial")
+    group.add_argument("--confirm", type=count, metavar="N", help="fresh seeds of the winners")
+    group.add_argument("--sampler", help=SAMPLERS_HELP)
+    group.add_argument(
+        "--levels", type=positive, metavar="INT", help="values of an interval, grid (3)"
+    )
+    group.add_argument(
+        "--sampler-seed", type=count, default=0, metavar="INT", help="seed of the search (0)"
+    )
+    group.add_argument("--pruner", help=PRUNERS_HELP)
+    group.add_argument("--objectives", default="accuracy", help=OBJECTIVES_HELP)
+    for name, unit in LIMITS_HELP.items():
+        short = {"parameters": "params"}.get(name, name)
+        group.add_argument(
+            f"--max-{short}",
+            dest=f"max_{name}",
+            type=number(0),
+            metavar="NUMBER",
+            help=f"never train what has more ({unit})",
+        )
+    group.add_argument(
+        "--group", type=positive, metavar="INT", help="seeds trained as one (default: measured)"
+    )
+    group.add_argument(
+        "--heartbeat",
+        type=positive,
+        default=20,
+        metavar="INT",
+        help="seconds; a worker silent for three is dead (20)",
+    )
+
+
+def _run_flags(parser: argparse.ArgumentParser) -> None:
+    _study_flags(parser)
+    _home_flags(parser, "run directory; with --storage, where the report goes")
+    _place_flags(parser)
+    _search_flags(parser)
+
+
+def _init_flags(parser: argparse.ArgumentParser) -> None:
+    _study_flags(parser)
+    _home_flags(parser, "run directory")
+    _place_flags(parser)
+
+
+def _work_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", help="the study that was created: its name, or your file of it")
+    _home_flags(parser, "run directory")
+    parser.add_argument("--data", help="where the data is on this machine")
+    _place_flags(parser)
+    _search_flags(parser)
+
+
+def _report_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", nargs="?", help="its name, where a database has several")
+    _home_flags(parser, "run directory; with --storage, where the report goes")
+    parser.add_argument(
+        "--confirm",
+        type=integer(0),
+        default=0,
+        metavar="N",
+        help="first train the winners again with N fresh seeds and score them on the test split",
+    )
+    parser.add_argument("--data", help="where the data is on this machine")
+    _place_flags(parser)
+
+
+def _status_flags(parser: argparse.ArgumentParser) -> None:
+    _home_flags(parser, "run directory")
+
+
+# calls
+
+
+class Opened(NamedTuple):
+    """A study that is there: where, its database and settings, and, where its code was named on
+    the command line, its question.
+    """
+
+    where: "Home"
+    database: "RDBStorage"
+    settings: "Settings"
+    study: "Study | None"
+
+
+def _place(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of Config that say where this process trains."""
+    check_device(args.device)
+    place: dict[str, Any] = {"threads": args.threads or torch.get_num_threads()}
+    if args.device is not None:
+        place["device"] = args.device
+    return place
+
+
+def _elsewhere(args: argparse.Namespace) -> dict[str, Any]:
+    """The place of a process that works on a study of others, whose data may lie elsewhere."""
+    return _place(args) | ({} if args.data is None else {"data": args.data})
+
+
+def _set_up(args: argparse.Namespace) -> Opened:
+    from kart.search import question, storage, work
+    from kart.search.trials import LIMITS, OBJECTIVES, loader
+
+    where = work.home(None if args.storage else args.out, args.storage)
+    found = question.load(args.study)
+    study = found.study
+    changes = dict(study.tiny) if args.tiny else {}
+    given = ("data", "epochs", "train_limit", "trials", "seeds", "confirm", "sampler", "pruner")
+    changes |= {n: getattr(args, n) for n in given if getattr(args, n) is not None}
+    asked, fix = _pairs(args.set, "--set"), _pairs(args.fix, "--fix")
+    study = question.with_changes(study, {**changes, **asked})
+    question.check_effects(study, asked, fix)
+    if args.levels is not None and study.sampler != "grid":
+        raise ValueError("`--levels` needs `--sampler grid`, got it without. Leave it out.")
+    check_together(study.config)
+    choice("--sampler", study.sampler, list(storage.SAMPLERS))
+    choice("--pruner", study.pruner, storage.PRUNERS)
+    for field, least in (("trials", len(study.arms)), ("seeds", 1), ("confirm", 0)):
+        if getattr(study, field) < least:
+            raise ValueError(
+                f"`--{field}` needs at least {least}, got {getattr(study, field)}."
+                + (f" There are {len(study.arms)} arms." if field == "trials" else "")
+            )
+    limits = {name: getattr(args, f"max_{name}") for name in LIMITS}
+    objectives = [choice("--objectives", n, list(OBJECTIVES)) for n in args.objectives.split(",")]
+    if len(set(objectives)) < len(objectives):
+        raise ValueError(f"`--objectives` needs different ones, got {objectives}. Drop one.")
+    if len(objectives) > 1:
+        study = question.with_changes(study, {"pruner": "none"})
+    options = {
+        "objectives": objectives,
+        "limits": {name: value for name, value in limits.items() if value is not None},
+        "fix": fix,
+        "sampler_seed": args.sampler_seed,
+        "levels": args.levels or 3,
+        "val_limit": args.val_limit,
+        "group": args.group or 0,
+        "heartbeat": args.heartbeat,
+    }
+    load = loader(args.val_limit)
+    settings = work.settings_for(found._replace(study=study), load(study.config), options)
+    place = _place(args)
+    torch.set_num_threads(place["threads"])
+    database, settings = work.set_up(
+        where, settings, study, lambda: work.fastest_group(study, settings, load, place)
+    )
+    return Opened(where, database, settings, study)
+
+
+def _open(args: argparse.Namespace, name: str | None) -> Opened:
+    """A study that is there already; runs no code of it."""
+    from kart.search import storage, work
+
+    where = work.home(None if args.storage else args.out, args.storage)
+    if where.directory is not None:
+        found = storage.read_settings(where.directory)
+        if found is None:
+            raise ValueError(
+                f"`--out` needs a directory with a study, got {args.out!r} without study.json. "
+                "Create it with `kart study init NAME --out DIR`."
+            )
+        if name is not None and name != found.study:
+            raise ValueError(
+                f"`study` needs to be {found.study!r}, which {args.out!r} holds, got {name!r}."
+            )
+    else:
+        several = storage.read_database(storage.open_database(where.url), name)
+        if len(several) != 1:
+            raise ValueError(
+                f"`study` needs the name of one study in {where.name!r}, got {name!r}; there "
+                f"are {sorted(several) or 'none'}. Create it with `kart study init`."
+            )
+        found = next(iter(several.values()))
+    database = storage.open_database(where.url, found.heartbeat)
+    now = storage.changed(found, versions=storage.versions())
+    storage.check_same(found, now, where.name)
+    return Opened(where, database, found, None)
+
+
+def _join(args: argparse.Namespace) -> Opened:
+    """A study that is there, with the code that the command line names, which must be its own."""
+    from kart.search import question, storage, work
+    from kart.train import Config
+
+    name = Path(args.study).stem if args.study.endswith(".py") else args.study
+    opened = _open(args, name)
+    found = question.load(args.study)
+    settings = opened.settings
+    spaces = found.study.spaces(Config.fromdict(settings.config), settings.fix)
+    prints = {arm: work.fingerprint(space) for arm, space in spaces.items()}
+    now = storage.changed(settings, spaces=prints, source=found.source)
+    storage.check_same(settings, now, opened.where.name)
+    return opened._replace(study=found.study)
+
+
+def _worker() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def _named(where: "Home", name: str) -> str:
+    if where.directory:
+        return shlex.join(["--out", str(where.directory)])
+    return shlex.join([name, "--storage", where.name])
+
+
+def _write(opened: Opened, out: str, arms: "Arms") -> None:
+    from kart.search import report, work
+
+    settings = opened.settings
+    found = report.results(arms)
+    if opened.study is not None and opened.study.answer is not None and found:
+        work.save_answer(arms, opened.study.answer(found))
+    answer = work.stored_answer(arms)
+    paths = report.write(
+        Path(out),
+        arms,
+        settings,
+        settings.question,
+        _named(opened.where, settings.study),
+        None if answer is None else lambda _: answer,
+    )
+    print("\n".join(report.lines(arms, settings)))
+    if answer is not None:
+        print(answer)
+    print("written: " + ", ".join(str(path) for path in paths))
+
+
+def _search(args: argparse.Namespace, opened: Opened, place: Mapping[str, Any]) -> bool:
+    from kart.search import storage, work
+
+    assert opened.study is not None
+    with storage.reachable(opened.where.name):
+        return work.work(
+            opened.where,
+            opened.database,
+            opened.settings,
+            opened.study,
+            place=place,
+            pool=args.pool,
+            worker=_worker(),
+            quiet=args.quiet,
+            timeout=args.timeout,
+        )
+
+
+def _run(args: argparse.Namespace) -> int:
+    from kart.search import storage, work
+
+    if args.storage and not args.out:
+        raise ValueError("`run` needs `--out DIR` for the report, got none. Give a directory.")
+    opened = _set_up(args)
+    settings = opened.settings
+    finished = _search(args, opened, _place(args))
+    arms = storage.studies(opened.database, settings)
+    if finished and settings.confirm:
+        work.confirm(arms, settings, settings.confirm, _place(args), args.quiet)
+    _write(opened, args.out, arms)
+    if not finished:
+        print("the search is not finished; the same command goes on")
+    return 0
+
+
+def _init(args: argparse.Namespace) -> int:
+    opened = _set_up(args)
+    settings = opened.settings
+    opened.database.engine.dispose()  # its files are whole when this returns
+    home = f"--storage {opened.where.name}" if args.storage else f"--out {args.out}"
+    print(
+        f"{settings.study}: {len(settings.spaces)} arms ({', '.join(settings.spaces)}), "
+        f"{settings.per_arm} trials each; start workers with: kart study work {args.study} {home}"
+    )
+    return 0
+
+
+def _work(args: argparse.Namespace) -> int:
+    opened = _join(args)
+    if _search(args, opened, _elsewhere(args)):
+        where = _named(opened.where, opened.settings.study)
+        print(f"finished; write the report with: kart study report {where}")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from kart.search import storage, work
+
+    if not args.out:
+        raise ValueError("`report` needs `--out DIR` for the report, got none. Give a directory.")
+    opened = _open(args, args.study)
+    arms = storage.studies(opened.database, opened.settings)
+    if args.confirm:
+        work.confirm(arms, opened.settings, args.confirm, _elsewhere(args), args.quiet)
+    _write(opened, args.out, arms)
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    from kart.search import question
+
+    for name, (_, text) in question.available().items():
+        print(f"{name:22s} {text}")
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from kart.search import storage, work
+
+    where = work.home(None if args.storage else args.out, args.storage)
+    if where.directory is not None and storage.read_settings(where.directory) is None:
+        raise ValueError(f"`--out` needs a directory with a study, got {args.out!r}.")
+    database = storage.open_database(where.url)
+    for name, settings in storage.read_database(database).items():
+        for arm, one in storage.studies(database, settings).items():
+            state = {s.name.lower(): n for s, n in sorted(work.counts(one).items())}
+            best = work.winners(one)
+            shown = f"best {100 * best[0].mean:.2f} %" if best else "no value yet"
+            print(f"{name}/{arm}: {state or 'no trials'}; {shown}")
+    return 0
+
+
+COMMAND = Command(
+    "study",
+    "Optuna studies: run, init, work, report, status, list",
+    description=DESCRIPTION,
+    commands=(
+        Command("run", "set up, search, confirm the winners, write the report", _run_flags, _run),
+        Command("init", "create a study (and tables) for workers, once", _init_flags, _init),
+        Command(
+            "work",
+            "work on a study that was created; join and leave at will",
+            _work_flags,
+            _work,
+        ),
+        Command("report", "write report.html and trials.csv", _report_flags, _report),
+        Command("status", "the studies in a directory or database", _status_flags, _status),
+        Command("list", "the questions there are", lambda parser: None, _list),
+    ),
+)

@@ -1,0 +1,160 @@
+"""`kart train`: one or several operators on one or several seeds."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kart import population, runs, tables, train, tree
+from kart.analysis import cost
+from kart.commands.command import Command, integer
+from kart.commands.config import OPERATORS_HELP, add_config_flags, check_device, configs_of
+from kart.train import Config, Record
+
+SEED = integer(0)
+MOST_STEPS = 10**9
+LONG_S = 86_400.0  # what would take longer is said
+
+
+def _flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--operator", nargs="+", default=["softmax"], metavar="SPEC", help="see below"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", type=SEED, default=[0], metavar="INT", help="seeds (default 0)"
+    )
+    parser.add_argument(
+        "--group",
+        type=_group,
+        default="auto",
+        metavar="INT",
+        help="seeds that train as one vmapped program; auto (default) measures what is fastest",
+    )
+    parser.add_argument("--out", help="run directory (default runs/<data>-<hash of the config>)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_config_flags(parser)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.threads is None:
+        args.threads = torch.get_num_threads()
+    check_device(args.device)
+    named = configs_of(args)
+    seeds = [config.seed for config in population.seeds(named[0], args.seeds)]
+    splits = train.load_data(named[0])
+    out = Path(args.out) if args.out else runs.default_directory(named, seeds)
+    homes = runs.homes(named, out)
+    # nothing is written before all of it is known to be in order
+    for config, home in zip(named, homes, strict=True):
+        _check(config, splits)
+        for _, directory in runs.parts(population.seeds(config, seeds), 1, home):
+            runs.check_place(directory)
+    if args.group != "auto" and len(seeds) == 1:
+        raise ValueError("`--group` needs several seeds, got one. Leave it out.")
+    results: list[tuple[str, int, list[Record]]] = []
+    for config, home in zip(named, homes, strict=True):
+        configs = population.seeds(config, seeds)
+        size = runs.group_size(home) or _group_size(configs, splits, args.group)
+        parts = runs.parts(configs, size, home)
+        last: list[Record] = []
+        for part, directory in parts:
+            last += _train(part, splits, directory, args.quiet)
+        parameters = tree.size(runs.load_weights(parts[0][1])[0])
+        results.append((str(config.operator), parameters, last))
+    rows = [
+        [
+            operator,
+            tables.spread([record["val_top1"] for record in last]),
+            tables.spread([record["val_top5"] for record in last]),
+            tables.spread([record["val_loss"] for record in last], 3, 1.0),
+            f"{parameters:,}",
+            str(len(last)),
+        ]
+        for operator, parameters, last in results
+    ]
+    header = ["operator", "val top-1 %", "val top-5 %", "val loss", "parameters", "n"]
+    print(tables.table(rows, header))
+    print(f"written to {out}; score it on the test split with: kart eval {out}")
+    return 0
+
+
+def _check(config: Config, splits: train.Splits) -> None:
+    """Raises ValueError for what would stop `config` later: a bad operator, too large a batch."""
+    model = train.build(config, splits.train)
+    # weights, gradients and AdamW's two moments
+    needed = 16 * cost.parameters(model).total
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if config.device == "cpu" and needed > memory:
+        raise ValueError(
+            f"`kart train` needs parameters that fit the {memory / 2**30:.0f} GiB of memory, got "
+            f"{needed / 2**30:,.0f} GiB of them with their moments. Choose a smaller model."
+        )
+    steps = config.epochs * train.batches(config, splits.train).steps_per_epoch
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"`--epochs` needs at most {MOST_STEPS:,} steps together, got {steps:,}: even at 1 ms "
+            f"each {steps / 86_400_000:,.0f} days. Train for fewer epochs."
+        )
+    if config.trajectory:
+        runs.snapshot_steps(config.trajectory, steps)
+
+
+def _group(text: str) -> int | str:
+    return text if text == "auto" else integer(1)(text)
+
+
+def _group_size(configs: Sequence[Config], splits: train.Splits, asked: int | str) -> int:
+    if len(configs) == 1:
+        return 1
+    if isinstance(asked, int):
+        if asked > len(configs):
+            raise ValueError(f"`--group` needs at most the {len(configs)} seeds, got {asked}.")
+        return asked
+    size, seconds = population.fastest_group(configs, splits)
+    shown = ", ".join(f"{k}: {1000 * s:.1f} ms" for k, s in seconds.items())
+    print(f"{configs[0].operator}: {size} at a time (ms per member and step: {shown})")
+    return size
+
+
+def _train(
+    configs: list[Config], splits: train.Splits, directory: Path, quiet: bool
+) -> list[Record]:
+    seeds = ",".join(str(config.seed) for config in configs)
+    label = f"{configs[0].operator} seed {seeds}"
+    record: Record = {}
+    marks: list[float] = []
+    with tables.bar(desc=label, unit="step", disable=quiet) as bar:
+
+        def on_step(step: int, total: int, loss: Any) -> None:
+            if bar.total is None:
+                bar.reset(total)
+                bar.initial = bar.n = step - 1
+            bar.update(1)
+            marks.append(time.monotonic())
+            if len(marks) == 11:  # the first steps warm up
+                left = (marks[-1] - marks[5]) / 5 * (total - step)
+                if left > LONG_S:
+                    tell = f"{label}: about {left / 86_400:,.0f} days for {total:,} steps"
+                    print(f"{tell}; stop it with Ctrl-C, it goes on later", file=sys.stderr)
+
+        for record in runs.execute(directory, configs, splits, on_step=on_step):
+            top1 = [one["val_top1"] for one in population.split_record(record, len(configs))]
+            shown = tables.spread(top1)
+            bar.set_postfix_str(f"epoch {record['epoch']}/{configs[0].epochs} val {shown} %")
+    return population.split_record(record, len(configs))
+
+
+COMMAND = Command(
+    "train",
+    "train one or several operators on one or several seeds",
+    _flags,
+    _run,
+    description="Trains a vision transformer. Killed and started again with the same command it "
+    "goes on where it stopped, to the same result.",
+    epilog=OPERATORS_HELP,
+)

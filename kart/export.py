@@ -1,0 +1,123 @@
+"""A trained model as one file: for kart, for timm's names, for torch.export and ONNX.
+
+Each form maps images, standardised as `kart.data.normalise` does it, to logits; how to standardise
+and what the classes are called stands in a JSON file beside it.
+"""
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from kart import checkpoint, tree
+from kart.models import Model
+
+Params = dict[str, Any]
+
+
+class Exported(nn.Module):
+    """A model with its parameters, `(B, Cin, height, width)` to logits `(B, C)`."""
+
+    def __init__(self, model: Model, params: Params):
+        super().__init__()
+        self._apply_model = model.apply
+        self._like = params
+        # a name of a buffer has no dots
+        self._names = {name: name.replace(".", "__") for name in tree.named(params)}
+        for name, leaf in tree.named(params).items():
+            self.register_buffer(self._names[name], leaf)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits of `images`."""
+        params = tree.map_named(lambda name, _: getattr(self, self._names[name]), self._like)
+        return self._apply_model(params, images)
+
+
+def _safetensors(model: Model, params: Params, path: Path) -> None:
+    checkpoint.save(path, params, dataclasses.asdict(model.config))
+
+
+def _timm(model: Model, params: Params, path: Path) -> None:
+    # the names of kart's leaves are timm's; what timm has no place for is the operators' own
+    tensors = {name: leaf.contiguous() for name, leaf in tree.named(params).items()}
+    safetensors.torch.save_file(tensors, path)
+
+
+def program(model: Model, params: Params) -> torch.export.ExportedProgram:
+    """The graph of `torch.export` of a model, for any number of images."""
+    config = model.config
+    # two images: torch takes a batch of one for a constant
+    example = torch.zeros(2, config.in_channels, config.image_size, config.image_size)
+    batch = {"images": {0: torch.export.Dim("batch")}}
+    module = Exported(model, params).eval()
+    with torch.no_grad():
+        # an engine looks once at the values of a basis, which it cannot while it is traced
+        module(example)
+        return torch.export.export(module, (example,), dynamic_shapes=batch, strict=False)
+
+
+def _torch(model: Model, params: Params, path: Path) -> None:
+    torch.export.save(program(model, params), path)
+
+
+def _onnx(model: Model, params: Params, path: Path) -> None:
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"`export` needs {' and '.join(missing)} for ONNX. Run `pip install onnx onnxscript`."
+        )
+    torch.onnx.export(
+        program(model, params),
+        f=str(path),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamo=True,
+    )
+
+
+FORMATS: dict[str, Callable[[Model, Params, Path], None]] = {
+    "safetensors": _safetensors,
+    "timm": _timm,
+    "torch": _torch,
+    "onnx": _onnx,
+}
+SUFFIXES = {"safetensors": ".safetensors", "timm": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
+
+
+def write(
+    path: str | Path, model: Model, params: Params, about: Mapping[str, Any], form: str
+) -> None:
+    """Writes the model to `path` in the form `form`, and `about` as JSON beside it.
+
+    Args:
+        path: a file that ends in the suffix of the form; it is replaced whole.
+        model: a model whose operators are named, so that its config can be stored.
+        params: its parameters, on the CPU.
+        about: how images are standardised, classes, whose weights they are.
+        form: "safetensors" (kart's own), "timm", "torch" or "onnx".
+    """
+    path = Path(path)
+    if form not in FORMATS:
+        raise ValueError(f"`export` needs a format in {list(FORMATS)}, got {form!r}.")
+    if path.suffix != SUFFIXES[form]:
+        raise ValueError(
+            f"`export` needs a file that ends in {SUFFIXES[form]} for {form}, got {str(path)!r}."
+        )
+    if not path.absolute().parent.is_dir():
+        raise ValueError(
+            f"`export` needs a file in a directory that exists, got {str(path)!r}. Make it first."
+        )
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    try:
+        FORMATS[form](model, tree.map(lambda leaf: leaf.detach().cpu(), params), temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    told = {"format": form, **about, "versions": checkpoint.versions()}
+    checkpoint.write_text(path.with_suffix(".json"), json.dumps(told, indent=1) + "\n")

@@ -1,0 +1,126 @@
+"""Training in a run directory, so that it can be killed at any moment."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from kart import checkpoint, population, train
+from kart.runs import identity, records, weights
+from kart.train import Config, Record, Run, Splits, State
+
+
+def _save(path: Path, owner: str, state: State, best: float) -> None:
+    # without averaging the weights are the state's own: stored once
+    slim = state if state.average else state._replace(params={})
+    about = {"run": owner, "step": int(state.step.max()), "best_val_top1": best}
+    checkpoint.save(path, train.weights_for_evaluation(state), about, state=slim)
+
+
+def restore(path: Path, run: Run, owner: str) -> tuple[State, float]:
+    """The state in a checkpoint of `run`, and the best validation top-1 until then.
+
+    Raises ValueError for a checkpoint of another run than the one whose id is `owner`.
+    """
+    like = run.init()
+    params, config = checkpoint.load(path, device=run.config.device)
+    identity.check_owner(path, config, owner)
+    slim = like if like.average else like._replace(params={})
+    state = checkpoint.load_state(path, state=slim)["state"]
+    return (state if like.average else state._replace(params=params)), config["best_val_top1"]
+
+
+def _mean(value: float | list[float]) -> float:
+    return sum(value) / len(value) if isinstance(value, list) else value
+
+
+def snapshot_steps(count: int, total: int) -> list[int]:
+    """The steps after which a run of `total` steps keeps its `count` snapshots; 0 is the start.
+
+    >>> snapshot_steps(5, 100)
+    [0, 25, 50, 75, 100]
+    """
+    if not 2 <= count <= total + 1:
+        raise ValueError(
+            f"`trajectory` needs at most one snapshot a step, {total + 1} here, got {count}. "
+            "Keep fewer of them, or train longer."
+        )
+    return [round(i * total / (count - 1)) for i in range(count)]
+
+
+def execute(
+    directory: str | os.PathLike,
+    configs: Sequence[Config],
+    splits: Splits,
+    *,
+    on_step: Callable[[int, int, Tensor], None] | None = None,
+) -> Iterator[Record]:
+    """Trains `configs` together in `directory`, from where it stopped; yields the records.
+
+    Records of earlier epochs are yielded first, as they were. `on_step(step, total, loss)` is
+    called after each step. Raises Diverged when no member is left; the last good state is saved
+    before.
+    """
+    directory = Path(directory)
+    run = population.run(configs, splits)
+    total = run.config.epochs * run.steps_per_epoch
+    kept = set(snapshot_steps(run.config.trajectory, total) if run.config.trajectory else ())
+    identity.check_place(directory)
+    with identity.locked(directory):
+        owner = identity.claim(directory, configs, splits).id
+        last, log = directory / "last.safetensors", directory / "metrics.jsonl"
+        state, best = restore(last, run, owner) if last.exists() else (None, -1.0)
+        done = 0 if state is None else int(state.step.max())
+        # a kill between record and checkpoint leaves a record that will be made again
+        earlier = [one for one in records.read_metrics(directory) if one["step"] <= done]
+        if len(earlier) * run.steps_per_epoch != done:
+            raise ValueError(
+                f"`run` needs a record of every epoch in metrics.jsonl, got {len(earlier)} in "
+                f"{str(directory)!r} with weights after {done // run.steps_per_epoch}. Put the "
+                "right file back, or train into a new directory."
+            )
+        text = "".join(records.line(owner, record) for record in earlier)
+        if earlier or log.exists():
+            checkpoint.write_text(log, text)
+        spent = earlier[-1]["seconds"] if earlier else 0.0
+        yield from earlier
+        if done >= total:
+            return
+
+        def keep(state: State, step: int) -> None:
+            if step in kept:
+                path = weights.snapshot(directory, step)
+                path.parent.mkdir(exist_ok=True)
+                about = {"run": owner, "step": step}
+                checkpoint.save(path, train.weights_for_evaluation(state), about)
+
+        if state is None:
+            state = run.init()
+            keep(state, 0)
+        latest: list[State] = []
+
+        def stepped(state: State, metrics: train.Metrics) -> None:
+            latest[:] = [state]
+            if kept:
+                keep(state, int(state.step.max()))
+            if on_step is not None:
+                on_step(int(state.step.max()), total, metrics.loss)
+
+        try:
+            for current, record in train.loop(run, state, donate=True, on_step=stepped):
+                record["seconds"] = round(record["seconds"] + spent, 3)
+                top1 = _mean(record["val_top1"])
+                with open(log, "a", encoding="utf-8") as file:
+                    file.write(records.line(owner, record))
+                    file.flush()
+                    os.fsync(file.fileno())
+                if top1 > best:
+                    best = top1
+                    _save(directory / "best.safetensors", owner, current, best)
+                _save(last, owner, current, best)
+                yield record
+        except train.Diverged:
+            if latest:
+                _save(directory / "diverged.safetensors", owner, latest[0], best)
+            raise

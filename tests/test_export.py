@@ -1,0 +1,136 @@
+"""`kart export` and `kart predict`: the files give the run's logits, the images their classes."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from torch.testing import assert_close
+
+from kart import checkpoint, cli, data, export, models, runs, tree
+
+FLAGS = [
+    *("--epochs", "1", "--batch-size", "64", "--embed-dim", "8", "--depth", "2", "--num-heads"),
+    *("2", "--patch-size", "4", "--rank", "3", "--train-limit", "256", "--threads", "1"),
+    *("--quiet", "--learning-rate", "0.01"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "G2B"
+    assert cli.main(["train", "--operator", "G2B", *FLAGS, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def expected(run):
+    """Standardised images and the logits of the run."""
+    own = runs.only(run)
+    dataset = data.load("digits", "val")
+    pixels, _ = data.take(dataset, torch.arange(5))
+    images = data.normalise(pixels, own.identity.data["mean"], own.identity.data["std"])
+    with torch.no_grad():
+        return images, own.model.apply(own.params, images)
+
+
+def write(run, path, form):
+    assert cli.main(["export", str(run), "--out", str(path), "--format", form]) == 0
+    about = json.loads(path.with_suffix(".json").read_text())
+    assert about["classes"][3] == "3" and len(about["mean"]) == len(about["std"]) == 1
+    assert about["run"] == runs.read(run).id and about["image_size"] == 8
+
+
+def test_kart_reads_its_own_file_in_a_line(run, expected, tmp_path):
+    write(run, tmp_path / "m.safetensors", "safetensors")
+    params, config = checkpoint.load(tmp_path / "m.safetensors")
+    logits = models.from_config(config).apply(params, expected[0])
+    assert_close(logits, expected[1], rtol=0, atol=1e-5)
+
+
+def test_the_names_are_timms(run, tmp_path):
+    write(run, tmp_path / "m.safetensors", "timm")
+    found = safetensors.torch.load_file(tmp_path / "m.safetensors")
+    assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "head.bias"} <= set(found)
+    assert "blocks.1.attn.qkv.weight" in found
+    one = runs.only(run)
+    again = checkpoint.from_timm(one.model, found)
+    tree.map(lambda a, b: assert_close(a, b, rtol=0, atol=0), again, one.params)
+
+
+def test_the_graph_of_torch_export_takes_any_batch(run, expected, tmp_path):
+    write(run, tmp_path / "m.pt2", "torch")
+    module = torch.export.load(tmp_path / "m.pt2").module()
+    images, logits = expected
+    for count in (1, 2, 5):
+        assert_close(module(images[:count]), logits[:count], rtol=0, atol=1e-5)
+
+
+def test_onnx_without_its_packages_is_one_line(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    argv = ["export", str(run), "--out", str(tmp_path / "m.onnx"), "--format", "onnx"]
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert "pip install onnx onnxscript" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_gives_the_runs_logits(run, expected, tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    session = pytest.importorskip("onnxruntime")
+    write(run, tmp_path / "m.onnx", "onnx")
+    images, logits = expected
+    found = session.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"images": images.numpy()})
+    assert_close(torch.from_numpy(found[0]), logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--out", "m.bin"], "ends in .safetensors"),
+        (["--out", "no/where/m.safetensors"], "directory that exists"),
+        (["--out", "m.safetensors", "--seed", "7"], "one of [0]"),
+        (["--out", "m.safetensors", "--format", "jpeg"], "invalid choice"),
+    ],
+)
+def test_mistakes_are_one_line(run, argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["export", str(run), *argv]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_predictions_are_those_of_the_run_on_its_own_pixels(run, expected, tmp_path, capsys):
+    dataset = data.load("digits", "val")
+    names = []
+    for i in range(5):
+        path = tmp_path / f"{i}.png"
+        image = Image.fromarray(dataset.images[i, 0])
+        # colour and an opaque alpha change nothing of a grey image
+        image.convert(["L", "RGB", "RGBA", "LA", "L"][i]).save(path)
+        names.append(str(path))
+    capsys.readouterr()
+    assert cli.main(["predict", str(run), *names, "--top", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    shares = expected[1].softmax(-1)
+    for line, share in zip(lines, shares, strict=True):
+        best = share.topk(2)
+        wanted = [f"{int(i)} {100 * float(p):.1f} %" for p, i in zip(*best, strict=True)]
+        assert line.split("  ", 1)[1].split() == " ".join(wanted).split()
+
+
+def test_transparent_ground_is_white(run, tmp_path, capsys):
+    clear = np.zeros((8, 8, 4), np.uint8)
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    Image.fromarray(np.full((16, 16), 255, np.uint8)).save(tmp_path / "white.png")
+    argv = ["predict", str(run), str(tmp_path / "clear.png"), str(tmp_path / "white.png")]
+    assert cli.main(argv) == 0
+    one, two = (line.split()[1:] for line in capsys.readouterr().out.splitlines()[-2:])
+    assert one == two
+    (tmp_path / "text.png").write_text("no image")
+    assert cli.main(["predict", str(run), str(tmp_path / "text.png")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,251 @@
+"""Whose a run's files are: data, records, checkpoints and scores that do not fit are refused."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from kart import cli, population, runs, train
+from kart.runs import owned
+from kart.train import Config
+
+TINY = Config(
+    operator="G1B",
+    epochs=2,
+    batch_size=8,
+    embed_dim=4,
+    depth=1,
+    num_heads=1,
+    patch_size=4,
+    rank=2,
+    train_limit=24,
+    threads=1,
+)
+FLAGS = [
+    *("--epochs", "2", "--batch-size", "8", "--embed-dim", "4", "--depth", "1", "--num-heads", "1"),
+    *("--patch-size", "4", "--rank", "2", "--train-limit", "24", "--threads", "1", "--quiet"),
+    *("--operator", "G1B"),
+]
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return train.load_data(TINY)
+
+
+@pytest.fixture(scope="module")
+def made(splits, tmp_path_factory):
+    """A finished run of seed 0, one of seed 1, and an unfinished one of seed 2."""
+    home = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        list(runs.execute(home / str(seed), [dataclasses.replace(TINY, seed=seed)], splits))
+    part = runs.execute(home / "part", [dataclasses.replace(TINY, seed=2)], splits)
+    next(part)
+    part.close()
+    return home
+
+
+@pytest.fixture
+def home(made, tmp_path):
+    shutil.copytree(made, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def call(capsys, *argv):
+    code = cli.main([str(arg) for arg in argv])
+    return code, *capsys.readouterr()
+
+
+def other(splits, what):
+    """The splits with one thing changed."""
+    first, val = splits
+    if what == "pixel":
+        images = first.images.copy()
+        images[3, 0, 2, 2] ^= 1
+        return splits._replace(train=first._replace(images=images))
+    if what == "label":
+        labels = val.labels.copy()
+        labels[[0, 1]] = (labels[[0, 1]] + 1) % 10
+        return splits._replace(val=val._replace(labels=labels))
+    if what == "classes":
+        swapped = ("1", "0", *first.classes[2:])
+        return train.Splits(*(one._replace(classes=swapped) for one in splits))
+    if what == "counts":
+        return splits._replace(val=val._replace(images=val.images[:50], labels=val.labels[:50]))
+    return train.Splits(*(one._replace(mean=(0.5,)) for one in splits))
+
+
+@pytest.mark.parametrize("what", ["pixel", "label", "classes", "counts", "mean"])
+def test_data_that_changed_are_refused_and_named(what, splits, home):
+    named = {"pixel": "other images", "label": "other images"}.get(what, what)
+    config = [dataclasses.replace(TINY, seed=2)]
+    before = (home / "part" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=named):
+        list(runs.execute(home / "part", config, other(splits, what)))
+    assert (home / "part" / "metrics.jsonl").read_bytes() == before
+    assert len(list(runs.execute(home / "part", config, splits))) == 2
+
+
+def test_a_run_stores_what_it_needs_of_its_data(splits, home):
+    own = runs.read(home / "0").data
+    assert own["classes"] == list(splits.train.classes) and own["image"] == [1, 8, 8]
+    assert own["counts"] == {"train": 24, "val": len(splits.val.labels)}
+    assert own["mean"] == list(splits.train.mean)
+    empty = owned.empty(own)
+    model = train.build(TINY, empty)
+    assert model.config == train.build(TINY, splits.train).config
+
+
+@pytest.mark.parametrize("command", ["eval", "analyse"])
+def test_reading_commands_refuse_other_data(command, home, capsys, monkeypatch):
+    load = train.load_data
+    monkeypatch.setattr(train, "load_data", lambda config: other(load(config), "pixel"))
+    code, _, error = call(capsys, command, home / "0")
+    assert code == 2 and "other images" in error and error.count("\n") == 1
+
+
+def test_an_unfinished_run_is_not_scored(home, capsys):
+    code, _, error = call(capsys, "eval", home)
+    assert code == 2 and "after epoch 1 of 2" in error
+    assert not list(home.glob("**/eval-*"))
+
+
+def test_a_copied_run_is_not_counted_twice(home, capsys):
+    shutil.rmtree(home / "part")
+    shutil.copytree(home / "0", home / "copy")
+    for command in ("eval", "analyse"):
+        code, _, error = call(capsys, command, home)
+        assert code == 2 and "counted twice" in error and "seed 0" in error
+
+
+def test_scores_of_another_moment_or_run_are_not_shown(home, capsys):
+    shutil.rmtree(home / "part")
+    assert call(capsys, "eval", home)[0] == 0
+    path = home / "0" / "eval-test-last.json"
+    good = json.loads(path.read_text())
+    assert good["run"] == runs.read(home / "0").id and good["step"] == 6
+    for change in (
+        {"step": 3},
+        {"run": "0" * 16},
+        {"data": {"train": "x", "val": "y"}},
+        {"kart": "0"},
+        {"members": []},
+        {"images": -1},
+        {"members": [{"seed": 0, "top1": "high", "top5": 1.0, "loss": 0.0}]},
+    ):
+        path.write_text(json.dumps({**good, **change}))
+        code, text, error = call(capsys, "analyse", home)
+        assert code == 2 and error.count("\n") == 1, change
+        assert "test top-1" not in text
+    path.write_text(json.dumps(good))
+    assert "test top-1" in call(capsys, "analyse", home)[1]
+
+
+def test_metrics_that_do_not_fit_are_refused(splits, home):
+    log = home / "0" / "metrics.jsonl"
+    first, second = log.read_text().splitlines(keepends=True)
+    for text, named in (
+        (second, "line 1 is of epoch 2"),
+        (first[:20] + "\n" + second, "line 1 is damaged"),
+        (first + first, "line 2 is of epoch 1"),
+        ("[]\n" + second, "files of its own"),
+        ((home / "1" / "metrics.jsonl").read_text(), "files of its own"),
+    ):
+        log.write_text(text)
+        with pytest.raises(ValueError, match=named):
+            runs.read_metrics(home / "0")
+    log.write_text(first)  # weights after two epochs, one record
+    with pytest.raises(ValueError, match="record of every epoch"):
+        list(runs.execute(home / "0", [TINY], splits))
+
+
+def test_a_checkpoint_of_another_run_is_refused(splits, home):
+    for name in ("last", "best"):
+        shutil.copy(home / "1" / f"{name}.safetensors", home / "0" / f"{name}.safetensors")
+        with pytest.raises(ValueError, match="files of its own"):
+            runs.load_weights(home / "0", name)
+    with pytest.raises(ValueError, match="files of its own"):
+        list(runs.execute(home / "0", [TINY], splits))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 1},
+        {"run": "0" * 16},
+        {"config": {}},
+        {"config": []},
+        {"members": []},
+        {"members": [{"seed": 0}]},
+        {"members": [{"seed": "0", "learning_rate": 0.1, "weight_decay": 0.1}]},
+        {"data": None},
+        {"data": {"classes": ["a"]}},
+        {"versions": 3},
+    ],
+)
+def test_a_config_of_another_shape_is_one_error(change, home):
+    path = home / "0" / "config.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({**found, **change}))
+    with pytest.raises(ValueError, match="whole config.json of this version"):
+        runs.read(home / "0")
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "null", "[" * 5000, "\x00", '{"config": '])
+def test_a_config_that_is_no_object_is_one_error(text, home):
+    (home / "0" / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="whole config.json of this version"):
+        runs.read(home / "0")
+
+
+def test_an_edited_config_is_noticed(home):
+    path = home / "0" / "config.json"
+    path.write_text(path.read_text().replace('"weight_decay": 0.05', '"weight_decay": 0.06'))
+    with pytest.raises(ValueError, match="it was changed"):
+        runs.read(home / "0")
+
+
+def test_a_run_inside_a_run_is_refused(home, capsys):
+    code, _, error = call(capsys, "train", *FLAGS, "--out", home / "0" / "deeper" / "still")
+    assert code == 2 and "inside the run" in error
+    assert not (home / "0" / "deeper").exists()
+
+
+def test_default_directories_differ_wherever_the_commands_do(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for extra in ([], ["--seeds", "1"], ["--seeds", "0", "1"], ["--operator", "G1B", "softmax"]):
+        assert call(capsys, "train", *FLAGS, *extra)[0] == 0, extra
+    assert len(list((tmp_path / "runs").iterdir())) == 4
+
+
+def test_nothing_is_claimed_before_all_is_in_order(capsys, tmp_path):
+    out = tmp_path / "run"
+    for bad in (
+        ["--batch-size", "25"],
+        ["--operator", "softmax", "G3X"],
+        ["--trajectory", "50"],
+        ["--device", "cuda:99"],
+        ["--epochs", "999999999"],
+        ["--seeds", "1", "1"],
+        ["--group", "0", "--seeds", "0", "1"],
+    ):
+        code, _, error = call(capsys, "train", *FLAGS, *bad, "--out", out)
+        assert code == 2 and error.count("\n") == 1, (bad, error)
+        assert not out.exists(), bad
+    assert call(capsys, "train", *FLAGS, "--out", out)[0] == 0
+
+
+def test_the_layout_does_not_depend_on_the_size_of_groups(splits, tmp_path):
+    configs = population.seeds(TINY, [0, 1, 2])
+    for size, names in ((1, 3), (2, 2), (3, 1)):
+        parts = runs.parts(configs, size, tmp_path)
+        assert [directory.name for _, directory in parts] == [f"group-{i}" for i in range(names)]
+    assert runs.parts(configs[:1], 1, tmp_path) == [(configs[:1], tmp_path)]
+
+
+def test_fingerprints_are_of_content(splits):
+    copy = splits.train._replace(images=np.array(splits.train.images), name="elsewhere")
+    assert owned.fingerprint(copy) == owned.fingerprint(splits.train)
+    assert owned.fingerprint(splits.val) != owned.fingerprint(splits.train)
