@@ -33,3 +33,17 @@ def test_weights_are_drawn_within_two_deviations():
     drawn = layers.truncated_normal(torch.Generator().manual_seed(0), 200, 200)
     assert drawn.abs().max() <= 0.04
     assert_close(drawn.std(), torch.tensor(0.02 * 0.8796), rtol=0.02, atol=0)
+
+
+def test_layer_norm_has_the_right_hessian_under_every_transform():
+    drawn = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, generator=drawn, dtype=torch.float64)
+    start = torch.randn(12, generator=drawn, dtype=torch.float64)
+
+    def loss(p):
+        params = {"weight": p[4:8], "bias": p[8:]}
+        return layers.layer_norm(params, (x * p[:4]).sin()).sin().sum()
+
+    expected = torch.autograd.functional.hessian(loss, start)
+    assert_close(torch.func.hessian(loss)(start), expected)
+    assert_close(torch.func.jacrev(torch.func.jacrev(loss))(start), expected)

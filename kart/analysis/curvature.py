@@ -88,7 +88,13 @@ class _Space:
 
     def product(self, vector: Tensor) -> Tensor:
         like = tree.unravel(vector, self.params)
-        return tree.ravel(hvp(self.loss, self.params, like))
+        found = tree.ravel(hvp(self.loss, self.params, like))
+        if not bool(found.isfinite().all()):
+            raise ValueError(
+                "the curvature needs finite second derivatives, got nan or inf. "
+                "Look whether the loss is finite at these parameters."
+            )
+        return found
 
     def remainder(self, vector: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """What the first `count` vectors leave of `vector`, and what they take."""
@@ -111,11 +117,6 @@ class _Space:
             rest, along = self.remainder(self.product(self.basis[j]), j + 1)
             self.projected[: j + 1, j] = self.projected[j, : j + 1] = along.double()
             left = float(torch.linalg.vector_norm(rest))
-            if not math.isfinite(left):
-                raise ValueError(
-                    "the curvature needs finite second derivatives, got nan or inf. "
-                    "Look whether the loss is finite at these parameters."
-                )
             # within rounding of the numbers seen so far
             scale = float(self.projected[: j + 1, : j + 1].abs().max())
             if left <= 100 * torch.finfo(self.basis.dtype).eps * scale:
