@@ -35,7 +35,9 @@ def seeded(seed=0):
 
 def symmetric(values, seed=0):
     """A float64 matrix with these eigenvalues."""
-    basis = torch.linalg.qr(torch.randn(len(values), len(values), generator=seeded(seed)).double())[0]
+    basis = torch.linalg.qr(torch.randn(len(values), len(values), generator=seeded(seed)).double())[
+        0
+    ]
     return basis * torch.tensor(values, dtype=torch.float64) @ basis.mT
 
 
@@ -218,9 +220,7 @@ def test_noise_scale_is_that_of_gradients_one_by_one():
     params = {"w": torch.randn(3, 2, generator=seeded()).double()}
     x, y = torch.randn(7, 3, generator=seeded(1)), torch.randn(7, 2, generator=seeded(2))
     x, y = x.double() + 1, y.double() + 5
-    rows = torch.stack(
-        [grad(loss)(params, a, b)["w"].flatten() for a, b in zip(x, y, strict=True)]
-    )
+    rows = torch.stack([grad(loss)(params, a, b)["w"].flatten() for a, b in zip(x, y, strict=True)])
     covariance = torch.cov(rows.mT).trace()
     signal = rows.mean(0).square().sum() - covariance / 7
     assert signal > 0

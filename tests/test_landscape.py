@@ -90,7 +90,10 @@ def test_a_path_on_a_line_leaves_the_second_direction_open(dtype):
 def quadratic(seed=0, size=6):
     root = torch.randn(size, size, generator=seeded(seed)).double()
     matrix = root + root.mT
-    params = {"a": torch.randn(2, 2, generator=seeded(seed + 1)).double(), "b": torch.zeros(2).double()}
+    params = {
+        "a": torch.randn(2, 2, generator=seeded(seed + 1)).double(),
+        "b": torch.zeros(2).double(),
+    }
 
     def loss(params):
         w = tree.ravel(params)
@@ -115,8 +118,15 @@ def test_the_surface_of_a_quadratic(chunk):
 
 def test_the_surface_of_a_vit_and_its_progress():
     model = models.create(
-        "vit_nano", "G2B:rank=2", embed_dim=8, depth=1, num_heads=2, image_size=8, patch_size=4,
-        in_channels=1, num_classes=3,
+        "vit_nano",
+        "G2B:rank=2",
+        embed_dim=8,
+        depth=1,
+        num_heads=2,
+        image_size=8,
+        patch_size=4,
+        in_channels=1,
+        num_classes=3,
     )
     params = model.init(seeded())
     images = torch.randn(10, 1, 8, 8, generator=seeded(1))
@@ -145,8 +155,9 @@ def test_the_surface_of_a_vit_and_its_progress():
 
 @pytest.mark.parametrize("spec", ["G2B:rank=2", "G2U:rank=2", "softmax"])
 def test_random_directions_are_of_the_size_of_each_filter(spec):
-    model = models.create("vit_nano", spec, embed_dim=8, depth=2, num_heads=2, image_size=8,
-                          patch_size=4)
+    model = models.create(
+        "vit_nano", spec, embed_dim=8, depth=2, num_heads=2, image_size=8, patch_size=4
+    )
     params = tree.map(lambda x: x + 1, model.init(seeded()))
     plane = landscape.random_directions(seeded(1), params)
     assert torch.equal(plane, landscape.random_directions(seeded(1), params))

@@ -137,7 +137,10 @@ def test_ravel_and_unravel_are_inverse():
     ("call", "words"),
     [
         (lambda: tree.ravel({}), "at least one leaf"),
-        (lambda: tree.unravel(torch.ones(3), {"a": torch.ones(2)}), r"\(\.\.\., 2\).*got shape \(3"),
+        (
+            lambda: tree.unravel(torch.ones(3), {"a": torch.ones(2)}),
+            r"\(\.\.\., 2\).*got shape \(3",
+        ),
     ],
 )
 def test_ravel_refuses(call, words):

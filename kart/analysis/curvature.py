@@ -317,9 +317,9 @@ def spectral_density(
 
 
 class NoiseScale(NamedTuple):
-    """The noise of gradients, `()` each, float64: the simple noise scale in examples, and what it is
-    the ratio of, the trace of the covariance of an example's gradient and the squared norm of the
-    true gradient.
+    """The noise of gradients, `()` each, float64: the simple noise scale in examples, and what it
+    is the ratio of, the trace of the covariance of an example's gradient and the squared norm of
+    the true gradient.
     """
 
     scale: Tensor
