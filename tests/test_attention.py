@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kart import operators
-from kart.analysis import attention, figures
+from kart import operators, pages
+from kart.analysis import attention
 
 SCORES = [attention.pointing_game, attention.mass_inside, attention.best_iou]
 
@@ -118,7 +118,7 @@ def test_curves_of_a_model_that_sees_one_half():
     assert_close(half.values, 0.5 + fell.values / 2)
     fig = attention.plot_curves({"a": fell, "b": coarse}, {"a": rose, "b": rose})
     assert [ax.get_title().split(":")[0] for ax in fig.axes] == ["deletion", "insertion"]
-    assert "area 0.500" in figures.svg(fig, "x")
+    assert "area 0.500" in pages.svg(fig, "x")
 
 
 # spread

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kart import bases, models, operators, tree
-from kart.analysis import attention, figures, functions, symbolic
+from kart import bases, models, operators, pages, tree
+from kart.analysis import attention, functions, symbolic
 
 X = torch.linspace(-3, 3, 121)
 
@@ -85,7 +85,7 @@ def test_harmonics_of_known_coefficients(scales):
     values = functions.curves(operator, params, x)
     assert_close(values.square().mean(-1), found.square().sum(-1) / 2, rtol=1e-4, atol=1e-5)
     fig = functions.plot_harmonics({"G2B": found})
-    assert "amplitude" in figures.svg(fig, "x")
+    assert "amplitude" in pages.svg(fig, "x")
 
 
 def model_of(spec, **options):
@@ -254,7 +254,7 @@ def test_picture_of_clusters():
     found = symbolic.clusters(values, X)
     formulas = [symbolic.candidate(values[i], X) for i in found.leaders]
     fig = symbolic.plot(values, X, found, formulas)
-    text = figures.svg(fig, "x")
+    text = pages.svg(fig, "x")
     assert "2 of 4" in text and "R²" in text
     assert len([ax for ax in symbolic.plot(values, X, found).axes if ax.get_visible()]) == 3
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from kart import models, tables, tree
-from kart.analysis import figures, landscape
+from kart import models, pages, tables, tree
+from kart.analysis import landscape
 
 
 def seeded(seed=0):
@@ -212,13 +212,13 @@ def test_pictures_share_levels():
     assert left.get_title() == "softmax" and "80 %" in right.get_xlabel()
     assert left.collections[0].levels.tolist() == right.collections[0].levels.tolist()
     assert bar.get_ylabel() == "loss" and right.get_xlim() == (-2, 2)
-    assert "<svg" in figures.svg(fig, "one")
+    assert "<svg" in pages.svg(fig, "one")
     fig = landscape.plot_surfaces(surfaces, axes)
     assert [ax.get_zlim() for ax in fig.axes[:2]] == [(0, 6), (0, 6)]
-    assert "<svg" in figures.svg(fig, "two")
+    assert "<svg" in pages.svg(fig, "two")
     holes = bowl.clone()
     holes[0, 0] = torch.nan
-    assert "<svg" in figures.svg(landscape.plot({"a": holes}, {"a": grid}), "three")
+    assert "<svg" in pages.svg(landscape.plot({"a": holes}, {"a": grid}), "three")
 
 
 GRID = landscape.axes(1.0, 5)

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kart import operators
-from kart.analysis import figures, spectra
+from kart import operators, pages
+from kart.analysis import spectra
 
 
 def planted(values, rows=7, columns=5, seed=0):
@@ -76,7 +76,7 @@ def test_profile_and_picture():
     fig = spectra.plot(panels, rank=2)
     assert [ax.get_title() for ax in fig.axes] == ["scores", "weights"]
     assert fig.axes[0].get_ylim() == fig.axes[1].get_ylim()
-    assert "r = 2" in figures.svg(fig, "x")
+    assert "r = 2" in pages.svg(fig, "x")
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kart import models, operators
-from kart.analysis import figures, weights
+from kart import models, operators, pages
+from kart.analysis import weights
 
 
 def seeded(seed=0):
@@ -126,7 +126,7 @@ def test_histograms_share_bins():
         for patch in ax.patches:
             heights, edges, _ = patch.get_data()
             assert float((heights * (edges[1:] - edges[:-1])).sum()) == pytest.approx(1)
-    assert "<svg" in figures.svg(fig, "x")
+    assert "<svg" in pages.svg(fig, "x")
 
 
 @pytest.mark.parametrize(
