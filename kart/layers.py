@@ -10,6 +10,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from kart import kernels
+
 Params = dict[str, Any]
 
 
@@ -43,7 +45,11 @@ def layer_norm_init(size: int) -> Params:
 def layer_norm(params: Params, x: Tensor, eps: float = 1e-6) -> Tensor:
     """Layer norm over the last axis, in the dtype of `x`."""
     weight, bias = params["weight"].to(x.dtype), params["bias"].to(x.dtype)
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if torch.compiler.is_compiling() or not kernels.transforming():
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    # torch's mapped backward of a scaled layer norm has a wrong derivative, so that
+    # torch.func.hessian through it is wrong without a word (torch 2.13); unscaled it is right
+    return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=eps), weight)
 
 
 def mlp_init(generator: Generator, size: int, hidden_size: int) -> Params:

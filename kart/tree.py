@@ -138,6 +138,30 @@ def norm(tree: Tree) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([x.to(widest) for x in norms]))
 
 
+def ravel(tree: Tree) -> Tensor:
+    """All leaves as one vector `(P,)`, in the order of `leaves`; `unravel` is the inverse.
+
+    >>> ravel({"a": torch.ones(2), "b": torch.zeros(1, 1)})
+    tensor([1., 1., 0.])
+    """
+    found = leaves(tree)
+    if not found:
+        raise ValueError("`tree.ravel` needs at least one leaf, got an empty tree.")
+    return torch.cat([x.reshape(-1) for x in found])
+
+
+def unravel(vector: Tensor, like: Tree) -> Tree:
+    """`vector (..., P)` as a tree shaped like `like`, each leaf `(..., *shape)` of its dtype."""
+    sizes = [x.numel() for x in leaves(like)]
+    if vector.dim() < 1 or vector.shape[-1] != sum(sizes):
+        raise ValueError(
+            f"`tree.unravel` needs a vector (..., {sum(sizes)}) for this tree, got shape "
+            f"{tuple(vector.shape)}. Make it with `tree.ravel` of a tree of the same structure."
+        )
+    lead, parts = vector.shape[:-1], iter(vector.split(sizes, dim=-1))
+    return map(lambda x: next(parts).reshape((*lead, *x.shape)).to(x.dtype), like)
+
+
 def size(tree: Tree) -> int:
     """Number of scalars in all leaves."""
     return sum(leaf.numel() for leaf in leaves(tree))

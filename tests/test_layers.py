@@ -60,3 +60,17 @@ def test_positions_follow_the_published_formula():
     half = layers.resize_positions(positions.bfloat16(), (3, 4), (5, 2))
     assert half.dtype == torch.bfloat16
     assert layers.resize_positions(positions, (3, 4), (3, 4)) is positions
+
+
+def test_layer_norm_has_the_right_hessian_under_every_transform():
+    drawn = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, generator=drawn, dtype=torch.float64)
+    start = torch.randn(12, generator=drawn, dtype=torch.float64)
+
+    def loss(p):
+        params = {"weight": p[4:8], "bias": p[8:]}
+        return layers.layer_norm(params, (x * p[:4]).sin()).sin().sum()
+
+    expected = torch.autograd.functional.hessian(loss, start)
+    assert_close(torch.func.hessian(loss)(start), expected)
+    assert_close(torch.func.jacrev(torch.func.jacrev(loss))(start), expected)

@@ -114,3 +114,35 @@ def test_size_and_to():
     assert tree.size(example()) == 6 + 1 + 3 + 2 + 3
     moved = tree.to({"a": torch.ones(2)}, torch.float64)
     assert moved["a"].dtype == torch.float64
+
+
+def test_ravel_and_unravel_are_inverse():
+    drawn = torch.Generator().manual_seed(0)
+    params = {
+        "a": torch.randn(2, 3, generator=drawn),
+        "b": {"c": torch.randn((), generator=drawn, dtype=torch.float64), "empty": {}},
+    }
+    vector = tree.ravel(params)
+    assert vector.shape == (7,) and vector.dtype == torch.float64
+    back = tree.unravel(vector, params)
+    assert back["b"]["empty"] == {} and back["a"].dtype == torch.float32
+    assert torch.equal(back["a"], params["a"]) and torch.equal(back["b"]["c"], params["b"]["c"])
+    many = tree.unravel(torch.stack([vector, 2 * vector]), params)
+    assert many["a"].shape == (2, 2, 3) and torch.equal(many["b"]["c"][1], 2 * params["b"]["c"])
+    mapped = torch.func.vmap(lambda p: tree.ravel(p))(many)
+    assert torch.equal(mapped[0], vector)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: tree.ravel({}), "at least one leaf"),
+        (
+            lambda: tree.unravel(torch.ones(3), {"a": torch.ones(2)}),
+            r"\(\.\.\., 2\).*got shape \(3",
+        ),
+    ],
+)
+def test_ravel_refuses(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

@@ -1,8 +1,9 @@
-"""What the class token attends to, as maps over the image (paper, sec. 7), and how much of the
-attention depends on the image at all.
+"""What attention attends to: maps over the image (paper, sec. 7) and how well they find the object,
+how its weights are spread, and how much of it depends on the image at all.
 """
 
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from kart.analysis.functions import some_blocks
 from kart.analysis.section import Analysis, Context
 
 HEAT = "#ff7a1a"  # seen on black and on white
+OUTLINE = "#22d3ee"  # beside it
 
 
 def class_maps(weights: Tensor) -> Tensor:
@@ -52,23 +54,378 @@ def region(maps: Tensor, share: float = 0.5) -> Tensor:
     return torch.zeros_like(taken).scatter(-1, order, taken).unflatten(-1, maps.shape[-2:])
 
 
-def static_share(weights: Tensor) -> Tensor:
-    """How much of each head's attention is the same for all images, `(B, H, N, M)` to `(H,)`.
+def rollout(weights: Sequence[Tensor] | Tensor) -> Tensor:
+    """Where information flowed through all blocks, `(..., N, N)`, float64, rows of sum 1 (Abnar and
+    Zuidema 2020, arXiv:2005.00928).
 
-    The squared norm of the weights averaged over images, over the average of their squared norms:
-    1 where the weights do not depend on the image (the control `polynomial(0)`), 1/B for weights
-    of independent sign.
+    `weights` are those of each block, first to last, `(..., H, N, N)`. Of each, the mean over heads
+    is averaged with the identity, for the residual stream, and the products are taken. The source
+    knows no negative weights: as in the maps of the paper they are dropped, head by head, and the
+    rows scaled to sum 1; a row without any is the identity alone. As maps:
+    `class_maps(rollout(weights)[..., None, :, :])`.
+
+    >>> rollout([torch.tensor([[[0.0, 1.0], [-1.0, 3.0]]])]).tolist()
+    [[0.5, 0.5], [0.0, 1.0]]
+    """
+    blocks = list(weights)
+    shapes = {tuple(block.shape) for block in blocks}
+    shape = shapes.pop() if len(shapes) == 1 else ()
+    if len(shape) < 3 or shape[-1] != shape[-2]:
+        raise ValueError(
+            f"`rollout` needs the weights (..., H, N, N) of each block, got shapes "
+            f"{[tuple(block.shape) for block in blocks]}. Pass those of one batch, first to last."
+        )
+    tokens = shape[-1]
+    identity = torch.eye(tokens, dtype=torch.float64, device=blocks[0].device)
+    flow = identity
+    for block in blocks:
+        mean = block.double().clamp(min=0).mean(-3)
+        total = mean.sum(-1, keepdim=True)
+        rows = torch.where(total > 0, mean / _nonzero(total), identity)
+        flow = (rows + identity) / 2 @ flow
+    return flow
+
+
+def _nonzero(total: Tensor) -> Tensor:
+    # what is divided by: where it is zero the quotient is not used
+    return torch.where(total == 0, 1.0, total)
+
+
+# --- maps against object masks --------------------------------------------------------------------
+
+
+def enlarge(maps: Tensor, height: int, width: int) -> Tensor:
+    """Maps over patches, `(..., rows, columns)`, as maps over pixels, `(..., height, width)`: every
+    patch is repeated over its pixels.
+
+    >>> enlarge(torch.tensor([[1, 2]]), 2, 4).tolist()
+    [[1, 1, 2, 2], [1, 1, 2, 2]]
+    """
+    rows, columns = maps.shape[-2:]
+    if height % rows or width % columns:
+        raise ValueError(
+            f"`enlarge` needs a height and width divisible by the map's {rows} x {columns}, got "
+            f"{height} x {width}. Pass the size of the images the model saw."
+        )
+    return maps.repeat_interleave(height // rows, -2).repeat_interleave(width // columns, -1)
+
+
+def _scored(name: str, maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps without their negative values, float64, and masks, both `(..., rows * columns)`."""
+    if masks.dtype != torch.bool or maps.dim() < 2 or masks.shape[-2:] != maps.shape[-2:]:
+        raise ValueError(
+            f"`{name}` needs maps and boolean masks (..., rows, columns) of one size, got "
+            f"{tuple(maps.shape)} and {masks.dtype} {tuple(masks.shape)}. Bring the maps to the "
+            "masks with `enlarge`."
+        )
+    if not bool(masks.flatten(-2).any(-1).all()) or not bool(maps.isfinite().all()):
+        raise ValueError(
+            f"`{name}` needs finite maps and masks with an object, got "
+            f"{int((~masks.flatten(-2).any(-1)).sum())} empty masks and "
+            f"{int((~maps.isfinite()).sum())} values nan or inf. Leave them out."
+        )
+    try:
+        both = torch.broadcast_tensors(maps.double().clamp(min=0), masks)
+    except RuntimeError as error:
+        raise ValueError(
+            f"`{name}` needs maps and masks whose leading axes broadcast, got {tuple(maps.shape)} "
+            f"and {tuple(masks.shape)}. Masks of maps by head are masks[:, None]."
+        ) from error
+    return both[0].flatten(-2), both[1].flatten(-2)
+
+
+def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
+    """Whether the largest value of a map lies on the object, `(..., rows, columns)` maps and
+    boolean masks to `(...)`, float64: 1 or 0; where several are largest, the share that does.
+
+    Negative values count as none, as in the paper's maps; a map without any value points nowhere
+    and has 0. By chance it is the share of the image that the mask covers.
+
+    Reference: Zhang et al., "Top-down neural attention by excitation backprop", 2018.
+
+    >>> pointing_game(torch.tensor([[0.1, 0.9]]), torch.tensor([[False, True]])).item()
+    1.0
+    """
+    values, inside = _scored("pointing_game", maps, masks)
+    largest = values.amax(-1, keepdim=True)
+    peaks = (values == largest) & (largest > 0)
+    return (peaks & inside).sum(-1).double() / peaks.sum(-1).clamp(min=1)
+
+
+def mass_inside(maps: Tensor, masks: Tensor) -> Tensor:
+    """The share of a map's sum that lies on the object, `(..., rows, columns)` maps and boolean
+    masks to `(...)`, float64.
+
+    Negative values count as none; a map without any value has 0. Of a map that is the same
+    everywhere it is the share of the image that the mask covers.
+
+    >>> mass_inside(torch.tensor([[1.0, 3.0]]), torch.tensor([[False, True]])).item()
+    0.75
+    """
+    values, inside = _scored("mass_inside", maps, masks)
+    return (values * inside).sum(-1) / _nonzero(values.sum(-1))
+
+
+def best_iou(maps: Tensor, masks: Tensor) -> Tensor:
+    """The best overlap of the object with {map >= t} over all thresholds t > 0, intersection over
+    union, `(..., rows, columns)` maps and boolean masks to `(...)`, float64.
+
+    Negative values count as none, and what is zero is in no region; a map without any value has 0.
+
+    >>> best_iou(torch.tensor([[0.2, 0.7, 0.9]]), torch.tensor([[False, True, True]])).item()
+    1.0
+    """
+    values, inside = _scored("best_iou", maps, masks)
+    values, order = values.sort(dim=-1, descending=True, stable=True)
+    hits = inside.gather(-1, order).cumsum(-1).double()
+    size = torch.arange(1, values.shape[-1] + 1, device=values.device)
+    overlap = hits / (size + inside.sum(-1, keepdim=True) - hits)
+    # a threshold takes all values that are equal, or none of them
+    last = torch.cat([values[..., :-1] > values[..., 1:], torch.ones_like(inside[..., :1])], -1)
+    return torch.where(last & (values > 0), overlap, 0.0).amax(-1)
+
+
+class Curve(NamedTuple):
+    """Probabilities of a class `(B, S + 1)` as the shares `(S + 1,)` of an image are taken away or
+    given, and the area under each, `(B,)`; float64.
+    """
+
+    shares: Tensor
+    values: Tensor
+    area: Tensor
+
+
+def deletion(
+    predict: Callable[[Tensor], Tensor],
+    images: Tensor,
+    maps: Tensor,
+    fill: Tensor | float = 0.0,
+    *,
+    labels: Tensor | None = None,
+    steps: int | None = None,
+) -> Curve:
+    """How the probability of a class falls as the patches of an image are taken away, those with
+    the largest values of its map first; the better the map, the smaller the area (RISE, Petsiuk et
+    al. 2018, arXiv:1806.07421).
+
+    Args:
+        predict: images `(B, C, height, width)` to probabilities `(B, classes)`.
+        images: `(B, C, height, width)`.
+        maps: `(B, rows, columns)`, one an image, each value a patch of it. Equal values go from
+            the top left.
+        fill: what stands where a patch was, such as 0 for normalised images, or blurred images;
+            broadcasts to the images.
+        labels: the class of each image, `(B,)`; default the one predicted for the whole image.
+        steps: S, in how many equal steps; default a patch at a time.
+
+    >>> maps = torch.tensor([[[2.0, 1.0]]])
+    >>> curve = deletion(lambda x: x.mean((1, 2, 3))[:, None], torch.ones(1, 1, 2, 2), maps)
+    >>> curve.values.tolist(), curve.area.tolist()
+    ([[1.0, 0.5, 0.0]], [0.5])
+    """
+    return _curve("deletion", predict, images, maps, fill, labels, steps)
+
+
+def insertion(
+    predict: Callable[[Tensor], Tensor],
+    images: Tensor,
+    maps: Tensor,
+    fill: Tensor | float = 0.0,
+    *,
+    labels: Tensor | None = None,
+    steps: int | None = None,
+) -> Curve:
+    """How the probability of a class rises as the patches of an image are given back to `fill`,
+    those with the largest values of its map first; the better the map, the larger the area. Args
+    and reference as of `deletion`.
+
+    >>> maps = torch.tensor([[[2.0, 1.0]]])
+    >>> curve = insertion(lambda x: x.mean((1, 2, 3))[:, None], torch.ones(1, 1, 2, 2), maps)
+    >>> curve.values.tolist(), curve.area.tolist()
+    ([[0.0, 0.5, 1.0]], [0.5])
+    """
+    return _curve("insertion", predict, images, maps, fill, labels, steps)
+
+
+def _curve(
+    name: str,
+    predict: Callable[[Tensor], Tensor],
+    images: Tensor,
+    maps: Tensor,
+    fill: Tensor | float,
+    labels: Tensor | None,
+    steps: int | None,
+) -> Curve:
+    if images.dim() != 4 or maps.dim() != 3 or len(maps) != len(images):
+        raise ValueError(
+            f"`{name}` needs images (B, C, height, width) and maps (B, rows, columns), got "
+            f"{tuple(images.shape)} and {tuple(maps.shape)}. Choose a head of the maps."
+        )
+    if not bool(maps.isfinite().all()):
+        raise ValueError(f"`{name}` needs finite maps, got nan or inf. Leave them out.")
+    height, width = images.shape[-2:]
+    patches = maps[0].numel()
+    count = patches if steps is None else steps
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= patches:
+        raise ValueError(
+            f"`{name}` needs 1 <= `steps` <= {patches}, the number of patches, got {steps!r}. "
+            "Leave it out."
+        )
+    order = maps.flatten(1).argsort(dim=-1, descending=True, stable=True)
+    place = order.argsort(dim=-1).reshape(maps.shape)  # of each patch among those of its map
+    blank = torch.as_tensor(fill, dtype=images.dtype, device=images.device)
+    shares = torch.arange(count + 1, dtype=torch.float64, device=images.device) / count
+    values = []
+    with torch.no_grad():
+        if labels is None:
+            labels = predict(images).argmax(-1)
+        for share in shares.tolist():
+            taken = enlarge(place < round(share * patches), height, width)[:, None]
+            kept = taken if name == "insertion" else ~taken
+            shown = predict(torch.where(kept, images, blank))
+            values.append(shown.double().gather(-1, labels[:, None])[:, 0])
+    found = torch.stack(values, dim=-1)
+    return Curve(shares, found, torch.trapezoid(found, shares))
+
+
+# --- how weights are spread -----------------------------------------------------------------------
+
+
+def _check_weights(name: str, weights: Tensor, least: int = 2) -> None:
+    if weights.dim() < least or not weights.dtype.is_floating_point:
+        shape = "(..., N, M)" if least == 2 else "(..., H, N, M)"
+        raise ValueError(
+            f"`{name}` needs floating-point weights {shape}, got {weights.dtype} of shape "
+            f'{tuple(weights.shape)}. Take intermediates(params, images)["blocks.0.weights"].'
+        )
+
+
+def row_sums(weights: Tensor) -> Tensor:
+    """The sum of each row, `(..., N, M)` to `(..., N)`, float64: 1 for softmax, anything else for
+    an operator without a projection.
+
+    >>> row_sums(torch.tensor([[0.5, 1.0], [1.0, -1.0]])).tolist()
+    [1.5, 0.0]
+    """
+    _check_weights("row_sums", weights)
+    return weights.double().sum(-1)
+
+
+def negative_share(weights: Tensor) -> Tensor:
+    """The share of the weight that is negative, by absolute values, `(..., N, M)` to `(...)`,
+    float64; 0 for weights of zero.
+
+    >>> negative_share(torch.tensor([[0.5, 1.0], [1.0, -0.5]])).round(decimals=3).item()
+    0.167
+    """
+    _check_weights("negative_share", weights)
+    wide = weights.double()
+    return wide.clamp(max=0).abs().sum((-2, -1)) / _nonzero(wide.abs().sum((-2, -1)))
+
+
+def entropy(weights: Tensor) -> Tensor:
+    """Entropy of each row in nats, `(..., N, M)` to `(..., N)` in [0, log M], float64, of the
+    absolute values scaled to sum 1: how many keys a query attends to is its exp. A row of zeros has
+    0.
+
+    >>> entropy(torch.tensor([[1.0, -1.0], [0.0, 3.0]])).round(decimals=4).tolist()
+    [0.6931, 0.0]
+    """
+    _check_weights("entropy", weights)
+    size = weights.double().abs()
+    share = size / _nonzero(size.sum(-1, keepdim=True))
+    return torch.special.entr(share).sum(-1)
+
+
+def head_diversity(weights: Tensor) -> Tensor:
+    """How different the heads are, `(..., H, N, M)` to `(...)`, float64: 1 less the mean cosine
+    between two heads' weights. 0 where all attend alike, 1 where they have nothing in common, above
+    where they oppose each other; a head of zeros has nothing in common with any.
+
+    >>> head_diversity(torch.eye(4).reshape(4, 2, 2)).item()
+    1.0
+    """
+    _check_weights("head_diversity", weights, 3)
+    heads = weights.shape[-3]
+    if heads < 2:
+        raise ValueError(
+            f"`head_diversity` needs two heads or more, got shape {tuple(weights.shape)}. "
+            "One head has none to differ from."
+        )
+    flat = weights.double().flatten(-2)
+    flat = flat / _nonzero(flat.norm(dim=-1, keepdim=True))
+    # sum over pairs of cosines: the square of the sum, less each with itself
+    alike = flat.sum(-2).square().sum(-1) - flat.square().sum((-2, -1))
+    return 1 - alike / (heads * (heads - 1))
+
+
+def static_share(weights: Tensor, values: Tensor | None = None) -> Tensor:
+    """How much of each head's output the best operator that is the same for all images gives,
+    weights `(B, H, N, M)` to `(H,)` in [0, 1], float64: the share of its variance over images.
+
+    With `values (B, H, M, d)` the output is `weights @ values`, and the best constant `(N, M)` for
+    each head is fitted to it by least squares, both centred over images. Without, the values are
+    taken for white noise, for which it is the mean of the weights: the share is then the squared
+    norm of the mean over the mean of the squared norms. Either way 1 is attention that does not
+    depend on the image (the control `polynomial(0)`); 1/B without values is for weights of
+    independent sign. `score_share` is the rest.
+
+    The fit sees B d numbers for each of M unknowns and explains about M / (B d) by chance, so that
+    at least 4 M of them are asked for. A head whose output does not vary has 1.
+
+    >>> one = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).expand(5, 1, 2, 2)
+    >>> static_share(one).tolist(), static_share(one * torch.ones(5, 1, 1, 1)).tolist()
+    ([1.0], [1.0])
     """
     if weights.dim() != 4:
         raise ValueError(
             f"`static_share` needs weights (B, H, N, M), got shape {tuple(weights.shape)}. Pass "
             'those of a batch, intermediates(params, images)["blocks.0.weights"].'
         )
-    mean = weights.double().mean(0).square().sum((-2, -1))
-    return mean / weights.double().square().sum((-2, -1)).mean(0)
+    wide = weights.double()
+    if values is None:
+        mean = wide.mean(0).square().sum((-2, -1))
+        whole = wide.square().sum((-2, -1)).mean(0)
+        return torch.where(whole > 0, mean / _nonzero(whole), 1.0)
+    count, heads, _, keys = weights.shape
+    if values.dim() != 4 or values.shape[:3] != (count, heads, keys):
+        raise ValueError(
+            f"`static_share` needs values ({count}, {heads}, {keys}, d) for these weights, got "
+            f"{tuple(values.shape)}. Take both of the same batch and block."
+        )
+    if count * values.shape[-1] < 4 * keys:
+        raise ValueError(
+            f"`static_share` needs B d >= 4 M = {4 * keys} to fit a constant operator, got B "
+            f"{count} images of d {values.shape[-1]}. Pass more images."
+        )
+    out = wide @ values.double()
+    out = out - out.mean(0)
+    inputs = values.double() - values.double().mean(0)
+    across = torch.einsum("bhnd,bhmd->hnm", out, inputs)
+    within = torch.einsum("bhmd,bhkd->hmk", inputs, inputs)
+    constant = across @ torch.linalg.pinv(within, hermitian=True)
+    whole = out.square().sum((0, 2, 3))
+    left = (out - constant @ inputs).square().sum((0, 2, 3))
+    return torch.where(whole > 0, 1 - left / _nonzero(whole), 1.0).clamp(0, 1)
 
 
-def plot(images: Tensor, maps: Tensor, share: float = 0.5) -> Any:
+def score_share(weights: Tensor, values: Tensor | None = None) -> Tensor:
+    """How much of each head's output comes from its scores, weights `(B, H, N, M)` and values
+    `(B, H, M, d)` to `(H,)` in [0, 1], float64: the share of the variance of `weights @ values`
+    over images that the best constant operator leaves, 1 - `static_share`.
+
+    0 is an operator that does not look at the scores, whatever its functions look like.
+
+    >>> score_share(torch.ones(4, 1, 2, 2)).tolist()
+    [0.0]
+    """
+    return 1 - static_share(weights, values)
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def plot(images: Tensor, maps: Tensor, share: float = 0.5, masks: Tensor | None = None) -> Any:
     """A matplotlib Figure: a row an image, with its maps by head as heat over it, each from 0 to
     its own maximum, and the region of its dominant head.
 
@@ -76,11 +433,17 @@ def plot(images: Tensor, maps: Tensor, share: float = 0.5) -> Any:
         images: in [0, 1], `(B, C, height, width)`, C = 1 or 3.
         maps: `(B, H, rows, columns)` of `class_maps`.
         share: as in `region`.
+        masks: of the objects, boolean `(B, height, width)`; their outline is drawn.
     """
     if images.dim() != 4 or images.shape[1] not in (1, 3) or maps.shape[:1] != images.shape[:1]:
         raise ValueError(
             f"`plot` needs images (B, 1 or 3, height, width) and maps (B, H, rows, columns), got "
             f"{tuple(images.shape)} and {tuple(maps.shape)}. Pass the images the maps are of."
+        )
+    if masks is not None and (masks.shape != (len(images), *images.shape[-2:])):
+        raise ValueError(
+            f"`plot` needs masks {(len(images), *images.shape[-2:])} for these images, got "
+            f"{tuple(masks.shape)}. Pass those of the same images."
         )
     count, heads = maps.shape[:2]
     height, width = images.shape[-2:]
@@ -93,6 +456,7 @@ def plot(images: Tensor, maps: Tensor, share: float = 0.5) -> Any:
     # a map of zeros, with no head of weight, stays without any colour
     heats = (maps / maps.amax((-2, -1), keepdim=True).clamp(min=1e-30)).numpy()
     regions = region(maps, share).float().numpy()
+    centres = np.arange(width) + 0.5, np.arange(height) + 0.5
     for i, (row, best) in enumerate(zip(axes, dominant_head(maps).tolist(), strict=True)):
         for ax in row:
             ax.set_axis_off()
@@ -101,11 +465,43 @@ def plot(images: Tensor, maps: Tensor, share: float = 0.5) -> Any:
         for ax, heat in zip(row[1:], [*heats[i], regions[i, best]], strict=True):
             colour = np.ones((*heat.shape, 1)) * to_rgb(HEAT)
             ax.imshow(np.concatenate([colour, 0.85 * heat[..., None]], -1), **place)
+        if masks is not None:
+            outline = {"levels": [0.5], "colors": [OUTLINE], "linewidths": 0.8}
+            for ax in row:
+                ax.contour(*centres, masks[i].cpu().numpy().astype(float), **outline)
         label = {"ha": "center", "va": "top", "fontsize": 7, "color": figures.INK}
         row[-1].text(0.5, -0.04, f"head {best + 1}", transform=row[-1].transAxes, **label)
     titles = ["image", *(f"head {h + 1}" for h in range(heads)), "region"]
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize=8, color=figures.INK)
+    return fig
+
+
+def plot_curves(deleted: Mapping[str, Curve], inserted: Mapping[str, Curve]) -> Any:
+    """A matplotlib Figure of `deletion` and of `insertion` by name: the mean over images, over the
+    band of a standard error to either side, with the mean area in the legend.
+    """
+    if not deleted or deleted.keys() != inserted.keys():
+        raise ValueError(
+            f"`plot_curves` needs curves of the same names, got {sorted(deleted)} and "
+            f"{sorted(inserted)}. Pass {{name: curve}} twice."
+        )
+    fig, axes = figures.grid(1, 2, 2.9, 2.4, sharey=True)
+    for ax, title, curves in (
+        (axes[0, 0], "deletion: lower is better", deleted),
+        (axes[0, 1], "insertion: higher is better", inserted),
+    ):
+        for colour, (name, curve) in zip(figures.COLOURS, curves.items(), strict=False):
+            x, mean = 100 * curve.shares.cpu(), curve.values.mean(0).cpu()
+            error = curve.values.std(0, correction=0).cpu() / len(curve.values) ** 0.5
+            low, high = mean - error, mean + error
+            ax.fill_between(x.numpy(), low.numpy(), high.numpy(), color=colour, alpha=0.2, lw=0)
+            label = f"{name}, area {float(curve.area.mean()):.3f}"
+            ax.plot(x.numpy(), mean.numpy(), color=colour, lw=1.3, label=label)
+        ax.set_title(title, fontsize=8, color=figures.INK)
+        ax.set_xlabel("share of the patches, %")
+        ax.legend(frameon=False, fontsize=7, labelcolor=figures.INK)
+    axes[0, 0].set_ylabel("probability of the class")
     return fig
 
 

@@ -1,17 +1,21 @@
-"""The functions that the heads of a learnable operator learned (paper, eq. 1, 2 and 5)."""
+"""The functions that the heads of a learnable operator learned (paper, eq. 1, 2 and 5): their
+curves, what they are near to, what of them can be dropped, and how much they do at all.
+"""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kart import pages
+from kart import pages, tree
 from kart.analysis import figures
 from kart.analysis.section import Analysis, Context
 from kart.bases import Params
+from kart.models import Model
 from kart.operators import Operator
+from kart.operators.resize import amplitudes
 
 
 def _units(operator: Operator, params: Params) -> Params:
@@ -153,6 +157,204 @@ def moved(values: Tensor, initial: Tensor) -> Tensor:
     return (change / initial.square().flatten(1).mean(-1)).sqrt()
 
 
+def density(scores: Tensor, x: Tensor) -> Tensor:
+    """How often scores are seen at each point of an ascending grid: `x (X)` to `(X,)` of sum 1,
+    float64. A score counts at the nearest point; those beyond the ends by more than half a step are
+    not counted.
+
+    >>> density(torch.tensor([0.1, 0.9, 1.1, 9.0]), torch.tensor([0.0, 1.0])).tolist()
+    [0.3333333333333333, 0.6666666666666666]
+    """
+    if x.dim() != 1 or len(x) < 2 or not bool((x.diff() > 0).all()):
+        raise ValueError(
+            f"`density` needs ascending `x` of two points or more, got shape {tuple(x.shape)}. "
+            "Take `score_range`."
+        )
+    grid = x.double().to(scores.device)
+    step = grid.diff()
+    edges = torch.cat([grid[:1] - step[:1] / 2, grid[:-1] + step / 2, grid[-1:] + step[-1:] / 2])
+    place = torch.bucketize(scores.detach().double().flatten(), edges, right=True) - 1
+    place = place[(place >= 0) & (place < len(grid))]
+    if not len(place):
+        raise ValueError(
+            f"`density` needs scores between {float(x[0]):.3g} and {float(x[-1]):.3g}, got none "
+            f"of {scores.numel()}. Take `score_range(scores, operator)`."
+        )
+    return place.bincount(minlength=len(grid)).double() / len(place)
+
+
+class Fits(NamedTuple):
+    """R^2 of the best c, a x, a x + c and a exp(x) + c, `(...)` each, float64."""
+
+    constant: Tensor
+    identity: Tensor
+    affine: Tensor
+    exp: Tensor
+
+
+def fits(values: Tensor, x: Tensor, density: Tensor | None = None) -> Fits:
+    """How near functions are to simple ones: `values (..., X)` at `x (X)` to R^2 `(...)` of the
+    best constant, multiple of the identity, affine function and multiple of exp plus a constant.
+
+    R^2 is the share of the mean square, not of the variance, that the fit explains, so that the
+    constant has one, too: what a constant explains does not depend on the score. A function of
+    zeros is all of them. `density (X)` weighs the points by the scores really seen; default alike.
+
+    >>> x = torch.linspace(-1, 1, 5)
+    >>> [round(float(r), 3) for r in fits(2 * x.exp() + 1, x)]
+    [0.814, 0.172, 0.986, 1.0]
+    """
+    weights = _grid_weights("fits", values, x, density)
+    points = x.to(weights)
+    # exp of the largest is 1: the same fit, without overflow
+    one, exp = torch.ones_like(points), (points - points.max()).exp()
+    columns = {"constant": [one], "identity": [points], "affine": [one, points], "exp": [one, exp]}
+    root = weights.sqrt()
+    rows = values.double() * root
+    whole = rows.square().sum(-1)
+    found = {}
+    for name, parts in columns.items():
+        matrix = torch.stack(parts, -1) * root[:, None]
+        matrix = matrix / matrix.norm(dim=0).clamp(min=torch.finfo(torch.float64).tiny)
+        basis, sizes, _ = torch.linalg.svd(matrix, full_matrices=False)
+        # where all scores are at one point the columns are the same
+        along = (rows @ basis[:, sizes > 1e-10]).square().sum(-1)
+        found[name] = torch.where(whole > 0, along / whole.clamp(min=1e-300), 1.0).clamp(max=1)
+    return Fits(**found)
+
+
+def _grid_weights(name: str, values: Tensor, x: Tensor, density: Tensor | None) -> Tensor:
+    """The weights of the points, float64, of sum 1."""
+    given = torch.ones(len(x)) if density is None else density
+    fits = x.dim() == 1 and values.shape[-1:] == x.shape == given.shape
+    if not fits or not bool((given >= 0).all()) or float(given.sum()) <= 0:
+        raise ValueError(
+            f"`{name}` needs values (..., X), x (X) and a density (X) >= 0, got "
+            f"{tuple(values.shape)}, {tuple(x.shape)} and {tuple(given.shape)}. Take `curves` and "
+            "`density` at the same x."
+        )
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"`{name}` needs finite values, got nan or inf. Leave them out.")
+    given = given.double().to(values.device)
+    return given / given.sum()
+
+
+def harmonics(operator: Operator, params: Params) -> Tensor:
+    """Amplitude of each harmonic of each Fourier unit, `(H, P, M, G)`: sqrt(a_k^2 + b_k^2), with
+    the scales of the units where they have them. P and M as in `curves`.
+
+    >>> from kart import bases, operators
+    >>> op = operators.full_rank(bases.fourier(2))
+    >>> coefs = torch.tensor([3.0, 0.0, 4.0, 1.0]).reshape(1, 1, 1, 4)
+    >>> harmonics(op, {"units": {"coefs": coefs}}).tolist()
+    [[[[5.0, 1.0]]]]
+    """
+    units = _units(operator, params)
+    basis = operator.basis
+    assert basis is not None
+    if basis.family != "fourier" or basis.coefficients is None:
+        raise ValueError(
+            f"`harmonics` needs Fourier units, got {basis.family!r}. `fits` looks at any family."
+        )
+    grid = basis.size // 2
+    coefs = basis.coefficients(units).detach()
+    return torch.hypot(coefs[..., :grid], coefs[..., grid : 2 * grid])
+
+
+class Dropped(NamedTuple):
+    """What `prune` dropped from an operator: terms (harmonics, or coefficients of another basis, or
+    the amplitude of a unit that has no terms), and units with no term left.
+    """
+
+    terms: int
+    of_terms: int
+    units: int
+    of_units: int
+
+
+class Pruned(NamedTuple):
+    """Parameters without what was too small, and what that was by the path of the operator."""
+
+    params: Params
+    dropped: dict[str, Dropped]
+
+
+def prune(model: Model, params: Params, threshold: float) -> Pruned:
+    """Parameters of a model with the small terms of its learned functions set to zero.
+
+    A term is a harmonic of a Fourier unit (both a_k and b_k), a coefficient of another linear
+    basis, a whole unit where the family is not linear. Its size is its amplitude, for `low_rank`
+    times the norm of the unit's column of W, and it is dropped where that is below `threshold`
+    times the largest of its head. A base activation of the units stays.
+
+    What it costs is the difference of `train.evaluate` with both parameters.
+
+    >>> from kart import models
+    >>> model = models.create("vit_nano", "G2B", image_size=8, patch_size=4)
+    >>> pruned = prune(model, model.init(torch.Generator().manual_seed(0)), 0.3)
+    >>> sorted(pruned.dropped)[0], pruned.dropped["blocks.0.operator"].of_units
+    ('blocks.0.operator', 120)
+    """
+    if not 0 <= threshold < 1:
+        raise ValueError(
+            f"`prune` needs 0 <= `threshold` < 1, got {threshold!r}. 0.1 drops what is below a "
+            "tenth of the largest of its head."
+        )
+    if model.config.sharing == "universal":
+        places = [("operator", model.operators[0], params["operator"])]
+    else:
+        places = [
+            (f"blocks.{i}.operator", op, params["blocks"][str(i)]["operator"])
+            for i, op in enumerate(model.operators)
+        ]
+    changed: dict[str, Tensor] = {}
+    dropped: dict[str, Dropped] = {}
+    for path, whole, given in places:
+        for group in learned_groups(whole, given):
+            at = path if group.params is given else f"{path}.{_key(given, group.params)}"
+            counts = Dropped(0, 0, 0, 0)
+            for name in ("units", "first", "second"):
+                if name in group.params:
+                    leaf, kept, found = _prune_units(group, name, threshold)
+                    changed[f"{at}.{name}.{leaf}"] = kept
+                    counts = Dropped(*(a + b for a, b in zip(counts, found, strict=True)))
+            dropped[at] = counts
+    if not dropped:
+        raise ValueError(
+            "`prune` needs a model with learnable units, got fixed operators alone. "
+            "There is nothing to drop."
+        )
+    return Pruned(tree.map_named(lambda name, leaf: changed.get(name, leaf), params), dropped)
+
+
+def _key(parent: Params, child: Params) -> str:
+    return next(key for key, value in parent.items() if value is child)
+
+
+def _prune_units(group: Group, name: str, threshold: float) -> tuple[str, Tensor, Dropped]:
+    """The leaf of units that holds their amplitudes, what is kept of it, and what is dropped."""
+    units, basis = group.params[name], group.operator.basis
+    assert basis is not None
+    leaf = next(key for key in amplitudes(basis) if key in units)
+    given = units[leaf].detach()
+    pairs = basis.family == "fourier"
+    if basis.coefficients is not None:
+        size = basis.coefficients(units).detach()[..., : basis.size].abs()  # (H, P, M, K)
+        if pairs:
+            size = torch.hypot(*size.chunk(2, -1))
+    else:
+        size = given.reshape(*given.shape[:3], -1).norm(dim=-1, keepdim=True)
+    terms = size
+    if group.operator.options.get("kind") == "low_rank":
+        terms = size * group.params["mix"].detach().norm(dim=-2)[:, :, None, None]
+    keep = terms >= threshold * terms.amax((1, 2, 3), keepdim=True)
+    mask = torch.cat([keep, keep], -1) if pairs else keep
+    kept = given * (mask if given.dim() == 4 else mask[..., 0])
+    gone = ~keep
+    counts = (gone.sum(), gone.numel(), gone.all(-1).sum(), gone[..., 0].numel())
+    return leaf, kept, Dropped(*(int(count) for count in counts))
+
+
 def plot(
     operator: Operator,
     params: Params,
@@ -269,6 +471,29 @@ def _silhouette(ax: Any, x: Tensor, scores: Tensor) -> None:
     edges = torch.linspace(low, high, 41).numpy()
     bottom = ax.get_xaxis_transform()
     ax.stairs(heights, edges, transform=bottom, fill=True, color=figures.QUIET, alpha=0.5)
+
+
+def plot_harmonics(found: Mapping[str, Tensor]) -> Any:
+    """A matplotlib Figure of `harmonics` by name: the root mean square over all units of each
+    harmonic as a line, over the band from the smallest head to the largest.
+    """
+    if not found:
+        raise ValueError("`plot_harmonics` needs amplitudes by name, got none. Pass some.")
+    fig, axes = figures.grid(1, 1, 3.4, 2.4)
+    ax = axes[0, 0]
+    for colour, (name, values) in zip(figures.COLOURS, found.items(), strict=False):
+        heads = values.double().square().flatten(1, 2).mean(1).sqrt().cpu()  # (H, G)
+        index = range(1, heads.shape[1] + 1)
+        low, high = heads.amin(0).numpy(), heads.amax(0).numpy()
+        ax.fill_between(index, low, high, color=colour, alpha=0.2, lw=0)
+        mean = heads.square().mean(0).sqrt().numpy()
+        ax.plot(index, mean, color=colour, lw=1.3, marker="o", ms=3, label=name)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("harmonic k")
+    ax.set_title("amplitude", loc="left", fontsize=9, color=figures.INK)
+    ax.legend(frameon=False, fontsize=8, labelcolor=figures.INK)
+    return fig
 
 
 def some_blocks(depth: int) -> list[int]:

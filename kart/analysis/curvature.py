@@ -1,0 +1,390 @@
+"""The curvature of a loss: products with its Hessian, eigenvalues, trace, spectral density, and the
+noise of its gradients.
+
+Everything is a function of `loss(params) -> ()` and a tree `params`; nothing holds a Hessian. For a
+part of the parameters, `subset` gives the loss and the tree to pass instead.
+"""
+
+import fnmatch
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+from torch.func import grad, jvp, vmap
+
+from kart import tree
+from kart.analysis import figures
+
+Params = Any
+Loss = Callable[[Params], Tensor]
+
+
+def hvp(loss: Loss, params: Params, vector: Params) -> Params:
+    """The Hessian of `loss` at `params` times `vector`, all of one structure (forward over
+    reverse, Pearlmutter 1994).
+
+    >>> hvp(lambda w: (torch.tensor([1.0, 2.0]) * w**2).sum(), torch.ones(2), torch.ones(2))
+    tensor([2., 4.])
+    """
+    tree.map(_check_like, params, vector)
+    return jvp(grad(loss), (params,), (vector,))[1]
+
+
+def _check_like(leaf: Tensor, other: Tensor) -> None:
+    if leaf.shape != other.shape or leaf.dtype != other.dtype:
+        raise ValueError(
+            f"`hvp` needs a vector of the shapes and dtypes of `params`, got {other.dtype} "
+            f"{tuple(other.shape)} for {leaf.dtype} {tuple(leaf.shape)}. Make it with tree.map."
+        )
+
+
+def subset(loss: Loss, params: Params, pattern: str) -> tuple[Loss, dict[str, Tensor]]:
+    """The loss as a function of some of the parameters, the others held, and those parameters.
+
+    They are the leaves whose dotted path matches `pattern` as file names do, with or without a dot
+    before it: "*.operator.*" is every operator, "blocks.0.*" the first block. They come as one
+    dict by path.
+
+    >>> params = {"a": torch.ones(2), "b": torch.ones(2)}
+    >>> part, some = subset(lambda p: (p["a"] ** 2 * p["b"]).sum(), params, "a")
+    >>> hvp(part, some, some)
+    {'a': tensor([2., 2.])}
+    """
+    named = tree.named(params)
+    chosen = {
+        name: leaf
+        for name, leaf in named.items()
+        if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(f".{name}", pattern)
+    }
+    if not chosen:
+        shown = ", ".join(list(named)[:4])
+        raise ValueError(
+            f"`subset` needs a pattern that matches a path of `params`, got {pattern!r}. "
+            f"The {len(named)} paths are {shown}{', ...' if len(named) > 4 else ''}."
+        )
+
+    def part(some: dict[str, Tensor]) -> Tensor:
+        return loss(tree.map_named(lambda name, leaf: some.get(name, leaf), params))
+
+    return part, chosen
+
+
+class _Space:
+    """Krylov vectors `basis (m + 1, P)` of a Hessian, orthonormal, and the Hessian among them,
+    `projected (m, m)`, float64.
+    """
+
+    def __init__(self, loss: Loss, params: Params, steps: int):
+        start = tree.ravel(params)
+        self.loss, self.params, self.size = loss, params, start.numel()
+        self.basis = start.new_zeros(steps + 1, self.size)
+        self.projected = torch.zeros(steps, steps, dtype=torch.float64, device=start.device)
+
+    def normal(self, generator: Generator) -> Tensor:
+        drawn = torch.randn(self.size, generator=generator, device=generator.device)
+        return drawn.to(self.basis)
+
+    def product(self, vector: Tensor) -> Tensor:
+        like = tree.unravel(vector, self.params)
+        found = tree.ravel(hvp(self.loss, self.params, like))
+        if not bool(found.isfinite().all()):
+            raise ValueError(
+                "the curvature needs finite second derivatives, got nan or inf. "
+                "Look whether the loss is finite at these parameters."
+            )
+        return found
+
+    def remainder(self, vector: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """What the first `count` vectors leave of `vector`, and what they take."""
+        basis = self.basis[:count]
+        along = basis @ vector
+        vector = vector - along @ basis
+        # once more: what rounding left of a long vector is no longer orthogonal (Giraud 2005)
+        again = basis @ vector
+        return vector - again @ basis, along + again
+
+    def grow(self, start: int, stop: int, generator: Generator | None) -> tuple[int, float]:
+        """Adds vectors `start + 1` to `stop`; returns how many are multiplied, and the size of what
+        the last of them leaves.
+
+        Where they span an invariant space a vector drawn from `generator` goes on, by which the
+        copies of a multiple eigenvalue are found; without a generator it ends there.
+        """
+        left = 0.0
+        for j in range(start, stop):
+            rest, along = self.remainder(self.product(self.basis[j]), j + 1)
+            self.projected[: j + 1, j] = self.projected[j, : j + 1] = along.double()
+            left = float(torch.linalg.vector_norm(rest))
+            # within rounding of the numbers seen so far
+            scale = float(self.projected[: j + 1, : j + 1].abs().max())
+            if left <= 100 * torch.finfo(self.basis.dtype).eps * scale:
+                left = 0.0
+                if generator is None or j + 1 == self.size:
+                    return j + 1, left
+                rest = self.remainder(self.normal(generator), j + 1)[0]
+            self.basis[j + 1] = rest / torch.linalg.vector_norm(rest)
+        return stop, left
+
+
+def top_eigenvalues(
+    loss: Loss,
+    params: Params,
+    count: int,
+    generator: Generator,
+    *,
+    vectors: int | None = None,
+    tolerance: float | None = None,
+    limit: int = 1000,
+) -> Tensor:
+    """The `count` eigenvalues of the Hessian of largest magnitude, `(count,)`, descending by it.
+
+    Lanczos with full orthogonalisation and thick restarts (Wu and Simon 2000), in the dtype of
+    `params`. A multiple eigenvalue is counted as often as it occurs where `vectors` reaches P, and
+    may be counted once otherwise, as by every method that starts from one vector.
+
+    Args:
+        vectors: how many vectors of P are held; default 2 `count` + 20, at most P.
+        tolerance: residual over the largest magnitude at which an eigenvalue counts as found;
+            default the square root of the dtype's precision. Its error is below that, and about
+            the square of it where it lies apart.
+        limit: how many Hessian-vector products may be spent.
+
+    Raises ValueError where the limit does not suffice.
+
+    >>> loss = lambda w: (torch.tensor([1.0, -4.0, 2.0]) * w**2).sum()
+    >>> top_eigenvalues(loss, torch.ones(3), 2, torch.Generator())
+    tensor([-8.,  4.])
+    """
+    size = tree.size(params)
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= size:
+        raise ValueError(
+            f"`top_eigenvalues` needs 1 <= `count` <= {size}, the number of parameters, got "
+            f"{count!r}. Ask for 5."
+        )
+    steps = min(size, 2 * count + 20 if vectors is None else vectors)
+    if steps < min(size, count + 2):
+        raise ValueError(
+            f"`top_eigenvalues` needs `vectors` >= {min(size, count + 2)}, got {vectors}. "
+            "Leave it out."
+        )
+    space = _Space(loss, params, steps)
+    dtype = space.basis.dtype
+    close = torch.finfo(dtype).eps ** 0.5 if tolerance is None else tolerance
+    first = space.normal(generator)
+    space.basis[0] = first / torch.linalg.vector_norm(first)
+    kept = used = 0
+    while True:
+        filled, left = space.grow(kept, steps, generator)
+        used += filled - kept
+        values, directions = torch.linalg.eigh(space.projected)
+        order = values.abs().argsort(descending=True)
+        largest = float(values.abs().max())
+        residuals = left * directions[-1, order[:count]].abs()
+        if filled == size or bool((residuals <= close * largest).all()):
+            return values[order[:count]].to(dtype)
+        if used >= limit:
+            found = int((residuals <= close * largest).sum())
+            raise ValueError(
+                f"`top_eigenvalues` needs more than {limit} Hessian-vector products for {count} "
+                f"eigenvalues, got {found} of them. Raise `limit` or `tolerance`, or ask for fewer."
+            )
+        # the wanted vectors and as many of the next as let the new ones be half of the space
+        kept = min(count + (steps - count) // 2, steps - 1)
+        best = order[:kept]
+        ritz = directions[:, best].mT.to(dtype) @ space.basis[:steps]
+        space.basis[:kept], space.basis[kept] = ritz, space.basis[steps].clone()
+        space.projected.zero_()
+        space.projected.diagonal()[:kept] = values[best]
+
+
+def _probes(samples: int, size: int, generator: Generator, like: Tensor) -> Callable[[int], Tensor]:
+    """Probe i of `samples`: independent signs, or unit vectors where there is one for each axis."""
+
+    def unit(i: int) -> Tensor:
+        vector = torch.zeros_like(like)
+        vector[i] = size**0.5
+        return vector
+
+    def signs(i: int) -> Tensor:
+        drawn = torch.randint(0, 2, (size,), generator=generator, device=generator.device)
+        return (2 * drawn - 1).to(like)
+
+    return unit if samples >= size else signs
+
+
+class Trace(NamedTuple):
+    """An estimate of the trace of a Hessian, `()`, and its standard error, `()`."""
+
+    estimate: Tensor
+    error: Tensor
+
+
+def trace(loss: Loss, params: Params, samples: int, generator: Generator) -> Trace:
+    """Trace of the Hessian and the standard error of the estimate, from `samples` products.
+
+    The mean of z^T H z over vectors z of random signs (Hutchinson 1989). With as many samples as
+    parameters, or more, the diagonal is summed instead: then the error is that of rounding.
+
+    >>> estimate, error = trace(lambda w: (3 * w**2).sum(), torch.ones(4), 2, torch.Generator())
+    >>> float(estimate)
+    24.0
+    """
+    size = tree.size(params)
+    _check_samples("trace", samples, 2)
+    space = _Space(loss, params, 0)
+    probe = _probes(samples, size, generator, space.basis[0])
+    exact = samples >= size
+    vectors = (probe(i) for i in range(size if exact else samples))
+    terms = torch.stack([(z.double() * space.product(z).double()).sum() for z in vectors])
+    rounding = torch.finfo(space.basis.dtype).eps * terms.abs().mean()
+    spread = terms.new_zeros(()) if exact else terms.std() / samples**0.5
+    dtype = space.basis.dtype
+    return Trace(terms.mean().to(dtype), torch.maximum(spread, rounding).to(dtype))
+
+
+def _check_samples(name: str, samples: int, least: int) -> None:
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < least:
+        raise ValueError(
+            f"`{name}` needs an integer `samples` >= {least}, got {samples!r}. 20 is a start."
+        )
+
+
+class Density(NamedTuple):
+    """A density `(points,)` over eigenvalues `grid (points,)`, float64."""
+
+    grid: Tensor
+    density: Tensor
+
+
+def spectral_density(
+    loss: Loss,
+    params: Params,
+    samples: int,
+    generator: Generator,
+    *,
+    steps: int = 64,
+    points: int = 1024,
+    width: float | None = None,
+) -> Density:
+    """Density of the eigenvalues of the Hessian, of integral 1, each spread to a Gaussian.
+
+    Stochastic Lanczos quadrature (Ghorbani et al. 2019): the mean over `samples` vectors of random
+    signs, `steps` products each. With as many samples as parameters each axis is a start, and with
+    as many steps as there are distinct eigenvalues nothing is left to chance.
+
+    Args:
+        width: standard deviation of the Gaussians; default 1 % of the range of the eigenvalues.
+
+    >>> loss = lambda w: (torch.tensor([1.0, 3.0]) * w**2).sum()
+    >>> grid, density = spectral_density(loss, torch.ones(2), 2, torch.Generator(), width=0.5)
+    >>> round(float(torch.trapezoid(density, grid)), 6)
+    1.0
+    """
+    _check_samples("spectral_density", samples, 1)
+    size = tree.size(params)
+    if steps < 1 or points < 2 or (width is not None and not 0 < width < math.inf):
+        raise ValueError(
+            f"`spectral_density` needs `steps` >= 1, `points` >= 2 and `width` > 0, got {steps}, "
+            f"{points} and {width}. Leave them out."
+        )
+    space = _Space(loss, params, min(steps, size))
+    probe = _probes(samples, size, generator, space.basis[0])
+    count = min(samples, size)
+    nodes, shares = [], []
+    for i in range(count):
+        start = probe(i)
+        space.basis[0] = start / torch.linalg.vector_norm(start)
+        filled, _ = space.grow(0, min(steps, size), None)
+        values, directions = torch.linalg.eigh(space.projected[:filled, :filled])
+        nodes.append(values)
+        shares.append(directions[0].square() / count)
+    node, share = torch.cat(nodes), torch.cat(shares)
+    low, high = float(node.min()), float(node.max())
+    # one eigenvalue alone has no range: a percent of itself, or of 1 where it is zero
+    scale = (high - low) or abs(high) or 1.0
+    sigma = 0.01 * scale if width is None else width
+    low, high = low - 6 * sigma, high + 6 * sigma
+    if (high - low) / (points - 1) > sigma:
+        raise ValueError(
+            f"`spectral_density` needs `points` >= {math.ceil((high - low) / sigma) + 1} for peaks "
+            f"of this width, got {points}. Pass more, or a larger `width`."
+        )
+    grid = torch.linspace(low, high, points, dtype=torch.float64, device=node.device)
+    peaks = torch.exp(-0.5 * ((grid - node[:, None]) / sigma).square())
+    return Density(grid, share @ peaks / (sigma * math.sqrt(2 * math.pi)))
+
+
+class NoiseScale(NamedTuple):
+    """The noise of gradients, `()` each, float64: the simple noise scale in examples, and what it
+    is the ratio of, the trace of the covariance of an example's gradient and the squared norm of
+    the true gradient.
+    """
+
+    scale: Tensor
+    covariance_trace: Tensor
+    gradient_square: Tensor
+
+
+def noise_scale(
+    loss: Callable[..., Tensor], params: Params, *examples: Tensor, chunk: int = 32
+) -> NoiseScale:
+    """The batch size at which noise and signal of the gradient are equal (McCandlish et al. 2018).
+
+    Unbiased estimates of tr Sigma and of |G|^2 from the gradients of n examples; the latter may
+    come out negative where n is too small to see the gradient, then the scale is infinite.
+
+    Args:
+        loss: `loss(params, *example) -> ()` of one example.
+        examples: tensors `(n, ...)`, such as images and targets.
+        chunk: how many gradients are held at a time.
+
+    >>> noise = noise_scale(lambda w, x: w * x, torch.ones(()), torch.tensor([1.0, 2.0, 3.0]))
+    >>> [round(float(x), 4) for x in noise]
+    [0.2727, 1.0, 3.6667]
+    """
+    counts = {len(x) for x in examples}
+    n = counts.pop() if len(counts) == 1 else 0
+    if n < 2 or chunk < 1:
+        raise ValueError(
+            f"`noise_scale` needs tensors of n >= 2 examples each and `chunk` >= 1, got "
+            f"{[tuple(x.shape) for x in examples]} and {chunk}. Pass images and targets of a batch."
+        )
+    gradients = vmap(grad(loss), in_dims=(None, *(0 for _ in examples)))
+    total: list[Tensor] | None = None
+    square = 0.0
+    for parts in zip(*(x.split(chunk) for x in examples), strict=True):
+        leaves = [g.double() for g in tree.leaves(gradients(params, *parts))]
+        sums = [g.sum(0) for g in leaves]
+        total = sums if total is None else [a + b for a, b in zip(total, sums, strict=True)]
+        square = square + sum(g.square().sum() for g in leaves)
+    assert total is not None
+    each = torch.as_tensor(square) / n  # E|g|^2 = |G|^2 + tr Sigma
+    mean = sum(((x / n).square().sum() for x in total), torch.zeros_like(each))  # .. + tr Sigma / n
+    covariance = (each - mean) * n / (n - 1)
+    signal = (n * mean - each) / (n - 1)
+    scale = torch.where(signal > 0, covariance / signal.clamp(min=1e-300), math.inf)
+    return NoiseScale(scale, covariance, signal)
+
+
+def plot(densities: Mapping[str, Density], label: str = "eigenvalue of the Hessian") -> Any:
+    """A matplotlib Figure of spectral densities by name, on a logarithmic axis, where a peak of one
+    eigenvalue in a hundred thousand is still seen.
+    """
+    if not densities:
+        raise ValueError("`plot` needs at least one density, got none. Pass {name: density}.")
+    fig, axes = figures.grid(1, 1, 4.4, 2.7)
+    ax = axes[0, 0]
+    top = max(float(found.density.max()) for found in densities.values())
+    for colour, (name, found) in zip(figures.COLOURS, densities.items(), strict=False):
+        ax.plot(
+            found.grid.cpu().numpy(), found.density.cpu().numpy(), color=colour, lw=1.2, label=name
+        )
+    ax.set_yscale("log")
+    ax.set_ylim(1e-6 * top, 2 * top)
+    ax.axvline(0, color=figures.QUIET, lw=0.5)
+    ax.set_xlabel(label)
+    ax.set_title("density", loc="left", fontsize=9, color=figures.INK)
+    ax.legend(frameon=False, fontsize=8, labelcolor=figures.INK)
+    return fig

@@ -1,0 +1,139 @@
+"""The singular values of attention weights: how many directions a head really uses (paper, sec. 7,
+Figure 13).
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kart.analysis import figures
+
+
+def _check_matrices(name: str, matrices: Tensor) -> None:
+    if matrices.dim() < 2 or not matrices.dtype.is_floating_point or 0 in matrices.shape[-2:]:
+        raise ValueError(
+            f"`{name}` needs floating-point matrices (..., N, M) with N, M >= 1, got "
+            f"{matrices.dtype} of shape {tuple(matrices.shape)}. Pass scores or weights."
+        )
+    if not bool(matrices.isfinite().all()):
+        raise ValueError(
+            f"`{name}` needs finite matrices, got {int((~matrices.isfinite()).sum())} entries nan "
+            "or inf. Leave diverged runs out."
+        )
+
+
+def singular_values(matrices: Tensor) -> Tensor:
+    """Singular values of `(..., N, M)`, descending, `(..., min(N, M))`, float64.
+
+    >>> singular_values(torch.tensor([[0.0, 2.0], [-3.0, 0.0]])).round(decimals=6).tolist()
+    [3.0, 2.0]
+    """
+    _check_matrices("singular_values", matrices)
+    return torch.linalg.svdvals(matrices.double())
+
+
+def effective_rank(matrices: Tensor) -> Tensor:
+    """How many singular values carry a matrix, `(..., N, M)` to `(...)` in [1, min(N, M)], float64:
+    exp of the entropy (nats) of the singular values scaled to sum 1; 0 for a matrix of zeros.
+
+    Reference: Roy and Vetterli, "The effective rank", EUSIPCO 2007.
+
+    >>> effective_rank(torch.stack([torch.eye(4), torch.ones(4, 4)])).round(decimals=6).tolist()
+    [4.0, 1.0]
+    """
+    _check_matrices("effective_rank", matrices)
+    spectrum = torch.linalg.svdvals(matrices.double())
+    total = spectrum.sum(-1, keepdim=True)
+    share = spectrum / total.clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.where(total[..., 0] > 0, torch.special.entr(share).sum(-1).exp(), 0.0)
+
+
+def numerical_rank(matrices: Tensor, tolerance: float | None = None) -> Tensor:
+    """Number of singular values above `tolerance` times the largest, `(..., N, M)` to `(...)`.
+
+    `tolerance` defaults to max(N, M) times the precision of the dtype the matrices are given in,
+    what rounding alone leaves (as `torch.linalg.matrix_rank`). Beside the r of an operator it says
+    whether the product is really cut there.
+
+    >>> numerical_rank(torch.diag(torch.tensor([3.0, 1e-3, 0.0]))).item()
+    2
+    """
+    _check_matrices("numerical_rank", matrices)
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise ValueError(
+            f"`numerical_rank` needs 0 <= `tolerance` < 1, got {tolerance!r}. Leave it out."
+        )
+    precision = max(matrices.shape[-2:]) * torch.finfo(matrices.dtype).eps
+    spectrum = torch.linalg.svdvals(matrices.double())
+    cut = (precision if tolerance is None else tolerance) * spectrum[..., :1]
+    return (spectrum > cut).sum(-1)
+
+
+class Profile(NamedTuple):
+    """Lowest, mean and highest log10 of the singular values of each index, `(K,)` each."""
+
+    low: Tensor
+    mean: Tensor
+    high: Tensor
+
+
+def log_profile(values: Tensor, floor: float = 1e-12) -> Profile:
+    """The log10 of singular values `(..., K)`: its lowest, mean and highest per index over the
+    leading axes, that is over heads, images, blocks (the paper's Figure 13).
+
+    Values below `floor` times the largest of all count as that: zero has no logarithm.
+
+    >>> low, mean, high = log_profile(torch.tensor([[100.0, 1.0], [10.0, 0.01]]))
+    >>> [[round(x, 6) for x in y.tolist()] for y in (low, mean, high)]
+    [[1.0, -2.0], [1.5, -1.0], [2.0, 0.0]]
+    """
+    if values.dim() < 1 or not values.numel() or not bool(values.isfinite().all()):
+        raise ValueError(
+            f"`log_profile` needs finite singular values (..., K), got shape "
+            f"{tuple(values.shape)}. Take those of `singular_values`."
+        )
+    largest = float(values.max())
+    if largest <= 0 or float(values.min()) < 0 or not 0 < floor < 1:
+        raise ValueError(
+            f"`log_profile` needs values >= 0, not all of them 0, and 0 < `floor` < 1, got values "
+            f"from {float(values.min())} to {largest} and {floor!r}. Take `singular_values`."
+        )
+    logs = values.double().clamp(min=floor * largest).log10().reshape(-1, values.shape[-1])
+    return Profile(logs.amin(0), logs.mean(0), logs.amax(0))
+
+
+def plot(
+    panels: Mapping[str, Mapping[str, Tensor]], rank: int | None = None, floor: float = 1e-12
+) -> Any:
+    """A matplotlib Figure, a panel each, of `log_profile` by index: the mean as a line over the
+    band from the lowest to the highest, all panels on one scale.
+
+    Args:
+        panels: title to name to singular values `(..., K)`, such as {"scores": {"softmax": ..,
+            "G3B": ..}, "weights": ..}.
+        rank: the r of an operator, drawn as an upright line.
+        floor: as in `log_profile`.
+    """
+    if not panels or not all(panels.values()):
+        raise ValueError("`plot` needs singular values by panel and name, got none. Pass some.")
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    colours = dict(zip(names, figures.COLOURS * len(names), strict=False))
+    fig, axes = figures.grid(1, len(panels), 2.7, 2.4, sharey=True)
+    for ax, (title, panel) in zip(axes[0], panels.items(), strict=True):
+        for name, values in panel.items():
+            profile = log_profile(values, floor)
+            low, mean, high = (x.cpu().numpy() for x in profile)
+            index = range(1, len(mean) + 1)
+            ax.fill_between(index, low, high, color=colours[name], alpha=0.2, lw=0)
+            ax.plot(index, mean, color=colours[name], lw=1.3, label=name)
+        if rank is not None:
+            ax.axvline(rank, color=figures.QUIET, lw=0.8, ls=(0, (3, 2)))
+            place = {"transform": ax.get_xaxis_transform(), "ha": "left", "va": "top"}
+            ax.text(rank, 1.0, f" r = {rank}", fontsize=7, color=figures.INK, **place)
+        ax.set_title(title, fontsize=8, color=figures.INK)
+        ax.set_xlabel("index")
+    axes[0, 0].set_ylabel("log10 of the singular value")
+    axes[0, -1].legend(frameon=False, fontsize=7, labelcolor=figures.INK)
+    return fig
