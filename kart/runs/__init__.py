@@ -1,0 +1,58 @@
+"""Run directories: one training run on disk, written so that it can be killed at any moment.
+
+    config.json       config of the run and its members, its data, versions; written once
+    metrics.jsonl     one record an epoch, in order
+    last.safetensors  weights and the whole state after the last finished epoch
+    best.safetensors  weights of the epoch with the best validation top-1
+    trajectory/       `Config.trajectory` snapshots of the weights, evenly spaced over the steps
+
+A directory that is opened again with the same config and data goes on where it stopped, to the same
+result. Every record and checkpoint carries the id of its run, and is checked when it is read.
+
+| module | what it holds |
+|---|---|
+| `identity` | what makes a directory a run, and whose it is |
+| `owned` | what a run owns of its data |
+| `names` | the names of runs |
+| `training` | training in a directory |
+| `records` | metrics by epoch, scores of `kart eval` |
+| `weights` | checkpoints and the trajectory |
+| `results` | the runs below a directory, compared |
+"""
+
+from kart.runs.identity import check_place, claim, locked, members, read, read_config
+from kart.runs.names import OPTIONS, default_directory, homes, options_of, slug
+from kart.runs.records import check_finished, read_metrics, read_scores, write_scores
+from kart.runs.results import compare, distinct, find, group_size, parts
+from kart.runs.training import execute, restore, snapshot_steps
+from kart.runs.weights import Trained, load_trajectory, load_weights, only
+
+__all__ = [
+    "OPTIONS",
+    "Trained",
+    "check_finished",
+    "check_place",
+    "claim",
+    "compare",
+    "default_directory",
+    "distinct",
+    "execute",
+    "find",
+    "group_size",
+    "homes",
+    "load_trajectory",
+    "load_weights",
+    "locked",
+    "members",
+    "only",
+    "options_of",
+    "parts",
+    "read",
+    "read_config",
+    "read_metrics",
+    "read_scores",
+    "restore",
+    "slug",
+    "snapshot_steps",
+    "write_scores",
+]

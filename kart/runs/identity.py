@@ -1,0 +1,239 @@
+"""What a run directory is: its config, members and data, who may write into it."""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kart import checkpoint, population
+from kart.runs import owned
+from kart.train import Config, Splits
+
+FORMAT = 2  # of a run directory: raised when its files, or what they mean, change
+
+
+class Identity(NamedTuple):
+    """What a run is: `id` names it by its configs and data, wherever it lies."""
+
+    id: str
+    configs: list[Config]  # one a member
+    data: dict[str, Any]  # see `kart.runs.owned`
+    versions: dict[str, str]
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keeps a second process out of `directory` until the block ends, however it ends."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"`out` needs a directory no other process trains in, got {str(directory)!r}. "
+                "Wait for that process, or choose another directory."
+            ) from None
+        yield
+
+
+def run_id(config: dict[str, Any], members: list[dict[str, Any]], data: dict[str, Any]) -> str:
+    """Sixteen hex digits that name a run: its config, its members, the images it is trained on."""
+    text = json.dumps([config, members, data["fingerprint"]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def describe(configs: Sequence[Config], splits: Splits) -> dict[str, Any]:
+    """What config.json says of a run of `configs` on `splits`."""
+    members = [{name: getattr(c, name) for name in population.FREE} for c in configs]
+    config, data = configs[0].asdict(), json.loads(json.dumps(owned.facts(splits)))
+    return {
+        "format": FORMAT,
+        "run": run_id(config, members, data),
+        "config": config,
+        "members": members,
+        "data": data,
+        "versions": checkpoint.versions(),
+    }
+
+
+def check_place(directory: Path) -> None:
+    """Raises ValueError where a run in `directory` would lie inside another one, or lie over files
+    that are no run.
+    """
+    for parent in directory.absolute().parents:
+        if (parent / "config.json").exists():
+            raise ValueError(
+                f"`out` needs a directory outside of other runs, got {str(directory)!r} inside "
+                f"the run {str(parent)!r}. Choose another directory."
+            )
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"`out` needs a directory, got the file {str(directory)!r}.")
+    if not directory.exists() or (directory / "config.json").exists():
+        return
+    others = [entry.name for entry in directory.iterdir() if not entry.name.startswith(".")]
+    if others:
+        raise ValueError(
+            f"`out` needs a new or empty directory, or a run, got {str(directory)!r} with "
+            f"{', '.join(sorted(others)[:5])}. Choose another directory."
+        )
+
+
+def claim(directory: Path, configs: Sequence[Config], splits: Splits) -> Identity:
+    """Makes `directory` the run of `configs` on `splits`, or checks that it already is.
+
+    Raises ValueError where it holds another configuration or other data, or files that are no run.
+    """
+    check_place(directory)
+    path = directory / "config.json"
+    wanted = describe(configs, splits)
+    if not path.exists():
+        checkpoint.write_text(path, json.dumps(wanted, indent=1) + "\n")
+        return read(directory)
+    found = read_config(directory)
+    old, new = dict(found["config"]), dict(wanted["config"])
+    if found["members"] != wanted["members"] or old != new:
+        keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k)) or ["members"]
+        shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} asked" for k in keys)
+        raise ValueError(
+            f"`out` needs a new directory or one with the same configuration, got "
+            f"{str(directory)!r} with another ({shown}). Choose another directory."
+        )
+    owned.check(str(directory), found["data"], splits)
+    kart = {"there": found["versions"].get("kart"), "now": wanted["versions"]["kart"]}
+    if kart["there"] != kart["now"]:
+        raise ValueError(
+            f"`out` needs a run of this version of kart, got {str(directory)!r} of "
+            f"{kart['there']}, this is {kart['now']}. Choose another directory."
+        )
+    return read(directory)
+
+
+def read_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """`config.json` of a run directory, checked: see `describe` for what is in it."""
+    path = Path(directory) / "config.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"`run` needs a directory that `kart train` wrote, got {str(directory)!r} without "
+            "config.json. Check the path."
+        ) from None
+    try:
+        found = json.loads(text)
+        problem = _problem(found)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        problem = str(error)
+    if problem:
+        raise ValueError(
+            f"`run` needs a whole config.json of this version of kart, got a damaged or other one "
+            f"in {str(directory)!r} ({problem}). Train into a new directory."
+        )
+    return found
+
+
+SHAPE: dict[str, Any] = {
+    "format": int,
+    "run": str,
+    "config": dict,
+    "members": [dict],
+    "versions": dict,
+    "data": {
+        "name": str,
+        "classes": [str],
+        "image": [int],
+        "mean": [float],
+        "std": [float],
+        "counts": {"train": int, "val": int},
+        "fingerprint": {"train": str, "val": str},
+    },
+}
+
+
+def _problem(found: Any) -> str:
+    """What is wrong with a config.json, empty if nothing is."""
+    wrong = _misfit(found, SHAPE, "")
+    if wrong:
+        return wrong
+    if found["format"] != FORMAT:
+        return f"format {found['format']}, this kart reads {FORMAT}"
+    hints = typing.get_type_hints(Config)
+    for name, kind in hints.items():
+        if name not in found["config"]:
+            return f"config has no {name!r}"
+        if not fits(found["config"][name], kind):
+            return f"config.{name} is {found['config'][name]!r:.60}"
+    unknown = sorted(set(found["config"]) - set(hints))
+    if unknown:
+        return f"config has {unknown[0]!r}, which is no field of Config"
+    for member in found["members"]:
+        if set(member) != set(population.FREE):
+            return f"a member has {sorted(member)}, not {sorted(population.FREE)}"
+        if not all(fits(value, hints[name]) for name, value in member.items()):
+            return f"a member is {member!r:.100}"
+    if not found["members"]:
+        return "no members"
+    if found["run"] != run_id(found["config"], found["members"], found["data"]):
+        return "its run id is not that of its config, members and data: it was changed"
+    return ""
+
+
+def _misfit(value: Any, shape: Any, name: str) -> str:
+    """Where `value` has another shape than `shape`: a type, a list of one, a dict of several."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{name or 'the file'} is no object"
+        for key, inner in shape.items():
+            if key not in value:
+                return f"{name or 'it'} has no {key!r}"
+            wrong = _misfit(value[key], inner, f"{name}.{key}" if name else key)
+            if wrong:
+                return wrong
+        return ""
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{name} is no list"
+        return next(filter(None, (_misfit(one, shape[0], f"an item of {name}") for one in value)), "")
+    return "" if fits(value, shape) else f"{name} is {value!r:.60}"
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of an annotated type; lists stand for tuples, integers for floats."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return any(fits(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    if kind is type(None):
+        return value is None
+    if kind in (int, float):
+        return isinstance(value, (int, float) if kind is float else int) and value is not True
+    return isinstance(value, kind)
+
+
+def read(directory: str | os.PathLike) -> Identity:
+    """The identity of the run in a directory."""
+    found = read_config(directory)
+    base = Config.fromdict(found["config"])
+    configs = [dataclasses.replace(base, **free) for free in found["members"]]
+    return Identity(found["run"], configs, found["data"], found["versions"])
+
+
+def members(directory: str | os.PathLike) -> list[Config]:
+    """The configs of the members of a run directory."""
+    return read(directory).configs
+
+
+def check_owner(path: Path, found: Any, run: str) -> None:
+    """Raises ValueError unless a record or checkpoint says that it belongs to the run `run`."""
+    own = found.get("run") if isinstance(found, dict) else None
+    if own != run:
+        raise ValueError(
+            f"`run` needs files of its own, got {str(path)!r} of the run {own!r}, not {run!r}. "
+            "Put the right file back, or train into a new directory."
+        )

@@ -1,0 +1,46 @@
+"""Names of runs and of what belongs to them."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from kart import operators
+from kart.train import Config
+
+# fields of Config that belong to the operator
+OPTIONS = {"rank", "project", "base"}
+
+
+def options_of(operator: str | tuple[str, ...]) -> set[str]:
+    """Those of `OPTIONS` that the spec of an operator, or one of those of the blocks, leaves
+    open.
+    """
+    specs = [operator] if isinstance(operator, str) else operator
+    return OPTIONS & set[str]().union(*map(operators.options, specs))
+
+
+def slug(text: str) -> str:
+    """A directory name for a spec string, or the name of a data set."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
+
+
+def default_directory(configs: Sequence[Config], seeds: Sequence[int]) -> Path:
+    """Where runs go that name no directory: it depends on all that they are."""
+    text = json.dumps([[config.asdict() for config in configs], list(seeds)], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return Path("runs") / f"{slug(Path(configs[0].data).name)}-{digest}"
+
+
+def homes(configs: Sequence[Config], out: Path) -> list[Path]:
+    """The directory of each of several operators below `out`; `out` itself for one."""
+    if len(configs) == 1:
+        return [out]
+    found = [out / slug(str(config.operator)) for config in configs]
+    if len(set(found)) < len(found):
+        raise ValueError(
+            "`operator` needs different operators, got "
+            f"{[str(config.operator) for config in configs]}. Drop the repeats."
+        )
+    return found

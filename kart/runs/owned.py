@@ -1,0 +1,98 @@
+"""What a run owns of its data: classes, statistics, sizes and fingerprints, so that it can be told
+whether data are its own, and be used without them.
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from kart import data, train
+from kart.data import Dataset
+from kart.train import Config, Splits
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """SHA-256 over classes, shape, labels and pixels, in order: equal where the data are."""
+    digest = hashlib.sha256(repr((dataset.classes, dataset.images.shape)).encode())
+    digest.update(np.ascontiguousarray(dataset.labels).data)
+    step = max(1, 2**24 // max(1, dataset.images[:1].size))
+    for start in range(0, len(dataset.images), step):
+        digest.update(np.ascontiguousarray(dataset.images[start : start + step]).data)
+    return digest.hexdigest()
+
+
+def facts(splits: Splits) -> dict[str, Any]:
+    """The facts of `splits` that a run stores, as JSON has them."""
+    first = splits.train
+    return {
+        "name": first.name,
+        "classes": list(first.classes),
+        "image": list(first.images.shape[1:]),  # channels, height, width
+        "mean": list(first.mean),
+        "std": list(first.std),
+        "counts": {"train": len(first.labels), "val": len(splits.val.labels)},
+        "fingerprint": {"train": fingerprint(first), "val": fingerprint(splits.val)},
+    }
+
+
+def differences(own: dict[str, Any], now: dict[str, Any]) -> str:
+    """How the facts `now` differ from those of a run, in words; empty where they do not."""
+    told = []
+    for name in ("classes", "image", "mean", "std", "counts", "fingerprint"):
+        if own[name] == now[name]:
+            continue
+        if name == "classes":
+            gone = [one for one in own[name] if one not in now[name]]
+            new = [one for one in now[name] if one not in own[name]]
+            what = f"without {gone[:5]}, with {new[:5]}" if gone or new else "in another order"
+            told.append(f"classes {what}")
+        elif name == "fingerprint":
+            told.append("other images or labels")
+        else:
+            told.append(f"{name} {own[name]} there, {now[name]} now")
+    return "; ".join(told)
+
+
+def check(where: str, own: dict[str, Any], splits: Splits) -> None:
+    """Raises ValueError, naming what differs, unless `splits` are the data of the run in `where`."""
+    told = differences(own, facts(splits))
+    if told:
+        raise ValueError(
+            f"`data` needs to be what {where!r} was trained on, got others ({told}). Put them "
+            "back, or name where they are now with `--data`."
+        )
+
+
+def empty(own: dict[str, Any]) -> Dataset:
+    """A data set of no images with the run's classes and statistics, to build its model of."""
+    return Dataset(
+        np.zeros((0, *own["image"]), np.uint8),
+        np.zeros(0, np.int64),
+        tuple(own["classes"]),
+        own["name"],
+        tuple(own["mean"]),
+        tuple(own["std"]),
+    )
+
+
+def load(where: str, own: dict[str, Any], config: Config) -> Splits:
+    """Training and validation data of a run, after a check that they are its own."""
+    splits = train.load_data(config)
+    check(where, own, splits)
+    return splits
+
+
+def load_split(where: str, own: dict[str, Any], config: Config, split: str) -> Dataset:
+    """One split of a run's data, with its classes and statistics, after the check of the others."""
+    splits = load(where, own, config)
+    if split != "test":
+        return getattr(splits, split)
+    test = data.load(config.data, "test", image_size=config.decode_size)
+    for name, value in (("classes", test.classes), ("image", test.images.shape[1:])):
+        if list(value) != own[name]:
+            raise ValueError(
+                f"`data` needs a test split with the {name} of {where!r}, {own[name]}, got "
+                f"{list(value)}. Put the data back that it was trained on."
+            )
+    return test._replace(mean=tuple(own["mean"]), std=tuple(own["std"]))

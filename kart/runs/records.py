@@ -1,0 +1,131 @@
+"""The records of a run directory: metrics by epoch, scores of `kart eval`."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from kart import checkpoint
+from kart.runs import identity
+from kart.train import Record
+
+# what every record says of where it belongs, beside what it records
+OWNER = "run"
+
+
+def line(run: str, record: Record) -> str:
+    """A record as it stands in metrics.jsonl."""
+    return json.dumps({OWNER: run, **record}) + "\n"
+
+
+def read_metrics(directory: str | os.PathLike) -> list[Record]:
+    """The records of a run directory so far; a last line that a kill cut short is left out.
+
+    Raises ValueError for a damaged line in the middle, an epoch that is missing, or records of
+    another run.
+    """
+    path = Path(directory) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    own = identity.read(directory).id
+    records: list[Record] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, text in enumerate(lines, 1):
+        try:
+            found = json.loads(text)
+        except (json.JSONDecodeError, RecursionError):
+            if number == len(lines):
+                break  # cut by a kill: nothing is written after such a line
+            raise _damaged(path, f"line {number} is damaged") from None
+        identity.check_owner(path, found, own)
+        if found.get("epoch") != number:
+            raise _damaged(path, f"line {number} is of epoch {found.get('epoch')}")
+        records.append({name: value for name, value in found.items() if name != OWNER})
+    return records
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"`run` needs a whole metrics.jsonl, one line an epoch, got {str(path)!r} where {what}. "
+        "Put the right file back, or train into a new directory."
+    )
+
+
+def check_finished(directory: Path, records: list[Record]) -> None:
+    """Raises ValueError unless `records` are those of a run that has come to its end."""
+    epochs = identity.read(directory).configs[0].epochs
+    if len(records) < epochs:
+        raise ValueError(
+            f"`run` needs finished runs, got {str(directory)!r} after epoch {len(records)} of "
+            f"{epochs}. Train it further with the same command."
+        )
+
+
+def _scores_path(directory: Path, split: str, which: str) -> Path:
+    return directory / f"eval-{split}-{which}.json"
+
+
+def write_scores(
+    directory: Path, split: str, which: str, scores: list[dict[str, float]], images: int
+) -> None:
+    """Stores what `kart eval` found of the members of a finished run."""
+    own = identity.read(directory)
+    report = {
+        OWNER: own.id,
+        "step": read_metrics(directory)[-1]["step"],
+        "data": own.data["fingerprint"],
+        "kart": checkpoint.kart_version(),
+        "split": split,
+        "checkpoint": which,
+        "images": images,
+        "members": scores,
+        "versions": checkpoint.versions(),
+    }
+    checkpoint.write_text(
+        _scores_path(directory, split, which), json.dumps(report, indent=1) + "\n"
+    )
+
+
+def read_scores(directory: Path, split: str, which: str) -> dict[str, Any] | None:
+    """What `write_scores` stored, None where it has not.
+
+    Raises ValueError for scores of another run, other data, an earlier step or version.
+    """
+    path = _scores_path(directory, split, which)
+    if not path.exists():
+        return None
+    own = identity.read(directory)
+    again = f"Run `kart eval {directory}` again."
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        identity.check_owner(path, found, own.id)
+        members, images = found["members"], found["images"]
+        seeds = [member["seed"] for member in members]
+        numbers = [member[name] for member in members for name in ("top1", "top5", "loss")]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"`run` needs whole scores, got a damaged {str(path)!r} ({error}). {again}"
+        ) from None
+    wanted = {
+        "step": read_metrics(directory)[-1]["step"],
+        "data": own.data["fingerprint"],
+        "kart": checkpoint.kart_version(),
+        "split": split,
+        "checkpoint": which,
+    }
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"`run` needs scores of its own, got {str(path)!r} with {name} "
+                f"{found.get(name)!r}, not {value!r}. {again}"
+            )
+    is_count = isinstance(images, int) and images > 0
+    if seeds != [c.seed for c in own.configs] or not is_count or not _are_numbers(numbers):
+        raise ValueError(
+            f"`run` needs scores of its members, got a damaged {str(path)!r}. {again}"
+        )
+    return found
+
+
+def _are_numbers(values: list[Any]) -> bool:
+    return all(isinstance(value, int | float) and value is not True for value in values)

@@ -1,0 +1,127 @@
+"""The runs below a directory: which there are, and what they say together."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kart import population, train
+from kart.runs import identity, records, weights
+from kart.runs.names import OPTIONS, options_of
+from kart.train import Config, Record
+
+if TYPE_CHECKING:
+    from kart.analysis import report
+
+
+def find(path: str) -> list[Path]:
+    """The run directories at or below `path`, sorted."""
+    found = sorted(config.parent for config in Path(path).glob("**/config.json"))
+    if not found:
+        raise ValueError(
+            f"`run` needs a directory that `kart train` wrote, got {path!r} without any "
+            "config.json. Check the path."
+        )
+    return found
+
+
+def distinct(path: str) -> list[Path]:
+    """The run directories at or below `path`, of which no two may hold the same run or member."""
+    seen: dict[tuple[str, str], Path] = {}
+    found = find(path)
+    for directory in found:
+        own = identity.read(directory)
+        for config in own.configs:
+            # wherever the data lay and it was trained
+            place = {"data": "", "threads": None, "device": "cpu"}
+            name = (
+                dataclasses.replace(config, **place).hash,
+                own.data["fingerprint"]["train"],
+            )
+            if name in seen:
+                raise ValueError(
+                    f"`run` needs different runs, got the same one, {config.operator} seed "
+                    f"{config.seed}, in {str(seen[name])!r} and {str(directory)!r}. Remove the "
+                    "copy: it would be counted twice."
+                )
+            seen[name] = directory
+    return found
+
+
+def compare(path: str, which: str = "last") -> "list[report.Result]":
+    """The runs at or below `path` as results, one an operator, with test scores where all have
+    been scored by `kart eval`.
+
+    Raises ValueError for runs that differ in more than operator and seed, or are unfinished.
+    """
+    from kart.analysis import report
+
+    found: dict[str, list[tuple[Config, list[Record], train.Params, Any, Path]]] = {}
+    images: set[int] = set()
+    for directory in distinct(path):
+        configs = identity.members(directory)
+        metrics = records.read_metrics(directory)
+        records.check_finished(directory, metrics)
+        epochs = [population.split_record(one, len(configs)) for one in metrics]
+        stored = records.read_scores(directory, "test", which)
+        scores: list[Any] = [None] * len(configs)
+        if stored is not None:
+            scores = stored["members"]
+            images.add(stored["images"])
+        for i, params in enumerate(weights.load_weights(directory, which)):
+            own = [epoch[i] for epoch in epochs]
+            found.setdefault(str(configs[i].operator), []).append(
+                (configs[i], own, params, scores[i], directory)
+            )
+    every = [one for members in found.values() for one in members]
+    unset = dict.fromkeys(OPTIONS)
+    settings = {dataclasses.replace(one[0], operator="softmax", seed=0, **unset) for one in every}
+    given = {(name, getattr(one[0], name)) for one in every for name in options_of(one[0].operator)}
+    if len(settings) > 1 or len(given) > len({name for name, _ in given}):
+        raise ValueError(
+            f"`run` needs runs that differ in operator and seed alone, got others below {path!r}. "
+            "Analyse them one by one."
+        )
+    tested = all(one[3] is not None for one in every)
+    results = []
+    for operator, members in found.items():
+        members.sort(key=lambda one: one[0].seed)
+        configs, series, params, scores, homes = (list(c) for c in zip(*members, strict=True))
+        by_epoch = [list(epoch) for epoch in zip(*series, strict=True)]
+        results.append(
+            report.Result(
+                operator,
+                configs,
+                by_epoch,
+                params,
+                test=scores if tested else None,
+                test_images=next(iter(images)) if len(images) == 1 and tested else None,
+                homes=homes,
+                snapshots=functools.partial(_snapshots, homes, [c.seed for c in configs]),
+            )
+        )
+    return sorted(results, key=lambda one: one.name != "softmax")
+
+
+def _snapshots(
+    homes: Sequence[Path], seeds: Sequence[int], index: int
+) -> list[tuple[int, train.Params]]:
+    own = [config.seed for config in identity.members(homes[index])].index(seeds[index])
+    return [(step, params[own]) for step, params in weights.load_trajectory(homes[index])]
+
+
+def group_size(home: Path) -> int | None:
+    """How many members train together in the run that was begun in `home`; None if none was."""
+    first = home / "group-0"
+    return len(identity.members(first)) if (first / "config.json").exists() else None
+
+
+def parts(configs: Sequence[Config], size: int, home: Path) -> list[tuple[list[Config], Path]]:
+    """The members that train together, at most `size` of them, each group with its directory:
+    `home` itself for a single member, else `home/group-0` and so on, however large groups are.
+    """
+    if len(configs) == 1:
+        return [(list(configs), home)]
+    found = population.groups(configs, size)
+    return [(part, home / f"group-{i}") for i, part in enumerate(found)]

@@ -1,0 +1,87 @@
+"""The weights that a run directory holds: its checkpoints and its trajectory."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from kart import checkpoint, train, tree
+from kart.models import Model
+from kart.runs import identity, owned, records
+from kart.train import Config
+
+
+def snapshot(directory: Path, step: int) -> Path:
+    """The file of a run's snapshot after `step` steps."""
+    return directory / "trajectory" / f"step-{step:09d}.safetensors"
+
+
+def load_weights(directory: str | os.PathLike, which: str = "last") -> list[train.Params]:
+    """The weights of each member of a run directory, from its "last" or "best" checkpoint."""
+    if which not in ("last", "best"):
+        raise ValueError(
+            f'`which` needs to be "last" or "best", got {which!r}. Choose one of them.'
+        )
+    path = Path(directory) / f"{which}.safetensors"
+    own = identity.read(directory)
+    if not path.exists():
+        raise ValueError(
+            f"`run` needs a directory with a finished epoch, got {str(directory)!r} without "
+            f"{path.name}. Train it further with the same command."
+        )
+    params, config = checkpoint.load(path)
+    identity.check_owner(path, config, own.id)
+    return [params] if len(own.configs) == 1 else tree.unstack(params)
+
+
+def load_trajectory(directory: str | os.PathLike) -> list[tuple[int, list[train.Params]]]:
+    """The snapshots of a run directory in order: the step, and the weights of each member then.
+
+    The first are the initial weights, the last the final ones, averaged where the run averages.
+
+    Raises ValueError for a run without a trajectory, or with an unfinished one.
+    """
+    directory = Path(directory)
+    own = identity.read(directory)
+    configs = own.configs
+    if not configs[0].trajectory:
+        raise ValueError(
+            f"`run` needs a trajectory, got {str(directory)!r} without one. Train it into a new "
+            "directory with `kart train ... --trajectory 60`."
+        )
+    paths = sorted((directory / "trajectory").glob("step-*.safetensors"))
+    if len(paths) < configs[0].trajectory:
+        raise ValueError(
+            f"`run` needs a finished trajectory, got {len(paths)} of {configs[0].trajectory} "
+            f"snapshots in {str(directory)!r}. Train it further with the same command."
+        )
+    found = []
+    for path in paths:
+        params, config = checkpoint.load(path)
+        identity.check_owner(path, config, own.id)
+        found.append((config["step"], [params] if len(configs) == 1 else tree.unstack(params)))
+    return found
+
+
+class Trained(NamedTuple):
+    """One member of a finished run, with its model."""
+
+    identity: identity.Identity
+    config: Config
+    model: Model
+    params: train.Params
+
+
+def only(directory: str | os.PathLike, which: str = "last", seed: int | None = None) -> Trained:
+    """The one member of a finished run directory, or that of `seed` where it has several."""
+    own = identity.read(directory)
+    records.check_finished(Path(directory), records.read_metrics(directory))
+    seeds = [config.seed for config in own.configs]
+    if seed not in seeds and (seed is not None or len(seeds) > 1):
+        raise ValueError(
+            f"`seed` needs to be one of {seeds}, those of {str(directory)!r}, got {seed}. "
+            "Name it with `--seed`."
+        )
+    index = 0 if seed is None else seeds.index(seed)
+    params = load_weights(directory, which)[index]
+    config = own.configs[index]
+    return Trained(own, config, train.build(config, owned.empty(own.data)), params)
