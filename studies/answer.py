@@ -5,15 +5,14 @@
     python -m studies.answer report --out runs/answer                   # answer.html, answer.csv
 
 Factors: what mixes the tokens (`ARMS`), in `CELLS` that change one thing each (width, depth,
-training images, epochs, patches) from a common centre. Every arm has the same tuning budget in
-every cell: the learning rates in `RATES`, one seed each, chosen by validation. Then fresh seeds are
-trained at that rate and scored once on the test split; nothing is chosen by the test split. First
-every arm gets `SEEDS` seeds; then, while there is time, the arms whose interval against softmax
-holds 0 get more, up to `MOST_SEEDS`.
+training images, epochs, patches) from a common centre. Every arm has the same tuning budget: in the
+centre, the learning rates in `RATES`, one seed each, chosen by validation. Then fresh seeds are
+trained at that rate in every cell and scored once on the test split; nothing is chosen by the test
+split. First every arm gets `SEEDS` seeds; then, while there is time, the arms whose interval
+against softmax holds 0 get more, up to `MOST_SEEDS`.
 
 Work is cut into units of seconds to minutes, each a file below `--out` that is written whole or not
-at all: it can be killed and started again, and any number of processes that see the directory share
-it. With `--group 3` the seeds of a unit train as one vmapped program.
+at all: it can be killed and started again, and any number of processes may share the directory. With `--group 3` the seeds of a unit train as one vmapped program.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kart import checkpoint, data, population, tables, train
+from kart import checkpoint, data, tables, train
 from kart.train import Config
 
 RATES = (5e-4, 1e-3, 2e-3)
@@ -48,9 +47,10 @@ CENTRE = Config(
     threads=1,
 )
 
-# one factor at a time; the first cell is the centre
+# one factor at a time
+CENTRE_CELL = "centre"
 CELLS: dict[str, dict[str, Any]] = {
-    "centre": {},
+    CENTRE_CELL: {},
     "width 32": {"embed_dim": 32},
     "2,000 images": {"train_limit": 2000},
     "width 128": {"embed_dim": 128},
@@ -91,31 +91,30 @@ ARMS: dict[str, Arm] = {
 
 
 class Unit(NamedTuple):
-    """A piece of work: one arm in one cell at one rate, trained with `seeds`."""
+    """A piece of work: one arm in one cell at one rate, trained with a seed."""
 
     cell: str
     arm: str
     rate: float
-    seeds: tuple[int, ...]
+    seed: int
 
     @property
     def tuning(self) -> bool:
         """Whether it chooses the rate: such a unit never reads the test split."""
-        return self.seeds == (TUNING_SEED,)
+        return self.seed == TUNING_SEED
 
     def path(self, out: Path) -> Path:
         """Its file; units of the same name are the same work."""
-        seeds = "-".join(map(str, self.seeds))
-        folder = out / _name(self.cell) / _name(self.arm)
-        return folder / f"rate-{self.rate:g}-seeds-{seeds}.json"
-
-    def configs(self, source: str) -> list[Config]:
-        """Its configs, a seed each."""
-        config = dataclasses.replace(
-            CENTRE, data=source, **{**CELLS[self.cell], **ARMS[self.arm].fields}
+        return (
+            out / _name(self.cell) / _name(self.arm) / f"rate-{self.rate:g}-seed-{self.seed}.json"
         )
-        config = dataclasses.replace(config, learning_rate=self.rate)
-        return population.seeds(config, self.seeds)
+
+    def config(self, source: str) -> Config:
+        """What is trained."""
+        fields = {**CELLS[self.cell], **ARMS[self.arm].fields}
+        return dataclasses.replace(
+            CENTRE, data=source, learning_rate=self.rate, seed=self.seed, **fields
+        )
 
 
 def _name(text: str) -> str:
@@ -136,18 +135,17 @@ def read(out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def best_rates(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
-    """The rate of each (cell, arm) whose tuning is finished: highest validation top-1, the lower
-    rate where two are equal.
+def best_rates(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The rate of each arm whose tuning is finished: highest validation top-1, the lower rate where
+    two are equal.
     """
-    scores: dict[tuple[str, str], dict[float, float]] = {}
+    scores: dict[str, dict[float, float]] = {}
     for one in records:
         if one["tuning"]:
-            own = scores.setdefault((one["cell"], one["arm"]), {})
-            own[one["rate"]] = one["members"][0]["val_top1"]
+            scores.setdefault(one["arm"], {})[one["rate"]] = one["val_top1"]
     return {
-        key: max(sorted(own), key=lambda rate, own=own: own[rate])
-        for key, own in scores.items()
+        arm: max(sorted(own), key=lambda rate, own=own: own[rate])
+        for arm, own in scores.items()
         if len(own) == len(RATES)
     }
 
@@ -157,30 +155,28 @@ def tested(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[i
     found: dict[tuple[str, str], dict[int, float]] = {}
     for one in records:
         if not one["tuning"]:
-            own = found.setdefault((one["cell"], one["arm"]), {})
-            own |= {member["seed"]: member["test_top1"] for member in one["members"]}
+            found.setdefault((one["cell"], one["arm"]), {})[one["seed"]] = one["test_top1"]
     return found
 
 
 def planned(records: Sequence[Mapping[str, Any]], cells: Sequence[str]) -> Iterator[Unit]:
-    """What is left to do, in order: cell by cell tuning and the first seeds, then more seeds where
-    the interval of the difference to softmax holds 0.
+    """What is left to do and can be done now, in order: the tuning of an arm and its first seeds,
+    cell by cell, then more seeds where the interval of the difference to softmax holds 0.
     """
     rates, scores = best_rates(records), tested(records)
-    done = {(one["cell"], one["arm"], one["rate"]) for one in records if one["tuning"]}
-    for cell, arm in itertools.product(cells, ARMS):
-        for rate in RATES:
-            if (cell, arm, rate) not in done:
-                yield Unit(cell, arm, rate, (TUNING_SEED,))
-        if (cell, arm) in rates and len(scores.get((cell, arm), {})) < SEEDS:
-            yield Unit(cell, arm, rates[cell, arm], tuple(range(SEEDS)))
-    for n in range(SEEDS, MOST_SEEDS):
-        for cell in cells:
-            open_arms = [arm for arm in ARMS if undecided(scores, cell, arm, n)]
-            # pairs need the same seeds of softmax
-            for arm in ["softmax", *open_arms] if open_arms else []:
-                if len(scores.get((cell, arm), {})) == n:
-                    yield Unit(cell, arm, rates[cell, arm], (n,))
+    done = {(one["arm"], one["rate"]) for one in records if one["tuning"]}
+    for arm, rate in itertools.product(ARMS, RATES):
+        if (arm, rate) not in done:
+            yield Unit(CENTRE_CELL, arm, rate, TUNING_SEED)
+    for cell, arm, seed in itertools.product(cells, ARMS, range(SEEDS)):
+        if arm in rates and seed not in scores.get((cell, arm), {}):
+            yield Unit(cell, arm, rates[arm], seed)
+    for n, cell in itertools.product(range(SEEDS, MOST_SEEDS), cells):
+        open_arms = [arm for arm in ARMS if undecided(scores, cell, arm, n)]
+        # pairs need the same seeds of softmax
+        for arm in ["softmax", *open_arms] if open_arms else []:
+            if len(scores.get((cell, arm), {})) == n:
+                yield Unit(cell, arm, rates[arm], n)
 
 
 def undecided(
@@ -197,39 +193,30 @@ def undecided(
     return low < 0 < high
 
 
-def execute(unit: Unit, source: str, group: int) -> dict[str, Any]:
+def execute(unit: Unit, source: str) -> dict[str, Any]:
     """Trains a unit and scores it; the test split is read for fresh seeds alone."""
-    configs = unit.configs(source)
-    splits = train.load_data(configs[0])
-    model = train.build(configs[0], splits.train)
+    config = unit.config(source)
+    splits = train.load_data(config)
+    model = train.build(config, splits.train)
     began, spent = time.perf_counter(), time.process_time()
-    last: dict[int, dict[str, Any]] = {}
-    for records in population.fit(configs, splits, group=min(group, len(configs))):
-        for one in records:
-            last[one["member"]] = one
-    test = None if unit.tuning else data.load(source, "test")
-    members = []
-    for i, config in enumerate(configs):
-        one = {"seed": config.seed, "diverged": last[i]["diverged"]}
-        one |= {name: last[i][name] for name in ("val_top1", "val_loss", "train_loss")}
-        if test is not None:
-            scores = train.evaluate(model.apply, last[i]["params"], test, config)
-            one |= {f"test_{name}": float(value) for name, value in scores.items()}
-        members.append(one)
+    last = list(train.fit(config, splits))[-1]
+    scores = {name: last[name] for name in ("val_top1", "val_loss", "train_loss", "diverged")}
+    if not unit.tuning:
+        weights = train.weights_for_evaluation(last["state"])
+        found = train.evaluate(model.apply, weights, data.load(source, "test"), config)
+        scores |= {f"test_{name}": float(value) for name, value in found.items()}
     return {
-        "cell": unit.cell,
-        "arm": unit.arm,
-        "rate": unit.rate,
+        **unit._asdict(),
+        **scores,
         "tuning": unit.tuning,
-        "config": configs[0].asdict(),
-        "members": members,
+        "config": config.asdict(),
         "seconds": round(time.perf_counter() - began, 2),
         "cpu_seconds": round(time.process_time() - spent, 2),
         "versions": checkpoint.versions(),
     }
 
 
-def work(source: str, out: Path, minutes: float, group: int, cells: Sequence[str]) -> int:
+def work(source: str, out: Path, minutes: float, cells: Sequence[str]) -> int:
     """Does units until none is left or the time is up; returns how many it did."""
     torch.set_num_threads(1)
     until, count = time.monotonic() + 60 * minutes, 0
@@ -249,8 +236,8 @@ def work(source: str, out: Path, minutes: float, group: int, cells: Sequence[str
                     busy.add(path)
                     continue
                 if not path.exists():
-                    bar.set_postfix_str(f"{unit.cell}, {unit.arm}, {unit.rate:g}, {unit.seeds}")
-                    record = execute(unit, source, group)
+                    bar.set_postfix_str(f"{unit.cell}, {unit.arm}, {unit.rate:g}, {unit.seed}")
+                    record = execute(unit, source)
                     checkpoint.write_text(path, json.dumps(record, indent=1) + "\n")
                     count += 1
                     bar.update(1)
@@ -267,7 +254,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", default="uoft-cs/cifar10")
     parser.add_argument("--out", type=Path, default=Path("runs/answer"))
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--group", type=int, default=1, help="seeds of a unit trained together")
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
     args = parser.parse_args(argv)
     if args.what == "plan":
@@ -276,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(unit.path(args.out))
         print(f"{len(units)} units known to be left")
         return 0
-    print(f"{work(args.data, args.out, args.minutes, args.group, args.cells)} units done")
+    print(f"{work(args.data, args.out, args.minutes, args.cells)} units done")
     return 0
 
 
