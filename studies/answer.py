@@ -12,7 +12,7 @@ split. First every arm gets `SEEDS` seeds; then, while there is time, the arms w
 against softmax holds 0 get more, up to `MOST_SEEDS`.
 
 Work is cut into units of seconds to minutes, each a file below `--out` that is written whole or not
-at all: it can be killed and started again, and any number of processes may share the directory. With `--group 3` the seeds of a unit train as one vmapped program.
+at all: it can be killed and started again, and any number of processes may share the directory.
 """
 
 import argparse
