@@ -68,9 +68,13 @@ class Arm(NamedTuple):
     sees: str
 
 
-# (K + 1) r is 84 for every learnable arm: K parameters a unit and one of the mix
+# (K + 1) r is 84 for every low-rank arm: K parameters a unit and one of the mix; tables have fewer
 ARMS: dict[str, Arm] = {
     "softmax": Arm({"operator": "softmax"}, "exp"),
+    "relative": Arm({"operator": "relative"}, "nothing"),
+    "softmax + relative": Arm({"operator": "relative", "base": "softmax"}, "exp"),
+    "softmax(S + relative)": Arm({"operator": "relative:inside=true"}, "exp"),
+    "static": Arm({"operator": "static"}, "nothing"),
     "polynomial-0": Arm({"operator": "polynomial-0B", "rank": 42}, "nothing"),
     "polynomial-1": Arm({"operator": "polynomial-1B", "rank": 28}, "an affine function"),
     "G1": Arm({"operator": "G1B", "rank": 28}, "a learned function"),
