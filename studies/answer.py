@@ -28,10 +28,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kart import checkpoint, data, tables, train
+from kart import checkpoint, data, pages, statistics, tables, train
+from kart.analysis import cost, figures
+from kart.statistics import Interval
 from kart.train import Config
 
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (1e-3, 2e-3)
 TUNING_SEED = 1000
 SEEDS, MOST_SEEDS = 3, 8
 
@@ -77,16 +79,12 @@ ARMS: dict[str, Arm] = {
     "static": Arm({"operator": "static"}, "nothing"),
     "polynomial-0": Arm({"operator": "polynomial-0B", "rank": 42}, "nothing"),
     "polynomial-1": Arm({"operator": "polynomial-1B", "rank": 28}, "an affine function"),
-    "G1": Arm({"operator": "G1B", "rank": 28}, "a learned function"),
     "G3": Arm({"operator": "G3B", "rank": 12}, "a learned function"),
     "softmax + polynomial-0": Arm(
         {"operator": "polynomial-0B", "rank": 42, "base": "softmax"}, "exp"
     ),
     "softmax + polynomial-1": Arm(
         {"operator": "polynomial-1B", "rank": 28, "base": "softmax"}, "exp and an affine function"
-    ),
-    "softmax + G1": Arm(
-        {"operator": "G1B", "rank": 28, "base": "softmax"}, "exp and a learned function"
     ),
     "softmax + G3": Arm(
         {"operator": "G3B", "rank": 12, "base": "softmax"}, "exp and a learned function"
@@ -187,14 +185,111 @@ def undecided(
     scores: Mapping[tuple[str, str], Mapping[int, float]], cell: str, arm: str, n: int
 ) -> bool:
     """Whether an arm with `n` seeds may be better or worse than softmax in `cell`."""
-    from kart import search
-
-    own, base = scores.get((cell, arm), {}), scores.get((cell, "softmax"), {})
-    pairs = sorted(set(own) & set(base))
-    if arm == "softmax" or len(own) != n or len(pairs) < 2:
+    if arm == "softmax" or len(scores.get((cell, arm), {})) != n:
         return False
-    _, low, high = search.interval([own[seed] - base[seed] for seed in pairs])
-    return low < 0 < high
+    found = gain(scores, cell, arm)
+    return found is not None and not found.why and found.low < 0 < found.high
+
+
+def gain(
+    scores: Mapping[tuple[str, str], Mapping[int, float]],
+    cell: str,
+    arm: str,
+    over: str = "softmax",
+) -> Interval | None:
+    """The difference in test top-1 to the arm `over` in a cell, over the seeds that both have."""
+    own, base = scores.get((cell, arm), {}), scores.get((cell, over), {})
+    shared = sorted(set(own) & set(base))
+    if len(shared) < 2:
+        return None
+    return statistics.difference([own[i] for i in shared], [base[i] for i in shared])
+
+
+# how the gain of KArAt over softmax is split: what ignores the scores, what an affine function of
+# them adds, what a nonlinear one adds; alone and beside softmax
+PARTS = {
+    "static mixing": ("polynomial-0", "softmax"),
+    "affine in the score": ("polynomial-1", "polynomial-0"),
+    "nonlinear in the score (G3)": ("G3", "polynomial-1"),
+    "beside softmax: static mixing": ("softmax + polynomial-0", "softmax"),
+    "beside softmax: affine": ("softmax + polynomial-1", "softmax + polynomial-0"),
+    "beside softmax: nonlinear (G3)": ("softmax + G3", "softmax + polynomial-1"),
+}
+# factors whose trend is fitted: a field of Config, and the words for a doubling of it
+TRENDS = {"train_limit": "images", "embed_dim": "width"}
+
+
+def score_share(
+    scores: Mapping[tuple[str, str], Mapping[int, float]], cell: str
+) -> Interval | None:
+    """The share of G3's gain over softmax that polynomial-0 does not have: a function of the
+    scores, with Fieller's interval.
+    """
+    own = [scores.get((cell, arm), {}) for arm in ("polynomial-0", "G3", "softmax")]
+    shared = sorted(set(own[0]) & set(own[1]) & set(own[2]))
+    if len(shared) < 2:
+        return None
+    static, learned, base = ([one[i] for i in shared] for one in own)
+    rest = [b - a for a, b in zip(static, learned, strict=True)]
+    whole = [b - a for a, b in zip(base, learned, strict=True)]
+    return statistics.ratio(rest, whole)
+
+
+class Trend(NamedTuple):
+    """Of one arm: the gain at the centre and its change for a doubling of each factor, in points,
+    each (estimate, low, high), and the number of runs.
+    """
+
+    centre: tuple[float, float, float]
+    slopes: Mapping[str, tuple[float, float, float]]
+    runs: int
+
+
+def trends(records: Sequence[Mapping[str, Any]]) -> dict[str, Trend]:
+    """A mixed model of the gains over softmax of all runs: for each arm an intercept at the centre
+    and a slope for each factor in doublings, with a random effect for each (cell, seed), whose
+    softmax run all arms share (statsmodels' MixedLM, by restricted maximum likelihood).
+    """
+    import numpy as np
+    from statsmodels.regression.mixed_linear_model import MixedLM
+
+    scores = tested(records)
+    rows: list[tuple[str, str, float, list[float]]] = []
+    for (cell, arm), own in scores.items():
+        if arm == "softmax" or not set(CELLS[cell]) <= set(TRENDS):
+            continue
+        fields = {**dataclasses.asdict(CENTRE), **CELLS[cell]}
+        base = scores.get((cell, "softmax"), {})
+        doublings = [float(np.log2(fields[f] / getattr(CENTRE, f))) for f in TRENDS]
+        for seed in sorted(set(own) & set(base)):
+            rows.append((arm, f"{cell}/{seed}", 100 * (own[seed] - base[seed]), doublings))
+    arms = [arm for arm in ARMS if sum(row[0] == arm for row in rows) > 2 * (1 + len(TRENDS))]
+    rows = [row for row in rows if row[0] in arms]
+    if not rows:
+        return {}
+    width = 1 + len(TRENDS)
+    design = np.zeros((len(rows), width * len(arms)))
+    for i, (arm, _, _, doublings) in enumerate(rows):
+        at = width * arms.index(arm)
+        design[i, at : at + width] = [1.0, *doublings]
+    kept = [j for j in range(design.shape[1]) if design[:, j].any()]
+    fit = MixedLM(
+        np.array([row[2] for row in rows]), design[:, kept], groups=[row[1] for row in rows]
+    ).fit(reml=True)
+    bounds = fit.conf_int(0.05)
+    found = {j: (float(fit.fe_params[i]), *map(float, bounds[i])) for i, j in enumerate(kept)}
+    return {
+        arm: Trend(
+            found[width * a],
+            {
+                name: found[width * a + 1 + f]
+                for f, name in enumerate(TRENDS)
+                if width * a + 1 + f in found
+            },
+            sum(row[0] == arm for row in rows),
+        )
+        for a, arm in enumerate(arms)
+    }
 
 
 def execute(unit: Unit, source: str) -> dict[str, Any]:
@@ -250,11 +345,205 @@ def work(source: str, out: Path, minutes: float, cells: Sequence[str]) -> int:
     return count
 
 
+def shown(found: Interval | None, factor: float = 100.0, digits: int = 2, sign: bool = True) -> str:
+    """An interval as text: mean, bounds, n."""
+    if found is None:
+        return ""
+    form = f"{'+' if sign else ''}.{digits}f"
+    if found.why:
+        return f"{factor * found.mean:{form}} ({found.why})"
+    return (
+        f"{factor * found.mean:{form}} [{factor * found.low:{form}}, {factor * found.high:{form}}] "
+        f"n={found.n}"
+    )
+
+
+def decided(found: Interval | None) -> bool:
+    """Whether an interval is there and does not hold 0."""
+    return found is not None and not found.why and not found.low <= 0 <= found.high
+
+
+def forest(scores: Mapping[tuple[str, str], Mapping[int, float]], cells: Sequence[str]) -> Any:
+    """The gain of each arm over softmax in each cell, with its interval, on one axis of points."""
+    arms = [arm for arm in ARMS if arm != "softmax"]
+    fig, axes = figures.grid(1, len(cells), 2.1, 0.28 * len(arms) + 0.9, sharey=True, sharex=True)
+    for ax, cell in zip(axes[0], cells, strict=True):
+        for i, arm in enumerate(arms):
+            found = gain(scores, cell, arm)
+            if found is None:
+                continue
+            colour = figures.COLOURS[
+                0 if ARMS[arm].sees == "nothing" else 1 + ("exp" in ARMS[arm].sees)
+            ]
+            if not found.why:
+                ax.plot([100 * found.low, 100 * found.high], [i, i], color=colour, lw=1.4)
+            ax.plot(100 * found.mean, i, "o", color=colour, ms=4)
+        ax.axvline(0, color=figures.QUIET, lw=0.8)
+        ax.set(title=cell, xlabel="points over softmax")
+    axes[0, 0].set_yticks(range(len(arms)), arms)
+    axes[0, 0].invert_yaxis()
+    return fig
+
+
+def shares(scores: Mapping[tuple[str, str], Mapping[int, float]], cells: Sequence[str]) -> Any:
+    """The parts of KArAt's gain in each cell, beside each other."""
+    fig, axes = figures.grid(1, 1, 7.5, 3.0)
+    ax = axes[0, 0]
+    for k, (part, (arm, over)) in enumerate(PARTS.items()):
+        for i, cell in enumerate(cells):
+            found = gain(scores, cell, arm, over)
+            if found is None:
+                continue
+            x = i + (k - len(PARTS) / 2) * 0.12
+            style = {"color": figures.COLOURS[k % len(figures.COLOURS)]}
+            if not found.why:
+                ax.plot([x, x], [100 * found.low, 100 * found.high], lw=1.4, **style)
+            ax.plot(x, 100 * found.mean, "os^Dv<"[k], ms=5, label="" if i else part, **style)
+    ax.axhline(0, color=figures.QUIET, lw=0.8)
+    ax.set_xticks(range(len(cells)), cells)
+    ax.set_ylabel("points of test top-1")
+    figures.legend(fig)
+    return fig
+
+
+def report(out: Path) -> list[str]:
+    """Writes answer.html, answer.csv and the two pictures; returns the lines of the answer."""
+    records = read(out)
+    scores = tested(records)
+    cells = [cell for cell in CELLS if any(key[0] == cell for key in scores)]
+    if not cells:
+        raise ValueError(
+            f"`report` needs confirmed runs, got none below {str(out)!r}. Run `python -m "
+            f"studies.answer work --out {out}` first."
+        )
+    configs = {(one["cell"], one["arm"]): Config.fromdict(one["config"]) for one in records}
+    rows, numbers, undecided_ones = [], [], []
+    for cell, arm in itertools.product(cells, ARMS):
+        own = scores.get((cell, arm), {})
+        if not own:
+            continue
+        model = train.build(configs[cell, arm], train.load_data(configs[cell, arm]).train)
+        size = cost.parameters(model).total
+        found = gain(scores, cell, arm)
+        mean = statistics.accuracy(list(own.values()))
+        rows.append([cell, arm, ARMS[arm].sees, f"{size:,}", shown(mean, sign=False), shown(found)])
+        numbers.append([cell, arm, size, len(own), mean.mean, *(found or [None] * 3)[:3]])
+        if arm != "softmax" and found is not None and not decided(found):
+            undecided_ones.append(f"{arm} against softmax in the cell {cell}: {shown(found)}")
+    parts = [
+        [part, *(shown(gain(scores, cell, *pair)) for cell in cells)]
+        for part, pair in PARTS.items()
+    ]
+    share = [shown(score_share(scores, cell), 1.0) for cell in cells]
+    fitted = trends(records)
+    trend_rows = [
+        [
+            arm,
+            f"{one.centre[0]:+.2f} [{one.centre[1]:+.2f}, {one.centre[2]:+.2f}]",
+            *(
+                f"{s[0]:+.2f} [{s[1]:+.2f}, {s[2]:+.2f}]" if (s := one.slopes.get(f)) else ""
+                for f in TRENDS
+            ),
+            crossing(one),
+            str(one.runs),
+        ]
+        for arm, one in fitted.items()
+    ]
+    sections = [
+        pages.Section(
+            [
+                pages.text(
+                    "Test top-1, mean over seeds with 95 % intervals, and the difference to "
+                    "softmax paired by seed. Rates were chosen by validation in the centre; "
+                    "the test split was read once a run."
+                ),
+                pages.figure(
+                    forest(scores, cells),
+                    "forest",
+                    "gain of each arm over softmax in each cell",
+                    "Right of the line: better than softmax. Blue arms ignore the scores.",
+                ),
+                pages.table(
+                    ["cell", "arm", "sees", "parameters", "test top-1 %", "over softmax"], rows
+                ),
+            ],
+            title="Every arm in every cell",
+        ),
+        pages.Section(
+            [
+                pages.figure(
+                    shares(scores, cells),
+                    "parts",
+                    "parts of the gain in each cell",
+                    "What ignoring the scores gives, and what each step towards a learned function "
+                    "adds.",
+                ),
+                pages.table(["part, in points", *cells], parts),
+                pages.table(
+                    ["share", *cells],
+                    [["of G3's gain that polynomial-0 has not", *share]],
+                    "Fieller's interval; without bounds where the gain itself is not clear",
+                ),
+            ],
+            title="What part is a function of the scores",
+        ),
+        pages.Section(
+            [
+                pages.text(trends.__doc__ or ""),
+                pages.table(
+                    [
+                        "arm",
+                        "at the centre",
+                        *(f"a doubling of {word}" for word in TRENDS.values()),
+                        "would cross 0",
+                        "runs",
+                    ],
+                    trend_rows,
+                ),
+            ],
+            title="Trend in size and data",
+        ),
+        pages.Section(
+            [pages.items(undecided_ones or ["nothing: every interval is clear of 0"])],
+            title="Undecided",
+        ),
+    ]
+    title = "Is learnable attention better than softmax?"
+    lead = f"{len(records)} runs; python -m studies.answer report --out {out.name}"
+    checkpoint.write_text(out / "answer.html", pages.page(title, sections, lead))
+    header = "cell,arm,parameters,n,top1,gain,low,high"
+    lines = [",".join("" if x is None else str(x) for x in row) for row in numbers]
+    checkpoint.write_text(out / "answer.csv", "\n".join([header, *lines]) + "\n")
+    forest(scores, cells).savefig(out / "answer.png", dpi=130)
+    shares(scores, cells).savefig(out / "parts.png", dpi=130)
+    said = [tables.table(rows, ["cell", "arm", "sees", "parameters", "top-1 %", "over softmax"])]
+    said += [tables.table(parts, ["part", *cells])]
+    said += [
+        f"share of G3's gain that is a function of the scores, {c}: {s}"
+        for c, s in zip(cells, share, strict=True)
+    ]
+    said += [tables.table(trend_rows, ["arm", "centre", *TRENDS.values(), "crosses 0", "runs"])]
+    return said
+
+
+def crossing(trend: Trend) -> str:
+    """Where the fitted line of an arm would cross zero, by each factor that lowers its gain."""
+    words = []
+    for field, (slope, _, high) in trend.slopes.items():
+        if trend.centre[0] > 0 and slope < 0:
+            doublings = -trend.centre[0] / slope
+            if doublings < 20:
+                at = getattr(CENTRE, field) * 2**doublings
+                sure = "" if high < 0 else " (slope not clear of 0)"
+                words.append(f"{TRENDS[field]} {at:,.0f}{sure}")
+    return "; ".join(words) or "not on these lines"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("what", choices=["plan", "work"])
+    parser.add_argument("what", choices=["plan", "work", "report"])
     parser.add_argument("--data", default="uoft-cs/cifar10")
     parser.add_argument("--out", type=Path, default=Path("runs/answer"))
     parser.add_argument("--minutes", type=float, default=30.0)
@@ -265,6 +554,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for unit in units:
             print(unit.path(args.out))
         print(f"{len(units)} units known to be left")
+        return 0
+    if args.what == "report":
+        print("\n\n".join(report(args.out)))
+        print(f"written to {args.out / 'answer.html'}")
         return 0
     print(f"{work(args.data, args.out, args.minutes, args.cells)} units done")
     return 0
