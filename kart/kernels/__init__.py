@@ -1,6 +1,7 @@
 """The streamed KArAt product: one entry, several engines, correct under every transform."""
 
 from kart.kernels.core import ENGINES, contract, engines
+from kart.kernels.family import keep
 from kart.kernels.plain import transforming
 from kart.kernels.softmax import softmax_attention
 from kart.kernels.stream import contract_units, contract_values, mix_values
@@ -11,6 +12,7 @@ __all__ = [
     "contract_units",
     "contract_values",
     "engines",
+    "keep",
     "mix_values",
     "softmax_attention",
     "transforming",

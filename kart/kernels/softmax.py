@@ -14,14 +14,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 
 from kart.kernels import plain
-from kart.kernels.core import (
-    broadcast_leading,
-    check,
-    flat_mask,
-    forward_levels,
-    front,
-    grad_levels,
-)
+from kart.kernels.arguments import broadcast_leading, check, flat_mask
+from kart.kernels.transforms import forward_levels, front, grad_levels
 
 _FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
 

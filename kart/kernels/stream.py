@@ -14,15 +14,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from kart.kernels import plain
-from kart.kernels.core import (
-    broadcast_leading,
-    check,
-    check_mask,
-    contract,
-    flat_mask,
-    forward_levels,
-    no_autocast,
-)
+from kart.kernels.arguments import broadcast_leading, check, check_mask, flat_mask
+from kart.kernels.core import contract
+from kart.kernels.transforms import forward_levels, no_autocast
 
 # scores in a chunk: 4 MiB of float32, a few of which are alive at a time
 CHUNK = 2**20
