@@ -40,13 +40,14 @@ class Triton(NamedTuple):
 class Pieces(NamedTuple):
     """What the engines of `kart.kernels` know of a basis beside its torch functions.
 
-    `name` names what is computed, for good and in every process; `width` is the number of features
-    with that of the base activation, or of parameters of a nonlinear unit with that of its base; `of` is the function
-    that all this describes (`features`, or `apply` of a nonlinear family). Optional, and all without
-    the base activation: `fill(out, x)` writes the features of `x (G, ...)` into `out (G, K, ...)`;
-    `fold(coefs)` maps coefficients `(..., K, M)` to those of the derivative, where that has the same
-    features; `cpp` and `triton` are the family in those engines. `leaves(params)` are the parameters
-    of nonlinear units as `(..., width)`, scales absorbed and that of the base activation last.
+    `name` names what is computed, for good and in every process; `width` is the number of features,
+    or of parameters of a nonlinear unit, that of the base activation included; `of` is the function
+    that all this describes (`features`, or `apply` of a nonlinear family). Optional, and all
+    without the base activation: `fill(out, x)` writes the features of `x (G, ...)` into `out (G, K,
+    ...)`; `fold(coefs)` maps coefficients `(..., K, M)` to those of the derivative, where that has
+    the same features; `cpp` and `triton` are the family in those engines. `leaves(params)` are the
+    parameters of nonlinear units as `(..., width)`, scales absorbed and that of the base activation
+    last.
     """
 
     name: str

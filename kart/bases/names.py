@@ -66,7 +66,7 @@ def _parts(value: Any, seen: set[int]) -> Iterator[str]:
     elif hasattr(value, "__dict__") and type(value).__module__ != "builtins":
         seen.add(id(value))
         yield from _parts(type(value), seen)
-        yield from _parts(getattr(type(value), "__call__", None), seen)
+        yield from _parts(vars(type(value)).get("__call__"), seen)
         yield from _parts(vars(value), seen)
     else:
         # nothing to tell it by: two must not share a name, so this one is of this process alone

@@ -17,8 +17,8 @@ struct Unit {
   Psi psi;
   float weight, shift, scale, below, inverse;
   Unit(const float* options, const float* theta)
-      : psi(options), weight(theta[0]), shift(theta[1]), scale(theta[2]), below(scale * scale + 1e-20f),
-        inverse(scale / below) {}
+      : psi(options), weight(theta[0]), shift(theta[1]), scale(theta[2]),
+        below(scale * scale + 1e-20f), inverse(scale / below) {}
   INLINE vec value(vec x) const { return psi.value((x - shift) * inverse) * weight; }
   INLINE vec slope(vec x, vec dy, vec* sums) const {
     const vec moved = x - shift;
@@ -111,7 +111,8 @@ struct Psi {
   }
   INLINE vec both(vec t, vec& slope) const {
     const vec a = clamp(magnitude(t), 0.0f, 1.0f), rest = 1.0f - a;
-    const vec inner = clamp(2.0f * (PRINTED ? nu(rest) : rest), 0.0f, 1.0f), half = 0.5f * nu(inner);
+    const vec inner = clamp(2.0f * (PRINTED ? nu(rest) : rest), 0.0f, 1.0f);
+    const vec half = 0.5f * nu(inner);
     const vec wave = sine_half_turns(clamp_below(a, rest)), window = sine_half_turns(half);
     // nu is flat at both ends, so that an argument held there needs no care
     vec change = sine_half_turns(0.5f - half) * nu_slope(inner);
@@ -133,10 +134,12 @@ struct Psi {
     sincos(t, s, c);
     const vec small = magnitude(t) < 1.0f ? t : vec{}, z = small * small;
     const vec over = 1.0f / (magnitude(t) < 1.0f ? splat(1.0f) : t), y = s * over;
-    const vec near = 1.0f + z * (-1.0f / 6 + z * (1.0f / 120 + z * (-1.0f / 5040 + z * (1.0f / 362880))));
-    const vec rise = small * (-1.0f / 3 + z * (1.0f / 30 + z * (-1.0f / 840 + z * (1.0f / 45360 - z / 3991680.0f))));
+    const vec high = 1.0f / 362880 - z * (1.0f / 39916800);
+    const vec near = 1.0f + z * (-1.0f / 6 + z * (1.0f / 120 + z * (-1.0f / 5040 + z * high)));
+    const vec top = -1.0f / 840 + z * (1.0f / 45360 - z * (1.0f / 3991680));
+    const vec rise = small * (-1.0f / 3 + z * (1.0f / 30 + z * top));
     slope = magnitude(t) < 1.0f ? rise : (c - y) * over;
-    return magnitude(t) < 1.0f ? near - z * z * z * z * z * (1.0f / 39916800) : y;
+    return magnitude(t) < 1.0f ? near : y;
   }
   INLINE vec value(vec t) const {
     vec unused;

@@ -1,6 +1,6 @@
 """The entry to the streamed product that holds under every transform, over several engines.
 
-`contract` brings its arguments to the raw layout of `kart.kernels.chunked` and applies a pair of
+`contract` brings its arguments to a `kart.kernels.family.Product` and applies a pair of
 `autograd.Function`s, forward and backward, each with its own derivative, forward mode and folding
 rule for `vmap`. They call two operations of torch's library, `torch.ops.kart.contract_forward` and
 `contract_backward`, which choose the engine and which `torch.compile` keeps as one node each. Those
@@ -297,7 +297,7 @@ def _apply(
     return _Forward.apply(family, engine, scale, q, k, coefs, mask)
 
 
-# --- the entry -------------------------------------------------------------------------------------
+# --- the entry ------------------------------------------------------------------------------------
 
 
 def contract(

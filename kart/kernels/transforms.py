@@ -56,7 +56,7 @@ def fresh_keys() -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def untransformed() -> Iterator[None]:
-    """A block on plain tensors without gradients, whatever transform or dispatch mode is running."""
+    """A block on plain tensors without gradients, whatever transform or mode is running."""
     include, exclude = fresh_keys()
     with (
         torch._C._DisableFuncTorch(),

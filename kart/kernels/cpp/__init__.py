@@ -299,7 +299,7 @@ def engine_of(family: Family, softmax: bool = False) -> tuple[Engine | None, str
 
 
 def status() -> str:
-    """ "ready", or why the engine does not run here; builds the kernel of Fourier G = 3 if need be."""
+    """ "ready", or why the engine does not run here; builds that of Fourier G = 3 if need be."""
     return engine_of(family_named('kart.bases:fourier?{"base": "zero", "grid": 3}'))[1] or "ready"
 
 

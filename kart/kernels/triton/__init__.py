@@ -1,9 +1,9 @@
 """The "triton" engine: the streamed product on CUDA, for Fourier, polynomial, Chebyshev, Gaussian
 RBF and cubic B-spline bases.
 
-`forward` and `backward` are raw operations in the layout of `kart.kernels.family.Product`, deterministic
-and seen by no transform. Triton itself is imported by their first call. With TRITON_INTERPRET=1 in
-the environment before that, the same kernels run on CPU tensors, slowly: so they are tested.
+`forward` and `backward` are raw operations on a `kart.kernels.family.Product`, deterministic and
+seen by no transform. Triton itself is imported by their first call. With TRITON_INTERPRET=1 in the
+environment before that, the same kernels run on CPU tensors, slowly: so they are tested.
 
 Products of float32 inputs follow `torch.set_float32_matmul_precision`: "highest", torch's default,
 splits each operand in two ("tf32x3", about 22 bits); "high" and "medium" round it to tf32 (11
