@@ -7,15 +7,17 @@ reverse pass it keeps them all. So does torch.compile, which plans the memory by
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kart.kernels import plain
+from kart.kernels import cpp, fused, plain
 from kart.kernels.arguments import broadcast_leading, check, check_mask, flat_mask
 from kart.kernels.core import contract
+from kart.kernels.family import Product, family_of
 from kart.kernels.transforms import forward_levels, no_autocast
 
 # scores in a chunk: 4 MiB of float32, a few of which are alive at a time
@@ -68,12 +70,11 @@ def _flat(lead: list[int], *tensors: Tensor) -> list[Tensor]:
     return [x.expand(*lead, *x.shape[-2:]).reshape(-1, lead[-1], *x.shape[-2:]) for x in tensors]
 
 
-def _masks(mask: Tensor | None, lead: list[int], step: int, parts: int) -> list[Tensor | None]:
-    """The mask of each part of `step` samples."""
-    if mask is None:
-        return [None] * parts
-    mask = flat_mask(mask, lead)
-    return [mask] * parts if mask.shape[0] == 1 else list(mask.split(step))
+def _parts(x: Tensor | None, step: int, batch: int) -> list[Any]:
+    """A tensor `(batch or 1, ...)` for each part of `step` samples."""
+    if x is None or x.shape[0] == 1:
+        return [x] * -(-batch // step)
+    return list(x.split(step))
 
 
 def contract_values(
@@ -121,7 +122,7 @@ def contract_values(
         return q.new_zeros(*lead, q.shape[-2], v.shape[-1])
     coefs = coefs.expand(heads, *coefs.shape[1:])
     step = max(1, CHUNK // (v.shape[-1] * coefs.shape[2:].numel() * heads))
-    masks = _masks(mask, [*lead[:-1]], step, -(-batch // step))
+    masks = _parts(None if mask is None else flat_mask(mask, lead[:-1]), step, batch)
 
     def one(coefs: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         mixed = torch.einsum("hpmj,bhpe->bhemj", coefs.to(v.dtype), v)
@@ -145,9 +146,10 @@ def contract_units(
 ) -> Tensor:
     """`y[n, p] = sum_m mask[n, m] phi_pm(scale q_n . k_m)`, `(..., H, N, r)`, for any family.
 
-    One unit p and a few samples at a time, recomputed in the backward: the memory is O(N M),
-    independent of r and of the batch. There is no matrix product to do it with, so it costs several
-    times `contract`.
+    There is no matrix product to do it with. On the CPU in half or single precision a family with a
+    piece of C++ (all of kart's) runs in registers; otherwise one unit p and a few samples at a
+    time, recomputed in the backward, which costs several times `contract`: the memory is O(N M),
+    independent of r and of the batch.
 
     Args:
         basis: `apply(units, x)` evaluates each unit at its element of x.
@@ -175,29 +177,80 @@ def contract_units(
     *lead, heads = broadcast_leading(
         "contract_units", q=q.shape[:-2], k=k.shape[:-2], mask=mask_lead, **unit_heads
     )
-    batch = math.prod(lead)
-    rows, names = q.shape[-2], list(units)
     q, k = _flat([*lead, heads], q, k)
-    step = max(1, CHUNK // (heads * rows * keys))
-    masks = _masks(mask, lead, step, -(-batch // step))
+    leaves = [leaf.expand(heads, *leaf.shape[1:])[None] for leaf in units.values()]
+    mask = None if mask is None else flat_mask(mask, lead)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    y = _units(basis, list(units), scale, q, k, mask, *leaves)
+    return y.reshape(*lead, heads, q.shape[-2], next(iter(ranks))[0])
+
+
+def _units(
+    basis: Any,
+    names: list[str],
+    scale: float,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    *leaves: Tensor,
+) -> Tensor:
+    """`contract_units` of four axes, leaves `(B or 1, H, r, M, ...)`, by the engine that can."""
+    expression = partial(_units_in_chunks, basis, names, scale)
+    plainly = torch.compiler.is_compiling() or forward_levels() or q.device.type != "cpu"
+    family = family_of(basis)
+    narrow = all(x.dtype in cpp.DTYPES for x in (q, *leaves))
+    if plainly or not q.shape[0] or not narrow or cpp.engine_of(family)[0] is None:
+        return expression(q, k, mask, *leaves)
+
+    def stacked(*leaves: Tensor) -> Tensor:
+        return family.pieces.leaves(dict(zip(names, leaves, strict=True)))
+
+    def forward(q, k, mask, *leaves):
+        return (cpp.forward(Product(family, q, k, stacked(*leaves), mask, scale)),)
+
+    def backward(gradients, inputs, results):
+        q, k, mask, *leaves = inputs
+        product = Product(family, q, k, stacked(*leaves), mask, scale)
+        dq, dk, dcoefs = cpp.backward(product, *gradients)
+        return dq, dk, *plain.pullback(stacked, *leaves)(dcoefs)
+
+    learned = (0, 1, *range(3, 3 + len(leaves)))
+    op = fused.Fused(forward, backward, lambda *x: (expression(*x),), 1, learned, (2, *learned[2:]))
+    with no_autocast(q):
+        return fused.apply(op, q, k, mask, *leaves)[0]
+
+
+def _units_in_chunks(
+    basis: Any,
+    names: list[str],
+    scale: float,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    *leaves: Tensor,
+) -> Tensor:
+    """`_units` in torch, one unit and a few samples at a time, recomputed in the backward."""
+    batch, heads, rows, _ = q.shape
+    step = max(1, CHUNK // (heads * rows * k.shape[-2]))
 
     def one(q: Tensor, k: Tensor, mask: Tensor | None, *leaves: Tensor) -> Tensor:
-        lifted = {name: leaf.unsqueeze(1) for name, leaf in zip(names, leaves, strict=True)}
+        lifted = {name: leaf.unsqueeze(2) for name, leaf in zip(names, leaves, strict=True)}
         values = basis.apply(lifted, plain.scores(q, k, scale))  # (b, H, N, M)
         if mask is not None:
             values = torch.where(mask, values, 0)
         return values.sum(-1)
 
     if not batch:
-        return q.new_zeros(*lead, heads, rows, next(iter(ranks))[0])
+        return q.new_zeros(0, heads, rows, leaves[0].shape[2])
     # unbind and split: the gradient of a slice would be a tensor of the size of the whole, each
-    single = list(zip(*(leaf.unbind(1) for leaf in units.values()), strict=True))
-    parts = [
-        torch.stack([_recompute(one, qs, ks, ms, *leaves) for leaves in single], -1)
-        for qs, ks, ms in zip(q.split(step), k.split(step), masks, strict=True)
-    ]
+    columns = [q.split(step), k.split(step), _parts(mask, step, batch)]
+    columns += [_parts(leaf, step, batch) for leaf in leaves]
+    parts = []
+    for qs, ks, ms, *units in zip(*columns, strict=True):
+        single = zip(*(leaf.unbind(2) for leaf in units), strict=True)
+        parts.append(torch.stack([_recompute(one, qs, ks, ms, *unit) for unit in single], -1))
     y = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return y.reshape(*lead, heads, rows, -1).to(q.dtype)
+    return y.to(q.dtype)
 
 
 def mix_values(y: Tensor, mix: Tensor, v: Tensor, mask: Tensor) -> Tensor:
