@@ -119,11 +119,12 @@ BASES = {"zero": None, "identity": lambda x: x, "silu": F.silu, "gelu": F.gelu}
 
 
 def wide(x: Tensor) -> Tensor:
-    # 8 bits of mantissa are too few for harmonics and powers: half types are evaluated in float32
+    """`x`, half types as float32: 8 bits of mantissa are too few for harmonics and powers."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def check_input(name: str, x: Tensor) -> None:
+    """Raises ValueError unless `x` is a floating-point tensor."""
     if not x.dtype.is_floating_point:
         raise ValueError(
             f"`{name}` needs floating-point `x`, got {x.dtype}. Convert it with `x.float()`."
@@ -131,6 +132,7 @@ def check_input(name: str, x: Tensor) -> None:
 
 
 def check_choice(function: str, argument: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(
             f"`{function}` needs `{argument}` in {sorted(allowed)}, got {value!r}. "
@@ -139,6 +141,7 @@ def check_choice(function: str, argument: str, value: Any, allowed: Sequence[str
 
 
 def check_integer(function: str, argument: str, value: Any, least: int) -> None:
+    """Raises ValueError unless `value` is an integer from `least` to MOST."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(
             f"`{function}` needs an integer `{argument}` >= {least}, got {value!r}. "
@@ -152,6 +155,7 @@ def check_integer(function: str, argument: str, value: Any, least: int) -> None:
 
 
 def check_span(function: str, span: Sequence[float]) -> tuple[float, float]:
+    """The ends of a span; ValueError unless they are finite and in order."""
     if len(span) != 2 or not -math.inf < span[0] < span[1] < math.inf:
         raise ValueError(
             f"`{function}` needs `span` = (low, high) with finite low < high, got {span!r}. "

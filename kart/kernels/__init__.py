@@ -1,5 +1,6 @@
 """The streamed KArAt product: one entry, several engines, correct under every transform."""
 
+from kart.kernels.base import contract_softmax
 from kart.kernels.core import ENGINES, contract, engines
 from kart.kernels.family import keep
 from kart.kernels.plain import transforming
@@ -9,6 +10,7 @@ from kart.kernels.stream import contract_units, contract_values, mix_values
 __all__ = [
     "ENGINES",
     "contract",
+    "contract_softmax",
     "contract_units",
     "contract_values",
     "engines",

@@ -335,3 +335,20 @@ def backward(product: Product, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `chunked.backward`."""
     dq, dk, dcoefs = _loaded(product).backward(widened(product), dy.float())
     return dq.to(product.q.dtype), dk.to(product.k.dtype), dcoefs.to(product.coefs.dtype)
+
+
+def forward_beside(product: Product, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward`, softmax attention to `v (B, H, M, e)` and the logarithm of its sums."""
+    y, out, sums = _loaded(product, True).forward(widened(product), Softmax(v.float()))
+    return y.to(product.q.dtype), out.to(v.dtype), sums
+
+
+def backward_beside(
+    product: Product, dy: Tensor, v: Tensor, dout: Tensor, out: Tensor, logsumexp: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, coefs and v from those of the outputs of `forward_beside`."""
+    soft = Softmax(v.float(), dout.float(), out.float(), logsumexp)
+    inputs = (product.q, product.k, product.coefs, v)
+    found = _loaded(product, True).backward(widened(product), dy.float(), soft)
+    dq, dk, dcoefs, dv = (x.to(y.dtype) for x, y in zip(found, inputs, strict=True))
+    return dq, dk, dcoefs, dv
