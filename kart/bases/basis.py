@@ -140,16 +140,18 @@ def check_choice(function: str, argument: str, value: Any, allowed: Sequence[str
         )
 
 
-def check_integer(function: str, argument: str, value: Any, least: int) -> None:
-    """Raises ValueError unless `value` is an integer from `least` to MOST."""
+def check_integer(
+    function: str, argument: str, value: Any, least: int, most: float = MOST
+) -> None:
+    """Raises ValueError unless `value` is an integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(
             f"`{function}` needs an integer `{argument}` >= {least}, got {value!r}. "
             "Pass a larger one."
         )
-    if value > MOST:
+    if value > most:
         raise ValueError(
-            f"`{function}` needs an integer `{argument}` <= {MOST}, got {value!r}. "
+            f"`{function}` needs an integer `{argument}` <= {most}, got {value!r}. "
             "Pass a smaller one: every unit has a parameter for each."
         )
 
@@ -338,7 +340,7 @@ def _expansion(
     name: str,
     pieces: Mapping[str, Any],
 ) -> Basis:
-    check_integer(family, "size", size, 1)
+    check_integer(family, "size", size, 1, math.inf)
     check_choice(family, "init", init, ["paper", "scaled"] + ["smooth"] * (orders is not None))
     if orders is not None and (len(orders) != size or min(orders) < 1):
         raise ValueError(
