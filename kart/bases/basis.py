@@ -140,9 +140,7 @@ def check_choice(function: str, argument: str, value: Any, allowed: Sequence[str
         )
 
 
-def check_integer(
-    function: str, argument: str, value: Any, least: int, most: float = MOST
-) -> None:
+def check_integer(function: str, argument: str, value: Any, least: int, most: float = MOST) -> None:
     """Raises ValueError unless `value` is an integer from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(

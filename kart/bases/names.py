@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+# values that their text tells apart
+PLAIN = (bool, int, float, complex, str, bytes, slice, types.EllipsisType, torch.dtype)
+
 _unnamed = itertools.count()
 
 
@@ -28,7 +31,7 @@ def own(family: str, expand: Callable[..., Any], size: int, base: str, cpp: Any)
 
 def _parts(value: Any, seen: set[int]) -> Iterator[str]:
     """What the behaviour of `value` depends on, as text, in a fixed order."""
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype):
+    if value is None or isinstance(value, PLAIN):
         yield repr(value)
     elif id(value) in seen:
         yield "again"

@@ -203,7 +203,10 @@ def _units(
         return expression(q, k, mask, *leaves)
 
     def stacked(*leaves: Tensor) -> Tensor:
-        return family.pieces.leaves(dict(zip(names, leaves, strict=True)))
+        # under vmap some may have been given a copy for each sample
+        size = max(leaf.shape[0] for leaf in leaves)
+        whole = (leaf.expand(size, *leaf.shape[1:]) for leaf in leaves)
+        return family.pieces.leaves(dict(zip(names, whole, strict=True)))
 
     def forward(q, k, mask, *leaves):
         return (cpp.forward(Product(family, q, k, stacked(*leaves), mask, scale)),)
