@@ -61,7 +61,8 @@ def choose(engine: str, product: Product) -> tuple[Any, str]:
     return (chunked if engine == "auto" else None), reason
 
 
-def _run(engine: str, product: Product) -> Any:
+def engine_for(engine: str, product: Product) -> Any:
+    """The module that runs a raw product; ValueError where the one that was asked for cannot."""
     module, reason = choose(engine, product)
     if module is None:
         raise ValueError(
@@ -84,13 +85,13 @@ _library.define(
 def _raw_forward(q, k, coefs, mask, scale, basis, engine):
     product = Product(family_named(basis), q, k, coefs, mask, scale)
     with no_autocast(q), torch.no_grad():
-        return _run(engine, product).forward(product)
+        return engine_for(engine, product).forward(product)
 
 
 def _raw_backward(dy, q, k, coefs, mask, scale, basis, engine):
     product = Product(family_named(basis), q, k, coefs, mask, scale)
     with no_autocast(q), torch.no_grad():
-        return _run(engine, product).backward(product, dy)
+        return engine_for(engine, product).backward(product, dy)
 
 
 for _name, _implementation in (

@@ -6,8 +6,8 @@ reverse pass it keeps them all. So does torch.compile, which plans the memory by
 """
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from kart.kernels import cpp, fused, plain
 from kart.kernels.arguments import broadcast_leading, check, check_mask, flat_mask
-from kart.kernels.core import contract
+from kart.kernels.core import contract, engine_for
 from kart.kernels.family import Product, family_of
 from kart.kernels.transforms import forward_levels, no_autocast
 
@@ -70,11 +70,16 @@ def _flat(lead: list[int], *tensors: Tensor) -> list[Tensor]:
     return [x.expand(*lead, *x.shape[-2:]).reshape(-1, lead[-1], *x.shape[-2:]) for x in tensors]
 
 
-def _parts(x: Tensor | None, step: int, batch: int) -> list[Any]:
-    """A tensor `(batch or 1, ...)` for each part of `step` samples."""
-    if x is None or x.shape[0] == 1:
-        return [x] * -(-batch // step)
-    return list(x.split(step))
+def _split(step: int, first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The tensors `(batch or 1, ...)`, or None, of each part of `step` samples of the first."""
+    batch = first.shape[0]
+
+    def parts(x: Tensor | None) -> Sequence[Any]:
+        # split, not sliced: the gradient of a slice is a tensor of the size of the whole, each
+        whole = x is None or (x.shape[0] == 1 != batch)
+        return [x] * -(-batch // step) if whole else x.split(step)  # type: ignore[union-attr]
+
+    return zip(first.split(step), *(parts(x) for x in others), strict=True)
 
 
 def contract_values(
@@ -120,20 +125,81 @@ def contract_values(
     batch, heads = qs.shape[:2]
     if not batch:
         return q.new_zeros(*lead, q.shape[-2], v.shape[-1])
-    coefs = coefs.expand(heads, *coefs.shape[1:])
-    step = max(1, CHUNK // (v.shape[-1] * coefs.shape[2:].numel() * heads))
-    masks = _parts(None if mask is None else flat_mask(mask, lead[:-1]), step, batch)
-
-    def one(coefs: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        mixed = torch.einsum("hpmj,bhpe->bhemj", coefs.to(v.dtype), v)
-        return contract(basis, mixed.to(coefs.dtype), q, k, mask, scale, engine)
-
-    parts = [
-        _recompute(one, coefs, *tensors)
-        for tensors in zip(qs.split(step), ks.split(step), vs.split(step), masks, strict=True)
-    ]
-    y = torch.cat(parts) if len(parts) > 1 else parts[0]
+    coefs = coefs.expand(heads, *coefs.shape[1:])[None]
+    mask = None if mask is None else flat_mask(mask, lead[:-1])
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    expression = partial(_values_in_chunks, basis, factor, engine)
+    if torch.compiler.is_compiling() or forward_levels() or engine == "plain":
+        y = expression(qs, ks, vs, coefs, mask)
+    else:
+        with no_autocast(q):
+            (y,) = fused.apply(_values(basis, factor, engine), qs, ks, vs, coefs, mask)
     return y.reshape(*lead, *y.shape[-2:])
+
+
+def _step(v: Tensor, coefs: Tensor) -> int:
+    """Samples whose C V are held at a time."""
+    return max(1, CHUNK // (v.shape[-1] * coefs.shape[3:].numel() * v.shape[1]))
+
+
+def _mixed(coefs: Tensor, v: Tensor) -> Tensor:
+    """`C V`, `(B, H, e, M, K)`, for `coefs (B or 1, H, P, M, K)`."""
+    heads = "h" if coefs.shape[0] == 1 else "bh"
+    own = coefs[0] if coefs.shape[0] == 1 else coefs
+    return torch.einsum(f"{heads}pmj,bhpe->bhemj", own.to(v.dtype), v).to(coefs.dtype)
+
+
+def _values(basis: Any, scale: float, engine: str) -> fused.Fused:
+    """`contract_values` of q, k, v, coefs `(B or 1, H, P, M, K)` and mask, of one batch axis.
+
+    The backward has C V again, but not the product with it.
+    """
+    family = family_of(basis)
+
+    def forward(q, k, v, coefs, mask):
+        parts = []
+        for qs, ks, vs, cs, ms in _split(_step(v, coefs), q, k, v, coefs, mask):
+            product = Product(family, qs, ks, _mixed(cs, vs), ms, scale)
+            parts.append(engine_for(engine, product).forward(product))
+        return (torch.cat(parts),)
+
+    def backward(gradients, inputs, results):
+        found = []
+        for dy, q, k, v, coefs, mask in _split(_step(*inputs[2:4]), *gradients, *inputs):
+            mixed = _mixed(coefs, v)
+            product = Product(family, q, k, mixed, mask, scale)
+            dq, dk, dmixed = engine_for(engine, product).backward(product, dy)
+            pull = plain.pullback(lambda c, v: _mixed(c, v), coefs, v)
+            dcoefs, dv = pull(dmixed)
+            found.append((dq, dk, dv, dcoefs))
+        dq, dk, dv, dcoefs = zip(*found, strict=True)
+        shared = inputs[3].shape[0] == 1
+        total = reduce(torch.add, dcoefs) if shared else torch.cat(dcoefs)
+        return torch.cat(dq), torch.cat(dk), torch.cat(dv), total
+
+    def expression(*tensors):
+        return (_values_in_chunks(basis, scale, engine, *tensors),)
+
+    return fused.Fused(forward, backward, expression, 1, (0, 1, 2, 3), (3, 4))
+
+
+def _values_in_chunks(
+    basis: Any,
+    scale: float,
+    engine: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    coefs: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """As `_values`, of operations that can be differentiated."""
+
+    def one(q: Tensor, k: Tensor, v: Tensor, coefs: Tensor, mask: Tensor | None) -> Tensor:
+        return contract(basis, _mixed(coefs, v), q, k, mask, scale, engine)
+
+    parts = [_recompute(one, *part) for part in _split(_step(v, coefs), q, k, v, coefs, mask)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def contract_units(
@@ -245,11 +311,8 @@ def _units_in_chunks(
 
     if not batch:
         return q.new_zeros(0, heads, rows, leaves[0].shape[2])
-    # unbind and split: the gradient of a slice would be a tensor of the size of the whole, each
-    columns = [q.split(step), k.split(step), _parts(mask, step, batch)]
-    columns += [_parts(leaf, step, batch) for leaf in leaves]
     parts = []
-    for qs, ks, ms, *units in zip(*columns, strict=True):
+    for qs, ks, ms, *units in _split(step, q, k, mask, *leaves):
         single = zip(*(leaf.unbind(2) for leaf in units), strict=True)
         parts.append(torch.stack([_recompute(one, qs, ks, ms, *unit) for unit in single], -1))
     y = torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -6,6 +6,7 @@ user's, and nobody else can write to the directories above it; where it is not s
 written, what is built is kept for this process alone.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -18,7 +19,6 @@ import stat
 import subprocess
 import tempfile
 import time
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def _trusted(path: Path) -> str:
 @functools.cache
 def _of_this_process() -> Path:
     path = Path(tempfile.mkdtemp(prefix="kart-engines-"))
-    weakref.finalize(path, shutil.rmtree, path, ignore_errors=True)
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
 
 

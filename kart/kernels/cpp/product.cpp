@@ -124,6 +124,7 @@ static void score_gradient(const Features& family, int keys, int rank, const flo
 
 // C as (key, feature, p)
 static void pack_coefs(const Coefs& c, const float* x, const Shape& s, float* out) {
+  if (c.j == 1 && c.m == K) return transpose_matrix(x, c.p, s.rank, s.keys * K, out, s.rank);
   for (long m = 0; m < s.keys; ++m)
     for (long j = 0; j < K; ++j)
       for (long p = 0; p < s.rank; ++p) *out++ = x[p * c.p + m * c.m + j * c.j];
@@ -422,11 +423,9 @@ int kart_backward(const Shape* shape, const float* options, const Strided* dy, c
   if (failed) return 1;
   slots.collect(sums, rows * rank, [&](long head, const float* sum, bool fresh) {
     float* out = dcoefs + head * s.rank * rows;
+    if (fresh) return transpose_matrix(sum, rank, rows, s.rank, out, rows);
     for (long p = 0; p < s.rank; ++p)
-      for (long i = 0; i < rows; ++i) {
-        float& x = out[p * rows + i];
-        x = sum[i * rank + p] + (fresh ? 0.0f : x);
-      }
+      for (long i = 0; i < rows; ++i) out[p * rows + i] += sum[i * rank + p];
   });
   return 0;
 } catch (...) {

@@ -165,6 +165,15 @@ static void transpose(const float* in, long row, float* out, long column) {
   for (int i = 0; i < W; ++i) store(out + i * column, x[i]);
 }
 
+// `rows` x `columns` of `in` to columns of `out`
+static void transpose_matrix(const float* in, long row, long rows, long columns, float* out, long column) {
+  const long whole_rows = rows / W * W, whole = columns / W * W;
+  for (long c = 0; c < whole; c += W)
+    for (long r = 0; r < whole_rows; r += W) transpose(in + r * row + c, row, out + c * column + r, column);
+  for (long r = 0; r < rows; ++r)
+    for (long c = r < whole_rows ? whole : 0; c < columns; ++c) out[c * column + r] = in[r * row + c];
+}
+
 // packed rows of QUERIES queries as columns of lanes
 static void pack_lanes(const float* rows, long width, float* out) {
   for (long c = 0; c < width; c += W)
