@@ -14,12 +14,26 @@ Params = dict[str, Any]
 
 
 class Cpp(NamedTuple):
-    """A family in C++, for the "cpp" engine of `kart.kernels` (README, "A basis on the fast path").
+    """A family in C++, for the "cpp" engine of `kart.kernels`.
 
-    `text` defines `struct Piece`, the features of a linear family, or `struct Unit`, one function
-    of any other, in terms of kart/kernels/cpp/vector.h; each name in `sizes` is a `constexpr int`
-    before it, and `options` are the floats that its constructor is given. The base activation and
-    the per-unit scales are the engine's.
+    Each name in `sizes` is a `constexpr int` before `text`, which defines a struct in terms of
+    kart/kernels/cpp/vector.h; its constructor is given `options`. A linear family defines `Piece`:
+
+        struct Piece {
+          static constexpr int K = 2;                 // features
+          float pitch;
+          explicit Piece(const float* options) : pitch(options[0]) {}
+          INLINE void features(vec x, vec* f) const { sincos(x * pitch, f[0], f[1]); }
+          INLINE void slopes(vec x, const vec* f, vec* g) const {  // their derivatives
+            g[0] = f[1] * pitch;
+            g[1] = f[0] * -pitch;
+          }
+        };
+
+    which `linear(sines, 2, cpp=Cpp(text, {}, (2.0,)))` takes beside the same features in torch. Any
+    other family defines `Unit`, one function with P parameters: see kart/bases/rational.py. The
+    base activation and the per-unit scales are the engine's. What is wrong is refused: the engine
+    is held against the torch functions before its first use.
     """
 
     text: str
