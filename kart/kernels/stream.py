@@ -246,8 +246,8 @@ def contract_units(
     q, k = _flat([*lead, heads], q, k)
     leaves = [leaf.expand(heads, *leaf.shape[1:])[None] for leaf in units.values()]
     mask = None if mask is None else flat_mask(mask, lead)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    y = _units(basis, list(units), scale, q, k, mask, *leaves)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    y = _units(basis, list(units), factor, q, k, mask, *leaves)
     return y.reshape(*lead, heads, q.shape[-2], next(iter(ranks))[0])
 
 
