@@ -7,6 +7,8 @@
 | `project_first` | Phi(W S), W r x M, Phi M x r | App. C.5, order (ii) | `learnable.py` |
 | `two_stage` | Phi2(Phi1(S)), Phi1 r x M, Phi2 M x r | App. C.5, order (iii) | `learnable.py` |
 | `softmax`, `sigmoid`, `relu`, `sparsemax` | fixed functions | baselines | `fixed.py` |
+| `static` | T, N x N parameters; beside or inside softmax | Synthesizer | `static.py` |
+| `relative` | T by offset; beside or inside softmax | ours; Swin's bias | `relative.py` |
 | `hybrid` | one of the above a head | App. C.5.2 | `mixtures.py` |
 
 `contract.py` is what an operator is and what all of them share (checks, masks, precision, base,
@@ -23,19 +25,22 @@ from kart.operators.contract import Factored, Operator, Source, from_logits, fro
 from kart.operators.fixed import relu, sigmoid, softmax, sparsemax
 from kart.operators.learnable import full_rank, low_rank, project_first, two_stage
 from kart.operators.mixtures import hybrid
+from kart.operators.relative import relative
 from kart.operators.resize import resize
 from kart.operators.spec import Spec
+from kart.operators.static import static
 
 # what a spec may name; the first that takes a basis is the order of a spec that names none
 OPERATORS: tuple[Callable[..., Operator], ...] = (
     *(softmax, sigmoid, relu, sparsemax),
+    *(static, relative),
     *(low_rank, full_rank, project_first, two_stage),
 )
 EXAMPLES = language.examples(OPERATORS)
 
 __all__ = ["EXAMPLES", "OPERATORS", "Factored", "Operator", "Source", "Spec", "from_logits"]
 __all__ += ["from_rows", "full_rank", "hybrid", "low_rank", "options", "parse", "project_first"]
-__all__ += ["relu", "resize", "sigmoid", "softmax", "sparsemax", "two_stage"]
+__all__ += ["relative", "relu", "resize", "sigmoid", "softmax", "sparsemax", "static", "two_stage"]
 
 
 def parse(spec: str, **overrides: Any) -> Spec:
