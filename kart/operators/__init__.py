@@ -9,6 +9,10 @@
 | `softmax`, `sigmoid`, `relu`, `sparsemax` | fixed functions | baselines | `fixed.py` |
 | `static` | T, N x N parameters; beside or inside softmax | Synthesizer | `static.py` |
 | `relative` | T by offset; beside or inside softmax | ours; Swin's bias | `relative.py` |
+| `softconv` | softmax(S) + T by offset | ours | `offset.py` |
+| `by_offset` | T[o] + phi_o(S), o the offset | ours | `offset.py` |
+| `beside_relative` | softmax(S) + T + W Phi(S) | ours | `offset.py` |
+| `added` | the sum of some of the above | ours | `sums.py` |
 | `hybrid` | one of the above a head | App. C.5.2 | `mixtures.py` |
 
 `contract.py` is what an operator is and what all of them share (checks, masks, precision, base,
@@ -25,22 +29,25 @@ from kart.operators.contract import Factored, Operator, Source, from_logits, fro
 from kart.operators.fixed import relu, sigmoid, softmax, sparsemax
 from kart.operators.learnable import full_rank, low_rank, project_first, two_stage
 from kart.operators.mixtures import hybrid
+from kart.operators.offset import beside_relative, by_offset, softconv
 from kart.operators.relative import relative
 from kart.operators.resize import resize
 from kart.operators.spec import Spec
 from kart.operators.static import static
+from kart.operators.sums import added
 
 # what a spec may name; the first that takes a basis is the order of a spec that names none
 OPERATORS: tuple[Callable[..., Operator], ...] = (
     *(softmax, sigmoid, relu, sparsemax),
-    *(static, relative),
-    *(low_rank, full_rank, project_first, two_stage),
+    *(static, relative, softconv),
+    *(low_rank, full_rank, project_first, two_stage, by_offset, beside_relative),
 )
 EXAMPLES = language.examples(OPERATORS)
 
-__all__ = ["EXAMPLES", "OPERATORS", "Factored", "Operator", "Source", "Spec", "from_logits"]
-__all__ += ["from_rows", "full_rank", "hybrid", "low_rank", "options", "parse", "project_first"]
-__all__ += ["relative", "relu", "resize", "sigmoid", "softmax", "sparsemax", "static", "two_stage"]
+__all__ = ["EXAMPLES", "OPERATORS", "Factored", "Operator", "Source", "Spec", "added"]
+__all__ += ["beside_relative", "by_offset", "from_logits", "from_rows", "full_rank", "hybrid"]
+__all__ += ["low_rank", "options", "parse", "project_first", "relative", "relu", "resize"]
+__all__ += ["sigmoid", "softconv", "softmax", "sparsemax", "static", "two_stage"]
 
 
 def parse(spec: str, **overrides: Any) -> Spec:

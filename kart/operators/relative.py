@@ -46,25 +46,38 @@ def lattice_of(name: str, tokens: int, prefix: int, rows: int | None) -> Lattice
 
 
 @functools.lru_cache(maxsize=64)
-def offset_index(rows: int, columns: int) -> Tensor:
-    """Where the table `(2 rows - 1, 2 columns - 1)`, flattened, has the offset of key m from query
-    n, `(P, P)`.
-    """
+def entry_index(prefix: int, rows: int, columns: int) -> Tensor:
+    """Where a flattened table has the entry of query n and key m, `(N, N)`."""
     y = torch.arange(rows).repeat_interleave(columns)
     x = torch.arange(columns).repeat(rows)
     down, right = y - y[:, None] + rows - 1, x - x[:, None] + columns - 1
-    return down * (2 * columns - 1) + right
+    index, patches = down * (2 * columns - 1) + right, rows * columns
+    if not prefix:
+        return index
+    sizes = [(2 * rows - 1) * (2 * columns - 1), patches * prefix, prefix * patches, prefix**2]
+    ends = torch.arange(sum(sizes)).split(sizes)
+    to_prefix, from_prefix = ends[1].view(patches, prefix), ends[2].view(prefix, patches)
+    first = torch.cat([ends[3].view(prefix, prefix), from_prefix], -1)
+    return torch.cat([first, torch.cat([to_prefix, index], -1)])
+
+
+def table_shapes(lattice: Lattice) -> dict[str, tuple[int, int]]:
+    """The parts of a table and their axes after that of the heads."""
+    prefix, rows, columns = lattice.prefix or 0, lattice.rows, lattice.columns
+    shapes = {"offsets": (2 * rows - 1, 2 * columns - 1)}
+    if prefix:
+        shapes["to_prefix"] = (lattice.patches, prefix)
+        shapes["from_prefix"] = (prefix, lattice.patches)
+        shapes["prefix"] = (prefix, prefix)
+    return shapes
 
 
 def init_table(generator: Generator, heads: int, lattice: Lattice, scale: float) -> Params:
     """Entries N(0, scale^2) for every offset and, with prefix tokens, for every pair with one."""
-    prefix, rows, columns = lattice.prefix or 0, lattice.rows, lattice.columns
-    shapes = {"offsets": (heads, 2 * rows - 1, 2 * columns - 1)}
-    if prefix:
-        shapes["to_prefix"] = (heads, lattice.patches, prefix)
-        shapes["from_prefix"] = (heads, prefix, lattice.patches)
-        shapes["prefix"] = (heads, prefix, prefix)
-    return {name: bases.normal(generator, shape) * scale for name, shape in shapes.items()}
+    return {
+        name: bases.normal(generator, (heads, *shape)) * scale
+        for name, shape in table_shapes(lattice).items()
+    }
 
 
 def lattice_in(table: Params) -> Lattice:
@@ -73,16 +86,23 @@ def lattice_in(table: Params) -> Lattice:
     return Lattice(table["prefix"].shape[1] if "prefix" in table else 0, rows, columns)
 
 
+def flatten_table(table: Params) -> Tensor:
+    """The entries of all parts one after the other, `(H, E, ...)`."""
+    parts = ("offsets", "to_prefix", "from_prefix", "prefix")
+    return torch.cat([table[name].flatten(1, 2) for name in parts if name in table], 1)
+
+
 def expand_table(table: Params) -> Tensor:
     """The matrix `(H, N, M)` of a table: `T[n, m] = offsets[place of m - place of n]`."""
+    entries, lattice = flatten_table(table), lattice_in(table)
+    index = entry_index(lattice.prefix or 0, lattice.rows, lattice.columns).to(entries.device)
+    return entries.index_select(1, index.flatten()).unflatten(1, index.shape)
+
+
+def tokens_in(table: Params) -> int:
+    """The number of tokens that a table is for."""
     lattice = lattice_in(table)
-    offsets, patches = table["offsets"].flatten(-2), lattice.patches
-    index = offset_index(lattice.rows, lattice.columns).to(offsets.device)
-    t = offsets.index_select(-1, index.flatten()).unflatten(-1, (patches, patches))
-    if "prefix" not in table:
-        return t
-    first = torch.cat([table["prefix"], table["from_prefix"]], -1)
-    return torch.cat([first, torch.cat([table["to_prefix"], t], -1)], -2)
+    return (lattice.prefix or 0) + lattice.patches
 
 
 def cubic_weights(old: int, new: int) -> Tensor:
@@ -178,10 +198,6 @@ def relative(
         check_fits_memory("relative", heads * 4 * tokens, f"{heads} x {4 * tokens:,} numbers")
         return init_table(generator, heads, lattice, 0.0 if begin == "zero" else tokens**-0.5)
 
-    def tokens_of(params: Params) -> int:
-        lattice = lattice_in(params)
-        return (lattice.prefix or 0) + lattice.patches
-
     def resize(params: Params, old: Lattice, new: Lattice) -> Params:
         return resize_table(params, old, new, signed and not normalise and not inside)
 
@@ -189,7 +205,7 @@ def relative(
         "relative",
         init,
         expand_table,
-        tokens_of,
+        tokens_in,
         signed=signed,
         normalise=normalise,
         base=base,
