@@ -74,6 +74,24 @@ def mixed(matrix: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("...nm,...me->...ne", matrix, v)
 
 
+def matrix_values(
+    matrix: Tensor, v: Tensor, mask: Tensor | None, normalise: bool = False
+) -> Tensor:
+    """`matrix (H, N, M)` times `v (..., H, M, e)` over attended keys, by softmax of its rows with
+    `normalise`; v is zero at keys that nobody attends to.
+
+    No sample has weights of its own: masks that differ between queries of a sample are met a block
+    of queries at a time.
+    """
+    if mask is None or (same_for_all_queries(mask) and not normalise):
+        return mixed(matrix.softmax(-1) if normalise else matrix, v)
+    rows = softmax_rows if normalise else only
+    if mask.dim() <= 3:
+        # one mask for all samples: as large as the matrix itself
+        return mixed(rows(matrix, mask), v)
+    return kernels.by_queries(lambda t, v, mask: rows(t, mask) @ v, [matrix], [v], mask)
+
+
 def from_matrix(
     name: str,
     init: Callable[[Generator, int, int], Params],
@@ -107,15 +125,9 @@ def from_matrix(
     def entries(t: Tensor) -> Tensor:
         return t if signed else functional.softplus(t) / t.shape[-1]
 
-    def block(t: Tensor, q: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def block(t: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         # the rows of T, of q and of the mask for some of the queries
-        if q is not None:
-            rows = softmax_rows(scores_of(q, k, None) + t, mask)
-        elif normalise:
-            rows = softmax_rows(t, mask)
-        else:
-            rows = only(t, mask)
-        return rows @ v
+        return softmax_rows(scores_of(q, k, None) + t, mask) @ v
 
     def checked_init(generator: Generator, heads: int, count: int) -> Params:
         check_sizes(heads, count)
@@ -147,13 +159,7 @@ def from_matrix(
                 return mixed(left, mixed(right.mT, v))
             return kernels.mix_values(left, right, v, mask)  # type: ignore[arg-type]
         t = dense(params, v.dtype)
-        t = t if normalise else entries(t)
-        if mask is None or (same_for_all_queries(mask) and not normalise):
-            return mixed(t.softmax(-1) if normalise else t, v)
-        if mask.dim() <= 3:
-            # one mask for all samples: as large as T itself
-            return mixed(softmax_rows(t, mask) if normalise else only(t, mask), v)
-        return kernels.by_queries(block, [t, None], [None, v], mask)
+        return matrix_values(t if normalise else entries(t), v, mask, normalise is not None)
 
     def attend(
         params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
