@@ -6,6 +6,7 @@ for an operator has no say in what becomes of its output.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,14 @@ from kart.operators.contract import (
 from kart.operators.relative import check_geometry, lattice_of
 from kart.operators.resize import Lattice, interpolate
 from kart.operators.static import check_square, matrix_values
+
+
+def scored(each: int) -> dict[str, Callable[[int, int], int]]:
+    """The traits of cost of weights that take `each` operations a score."""
+    return {
+        "product_flops": lambda tokens, width: 2 * tokens**2 * width,
+        "activation_flops": lambda tokens, unit: each * tokens**2,
+    }
 
 
 def entmax_rows(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -68,7 +77,8 @@ def entmax() -> Operator:
     and Martins 2019, arXiv:1905.05702, algorithm 2).
     """
     made = from_rows("entmax", entmax_rows)
-    return made._replace(traits={**made.traits, "simplex": True, "shift_invariant": True})
+    traits = {**made.traits, **scored(8), "simplex": True, "shift_invariant": True}
+    return made._replace(traits=traits)
 
 
 @remember
@@ -102,8 +112,9 @@ def tempered() -> Operator:
             q, k, v = (wide(x) for x in silence(q, k, v, mask))
             return kernels.softmax_attention(q * factor(params, q), k, v, mask).to(dtype)
 
-    traits = {"learned": True, "length_free": True, "simplex": True, "shift_invariant": True}
-    traits |= {"softmax_base": True, "softmax_start": True}
+    traits: dict[str, Any] = {"learned": True, "length_free": True}
+    traits |= {"simplex": True, "shift_invariant": True}
+    traits |= {"softmax_base": True, "softmax_start": True, **scored(4)}
     return Operator("tempered", init, weights, attend, None, {"kind": "tempered"}, traits)
 
 
@@ -183,7 +194,9 @@ def gated(prefix: int = 1, rows: int | None = None, locality: float = 1.0) -> Op
         return {**params, "position": params["position"] * scale}
 
     options = {"kind": "gated", "prefix": prefix, "rows": rows, "locality": locality}
-    traits = {"learned": True, "length_free": False, "self_attention": True, "simplex": True}
+    traits: dict[str, Any] = {"learned": True, "length_free": False, "self_attention": True}
+    # two softmaxes, the quadratic in between, the mixture
+    traits |= {"simplex": True, **scored(3 + 3 + 3 + 2)}
     return Operator("gated", init, weights, attend, None, options, traits, resize)
 
 
@@ -288,6 +301,14 @@ def synthesizer(
     options = {"kind": "synthesizer", "width": width, "normalise": normalise, "base": base}
     traits: dict[str, Any] = {"learned": True, "length_free": False, "of_scores": False}
     traits |= {"width": width, "softmax_start": from_softmax}
+
+    def product_flops(tokens: int, width: int) -> int:
+        scores = tokens**2 * width if base else 0
+        return tokens * width**2 + 2 * tokens**2 * width + scores
+
+    each = 3 * (normalise is not None) + 4 * (base is not None)
+    traits["product_flops"] = product_flops
+    traits["activation_flops"] = lambda tokens, unit: each * tokens**2
     return Operator("synthesizer", init, weights, attend, None, options, traits, resize)
 
 

@@ -58,7 +58,11 @@ def linformer(rank: int = 16) -> Operator:
         lambda params: params["keys"].shape[-1],
         resize=resize,
         options={"rank": rank},
-        traits={"rank": rank},
+        traits={
+            "rank": rank,
+            "product_flops": lambda tokens, width: 4 * tokens * rank * width,
+            "activation_flops": lambda tokens, unit: 3 * tokens * rank,
+        },
     )
 
 
@@ -128,7 +132,14 @@ def performer(width: int = 64, features: int = 64) -> Operator:
         return out.to(dtype)
 
     options = {"kind": "performer", "width": width, "features": features}
-    traits = {"learned": True, "length_free": True, "of_scores": False, "width": width}
+    traits = {
+        "learned": True,
+        "length_free": True,
+        "of_scores": False,
+        "width": width,
+        "product_flops": lambda tokens, width: 4 * tokens * features * width,
+        "activation_flops": lambda tokens, unit: 3 * 2 * tokens * features,
+    }
     return Operator("performer", init, weights, attend, None, options, traits)
 
 
@@ -176,6 +187,13 @@ def cosformer() -> Operator:
             out = queries @ (keys.mT @ v) / total.clamp(min=FLOOR)
         return out.to(dtype)
 
-    traits = {"learned": False, "length_free": True, "of_scores": False}
+    traits = {
+        "learned": False,
+        "length_free": True,
+        "of_scores": False,
+        # features of 2 d; two operations for each
+        "product_flops": lambda tokens, width: 4 * tokens * width**2 + 8 * tokens * width,
+        "activation_flops": lambda tokens, unit: 0,
+    }
     options = {"kind": "cosformer"}
     return Operator("cosformer", no_parameters, weights, attend, None, options, traits)

@@ -64,8 +64,14 @@ def beside_relative(
     op = added(
         [relative(base="softmax", prefix=prefix, rows=rows), low_rank(basis, rank, mix="zero")]
     )
-    traits = {**op.traits, "softmax_start": True}
-    return op._replace(name="beside_relative", basis=basis, traits=traits)
+    traits = {
+        **op.traits,
+        "softmax_start": True,
+        "product_flops": lambda tokens, width: 2 * tokens**2 * width,
+        "activation_flops": lambda tokens, unit: tokens**2 * ((unit + 1) * rank + 5),
+    }
+    options = {"kind": "beside_relative", "rank": rank, "prefix": prefix, "rows": rows}
+    return op._replace(name="beside_relative", basis=basis, options=options, traits=traits)
 
 
 @remember
@@ -182,7 +188,14 @@ def by_offset(
         }
 
     options = {"kind": "by_offset", "base": base, "prefix": prefix, "rows": rows, "start": begin}
-    traits = {"learned": True, "length_free": False, "self_attention": True}
+    each = 4 if base else 0
+    traits = {
+        "learned": True,
+        "length_free": False,
+        "self_attention": True,
+        "product_flops": lambda tokens, width: 2 * tokens**2 * width,
+        "activation_flops": lambda tokens, unit: tokens**2 * (unit + 1 + each),
+    }
     if base:
         traits |= {"softmax_base": True, "softmax_start": begin == "zero"}
     return Operator("by_offset", init, weights, attend, basis, options, traits, resize)

@@ -103,6 +103,7 @@ def from_matrix(
     base: str | None = None,
     inside: bool = False,
     start: str = "scaled",
+    rank: int | None = None,
     resize: Callable[..., Params] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Operator:
@@ -117,6 +118,7 @@ def from_matrix(
         matrix: T of the parameters, `(H, N, M)` or its factors.
         tokens: the number of tokens that parameters are for.
         start: "zero" where the parameters of `init` make T = 0.
+        rank: of the factors, None for a matrix.
         resize: see `Operator`.
         options: recorded in the result.
     """
@@ -184,6 +186,16 @@ def from_matrix(
                 return kernels.softmax_attention(q, k, v, mask, 1.0).to(dtype)
             return kernels.by_queries(block, [t.to(q.dtype), q], [k, v], mask).to(dtype)
 
+    def product_flops(tokens: int, width: int) -> int:
+        low = rank is not None and signed and not normalise and not inside
+        dense = 2 if base or inside else 0 if low else 1
+        return dense * tokens**2 * width + (2 * tokens * rank * width if low and rank else 0)
+
+    def activation_flops(tokens: int, unit: int) -> int:
+        each = 2 * (not signed) + 3 * (normalise is not None) + 4 * (base is not None) + 4 * inside
+        built = rank is not None and (not signed or normalise is not None or inside)
+        return tokens**2 * (each + (rank if built and rank else 0))
+
     options = {
         "kind": name,
         **(options or {}),
@@ -194,6 +206,7 @@ def from_matrix(
         "start": start,
     }
     traits: dict[str, Any] = {"learned": True, "length_free": False, "self_attention": True}
+    traits |= {"product_flops": product_flops, "activation_flops": activation_flops}
     if inside or normalise and not base:
         traits["simplex"] = True
     if inside:
@@ -281,6 +294,7 @@ def static(
         base=base,
         inside=inside,
         start=begin,
+        rank=rank,
         resize=resize,
         options={"rank": rank},
     )
