@@ -443,6 +443,8 @@ def test_beside_relative(): ...
 def test_by_offset_is_a_unit_for_every_offset(family, base, shape):
     spec = f"{family}:order=by_offset,rows=1," + base
     op, params, q, k, v = drawn(spec.rstrip(","), 6)
+    basis = op.basis
+    assert basis is not None
     mask = None
     if shape is not None:
         mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.4
@@ -467,7 +469,7 @@ def test_by_offset_is_a_unit_for_every_offset(family, base, shape):
         }[n > 0, m > 0]
         unit = {leaf: x[:, at[0], at[1]] for leaf, x in params["units"][part].items()}
         t = params["table"][part][:, at[0], at[1]]
-        return t + op.basis.apply(unit, scores[..., n, m])
+        return t + basis.apply(unit, scores[..., n, m])
 
     def streamed(params, q, k, v):
         return op.attend(params, q, k, v, mask)
