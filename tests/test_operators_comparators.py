@@ -370,3 +370,51 @@ def test_heads_of_another_width_and_other_lengths_are_named():
     op, params, q, k, v = drawn("gated:rows=2")
     with pytest.raises(ValueError, match="got 5 queries and 7 keys"):
         op.attend(params, q[..., :5, :], k, v)
+
+
+# --- edges, of these and of the operators by position ---------------------------------------------
+
+EDGES = [*FORMULAS, "static", "static:rank=2,base=softmax", "static:normalise=softmax"]
+EDGES += [
+    "relative:rows=2,inside=true",
+    "softconv:rows=2",
+    "G2:order=by_offset,rows=2,base=softmax",
+]
+EDGES += ["G2:order=beside_relative,rows=2"]
+
+
+@pytest.mark.parametrize("spec", EDGES)
+@pytest.mark.parametrize("shape", [(N,), (2, 1, 1, N), (2, HEADS, N, N)])
+def test_what_masked_keys_hold_changes_no_value_and_no_gradient(spec, shape):
+    op, params, q, k, v = drawn(spec, 5)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4
+    mask = mask & (torch.arange(N) != 3)  # one key that nobody attends to
+    seen = mask.expand(2, HEADS, N, N).any(-2)[..., None]
+
+    def loss(params, q, k, v):
+        out = op.attend(params, q, k, v, mask)
+        return (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum()
+
+    wanted = grad(loss, (0, 1, 2, 3))(params, q, k, v)
+    k, v = (torch.where(seen, x, math.nan) for x in (k, v))
+    got = grad(loss, (0, 1, 2, 3))(params, q, k, v)
+    assert_close(got, wanted)
+    assert not bool(torch.where(seen, 0, got[2]).any()) and bool(
+        op.attend(params, q, k, v, mask).isfinite().all()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", EDGES)
+def test_half_inputs_are_computed_in_float32_and_rounded_once(spec, dtype):
+    op, params, *qkv = drawn(spec, 2)
+    params = tree.to(params, torch.float32)
+    q, k, v = (x.to(dtype) for x in qkv)
+    for mask in (None, torch.rand(2, 1, N, N) > 0.3):
+        wanted = op.attend(params, q.float(), k.float(), v.float(), mask)
+        got = op.attend(params, q, k, v, mask)
+        assert got.dtype == dtype
+        error = (got.float() - wanted).norm() / wanted.norm()
+        assert error < (1e-2 if dtype == torch.bfloat16 else 2e-3), float(error)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert_close(op.attend(params, q.float(), k.float(), v.float(), mask), wanted)
