@@ -372,6 +372,17 @@ def test_heads_of_another_width_and_other_lengths_are_named():
         op.attend(params, q[..., :5, :], k, v)
 
 
+@pytest.mark.parametrize("join", [operators.hybrid, operators.added])
+def test_heads_and_sums_are_of_scores_and_of_one_lattice_where_their_parts_are(join):
+    def traits(*specs):
+        made = join([operators.parse(spec).operator for spec in specs]).traits
+        return made["of_scores"], made["self_attention"], made["length_free"]
+
+    assert traits("softmax", "sigmoid") == (True, False, True)
+    assert traits("softmax", "softconv") == (True, True, False)
+    assert traits("performer", "softmax") == (False, False, True)
+
+
 # --- edges, of these and of the operators by position ---------------------------------------------
 
 EDGES = [*FORMULAS, "static", "static:rank=2,base=softmax", "static:normalise=softmax"]
