@@ -5,10 +5,11 @@ from kart.kernels.core import ENGINES, contract, engines
 from kart.kernels.family import keep
 from kart.kernels.plain import transforming
 from kart.kernels.softmax import softmax_attention
-from kart.kernels.stream import contract_units, contract_values, mix_values
+from kart.kernels.stream import by_queries, contract_units, contract_values, mix_values
 
 __all__ = [
     "ENGINES",
+    "by_queries",
     "contract",
     "contract_softmax",
     "contract_units",

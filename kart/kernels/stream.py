@@ -360,3 +360,35 @@ def mix_values(y: Tensor, mix: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         for row in zip(ys, [mix] * len(ys), [v] * len(ys), masks, strict=True)
     ]
     return torch.cat(parts, -2) if len(parts) > 1 else parts[0]
+
+
+def by_queries(
+    fn: Callable[..., Tensor],
+    rows: Sequence[Tensor | None],
+    whole: Sequence[Tensor | None],
+    mask: Tensor | None = None,
+    numbers: int = 1,
+) -> Tensor:
+    """`fn(*rows, *whole, mask)`, `(..., N, e)`, for a function of each query alone: a block of
+    queries at a time, recomputed in the backward.
+
+    Args:
+        fn: of the rows of some queries, of `whole`, and of the mask of these queries.
+        rows: tensors `(..., N, x)`, split along N; None stays None.
+        whole: tensors with a second last axis of keys M, which every block sees.
+        mask: boolean or None; split where its second last axis is N.
+        numbers: values that `fn` holds for a query and key.
+    """
+    split = [x for x in rows if x is not None]
+    count, keys = split[0].shape[-2], next(x for x in whole if x is not None).shape[-2]
+    leads = [x.shape[:-2] for x in (*rows, *whole, mask) if x is not None]
+    each = math.prod(torch.broadcast_shapes(*leads)) * keys * numbers
+    step = max(1, CHUNK // max(1, each))
+
+    def parts(x: Tensor | None, cut: bool) -> Sequence[Tensor | None]:
+        return x.split(step, -2) if x is not None and cut else [x] * -(-count // step)
+
+    masked = mask is not None and mask.dim() > 1 and mask.shape[-2] == count
+    columns = [*(parts(x, True) for x in rows), *(parts(x, False) for x in whole)]
+    blocks = [_recompute(fn, *row) for row in zip(*columns, parts(mask, masked), strict=True)]
+    return torch.cat(blocks, -2) if len(blocks) > 1 else blocks[0]

@@ -32,7 +32,11 @@ class Operator(NamedTuple):
     holds. `basis` is the family of the learnable units, None where there is none.
 
     `options` are the hyperparameters. `traits` are what `kart.testing` and other rooms may rely on:
-    "learned" (has parameters) and "length_free" (the parameters fit any number of keys).
+    "learned" (has parameters) and "length_free" (the parameters fit any number of keys); further
+    "self_attention" (queries are the tokens of the keys), "of_scores" (False where `weights` is an
+    error, as scores do not determine them), and `product_flops(tokens, width)` and
+    `activation_flops(tokens, unit)`, what a head multiplies with q, k and v, and does from scores
+    to weights if a unit costs `unit` a score, for those whose cost `kart.analysis.cost` is to know.
     `resize(params, old, new)` moves parameters to another lattice of keys (see
     `kart.operators.resize`), None where there is nothing to move. `call` is the call that made the
     tuple, by which it pickles.
