@@ -199,7 +199,8 @@ def _misfit(value: Any, shape: Any, name: str) -> str:
     if isinstance(shape, list):
         if not isinstance(value, list):
             return f"{name} is no list"
-        return next(filter(None, (_misfit(one, shape[0], f"an item of {name}") for one in value)), "")
+        told = (_misfit(one, shape[0], f"an item of {name}") for one in value)
+        return next(filter(None, told), "")
     return "" if fits(value, shape) else f"{name} is {value!r:.60}"
 
 
