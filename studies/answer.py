@@ -22,6 +22,7 @@ import itertools
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -245,10 +246,11 @@ class Trend(NamedTuple):
     runs: int
 
 
-def trends(records: Sequence[Mapping[str, Any]]) -> dict[str, Trend]:
+def trends(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Trend], list[str]]:
     """A mixed model of the gains over softmax of all runs: for each arm an intercept at the centre
     and a slope for each factor in doublings, with a random effect for each (cell, seed), whose
-    softmax run all arms share (statsmodels' MixedLM, by restricted maximum likelihood).
+    softmax run all arms share (statsmodels' MixedLM, by restricted maximum likelihood). Arms in
+    fewer than three cells are left out. Also returns what the fit warned of.
     """
     import numpy as np
     from statsmodels.regression.mixed_linear_model import MixedLM
@@ -263,22 +265,25 @@ def trends(records: Sequence[Mapping[str, Any]]) -> dict[str, Trend]:
         doublings = [float(np.log2(fields[f] / getattr(CENTRE, f))) for f in TRENDS]
         for seed in sorted(set(own) & set(base)):
             rows.append((arm, f"{cell}/{seed}", 100 * (own[seed] - base[seed]), doublings))
-    arms = [arm for arm in ARMS if sum(row[0] == arm for row in rows) > 2 * (1 + len(TRENDS))]
+    cells = {arm: {row[1].partition("/")[0] for row in rows if row[0] == arm} for arm in ARMS}
+    arms = [arm for arm in ARMS if len(cells[arm]) > 2]
     rows = [row for row in rows if row[0] in arms]
     if not rows:
-        return {}
+        return {}, []
     width = 1 + len(TRENDS)
     design = np.zeros((len(rows), width * len(arms)))
     for i, (arm, _, _, doublings) in enumerate(rows):
         at = width * arms.index(arm)
         design[i, at : at + width] = [1.0, *doublings]
     kept = [j for j in range(design.shape[1]) if design[:, j].any()]
-    fit = MixedLM(
-        np.array([row[2] for row in rows]), design[:, kept], groups=[row[1] for row in rows]
-    ).fit(reml=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit = MixedLM(
+            np.array([row[2] for row in rows]), design[:, kept], groups=[row[1] for row in rows]
+        ).fit(reml=True)
     bounds = fit.conf_int(0.05)
     found = {j: (float(fit.fe_params[i]), *map(float, bounds[i])) for i, j in enumerate(kept)}
-    return {
+    lines = {
         arm: Trend(
             found[width * a],
             {
@@ -290,6 +295,7 @@ def trends(records: Sequence[Mapping[str, Any]]) -> dict[str, Trend]:
         )
         for a, arm in enumerate(arms)
     }
+    return lines, sorted({str(one.message) for one in told})
 
 
 def execute(unit: Unit, source: str) -> dict[str, Any]:
@@ -435,7 +441,7 @@ def report(out: Path) -> list[str]:
         for part, pair in PARTS.items()
     ]
     share = [shown(score_share(scores, cell), 1.0) for cell in cells]
-    fitted = trends(records)
+    fitted, told = trends(records)
     trend_rows = [
         [
             arm,
@@ -490,6 +496,7 @@ def report(out: Path) -> list[str]:
         pages.Section(
             [
                 pages.text(trends.__doc__ or ""),
+                *(pages.warning(f"The fit says: {one}") for one in told),
                 pages.table(
                     [
                         "arm",
