@@ -81,10 +81,20 @@ def stacked(configs: Sequence[Config], splits: Splits, model: Model | None = Non
     )
 
 
-def run(configs: Sequence[Config], splits: Splits, model: Model | None = None) -> Run:
+def run(
+    configs: Sequence[Config],
+    splits: Splits,
+    model: Model | None = None,
+    ranks: train.Ranks = train.ALONE,
+) -> Run:
     """The run of `configs`: plain for one of them, stacked for more."""
     if len(configs) == 1:
-        return train.solo(configs[0], splits, model)
+        return train.solo(configs[0], splits, model, ranks)
+    if ranks.size > 1:
+        raise ValueError(
+            f"`run` needs one member with {ranks.size} processes, got {len(configs)}. Train the "
+            "seeds one by one, with --group 1."
+        )
     return stacked(configs, splits, model)
 
 

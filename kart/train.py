@@ -8,6 +8,7 @@ of (seed, t). So a run is determined by its config, and resuming needs the state
 """
 
 import dataclasses
+import fnmatch
 import functools
 import hashlib
 import json
@@ -58,6 +59,8 @@ class Config:
     depth: int | None = None
     num_heads: int | None = None
     mlp_ratio: float | None = None
+    start: str | None = None  # a run, or a file of weights, to begin with: see kart.transfer
+    freeze: tuple[str, ...] = ()  # patterns of the paths of parameters that are not trained
     # optimisation
     epochs: int = 20
     batch_size: int = 64
@@ -76,6 +79,7 @@ class Config:
     # execution
     batching: str = "native"  # or "vmap": a per-example loss mapped by torch.func.vmap
     step: str = "eager"  # or "compiled": the whole step as one graph of torch.compile
+    accumulate: int = 1  # parts of a batch that go through the model one after another
     precision: str = "float32"  # or "bfloat16", with float32 parameters, scores and loss
     device: str = "cpu"
     threads: int | None = None
@@ -87,7 +91,7 @@ class Config:
                     f"`Config` needs `{name}` {what}, got {getattr(self, name)!r}. Change it."
                 )
 
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "accumulate"):
             value = getattr(self, name)
             need(isinstance(value, int) and value >= 1, name, "an integer >= 1")
         for name in ("start_learning_rate", "end_learning_rate", "warmup_epochs", "weight_decay"):
@@ -96,6 +100,10 @@ class Config:
             need(getattr(self, name) > 0, name, "> 0")
         rate = self.learning_rate
         need(rate is None or 0 <= rate < math.inf, "learning_rate", ">= 0, or None")
+        peak = self.peak_learning_rate
+        for name in ("start_learning_rate", "end_learning_rate"):
+            need(getattr(self, name) <= peak, name, f"at most the peak, {peak:g}")
+        need(self.warmup_epochs <= self.epochs, "warmup_epochs", f"<= epochs, {self.epochs}")
         need(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
         need(0 <= self.ema < 1, "ema", "in [0, 1)")
         need(0 < self.eval_crop <= 1, "eval_crop", "in (0, 1]")
@@ -112,6 +120,14 @@ class Config:
         need(isinstance(self.seed, int) and self.seed >= 0, "seed", "an integer >= 0")
         kept = self.trajectory
         need(isinstance(kept, int) and (kept == 0 or kept >= 3), "trajectory", "0, or 3 and more")
+        parts = self.accumulate
+        need(self.batch_size % parts == 0, "accumulate", f"to divide the batch, {self.batch_size}")
+        need(isinstance(self.freeze, tuple) and all(self.freeze), "freeze", "a tuple of patterns")
+        if self.train_limit is not None:
+            limit = self.train_limit
+            need(self.batch_size <= limit, "batch_size", f"at most the {limit} training images")
+            steps = self.epochs * (limit // self.batch_size)
+            need(kept <= steps + 1, "trajectory", f"at most one a step, {steps + 1} with the start")
 
     def asdict(self) -> dict[str, Any]:
         """The config as JSON has it."""
@@ -127,8 +143,9 @@ class Config:
                 "The run was written by another version of kart."
             )
         values: dict[str, Any] = dict(fields)
-        if isinstance(values.get("operator"), list):  # JSON has no tuples
-            values["operator"] = tuple(values["operator"])
+        for name in ("operator", "freeze"):
+            if isinstance(values.get(name), list):  # JSON has no tuples
+                values[name] = tuple(values[name])
         return cls(**values)
 
     @property
@@ -162,8 +179,14 @@ def load_data(config: Config, **options: Any) -> Splits:
 
 
 def default_patch_size(image_size: int) -> int:
-    """16 for images of 128 px and more, as in the paper, and an 8 x 8 grid of patches below."""
-    return 16 if image_size >= 128 else max(1, image_size // 8)
+    """The largest side that divides the image's and is at most 16, the paper's, from 128 px on;
+    leaves a grid of 8 x 8 or more from 32 px on, of 4 x 4 or more below.
+
+    >>> [default_patch_size(size) for size in (8, 28, 32, 64, 224)]
+    [2, 7, 4, 8, 16]
+    """
+    most = 16 if image_size >= 128 else image_size // (8 if image_size >= 32 else 4)
+    return max(side for side in range(1, max(1, most) + 1) if image_size % side == 0)
 
 
 MODEL_FIELDS = (
@@ -296,19 +319,111 @@ def value_and_gradients(
     return run
 
 
-def program(config: Config, model: Model, steps_per_epoch: int) -> Program:
-    """The pure functions that train `model` by `config`; both work under `vmap`."""
+def frozen(config: Config, params: Params) -> set[str]:
+    """The dotted paths of `params` that `config.freeze` names; a `*` stands for any characters.
+
+    Raises ValueError for a pattern that names none, and for patterns that leave none to train.
+    """
+    names = list(tree.named(params))
+    held: set[str] = set()
+    for pattern in config.freeze:
+        found = fnmatch.filter(names, pattern) + fnmatch.filter(names, f"{pattern}.*")
+        if not found:
+            some = sorted({name.rpartition(".")[0] for name in names})[:4]
+            raise ValueError(
+                f"`freeze` needs patterns of parameters, got {pattern!r}, which matches none of "
+                f"{', '.join(some)}, ... Name one, or some with *."
+            )
+        held.update(found)
+    if len(held) == len(names):
+        raise ValueError(
+            f"`freeze` needs parameters left to train, got {', '.join(config.freeze)}, which "
+            "matches all of them. Leave one out."
+        )
+    return held
+
+
+Differentiate = Callable[[Params, Tensor, Tensor], tuple[Params, Tensor]]
+
+
+def trained_alone(
+    config: Config, loss: Callable[[Params, Tensor, Tensor], Tensor], differentiate: Any
+) -> Differentiate:
+    """`(gradients, value)` of `loss` where some parameters are frozen: gradients of zeros there."""
+
+    def run(params: Params, images: Tensor, targets: Tensor) -> tuple[Params, Tensor]:
+        held = frozen(config, params)
+        free = [name for name in tree.named(params) if name not in held]
+
+        def of_free(own: Params, images: Tensor, targets: Tensor) -> Tensor:
+            named = tree.named(own)
+            merged = tree.map_named(lambda name, leaf: named.get(name, leaf), params)
+            return loss(merged, images, targets)
+
+        grads, value = differentiate(of_free)(tree.restrict(params, free), images, targets)
+        named = tree.named(grads)
+        zeros = torch.zeros_like
+        return tree.map_named(lambda n, x: named[n] if n in named else zeros(x), params), value
+
+    return run
+
+
+def accumulated(parts: int, differentiate: Differentiate) -> Differentiate:
+    """`(gradients, value)` of a batch from `parts` equal parts of it, one after another.
+
+    The means over the batch, up to rounding, for any loss that is a mean over examples; one part's
+    activations at a time.
+    """
+    if parts == 1:
+        return differentiate
+
+    def run(params: Params, images: Tensor, targets: Tensor) -> tuple[Params, Tensor]:
+        pieces = zip(images.chunk(parts), targets.chunk(parts), strict=True)
+        total = differentiate(params, *next(pieces))
+        for piece in pieces:
+            total = tree.map(torch.add, total, differentiate(params, *piece))
+        return tree.map(lambda x: x / parts, total)
+
+    return run
+
+
+class Ranks(NamedTuple):
+    """The processes that train one run together, of which this is one: see `kart.distributed`.
+
+    `total(tree)` is the sum of their trees, `share(tree)` the tree of rank 0.
+    """
+
+    rank: int = 0
+    size: int = 1
+    total: Callable[[Any], Any] = lambda tree: tree
+    share: Callable[[Any], Any] = lambda tree: tree
+
+
+ALONE = Ranks()
+
+
+def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = ALONE) -> Program:
+    """The pure functions that train `model` by `config`; both work under `vmap`, by one rank."""
     loss = batch_loss(model, config.batching)
     schedule = functools.partial(_schedule, config, steps_per_epoch)
     average = optim.ema(config.ema, warmup=config.ema_warmup)
     dtype = getattr(torch, config.precision)
     # a mapped loss is mapped and differentiated by torch.func throughout
     differentiate = value_and_gradients if config.batching == "native" else grad_and_value
-    differentiated = differentiate(loss)
+    one = trained_alone(config, loss, differentiate) if config.freeze else differentiate(loss)
+    differentiated = accumulated(config.accumulate, one)
     clip = optim.clip_by_global_norm(config.max_norm)
 
-    def adamw(hyper: Hyper) -> optim.Transformation:
-        return optim.adamw(schedule(hyper.learning_rate), hyper.weight_decay, eps=config.adam_eps)
+    def adamw(hyper: Hyper, params: Params) -> optim.Transformation:
+        # of a frozen parameter the gradient is zero and so is its step, without decay
+        held = frozen(config, params) if config.freeze else set()
+        decays = optim.decay_mask()
+        return optim.adamw(
+            schedule(hyper.learning_rate),
+            hyper.weight_decay,
+            eps=config.adam_eps,
+            mask=lambda name, leaf: name not in held and decays(name, leaf),
+        )
 
     def init(generator: torch.Generator) -> State:
         params = tree.to(model.init(generator), config.device)
@@ -316,7 +431,7 @@ def program(config: Config, model: Model, steps_per_epoch: int) -> Program:
         hyper = Hyper(torch.tensor(config.peak_learning_rate), torch.tensor(config.weight_decay))
         return State(
             params,
-            optim.chain(clip, adamw(hyper)).init(params),
+            optim.chain(clip, adamw(hyper, params)).init(params),
             average.init(params) if config.ema else {},
             zero,
             zero - 1,
@@ -328,12 +443,15 @@ def program(config: Config, model: Model, steps_per_epoch: int) -> Program:
         return targets * (1 - eps) + eps / targets.shape[-1] if eps else targets
 
     def gradients(state: State, images: Tensor, targets: Tensor) -> tuple[Params, Tensor]:
-        return differentiated(state.params, images.to(dtype), smooth(targets))
+        found = differentiated(state.params, images.to(dtype), smooth(targets))
+        if ranks.size == 1:
+            return found
+        return tree.map(lambda x: x / ranks.size, ranks.total(found))
 
     def step(state: State, hyper: Hyper, images: Tensor, targets: Tensor) -> tuple[State, Metrics]:
         grads, value = gradients(state, images, targets)
         norm = tree.norm(grads)
-        optimizer = optim.chain(clip, adamw(hyper))
+        optimizer = optim.chain(clip, adamw(hyper, state.params))
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         params = optim.apply_updates(state.params, updates)
         mean = average.update(state.average, params) if config.ema else state.average
@@ -361,7 +479,8 @@ def program(config: Config, model: Model, steps_per_epoch: int) -> Program:
         norm = tree.norm(grads)
         fine = value.isfinite() & norm.isfinite() & (state.bad_step < 0)
         grads, clip_state = optim.clip_in_place(config.max_norm, grads)
-        after = optim.apply_in_place(adamw(hyper), grads, state.optimizer[1], state.params, fine)
+        optimizer = adamw(hyper, state.params)
+        after = optim.apply_in_place(optimizer, grads, state.optimizer[1], state.params, fine)
         del grads
         clip_state = tree.map(lambda a, b: torch.where(fine, a, b), clip_state, state.optimizer[0])
         mean = state.average
@@ -391,9 +510,12 @@ class Batches(NamedTuple):
     at: Callable[[int, int], tuple[Tensor, Tensor]]
 
 
-def batches(config: Config, dataset: Dataset) -> Batches:
+def batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> Batches:
     """`at(seed, step)` gives images `(B, C, height, width)`, normalised, and targets `(B,
-    classes)`.
+    classes)`; with several ranks, the part of them that is this one's.
+
+    Each rank augments the whole batch, as mixup needs it, and then takes its part: together they
+    see what one process sees, to the bit.
     """
     count = len(dataset.labels)
     if count < config.batch_size:
@@ -401,6 +523,13 @@ def batches(config: Config, dataset: Dataset) -> Batches:
             f"`batch_size` needs to be at most the {count} training images, got "
             f"{config.batch_size}. Lower it."
         )
+    share, rest = divmod(config.batch_size, ranks.size)
+    if rest or share % config.accumulate:
+        raise ValueError(
+            f"`batch_size` needs to be a multiple of the processes times `accumulate`, "
+            f"{ranks.size} x {config.accumulate}, got {config.batch_size}. Change one of them."
+        )
+    own = slice(ranks.rank * share, (ranks.rank + 1) * share)
     steps_per_epoch = count // config.batch_size
     pipeline = augment.pipeline(config.augment)
     classes, size = len(dataset.classes), config.image_size or dataset.images.shape[-1]
@@ -415,7 +544,7 @@ def batches(config: Config, dataset: Dataset) -> Batches:
         images = data.as_float(pixels.to(config.device))
         generator = data.generator_for("augment", seed, step)
         images, targets = pipeline(generator, images, labels.to(config.device), classes, size)
-        return data.normalise(images, dataset.mean, dataset.std), targets
+        return data.normalise(images[own], dataset.mean, dataset.std), targets[own]
 
     return Batches(steps_per_epoch, at)
 
@@ -435,17 +564,21 @@ def evaluate(
     dataset: Dataset,
     config: Config,
     batch_size: int = 256,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """Top-1, top-5 (fractions) and mean loss (nats) of `apply(params, images)` over a split.
 
     Logits may lead with a population axis, `(K, B, C)`; the results then are `(K,)`. Top-5 counts
-    the best five classes, or all where there are fewer.
+    the best five classes, or all where there are fewer. Ranks take the batches in turn.
     """
     totals: dict[str, Tensor] = {}
     count = len(dataset.labels)
     dtype = getattr(torch, config.precision)
     with torch.no_grad():
-        for start in range(0, count, batch_size):
+        starts = list(range(0, count, batch_size))
+        mine = starts[ranks.rank :: ranks.size]
+        # a rank that no batch is left for has zeros of the same shapes to add
+        for start in mine or starts[:1]:
             chosen = torch.arange(start, min(start + batch_size, count))
             pixels, labels = data.take(dataset, chosen)
             images = prepare(data.as_float(pixels.to(config.device)), dataset, config)
@@ -460,7 +593,8 @@ def evaluate(
                 "loss": losses.double().sum(-1),
             }
             for name, value in sums.items():
-                totals[name] = totals.get(name, 0) + value
+                totals[name] = totals.get(name, 0) + value * bool(mine)
+        totals = ranks.total(totals)
     return {name: value / count for name, value in totals.items()}
 
 
@@ -509,13 +643,19 @@ class Run(NamedTuple):
     evaluate: Callable[[Params], dict[str, Tensor]]
     diagnose: Callable[[State, int], Diverged]
     steps_per_epoch: int
+    ranks: Ranks = ALONE
 
 
-def solo(config: Config, splits: Splits, model: Model | None = None) -> Run:
-    """The run of one config."""
+def solo(config: Config, splits: Splits, model: Model | None = None, ranks: Ranks = ALONE) -> Run:
+    """The run of one config, or with several ranks this one's part in it."""
+    if ranks.size > 1 and config.step != "eager":
+        raise ValueError(
+            f'`solo` needs step="eager" with {ranks.size} processes, got {config.step!r}: the '
+            "gradients leave the step to be averaged. Leave it out."
+        )
     model = model or build(config, splits.train)
-    source = batches(config, splits.train)
-    functions = program(config, model, source.steps_per_epoch)
+    source = batches(config, splits.train, ranks)
+    functions = program(config, model, source.steps_per_epoch, ranks)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         return source.at(config.seed, step)
@@ -531,9 +671,10 @@ def solo(config: Config, splits: Splits, model: Model | None = None) -> Run:
         whole(config, functions.step),
         functions.advance if config.step == "eager" else whole(config, functions.step),
         batch,
-        lambda params: evaluate(model.apply, params, splits.val, config),
+        lambda params: evaluate(model.apply, params, splits.val, config, ranks=ranks),
         lambda state, member: diagnose(functions, state, *batch(int(state.bad_step))),
         source.steps_per_epoch,
+        ranks,
     )
 
 
