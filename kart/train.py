@@ -102,7 +102,8 @@ class Config:
         need(rate is None or 0 <= rate < math.inf, "learning_rate", ">= 0, or None")
         peak = self.peak_learning_rate
         for name in ("start_learning_rate", "end_learning_rate"):
-            need(getattr(self, name) <= peak, name, f"at most the peak, {peak:g}")
+            used = name != "start_learning_rate" or self.warmup_epochs > 0
+            need(getattr(self, name) <= peak or not used, name, f"at most the peak, {peak:g}")
         need(self.warmup_epochs <= self.epochs, "warmup_epochs", f"<= epochs, {self.epochs}")
         need(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
         need(0 <= self.ema < 1, "ema", "in [0, 1)")
@@ -126,8 +127,6 @@ class Config:
         if self.train_limit is not None:
             limit = self.train_limit
             need(self.batch_size <= limit, "batch_size", f"at most the {limit} training images")
-            steps = self.epochs * (limit // self.batch_size)
-            need(kept <= steps + 1, "trajectory", f"at most one a step, {steps + 1} with the start")
 
     def asdict(self) -> dict[str, Any]:
         """The config as JSON has it."""

@@ -43,8 +43,8 @@ def test_without_warm_up_the_average_is_the_plain_recursion():
 
 
 def test_what_is_given_stands_over_the_recipe_and_is_named():
-    config = recipes.config("small", epochs=3, operator="G3U")
-    assert recipes.overridden(config) == {"epochs": 3} and config.recipe == "small"
+    config = recipes.config("small", epochs=30, operator="G3U")
+    assert recipes.overridden(config) == {"epochs": 30} and config.recipe == "small"
     assert recipes.overridden(Config()) == {}
     assert Config.fromdict(config.asdict()) == config
 
@@ -61,7 +61,7 @@ def test_bad_recipes_and_fields_name_themselves():
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_every_recipe_trains(name):
     config = recipes.config(
-        name, epochs=1, batch_size=8, train_limit=16, image_size=16, patch_size=8, threads=1,
+        name, epochs=1, warmup_epochs=0.5, batch_size=8, learning_rate=1e-3, train_limit=16, image_size=16, patch_size=8, threads=1,
         operator="G2B", embed_dim=8, depth=1, num_heads=2,
     )  # fmt: skip
     splits = train.load_data(config)

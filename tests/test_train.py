@@ -39,6 +39,9 @@ def splits():
 
 
 def change(**fields):
+    # a fixed operator and one of full rank have no rank to choose
+    if str(fields.get("operator")) in ("softmax", "G2B:order=full_rank"):
+        fields.setdefault("rank", None)
     return dataclasses.replace(TINY, **fields)
 
 
@@ -454,7 +457,10 @@ def test_configs_survive_json_and_their_hash_names_them():
     assert again == config and again.hash == config.hash and TINY.hash != config.hash
     with pytest.raises(ValueError, match="fields among"):
         Config.fromdict({"epoch": 3})
-    assert change(learning_rate=None).peak_learning_rate == 5e-4 * 8 / 512
+    paper = change(learning_rate=None, end_learning_rate=1e-6)
+    assert paper.peak_learning_rate == 5e-4 * 8 / 512
+    frozen = change(freeze=("blocks.*", "cls_token"))
+    assert Config.fromdict(json.loads(json.dumps(frozen.asdict()))) == frozen
 
 
 @pytest.mark.parametrize(
@@ -471,6 +477,13 @@ def test_configs_survive_json_and_their_hash_names_them():
         {"precision": "float8"},
         {"threads": 0},
         {"seed": -1},
+        {"accumulate": 0},
+        {"accumulate": 3},
+        {"freeze": ("",)},
+        {"end_learning_rate": 2e-3},
+        {"start_learning_rate": 2e-3},
+        {"warmup_epochs": 3.5},
+        {"batch_size": 25},
     ],
 )
 def test_bad_hyperparameters_name_themselves(field):
@@ -480,7 +493,7 @@ def test_bad_hyperparameters_name_themselves(field):
 
 def test_a_batch_larger_than_the_data_is_refused(splits):
     with pytest.raises(ValueError, match="24 training images, got 25"):
-        train.solo(change(batch_size=25), splits)
+        train.solo(change(batch_size=25, train_limit=None), splits)
 
 
 def test_batches_are_a_pure_function_of_seed_and_step(splits):
@@ -498,5 +511,91 @@ def test_batches_are_a_pure_function_of_seed_and_step(splits):
     assert torch.equal(seen, wanted)  # one epoch sees every image once
 
 
-def test_the_default_patch_gives_the_papers_grid():
-    assert [train.default_patch_size(size) for size in (8, 28, 32, 64, 224)] == [1, 3, 4, 8, 16]
+@pytest.mark.parametrize("size", [*range(1, 70), 96, 127, 128, 144, 224, 256, 384])
+def test_the_default_patch_divides_and_leaves_a_grid(size):
+    patch = train.default_patch_size(size)
+    grid, rest = divmod(size, patch)
+    assert rest == 0
+    assert patch <= 16 if size >= 128 else grid >= min(size, 8 if size >= 32 else 4)
+    larger = [side for side in range(patch + 1, size + 1) if size % side == 0]
+    for side in larger:  # none of them would do
+        assert side > 16 if size >= 128 else size // side < (8 if size >= 32 else 4)
+
+
+def test_the_default_patch_of_common_sizes():
+    sizes = {8: 2, 28: 7, 32: 4, 64: 8, 96: 12, 128: 16, 224: 16, 384: 16}
+    assert {size: train.default_patch_size(size) for size in sizes} == sizes
+
+
+# parts of a batch, frozen parameters
+
+
+@pytest.mark.parametrize("max_norm", [1e9, 0.05])
+@pytest.mark.parametrize("batching", ["native", "vmap"])
+def test_accumulating_is_the_large_batch(batching, max_norm, splits):
+    config = change(batching=batching, max_norm=max_norm, label_smoothing=0.1)
+    model, (images, targets) = (
+        train.build(config, splits.train),
+        train.solo(config, splits).batch(0),
+    )
+    ends = []
+    for parts in (1, 2, 4, 8):
+        program = train.program(dataclasses.replace(config, accumulate=parts), model, 3)
+        state = program.init(torch.Generator().manual_seed(0))
+        state = tree.map(lambda x: x.double() if x.is_floating_point() else x, state)
+        hyper = train.Hyper(torch.tensor(1e-3), torch.tensor(0.05))
+        grads, value = train.accumulated(
+            parts, train.value_and_gradients(train.batch_loss(model, batching))
+        )(state.params, images.double(), targets.double())
+        ends.append((grads, value))
+        state, metrics = program.step(state, hyper, images, targets)
+        assert (metrics.grad_norm > max_norm) == (max_norm < 1)
+        ends[-1] += (state.params, metrics)
+    for other in ends[1:]:
+        tree.map(lambda a, b: assert_close(a, b, rtol=1e-9, atol=1e-12), ends[0][:2], other[:2])
+        # inside a step images are float32
+        tree.map(lambda a, b: assert_close(a, b, rtol=1e-4, atol=1e-6), ends[0][2:], other[2:])
+
+
+def test_accumulating_works_under_a_population(splits):
+    configs = population.seeds(change(accumulate=4), [0, 1])
+    run = population.stacked(configs, splits)
+    state, metrics = run.step(run.init(), run.hyper, *run.batch(0))
+    for i, config in enumerate(configs):
+        alone = train.solo(dataclasses.replace(config, accumulate=1), splits)
+        own, value = alone.step(alone.init(), alone.hyper, *alone.batch(0))
+        assert_close(metrics.loss[i], value.loss, rtol=1e-5, atol=1e-6)
+        assert_close(metrics.grad_norm[i], value.grad_norm, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("batching", ["native", "vmap"])
+def test_frozen_parameters_stay_and_the_others_train_as_without(batching, splits):
+    config = change(freeze=("blocks.0", "*.qkv.*", "pos_embed"), batching=batching, ema=0.9)
+    run = train.solo(config, splits)
+    start = run.init()
+    held = train.frozen(config, start.params)
+    assert {"pos_embed", "blocks.0.mlp.fc1.weight", "blocks.1.attn.qkv.weight"} <= held
+    assert not {"head.weight", "blocks.1.mlp.fc1.weight", "blocks.1.operator.mix"} & held
+    donated = list(train.loop(run, tree.map(torch.clone, start), donate=True))
+    plain = list(train.loop(run, start))
+    same(plain[-1][0], donated[-1][0])
+    before, after = tree.named(start.params), tree.named(plain[-1][0].params)
+    for name in before:
+        assert torch.equal(before[name], after[name]) == (name in held), name
+    # the first gradients of the others are those of the whole
+    grads, _ = train.program(config, train.build(config, splits.train), 3).gradients(
+        start, *run.batch(0)
+    )
+    whole = change(batching=batching)
+    wanted, _ = train.program(whole, train.build(whole, splits.train), 3).gradients(
+        start, *run.batch(0)
+    )
+    wanted = tree.map_named(lambda n, g: torch.zeros_like(g) if n in held else g, wanted)
+    tree.map(assert_close, grads, wanted)
+
+
+def test_patterns_that_freeze_nothing_or_all_are_refused(splits):
+    with pytest.raises(ValueError, match="'bloks', which matches none of"):
+        train.solo(change(freeze=("bloks",)), splits).init()
+    with pytest.raises(ValueError, match="matches all of them"):
+        train.solo(change(freeze=("*",)), splits).init()
