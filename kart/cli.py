@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kart import train
+from kart import distributed, train
 from kart.commands import COMMANDS
 from kart.commands.command import Parser, add
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nkart: stopped; the same command goes on where it stopped", file=sys.stderr)
         return 130
-    except train.Diverged as error:
+    except (train.Diverged, distributed.Lost) as error:
         print(f"kart: {error}", file=sys.stderr)
         return 1
     except Exception as error:

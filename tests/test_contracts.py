@@ -18,7 +18,7 @@ HOUSE = [
     {"testing", "search"},
     {"runs"},
     {"analysis"},
-    {"export", "population", "recipes"},
+    {"export", "population", "recipes", "distributed"},
     {"train"},
     {"models"},
     {"operators", "optim", "checkpoint"},

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kart import population, runs, tables, train, tree
+from kart import distributed, population, runs, tables, train, tree
 from kart.analysis import cost
 from kart.commands.command import Command, integer
 from kart.commands.config import OPERATORS_HELP, add_config_flags, check_device, configs_of
@@ -44,6 +44,11 @@ def _run(args: argparse.Namespace) -> int:
     if args.threads is None:
         args.threads = torch.get_num_threads()
     check_device(args.device)
+    with distributed.joined(args.device) as ranks:
+        return _run_on(ranks, args)
+
+
+def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
     named = configs_of(args)
     seeds = [config.seed for config in population.seeds(named[0], args.seeds)]
     splits = train.load_data(named[0])
@@ -51,21 +56,36 @@ def _run(args: argparse.Namespace) -> int:
     homes = runs.homes(named, out)
     # nothing is written before all of it is known to be in order
     for config, home in zip(named, homes, strict=True):
-        _check(config, splits)
+        _check(config, splits, ranks)
         for _, directory in runs.parts(population.seeds(config, seeds), 1, home):
             runs.check_place(directory)
     if args.group != "auto" and len(seeds) == 1:
         raise ValueError("`--group` needs several seeds, got one. Leave it out.")
+    if ranks.size > 1:
+        if args.group not in ("auto", 1):
+            raise ValueError(
+                f"`--group` needs to be 1 with {ranks.size} processes, got {args.group}: a "
+                "population is one process. Leave it out."
+            )
+        args.group = 1
+        described = [runs.describe([config], splits)["run"] for config in named]
+        distributed.check_same(ranks, "data and configuration", " ".join(described))
     results: list[tuple[str, int, list[Record]]] = []
     for config, home in zip(named, homes, strict=True):
         configs = population.seeds(config, seeds)
+        if ranks.rank:
+            for one in configs:
+                distributed.follow(ranks, one, splits)
+            continue
         size = runs.group_size(home) or _group_size(configs, splits, args.group)
         parts = runs.parts(configs, size, home)
         last: list[Record] = []
         for part, directory in parts:
-            last += _train(part, splits, directory, args.quiet)
+            last += _train(part, splits, directory, args.quiet, ranks)
         parameters = tree.size(runs.load_weights(parts[0][1])[0])
         results.append((str(config.operator), parameters, last))
+    if ranks.rank:
+        return 0
     rows = [
         [
             operator,
@@ -83,7 +103,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check(config: Config, splits: train.Splits) -> None:
+def _check(config: Config, splits: train.Splits, ranks: train.Ranks) -> None:
     """Raises ValueError for what would stop `config` later: a bad operator, too large a batch."""
     model = train.build(config, splits.train)
     # weights, gradients and AdamW's two moments
@@ -94,7 +114,7 @@ def _check(config: Config, splits: train.Splits) -> None:
             f"`kart train` needs parameters that fit the {memory / 2**30:.0f} GiB of memory, got "
             f"{needed / 2**30:,.0f} GiB of them with their moments. Choose a smaller model."
         )
-    steps = config.epochs * train.batches(config, splits.train).steps_per_epoch
+    steps = config.epochs * train.batches(config, splits.train, ranks).steps_per_epoch
     if steps > MOST_STEPS:
         raise ValueError(
             f"`--epochs` needs at most {MOST_STEPS:,} steps together, got {steps:,}: even at 1 ms "
@@ -122,7 +142,11 @@ def _group_size(configs: Sequence[Config], splits: train.Splits, asked: int | st
 
 
 def _train(
-    configs: list[Config], splits: train.Splits, directory: Path, quiet: bool
+    configs: list[Config],
+    splits: train.Splits,
+    directory: Path,
+    quiet: bool,
+    ranks: train.Ranks,
 ) -> list[Record]:
     seeds = ",".join(str(config.seed) for config in configs)
     label = f"{configs[0].operator} seed {seeds}"
@@ -142,7 +166,7 @@ def _train(
                     tell = f"{label}: about {left / 86_400:,.0f} days for {total:,} steps"
                     print(f"{tell}; stop it with Ctrl-C, it goes on later", file=sys.stderr)
 
-        for record in runs.execute(directory, configs, splits, on_step=on_step):
+        for record in runs.execute(directory, configs, splits, on_step=on_step, ranks=ranks):
             top1 = [one["val_top1"] for one in population.split_record(record, len(configs))]
             shown = tables.spread(top1)
             bar.set_postfix_str(f"epoch {record['epoch']}/{configs[0].epochs} val {shown} %")

@@ -20,7 +20,7 @@ result. Every record and checkpoint carries the id of its run, and is checked wh
 | `results` | the runs below a directory, compared |
 """
 
-from kart.runs.identity import check_place, claim, locked, members, read, read_config
+from kart.runs.identity import check_place, claim, describe, locked, members, read, read_config
 from kart.runs.names import OPTIONS, default_directory, homes, options_of, slug
 from kart.runs.records import check_finished, read_metrics, read_scores, write_scores
 from kart.runs.results import compare, distinct, find, group_size, parts
@@ -35,6 +35,7 @@ __all__ = [
     "claim",
     "compare",
     "default_directory",
+    "describe",
     "distinct",
     "execute",
     "find",

@@ -55,15 +55,17 @@ def execute(
     splits: Splits,
     *,
     on_step: Callable[[int, int, Tensor], None] | None = None,
+    ranks: train.Ranks = train.ALONE,
 ) -> Iterator[Record]:
     """Trains `configs` together in `directory`, from where it stopped; yields the records.
 
     Records of earlier epochs are yielded first, as they were. `on_step(step, total, loss)` is
-    called after each step. Raises Diverged when no member is left; the last good state is saved
+    called after each step. With several ranks this is rank 0's part, and the state from which it
+    goes on that of all of them: see `kart.distributed.follow`. Raises Diverged when no member is left; the last good state is saved
     before.
     """
     directory = Path(directory)
-    run = population.run(configs, splits)
+    run = population.run(configs, splits, ranks=ranks)
     total = run.config.epochs * run.steps_per_epoch
     kept = set(snapshot_steps(run.config.trajectory, total) if run.config.trajectory else ())
     identity.check_place(directory)
@@ -84,6 +86,7 @@ def execute(
         if earlier or log.exists():
             checkpoint.write_text(log, text)
         spent = earlier[-1]["seconds"] if earlier else 0.0
+        state = ranks.share(run.init() if state is None else state)
         yield from earlier
         if done >= total:
             return
@@ -95,8 +98,7 @@ def execute(
                 about = {"run": owner, "step": step}
                 checkpoint.save(path, train.weights_for_evaluation(state), about)
 
-        if state is None:
-            state = run.init()
+        if done == 0:
             keep(state, 0)
         latest: list[State] = []
 
