@@ -23,7 +23,7 @@ from kart.train import ALONE, Config, Ranks, Splits
 
 # how long a rank waits for another: as long as one may need to decode its data
 TIMEOUT_S = 1800.0
-# bytes that are sent at once: enough to hide latency, little enough to start while others are filled
+# bytes sent at once: many, to hide latency, and few, to send some while others are gathered
 BUCKET_BYTES = 25 * 2**20
 
 Tree = Any

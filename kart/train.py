@@ -80,6 +80,7 @@ class Config:
     batching: str = "native"  # or "vmap": a per-example loss mapped by torch.func.vmap
     step: str = "eager"  # or "compiled": the whole step as one graph of torch.compile
     accumulate: int = 1  # parts of a batch that go through the model one after another
+    recompute: bool = False  # the model's blocks again in the backward: less memory, more time
     precision: str = "float32"  # or "bfloat16", with float32 parameters, scores and loss
     device: str = "cpu"
     threads: int | None = None
@@ -116,6 +117,8 @@ class Config:
         )
         need(self.batching in ("native", "vmap"), "batching", '"native" or "vmap"')
         need(self.step in ("eager", "compiled"), "step", '"eager" or "compiled"')
+        # a compiled step plans its memory by itself
+        need(not self.recompute or self.step == "eager", "step", '"eager" with `recompute`')
         need(self.precision in ("float32", "bfloat16"), "precision", '"float32" or "bfloat16"')
         need(self.threads is None or self.threads >= 1, "threads", ">= 1, or None")
         need(isinstance(self.seed, int) and self.seed >= 0, "seed", "an integer >= 0")
@@ -198,6 +201,8 @@ def build(config: Config, dataset: Dataset) -> Model:
     """The model of `config` for the images and classes of `dataset`."""
     given = {name: getattr(config, name) for name in MODEL_FIELDS}
     given = {name: value for name, value in given.items() if value is not None}
+    if config.recompute:  # models without it name it as no field of theirs
+        given["recompute"] = True
     image_size = config.image_size or dataset.images.shape[-1]
     given.setdefault("patch_size", default_patch_size(image_size))
     return models.create(

@@ -61,8 +61,8 @@ def test_bad_recipes_and_fields_name_themselves():
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_every_recipe_trains(name):
     config = recipes.config(
-        name, epochs=1, warmup_epochs=0.5, batch_size=8, learning_rate=1e-3, train_limit=16, image_size=16, patch_size=8, threads=1,
-        operator="G2B", embed_dim=8, depth=1, num_heads=2,
+        name, epochs=1, warmup_epochs=0.5, batch_size=8, learning_rate=1e-3, train_limit=16,
+        image_size=16, patch_size=8, threads=1, operator="G2B", embed_dim=8, depth=1, num_heads=2,
     )  # fmt: skip
     splits = train.load_data(config)
     val = splits.val._replace(images=splits.val.images[:20], labels=splits.val.labels[:20])

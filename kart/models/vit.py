@@ -14,7 +14,18 @@ from torch import Generator, Tensor
 from kart import layers
 from kart.factories import remember
 from kart.models import blocks, checks
-from kart.models.model import Choice, Config, Family, Model, Params, Site, add_operators, choose
+from kart.models.model import (
+    Choice,
+    Config,
+    Family,
+    Model,
+    Params,
+    Site,
+    add_operators,
+    choose,
+    find,
+)
+from kart.models.recompute import recomputed
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,7 @@ class ViTConfig(Config):
     embed_dim: int = 192  # D
     depth: int = 12  # L
     num_heads: int = 3  # H, d = D / H
+    recompute: bool = False  # blocks are computed again in the backward, for less memory
     family: str = field(default="vit", init=False)
 
     @property
@@ -65,11 +77,19 @@ def vit(operator: Choice = "softmax", **fields: Any) -> Model:
         x = blocks.prepend_class(params, layers.patch_embed(params["patch_embed"], images))
         x = x + params["pos_embed"][0]
         for i, site in enumerate(sites):
-            attend = blocks.attend_at(site, params, look, f"blocks.{i}")
-            attn = functools.partial(blocks.attention, heads=heads, attend=attend)
-            x = blocks.block(params["blocks"][str(i)], x, attn, images.dtype)
+            name = f"blocks.{i}"
+
+            def block(own: Params, x: Tensor, site: Site = site, name: str = name) -> Tensor:
+                attend = blocks.attend_at(site, own, look, name)
+                attn = functools.partial(blocks.attention, heads=heads, attend=attend)
+                return blocks.block(find(own, name), x, attn, images.dtype)
+
+            own: Params = {"blocks": {str(i): params["blocks"][str(i)]}}
+            if universal:
+                own["operator"] = params["operator"]
+            x = (recomputed(block) if config.recompute and look is None else block)(own, x)
             if look is not None:
-                look[f"blocks.{i}.tokens"] = x
+                look[f"{name}.tokens"] = x
         return blocks.classify(params, x)
 
     return blocks.model(config, init, forward, sites)
