@@ -59,7 +59,7 @@ class Config:
     depth: int | None = None
     num_heads: int | None = None
     mlp_ratio: float | None = None
-    start: str | None = None  # a run, or a file of weights, to begin with: see kart.transfer
+    start: str | None = None  # a run, or a file of weights, to begin with: see kart.runs.donors
     freeze: tuple[str, ...] = ()  # patterns of the paths of parameters that are not trained
     # optimisation
     epochs: int = 20
@@ -682,6 +682,14 @@ def solo(config: Config, splits: Splits, model: Model | None = None, ranks: Rank
     )
 
 
+def begin_with(state: State, params: Params) -> State:
+    """A fresh `state` with other parameters of the same shapes, averaged ones included."""
+    if not state.average:
+        return state._replace(params=params)
+    average = tree.map(lambda a, x: x.to(a.dtype, copy=True), state.average.average, params)
+    return state._replace(params=params, average=state.average._replace(average=average))
+
+
 def weights_for_evaluation(state: State) -> Params:
     """The averaged weights where the run keeps them, else the weights."""
     return state.average.average if state.average else state.params
@@ -709,7 +717,14 @@ def loop(
     config = run.config
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    state = run.init() if state is None else state
+    if state is None:
+        if config.start is not None:
+            raise ValueError(
+                f"`loop` needs the state to begin with, got none for start={config.start!r}. Make "
+                "it with `begin_with(run.init(), kart.transfer.begin(...).params)`, or train in a "
+                "directory."
+            )
+        state = run.init()
     first = int(state.step.max())
     total = config.epochs * run.steps_per_epoch
 

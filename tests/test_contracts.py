@@ -20,6 +20,7 @@ HOUSE = [
     {"analysis"},
     {"export", "population", "recipes", "distributed"},
     {"train"},
+    {"transfer"},
     {"models"},
     {"operators", "optim", "checkpoint"},
     {"layers"},

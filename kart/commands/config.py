@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kart import runs
+from kart import recipes, runs
 from kart.commands.command import choice, integer, number
 from kart.train import Config
 
@@ -27,12 +27,19 @@ def _rate(text: str) -> float | None:
     return None if text == "paper" else number(0)(text)
 
 
+def _patterns(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
 WHOLE, COUNT, REAL = integer(0), integer(1), number()
 # torch ends the process where the machine cannot start as many
 THREADS = integer(1, most=max(64, os.cpu_count() or 1))
 
 # one line for each field of Config that is a flag; argparse's help of `kart train`
 FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
+    "recipe": {
+        "recipe": (str, "paper or small: what it sets, every other flag stands over"),
+    },
     "data": {
         "data": (
             str,
@@ -50,11 +57,19 @@ FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
         "project": (str, "simplex: project rows of weights onto the probability simplex"),
         "base": (str, "softmax: add rows of softmax to the learned weights"),
         "image_size": (COUNT, "side of the model's images; those of the data are resized to it"),
-        "patch_size": (COUNT, "side of a patch (16 from 128 px on, else an eighth of the side)"),
+        "patch_size": (COUNT, "side of a patch (16 from 128 px on, else 8 x 8 of them or 4 x 4)"),
         "embed_dim": (COUNT, "width D"),
         "depth": (COUNT, "number of blocks L"),
         "num_heads": (COUNT, "number of heads H"),
         "mlp_ratio": (REAL, "width of the MLP over D"),
+        "start": (
+            str,
+            "weights to begin with: a run, a file of kart export, or one with timm's names",
+        ),
+        "freeze": (
+            _patterns,
+            "parameters not to train, by comma: blocks,cls_token or *.qkv.*",
+        ),
     },
     "optimisation": {
         "epochs": (COUNT, "passes over the training images"),
@@ -68,11 +83,17 @@ FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
         "max_norm": (REAL, "global norm to which gradients are clipped"),
         "label_smoothing": (REAL, "share of a target spread over all classes"),
         "ema": (REAL, "decay of the average of the weights that is evaluated; 0 for none"),
+        "ema_warmup": (bool, "average less at first, for runs shorter than the average"),
         "trajectory": (WHOLE, "snapshots of the weights to keep for kart analyse; 0 for none"),
     },
     "execution": {
         "batching": (str, "native, or vmap: a per-example loss mapped by torch.func.vmap"),
         "step": (str, "eager, or compiled: the whole step as one graph of torch.compile"),
+        "accumulate": (
+            COUNT,
+            "parts of a batch, one after another: the same result in less memory",
+        ),
+        "recompute": (bool, "compute blocks again in the backward: less memory, more time"),
         "precision": (str, "float32 or bfloat16"),
         "device": (str, "cpu or cuda"),
         "threads": (THREADS, "CPU threads; recorded, since they change the last bits of a result"),
@@ -88,45 +109,40 @@ METAVARS: dict[Parse, str] = {
     THREADS: "INT",
     REAL: "FLOAT",
     _rate: "FLOAT",
+    _patterns: "PATTERNS",
 }
 
 
+# fields that the command line calls otherwise
+NAMES = {"start": "from"}
+
+
 def add_config_flags(parser: argparse.ArgumentParser, groups: Sequence[str] = tuple(FLAGS)) -> None:
-    """Adds the flags of `Config` in `groups` to `parser`, with Config's defaults."""
+    """Adds the flags of `Config` in `groups` to `parser`; what is not given is not in its result,
+    so that a recipe can stand below what is.
+    """
     defaults = Config()
     for title in groups:
         group = parser.add_argument_group(title)
         for name, (kind, text) in FLAGS[title].items():
             default = getattr(defaults, name)
-            shown = "" if default is None else f" (default {default})"
+            shown = "" if default in (None, ()) else f" (default {default})"
+            flag = f"--{NAMES.get(name, name).replace('_', '-')}"
+            options: dict[str, Any] = {"type": kind, "metavar": METAVARS.get(kind)}
+            if kind is bool:
+                options = {"action": argparse.BooleanOptionalAction}
             group.add_argument(
-                f"--{name.replace('_', '-')}",
-                type=kind,
-                default=default,
-                metavar=METAVARS[kind],
-                help=text + shown,
+                flag, dest=name, default=argparse.SUPPRESS, help=text + shown, **options
             )
 
 
 def config_of(args: argparse.Namespace, **changes: Any) -> Config:
-    """The Config that the flags in `args` describe."""
+    """The Config that the flags in `args` describe, over their recipe if they name one."""
     known = {field.name for field in dataclasses.fields(Config)}
     given = {name: value for name, value in vars(args).items() if name in known}
-    config = Config(**{**given, **changes})
-    check_together(config)
-    return config
-
-
-def check_together(config: Config) -> None:
-    """Raises ValueError for a schedule that ends or begins above its peak."""
-    peak = config.peak_learning_rate
-    for name in ("start_learning_rate", "end_learning_rate"):
-        if getattr(config, name) > peak:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(
-                f"`{flag}` needs to be at most the peak, {peak:g}, got {getattr(config, name):g}. "
-                "Lower it, or raise `--learning-rate`."
-            )
+    given |= changes
+    recipe = given.pop("recipe", None)
+    return Config(**given) if recipe is None else recipes.config(recipe, **given)
 
 
 def configs_of(args: argparse.Namespace) -> list[Config]:

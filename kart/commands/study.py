@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from kart.commands.command import Command, choice, integer, number
-from kart.commands.config import THREADS, check_device, check_together
+from kart.commands.config import THREADS, check_device
 
 if TYPE_CHECKING:
     from kart.search import Study
@@ -234,7 +234,6 @@ def _set_up(args: argparse.Namespace) -> Opened:
     question.check_effects(study, asked, fix)
     if args.levels is not None and study.sampler != "grid":
         raise ValueError("`--levels` needs `--sampler grid`, got it without. Leave it out.")
-    check_together(study.config)
     choice("--sampler", study.sampler, list(storage.SAMPLERS))
     choice("--pruner", study.pruner, storage.PRUNERS)
     for field, least in (("trials", len(study.arms)), ("seeds", 1), ("confirm", 0)):

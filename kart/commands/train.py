@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kart import distributed, population, runs, tables, train, tree
+from kart import distributed, population, recipes, runs, tables, train, tree
 from kart.analysis import cost
 from kart.commands.command import Command, integer
 from kart.commands.config import OPERATORS_HELP, add_config_flags, check_device, configs_of
@@ -41,10 +41,10 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.threads is None:
-        args.threads = torch.get_num_threads()
-    check_device(args.device)
-    with distributed.joined(args.device) as ranks:
+    args.threads = getattr(args, "threads", None) or torch.get_num_threads()
+    device = getattr(args, "device", Config.device)
+    check_device(device)
+    with distributed.joined(device) as ranks:
         return _run_on(ranks, args)
 
 
@@ -70,6 +70,10 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
         args.group = 1
         described = [runs.describe([config], splits)["run"] for config in named]
         distributed.check_same(ranks, "data and configuration", " ".join(described))
+    if ranks.rank == 0 and named[0].recipe is not None:
+        changes = recipes.overridden(named[0])
+        shown = ", ".join(f"{name} {value}" for name, value in changes.items())
+        print(f"recipe {named[0].recipe}{', but ' if shown else ''}{shown}")
     results: list[tuple[str, int, list[Record]]] = []
     for config, home in zip(named, homes, strict=True):
         configs = population.seeds(config, seeds)

@@ -52,11 +52,12 @@ def recomputed(part: Part) -> Part:
     """`part(params, x)`, whose backward computes it again from `params` and `x`: the same numbers,
     without what it would keep. All that is learned must be in `params`.
 
-    Forward mode keeps nothing in any case, and takes the part as it is.
+    Forward mode keeps nothing in any case and a compiled graph plans its memory by itself: both
+    take the part as it is.
     """
 
     def run(params: Params, x: Tensor) -> Tensor:
-        if forward_levels():
+        if forward_levels() or torch.compiler.is_compiling():
             return part(params, x)
 
         def of_leaves(x: Tensor, *leaves: Tensor) -> Tensor:

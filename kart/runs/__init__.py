@@ -4,6 +4,7 @@
     metrics.jsonl     one record an epoch, in order
     last.safetensors  weights and the whole state after the last finished epoch
     best.safetensors  weights of the epoch with the best validation top-1
+    start.json        what was taken of the weights that it began with, if it did
     trajectory/       `Config.trajectory` snapshots of the weights, evenly spaced over the steps
 
 A directory that is opened again with the same config and data goes on where it stopped, to the same
@@ -14,6 +15,7 @@ result. Every record and checkpoint carries the id of its run, and is checked wh
 | `identity` | what makes a directory a run, and whose it is |
 | `owned` | what a run owns of its data |
 | `names` | the names of runs |
+| `donors` | what a run begins with, where that is another one |
 | `training` | training in a directory |
 | `records` | metrics by epoch, scores of `kart eval` |
 | `weights` | checkpoints and the trajectory |

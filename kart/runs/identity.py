@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kart import checkpoint, population
+from kart import checkpoint, population, recipes
 from kart.runs import owned
 from kart.train import Config, Splits
 
@@ -57,6 +57,7 @@ def describe(configs: Sequence[Config], splits: Splits) -> dict[str, Any]:
         "format": FORMAT,
         "run": run_id(config, members, data),
         "config": config,
+        "overridden": recipes.overridden(configs[0]),  # where it departs from its recipe
         "members": members,
         "data": data,
         "versions": checkpoint.versions(),

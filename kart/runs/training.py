@@ -1,5 +1,6 @@
 """Training in a run directory, so that it can be killed at any moment."""
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from kart import checkpoint, population, train
-from kart.runs import identity, records, weights
+from kart.runs import donors, identity, records, weights
 from kart.train import Config, Record, Run, Splits, State
 
 
@@ -61,17 +62,20 @@ def execute(
 
     Records of earlier epochs are yielded first, as they were. `on_step(step, total, loss)` is
     called after each step. With several ranks this is rank 0's part, and the state from which it
-    goes on that of all of them: see `kart.distributed.follow`. Raises Diverged when no member is left; the last good state is saved
-    before.
+    goes on that of all of them: see `kart.distributed.follow`.
+
+    Raises Diverged when no member is left; the last good state is saved before.
     """
     directory = Path(directory)
     run = population.run(configs, splits, ranks=ranks)
     total = run.config.epochs * run.steps_per_epoch
     kept = set(snapshot_steps(run.config.trajectory, total) if run.config.trajectory else ())
     identity.check_place(directory)
+    last, log = directory / "last.safetensors", directory / "metrics.jsonl"
+    # before anything is written: a donor may not fit
+    fresh = None if last.exists() else donors.begin(run, configs, splits)
     with identity.locked(directory):
         owner = identity.claim(directory, configs, splits).id
-        last, log = directory / "last.safetensors", directory / "metrics.jsonl"
         state, best = restore(last, run, owner) if last.exists() else (None, -1.0)
         done = 0 if state is None else int(state.step.max())
         # a kill between record and checkpoint leaves a record that will be made again
@@ -86,7 +90,12 @@ def execute(
         if earlier or log.exists():
             checkpoint.write_text(log, text)
         spent = earlier[-1]["seconds"] if earlier else 0.0
-        state = ranks.share(run.init() if state is None else state)
+        if state is None:
+            state, told = fresh or donors.begin(run, configs, splits)
+            if told:
+                text = json.dumps(told, indent=1) + "\n"
+                checkpoint.write_text(directory / "start.json", text)
+        state = ranks.share(state)
         yield from earlier
         if done >= total:
             return

@@ -1,0 +1,90 @@
+"""What a run begins with, where `Config.start` names another run or a file of weights."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+
+from kart import checkpoint, models, train, transfer, tree
+from kart.models import Model
+from kart.runs import identity, weights
+from kart.train import Config, Run, Splits, State
+
+
+class Donor(NamedTuple):
+    """Parameters by timm's names, with their model and classes where they are known."""
+
+    params: Mapping[str, Any]
+    model: Model | None
+    classes: list[str] | None
+
+
+def read(path: str, seed: int) -> Donor:
+    """The donor at `path`: a finished run (of several seeds the one that is `seed`), a file of
+    `kart export`, or a safetensors file with timm's names.
+    """
+    place = Path(path)
+    if place.is_dir():
+        several = len(identity.read(place).configs) > 1
+        found = weights.only(place, seed=seed if several else None)
+        return Donor(found.params, found.model, list(found.identity.data["classes"]))
+    if not place.is_file():
+        raise ValueError(
+            f"`start` needs a run or a safetensors file, got {path!r}, which is not there. "
+            "Check the path."
+        )
+    try:
+        with safetensors.safe_open(str(place), framework="pt") as file:
+            own = "kart" in (file.metadata() or {})
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"`start` needs a whole safetensors file, got {path!r} ({error}). Convert weights of "
+            "another kind with `safetensors.torch.save_file(state_dict, path)`."
+        ) from None
+    if not own:
+        return Donor(safetensors.torch.load_file(str(place)), None, _classes(place))
+    params, config = checkpoint.load(place)
+    if not isinstance(config, dict) or "operator" not in config:
+        raise ValueError(
+            f"`start` needs a run, or a file of `kart export`, got {path!r} from inside of a run. "
+            "Name the directory of the run."
+        )
+    return Donor(params, models.from_config(config), _classes(place))
+
+
+def _classes(path: Path) -> list[str] | None:
+    """What `kart export` wrote beside its file."""
+    try:
+        found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return list(found["classes"])
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return None
+
+
+def begin(run: Run, configs: Sequence[Config], splits: Splits) -> tuple[State, dict[str, Any]]:
+    """The first state of a run, and what `start.json` says of the donor; without a donor nothing.
+
+    Raises ValueError for a donor that does not fit.
+    """
+    state = run.init()
+    if run.config.start is None:
+        return state, {}
+    model = train.build(run.config, splits.train)
+    ours = list(splits.train.classes)
+    members, drawn = [], []
+    for config in configs:
+        assert config.start is not None
+        donor = read(config.start, config.seed)
+        # names are known of runs and exports alone; else their number decides
+        same = donor.classes is None or donor.classes == ours
+        generator = torch.Generator().manual_seed(config.seed)
+        params, drawn = transfer.begin(model, donor.params, generator, donor.model, same)
+        members.append(params)
+    params = members[0] if len(members) == 1 else tree.stack(members)
+    leaves = len(tree.leaves(params))
+    told = {"start": run.config.start, "taken": leaves - len(drawn), "drawn": drawn}
+    return train.begin_with(state, tree.to(params, run.config.device)), told

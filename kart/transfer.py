@@ -1,0 +1,133 @@
+"""Training that begins with another model: with its weights, or with its attention alone."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Generator, Tensor
+
+from kart import checkpoint, models, tree
+from kart.models import Model
+from kart.models.model import find, place
+from kart.operators import Operator
+
+Params = dict[str, Any]
+
+
+class Begun(NamedTuple):
+    """Parameters to begin with, and which of them are not the donor's but drawn."""
+
+    params: Params
+    drawn: list[str]
+
+
+def begin(
+    model: Model,
+    donor: Mapping[str, Any],
+    generator: Generator,
+    like: Model | None = None,
+    same_classes: bool = True,
+) -> Begun:
+    """Parameters of `model` with those of a donor, named as timm's or kart's.
+
+    Positions, and the donor's operators, are resized to the images of `model`. The classifier is
+    drawn anew where the donor's has other classes, or none. Operators that the donor lacks are
+    drawn; low-rank ones with `base=softmax` start with a mix of zero, so that on a donor with
+    softmax the logits are the donor's.
+
+    Args:
+        model: what will be trained.
+        donor: a state dict, or nested parameters.
+        generator: draws what the donor does not give.
+        like: the donor's model, where it is one of kart's; without it operators must fit as they
+            are.
+        same_classes: False replaces the classifier in any case.
+
+    Raises:
+        ValueError: names every leaf that is missing, unexpected or of another shape.
+    """
+    params = dict(donor)
+    if like is not None and like.config.patch_size == model.config.patch_size:
+        _, params = models.resize(like, params, model.config.image_size)
+    named = tree.named(params)
+    if not same_classes:
+        named = {name: leaf for name, leaf in named.items() if name.split(".")[0] != "head"}
+    found = checkpoint.from_timm(model, named, strict_head=False, generator=generator, resize=True)
+    mine = tree.named(found)
+    fits = {name for name, leaf in mine.items() if _shape(named.get(name)) == leaf.shape}
+    return Begun(found, [name for name in mine if name not in fits and name != "pos_embed"])
+
+
+def _shape(leaf: Any) -> Any:
+    return leaf.shape if isinstance(leaf, Tensor) else None
+
+
+def given() -> Operator:
+    """The operator whose weights are its parameters `{"weights": (..., H, N, M)}`, whatever the
+    scores are: `with_attention` puts a teacher's there.
+    """
+
+    def init(generator: Generator, heads: int, tokens: int) -> Params:
+        return {}
+
+    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        _unmasked(mask)
+        return params["weights"].to(scores.dtype)
+
+    def attend(
+        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        _unmasked(mask)
+        return params["weights"].to(v.dtype) @ v
+
+    options, traits = {"kind": "given"}, {"learned": False, "length_free": True}
+    return Operator("given", init, weights, attend, options=options, traits=traits)
+
+
+def _unmasked(mask: Tensor | None) -> None:
+    if mask is not None:
+        raise ValueError("`given` needs no mask, got one: the weights are the teacher's.")
+
+
+def with_attention(student: Model, teacher: Model, teacher_params: Params) -> Model:
+    """`student`, in each block of which the heads attend with the weights that the teacher has for
+    the same images, and learn all else.
+
+    Queries and keys of the student are without effect. The paper trains ViT-Tiny so on the
+    attention of ViT-Tiny with G3B. The teacher stands still, and is needed also for evaluation.
+
+    Args:
+        student: a model made with `operator=given()`.
+        teacher: a model of as many blocks, heads and tokens, for the same images.
+        teacher_params: its parameters, on the device of the images.
+
+    Reference: Li et al., "On the surprising effectiveness of attention transfer for vision
+        transformers", 2024, arXiv:2411.09702 (there "attention copy").
+    """
+    odd = [one.name for one in student.operators if one.options.get("kind") != "given"]
+    if odd or len({site.path for site in student.sites}) < len(student.sites):
+        raise ValueError(
+            "`with_attention` needs a student whose blocks have `given()` operators of their own, "
+            f"got {odd[0] if odd else 'one that all share'}. Create it with operator=given()."
+        )
+    shapes = [[(one.heads, one.tokens) for one in m.sites] for m in (student, teacher)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"`with_attention` needs a teacher of {len(shapes[0])} blocks with (heads, tokens) "
+            f"{shapes[0][0]}, got {len(shapes[1])} with {shapes[1][0]}. Match the two models."
+        )
+
+    def looking(params: Params, images: Tensor) -> Params:
+        seen = teacher.intermediates(teacher_params, images)
+        for i, site in enumerate(student.sites):
+            own = find(params, site.path)
+            own = {**own, "weights": seen[f"blocks.{i}.weights"].detach()}
+            params = place(params, site.path, own)
+        return params
+
+    def apply(params: Params, images: Tensor) -> Any:
+        return student.apply(looking(params, images), images)
+
+    def intermediates(params: Params, images: Tensor) -> dict[str, Tensor]:
+        return student.intermediates(looking(params, images), images)
+
+    return student._replace(apply=apply, intermediates=intermediates, call=None)

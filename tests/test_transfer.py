@@ -1,0 +1,246 @@
+"""Beginning with another model: its weights, at step 0 and after a kill, or its attention."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+from torch.testing import assert_close
+
+from kart import export, models, runs, train, transfer, tree
+from kart.train import Config
+
+SHAPE = {"embed_dim": 8, "depth": 2, "num_heads": 2, "patch_size": 4}
+TINY = Config(
+    operator="softmax", epochs=1, batch_size=8, train_limit=24, threads=1, ema=0.5, **SHAPE
+)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    whole = train.load_data(TINY)
+    val = whole.val._replace(images=whole.val.images[:20], labels=whole.val.labels[:20])
+    return train.Splits(whole.train, val)
+
+
+def change(**fields):
+    return dataclasses.replace(TINY, **fields)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def vit(operator="softmax", **fields):
+    sizes = {"image_size": 8, "in_channels": 1, "num_classes": 10, **SHAPE, **fields}
+    return models.create("vit_nano", operator, **sizes)
+
+
+def images(side=8, count=3):
+    return torch.rand(count, 1, side, side, generator=seeded(7))
+
+
+OPERATORS = ["softmax", "G3B:base=softmax", "G3U:base=softmax", "dog-B:base=softmax,rank=3"]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_step_0_has_the_donors_logits(operator):
+    donor, model = vit(), vit(operator)
+    theirs = donor.init(seeded(1))
+    for given in (theirs, tree.named(theirs)):  # nested, or a state dict
+        params, drawn = transfer.begin(model, given, seeded(), donor if given is theirs else None)
+        assert all("operator" in name for name in drawn)
+        assert bool(drawn) == (operator != "softmax")
+        found = model.apply(params, images())
+        assert_close(found, donor.apply(theirs, images()), rtol=1e-5, atol=1e-5)
+        # and the operators have something to learn
+        loss = train.batch_loss(model, "native")
+        grads, _ = train.value_and_gradients(loss)(params, images(10 - 2), torch.eye(10)[:3])
+        for name in drawn:
+            if name.endswith("mix"):
+                assert tree.named(grads)[name].abs().max() > 0
+
+
+@pytest.mark.parametrize("operator", ["softmax", "G3B:base=softmax"])
+def test_another_size_of_images_is_the_resized_donor(operator):
+    donor, model = vit(), vit(operator, image_size=16)
+    theirs = donor.init(seeded(1))
+    params, drawn = transfer.begin(model, theirs, seeded(), donor)
+    assert "pos_embed" not in drawn
+    wanted_model, wanted = models.resize(donor, theirs, 16)
+    found = model.apply(params, images(16))
+    assert_close(found, wanted_model.apply(wanted, images(16)), rtol=1e-5, atol=1e-5)
+
+
+def test_operators_of_a_donor_move_with_it():
+    donor, model = vit("G2B"), vit("G2B", image_size=16)
+    theirs = donor.init(seeded(1))
+    params, drawn = transfer.begin(model, theirs, seeded(), donor)
+    assert drawn == []
+    wanted_model, wanted = models.resize(donor, theirs, 16)
+    assert_close(model.apply(params, images(16)), wanted_model.apply(wanted, images(16)))
+    with pytest.raises(ValueError, match="operator"):  # of another rank
+        transfer.begin(vit("G2B:rank=5"), theirs, seeded(), donor)
+    with pytest.raises(ValueError, match="unexpected"):  # softmax has no place for them
+        transfer.begin(vit(), theirs, seeded(), donor)
+
+
+def test_the_head_is_drawn_where_classes_differ():
+    donor, theirs = vit(), vit().init(seeded(1))
+    for model, same in ((vit(num_classes=7), True), (vit(), False)):
+        params, drawn = transfer.begin(model, theirs, seeded(3), donor, same)
+        assert set(drawn) == {"head.weight", "head.bias"}
+        own = model.init(seeded(3))
+        assert torch.equal(params["head"]["weight"], own["head"]["weight"])
+        assert torch.equal(params["pos_embed"], theirs["pos_embed"])
+
+
+def test_a_donor_of_another_width_names_the_leaves():
+    with pytest.raises(ValueError, match="another shape"):
+        transfer.begin(vit(embed_dim=16), vit().init(seeded()), seeded(), vit())
+    with pytest.raises(ValueError, match="patch_size=4"):
+        transfer.begin(vit(patch_size=2), vit().init(seeded()), seeded(), vit())
+
+
+# runs that begin with runs and files
+
+
+@pytest.fixture(scope="module")
+def donor_run(splits, tmp_path_factory):
+    home = tmp_path_factory.mktemp("donor") / "run"
+    list(runs.execute(home, [TINY], splits))
+    return home
+
+
+def first_weights(home):
+    return runs.load_trajectory(home)[0][1]
+
+
+@pytest.mark.parametrize("kind", ["run", "export", "timm"])
+def test_a_run_begins_with_a_run_or_a_file(kind, donor_run, splits, tmp_path):
+    trained = runs.only(donor_run)
+    start = donor_run
+    if kind != "run":
+        start = tmp_path / "donor.safetensors"
+        about = {"classes": trained.identity.data["classes"]}
+        form = {"export": "safetensors", "timm": "timm"}[kind]
+        export.write(start, trained.model, trained.params, about, form)
+    config = change(operator="G2B:base=softmax", start=str(start), trajectory=3)
+    list(runs.execute(tmp_path / "run", [config], splits))
+    (params,) = first_weights(tmp_path / "run")
+    model = train.build(config, splits.train)
+    wanted = trained.model.apply(trained.params, images())
+    assert_close(model.apply(params, images()), wanted, rtol=1e-5, atol=1e-5)
+    told = json.loads((tmp_path / "run" / "start.json").read_text())
+    assert told["start"] == str(start) and told["taken"] == len(tree.leaves(trained.params))
+    assert told["drawn"] and all("operator" in name for name in told["drawn"])
+
+
+def test_other_classes_of_the_same_number_get_a_new_head(donor_run, splits, tmp_path):
+    names = tuple(f"class {i}" for i in range(10))
+    other = train.Splits(*(one._replace(classes=names) for one in splits))
+    config = change(start=str(donor_run), trajectory=3)
+    list(runs.execute(tmp_path / "run", [config], other))
+    told = json.loads((tmp_path / "run" / "start.json").read_text())
+    assert sorted(told["drawn"]) == ["head.bias", "head.weight"]
+
+
+def test_a_run_goes_on_without_its_donor(donor_run, splits, tmp_path):
+    start = tmp_path / "donor"
+    shutil.copytree(donor_run, start)
+    config = change(start=str(start), epochs=2, freeze=("blocks", "patch_embed", "cls_token"))
+    list(runs.execute(tmp_path / "whole", [config], splits))
+    part = runs.execute(tmp_path / "part", [config], splits)
+    next(part)
+    part.close()
+    shutil.rmtree(start)
+    list(runs.execute(tmp_path / "part", [config], splits))
+    whole, same = ((tmp_path / n / "last.safetensors").read_bytes() for n in ("whole", "part"))
+    assert whole == same
+    (after,), (before,) = runs.load_weights(tmp_path / "part"), runs.load_weights(donor_run)
+    # averages of what stands still are rounded
+    tree.map(lambda a, b: assert_close(a, b), after["blocks"], before["blocks"])
+    assert not torch.equal(after["head"]["weight"], before["head"]["weight"])
+
+
+def test_seeds_that_begin_together_share_all_but_what_is_drawn(donor_run, splits, tmp_path):
+    names = tuple(f"class {i}" for i in range(10))
+    other = train.Splits(*(one._replace(classes=names) for one in splits))
+    configs = [change(start=str(donor_run), seed=seed, trajectory=3) for seed in (0, 1)]
+    list(runs.execute(tmp_path / "run", configs, other))
+    one, two = first_weights(tmp_path / "run")
+    assert torch.equal(one["pos_embed"], two["pos_embed"])
+    assert not torch.equal(one["head"]["weight"], two["head"]["weight"])
+    # a donor of several seeds gives each run its own
+    config = change(start=str(tmp_path / "run"), seed=1, trajectory=3)
+    list(runs.execute(tmp_path / "second", [config], other))
+    (found,) = first_weights(tmp_path / "second")
+    assert torch.equal(found["pos_embed"], runs.load_weights(tmp_path / "run")[1]["pos_embed"])
+    with pytest.raises(ValueError, match=r"one of \[0, 1\]"):
+        list(runs.execute(tmp_path / "third", [dataclasses.replace(config, seed=5)], other))
+
+
+def test_bad_donors_are_one_line(donor_run, splits, tmp_path):
+    def begin(path):
+        list(runs.execute(tmp_path / "run", [change(start=str(path))], splits))
+
+    with pytest.raises(ValueError, match="not there"):
+        begin(tmp_path / "nowhere")
+    (tmp_path / "damaged.safetensors").write_bytes(b"123")
+    with pytest.raises(ValueError, match="whole safetensors file"):
+        begin(tmp_path / "damaged.safetensors")
+    with pytest.raises(ValueError, match="Name the directory of the run"):
+        begin(donor_run / "last.safetensors")
+    safetensors.torch.save_file({"x": torch.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="missing"):
+        begin(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="needs the state to begin with"):
+        next(train.fit(change(start=str(donor_run)), splits))
+
+
+# attention alone
+
+
+@pytest.mark.parametrize("teacher", ["softmax", "G3B", "G2U"])
+def test_a_student_with_its_teachers_backbone_is_the_teacher(teacher):
+    teacher, student = vit(teacher), vit(transfer.given())
+    theirs = teacher.init(seeded(1))
+    own = student.init(seeded(2))
+    shared = tree.named(theirs)
+    own = tree.map_named(lambda name, leaf: shared[name], own)
+    model = transfer.with_attention(student, teacher, theirs)
+    assert_close(model.apply(own, images()), teacher.apply(theirs, images()), rtol=1e-5, atol=1e-5)
+    seen, wanted = (m.intermediates(p, images()) for m, p in ((model, own), (teacher, theirs)))
+    assert_close(seen["blocks.1.weights"], wanted["blocks.1.weights"])
+
+
+@pytest.mark.parametrize("batching", ["native", "vmap"])
+def test_a_student_learns_all_but_where_to_look(batching, splits):
+    config = change(batching=batching)
+    teacher = train.build(change(operator="G2B"), splits.train)
+    student = train.build(config, splits.train)
+    student = vit(transfer.given(), image_size=student.config.image_size)
+    theirs = teacher.init(seeded(1))
+    kept = tree.map(torch.clone, theirs)
+    model = transfer.with_attention(student, teacher, theirs)
+    run = train.solo(config, splits, model)
+    grads, _ = train.program(config, model, 3).gradients(run.init(), *run.batch(0))
+    qkv = grads["blocks"]["1"]["attn"]["qkv"]["weight"]
+    assert not qkv[:16].any() and qkv[16:].abs().min() > 0  # queries and keys, then values
+    (_, record) = list(train.loop(run))[-1]
+    assert record["diverged"] == -1
+    tree.map(lambda a, b: assert_close(a, b, rtol=0, atol=0), theirs, kept)
+
+
+def test_students_and_teachers_that_do_not_match_are_refused():
+    teacher = vit("G2B")
+    theirs = teacher.init(seeded())
+    with pytest.raises(ValueError, match="got softmax"):
+        transfer.with_attention(vit(), teacher, theirs)
+    with pytest.raises(ValueError, match="one that all share"):
+        student = vit(transfer.given(), sharing="universal")
+        transfer.with_attention(student, teacher, theirs)
+    with pytest.raises(ValueError, match="Match the two models"):
+        transfer.with_attention(vit(transfer.given(), depth=1), teacher, theirs)
