@@ -260,14 +260,14 @@ def same_weights(one, other, **tolerance):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_stops_the_others_and_nothing_is_lost(victim, tmp_path):
-    argv = ["--epochs", 300, "--out"]
-    codes, said = kill_one(tmp_path / "killed", [*argv, tmp_path / "killed"], victim, 0.3)
+    argv = ["--epochs", 100, "--out"]
+    codes, said = kill_one(tmp_path / "killed", [*argv, tmp_path / "killed"], victim, 0.1)
     other = 1 - victim
     assert codes[victim] == -signal.SIGKILL and codes[other] == 1
     lines = [line for line in said[other].splitlines() if line.startswith("kart:")]
     assert len(lines) == 1 and f"rank {other} lost another rank" in lines[0], said
     done = len(records(tmp_path / "killed"))
-    assert 0 < done < 300
+    assert 0 < done < 100
     # cut short, so that going on takes seconds: the same run to the bit, with the same ranks
     for name in ("killed", "whole"):
         codes, said = finish(start(2, lambda rank, n=name: command(*argv, tmp_path / n)))
@@ -277,20 +277,20 @@ def test_a_killed_rank_stops_the_others_and_nothing_is_lost(victim, tmp_path):
 
 @pytest.mark.slow
 def test_ten_kills_and_another_number_of_ranks(tmp_path):
-    argv = ["--epochs", 300, "--out", tmp_path / "killed"]
+    argv = ["--epochs", 100, "--out", tmp_path / "killed"]
     draw = torch.Generator().manual_seed(0)
     for kill in range(10):
-        wait = float(torch.rand((), generator=draw)) * 0.1
+        wait = float(torch.rand((), generator=draw)) * 0.05
         codes, _ = kill_one(tmp_path / "killed", argv, kill % 2, wait)
         assert -signal.SIGKILL in codes
     # one process ends what two began
     done = subprocess.run([sys.executable, *command(*argv)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     epochs = [record["epoch"] for record in records(tmp_path / "killed")]
-    assert epochs == list(range(1, 301))
+    assert epochs == list(range(1, 101))
     done = subprocess.run([sys.executable, *command(*argv[:-1], tmp_path / "one")])
     assert done.returncode == 0
-    # rounding in another order, amplified by 900 steps
+    # rounding in another order, amplified by 300 steps
     same_weights(tmp_path / "killed", tmp_path / "one", rtol=0.05, atol=0.01)
 
 
