@@ -52,6 +52,35 @@ def test_train_then_eval(capsys, tmp_path):
     assert report["images"] == 360 and [one["seed"] for one in report["members"]] == [0, 1]
 
 
+def test_a_recipe_stands_below_what_is_given_and_both_are_recorded(capsys, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--recipe", "small", "--image-size", 8, "--warmup-epochs", 0.5, "--no-ema-warmup"]
+    code, text, _ = run(capsys, "train", *flags, *TINY, "--out", out)
+    assert code == 0 and "recipe small, but" in text and "epochs 1" in text
+    found = json.loads((out / "config.json").read_text())
+    assert found["config"]["recipe"] == "small" and found["config"]["augment"] == "small"
+    assert found["config"]["ema"] == 0.9995 and found["config"]["ema_warmup"] is False
+    assert found["overridden"]["epochs"] == 1 and "augment" not in found["overridden"]
+    assert run(capsys, "train", *flags, *TINY, "--out", out)[0] == 0  # goes on as the same run
+    code, _, error = run(capsys, "train", "--recipe", "smal", "--out", tmp_path / "other")
+    assert code == 2 and "Near: small" in error and not (tmp_path / "other").exists()
+
+
+def test_a_run_begins_with_another_and_keeps_what_is_frozen(capsys, tmp_path):
+    donor, out = tmp_path / "donor", tmp_path / "tuned"
+    assert run(capsys, "train", *TINY, "--out", donor)[0] == 0
+    more = ["--from", donor, "--freeze", "blocks.0.attn,patch_embed", "--accumulate", 2]
+    more += ["--recompute", "--operator", "G2B:base=softmax"]
+    code, text, _ = run(capsys, "train", *TINY, *more, "--out", out)
+    assert code == 0 and f"began with {donor}" in text and "drawn: blocks.0.operator" in text
+    (before,), (after,) = runs.load_weights(donor), runs.load_weights(out)
+    kept = [after["blocks"]["0"]["attn"]["qkv"]["weight"], after["patch_embed"]["proj"]["bias"]]
+    was = [before["blocks"]["0"]["attn"]["qkv"]["weight"], before["patch_embed"]["proj"]["bias"]]
+    assert all((a == b).all() for a, b in zip(kept, was, strict=True))
+    assert (after["head"]["weight"] != before["head"]["weight"]).any()
+    assert run(capsys, "eval", out)[0] == 0
+
+
 def test_analyse_writes_a_page_with_the_scores_that_there_are(capsys, tmp_path):
     out = tmp_path / "runs"
     argv = ["train", "--operator", "softmax", "G2B", "--rank", 3, "--seeds", 0, 1, "--out", out]
@@ -98,6 +127,13 @@ def test_seeds_one_by_one_go_into_directories_of_their_own(capsys, tmp_path):
         (["train", "--rank", "3", "--operator", "softmax"], "'rank' has no effect on softmax"),
         (["train", "--base", "Softmax", "--operator", "G3B"], "Near matches: softmax"),
         (["train", "--batch-size", "5000"], "training images"),
+        (["train", "--end-learning-rate", "1"], "at most the peak"),
+        (["train", "--warmup-epochs", "30"], "<= epochs, 20"),
+        (["train", "--accumulate", "7"], "to divide the batch"),
+        (["train", "--from", "nowhere"], "not there"),
+        (["train", "--freeze", "bloks"], "matches none of"),
+        (["train", "--recompute", "--step", "compiled"], "with `recompute`"),
+        (["train", "--recompute", "--model", "swin_tiny"], "'recompute'"),
         (["train", "--seeds", "1", "1"], "different seeds"),
         (["train", "--augment", "flipp"], "flip"),
         (["train", "--model", "vit_tin"], "vit_tiny"),

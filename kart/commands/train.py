@@ -14,6 +14,7 @@ from kart import distributed, population, recipes, runs, tables, train, tree
 from kart.analysis import cost
 from kart.commands.command import Command, integer
 from kart.commands.config import OPERATORS_HELP, add_config_flags, check_device, configs_of
+from kart.runs import donors
 from kart.train import Config, Record
 
 SEED = integer(0)
@@ -86,6 +87,9 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
         last: list[Record] = []
         for part, directory in parts:
             last += _train(part, splits, directory, args.quiet, ranks)
+        print(
+            "".join(f"{one}\n" for one in {donors.told(home) for _, home in parts} if one), end=""
+        )
         parameters = tree.size(runs.load_weights(parts[0][1])[0])
         results.append((str(config.operator), parameters, last))
     if ranks.rank:

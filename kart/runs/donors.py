@@ -88,3 +88,14 @@ def begin(run: Run, configs: Sequence[Config], splits: Splits) -> tuple[State, d
     leaves = len(tree.leaves(params))
     told = {"start": run.config.start, "taken": leaves - len(drawn), "drawn": drawn}
     return train.begin_with(state, tree.to(params, run.config.device)), told
+
+
+def told(directory: Path) -> str:
+    """What the run in `directory` took of its donor, in a line; empty without one."""
+    path = directory / "start.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    drawn = sorted({name.rpartition(".")[0] for name in found["drawn"]})
+    rest = f"; drawn: {', '.join(drawn[:4])}{', ...' if len(drawn) > 4 else ''}" if drawn else ""
+    return f"began with {found['start']}, {found['taken']} tensors of it{rest}"
