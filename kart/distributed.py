@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from kart import train, tree
 from kart.train import ALONE, Config, Ranks, Splits
@@ -67,7 +69,7 @@ def joined(device: str = "cpu", timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]
         torch.cuda.set_device(local)
     try:
         limit = datetime.timedelta(seconds=timeout_s)
-        own = dist.PrefixStore("group", store)
+        own = PrefixStore("group", store)
         with _watched(rank):
             dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=limit)
         yield Ranks(rank, size, lambda x: _total(rank, x), lambda x: _share(rank, x))
@@ -81,7 +83,7 @@ def joined(device: str = "cpu", timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]
 def _rendezvous(timeout_s: float) -> tuple[Any, int, int]:
     limit = datetime.timedelta(seconds=timeout_s)
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        store, rank, size = next(rendezvous("env://", timeout=limit))
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             "`joined` needs the environment that torchrun makes, got "
@@ -90,7 +92,7 @@ def _rendezvous(timeout_s: float) -> tuple[Any, int, int]:
         ) from None
     # a group that torchrun starts again has the store of the first one
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"kart/{attempt}", store), rank, size
+    return PrefixStore(f"kart/{attempt}", store), rank, size
 
 
 def _first(store: Any) -> bool:
