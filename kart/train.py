@@ -62,8 +62,8 @@ class Config:
     start: str | None = None  # a run, or a file of weights, to begin with: see kart.runs.donors
     freeze: tuple[str, ...] = ()  # patterns of the paths of parameters that are not trained
     # optimisation
-    epochs: int = 20
-    batch_size: int = 64
+    epochs: int = 40
+    batch_size: int = 32
     learning_rate: float | None = 1e-3
     start_learning_rate: float = 1e-6  # where the warm-up begins
     end_learning_rate: float = 1e-5

@@ -128,7 +128,7 @@ def test_seeds_one_by_one_go_into_directories_of_their_own(capsys, tmp_path):
         (["train", "--base", "Softmax", "--operator", "G3B"], "Near matches: softmax"),
         (["train", "--batch-size", "5000"], "training images"),
         (["train", "--end-learning-rate", "1"], "at most the peak"),
-        (["train", "--warmup-epochs", "30"], "<= epochs, 20"),
+        (["train", "--warmup-epochs", "50"], "<= epochs, 40"),
         (["train", "--accumulate", "7"], "to divide the batch"),
         (["train", "--from", "nowhere"], "not there"),
         (["train", "--freeze", "bloks"], "matches none of"),

@@ -17,6 +17,7 @@ SMALL_CIFAR = Config(
     image_size=32,
     patch_size=4,
     epochs=20,
+    batch_size=64,
 )
 
 
