@@ -34,7 +34,8 @@ Params = dict[str, Any]
 # where a trial runs: no part of what is searched, and workers may differ in it
 PLACE = {"device": "cpu", "threads": None}
 # the free fields are put to these values to name a shape
-SHAPE = {**PLACE, "seed": 0, "learning_rate": 0.0, "weight_decay": 0.0}
+# a peak above any that a schedule begins or ends with
+SHAPE = {**PLACE, "seed": 0, "learning_rate": 1e30, "weight_decay": 0.0}
 
 MOST_POINTS = 10_000
 LEAST_GRID = {"gaussian_rbf": 2}  # centres at both ends of the interval
