@@ -33,8 +33,8 @@ Params = dict[str, Any]
 
 # where a trial runs: no part of what is searched, and workers may differ in it
 PLACE = {"device": "cpu", "threads": None}
-# the free fields are put to these values to name a shape
-# a peak above any that a schedule begins or ends with
+# the free fields are put to these values to name a shape: the peak above any that a schedule begins
+# or ends with
 SHAPE = {**PLACE, "seed": 0, "learning_rate": 1e30, "weight_decay": 0.0}
 
 MOST_POINTS = 10_000
