@@ -127,9 +127,6 @@ class Config:
         parts = self.accumulate
         need(self.batch_size % parts == 0, "accumulate", f"to divide the batch, {self.batch_size}")
         need(isinstance(self.freeze, tuple) and all(self.freeze), "freeze", "a tuple of patterns")
-        if self.train_limit is not None:
-            limit = self.train_limit
-            need(self.batch_size <= limit, "batch_size", f"at most the {limit} training images")
 
     def asdict(self) -> dict[str, Any]:
         """The config as JSON has it."""
