@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kart import train
+from kart import code, train
 from kart.commands import COMMANDS
 from kart.commands.command import Parser, add
 
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rest:
             args.parser.refuse(rest)
         args.given = argv
+        for name in getattr(args, "code", ()):
+            code.use(name)
         return args.call(args)
     except KeyboardInterrupt:
         print("\nkart: stopped; the same command goes on where it stopped", file=sys.stderr)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.nn import functional as F
 
-from kart import augment, data, kernels, models, optim, tree
+from kart import augment, code, data, kernels, models, optim, tree
 from kart.data import Dataset
 from kart.models import Model
 
@@ -127,8 +127,8 @@ class Config:
                 "The run was written by another version of kart."
             )
         values: dict[str, Any] = dict(fields)
-        if isinstance(values.get("operator"), list):  # JSON has no tuples
-            values["operator"] = tuple(values["operator"])
+        if "operator" in values:  # JSON has no tuples; what was read runs no code
+            values["operator"] = code.stored(values["operator"])
         return cls(**values)
 
     @property

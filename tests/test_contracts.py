@@ -24,11 +24,11 @@ HOUSE = [
     {"operators", "optim", "checkpoint"},
     {"tree", "layers", "bases", "projections", "kernels", "data", "augment", "tables"},
     {"factories"},
-    {"pages", "statistics"},
+    {"code", "pages", "statistics"},
 ]
 FLOOR = {room: len(HOUSE) - i for i, rooms in enumerate(HOUSE) for room in rooms}
 # within a floor
-BESIDE = {("optim", "tree"), ("checkpoint", "tree"), ("augment", "data")}
+BESIDE = {("optim", "tree"), ("checkpoint", "tree"), ("augment", "data"), ("layers", "kernels")}
 
 
 def room(path):

@@ -219,6 +219,18 @@ def _elsewhere(args: argparse.Namespace) -> dict[str, Any]:
     return _place(args) | ({} if args.data is None else {"data": args.data})
 
 
+def _give_code(study: "Study") -> None:
+    """Runs the user's own code that the operators of the study's arms name, as its file does."""
+    from kart import code, operators
+    from kart.search.space import first
+
+    for space in study.spaces(study.config, {}).values():
+        chosen = first(space).operator
+        for spec in [chosen] if isinstance(chosen, str) else chosen:
+            for name in operators.sources(spec):
+                code.use(name)
+
+
 def _set_up(args: argparse.Namespace) -> Opened:
     from kart.search import question, storage, work
     from kart.search.trials import LIMITS, OBJECTIVES, loader
@@ -226,6 +238,7 @@ def _set_up(args: argparse.Namespace) -> Opened:
     where = work.home(None if args.storage else args.out, args.storage)
     found = question.load(args.study)
     study = found.study
+    _give_code(study)
     changes = dict(study.tiny) if args.tiny else {}
     given = ("data", "epochs", "train_limit", "trials", "seeds", "confirm", "sampler", "pruner")
     changes |= {n: getattr(args, n) for n in given if getattr(args, n) is not None}
@@ -307,6 +320,7 @@ def _join(args: argparse.Namespace) -> Opened:
     name = Path(args.study).stem if args.study.endswith(".py") else args.study
     opened = _open(args, name)
     found = question.load(args.study)
+    _give_code(found.study)
     settings = opened.settings
     spaces = found.study.spaces(Config.fromdict(settings.config), settings.fix)
     prints = {arm: work.fingerprint(space) for arm, space in spaces.items()}
@@ -444,15 +458,22 @@ COMMAND = Command(
     "Optuna studies: run, init, work, report, status, list",
     description=DESCRIPTION,
     commands=(
-        Command("run", "set up, search, confirm the winners, write the report", _run_flags, _run),
+        Command(
+            "run",
+            "set up, search, confirm the winners, write the report",
+            _run_flags,
+            _run,
+            reads=True,
+        ),
         Command("init", "create a study (and tables) for workers, once", _init_flags, _init),
         Command(
             "work",
             "work on a study that was created; join and leave at will",
             _work_flags,
             _work,
+            reads=True,
         ),
-        Command("report", "write report.html and trials.csv", _report_flags, _report),
+        Command("report", "write report.html and trials.csv", _report_flags, _report, reads=True),
         Command("status", "the studies in a directory or database", _status_flags, _status),
         Command("list", "the questions there are", lambda parser: None, _list),
     ),

@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from kart import code
 from kart.models import resize as resizing
 from kart.models.convit import FAMILY as CONVIT
 from kart.models.convit import ConViTConfig
@@ -64,7 +65,8 @@ def create(name: str, operator: Choice = "softmax", **overrides: Any) -> Model:
 def from_config(config: Mapping[str, Any]) -> Model:
     """The model whose `dataclasses.asdict(model.config)` is `config`, as checkpoints store it.
 
-    A config without `family`, as kart wrote them before there was more than one, is a ViT's.
+    A config without `family`, as kart wrote them before there was more than one, is a ViT's. Code
+    of one's own that its `operator` names is not run: see `kart.code.use`.
     """
     fields = dict(config)
     family = FAMILIES.get(fields.pop("family", "vit"))
@@ -74,7 +76,7 @@ def from_config(config: Mapping[str, Any]) -> Model:
             "The config was written by another version of kart."
         )
     try:
-        return family.build(fields.pop("operator"), **fields)
+        return family.build(code.stored(fields.pop("operator")), **fields)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"`from_config` needs the fields of {family.config.__name__}, got {sorted(config)} "

@@ -24,7 +24,7 @@ from kart.operators.fixed import relu, sigmoid, softmax, sparsemax
 from kart.operators.learnable import full_rank, low_rank, project_first, two_stage
 from kart.operators.mixtures import hybrid
 from kart.operators.resize import resize
-from kart.operators.spec import Spec
+from kart.operators.spec import Spec, sources
 
 # what a spec may name; the first that takes a basis is the order of a spec that names none
 OPERATORS: tuple[Callable[..., Operator], ...] = (
@@ -35,7 +35,7 @@ EXAMPLES = language.examples(OPERATORS)
 
 __all__ = ["EXAMPLES", "OPERATORS", "Factored", "Operator", "Source", "Spec", "from_logits"]
 __all__ += ["from_rows", "full_rank", "hybrid", "low_rank", "options", "parse", "project_first"]
-__all__ += ["relu", "resize", "sigmoid", "softmax", "sparsemax", "two_stage"]
+__all__ += ["relu", "resize", "sigmoid", "softmax", "sources", "sparsemax", "two_stage"]
 
 
 def parse(spec: str, **overrides: Any) -> Spec:
@@ -47,6 +47,10 @@ def parse(spec: str, **overrides: Any) -> Spec:
     `identity|silu|gelu` (also `unit_base`), `init`, `mix`, `scales=true`,
     `order=low_rank|full_rank|project_first|two_stage`, and the family's own (`degree`,
     `span=-4..4`, `omega`, `reading`). Heads that differ are joined with `+`: `2*softmax+G3B`.
+
+    A basis or operator of your own, or a factory of one, stands behind its module or file, which
+    is run: `my_module:sinc-B`, `sinc.py:sinc-8U:rank=4`. Numbers are the first arguments of its
+    factory, options the others.
 
     Args:
         spec: the string.

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kart import checkpoint, population
+from kart import checkpoint, code, operators, population
 from kart.runs import owned
 from kart.train import Config, Splits
 
-FORMAT = 2  # of a run directory: raised when its files, or what they mean, change
+FORMAT = 3  # of a run directory: raised when its files, or what they mean, change
 
 
 class Identity(NamedTuple):
@@ -59,8 +59,25 @@ def describe(configs: Sequence[Config], splits: Splits) -> dict[str, Any]:
         "config": config,
         "members": members,
         "data": data,
+        "code": _code(configs[0]),
         "versions": checkpoint.versions(),
     }
+
+
+def _code(config: Config) -> dict[str, str | None]:
+    """Fingerprints of the user's own sources that the operators of `config` name."""
+    specs = [config.operator] if isinstance(config.operator, str) else config.operator
+    names = set[str]().union(*map(operators.sources, specs))
+    return {name: code.fingerprint(name) for name in sorted(names)}
+
+
+def _check_code(where: str, config: Config, own: dict[str, str | None]) -> None:
+    for name, now in _code(config).items():
+        if now is not None and own.get(name) not in (None, now):
+            raise ValueError(
+                f"`run` needs the code it was trained with, got another {name!r} than that of "
+                f"{where!r}. Put that one back, or train into a new directory."
+            )
 
 
 def check_place(directory: Path) -> None:
@@ -144,6 +161,7 @@ SHAPE: dict[str, Any] = {
     "config": dict,
     "members": [dict],
     "versions": dict,
+    "code": dict,
     "data": {
         "name": str,
         "classes": [str],
@@ -199,7 +217,9 @@ def _misfit(value: Any, shape: Any, name: str) -> str:
     if isinstance(shape, list):
         if not isinstance(value, list):
             return f"{name} is no list"
-        return next(filter(None, (_misfit(one, shape[0], f"an item of {name}") for one in value)), "")
+        return next(
+            filter(None, (_misfit(one, shape[0], f"an item of {name}") for one in value)), ""
+        )
     return "" if fits(value, shape) else f"{name} is {value!r:.60}"
 
 
@@ -220,6 +240,7 @@ def read(directory: str | os.PathLike) -> Identity:
     """The identity of the run in a directory."""
     found = read_config(directory)
     base = Config.fromdict(found["config"])
+    _check_code(str(directory), base, found["code"])
     configs = [dataclasses.replace(base, **free) for free in found["members"]]
     return Identity(found["run"], configs, found["data"], found["versions"])
 

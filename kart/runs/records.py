@@ -121,9 +121,7 @@ def read_scores(directory: Path, split: str, which: str) -> dict[str, Any] | Non
             )
     is_count = isinstance(images, int) and images > 0
     if seeds != [c.seed for c in own.configs] or not is_count or not _are_numbers(numbers):
-        raise ValueError(
-            f"`run` needs scores of its members, got a damaged {str(path)!r}. {again}"
-        )
+        raise ValueError(f"`run` needs scores of its members, got a damaged {str(path)!r}. {again}")
     return found
 
 
