@@ -134,9 +134,9 @@ def test_reading_in_a_script_runs_nothing_and_says_what_to_do(own, capsys, monke
     splits = train.load_data(Config())
     monkeypatch.setattr(code, "_given", {})
     config = runs.read("run").configs[0]
-    for config in (config, dataclasses.replace(config, seed=3), Config.fromdict(config.asdict())):
+    for one in (config, dataclasses.replace(config, seed=3), Config.fromdict(config.asdict())):
         with pytest.raises(ValueError, match=r"kart\.code\.use\('waves\.py'\)"):
-            train.build(copy.deepcopy(config), splits.train)
+            train.build(copy.deepcopy(one), splits.train)
     code.use(str(own / "waves.py"))  # known by its name, wherever it lies
     assert train.build(config, splits.train).config.operator == "waves.py:sinc-B"
     assert train.build(Config(operator="waves.py:sinc-B"), splits.train)
@@ -147,9 +147,9 @@ def test_other_code_than_that_of_the_run_is_refused(own, capsys, monkeypatch):
     assert cli.main(argv) == 0
     (own / "waves.py").write_text(SOURCE + "\n# another\n")
     monkeypatch.setattr(code, "_given", {})
-    for argv in (argv, ["eval", "run", "--code", "waves.py"]):
+    for again in (argv, ["eval", "run", "--code", "waves.py"]):
         capsys.readouterr()
-        assert cli.main(argv) == 2
+        assert cli.main(again) == 2
         assert "code it was trained with" in capsys.readouterr().err
 
 

@@ -44,7 +44,7 @@ def differences(own: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def check(where: str, own: dict[str, Any], splits: Splits) -> None:
-    """Raises ValueError, naming what differs, unless `splits` are the data of the run in `where`."""
+    """Raises ValueError, naming what differs, unless `splits` are the data of the run `where`."""
     told = differences(own, facts(splits))
     if told:
         raise ValueError(

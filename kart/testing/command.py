@@ -47,8 +47,9 @@ def load(target: str, kind: str = "basis") -> Any:
         return value()
     except Exception as error:
         raise ValueError(
-            f"`target` needs an object, or a function that makes one without arguments, got "
-            f"{target!r}, which raised {code.where(error, module_name)}. Mend it, or give it defaults."
+            "`target` needs an object, or a function that makes one without arguments, got "
+            f"{target!r}, which raised {code.where(error, module_name)}. Mend it, or give it "
+            "defaults."
         ) from error
 
 
