@@ -30,7 +30,7 @@ def sinc(grid: int = 4, width: float = 1.0):
 hats = bases.gaussian_rbf(3)
 
 def halved(share: float = 0.5):
-    return operators.from_rows("halved", lambda scores: share * scores.softmax(-1))
+    return operators.from_rows("halved", lambda scores, mask: share * scores.softmax(-1))
 
 def broken(grid: int = 2):
     raise RuntimeError("no such\\nthing")
