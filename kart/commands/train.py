@@ -12,7 +12,7 @@ import torch
 
 from kart import population, runs, tables, train, tree
 from kart.analysis import cost
-from kart.commands.command import Command, integer
+from kart.commands.command import Command, integer, number
 from kart.commands.config import OPERATORS_HELP, add_config_flags, check_device, configs_of
 from kart.train import Config, Record
 
@@ -37,6 +37,13 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", help="run directory (default runs/<data>-<hash of the config>)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--space-timeout",
+        type=number(0),
+        default=600.0,
+        metavar="SECONDS",
+        help="how long to wait for room where the disk is full (600)",
+    )
     add_config_flags(parser)
 
 
@@ -48,6 +55,7 @@ def _run(args: argparse.Namespace) -> int:
     seeds = [config.seed for config in population.seeds(named[0], args.seeds)]
     splits = train.load_data(named[0])
     out = Path(args.out) if args.out else runs.default_directory(named, seeds)
+    args.out = str(out)  # where the traceback of what nobody foresaw goes
     homes = runs.homes(named, out)
     # nothing is written before all of it is known to be in order
     for config, home in zip(named, homes, strict=True):
@@ -63,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
         parts = runs.parts(configs, size, home)
         last: list[Record] = []
         for part, directory in parts:
-            last += _train(part, splits, directory, args.quiet)
+            last += _train(part, splits, directory, args.quiet, args.space_timeout)
         parameters = tree.size(runs.load_weights(parts[0][1])[0])
         results.append((str(config.operator), parameters, last))
     rows = [
@@ -122,7 +130,7 @@ def _group_size(configs: Sequence[Config], splits: train.Splits, asked: int | st
 
 
 def _train(
-    configs: list[Config], splits: train.Splits, directory: Path, quiet: bool
+    configs: list[Config], splits: train.Splits, directory: Path, quiet: bool, wait_s: float
 ) -> list[Record]:
     seeds = ",".join(str(config.seed) for config in configs)
     label = f"{configs[0].operator} seed {seeds}"
@@ -142,7 +150,9 @@ def _train(
                     tell = f"{label}: about {left / 86_400:,.0f} days for {total:,} steps"
                     print(f"{tell}; stop it with Ctrl-C, it goes on later", file=sys.stderr)
 
-        for record in runs.execute(directory, configs, splits, on_step=on_step):
+        for record in runs.execute(
+            directory, configs, splits, on_step=on_step, space_timeout=wait_s
+        ):
             top1 = [one["val_top1"] for one in population.split_record(record, len(configs))]
             shown = tables.spread(top1)
             bar.set_postfix_str(f"epoch {record['epoch']}/{configs[0].epochs} val {shown} %")

@@ -3,11 +3,12 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from kart import checkpoint, population, train
-from kart.runs import identity, records, weights
+from kart import checkpoint, population, train, tree
+from kart.runs import identity, records, room, weights
 from kart.train import Config, Record, Run, Splits, State
 
 
@@ -29,6 +30,10 @@ def restore(path: Path, run: Run, owner: str) -> tuple[State, float]:
     slim = like if like.average else like._replace(params={})
     state = checkpoint.load_state(path, state=slim)["state"]
     return (state if like.average else state._replace(params=params)), config["best_val_top1"]
+
+
+def _bytes(node: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree.leaves(node))
 
 
 def _mean(value: float | list[float]) -> float:
@@ -55,21 +60,33 @@ def execute(
     splits: Splits,
     *,
     on_step: Callable[[int, int, Tensor], None] | None = None,
+    space_timeout: float = 0.0,
 ) -> Iterator[Record]:
     """Trains `configs` together in `directory`, from where it stopped; yields the records.
 
     Records of earlier epochs are yielded first, as they were. `on_step(step, total, loss)` is
-    called after each step. Raises Diverged when no member is left; the last good state is saved
-    before.
+    called after each step. Where the disk is full it waits up to `space_timeout` seconds for room.
+    Raises Diverged when no member is left; the last good state is saved before. Raises OSError
+    where there is no room: the last finished epoch is kept, and the same call goes on from it.
     """
     directory = Path(directory)
     run = population.run(configs, splits)
     total = run.config.epochs * run.steps_per_epoch
     kept = set(snapshot_steps(run.config.trajectory, total) if run.config.trajectory else ())
     identity.check_place(directory)
+    start = run.init()
+    size = _bytes(start)
+    # the old and the new last one, the best, and the trajectory
+    if not (directory / "last.safetensors").exists():
+        room.check(directory, 3 * size + len(kept) * _bytes(start.params))
+
+    def write(call: Callable[[], None]) -> None:
+        room.wait_for(directory, size, space_timeout, call)
+
     with identity.locked(directory):
         owner = identity.claim(directory, configs, splits).id
-        last, log = directory / "last.safetensors", directory / "metrics.jsonl"
+        last, better = directory / "last.safetensors", directory / "best.safetensors"
+        log = directory / "metrics.jsonl"
         state, best = restore(last, run, owner) if last.exists() else (None, -1.0)
         done = 0 if state is None else int(state.step.max())
         # a kill between record and checkpoint leaves a record that will be made again
@@ -93,11 +110,12 @@ def execute(
                 path = weights.snapshot(directory, step)
                 path.parent.mkdir(exist_ok=True)
                 about = {"run": owner, "step": step}
-                checkpoint.save(path, train.weights_for_evaluation(state), about)
+                write(lambda: checkpoint.save(path, train.weights_for_evaluation(state), about))
 
         if state is None:
-            state = run.init()
+            state = start
             keep(state, 0)
+        del start  # a resumed run has no need of it
         latest: list[State] = []
 
         def stepped(state: State, metrics: train.Metrics) -> None:
@@ -111,14 +129,12 @@ def execute(
             for current, record in train.loop(run, state, donate=True, on_step=stepped):
                 record["seconds"] = round(record["seconds"] + spent, 3)
                 top1 = _mean(record["val_top1"])
-                with open(log, "a", encoding="utf-8") as file:
-                    file.write(records.line(owner, record))
-                    file.flush()
-                    os.fsync(file.fileno())
+                line = records.line(owner, record)
+                write(lambda line=line: room.append(log, line))
                 if top1 > best:
                     best = top1
-                    _save(directory / "best.safetensors", owner, current, best)
-                _save(last, owner, current, best)
+                    write(lambda now=current, best=best: _save(better, owner, now, best))
+                write(lambda now=current, best=best: _save(last, owner, now, best))
                 yield record
         except train.Diverged:
             if latest:

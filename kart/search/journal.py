@@ -80,9 +80,11 @@ def problem(directory: Path, names: Sequence[str], known: Mapping[tuple[str, int
     if not path.is_file():
         return "is gone"
     try:
-        if path.stat().st_size < 100 or path.open("rb").read(16) != HEADER:
-            return "is no SQLite file any more"
-        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
+        with open(path, "rb") as file:
+            if file.read(16) != HEADER:
+                return "is no SQLite file any more"
+        url = f"{path.resolve().as_uri()}?mode=ro"
+        with contextlib.closing(sqlite3.connect(url, uri=True)) as db:
             rows = db.execute(
                 "SELECT s.study_name, t.number, t.state FROM trials t JOIN studies s "
                 "ON s.study_id = t.study_id"
@@ -101,10 +103,20 @@ def problem(directory: Path, names: Sequence[str], known: Mapping[tuple[str, int
     return ""
 
 
-def check(directory: Path, names: Sequence[str]) -> None:
-    """Raises ValueError where the SQLite file was deleted, cut or overwritten since."""
+def size(directory: Path) -> int:
+    """Bytes of the SQLite file, which never shrinks; 0 where there is none."""
+    path = directory / "study.db"
+    return path.stat().st_size if path.is_file() else 0
+
+
+def check(directory: Path, names: Sequence[str], least: int = 0) -> None:
+    """Raises ValueError where the SQLite file was deleted, cut or overwritten since it had `least`
+    bytes.
+    """
     known = read(directory)
     wrong = problem(directory, names, known)
+    if not wrong and size(directory) < least:
+        wrong = f"was cut, from {least:,} bytes to {size(directory):,}"
     if wrong:
         raise ValueError(
             f"the database {str(directory / 'study.db')!r} {wrong}. {len(known)} finished trials "

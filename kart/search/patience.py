@@ -77,7 +77,8 @@ def wait_for(storage: RDBStorage, name: str, seconds: float) -> None:
                     if spent + pause > seconds:
                         raise ConnectionError(
                             f"the database {name!r} has been away for {spent:.0f} s: {why}. The "
-                            "same command goes on when it is back; `--storage-timeout` waits longer."
+                            "same command goes on when it is back; `--storage-timeout` waits "
+                            "longer."
                         ) from e
                 if not told.is_set():
                     told.set()

@@ -364,13 +364,14 @@ def _kept(where: Home, arms: Mapping[str, optuna.Study], settings: Settings) -> 
     if directory is None:
         yield
         return
+    least = journal.size(directory)
     try:
         yield
         journal.append(directory, arms)
     except Exception:
-        journal.check(directory, names(settings))
+        journal.check(directory, names(settings), least)
         raise
-    journal.check(directory, names(settings))
+    journal.check(directory, names(settings), least)
 
 
 def summary(arms: Mapping[str, optuna.Study]) -> str:
