@@ -10,7 +10,7 @@ from types import ModuleType
 ROOMS = (
     *("analysis", "augment", "bases", "checkpoint", "cli", "code", "commands", "data", "export"),
     *("factories", "kernels", "layers", "models", "operators", "optim", "population"),
-    *("projections", "recipes", "runs", "search", "tables", "testing", "train", "tree"),
+    *("projections", "recipes", "runs", "schema", "search", "tables", "testing", "train", "tree"),
 )
 
 

@@ -492,6 +492,13 @@ def _read(
 def _path(function: str, path: Any) -> Path:
     if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
         raise ValueError(f"`{function}` needs `path` to be the path of a file, got {path!r:.100}.")
+    try:
+        Path(path).exists()
+    except OSError as error:  # too long a name
+        raise ValueError(
+            f"`{function}` needs `path` to be the path of a file, got {str(path)!r:.100} "
+            f"({error.strerror})."
+        ) from error
     return Path(path)
 
 

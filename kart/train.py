@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import time
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.nn import functional as F
 
-from kart import augment, code, data, kernels, models, optim, tree
+from kart import augment, code, data, kernels, models, optim, schema, tree
 from kart.data import Dataset
 from kart.models import Model
 
@@ -87,6 +88,8 @@ class Config:
                     f"`Config` needs `{name}` {what}, got {getattr(self, name)!r}. Change it."
                 )
 
+        for name, kind in typing.get_type_hints(Config).items():
+            need(schema.fits(getattr(self, name), kind), name, f"of type {kind}")
         for name in ("epochs", "batch_size"):
             value = getattr(self, name)
             need(isinstance(value, int) and value >= 1, name, "an integer >= 1")

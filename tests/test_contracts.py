@@ -24,7 +24,7 @@ HOUSE = [
     {"operators", "optim", "checkpoint"},
     {"tree", "layers", "bases", "projections", "kernels", "data", "augment", "tables"},
     {"factories"},
-    {"code", "pages", "statistics"},
+    {"code", "pages", "schema", "statistics"},
 ]
 FLOOR = {room: len(HOUSE) - i for i, rooms in enumerate(HOUSE) for room in rooms}
 # within a floor

@@ -254,7 +254,9 @@ def test_nothing_that_a_study_names_is_run_by_reading_it(tmp_path, monkeypatch, 
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_traceback_of_what_nobody_foresaw_lies_in_the_run(splits, tmp_path, monkeypatch, capsys):
+def test_the_traceback_of_what_nobody_foresaw_lies_in_the_run(
+    splits, tmp_path, monkeypatch, capsys
+):
     list(runs.execute(tmp_path / "run", [TINY], splits))
 
     def fail(*args):

@@ -126,6 +126,13 @@ def check_options(source: Any, image_size: Any, *options: Any) -> None:
         raise ValueError(f"`load` needs `source` to be a name or a path, got {source!r}.")
     if "\0" in str(source):
         raise ValueError(f"`load` needs `source` to be a name or a path, got {source!r}.")
+    try:
+        Path(source).exists()
+    except OSError as err:  # too long a name
+        raise ValueError(
+            f"`load` needs `source` to be a name or a path, got {str(source)!r:.100} "
+            f"({err.strerror})."
+        ) from err
     names = ("image_column", "label_column", "config", "revision")
     for name, value in zip(names, options, strict=True):
         if value is not None and (not isinstance(value, str) or not value):

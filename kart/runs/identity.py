@@ -6,13 +6,12 @@ import fcntl
 import hashlib
 import json
 import os
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kart import checkpoint, code, operators, population
+from kart import checkpoint, code, operators, population, schema
 from kart.runs import owned
 from kart.train import Config, Splits
 
@@ -132,15 +131,22 @@ def claim(directory: Path, configs: Sequence[Config], splits: Splits) -> Identit
     return read(directory)
 
 
+def place_of(directory: Any) -> Path:
+    """The path that a caller means as a run directory."""
+    if not isinstance(directory, str | os.PathLike) or "\0" in str(directory):
+        raise ValueError(f"`run` needs the path of a directory, got {directory!r:.100}.")
+    return Path(directory)
+
+
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     """`config.json` of a run directory, checked: see `describe` for what is in it."""
-    path = Path(directory) / "config.json"
+    path = place_of(directory) / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         raise ValueError(
-            f"`run` needs a directory that `kart train` wrote, got {str(directory)!r} without "
-            "config.json. Check the path."
+            f"`run` needs a directory that `kart train` wrote, got {str(directory)!r:.200} "
+            "without config.json. Check the path."
         ) from None
     try:
         found = json.loads(text)
@@ -185,7 +191,7 @@ def _problem(found: Any) -> str:
     for name, kind in hints.items():
         if name not in found["config"]:
             return f"config has no {name!r}"
-        if not fits(found["config"][name], kind):
+        if not schema.fits(found["config"][name], kind):
             return f"config.{name} is {found['config'][name]!r:.60}"
     unknown = sorted(set(found["config"]) - set(hints))
     if unknown:
@@ -193,7 +199,7 @@ def _problem(found: Any) -> str:
     for member in found["members"]:
         if set(member) != set(population.FREE):
             return f"a member has {sorted(member)}, not {sorted(population.FREE)}"
-        if not all(fits(value, hints[name]) for name, value in member.items()):
+        if not all(schema.fits(value, hints[name]) for name, value in member.items()):
             return f"a member is {member!r:.100}"
     if not found["members"]:
         return "no members"
@@ -220,20 +226,7 @@ def _misfit(value: Any, shape: Any, name: str) -> str:
         return next(
             filter(None, (_misfit(one, shape[0], f"an item of {name}") for one in value)), ""
         )
-    return "" if fits(value, shape) else f"{name} is {value!r:.60}"
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is of an annotated type; lists stand for tuples, integers for floats."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return any(fits(value, one) for one in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, list) and all(isinstance(one, str) for one in value)
-    if kind is type(None):
-        return value is None
-    if kind in (int, float):
-        return isinstance(value, (int, float) if kind is float else int) and value is not True
-    return isinstance(value, kind)
+    return "" if schema.fits(value, shape) else f"{name} is {value!r:.60}"
 
 
 def read(directory: str | os.PathLike) -> Identity:
