@@ -46,10 +46,12 @@ def create(name: str, operator: Choice = "softmax", **overrides: Any) -> Model:
     >>> model.config.tokens, model.config.sharing
     (65, 'blockwise')
     """
-    if not isinstance(operator, str | Operator | list | tuple):
+    each = operator if isinstance(operator, list | tuple) else [operator]
+    # an Operator is a tuple itself
+    if not isinstance(operator, Operator) and not all(isinstance(x, str | Operator) for x in each):
         raise ValueError(
             f"`create` needs `operator` to be a spec, an Operator or one of either a block, got "
-            f"{type(operator).__name__}. Pass for example 'G3B'."
+            f"{operator!r:.100}. Pass for example 'G3B'."
         )
     found = [f for f in FAMILIES.values() if isinstance(name, str) and name in f.sizes]
     if not found:
