@@ -54,7 +54,7 @@ def test_a_wheel_works_for_a_new_user(tmp_path):
     assert "waves.py:sinc-B" in run("train", "--operator", "G1B", "waves.py:sinc-B", *TINY,
                                     "--out", "run")  # fmt: skip
     assert "test top-1" in run("eval", "run", "--code", "waves.py")
-    run("analyse", "run", "--code", "waves.py", "--sections", "curves")
+    run("analyse", "run", "--code", "waves.py", "--sections", "training")
     assert (user / "run" / "report.html").exists()
     assert " 0 fail" in run("test", "basis", "waves.py:sinc", "--max-examples", "2")
     study = ["study", "run", "grid_rank_sharing", "--tiny", "--quiet", "--val-limit", "16"]
