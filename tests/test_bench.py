@@ -35,13 +35,41 @@ def test_bad_input_is_one_line(capsys, tmp_path):
 
 def test_verdicts_follow_the_goals():
     def row(variant, **fields):
-        return {"what": "memory", "variant": variant, "ratio": 1.1, "peak_mib": 900.0, **fields}
+        return {"what": "memory", "variant": variant, "ratio": 0.99, "peak_mib": 900.0, **fields}
 
-    assert bench.verdict(row("auto")) == "reach 1.2: met, then 1.05: missed"
+    assert bench.verdict(row("auto")) == "reach 1.0: met; then 0.98: missed, 1.01 x of it"
     assert bench.verdict(row("full rank G=10, batch 1")) == "reach 1000 MB peak: met"
     late = row("full rank G=10, batch 1", peak_mib=960.0)
     assert bench.verdict(late) == "reach 1000 MB peak: missed"
     assert bench.verdict({"what": "step", "variant": "naive", "both": {"ratio": 2.0}}) == ""
+
+
+def test_every_goal_is_of_a_row_that_is_measured():
+    known = {setting.what for setting in bench.SETTINGS}
+    known |= {"op G=3 N=197 bfloat16", "step", "memory"}
+    assert {what for what, _ in bench.TARGETS} <= known
+
+
+def test_a_cliff_at_some_size_is_seen(monkeypatch):
+    args = argparse.Namespace(device="cpu", sizes=12)
+    sizes = bench.drawn_sizes(12)
+    assert all(17 <= n <= 1025 and 16 <= d <= 128 and 1 <= r <= 48 for n, d, r in sizes)
+    monkeypatch.setattr(
+        bench, "drawn_sizes", lambda count: [(17 + n // 20, d, r) for n, d, r in sizes]
+    )
+    calls = iter(range(12))
+
+    def timed(calls_of, repeats, clock):
+        # a cost of the form that is fitted, but for one size that takes three times as long
+        n, d, r = bench.drawn_sizes(12)[i := next(calls)]
+        pairs = max(1, round(4 * (197 / n) ** 2)) * 3 * n**2
+        return {"op": [1e-9 * pairs * (d + 2 * r) * (3 if i == 5 else 1)]}
+
+    monkeypatch.setattr(bench, "interleave", timed)
+    rows = list(bench.size_level(args, bench.Clock("cpu"), quiet))
+    worst = max(rows, key=lambda row: row["over"])
+    assert worst is rows[5] and worst["over"] > 1.5
+    assert "reach 1.5: missed" in bench.show(rows)
 
 
 @pytest.mark.slow

@@ -22,7 +22,8 @@ HOUSE = [
     {"train"},
     {"models"},
     {"operators", "optim", "checkpoint"},
-    {"tree", "layers", "bases", "projections", "kernels", "data", "augment", "tables"},
+    {"layers"},
+    {"tree", "bases", "projections", "kernels", "data", "augment", "tables"},
     {"factories"},
     {"code", "pages", "schema", "statistics"},
 ]

@@ -5,11 +5,20 @@ import functools
 import pytest
 import torch
 
-from kart import models, tree
+from kart import models, operators, tree
 from kart.analysis import cost
 
 TINY = {"image_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3}
 OPERATORS = ["softmax", "G3B", "G3U", "G2B:order=full_rank", "morlet-B", "2*softmax+G1B"]
+OPERATORS += [
+    "static",
+    "static-U:rank=4",
+    "softconv",
+    "G2:order=by_offset",
+    "tempered",
+    "linformer",
+]
+OPERATORS += ["G2B:order=beside_relative", "synthesizer:width=16", "performer:width=16", "gated"]
 
 
 @pytest.mark.parametrize("row", cost.PAPER, ids=lambda row: f"{row[0]} {row[1]}")
@@ -43,6 +52,45 @@ def test_flops_by_hand():
     # 5 tokens; 4 patches of 4 pixels to width 2; linear 5 (4 * 4 + 2 * 2 * 8); two of 25 * 2
     assert cost.flops(model) == cost.Flops(32, 240, 100, 75, 150, 6)
     assert cost.flops(model).total == 603
+
+
+# 5 tokens, heads of 2 numbers: 25 pairs, 50 multiply-accumulates a product with q, k or v
+@pytest.mark.parametrize(
+    ("operator", "attention", "activation"),
+    [
+        ("static", 50, 0),
+        ("static:rank=3", 2 * 5 * 3 * 2, 0),
+        ("static:rank=3,normalise=softmax", 50, 25 * (3 + 3)),
+        ("static:signed=false", 50, 25 * 2),
+        ("relative", 50, 0),
+        ("softconv", 100, 25 * 4),
+        ("relative:inside=true", 100, 25 * 4),
+        ("G2:order=by_offset", 100, 25 * (6 + 1)),
+        ("G2:order=by_offset,base=softmax", 100, 25 * (6 + 1 + 4)),
+        ("G2:order=beside_relative,rank=3", 100, 25 * ((6 + 1) * 3 + 5)),
+        ("entmax", 100, 25 * 8),
+        ("tempered", 100, 25 * 4),
+        ("gated", 100, 25 * 11),
+        ("synthesizer:width=2", 5 * 2 * 2 + 50 + 50, 25 * 3),
+        ("synthesizer:width=2,base=softmax", 5 * 2 * 2 + 50 + 50 + 50, 25 * 7),
+        ("linformer:rank=3", 4 * 5 * 3 * 2, 3 * 5 * 3),
+        ("performer:width=2,features=3", 4 * 5 * 3 * 2, 6 * 5 * 3),
+        ("cosformer", 4 * 5 * 2 * 2 + 8 * 5 * 2, 0),
+    ],
+)
+def test_flops_of_an_operator_that_says_them(operator, attention, activation):
+    model = models.create(
+        "vit_tiny", operator=operator, image_size=4, patch_size=2, in_channels=1, num_classes=3,
+        embed_dim=2, depth=1, num_heads=1,
+    )  # fmt: skip
+    assert cost.flops(model) == cost.Flops(32, 240, attention, activation, 150, 6)
+
+
+def test_flops_of_heads_that_differ_and_of_sums():
+    parts = [operators.softmax(), operators.relative()]
+    for op in (operators.hybrid(parts), operators.added(parts)):
+        assert cost.product_flops(op, 2 if op.options["kind"] == "hybrid" else 1, 5, 2) == 150
+        assert cost.activation_flops(op, 1, 5) == 75
 
 
 def test_streaming_needs_fewer_operations_than_the_papers_form():

@@ -37,7 +37,7 @@ def test_an_example_parses_to_an_operator_of_that_name(spec):
     letter = spec.split(":")[0][-1]
     assert parsed.sharing == {"B": "blockwise", "U": "universal"}.get(letter)
     heads = 3 if "*" in spec else 2
-    params = parsed.operator.init(torch.Generator().manual_seed(0), heads, 4)
+    params = parsed.operator.init(torch.Generator().manual_seed(0), heads, 5)
     assert bool(params) == parsed.operator.traits["learned"]
 
 

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from kart import bases
 from kart.kernels import triton as engine
-from kart.kernels.chunked import Family
+from kart.kernels.family import Family, Product, family_of
 
 # relative error in the norm; float32 here is that of `tl.dot` in numpy
 LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3}
@@ -27,10 +27,6 @@ LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3}
 def small_tiles(kernel: str, *_: Any) -> engine.Tiles:
     """Many blocks of few tokens, several launches of few features."""
     return engine.Tiles(16, 32, 4, 2, 2 if kernel == "key_gradient" else 4)
-
-
-def family_of(basis: bases.Basis) -> Family:
-    return Family(basis, basis.features, basis.features(torch.zeros(1)).shape[-1], None)
 
 
 def case(
@@ -63,9 +59,10 @@ def reference(tensors, mask, family, scale):
 def compare(tensors, mask, family, scale=None, limit=None, **options) -> None:
     dy, q, k, coefs = tensors
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    assert engine.refuses(family, q, k, coefs, mask) == ""
-    got = [engine.forward(family, q, k, coefs, mask, scale, **options)]
-    got += engine.backward(family, dy, q, k, coefs, mask, scale, **options)
+    product = Product(family, q, k, coefs, mask, scale)
+    assert engine.refuses(product) == ""
+    got = [engine.forward(product, **options)]
+    got += engine.backward(product, dy, **options)
     limit = limit or LIMITS[q.dtype]
     wanted = reference(tensors, mask, family, scale)
     names = ["y", "dq", "dk", "dc"]
@@ -99,12 +96,13 @@ def masks() -> None:
         compare(*case(bases.bspline(1), 20, 33, heads=1, mask=shape), choose=small_tiles)
     tensors, _, family = case(bases.fourier(3), 20, 33)
     nothing = torch.zeros(1, 1, 1, 33, dtype=torch.bool)
-    for x in engine.backward(family, *tensors, nothing, 0.25):
+    dy, *leaves = tensors
+    for x in engine.backward(Product(family, *leaves, nothing, 0.25), dy):
         assert_close(x, torch.zeros_like(x))
     # an infinite score that nobody attends to
     nothing[..., 1:] = True
     tensors[2][:, :, 0] = torch.inf
-    assert engine.forward(family, *tensors[1:], nothing, 0.25).isfinite().all()
+    assert engine.forward(Product(family, *leaves, nothing, 0.25)).isfinite().all()
 
 
 def strides() -> None:
@@ -150,25 +148,27 @@ def large_scores() -> None:
         limit = 3 * size * torch.finfo(torch.float32).eps
         compare([dy, q, k, coefs], mask, family, scale=scale, limit=limit)
     for size in (1e7, 1e20, 1e37):
-        y = engine.forward(family, q, k, coefs, mask, size / scores.abs().max().item())
+        scale = size / scores.abs().max().item()
+        y = engine.forward(Product(family, q, k, coefs, mask, scale))
         assert y.isfinite().all() and y.abs().max() <= 2 * coefs.abs().sum((3, 4)).max()
 
 
 def repeats() -> None:
     tensors, mask, family = case(bases.fourier(1), 65, 63, heads=1, mask=(2, 1, 1, 63))
     dy, q, k, coefs = tensors
-    arguments = dy, q, k, coefs, mask, 0.25
-    first, second = (engine.backward(family, *arguments) for _ in range(2))
+    product = Product(family, q, k, coefs, mask, 0.25)
+    first, second = (engine.backward(product, dy) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
-    assert torch.equal(*(engine.forward(family, *arguments[1:]) for _ in range(2)))
+    assert torch.equal(*(engine.forward(product) for _ in range(2)))
 
 
 def empty_batch() -> None:
     (dy, q, k, coefs), mask, family = case(bases.fourier(3), 5, 4, batch=1)
     dy, q, k = dy[:0], q[:0], k[:0]
-    assert engine.forward(family, q, k, coefs, mask, 0.25).shape == (0, 2, 5, 12)
-    dq, dk, dc = engine.backward(family, dy, q, k, coefs, mask, 0.25)
+    product = Product(family, q, k, coefs, mask, 0.25)
+    assert engine.forward(product).shape == (0, 2, 5, 12)
+    dq, dk, dc = engine.backward(product, dy)
     assert dq.shape == q.shape and dk.shape == k.shape
     assert_close(dc, torch.zeros_like(coefs))
 
@@ -202,7 +202,7 @@ def test_the_kernels_are_the_plain_expression_in_the_interpreter(group):
 # --- in this process ------------------------------------------------------------------------------
 
 
-def test_a_basis_is_known_by_its_features():
+def test_a_basis_is_known_by_what_its_family_declares():
     for basis in [
         bases.fourier(4, base="gelu"),
         bases.polynomial(2),
@@ -210,20 +210,22 @@ def test_a_basis_is_known_by_its_features():
         bases.gaussian_rbf(4),
         bases.bspline(6, span=(-3.0, 3.0), base="identity"),
     ]:
-        kind = engine.kind_of(basis)
-        assert kind is not None and kind.name == basis.family
+        kind = engine.kind_of(family_of(basis))
+        assert kind is not None and kind.name == basis.family and kind.size == basis.size
+    fourier = bases.fourier(2)
     for basis in [
         bases.bspline(6, degree=2),
         bases.linear(torch.nn.functional.one_hot, 2, family="mine"),
         bases.linear(lambda x: torch.stack([x.sin(), x.cos()], -1), 2, family="fourier"),
         bases.linear(lambda x: torch.stack([x, x], -1), 2, family="chebyshev"),
+        fourier._replace(features=lambda x: 2 * fourier.expand(x)),
     ]:
-        assert engine.kind_of(basis) is None
+        assert engine.kind_of(family_of(basis)) is None
 
 
 def test_what_it_cannot_take_is_said():
     tensors, mask, family = case(bases.fourier(3), 5, 4)
-    reason = engine.refuses(family, *tensors[1:], mask)
+    reason = engine.refuses(Product(family, *tensors[1:], mask, 0.25))
     if engine.status() == "ready":
         assert reason == "the Triton engine runs on CUDA, not on cpu"
     else:
@@ -266,9 +268,10 @@ def test_the_kernels_are_the_plain_expression_on_the_gpu(dtype, precision, basis
     wanted = reference(tensors, mask, family, 0.125)
     dy, q, k, coefs = (x.cuda() for x in tensors)
     mask = None if mask is None else mask.cuda()
-    got = [engine.forward(family, q, k, coefs, mask, 0.125, precision)]
-    got += engine.backward(family, dy, q, k, coefs, mask, 0.125, precision)
-    again = engine.backward(family, dy, q, k, coefs, mask, 0.125, precision)
+    product = Product(family, q, k, coefs, mask, 0.125)
+    got = [engine.forward(product, precision)]
+    got += engine.backward(product, dy, precision)
+    again = engine.backward(product, dy, precision)
     for a, b in zip(got[1:], again, strict=True):
         assert torch.equal(a, b)
     for a, b in zip(got, wanted, strict=True):

@@ -16,7 +16,7 @@ import torch
 
 from kart import bases
 from kart.kernels import triton as engine
-from kart.kernels.chunked import Family
+from kart.kernels.family import Product, family_of
 
 triton = pytest.importorskip("triton")
 
@@ -41,7 +41,7 @@ class Build(NamedTuple):
     every: list[str]
 
 
-def launches(kernel, family, q, k, coefs, mask=None, **options) -> list[dict[str, Any]]:
+def launches(kernel, product, **options) -> list[dict[str, Any]]:
     """The arguments of each launch of a kernel in a forward and a backward of these inputs."""
     from kart.kernels.triton import device
 
@@ -50,10 +50,10 @@ def launches(kernel, family, q, k, coefs, mask=None, **options) -> list[dict[str
         for name in KERNELS:
             patch.setattr(device, name, Recorder(recorded if name == kernel else []))
         if kernel == "forward":
-            engine.forward(family, q, k, coefs, mask, 0.125, **options)
+            engine.forward(product, **options)
         else:
-            dy = q.new_empty(*q.shape[:3], coefs.shape[2])
-            engine.backward(family, dy, q, k, coefs, mask, 0.125, **options)
+            dy = product.q.new_empty(*product.q.shape[:3], product.coefs.shape[2])
+            engine.backward(product, dy, **options)
     return recorded
 
 
@@ -111,18 +111,17 @@ def inputs(basis, dtype=torch.bfloat16, rank=12, width=64, tokens=197, mask=None
     """Of the engine, strided like the q and k of one projection to qkv."""
     qkv = torch.empty(batch, tokens, 3, 3, width, dtype=dtype)
     q, k, _ = qkv.permute(2, 0, 3, 1, 4)
-    family = Family(basis, basis.features, basis.features(torch.zeros(1)).shape[-1], None)
+    family = family_of(basis)
     coefs = torch.empty(1, 3, rank, tokens, family.width)
     if mask is not None:
         mask = torch.empty(mask, dtype=torch.bool)
-    return family, q, k, coefs, mask
+    return Product(family, q, k, coefs, mask, 0.125)
 
 
 def describe(kernel, basis, precision="tf32", **options) -> list[tuple[str, Build]]:
     """What was built of each launch of a kernel, and its description."""
     rows = []
-    arguments = inputs(basis, **options)
-    for launch in launches(kernel, *arguments, precision=precision):
+    for launch in launches(kernel, inputs(basis, **options), precision=precision):
         tile = f"{launch['BLOCK_N']}x{launch['BLOCK_M']} w{launch['num_warps']}"
         what = (
             f"{kernel}, {basis.family} {launch['FIRST']}:{launch['LAST']} of {basis.size}, {tile}"

@@ -94,6 +94,10 @@ def activation_flops(op: Operator, heads: int, tokens: int) -> int:
     kind, square = op.options["kind"], tokens * tokens
     if kind == "hybrid":
         return sum(activation_flops(one, n, tokens) for one, n in op.options["groups"])
+    if kind == "added":
+        return sum(activation_flops(one, heads, tokens) for one in op.options["parts"])
+    if declared := op.traits.get("activation_flops"):
+        return heads * declared(tokens, unit_flops(op) if op.basis is not None else 0)
     if kind in FIXED:
         return heads * FIXED[kind] * square
     rank, unit = op.options.get("rank", tokens), unit_flops(op)
@@ -110,16 +114,29 @@ def activation_flops(op: Operator, heads: int, tokens: int) -> int:
     return heads * each
 
 
+def product_flops(op: Operator, heads: int, tokens: int, width: int) -> int:
+    """Multiply-accumulates with q, k and v of `heads` heads: for weights of scores q k^T and the
+    product with the values, fewer for those that ignore the scores or never make N x M weights.
+    """
+    kind = op.options["kind"]
+    if kind == "hybrid":
+        return sum(product_flops(one, n, tokens, width) for one, n in op.options["groups"])
+    if kind == "added":
+        return sum(product_flops(one, heads, tokens, width) for one in op.options["parts"])
+    declared = op.traits.get("product_flops")
+    return heads * (declared(tokens, width) if declared else 2 * tokens * tokens * width)
+
+
 def flops(model: Model) -> Flops:
     """Operations of a forward pass of one image, in the paper's convention; of ViTs alone."""
     _check_vit("flops", model)
     c = model.config
     size, n = c.embed_dim, c.tokens
-    hidden = int(size * c.mlp_ratio)
+    hidden, width = int(size * c.mlp_ratio), size // c.num_heads
     return Flops(
         embed=(n - 1) * c.in_channels * c.patch_size**2 * size,
         linear=c.depth * n * (4 * size * size + 2 * size * hidden),
-        attention=c.depth * 2 * n * n * size,
+        attention=sum(product_flops(op, c.num_heads, n, width) for op in model.operators),
         activation=sum(activation_flops(op, c.num_heads, n) for op in model.operators),
         norms=(2 * c.depth * n + n) * size * 5,
         head=size * c.num_classes,

@@ -18,6 +18,9 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step-batch", type=count, metavar="INT", help="batch of a step (default 8; GPU 128)"
     )
+    parser.add_argument(
+        "--sizes", type=integer(0), default=16, metavar="INT", help="drawn sizes (default 16)"
+    )
     parser.add_argument("--quick", action="store_true", help="operator level only")
     parser.add_argument("--out", default="cost.json", help="JSON; the plot goes beside it")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")

@@ -1,16 +1,21 @@
 """The streamed KArAt product: one entry, several engines, correct under every transform."""
 
+from kart.kernels.base import contract_softmax
 from kart.kernels.core import ENGINES, contract, engines
+from kart.kernels.family import keep
 from kart.kernels.plain import transforming
 from kart.kernels.softmax import softmax_attention
-from kart.kernels.stream import contract_units, contract_values, mix_values
+from kart.kernels.stream import by_queries, contract_units, contract_values, mix_values
 
 __all__ = [
     "ENGINES",
+    "by_queries",
     "contract",
+    "contract_softmax",
     "contract_units",
     "contract_values",
     "engines",
+    "keep",
     "mix_values",
     "softmax_attention",
     "transforming",

@@ -1,8 +1,7 @@
 """The "torch" engine: the streamed product in chunks of torch operations, recomputing backward.
 
-Everything here takes the raw layout: `q (B, H, N, d)`, `k (B, H, M, d)`, `coefs (B or 1, H, r, M,
-K)`, and `mask` None or boolean `(B or 1, H or 1, N or 1, M or 1)`. `forward` and `backward` are the
-raw operations; they write into buffers and are seen by no transform. `tangent` and
+Everything here takes the raw layout of `kart.kernels.family.Product`. `forward` and `backward` are
+the raw operations; they write into buffers and are seen by no transform. `tangent` and
 `backward_tangent` are their derivatives, in plain out-of-place operations one sample at a time, so
 that transforms of any order go through them.
 
@@ -13,13 +12,14 @@ skinny products.
 
 import functools
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kart.kernels.family import Family, Product
 from kart.kernels.plain import pullback, wide
+from kart.kernels.transforms import fresh_keys
 
 Features = Callable[[Tensor], Tensor]
 
@@ -27,30 +27,6 @@ Features = Callable[[Tensor], Tensor]
 # core; the heads of one sample, which share the cost of the calls, up to 4 MiB
 SAMPLES_CHUNK = 2**18
 CHUNK = 2**20
-
-
-class Family(NamedTuple):
-    """What the engines know of a basis: its features, their number, and G if they are Fourier's."""
-
-    basis: Any
-    features: Features
-    width: int
-    grid: int | None
-
-
-@functools.cache
-def fresh_keys() -> tuple[Any, Any]:
-    """The dispatch keys of a new thread. A raw operation may be called from inside a dispatch mode
-    (torch.compile checks aliasing in one), where autograd is off and no `enable_grad` brings it
-    back.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(
-            lambda: (
-                torch._C._dispatch_tls_local_include_set(),
-                torch._C._dispatch_tls_local_exclude_set(),
-            )
-        ).result()
 
 
 class _Chunk(NamedTuple):
@@ -86,29 +62,6 @@ def _at(x: Tensor, axis_slices: tuple[slice, ...]) -> Tensor:
     return x
 
 
-def _fill_harmonics(out: Tensor, x: Tensor, grid: int) -> None:
-    """Writes `cos kx`, then `sin kx`, k = 1..grid, to `out[:, 0 .. 2 grid - 1]`."""
-    torch.cos(x, out=out[:, 0])
-    torch.sin(x, out=out[:, grid])
-    for k in range(2, grid + 1):
-        # angle sum of the two halves: the error grows like k, that of the three-term recurrence
-        # like its square
-        i, j = k // 2 - 1, k - k // 2 - 1
-        cosine, sine = out[:, k - 1], out[:, grid + k - 1]
-        torch.mul(out[:, i], out[:, j], out=cosine).addcmul_(
-            out[:, grid + i], out[:, grid + j], value=-1
-        )
-        torch.mul(out[:, grid + i], out[:, j], out=sine).addcmul_(out[:, i], out[:, grid + j])
-
-
-def _fold_derivative(coefs: Tensor, grid: int) -> Tensor:
-    """Coefficients `(..., 2G, M)` of the derivative: (cos kx)' = -k sin kx and (sin kx)' = k cos
-    kx.
-    """
-    order = torch.arange(1, grid + 1, dtype=coefs.dtype, device=coefs.device)[:, None]
-    return torch.cat([coefs[..., grid:, :] * order, coefs[..., :grid, :] * -order], dim=-2)
-
-
 class _Tile:
     """One chunk: its scores, features and, for the backward, what it needs to differentiate.
 
@@ -116,18 +69,11 @@ class _Tile:
     `S` samples that share coefficients.
     """
 
-    def __init__(
-        self,
-        family: Family,
-        q: Tensor,
-        k: Tensor,
-        mask: Tensor | None,
-        scale: float,
-        own: bool,
-        buffer: Tensor,
-    ):
+    def __init__(self, product: Product, chunk: _Chunk, buffer: Tensor):
+        family, scale = product.family, product.scale
+        q, k = _at(product.q, chunk), _at(product.k, chunk[:2])
         self.family = family
-        self.own = own
+        self.own = product.own
         self.samples, self.heads, self.queries, _ = q.shape
         self.keys = k.shape[2]
         # torch.bmm on contiguous copies: matmul would copy both operands of a four-axis product
@@ -135,18 +81,19 @@ class _Tile:
         self.k = wide(k).flatten(0, 1).contiguous()
         x = self.group(self.split(torch.bmm(self.k, self.q.mT)))  # (G, M, S, n)
         self.hidden = None
-        if mask is not None:
+        if product.mask is not None:
             shape = (self.samples, self.heads, self.keys, self.queries)
-            self.hidden = self.group(~mask.mT.expand(shape))
+            self.hidden = self.group(~_at(product.mask, chunk).mT.expand(shape))
             x = x.masked_fill(self.hidden, 0)
         width = family.width
         shape = (x.shape[0], width, *x.shape[1:])
         self.features = buffer[: x.numel() * width].view(shape)  # (G, K, M, S, n)
-        if family.grid is not None:
-            _fill_harmonics(self.features, x, family.grid)
+        fill = family.own("fill")
+        if fill is not None:
+            fill(self.features, x)
         else:
             self.features.copy_(family.features(x).movedim(-1, 1))
-            self.x = x
+        self.x = x
         if self.hidden is not None:
             self.features.masked_fill_(self.hidden[:, None], 0)
 
@@ -177,7 +124,7 @@ class _Tile:
         shape = self.features.shape
         pulled = buffer[: self.features.numel()].view(shape)
         torch.bmm(slopes, dy, out=pulled.view(shape[0], shape[1] * shape[2], -1))
-        if self.family.grid is not None:
+        if self.family.own("fold") is not None:
             gradient = self.features[:, 0] * pulled[:, 0]
             for j in range(1, self.family.width):
                 gradient.addcmul_(self.features[:, j], pulled[:, j])
@@ -199,74 +146,51 @@ def _grouped(x: Tensor, chunk: _Chunk) -> Tensor:
     return _at(x, (chunk.samples, chunk.heads)).flatten(0, 1)
 
 
-def _buffer(q: Tensor, k: Tensor, width: int) -> tuple[list[_Chunk], Tensor]:
-    batch, heads, queries, _ = q.shape
-    chunks = list(_chunks(batch, heads, queries, k.shape[2] * width))
+def _buffer(product: Product) -> tuple[list[_Chunk], Tensor]:
+    batch, heads, queries, _ = product.q.shape
+    row = product.k.shape[2] * product.family.width
+    chunks = list(_chunks(batch, heads, queries, row))
     largest = max(
         (c.samples.stop - c.samples.start)
         * (c.heads.stop - c.heads.start)
         * (c.queries.stop - c.queries.start)
         for c in chunks
     )
-    return chunks, wide(q.new_empty(0)).new_empty(largest * k.shape[2] * width)
+    return chunks, wide(product.q.new_empty(0)).new_empty(largest * row)
 
 
-def _tile(family, q, k, mask, scale, own, chunk, buffer) -> _Tile:
-    return _Tile(
-        family,
-        _at(q, chunk),
-        _at(k, chunk[:2]),
-        None if mask is None else _at(mask, chunk),
-        scale,
-        own,
-        buffer,
-    )
-
-
-def forward(
-    family: Family, q: Tensor, k: Tensor, coefs: Tensor, mask: Tensor | None, scale: float
-) -> Tensor:
+def forward(product: Product) -> Tensor:
     """`y (B, H, N, r)`, contiguous, in the dtype of q."""
-    own = coefs.shape[0] > 1
+    q, coefs = product.q, product.coefs
     y = q.new_empty(*q.shape[:3], coefs.shape[2])
     if y.numel() == 0:
         return y
     matrices = _matrices(coefs)
-    chunks, buffer = _buffer(q, k, family.width)
+    chunks, buffer = _buffer(product)
     for chunk in chunks:
-        tile = _tile(family, q, k, mask, scale, own, chunk, buffer)
+        tile = _Tile(product, chunk, buffer)
         hidden = torch.bmm(_grouped(matrices, chunk), tile.matrix())  # (G, r, S n)
         hidden = hidden.view(*hidden.shape[:2], -1, tile.queries)
         _at(y, chunk).copy_(tile.ungroup(hidden).mT)
     return y
 
 
-def backward(
-    family: Family,
-    dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    coefs: Tensor,
-    mask: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(product: Product, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`dq (B, H, N, d)`, `dk (B, H, M, d)` and `dcoefs (B or 1, H, r, M, K)`, contiguous."""
-    own = coefs.shape[0] > 1
+    family, q, k, coefs, _, scale = product
     keys, width = coefs.shape[3:]
     sums = wide(q.new_empty(0))
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk = sums.new_zeros(k.shape)
     dmatrices = sums.new_zeros(*coefs.shape[:3], width * keys)
     if dy.numel():
-        if family.grid is None:
-            slopes = _matrices(coefs)
-        else:
-            slopes = _fold_derivative(wide(coefs).transpose(-1, -2), family.grid).flatten(-2)
-        slopes = slopes.mT.contiguous()
-        chunks, buffer = _buffer(q, k, width)
+        fold = family.own("fold")
+        slopes = wide(coefs).transpose(-1, -2)
+        slopes = (slopes if fold is None else fold(slopes)).flatten(-2).mT.contiguous()
+        chunks, buffer = _buffer(product)
         pulled = torch.empty_like(buffer)
         for chunk in chunks:
-            tile = _tile(family, q, k, mask, scale, own, chunk, buffer)
+            tile = _Tile(product, chunk, buffer)
             dyt = tile.group(wide(_at(dy, chunk)).mT).flatten(2)  # (G, r, S n)
             # a view: the chunk covers whole samples or one group of heads
             target = _at(dmatrices, chunk[:2])
@@ -296,15 +220,17 @@ def _slope(features: Features) -> Features:
 
 def _derivatives(family: Family, x: Tensor, order: int) -> list[Tensor]:
     """Features and their derivatives up to `order`, each `(..., K)`."""
-    if family.grid is None:
+    fold = family.own("fold")
+    if fold is None:
         fns = [family.features]
         for _ in range(order):
             fns.append(_slope(fns[-1]))
         return [fn(x) for fn in fns]
-    count = torch.arange(1, family.grid + 1, dtype=x.dtype, device=x.device)
-    cosines, sines = (x[..., None] * count).cos(), (x[..., None] * count).sin()
-    values = [torch.cat(pair, -1) for pair in ((cosines, sines), (-sines * count, cosines * count))]
-    return [*values, values[0] * -(count * count).repeat(2)][: order + 1]
+    matrix = fold(torch.eye(family.width, dtype=x.dtype, device=x.device))
+    values = [family.features(x)]
+    for _ in range(order):
+        values.append(values[-1] @ matrix)
+    return values
 
 
 def _samples(x: Tensor | None, batch: int) -> list[Any]:

@@ -1,6 +1,6 @@
 """The entry to the streamed product that holds under every transform, over several engines.
 
-`contract` brings its arguments to the raw layout of `kart.kernels.chunked` and applies a pair of
+`contract` brings its arguments to a `kart.kernels.family.Product` and applies a pair of
 `autograd.Function`s, forward and backward, each with its own derivative, forward mode and folding
 rule for `vmap`. They call two operations of torch's library, `torch.ops.kart.contract_forward` and
 `contract_backward`, which choose the engine and which `torch.compile` keeps as one node each. Those
@@ -8,86 +8,20 @@ carry no autograd of their own: a registered one fails under `torch.func.grad` (
 is silently zero in forward mode.
 """
 
-import contextlib
 import math
-import sys
-import uuid
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # type: ignore[attr-defined]  # its one home; no stubs
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from kart.kernels import chunked, cpp, plain, triton
-from kart.kernels.chunked import Family
+from kart.kernels.arguments import broadcast_leading, check, flat_mask
+from kart.kernels.family import Family, Product, family_named, family_of, pin, recordable
+from kart.kernels.transforms import forward_levels, front, no_autocast
 
 ENGINES = ("auto", "torch", "cpp", "triton", "plain")
-
-
-# --- what a basis is to the kernels ---------------------------------------------------------------
-
-
-class Handle:
-    """A basis under a name: the operations of torch's library take strings, not functions."""
-
-    def __init__(self, name: str, family: Family):
-        self.name = name
-        self.family = family
-
-
-# handles live as long as a caller, an autograd graph or `_pinned` holds them
-_handles: "weakref.WeakValueDictionary[str, Handle]" = weakref.WeakValueDictionary()
-_names: "weakref.WeakKeyDictionary[Callable, tuple[str, int, int | None]]" = (
-    weakref.WeakKeyDictionary()
-)
-# those of recorded graphs, which know them by name only
-_pinned: set[Handle] = set()
-
-
-def _recordable(handle: Handle) -> str:
-    """The name of the handle, which stays valid for good where a graph is being recorded."""
-    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    if tracer is not None and tracer.get_proxy_mode() is not None:
-        _pinned.add(handle)
-    return handle.name
-
-
-def _is_fourier(basis: Any) -> bool:
-    """Whether `basis` is what the Fourier kernels compute: its family claims it, its features are
-    asked.
-    """
-    grid = basis.size // 2
-    if basis.family != "fourier" or basis.size != 2 * grid or not grid:
-        return False
-    x = torch.tensor([-2.5, -0.3, 0.0, 1.1, 3.0], dtype=torch.float64)
-    angles = x[:, None] * torch.arange(1, grid + 1, dtype=x.dtype)
-    features = basis.features(x)
-    expected = torch.cat([angles.cos(), angles.sin()], dim=-1)
-    return features.shape == expected.shape and torch.allclose(features, expected, atol=1e-9 * grid)
-
-
-def handle_of(basis: Any) -> Handle:
-    """The handle of a basis that is linear in its coefficients."""
-    known = _names.get(basis.features)
-    if known is None:
-        # asked on plain tensors, whatever transform is running
-        with torch._C._DisableFuncTorch(), torch.no_grad():
-            width = basis.features(torch.zeros(1)).shape[-1]
-            grid = _is_fourier(basis) and basis.size // 2 or None
-        # a fresh name for what is no built-in: compile caches on disk must not confuse two of them
-        name = f"fourier:{grid}" if grid else f"{basis.family}:{uuid.uuid4().hex}"
-        known = (name, width, grid)
-        with contextlib.suppress(TypeError):  # features that have no weak reference
-            _names[basis.features] = known
-    name, width, grid = known
-    handle = _handles.get(name)
-    if handle is None:
-        handle = Handle(name, Family(basis, basis.features, width, grid))
-        _handles[name] = handle
-    return handle
 
 
 def _pin(basis: Any) -> tuple[str, int]:
@@ -97,9 +31,8 @@ def _pin(basis: Any) -> tuple[str, int]:
     # traced into, Dynamo would inline the forward and drop the rules of the Function. Said here and
     # not at import, where it would cost two seconds
     torch.compiler.allow_in_graph(_apply)
-    handle = handle_of(basis)
-    _pinned.add(handle)
-    return handle.name, handle.family.width
+    family = pin(family_of(basis))
+    return family.name, family.width
 
 
 # what torch.compiler.assume_constant_result sets, without importing the compiler
@@ -109,41 +42,33 @@ _pin._dynamo_marked_constant = True  # type: ignore[attr-defined]
 # --- the raw operations ---------------------------------------------------------------------------
 
 
-def choose(
-    engine: str, family: Family, q: Tensor, k: Tensor, coefs: Tensor, mask: Tensor | None
-) -> tuple[Any, str]:
-    """The engine that runs the raw operations on these tensors, None if the one that was asked for
-    cannot, and why another was not taken.
+def choose(engine: str, product: Product) -> tuple[Any, str]:
+    """The engine that runs a raw product, None if the one that was asked for cannot, and why
+    another was not taken.
     """
-    device = q.device.type
+    device = product.q.device.type
     compiled = {"cpu": ("cpp", cpp), "cuda": ("triton", triton)}
     name, module = compiled.get(device, ("", None))
     if engine == "triton":  # its interpreter runs on the CPU
         name, module = "triton", triton
-    if engine == "torch" or (engine == "auto" and module is None) or not q.shape[0]:
+    if engine == "torch" or (engine == "auto" and module is None) or not product.q.shape[0]:
         return chunked, ""
     if module is None or engine not in ("auto", name):
         return None, f"it does not run on {device} tensors"
-    reason = module.refuses(family, q, k, coefs, mask)
+    reason = module.refuses(product)
     if not reason:
         return module, ""
     return (chunked if engine == "auto" else None), reason
 
 
-def _run(engine: str, family: Family, q: Tensor, k: Tensor, coefs: Tensor, mask: Tensor | None):
-    module, reason = choose(engine, family, q, k, coefs, mask)
+def engine_for(engine: str, product: Product) -> Any:
+    """The module that runs a raw product; ValueError where the one that was asked for cannot."""
+    module, reason = choose(engine, product)
     if module is None:
         raise ValueError(
             f"`contract` cannot run engine={engine!r} here: {reason}. Pass engine='auto'."
         )
     return module
-
-
-def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """A block without autocast, which would round the scores to bfloat16."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 _library = torch.library.Library("kart", "FRAGMENT")
@@ -158,16 +83,15 @@ _library.define(
 
 
 def _raw_forward(q, k, coefs, mask, scale, basis, engine):
-    family = _handles[basis].family
+    product = Product(family_named(basis), q, k, coefs, mask, scale)
     with no_autocast(q), torch.no_grad():
-        return _run(engine, family, q, k, coefs, mask).forward(family, q, k, coefs, mask, scale)
+        return engine_for(engine, product).forward(product)
 
 
 def _raw_backward(dy, q, k, coefs, mask, scale, basis, engine):
-    family = _handles[basis].family
+    product = Product(family_named(basis), q, k, coefs, mask, scale)
     with no_autocast(q), torch.no_grad():
-        module = _run(engine, family, q, k, coefs, mask)
-        return module.backward(family, dy, q, k, coefs, mask, scale)
+        return engine_for(engine, product).backward(product, dy)
 
 
 for _name, _implementation in (
@@ -190,11 +114,6 @@ def _fake_backward(dy, q, k, coefs, mask, scale, basis, engine):
 
 
 # --- folding a vmapped axis into the raw layout ---------------------------------------------------
-
-
-def front(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """The mapped axis first; a view that repeats `x` where it is not mapped."""
-    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 class _Fold:
@@ -237,21 +156,6 @@ def _logical(x: Tensor, dim: int | None) -> list[int]:
 # --- the pair of Functions ------------------------------------------------------------------------
 
 
-def _levels(kind: Any) -> int:
-    return sum(level.key() == kind for level in _functorch.get_interpreter_stack() or [])
-
-
-def forward_levels() -> int:
-    """Number of forward-mode levels that are running: `torch.func.jvp` and dual levels."""
-    levels = _levels(_functorch.TransformType.Jvp)
-    return max(levels, int(forward_ad._current_level >= 0))
-
-
-def grad_levels() -> int:
-    """Number of `torch.func.grad` levels that are running."""
-    return _levels(_functorch.TransformType.Grad)
-
-
 def _zeros(tangents: Sequence[Tensor | None], primals: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(
         torch.zeros_like(x) if t is None else t for t, x in zip(tangents, primals, strict=True)
@@ -264,16 +168,16 @@ def _plain(family: Family, q, k, coefs, mask, scale) -> Tensor:
 
 
 class _Forward(Function):
-    """`(handle, engine, scale, q, k, coefs, mask) -> y`, in the raw layout."""
+    """`(family, engine, scale, q, k, coefs, mask) -> y`, in the raw layout."""
 
     @staticmethod
-    def forward(handle, engine, scale, q, k, coefs, mask):
-        name = _recordable(handle)
+    def forward(family, engine, scale, q, k, coefs, mask):
+        name = recordable(family)
         return torch.ops.kart.contract_forward(q, k, coefs, mask, scale, name, engine)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.handle, ctx.engine, ctx.scale, *tensors = inputs
+        ctx.family, ctx.engine, ctx.scale, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -283,19 +187,19 @@ class _Forward(Function):
         if forward_levels() > 1:
             # torch loses the tangents of a Function under two forward levels (pytorch#197867)
             gradients = plain.pullback(
-                lambda q, k, coefs: _plain(ctx.handle.family, q, k, coefs, mask, ctx.scale),
+                lambda q, k, coefs: _plain(ctx.family, q, k, coefs, mask, ctx.scale),
                 *(q, k, coefs),
             )(dy)
         else:
-            gradients = _Backward.apply(ctx.handle, ctx.engine, ctx.scale, dy, q, k, coefs, mask)
+            gradients = _Backward.apply(ctx.family, ctx.engine, ctx.scale, dy, q, k, coefs, mask)
         return None, None, None, *gradients, None
 
     @staticmethod
-    def jvp(ctx, _handle, _engine, _scale, tq, tk, tcoefs, _mask):
+    def jvp(ctx, _family, _engine, _scale, tq, tk, tcoefs, _mask):
         *primals, mask = ctx.saved_tensors
         with no_autocast(primals[0]):
             return chunked.tangent(
-                ctx.handle.family,
+                ctx.family,
                 tuple(primals),
                 _zeros((tq, tk, tcoefs), primals),
                 mask,
@@ -303,19 +207,19 @@ class _Forward(Function):
             )
 
     @staticmethod
-    def vmap(info, in_dims, handle, engine, scale, q, k, coefs, mask):
+    def vmap(info, in_dims, family, engine, scale, q, k, coefs, mask):
         _, _, _, q_dim, k_dim, coefs_dim, mask_dim = in_dims
         members = info.batch_size
         if coefs_dim is not None and q_dim is None and k_dim is None and mask_dim is None:
             # more units on the same scores, which are computed once
             stacked = coefs.movedim(coefs_dim, 2).flatten(2, 3)
-            y = _Forward.apply(handle, engine, scale, q, k, stacked, mask)
+            y = _Forward.apply(family, engine, scale, q, k, stacked, mask)
             return y.unflatten(-1, (members, -1)), 3
         shape = _logical(q, q_dim)
         own = coefs_dim is not None or coefs.shape[0] != 1
         fold = _Fold(members, shape[0] if _logical(coefs, coefs_dim)[0] == 1 else 1, own)
         y = _Forward.apply(
-            handle,
+            family,
             engine,
             scale,
             fold.tensor(q, q_dim),
@@ -327,16 +231,16 @@ class _Forward(Function):
 
 
 class _Backward(Function):
-    """`(handle, engine, scale, dy, q, k, coefs, mask) -> dq, dk, dcoefs`, in the raw layout."""
+    """`(family, engine, scale, dy, q, k, coefs, mask) -> dq, dk, dcoefs`, in the raw layout."""
 
     @staticmethod
-    def forward(handle, engine, scale, dy, q, k, coefs, mask):
-        name = _recordable(handle)
+    def forward(family, engine, scale, dy, q, k, coefs, mask):
+        name = recordable(family)
         return torch.ops.kart.contract_backward(dy, q, k, coefs, mask, scale, name, engine)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.handle, _, ctx.scale, *tensors = inputs
+        ctx.family, _, ctx.scale, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -344,7 +248,7 @@ class _Backward(Function):
     def backward(ctx, *cotangents):
         # <u, dq> + <v, dk> + <w, dcoefs> is <dy, tangent of y along (u, v, w)>
         dy, *primals, mask = ctx.saved_tensors
-        family, scale = ctx.handle.family, ctx.scale
+        family, scale = ctx.family, ctx.scale
         directions = _zeros(cotangents, primals)
         with no_autocast(dy):
             first = chunked.tangent(family, tuple(primals), directions, mask, scale)
@@ -354,11 +258,11 @@ class _Backward(Function):
         return None, None, None, first, *second, None
 
     @staticmethod
-    def jvp(ctx, _handle, _engine, _scale, tdy, tq, tk, tcoefs, _mask):
+    def jvp(ctx, _family, _engine, _scale, tdy, tq, tk, tcoefs, _mask):
         *primals, mask = ctx.saved_tensors
         with no_autocast(primals[0]):
             return chunked.backward_tangent(
-                ctx.handle.family,
+                ctx.family,
                 tuple(primals),
                 _zeros((tdy, tq, tk, tcoefs), primals),
                 mask,
@@ -366,13 +270,13 @@ class _Backward(Function):
             )
 
     @staticmethod
-    def vmap(info, in_dims, handle, engine, scale, dy, q, k, coefs, mask):
+    def vmap(info, in_dims, family, engine, scale, dy, q, k, coefs, mask):
         _, _, _, dy_dim, q_dim, k_dim, coefs_dim, mask_dim = in_dims
         shape = _logical(q, q_dim)
         # every member wants its own gradient of the coefficients, so each gets its own coefficients
         fold = _Fold(info.batch_size, shape[0] if _logical(coefs, coefs_dim)[0] == 1 else 1, True)
         gradients = _Backward.apply(
-            handle,
+            family,
             engine,
             scale,
             fold.tensor(dy, dy_dim),
@@ -388,106 +292,13 @@ def _apply(
     name: str, engine: str, scale: float, q: Tensor, k: Tensor, coefs: Tensor, mask: Tensor | None
 ) -> Tensor:
     """The product in the raw layout; torch.compile keeps this function whole (see `_pin`)."""
-    handle = _handles[name]
+    family = family_named(name)
     if forward_levels() > 1:
-        return _plain(handle.family, q, k, coefs, mask, scale)
-    return _Forward.apply(handle, engine, scale, q, k, coefs, mask)
+        return _plain(family, q, k, coefs, mask, scale)
+    return _Forward.apply(family, engine, scale, q, k, coefs, mask)
 
 
-# --- arguments ------------------------------------------------------------------------------------
-
-
-def check(
-    function: str,
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    scale: float | None,
-    names: tuple[str, str] = ("q", "k"),
-    **others: Tensor,
-) -> None:
-    """Raises ValueError unless q, k, the mask and the other tensors fit together."""
-    first, second = names
-    for name, x in {first: q, second: k, **others}.items():
-        if not isinstance(x, Tensor):
-            raise ValueError(f"`{function}` needs a tensor `{name}`, got {type(x).__name__}.")
-    for name, x in {first: q, second: k}.items():
-        if x.dim() < 3 or 0 in x.shape[-3:]:
-            raise ValueError(
-                f"`{function}` needs `{name}` (..., H, tokens, width) with no empty axis but the "
-                f"leading ones, got {tuple(x.shape)}. Put the heads before the tokens."
-            )
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(
-            f"`{function}` needs `{first}` and `{second}` of one width, got {tuple(q.shape)} and "
-            f"{tuple(k.shape)}. Project both to the same width."
-        )
-    for name, x in {first: q, second: k, **others}.items():
-        if not x.dtype.is_floating_point:
-            raise ValueError(
-                f"`{function}` needs floating-point `{name}`, got {x.dtype}. Convert it with "
-                "`.float()`."
-            )
-        if x.device != q.device:
-            raise ValueError(
-                f"`{function}` needs its tensors on one device, got `{first}` on {q.device} and "
-                f"`{name}` on {x.device}. Move them with `.to`."
-            )
-        # parameters may stay float32 beside narrower activations
-        if x.dtype != q.dtype and (name == second or x.dtype != plain.wide(q.new_empty(0)).dtype):
-            raise ValueError(
-                f"`{function}` needs `{name}` in the dtype of `{first}`, {q.dtype}, got {x.dtype}. "
-                "Convert it with `.to`."
-            )
-    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
-        raise ValueError(
-            f"`{function}` needs a finite number as `scale`, got {scale!r}. Leave it out for "
-            "1 / sqrt(d)."
-        )
-    check_mask(function, mask, q.shape[-2], k.shape[-2], q.device)
-
-
-def check_mask(
-    function: str, mask: Tensor | None, queries: int, keys: int, device: torch.device
-) -> None:
-    """Raises ValueError unless the mask is boolean and broadcasts to (..., queries, keys)."""
-    if mask is None:
-        return
-    fits = isinstance(mask, Tensor) and mask.dtype == torch.bool
-    if fits:
-        tail = (1, 1, *mask.shape)[-2:]
-        fits = tail[0] in (1, queries) and tail[1] in (1, keys)
-    if not fits:
-        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
-        raise ValueError(
-            f"`{function}` needs a boolean `mask` (True = attend) broadcasting to (..., H, "
-            f"{queries}, {keys}), got {got}. A mask of keys is (..., 1, 1, {keys})."
-        )
-    if mask.device != device:
-        raise ValueError(
-            f"`{function}` needs its tensors on one device, got `q` on {device} and `mask` on "
-            f"{mask.device}. Move them with `.to`."
-        )
-
-
-def broadcast_leading(function: str, **shapes: Sequence[int]) -> tuple[int, ...]:
-    """The common shape of the leading axes, or ValueError."""
-    try:
-        return torch.broadcast_shapes(*shapes.values())
-    except RuntimeError:
-        raise ValueError(
-            f"`{function}` needs leading axes that broadcast, got "
-            f"{', '.join(f'`{name}` {tuple(shape)}' for name, shape in shapes.items())}. "
-            "They are all axes up to and including the heads."
-        ) from None
-
-
-def flat_mask(mask: Tensor, lead: Sequence[int]) -> Tensor:
-    """A mask as `(B or 1, H or 1, N or 1, M or 1)`, B the product of the axes before the heads."""
-    mask = mask.reshape((1,) * (len(lead) + 3 - mask.dim()) + mask.shape)
-    if any(size != 1 for size in mask.shape[: len(lead)]):
-        mask = mask.expand(*lead, *mask.shape[len(lead) :])
-    return mask.reshape(-1, *mask.shape[len(lead) :])
+# --- the entry ------------------------------------------------------------------------------------
 
 
 def contract(
@@ -533,8 +344,8 @@ def contract(
     if torch.compiler.is_compiling():
         name, width = _pin(basis)
     else:
-        handle = handle_of(basis)  # held until the Function holds it
-        name, width = handle.name, handle.family.width
+        family = family_of(basis)  # held until the Function holds it
+        name, width = family.name, family.width
     if coefs.dim() < 4 or coefs.shape[-2:] != (k.shape[-2], width) or 0 in coefs.shape[-4:-2]:
         raise ValueError(
             f"`contract` needs `coefs` (..., H, r, {k.shape[-2]}, {width}) with r >= 1, for the "

@@ -1,8 +1,7 @@
 """Softmax attention by torch's fused kernels where they hold, and right where they do not.
 
-On the CPU the fused kernel has no batching rule, no forward mode and no second derivative. Here it
-is wrapped in a pair of Functions that give it those: folding for `vmap`, the plain expression for
-the derivatives beyond the first.
+On the CPU the fused kernel has no batching rule, no forward mode and no second derivative;
+`kart.kernels.fused` gives it those.
 """
 
 import math
@@ -10,18 +9,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn import functional as F
 
-from kart.kernels import plain
-from kart.kernels.core import (
-    broadcast_leading,
-    check,
-    flat_mask,
-    forward_levels,
-    front,
-    grad_levels,
-)
+from kart.kernels import fused, plain
+from kart.kernels.arguments import broadcast_leading, check, flat_mask
+from kart.kernels.transforms import forward_levels, grad_levels
 
 _FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
 
@@ -38,93 +30,32 @@ def _dense(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def _gradients(q, k, v, mask, scale, dout):
-    """The plain expression's gradients, to be differentiated further."""
-    fn = partial(plain.softmax_attention, mask=mask, scale=scale)
-    return plain.pullback(fn, q, k, v)(dout)
+def _flash_forward(scale, q, k, v, mask):
+    bias = _bias(mask, q, q.shape[-2], k.shape[-2])
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *_dense(q, k, v), 0.0, False, attn_mask=bias, scale=scale
+    )
 
 
-def _fold(members: int, x: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
-    """A mapped axis joins the batch axis; a mask that no sample differs in stays as it is."""
-    if x is None or (dim is None and x.dtype == torch.bool and x.shape[0] == 1):
-        return x
-    x = front(x, dim, members)
-    return x.expand(members, batch, *x.shape[2:]).flatten(0, 1)
+def _flash_backward(scale, gradients, inputs, results):
+    q, k, v, mask = inputs
+    bias = _bias(mask, q, q.shape[-2], k.shape[-2])
+    out, logsumexp = results
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *_dense(*gradients, q, k, v, out), logsumexp, 0.0, False, attn_mask=bias, scale=scale
+    )
 
 
-class _Flash(Function):
-    """`(scale, q, k, v, mask) -> out, logsumexp` by the CPU's fused kernel, all of four axes."""
-
-    @staticmethod
-    def forward(scale, q, k, v, mask):
-        bias = _bias(mask, q, q.shape[-2], k.shape[-2])
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *_dense(q, k, v), 0.0, False, attn_mask=bias, scale=scale
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.scale, q, k, v, mask = inputs
-        out, logsumexp = output
-        ctx.mark_non_differentiable(logsumexp)
-        ctx.save_for_backward(q, k, v, mask, out, logsumexp)
-
-    @staticmethod
-    def backward(ctx, dout, _):
-        q, k, v, mask, out, logsumexp = ctx.saved_tensors
-        if forward_levels():
-            gradients = _gradients(q, k, v, mask, ctx.scale, dout)
-        else:
-            gradients = _FlashBackward.apply(ctx.scale, dout, q, k, v, mask, out, logsumexp)
-        return None, *gradients, None
-
-    @staticmethod
-    def vmap(info, in_dims, scale, q, k, v, mask):
-        _, q_dim, k_dim, v_dim, mask_dim = in_dims
-        batch = q.shape[0] if q_dim is None else q.movedim(q_dim, 0).shape[1]
-        folded = [
-            _fold(info.batch_size, x, dim, batch)
-            for x, dim in ((q, q_dim), (k, k_dim), (v, v_dim), (mask, mask_dim))
-        ]
-        outputs = _Flash.apply(scale, *folded)
-        return tuple(x.unflatten(0, (info.batch_size, batch)) for x in outputs), (0, 0)
-
-
-class _FlashBackward(Function):
-    """`(scale, dout, q, k, v, mask, out, logsumexp) -> dq, dk, dv`."""
-
-    @staticmethod
-    def forward(scale, dout, q, k, v, mask, out, logsumexp):
-        bias = _bias(mask, q, q.shape[-2], k.shape[-2])
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *_dense(dout, q, k, v, out), logsumexp, 0.0, False, attn_mask=bias, scale=scale
-        )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.scale, dout, q, k, v, mask, _, _ = inputs
-        ctx.save_for_backward(dout, q, k, v, mask)
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        dout, q, k, v, mask = ctx.saved_tensors
-        # out and logsumexp are functions of q, k and v: their share is in those gradients
-        pulled = plain.pullback(
-            lambda dout, q, k, v: _gradients(q, k, v, mask, ctx.scale, dout), dout, q, k, v
-        )(cotangents)
-        return None, *pulled, None, None, None
-
-    @staticmethod
-    def vmap(info, in_dims, scale, dout, q, k, v, mask, out, logsumexp):
-        dims = in_dims[1:]
-        tensors = (dout, q, k, v, mask, out, logsumexp)
-        q_dim = dims[1]
-        batch = q.shape[0] if q_dim is None else q.movedim(q_dim, 0).shape[1]
-        folded = [
-            _fold(info.batch_size, x, dim, batch) for x, dim in zip(tensors, dims, strict=True)
-        ]
-        gradients = _FlashBackward.apply(scale, *folded)
-        return tuple(x.unflatten(0, (info.batch_size, batch)) for x in gradients), (0, 0, 0)
+def _flash(scale: float) -> fused.Fused:
+    """The CPU's fused kernel on q, k, v and mask, all of four axes."""
+    return fused.Fused(
+        partial(_flash_forward, scale),
+        partial(_flash_backward, scale),
+        lambda q, k, v, mask: (plain.softmax_attention(q, k, v, mask, scale),),
+        count=1,
+        learned=(0, 1, 2),
+        shared=(3,),
+    )
 
 
 def _apply(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -140,7 +71,7 @@ def _apply(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     backend = torch.ops.aten._fused_sdp_choice(*samples, None, 0.0, False, scale=scale)
     if backend != _FLASH:
         return plain.softmax_attention(q, k, v, mask, scale).to(dtype)
-    return _Flash.apply(scale, q, k, v, mask)[0].to(dtype)
+    return fused.apply(_flash(scale), q, k, v, mask)[0].to(dtype)
 
 
 def softmax_attention(

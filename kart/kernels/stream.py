@@ -6,23 +6,19 @@ reverse pass it keeps them all. So does torch.compile, which plans the memory by
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kart.kernels import plain
-from kart.kernels.core import (
-    broadcast_leading,
-    check,
-    check_mask,
-    contract,
-    flat_mask,
-    forward_levels,
-    no_autocast,
-)
+from kart.kernels import cpp, fused, plain
+from kart.kernels.arguments import broadcast_leading, check, check_mask, flat_mask
+from kart.kernels.core import contract, engine_for
+from kart.kernels.family import Product, family_of
+from kart.kernels.transforms import forward_levels, no_autocast
 
 # scores in a chunk: 4 MiB of float32, a few of which are alive at a time
 CHUNK = 2**20
@@ -74,12 +70,16 @@ def _flat(lead: list[int], *tensors: Tensor) -> list[Tensor]:
     return [x.expand(*lead, *x.shape[-2:]).reshape(-1, lead[-1], *x.shape[-2:]) for x in tensors]
 
 
-def _masks(mask: Tensor | None, lead: list[int], step: int, parts: int) -> list[Tensor | None]:
-    """The mask of each part of `step` samples."""
-    if mask is None:
-        return [None] * parts
-    mask = flat_mask(mask, lead)
-    return [mask] * parts if mask.shape[0] == 1 else list(mask.split(step))
+def _split(step: int, first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """The tensors `(batch or 1, ...)`, or None, of each part of `step` samples of the first."""
+    batch = first.shape[0]
+
+    def parts(x: Tensor | None) -> Sequence[Any]:
+        # split, not sliced: the gradient of a slice is a tensor of the size of the whole, each
+        whole = x is None or (x.shape[0] == 1 != batch)
+        return [x] * -(-batch // step) if whole else x.split(step)  # type: ignore[union-attr]
+
+    return zip(first.split(step), *(parts(x) for x in others), strict=True)
 
 
 def contract_values(
@@ -125,20 +125,81 @@ def contract_values(
     batch, heads = qs.shape[:2]
     if not batch:
         return q.new_zeros(*lead, q.shape[-2], v.shape[-1])
-    coefs = coefs.expand(heads, *coefs.shape[1:])
-    step = max(1, CHUNK // (v.shape[-1] * coefs.shape[2:].numel() * heads))
-    masks = _masks(mask, [*lead[:-1]], step, -(-batch // step))
-
-    def one(coefs: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        mixed = torch.einsum("hpmj,bhpe->bhemj", coefs.to(v.dtype), v)
-        return contract(basis, mixed.to(coefs.dtype), q, k, mask, scale, engine)
-
-    parts = [
-        _recompute(one, coefs, *tensors)
-        for tensors in zip(qs.split(step), ks.split(step), vs.split(step), masks, strict=True)
-    ]
-    y = torch.cat(parts) if len(parts) > 1 else parts[0]
+    coefs = coefs.expand(heads, *coefs.shape[1:])[None]
+    mask = None if mask is None else flat_mask(mask, lead[:-1])
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    expression = partial(_values_in_chunks, basis, factor, engine)
+    if torch.compiler.is_compiling() or forward_levels() or engine == "plain":
+        y = expression(qs, ks, vs, coefs, mask)
+    else:
+        with no_autocast(q):
+            (y,) = fused.apply(_values(basis, factor, engine), qs, ks, vs, coefs, mask)
     return y.reshape(*lead, *y.shape[-2:])
+
+
+def _step(v: Tensor, coefs: Tensor) -> int:
+    """Samples whose C V are held at a time."""
+    return max(1, CHUNK // (v.shape[-1] * coefs.shape[3:].numel() * v.shape[1]))
+
+
+def _mixed(coefs: Tensor, v: Tensor) -> Tensor:
+    """`C V`, `(B, H, e, M, K)`, for `coefs (B or 1, H, P, M, K)`."""
+    heads = "h" if coefs.shape[0] == 1 else "bh"
+    own = coefs[0] if coefs.shape[0] == 1 else coefs
+    return torch.einsum(f"{heads}pmj,bhpe->bhemj", own.to(v.dtype), v).to(coefs.dtype)
+
+
+def _values(basis: Any, scale: float, engine: str) -> fused.Fused:
+    """`contract_values` of q, k, v, coefs `(B or 1, H, P, M, K)` and mask, of one batch axis.
+
+    The backward has C V again, but not the product with it.
+    """
+    family = family_of(basis)
+
+    def forward(q, k, v, coefs, mask):
+        parts = []
+        for qs, ks, vs, cs, ms in _split(_step(v, coefs), q, k, v, coefs, mask):
+            product = Product(family, qs, ks, _mixed(cs, vs), ms, scale)
+            parts.append(engine_for(engine, product).forward(product))
+        return (torch.cat(parts),)
+
+    def backward(gradients, inputs, results):
+        found = []
+        for dy, q, k, v, coefs, mask in _split(_step(*inputs[2:4]), *gradients, *inputs):
+            mixed = _mixed(coefs, v)
+            product = Product(family, q, k, mixed, mask, scale)
+            dq, dk, dmixed = engine_for(engine, product).backward(product, dy)
+            pull = plain.pullback(lambda c, v: _mixed(c, v), coefs, v)
+            dcoefs, dv = pull(dmixed)
+            found.append((dq, dk, dv, dcoefs))
+        dq, dk, dv, dcoefs = zip(*found, strict=True)
+        shared = inputs[3].shape[0] == 1
+        total = reduce(torch.add, dcoefs) if shared else torch.cat(dcoefs)
+        return torch.cat(dq), torch.cat(dk), torch.cat(dv), total
+
+    def expression(*tensors):
+        return (_values_in_chunks(basis, scale, engine, *tensors),)
+
+    return fused.Fused(forward, backward, expression, 1, (0, 1, 2, 3), (3, 4))
+
+
+def _values_in_chunks(
+    basis: Any,
+    scale: float,
+    engine: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    coefs: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """As `_values`, of operations that can be differentiated."""
+
+    def one(q: Tensor, k: Tensor, v: Tensor, coefs: Tensor, mask: Tensor | None) -> Tensor:
+        return contract(basis, _mixed(coefs, v), q, k, mask, scale, engine)
+
+    parts = [_recompute(one, *part) for part in _split(_step(v, coefs), q, k, v, coefs, mask)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def contract_units(
@@ -151,9 +212,10 @@ def contract_units(
 ) -> Tensor:
     """`y[n, p] = sum_m mask[n, m] phi_pm(scale q_n . k_m)`, `(..., H, N, r)`, for any family.
 
-    One unit p and a few samples at a time, recomputed in the backward: the memory is O(N M),
-    independent of r and of the batch. There is no matrix product to do it with, so it costs several
-    times `contract`.
+    There is no matrix product to do it with. On the CPU in half or single precision a family with a
+    piece of C++ (all of kart's) runs in registers; otherwise one unit p and a few samples at a
+    time, recomputed in the backward, which costs several times `contract`: the memory is O(N M),
+    independent of r and of the batch.
 
     Args:
         basis: `apply(units, x)` evaluates each unit at its element of x.
@@ -181,29 +243,80 @@ def contract_units(
     *lead, heads = broadcast_leading(
         "contract_units", q=q.shape[:-2], k=k.shape[:-2], mask=mask_lead, **unit_heads
     )
-    batch = math.prod(lead)
-    rows, names = q.shape[-2], list(units)
     q, k = _flat([*lead, heads], q, k)
-    step = max(1, CHUNK // (heads * rows * keys))
-    masks = _masks(mask, lead, step, -(-batch // step))
+    leaves = [leaf.expand(heads, *leaf.shape[1:])[None] for leaf in units.values()]
+    mask = None if mask is None else flat_mask(mask, lead)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    y = _units(basis, list(units), factor, q, k, mask, *leaves)
+    return y.reshape(*lead, heads, q.shape[-2], next(iter(ranks))[0])
+
+
+def _units(
+    basis: Any,
+    names: list[str],
+    scale: float,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    *leaves: Tensor,
+) -> Tensor:
+    """`contract_units` of four axes, leaves `(B or 1, H, r, M, ...)`, by the engine that can."""
+    expression = partial(_units_in_chunks, basis, names, scale)
+    plainly = torch.compiler.is_compiling() or forward_levels() or q.device.type != "cpu"
+    family = family_of(basis)
+    narrow = all(x.dtype in cpp.DTYPES for x in (q, *leaves))
+    if plainly or not q.shape[0] or not narrow or cpp.engine_of(family)[0] is None:
+        return expression(q, k, mask, *leaves)
+
+    def stacked(*leaves: Tensor) -> Tensor:
+        # under vmap some may have been given a copy for each sample
+        size = max(leaf.shape[0] for leaf in leaves)
+        whole = (leaf.expand(size, *leaf.shape[1:]) for leaf in leaves)
+        return family.pieces.leaves(dict(zip(names, whole, strict=True)))
+
+    def forward(q, k, mask, *leaves):
+        return (cpp.forward(Product(family, q, k, stacked(*leaves), mask, scale)),)
+
+    def backward(gradients, inputs, results):
+        q, k, mask, *leaves = inputs
+        product = Product(family, q, k, stacked(*leaves), mask, scale)
+        dq, dk, dcoefs = cpp.backward(product, *gradients)
+        return dq, dk, *plain.pullback(stacked, *leaves)(dcoefs)
+
+    learned = (0, 1, *range(3, 3 + len(leaves)))
+    op = fused.Fused(forward, backward, lambda *x: (expression(*x),), 1, learned, (2, *learned[2:]))
+    with no_autocast(q):
+        return fused.apply(op, q, k, mask, *leaves)[0]
+
+
+def _units_in_chunks(
+    basis: Any,
+    names: list[str],
+    scale: float,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    *leaves: Tensor,
+) -> Tensor:
+    """`_units` in torch, one unit and a few samples at a time, recomputed in the backward."""
+    batch, heads, rows, _ = q.shape
+    step = max(1, CHUNK // (heads * rows * k.shape[-2]))
 
     def one(q: Tensor, k: Tensor, mask: Tensor | None, *leaves: Tensor) -> Tensor:
-        lifted = {name: leaf.unsqueeze(1) for name, leaf in zip(names, leaves, strict=True)}
+        lifted = {name: leaf.unsqueeze(2) for name, leaf in zip(names, leaves, strict=True)}
         values = basis.apply(lifted, plain.scores(q, k, scale))  # (b, H, N, M)
         if mask is not None:
             values = torch.where(mask, values, 0)
         return values.sum(-1)
 
     if not batch:
-        return q.new_zeros(*lead, heads, rows, next(iter(ranks))[0])
-    # unbind and split: the gradient of a slice would be a tensor of the size of the whole, each
-    single = list(zip(*(leaf.unbind(1) for leaf in units.values()), strict=True))
-    parts = [
-        torch.stack([_recompute(one, qs, ks, ms, *leaves) for leaves in single], -1)
-        for qs, ks, ms in zip(q.split(step), k.split(step), masks, strict=True)
-    ]
+        return q.new_zeros(0, heads, rows, leaves[0].shape[2])
+    parts = []
+    for qs, ks, ms, *units in _split(step, q, k, mask, *leaves):
+        single = zip(*(leaf.unbind(2) for leaf in units), strict=True)
+        parts.append(torch.stack([_recompute(one, qs, ks, ms, *unit) for unit in single], -1))
     y = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return y.reshape(*lead, heads, rows, -1).to(q.dtype)
+    return y.to(q.dtype)
 
 
 def mix_values(y: Tensor, mix: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -247,3 +360,35 @@ def mix_values(y: Tensor, mix: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         for row in zip(ys, [mix] * len(ys), [v] * len(ys), masks, strict=True)
     ]
     return torch.cat(parts, -2) if len(parts) > 1 else parts[0]
+
+
+def by_queries(
+    fn: Callable[..., Tensor],
+    rows: Sequence[Tensor | None],
+    whole: Sequence[Tensor | None],
+    mask: Tensor | None = None,
+    numbers: int = 1,
+) -> Tensor:
+    """`fn(*rows, *whole, mask)`, `(..., N, e)`, for a function of each query alone: a block of
+    queries at a time, recomputed in the backward.
+
+    Args:
+        fn: of the rows of some queries, of `whole`, and of the mask of these queries.
+        rows: tensors `(..., N, x)`, split along N; None stays None.
+        whole: tensors with a second last axis of keys M, which every block sees.
+        mask: boolean or None; split where its second last axis is N.
+        numbers: values that `fn` holds for a query and key.
+    """
+    split = [x for x in rows if x is not None]
+    count, keys = split[0].shape[-2], next(x for x in whole if x is not None).shape[-2]
+    leads = [x.shape[:-2] for x in (*rows, *whole, mask) if x is not None]
+    each = math.prod(torch.broadcast_shapes(*leads)) * keys * numbers
+    step = max(1, CHUNK // max(1, each))
+
+    def parts(x: Tensor | None, cut: bool) -> Sequence[Tensor | None]:
+        return x.split(step, -2) if x is not None and cut else [x] * -(-count // step)
+
+    masked = mask is not None and mask.dim() > 1 and mask.shape[-2] == count
+    columns = [*(parts(x, True) for x in rows), *(parts(x, False) for x in whole)]
+    blocks = [_recompute(fn, *row) for row in zip(*columns, parts(mask, masked), strict=True)]
+    return torch.cat(blocks, -2) if len(blocks) > 1 else blocks[0]

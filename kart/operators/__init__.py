@@ -7,6 +7,16 @@
 | `project_first` | Phi(W S), W r x M, Phi M x r | App. C.5, order (ii) | `learnable.py` |
 | `two_stage` | Phi2(Phi1(S)), Phi1 r x M, Phi2 M x r | App. C.5, order (iii) | `learnable.py` |
 | `softmax`, `sigmoid`, `relu`, `sparsemax` | fixed functions | baselines | `fixed.py` |
+| `entmax`, `tempered` | 1.5-entmax; softmax at a temperature | baselines | `comparators.py` |
+| `gated` | softmax(S) and softmax of the offset, gated | ConViT | `comparators.py` |
+| `synthesizer` | of the queries alone | Synthesizer, dense | `comparators.py` |
+| `linformer`, `performer`, `cosformer` | of linear cost | baselines | `linear.py` |
+| `static` | T, N x N parameters; beside or inside softmax | Synthesizer | `static.py` |
+| `relative` | T by offset; beside or inside softmax | ours; Swin's bias | `relative.py` |
+| `softconv` | softmax(S) + T by offset | ours | `offset.py` |
+| `by_offset` | T[o] + phi_o(S), o the offset | ours | `offset.py` |
+| `beside_relative` | softmax(S) + T + W Phi(S) | ours | `offset.py` |
+| `added` | the sum of some of the above | ours | `sums.py` |
 | `hybrid` | one of the above a head | App. C.5.2 | `mixtures.py` |
 
 `contract.py` is what an operator is and what all of them share (checks, masks, precision, base,
@@ -19,23 +29,33 @@ from collections.abc import Callable
 from typing import Any
 
 from kart.operators import spec as language
+from kart.operators.comparators import entmax, gated, synthesizer, tempered
 from kart.operators.contract import Factored, Operator, Source, from_logits, from_rows
 from kart.operators.fixed import relu, sigmoid, softmax, sparsemax
 from kart.operators.learnable import full_rank, low_rank, project_first, two_stage
+from kart.operators.linear import cosformer, linformer, performer
 from kart.operators.mixtures import hybrid
+from kart.operators.offset import beside_relative, by_offset, softconv
+from kart.operators.relative import relative
 from kart.operators.resize import resize
 from kart.operators.spec import Spec, sources
+from kart.operators.static import static
+from kart.operators.sums import added
 
 # what a spec may name; the first that takes a basis is the order of a spec that names none
 OPERATORS: tuple[Callable[..., Operator], ...] = (
     *(softmax, sigmoid, relu, sparsemax),
-    *(low_rank, full_rank, project_first, two_stage),
+    *(static, relative, softconv),
+    *(entmax, tempered, gated, synthesizer, linformer, performer, cosformer),
+    *(low_rank, full_rank, project_first, two_stage, by_offset, beside_relative),
 )
 EXAMPLES = language.examples(OPERATORS)
 
-__all__ = ["EXAMPLES", "OPERATORS", "Factored", "Operator", "Source", "Spec", "from_logits"]
-__all__ += ["from_rows", "full_rank", "hybrid", "low_rank", "options", "parse", "project_first"]
-__all__ += ["relu", "resize", "sigmoid", "softmax", "sources", "sparsemax", "two_stage"]
+__all__ = ["EXAMPLES", "OPERATORS", "Factored", "Operator", "Source", "Spec", "added"]
+__all__ += ["beside_relative", "by_offset", "cosformer", "entmax", "from_logits", "from_rows"]
+__all__ += ["full_rank", "gated", "hybrid", "linformer", "low_rank", "options", "parse"]
+__all__ += ["performer", "project_first", "relative", "relu", "resize", "sigmoid", "softconv"]
+__all__ += ["softmax", "sources", "sparsemax", "static", "synthesizer", "tempered", "two_stage"]
 
 
 def parse(spec: str, **overrides: Any) -> Spec:

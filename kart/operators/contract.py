@@ -32,7 +32,11 @@ class Operator(NamedTuple):
     holds. `basis` is the family of the learnable units, None where there is none.
 
     `options` are the hyperparameters. `traits` are what `kart.testing` and other rooms may rely on:
-    "learned" (has parameters) and "length_free" (the parameters fit any number of keys).
+    "learned" (has parameters) and "length_free" (the parameters fit any number of keys); further
+    "self_attention" (queries are the tokens of the keys), "of_scores" (False where `weights` is an
+    error, as scores do not determine them), and `product_flops(tokens, width)` and
+    `activation_flops(tokens, unit)`, what a head multiplies with q, k and v, and does from scores
+    to weights if a unit costs `unit` a score, for those whose cost `kart.analysis.cost` is to know.
     `resize(params, old, new)` moves parameters to another lattice of keys (see
     `kart.operators.resize`), None where there is nothing to move. `call` is the call that made the
     tuple, by which it pickles.
@@ -328,13 +332,20 @@ class Held:
 
 
 class Streamed:
-    """Scores of `q` and `k`, streamed over the keys by an engine of `kart.kernels`."""
+    """Scores of `q` and `k`, streamed over the keys by an engine of `kart.kernels`.
 
-    def __init__(self, q: Tensor, k: Tensor, mask: Tensor | None, engine: str):
+    With `values`, the first product takes the softmax of the same scores along, `attended`.
+    """
+
+    def __init__(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, engine: str, values: Tensor | None = None
+    ):
         self.q = q
         self.k = k
         self.mask = mask
         self.engine = engine
+        self.values = values
+        self.attended: Tensor | None = None
 
     @property
     def queries(self) -> int:
@@ -347,6 +358,11 @@ class Streamed:
             units = {name: leaf.to(wide(q[..., :0]).dtype) for name, leaf in units.items()}
             return kernels.contract_units(basis, units, q, k, self.mask)
         coefs = basis.coefficients(units).to(wide(q[..., :0]).dtype)
+        if self.values is not None and not exact:
+            y, self.attended = kernels.contract_softmax(
+                basis, coefs, q, k, self.values, self.mask, engine=self.engine
+            )
+            return y
         return kernels.contract(basis, coefs, q, k, self.mask, engine=self.engine)
 
     def mixed(self, mix: Tensor) -> Tensor:
@@ -443,12 +459,14 @@ def from_logits(
                 scores = scores_of(q, k, None) if base else None
                 y = logits(params, Streamed(q, k, mask, engine))
                 return (rows(y, scores, mask) @ v).to(dtype)
-            source = Streamed(q, k, mask, engine)
+            source = Streamed(q, k, mask, engine, v if base else None)
             if product is not None and same_for_all_queries(mask):
                 out = product(params, source, v)
             else:
                 out = values_of(logits(params, source), v, mask)
-            if base is not None:
+            if base is not None and source.attended is not None:
+                out = out + source.attended
+            elif base is not None:
                 out = out + kernels.softmax_attention(q, k, v, mask)
             return out.to(dtype)
 

@@ -83,6 +83,8 @@ def hybrid(operators: Sequence[Operator]) -> Operator:
     traits = {
         "learned": any(op.traits.get("learned", True) for op, _ in groups),
         "length_free": all(op.traits.get("length_free", False) for op, _ in groups),
+        "self_attention": any(op.traits.get("self_attention", False) for op, _ in groups),
+        "of_scores": all(op.traits.get("of_scores", True) for op, _ in groups),
     }
     options = {"kind": "hybrid", "groups": groups}
     name = "+".join(f"{count}*{op.name}" for op, count in groups)

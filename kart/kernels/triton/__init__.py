@@ -1,9 +1,9 @@
 """The "triton" engine: the streamed product on CUDA, for Fourier, polynomial, Chebyshev, Gaussian
 RBF and cubic B-spline bases.
 
-`forward` and `backward` are raw operations in the layout of `kart.kernels.chunked`, deterministic
-and seen by no transform. Triton itself is imported by their first call. With TRITON_INTERPRET=1 in
-the environment before that, the same kernels run on CPU tensors, slowly: so they are tested.
+`forward` and `backward` are raw operations on a `kart.kernels.family.Product`, deterministic and
+seen by no transform. Triton itself is imported by their first call. With TRITON_INTERPRET=1 in the
+environment before that, the same kernels run on CPU tensors, slowly: so they are tested.
 
 Products of float32 inputs follow `torch.set_float32_matmul_precision`: "highest", torch's default,
 splits each operand in two ("tf32x3", about 22 bits); "high" and "medium" round it to tf32 (11
@@ -14,15 +14,13 @@ import contextlib
 import importlib.util
 import math
 import os
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from kart.kernels.chunked import Family
+from kart.kernels.family import Family, Product
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # programs wanted in a launch of `key_gradient`, two for each SM of an H100. A constant, so that the
@@ -47,66 +45,13 @@ class Kind(NamedTuple):
     density: float = 1.0
 
 
-_kinds: "weakref.WeakKeyDictionary[Callable, Kind | None]" = weakref.WeakKeyDictionary()
-
-
-def _claimed(basis: Any) -> Kind | None:
-    options = basis.options
-    base = options.get("base", "zero")
-    if base not in ("zero", "identity", "silu", "gelu"):
+def kind_of(family: Family) -> Kind | None:
+    """The `Kind` that a family declares, or None where the kernels do not have it."""
+    piece = getattr(family.pieces, "triton", None)
+    if piece is None:
         return None
-    if basis.family in ("fourier", "polynomial"):
-        return Kind(basis.family, basis.size, base)
-    if basis.family not in ("chebyshev", "gaussian_rbf", "bspline") or "span" not in options:
-        return None
-    low, high = options["span"]
-    if basis.family == "chebyshev":
-        return Kind(basis.family, basis.size, base, (low + high) / 2, 2 / (high - low))
-    if basis.family == "gaussian_rbf":
-        return Kind(basis.family, basis.size, base, low, (basis.size - 1) / (high - low))
-    # the kernels have cubic splines, which are 3 more than there are intervals
-    return Kind(basis.family, basis.size, base, low, (basis.size - 3) / (high - low))
-
-
-def _features(kind: Kind, x: Tensor) -> Tensor:
-    """What the kernels compute, `(...)` to `(..., K')`, to compare a basis with."""
-    t = (x - kind.origin) * kind.density
-    order = torch.arange(kind.size, dtype=x.dtype)
-    if kind.name == "fourier":
-        angles = x[..., None] * (order[: kind.size // 2] + 1)
-        values = torch.cat([angles.cos(), angles.sin()], dim=-1)
-    elif kind.name == "polynomial":
-        values = x[..., None] ** order
-    elif kind.name == "chebyshev":
-        values = (t.clamp(-1, 1).arccos()[..., None] * order).cos()
-    elif kind.name == "gaussian_rbf":
-        values = (-((t[..., None] - order) ** 2)).exp()
-    else:
-        v = (t[..., None] - order + 1).abs()
-        values = ((2 - v).relu() ** 3 - 4 * (1 - v).relu() ** 3) / 6
-    if kind.base == "zero":
-        return values
-    last = {"identity": x, "silu": F.silu(x), "gelu": F.gelu(x)}[kind.base]
-    return torch.cat([values, last[..., None]], dim=-1)
-
-
-def kind_of(basis: Any) -> Kind | None:
-    """The `Kind` of a basis, or None where the kernels do not have it. What a basis claims by its
-    name is compared with what its features are.
-    """
-    with contextlib.suppress(KeyError):
-        return _kinds[basis.features]
-    kind = _claimed(basis)
-    if kind is not None:
-        # asked on plain tensors, whatever transform is running
-        with torch._C._DisableFuncTorch(), torch.no_grad():
-            x = torch.tensor([-5.1, -2.5, -0.3, 0.0, 0.7, 1.1, 3.0, 4.2], dtype=torch.float64)
-            values, expected = basis.features(x), _features(kind, x)
-            scale = 1 + expected.abs()
-            if values.shape != expected.shape or ((values - expected) / scale).abs().max() > 1e-9:
-                kind = None
-    _kinds[basis.features] = kind
-    return kind
+    size = family.width - (family.base != "zero")
+    return Kind(piece.branch, size, family.base, piece.origin, piece.density)
 
 
 def _interpreted() -> bool:
@@ -122,13 +67,14 @@ def status() -> str:
     return "torch sees no CUDA device"
 
 
-def refuses(family: Family, q: Tensor, k: Tensor, coefs: Tensor, mask: Tensor | None) -> str:
+def refuses(product: Product) -> str:
     """Why the engine cannot take these inputs, or ""."""
+    family, q, _, coefs, _, _ = product
     if status() != "ready":
         return status()
     if q.device.type != "cuda" and not _interpreted():
         return f"the Triton engine runs on CUDA, not on {q.device.type}"
-    if kind_of(family.basis) is None:
+    if kind_of(family) is None:
         return f"the Triton engine has no {family.basis.family!r} basis of this kind"
     if q.dtype not in DTYPES or coefs.dtype not in DTYPES:
         return f"the Triton engine has no {q.dtype}"
@@ -221,7 +167,8 @@ def _pack(coefs: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
 class _Launcher:
     """The kernels, with the arguments that they share."""
 
-    def __init__(self, kind, q, k, coefs, mask, scale, precision, choose):
+    def __init__(self, product: Product, kind: Kind, precision: str | None, choose):
+        _, q, k, coefs, mask, scale = product
         self.kind, self.choose, self.q = kind, choose, q
         if precision is None:
             highest = torch.get_float32_matmul_precision() == "highest"
@@ -295,14 +242,7 @@ class _Launcher:
 
 
 def forward(
-    family: Family,
-    q: Tensor,
-    k: Tensor,
-    coefs: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    precision: str | None = None,
-    choose: Callable[..., Tiles] = tiles,
+    product: Product, precision: str | None = None, choose: Callable[..., Tiles] = tiles
 ) -> Tensor:
     """The streamed product `(B, H, N, r)`, contiguous, in q's dtype.
 
@@ -314,10 +254,11 @@ def forward(
             what torch is set to, see the module.
         choose: of the tiles of each kernel; to tune them.
     """
-    kind = kind_of(family.basis)
+    family, q, _, coefs, _, _ = product
+    kind = kind_of(family)
     assert kind is not None  # `refuses` has asked
     batch, heads, queries, _ = q.shape
-    launch = _Launcher(kind, q, k, coefs, mask, scale, precision, choose)
+    launch = _Launcher(product, kind, precision, choose)
     outputs = [q.new_empty(batch, heads, queries, 0)]
     for part in coefs.split(RANKS, dim=2):
         rank = part.shape[2]
@@ -338,13 +279,8 @@ def forward(
 
 
 def backward(
-    family: Family,
+    product: Product,
     dy: Tensor,
-    q: Tensor,
-    k: Tensor,
-    coefs: Tensor,
-    mask: Tensor | None,
-    scale: float,
     precision: str | None = None,
     choose: Callable[..., Tiles] = tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -352,11 +288,12 @@ def backward(
 
     dcoefs is summed over the batch where coefs has a batch of 1. Two runs agree in every bit.
     """
-    kind = kind_of(family.basis)
+    family, q, k, coefs, _, _ = product
+    kind = kind_of(family)
     assert kind is not None  # `refuses` has asked
     batch, heads, queries, _ = q.shape
-    keys, own = k.shape[2], coefs.shape[0] > 1
-    launch = _Launcher(kind, q, k, coefs, mask, scale, precision, choose)
+    keys, own = k.shape[2], product.own
+    launch = _Launcher(product, kind, precision, choose)
     if not batch:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(coefs)
     parts = list(zip(_slopes(coefs, kind).split(RANKS, 2), dy.split(RANKS, 3), strict=True))

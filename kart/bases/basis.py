@@ -1,0 +1,440 @@
+"""What a family of learnable functions of one real variable is, and what all families share."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from kart.bases import names
+
+Params = dict[str, Any]
+
+
+class Cpp(NamedTuple):
+    """A family in C++, for the "cpp" engine of `kart.kernels`.
+
+    Each name in `sizes` is a `constexpr int` before `text`, which defines a struct in terms of
+    kart/kernels/cpp/vector.h; its constructor is given `options`. A linear family defines `Piece`:
+
+        struct Piece {
+          static constexpr int K = 2;                 // features
+          float pitch;
+          explicit Piece(const float* options) : pitch(options[0]) {}
+          INLINE void features(vec x, vec* f) const { sincos(x * pitch, f[0], f[1]); }
+          INLINE void slopes(vec x, const vec* f, vec* g) const {  // their derivatives
+            g[0] = f[1] * pitch;
+            g[1] = f[0] * -pitch;
+          }
+        };
+
+    which `linear(sines, 2, cpp=Cpp(text, {}, (2.0,)))` takes beside the same features in torch. Any
+    other family defines `Unit`, one function with P parameters: see kart/bases/rational.py. The
+    base activation and the per-unit scales are the engine's. What is wrong is refused: the engine
+    is held against the torch functions before its first use.
+    """
+
+    text: str
+    sizes: Mapping[str, int] = {}
+    options: tuple[float, ...] = ()
+
+
+class Triton(NamedTuple):
+    """A family in Triton: its branch in kart/kernels/triton/device.py, whose features of a score x
+    are functions of `(x - origin) * density`.
+    """
+
+    branch: str
+    origin: float = 0.0
+    density: float = 1.0
+
+
+class Pieces(NamedTuple):
+    """What the engines of `kart.kernels` know of a basis beside its torch functions.
+
+    `name` names what is computed, for good and in every process; `width` is the number of features,
+    or of parameters of a nonlinear unit, that of the base activation included; `of` is the function
+    that all this describes (`features`, or `apply` of a nonlinear family). Optional, and all
+    without the base activation: `fill(out, x)` writes the features of `x (G, ...)` into `out (G, K,
+    ...)`; `fold(coefs)` maps coefficients `(..., K, M)` to those of the derivative, where that has
+    the same features; `cpp` and `triton` are the family in those engines. `leaves(params)` are the
+    parameters of nonlinear units as `(..., width)`, scales absorbed and that of the base activation
+    last.
+    """
+
+    name: str
+    width: int
+    of: Callable[..., Tensor]
+    base: str = "zero"
+    fill: Callable[[Tensor, Tensor], None] | None = None
+    fold: Callable[[Tensor], Tensor] | None = None
+    cpp: Cpp | None = None
+    triton: Triton | None = None
+    leaves: Callable[[Params], Tensor] | None = None
+
+
+class Basis(NamedTuple):
+    """A family of univariate functions phi(x; theta), as pure functions of its parameters.
+
+    `init(generator, shape)` draws float32 parameters of `prod(shape)` functions, with `shape` as
+    their leading axes. `apply(params, x)` evaluates each function at its element of `x`, which
+    broadcasts against `shape`; it keeps x's dtype. `expand(x)` maps `(...)` to the features `(...,
+    K)` in which `apply` is linear with `params["coefs"]`, `K = size`; it returns None for a family
+    that has none. `features(x)`, `(..., K')`, and `coefficients(params)`, `(..., K')`, are the same
+    with the base activation (one more feature) and the per-unit scales absorbed, so that
+    `apply(params, x) == (features(x) * coefficients(params)).sum(-1)`; both are None where `expand`
+    returns None. `options` are the hyperparameters and `traits` the properties that `kart.testing`
+    holds the family to. `pieces` are for the engines of `kart.kernels`; `recipe` is the call that
+    made the basis, by which it is pickled.
+    """
+
+    family: str
+    size: int
+    init: Callable[[Generator, Sequence[int]], Params]
+    apply: Callable[[Params, Tensor], Tensor]
+    expand: Callable[[Tensor], Tensor | None]
+    features: Callable[[Tensor], Tensor] | None
+    coefficients: Callable[[Params], Tensor] | None
+    options: Mapping[str, Any]
+    traits: Mapping[str, Any]
+    pieces: Pieces | None = None
+    recipe: tuple[Callable[..., "Basis"], Mapping[str, Any]] | None = None
+
+    def __reduce__(self):
+        functions = (self.init, self.apply, self.expand, self.features, self.coefficients)
+        made = self.recipe is not None and all(
+            f is None or getattr(f, "recipe", None) is self.recipe for f in functions
+        )
+        if not made:
+            raise TypeError(
+                f"pickling needs a basis as its factory made it, got a changed {self.family!r}. "
+                "Pickle what it was made of, and make it again."
+            )
+        return _again, self.recipe
+
+    def __copy__(self):
+        return self
+
+    def __deepcopy__(self, memo: Any):
+        # immutable: tuples of functions
+        return self
+
+
+def _again(factory: Callable[..., Basis], arguments: Mapping[str, Any]) -> Basis:
+    return factory(**arguments)
+
+
+# the largest grid or degree: a feature each, of which a unit has that many parameters
+MOST = 4096
+
+BASES = {"zero": None, "identity": lambda x: x, "silu": F.silu, "gelu": F.gelu}
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x`, half types as float32: 8 bits of mantissa are too few for harmonics and powers."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def check_input(name: str, x: Tensor) -> None:
+    """Raises ValueError unless `x` is a floating-point tensor."""
+    if not x.dtype.is_floating_point:
+        raise ValueError(
+            f"`{name}` needs floating-point `x`, got {x.dtype}. Convert it with `x.float()`."
+        )
+
+
+def check_choice(function: str, argument: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raises ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(
+            f"`{function}` needs `{argument}` in {sorted(allowed)}, got {value!r}. "
+            "Choose one of them."
+        )
+
+
+def check_integer(function: str, argument: str, value: Any, least: int, most: float = MOST) -> None:
+    """Raises ValueError unless `value` is an integer from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            f"`{function}` needs an integer `{argument}` >= {least}, got {value!r}. "
+            "Pass a larger one."
+        )
+    if value > most:
+        raise ValueError(
+            f"`{function}` needs an integer `{argument}` <= {most}, got {value!r}. "
+            "Pass a smaller one: every unit has a parameter for each."
+        )
+
+
+def check_span(function: str, span: Sequence[float]) -> tuple[float, float]:
+    """The ends of a span; ValueError unless they are finite and in order."""
+    if len(span) != 2 or not -math.inf < span[0] < span[1] < math.inf:
+        raise ValueError(
+            f"`{function}` needs `span` = (low, high) with finite low < high, got {span!r}. "
+            "Pass for example (-4.0, 4.0)."
+        )
+    return float(span[0]), float(span[1])
+
+
+def normal(generator: Generator, shape: Sequence[int]) -> Tensor:
+    """Standard normal float32 `shape`, drawn on the CPU, so that a seed means the same numbers on
+    every device.
+    """
+    if not isinstance(generator, Generator) or generator.device.type != "cpu":
+        raise ValueError(
+            f"`init` needs a `torch.Generator` on the CPU first, got {generator!r}. "
+            "Draw with torch.Generator().manual_seed(seed), then move with tree.to(params, device)."
+        )
+    return torch.randn(tuple(shape), generator=generator)
+
+
+def assemble(
+    family: str,
+    size: int,
+    draw: Callable[[Generator, tuple[int, ...]], Params],
+    core: Callable[[Params, Tensor], Tensor] | None,
+    expand: Callable[[Tensor], Tensor] | None,
+    base: str,
+    scales: bool,
+    options: Mapping[str, Any],
+    traits: Mapping[str, Any],
+    recipe: tuple[Callable[..., Basis], Mapping[str, Any]],
+    name: str,
+    **pieces: Any,
+) -> Basis:
+    """Adds what all families share: base activation (eq. 5), KAN's per-unit scales, dtype rules,
+    checks.
+
+    `core` is a nonlinear family's function of (params, x), `expand` the features of a linear one;
+    `name` and `pieces` are fields of `Pieces`.
+    """
+    check_choice(family, "base", base, list(BASES))
+    activation = BASES[base]
+
+    def init(generator: Generator, shape: Sequence[int]) -> Params:
+        shape = tuple(shape)
+        params = draw(generator, shape)
+        if scales:
+            params["scale_base"] = torch.ones(shape)
+            params["scale_basis"] = torch.ones(shape)
+        return params
+
+    def features(x: Tensor) -> Tensor:
+        check_input(f"{family}.features", x)
+        assert expand is not None  # for the type checker: only linear families reach this
+        widened = wide(x)
+        values = expand(widened)
+        if activation is not None:
+            values = torch.cat([values, activation(widened)[..., None]], dim=-1)
+        return values.to(x.dtype)
+
+    def coefficients(params: Params) -> Tensor:
+        coefs = params["coefs"]
+        if coefs.shape[-1] != size:
+            raise ValueError(
+                f"`{family}` needs `coefs` with a last axis of K = {size}, got shape "
+                f"{tuple(coefs.shape)}. Call `init` of this basis for its parameters."
+            )
+        if scales:
+            coefs = coefs * params["scale_basis"][..., None]
+        if activation is None:
+            return coefs
+        last = params["scale_base"][..., None] if scales else torch.ones_like(coefs[..., :1])
+        return torch.cat([coefs, last], dim=-1)
+
+    def apply(params: Params, x: Tensor) -> Tensor:
+        check_input(f"{family}.apply", x)
+        widened = wide(x)
+        if expand is not None:
+            coefs = coefficients(params)
+            values = features(widened)
+            # one feature at a time: the (..., K) product of a broadcast x and coefs is never built
+            y = values[..., 0] * coefs[..., 0]
+            for k in range(1, coefs.shape[-1]):
+                y = y + values[..., k] * coefs[..., k]
+            return y.to(x.dtype)
+        assert core is not None
+        y = core(params, widened)
+        if scales:
+            y = y * params["scale_basis"]
+        if activation is not None:
+            y = y + (activation(widened) * params["scale_base"] if scales else activation(widened))
+        return y.to(x.dtype)
+
+    def expanded(x: Tensor) -> Tensor | None:
+        check_input(f"{family}.expand", x)
+        return None if expand is None else expand(wide(x)).to(x.dtype)
+
+    linear_family = expand is not None
+    own_leaves = pieces.pop("leaves", None)
+
+    def leaves(params: Params) -> Tensor:
+        assert own_leaves is not None
+        values = own_leaves(params)
+        if activation is None:
+            return values
+        last = params["scale_base"] if scales else torch.ones_like(values[..., 0])
+        return torch.cat([values, last[..., None]], dim=-1)
+
+    for function in (init, apply, expanded, features, coefficients):
+        function.recipe = recipe  # type: ignore[attr-defined]  # says that it belongs to it
+    of = features if linear_family else apply
+    if own_leaves is not None:
+        pieces["leaves"] = leaves
+    width = size + (activation is not None)
+    return Basis(
+        family=family,
+        size=size,
+        init=init,
+        apply=apply,
+        expand=expanded,
+        features=features if linear_family else None,
+        coefficients=coefficients if linear_family else None,
+        options={**options, "base": base, "scales": scales},
+        traits={"linear": linear_family, **traits},
+        pieces=Pieces(name, width, of, base, **pieces),
+        recipe=recipe,
+    )
+
+
+def expansion(
+    factory: Callable[..., Basis],
+    expand: Callable[[Tensor], Tensor],
+    size: int,
+    *,
+    base: str,
+    init: str,
+    scales: bool,
+    orders: Sequence[int] | None = None,
+    grid: int | None = None,
+    options: Mapping[str, Any],
+    traits: Mapping[str, Any],
+    **pieces: Any,
+) -> Basis:
+    """A linear family of kart's, of which `options` and the shared arguments make another.
+
+    `pieces` are fields of `Pieces`; the rest is as in `linear`.
+    """
+    family = factory.__name__
+    recipe = (factory, {**options, "base": base, "init": init, "scales": scales})
+    name = names.builtin(factory, {**options, "base": base})
+    return _expansion(
+        family,
+        expand,
+        size,
+        base,
+        init,
+        scales,
+        orders,
+        grid,
+        options,
+        traits,
+        recipe,
+        name,
+        pieces,
+    )
+
+
+def _expansion(
+    family: str,
+    expand: Callable[[Tensor], Tensor],
+    size: int,
+    base: str,
+    init: str,
+    scales: bool,
+    orders: Sequence[int] | None,
+    grid: int | None,
+    options: Mapping[str, Any],
+    traits: Mapping[str, Any],
+    recipe: tuple[Callable[..., Basis], Mapping[str, Any]],
+    name: str,
+    pieces: Mapping[str, Any],
+) -> Basis:
+    check_integer(family, "size", size, 1, math.inf)
+    check_choice(family, "init", init, ["paper", "scaled"] + ["smooth"] * (orders is not None))
+    if orders is not None and (len(orders) != size or min(orders) < 1):
+        raise ValueError(
+            f"`{family}` needs `orders` of {size} positive integers, got {orders!r}. "
+            "Give one a feature."
+        )
+    grid = size if grid is None else grid
+    smooth = None
+    if init == "smooth" and orders is not None:
+        falling = torch.tensor([1.0 / k for k in orders])
+        # phi has at a typical x the variance that "scaled" gives it, size / grid / keys
+        smooth = falling * math.sqrt(size / grid) / falling.square().sum().sqrt()
+
+    def draw(generator: Generator, shape: tuple[int, ...]) -> Params:
+        coefs = normal(generator, (*shape, size))
+        keys = shape[-1] if shape else 1
+        if smooth is not None:
+            coefs = coefs * smooth / math.sqrt(keys)
+        elif init == "scaled":
+            coefs = coefs / math.sqrt(keys * grid)
+        return {"coefs": coefs}
+
+    def checked(x: Tensor) -> Tensor:
+        values = expand(x)
+        if values.shape != (*x.shape, size):
+            raise ValueError(
+                f"`{family}` needs `expand` to map {tuple(x.shape)} to {(*x.shape, size)}, got "
+                f"{tuple(values.shape)}. Stack the K = {size} features along a new last axis."
+            )
+        return values
+
+    options = {"init": init, **options}
+    return assemble(
+        family, size, draw, None, checked, base, scales, options, traits, recipe, name, **pieces
+    )
+
+
+def linear(
+    expand: Callable[[Tensor], Tensor],
+    size: int,
+    *,
+    family: str = "linear",
+    init: str = "scaled",
+    orders: Sequence[int] | None = None,
+    grid: int | None = None,
+    base: str = "zero",
+    scales: bool = False,
+    options: Mapping[str, Any] | None = None,
+    traits: Mapping[str, Any] | None = None,
+    cpp: Cpp | None = None,
+) -> Basis:
+    """A basis of one's own from its features: phi(x) = sum_k coefs[k] expand(x)[k].
+
+    Args:
+        expand: elementwise features, `(...)` to `(..., K)`, in the dtype of `x`; torch operations
+        only.
+        size: K.
+        init: standard deviation of the coefficients, for `keys` = last axis of `shape`: "paper" 1;
+            "scaled" 1/sqrt(keys * grid); "smooth" falling as 1/order and of the variance of
+            "scaled" in sum (needs `orders`).
+        orders: K positive integers, the frequency or degree of each feature, for "smooth".
+        grid: the grid size of "scaled"; K where it is not given.
+        base: b(x) of eq. 5, "zero", "identity", "silu" or "gelu", added to every function.
+        scales: adds KAN's learnable `scale_base` and `scale_basis`, one each per function: phi =
+            scale_base b + scale_basis sum. With them a unit has 2 more parameters, the count of the
+            paper's tables ((2G + 3) with W's one).
+        options, traits: recorded in the result as they are.
+        cpp: the features and their slopes in C++, for the compiled engine; held against `expand`
+            before it is used, and refused where the two differ.
+
+    >>> waves = linear(lambda x: torch.stack([x.sin(), (2 * x).sin()], dim=-1), 2, family="sines")
+    >>> params = waves.init(torch.Generator().manual_seed(0), (3, 5))
+    >>> waves.apply(params, torch.zeros(4, 1, 5)).shape
+    torch.Size([4, 3, 5])
+    """
+    arguments = {
+        "expand": expand, "size": size, "family": family, "init": init, "orders": orders,
+        "grid": grid, "base": base, "scales": scales, "options": options, "traits": traits,
+        "cpp": cpp,
+    }  # fmt: skip
+    name = names.own(family, expand, size, base, cpp)
+    return _expansion(
+        family, expand, size, base, init, scales, orders, grid, options or {}, traits or {},
+        (linear, arguments), name, {"cpp": cpp},
+    )  # fmt: skip

@@ -1,0 +1,138 @@
+"""Polynomials: monomials and Chebyshev's."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kart.bases.basis import Basis, Cpp, Triton, check_integer, check_span, expansion
+
+MONOMIALS = """
+struct Piece {
+  static constexpr int K = DEGREE + 1;
+  explicit Piece(const float*) {}
+  INLINE void features(vec x, vec* f) const {
+    f[0] = splat(1.0f);
+    UNROLL for (int k = 1; k < K; ++k) f[k] = f[k - 1] * x;
+  }
+  INLINE void slopes(vec, const vec* f, vec* g) const {
+    g[0] = vec{};
+    UNROLL for (int k = 1; k < K; ++k) g[k] = f[k - 1] * float(k);
+  }
+};
+"""
+
+CHEBYSHEV = """
+struct Piece {
+  static constexpr int K = DEGREE + 1;
+  float middle, density;
+  explicit Piece(const float* options) : middle(options[0]), density(options[1]) {}
+  INLINE vec held(vec x) const {
+    const vec t = (x - middle) * density;
+    return clamp(t, -1.0f, 1.0f);
+  }
+  INLINE void features(vec x, vec* f) const {
+    const vec t = held(x);
+    f[0] = splat(1.0f);
+    if (K > 1) f[1] = t;
+    UNROLL for (int k = 2; k < K; ++k) f[k] = 2.0f * t * f[k - 1] - f[k - 2];
+  }
+  // T_k' = k U_{k-1}, zero where x is held at an end
+  INLINE void slopes(vec x, const vec*, vec* g) const {
+    const vec t = (x - middle) * density;
+    vec now = (t < -1.0f) | (t > 1.0f) ? vec{} : splat(density), before = vec{};
+    g[0] = vec{};
+    UNROLL for (int k = 1; k < K; ++k) {
+      g[k] = now * float(k);
+      const vec next = 2.0f * t * now - before;
+      before = now;
+      now = next;
+    }
+  }
+};
+"""
+
+
+def polynomial(
+    degree: int = 3, *, base: str = "zero", init: str = "scaled", scales: bool = False
+) -> Basis:
+    """Monomials 1, x, .., x^degree; K = degree + 1.
+
+    Degree 0 and 1 are the controls: learned mixing that ignores the scores, and mixing affine in
+    them.
+
+    >>> polynomial(2).expand(torch.tensor(3.0))
+    tensor([1., 3., 9.])
+    """
+    check_integer("polynomial", "degree", degree, 0)
+
+    def expand(x: Tensor) -> Tensor:
+        powers = [torch.ones_like(x)]
+        for _ in range(degree):
+            powers.append(powers[-1] * x)
+        return torch.stack(powers, dim=-1)
+
+    def fill(out: Tensor, x: Tensor) -> None:
+        out[:, 0] = 1
+        for k in range(degree):
+            torch.mul(out[:, k], x, out=out[:, k + 1])
+
+    def fold(coefs: Tensor) -> Tensor:
+        order = torch.arange(1, degree + 1, dtype=coefs.dtype, device=coefs.device)[:, None]
+        last = torch.zeros_like(coefs[..., :1, :])
+        return torch.cat([coefs[..., 1:, :] * order, last], dim=-2)
+
+    return expansion(
+        polynomial,
+        expand,
+        degree + 1,
+        base=base,
+        init=init,
+        scales=scales,
+        orders=range(1, degree + 2),
+        options={"degree": degree},
+        traits={"smooth": math.inf, "points": (0.0, 1.0, -1.0)},
+        fill=fill,
+        fold=fold,
+        cpp=Cpp(MONOMIALS, {"DEGREE": degree}),
+        triton=Triton("polynomial"),
+    )
+
+
+def chebyshev(
+    degree: int = 4,
+    span: Sequence[float] = (-4.0, 4.0),
+    *,
+    base: str = "zero",
+    init: str = "scaled",
+    scales: bool = False,
+) -> Basis:
+    """Chebyshev polynomials T_0..T_degree on `span`; K = degree + 1.
+
+    x is mapped to t in [-1, 1] and held at the end it passes (T_k grows like (2t)^k outside), so
+    features stay in [-1, 1].
+    """
+    check_integer("chebyshev", "degree", degree, 0)
+    low, high = check_span("chebyshev", span)
+
+    def expand(x: Tensor) -> Tensor:
+        t = ((x - (low + high) / 2) / ((high - low) / 2)).clamp(-1, 1)
+        values = [torch.ones_like(t), t]
+        for _ in range(2, degree + 1):
+            values.append(2 * t * values[-1] - values[-2])
+        return torch.stack(values[: degree + 1], dim=-1)
+
+    return expansion(
+        chebyshev,
+        expand,
+        degree + 1,
+        base=base,
+        init=init,
+        scales=scales,
+        orders=range(1, degree + 2),
+        options={"degree": degree, "span": (low, high)},
+        traits={"bounded": 1.0, "smooth": 0, "points": (low, (low + high) / 2, high)},
+        cpp=Cpp(CHEBYSHEV, {"DEGREE": degree}, ((low + high) / 2, 2 / (high - low))),
+        triton=Triton("chebyshev", (low + high) / 2, 2 / (high - low)),
+    )

@@ -1,0 +1,102 @@
+"""What the products ask of their tensors, and how leading axes and masks come to one form."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kart.kernels import plain
+
+
+def check(
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    names: tuple[str, str] = ("q", "k"),
+    **others: Tensor,
+) -> None:
+    """Raises ValueError unless q, k, the mask and the other tensors fit together."""
+    first, second = names
+    for name, x in {first: q, second: k, **others}.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"`{function}` needs a tensor `{name}`, got {type(x).__name__}.")
+    for name, x in {first: q, second: k}.items():
+        if x.dim() < 3 or 0 in x.shape[-3:]:
+            raise ValueError(
+                f"`{function}` needs `{name}` (..., H, tokens, width) with no empty axis but the "
+                f"leading ones, got {tuple(x.shape)}. Put the heads before the tokens."
+            )
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"`{function}` needs `{first}` and `{second}` of one width, got {tuple(q.shape)} and "
+            f"{tuple(k.shape)}. Project both to the same width."
+        )
+    for name, x in {first: q, second: k, **others}.items():
+        if not x.dtype.is_floating_point:
+            raise ValueError(
+                f"`{function}` needs floating-point `{name}`, got {x.dtype}. Convert it with "
+                "`.float()`."
+            )
+        if x.device != q.device:
+            raise ValueError(
+                f"`{function}` needs its tensors on one device, got `{first}` on {q.device} and "
+                f"`{name}` on {x.device}. Move them with `.to`."
+            )
+        # parameters may stay float32 beside narrower activations
+        if x.dtype != q.dtype and (name == second or x.dtype != plain.wide(q.new_empty(0)).dtype):
+            raise ValueError(
+                f"`{function}` needs `{name}` in the dtype of `{first}`, {q.dtype}, got {x.dtype}. "
+                "Convert it with `.to`."
+            )
+    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
+        raise ValueError(
+            f"`{function}` needs a finite number as `scale`, got {scale!r}. Leave it out for "
+            "1 / sqrt(d)."
+        )
+    check_mask(function, mask, q.shape[-2], k.shape[-2], q.device)
+
+
+def check_mask(
+    function: str, mask: Tensor | None, queries: int, keys: int, device: torch.device
+) -> None:
+    """Raises ValueError unless the mask is boolean and broadcasts to (..., queries, keys)."""
+    if mask is None:
+        return
+    fits = isinstance(mask, Tensor) and mask.dtype == torch.bool
+    if fits:
+        tail = (1, 1, *mask.shape)[-2:]
+        fits = tail[0] in (1, queries) and tail[1] in (1, keys)
+    if not fits:
+        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
+        raise ValueError(
+            f"`{function}` needs a boolean `mask` (True = attend) broadcasting to (..., H, "
+            f"{queries}, {keys}), got {got}. A mask of keys is (..., 1, 1, {keys})."
+        )
+    if mask.device != device:
+        raise ValueError(
+            f"`{function}` needs its tensors on one device, got `q` on {device} and `mask` on "
+            f"{mask.device}. Move them with `.to`."
+        )
+
+
+def broadcast_leading(function: str, **shapes: Sequence[int]) -> tuple[int, ...]:
+    """The common shape of the leading axes, or ValueError."""
+    try:
+        return torch.broadcast_shapes(*shapes.values())
+    except RuntimeError:
+        raise ValueError(
+            f"`{function}` needs leading axes that broadcast, got "
+            f"{', '.join(f'`{name}` {tuple(shape)}' for name, shape in shapes.items())}. "
+            "They are all axes up to and including the heads."
+        ) from None
+
+
+def flat_mask(mask: Tensor, lead: Sequence[int]) -> Tensor:
+    """A mask as `(B or 1, H or 1, N or 1, M or 1)`, B the product of the axes before the heads."""
+    mask = mask.reshape((1,) * (len(lead) + 3 - mask.dim()) + mask.shape)
+    if any(size != 1 for size in mask.shape[: len(lead)]):
+        mask = mask.expand(*lead, *mask.shape[len(lead) :])
+    return mask.reshape(-1, *mask.shape[len(lead) :])

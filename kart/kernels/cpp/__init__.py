@@ -1,0 +1,354 @@
+"""The "cpp" engine: the streamed product of the families that declare a piece of C++.
+
+A family's piece (`kart.bases.basis.Cpp`) is compiled together with product.cpp, or units.cpp for
+units that are not linear in their parameters, with the machine's own compiler for its own
+instruction set (AVX-512 or AVX2); see `build`. Before its first use in a process it is held against
+the plain expression. Where anything fails, no compiler, another processor, a failed build or check,
+the reason is logged once and the torch engine runs instead.
+
+The kernels compute in float32; half types are widened on their way in, and only the results are
+rounded.
+"""
+
+import ctypes
+import functools
+import logging
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kart.kernels import plain
+from kart.kernels.cpp import build
+from kart.kernels.family import Family, Product, family_named
+from kart.kernels.transforms import untransformed
+
+log = logging.getLogger("kart.kernels")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BASES = ("zero", "identity", "silu", "gelu")
+# beyond it the unrolled features no longer fit the registers and the compile time grows
+MAX_WIDTH = 33
+
+
+class _Array(ctypes.Structure):
+    """A tensor of four axes for C: address and strides."""
+
+    _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in "bhnd"]
+
+
+class _Coefs(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in "bhpmj"]
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("batch", "heads", "queries", "keys", "width", "rank", "value_width")
+    ]
+
+
+class _Soft(ctypes.Structure):
+    _fields_ = [("v", _Array), ("dout", _Array), ("out", _Array)] + [
+        (name, ctypes.c_void_p) for name in ("result", "logsumexp", "dv")
+    ]
+
+
+class Softmax(NamedTuple):
+    """What a product with softmax from the same scores takes besides: the values `(B, H, M, e)`,
+    and for the backward the gradient of its output, the output `(B, H, N, e)` and the logarithm of
+    its sums `(B, H, N)`.
+    """
+
+    v: Tensor
+    dout: Tensor | None = None
+    out: Tensor | None = None
+    logsumexp: Tensor | None = None
+
+
+class Engine:
+    """The compiled kernels of one family."""
+
+    def __init__(self, library: ctypes.CDLL, options: tuple[float, ...]):
+        self.library = library
+        self.options = (ctypes.c_float * max(1, len(options)))(*options)
+
+    def _call(self, function: Callable[..., int], product: Product, *tensors: Any) -> None:
+        _, q, k, coefs, mask, scale = product
+        *inputs, soft, results = tensors
+        if mask is not None:
+            mask = mask.expand(*q.shape[:3], k.shape[2])
+        value_width = 0 if soft is None else soft[1]
+        shape = _Shape(*q.shape[:3], k.shape[2], q.shape[3], coefs.shape[2], value_width)
+        code = function(
+            ctypes.byref(shape),
+            self.options,
+            *(ctypes.byref(_array(x)) for x in (*inputs, q, k)),
+            ctypes.byref(_array(coefs, _Coefs)),
+            int(product.own),
+            ctypes.byref(_array(mask)),
+            ctypes.c_float(scale),
+            None if soft is None else ctypes.byref(soft[0]),
+            *(ctypes.c_void_p(x.data_ptr()) for x in results),
+            # at most one for each task, a head of a sample
+            min(torch.get_num_threads(), q.shape[0] * q.shape[1]),
+        )
+        if code:
+            raise MemoryError("the C++ engine of `contract` could not allocate its buffers.")
+
+    def forward(self, product: Product, soft: Softmax | None = None) -> tuple[Tensor, ...]:
+        """y, and with `soft` the output of softmax and the logarithm of its sums; float32."""
+        q = product.q
+        y = q.new_empty(*q.shape[:3], product.coefs.shape[2])
+        if soft is None:
+            if y.numel():
+                self._call(self.library.kart_forward, product, None, [y])
+            return (y,)
+        v = soft.v
+        out, logsumexp = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])
+        extra = _Soft(_array(v), _array(None), _array(None), out.data_ptr(), logsumexp.data_ptr())
+        if y.numel():
+            self._call(self.library.kart_forward, product, (extra, v.shape[3]), [y])
+        return y, out, logsumexp
+
+    def backward(
+        self, product: Product, dy: Tensor, soft: Softmax | None = None
+    ) -> tuple[Tensor, ...]:
+        """dq, dk, dcoefs, and with `soft` dv; contiguous, float32."""
+        _, q, k, coefs, _, _ = product
+        gradients = [x.new_empty(x.shape) for x in (q, k, coefs)]
+        extra = None
+        if soft is not None:
+            dv = soft.v.new_empty(soft.v.shape)
+            gradients.append(dv)
+            assert soft.logsumexp is not None  # for the type checker
+            arrays = (_array(x) for x in (soft.v, soft.dout, soft.out))
+            sums = soft.logsumexp.contiguous()
+            extra = _Soft(*arrays, None, sums.data_ptr(), dv.data_ptr()), soft.v.shape[3]
+        if not dy.numel():
+            return tuple(x.zero_() for x in gradients)
+        self._call(self.library.kart_backward, product, dy, extra, gradients[:3])
+        return tuple(gradients)
+
+
+def _array(x: Tensor | None, kind: type[ctypes.Structure] = _Array) -> ctypes.Structure:
+    return kind() if x is None else kind(x.data_ptr(), *x.stride())
+
+
+# --- build and check ------------------------------------------------------------------------------
+
+
+def source(family: Family, softmax: bool) -> str:
+    """The C++ of a family: its piece, then the product that it is for."""
+    cpp = family.pieces.cpp
+    constants = {**cpp.sizes, "BASE": BASES.index(family.base), "SOFTMAX": int(softmax)}
+    lines = [f"constexpr int {name} = {value};" for name, value in constants.items()]
+    last = "units.cpp" if family.basis.features is None else "product.cpp"
+    return "\n".join(['#include "vector.h"', *lines, cpp.text, f'#include "{last}"', ""])
+
+
+class _Case(NamedTuple):
+    """Drawn inputs: q, k, the parameters of nonlinear units or else coefs, values, and the
+    gradients of y and of the output of softmax.
+    """
+
+    leaves: dict[str, Tensor]
+    mask: Tensor | None
+    dy: Tensor
+    dout: Tensor
+    scale: float
+
+
+def _cases(family: Family) -> list[_Case]:
+    """Odd sizes, strides and masks: more than one block of queries and of keys, and a rest of each;
+    widths of no whole vector.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    batch, heads, queries, keys, width, rank, value_width = 2, 2, 37, 29, 7, 13, 5
+    cases = []
+    for own in (1, batch):
+        q = draw(batch, queries, heads, width).transpose(1, 2)
+        k, v = draw(batch, heads, width, keys).mT, draw(batch, keys, heads, value_width)
+        if family.basis.features is None:
+            units = family.basis.init(generator, (own, heads, rank, keys))
+            units = {name: x + 0.3 * draw(*x.shape) for name, x in units.items()}
+        else:
+            units = {"coefs": draw(own, heads, rank, keys, family.width) / keys**0.5}
+        mask = torch.rand(1, heads, queries, keys, generator=generator) < 0.7
+        dy, dout = draw(batch, heads, queries, rank), draw(batch, heads, queries, value_width)
+        leaves = {"q": q, "k": k, "v": v.transpose(1, 2), **units}
+        cases.append(_Case(leaves, mask if own > 1 else None, dy, dout, 1.5 if own > 1 else 0.4))
+    return cases
+
+
+def _units_of(family: Family, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x for name, x in leaves.items() if name not in ("q", "k", "v")}
+
+
+def _coefs_of(family: Family, leaves: dict[str, Tensor]) -> Tensor:
+    units = _units_of(family, leaves)
+    return units["coefs"] if family.basis.features is not None else family.pieces.leaves(units)
+
+
+def _wanted(family: Family, case: _Case, softmax: bool) -> dict[str, Tensor]:
+    """Values and gradients by the plain expressions in float64."""
+    leaves = {name: x.double().requires_grad_() for name, x in case.leaves.items()}
+    q, k, v = (leaves[name] for name in "qkv")
+    units = _units_of(family, leaves)
+    with torch.enable_grad():
+        if family.basis.features is not None:
+            y = plain.contract(family.basis, units["coefs"], q, k, case.mask, case.scale)
+        else:
+            samples = range(q.shape[0])
+            own = [
+                {name: x.expand(len(samples), *x.shape[1:])[i] for name, x in units.items()}
+                for i in samples
+            ]
+            mask = None if case.mask is None else case.mask[0]
+            y = torch.stack(
+                [
+                    plain.contract_units(family.basis, own[i], q[i], k[i], mask, case.scale)
+                    for i in samples
+                ]
+            )
+        found, total = {"y": y}, (y * case.dy).sum()
+        if softmax:
+            found["out"] = plain.softmax_attention(q, k, v, case.mask, case.scale)
+            total = total + (found["out"] * case.dout).sum()
+        else:
+            leaves.pop("v")
+        gradients = torch.autograd.grad(total, [*leaves.values()], materialize_grads=True)
+    return found | {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
+
+
+def _found(engine: Engine, family: Family, case: _Case, softmax: bool) -> dict[str, Tensor]:
+    """The same by the compiled kernels."""
+    q, k, v = (case.leaves[name] for name in "qkv")
+    units = {name: x.clone().requires_grad_() for name, x in _units_of(family, case.leaves).items()}
+    with torch.enable_grad():
+        coefs = _coefs_of(family, units)
+    product = Product(family, q, k, coefs.detach(), case.mask, case.scale)
+    y, *rest = engine.forward(product, Softmax(v) if softmax else None)
+    found, soft = {"y": y}, None
+    if softmax:
+        found["out"], sums = rest
+        soft = Softmax(v, case.dout, found["out"], sums)
+    dq, dk, dcoefs, *rest = engine.backward(product, case.dy, soft)
+    found |= {"dq": dq, "dk": dk} | ({"dv": rest[0]} if softmax else {})
+    pulled = torch.autograd.grad(coefs, [*units.values()], dcoefs, allow_unused=True)
+    return found | {f"d{name}": x for name, x in zip(units, pulled, strict=True)}
+
+
+def _check(engine: Engine, family: Family, softmax: bool) -> None:
+    """RuntimeError unless the kernels agree with the plain expressions."""
+    for case in _cases(family):
+        found, wanted = _found(engine, family, case, softmax), _wanted(family, case, softmax)
+        for name, expected in wanted.items():
+            # a few hundred roundings of terms whose error grows with the number of features
+            tolerance = 1e-5 * (1 + family.width) * expected.abs().max().item()
+            difference = (found[name].double() - expected).abs().max().item()
+            if not difference <= tolerance:
+                raise RuntimeError(
+                    f"its self-check failed: {name} differs by {difference:.1e}, more than "
+                    f"{tolerance:.1e}"
+                )
+
+
+@functools.lru_cache(maxsize=256)
+def _engine(name: str, source: str, options: tuple[float, ...], softmax: bool, of: "_Of"):
+    """The checked kernels of a family and "", or None and why there are none; logged once."""
+    family = of.family
+    label = re.sub(r"[^\w]+", "-", family.basis.family)
+    try:
+        # asked under any transform or dispatch mode; the check is on plain tensors
+        with untransformed():
+            engine = Engine(build.library(label, source), options)
+            _check(engine, family, softmax)
+    except Exception as error:
+        log.warning("kart's C++ engine is off for %s, torch runs instead: %s", label, error)
+        return None, str(error)
+    return engine, ""
+
+
+class _Of(NamedTuple):
+    """A family that plays no part in the key of a cache."""
+
+    family: Family
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Of)
+
+
+def engine_of(family: Family, softmax: bool = False) -> tuple[Engine | None, str]:
+    """The checked kernels of a family and "", or None and why there are none."""
+    if getattr(family.pieces, "cpp", None) is None:
+        return None, f"the C++ engine has no piece of the {family.basis.family!r} basis"
+    if family.width > MAX_WIDTH:
+        return None, f"the C++ engine takes {MAX_WIDTH} features at most, not {family.width}"
+    text = source(family, softmax)
+    return _engine(family.name, text, family.pieces.cpp.options, softmax, _Of(family))
+
+
+def status() -> str:
+    """ "ready", or why the engine does not run here; builds that of Fourier G = 3 if need be."""
+    return engine_of(family_named('kart.bases:fourier?{"base": "zero", "grid": 3}'))[1] or "ready"
+
+
+# --- the engine -----------------------------------------------------------------------------------
+
+
+def refuses(product: Product, softmax: bool = False) -> str:
+    """Why this engine cannot run a product; "" if it can."""
+    if any(x.dtype not in DTYPES for x in (product.q, product.k, product.coefs)):
+        return "the C++ engine computes in float32 alone"
+    return engine_of(product.family, softmax)[1]
+
+
+def widened(product: Product) -> Product:
+    """A product in float32, which the kernels take."""
+    q, k, coefs = (x.float() for x in (product.q, product.k, product.coefs))
+    return product._replace(q=q, k=k, coefs=coefs)
+
+
+def _loaded(product: Product, softmax: bool = False) -> Engine:
+    engine = engine_of(product.family, softmax)[0]
+    assert engine is not None  # `refuses` was asked
+    return engine
+
+
+def forward(product: Product) -> Tensor:
+    """As `chunked.forward`."""
+    (y,) = _loaded(product).forward(widened(product))
+    return y.to(product.q.dtype)
+
+
+def backward(product: Product, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `chunked.backward`."""
+    dq, dk, dcoefs = _loaded(product).backward(widened(product), dy.float())
+    return dq.to(product.q.dtype), dk.to(product.k.dtype), dcoefs.to(product.coefs.dtype)
+
+
+def forward_beside(product: Product, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward`, softmax attention to `v (B, H, M, e)` and the logarithm of its sums."""
+    y, out, sums = _loaded(product, True).forward(widened(product), Softmax(v.float()))
+    return y.to(product.q.dtype), out.to(v.dtype), sums
+
+
+def backward_beside(
+    product: Product, dy: Tensor, v: Tensor, dout: Tensor, out: Tensor, logsumexp: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, coefs and v from those of the outputs of `forward_beside`."""
+    soft = Softmax(v.float(), dout.float(), out.float(), logsumexp)
+    inputs = (product.q, product.k, product.coefs, v)
+    found = _loaded(product, True).backward(widened(product), dy.float(), soft)
+    dq, dk, dcoefs, dv = (x.to(y.dtype) for x, y in zip(found, inputs, strict=True))
+    return dq, dk, dcoefs, dv

@@ -1,0 +1,252 @@
+// What the compiled products share: matrix products of a tile, packing, threads.
+//
+// Vector lanes are queries. A tile of KEYS keys by QUERIES queries goes through scores, features and
+// products without leaving the level-1 cache; every product is one `gemm` with its sums in registers, so
+// block sizes follow the number of registers: with those of AVX-512, AVX2 spills and is 26 x slower.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "vector.h"
+
+#ifdef __AVX512F__
+constexpr int ROWS = 12;    // rows of sums, two vectors each, of the 32 registers
+constexpr int WIDE = 4;     // vectors of a row where rows are 64 long ..
+constexpr int WIDE_ROWS = 6;
+#else
+constexpr int ROWS = 6;
+constexpr int WIDE = 2;
+constexpr int WIDE_ROWS = 6;
+#endif
+constexpr int QUERIES = 2 * W;
+
+static long round_up(long x, long step) { return (x + step - 1) / step * step; }
+
+// --- products --------------------------------------------------------------------------------------
+
+// out[i][..] (+)= sum_t a[i * AI + t * at] * b[t * bt + ..] for R rows of V vectors, all sums in registers
+template <int R, int V, int AI>
+static inline __attribute__((always_inline)) void block(long steps, const float* a, long at, const float* b,
+                                                         long bt, float* out, long row, bool add) {
+  vec sum[R][V];
+#pragma GCC unroll 24
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[i][v] = add ? load(out + i * row + v * W) : vec{};
+  for (long t = 0; t < steps; ++t, a += at, b += bt) {
+    vec x[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) x[v] = load(b + v * W);
+#pragma GCC unroll 24
+    for (int i = 0; i < R; ++i) {
+      const vec s = splat(a[i * AI]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[i][v] += s * x[v];
+    }
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(out + i * row + v * W, sum[i][v]);
+}
+
+template <int R, int V, int AI>
+static __attribute__((noinline)) void rest(int rows, long steps, const float* a, long at, const float* b, long bt,
+                                           float* out, long row, bool add) {
+  if constexpr (R > 0) {
+    if (rows == R)
+      block<R, V, AI>(steps, a, at, b, bt, out, row, add);
+    else
+      rest<R - 1, V, AI>(rows, steps, a, at, b, bt, out, row, add);
+  }
+}
+
+// any number of rows, in blocks of R
+template <int R, int V, int AI>
+static __attribute__((noinline)) void gemm(int rows, long steps, const float* a, long at, const float* b, long bt,
+                                           float* out, long row, bool add) {
+  for (; rows >= R; rows -= R, a += R * AI, out += R * row) block<R, V, AI>(steps, a, at, b, bt, out, row, add);
+  if (rows) rest<R - 1, V, AI>(rows, steps, a, at, b, bt, out, row, add);
+}
+
+// as `gemm`, adding to rows of `width` floats, a multiple of W
+template <int R, int AI>
+static void wide_gemm(int rows, long width, long steps, const float* a, long at, const float* b, long bt, float* out,
+                      long row) {
+  long c = 0;
+  for (; c + WIDE * W <= width; c += WIDE * W) gemm<R, WIDE, AI>(rows, steps, a, at, b + c, bt, out + c, row, true);
+  for (; c < width; c += W) gemm<ROWS, 1, AI>(rows, steps, a, at, b + c, bt, out + c, row, true);
+}
+
+// --- packing ---------------------------------------------------------------------------------------
+
+struct Strided {
+  const float* data;
+  int64_t b, h, n, d;
+  const float* at(long i, long j) const { return data + i * b + j * h; }
+};
+
+struct Coefs {
+  const float* data;
+  int64_t b, h, p, m, j;
+};
+
+struct Mask {
+  const uint8_t* data;  // null: none
+  int64_t b, h, n, m;
+};
+
+struct Shape {
+  int64_t batch, heads, queries, keys, width, rank, value_width;
+};
+
+struct Buffer {
+  float* data = nullptr;
+  explicit Buffer(long size) {
+    data = static_cast<float*>(std::aligned_alloc(64, round_up(4 * std::max(size, 1L), 64)));
+    if (!data) throw std::bad_alloc();
+  }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(data); }
+  operator float*() const { return data; }
+};
+
+// `count` rows of x, times scale, as rows of `width` floats; zero in the columns beyond d and the rows up to `total`
+static void pack_rows(const float* x, int64_t sn, int64_t sd, long count, long total, long d, long width, float scale,
+                      float* out) {
+  for (long i = 0; i < count; ++i, x += sn, out += width) {
+    // rows lie far apart: the hardware sees no stream
+    for (long c = 0; c < d; c += 16) __builtin_prefetch(x + 4 * sn + c * sd);
+    if (sd == 1)
+      for (long c = 0; c < d; ++c) out[c] = x[c] * scale;
+    else
+      for (long c = 0; c < d; ++c) out[c] = x[c * sd] * scale;
+    std::fill(out + d, out + width, 0.0f);
+  }
+  std::fill(out, out + (total - count) * width, 0.0f);
+}
+
+// swaps the blocks of S x S off the diagonal of every block of 2S x 2S
+template <int S>
+static inline __attribute__((always_inline)) void transpose_blocks(vec (&x)[W]) {
+  ivec low, high;
+  for (int l = 0; l < W; ++l) {
+    low[l] = l & S ? W + l - S : l;
+    high[l] = l & S ? W + l : l + S;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (!(i & S)) {
+      const vec a = x[i], b = x[i + S];
+      x[i] = __builtin_shuffle(a, b, low);
+      x[i + S] = __builtin_shuffle(a, b, high);
+    }
+}
+
+// W rows and W columns of `in` to columns of `out`
+static void transpose(const float* in, long row, float* out, long column) {
+  vec x[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) x[i] = load(in + i * row);
+  if constexpr (W == 16) transpose_blocks<8>(x);
+  transpose_blocks<4>(x);
+  transpose_blocks<2>(x);
+  transpose_blocks<1>(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) store(out + i * column, x[i]);
+}
+
+// `rows` x `columns` of `in` to columns of `out`
+static void transpose_matrix(const float* in, long row, long rows, long columns, float* out, long column) {
+  const long whole_rows = rows / W * W, whole = columns / W * W;
+  for (long c = 0; c < whole; c += W)
+    for (long r = 0; r < whole_rows; r += W) transpose(in + r * row + c, row, out + c * column + r, column);
+  for (long r = 0; r < rows; ++r)
+    for (long c = r < whole_rows ? whole : 0; c < columns; ++c) out[c * column + r] = in[r * row + c];
+}
+
+// packed rows of QUERIES queries as columns of lanes
+static void pack_lanes(const float* rows, long width, float* out) {
+  for (long c = 0; c < width; c += W)
+    for (long i = 0; i < QUERIES; i += W) transpose(rows + i * width + c, width, out + c * QUERIES + i, QUERIES);
+}
+
+// packed rows of keys in panels of ROWS keys: element c of a panel's keys side by side, W apart from element c + 1
+static void pack_panels(const float* rows, long width, long keys, float* out) {
+  for (long m = 0; m < keys; m += ROWS, out += width * W)
+    for (long c = 0; c < width; c += W) transpose(rows + m * width + c, width, out + c * W, W);
+}
+
+static void pack_mask(const uint8_t* x, const Mask& mask, long keys, long queries, int32_t* out) {
+  for (long m = 0; m < keys; ++m, out += QUERIES)
+    for (long i = 0; i < QUERIES; ++i) out[i] = i < queries && x[i * mask.n + m * mask.m] ? -1 : 0;
+}
+
+// --- all heads of all samples ----------------------------------------------------------------------
+
+// Runs work(thread, begin, end) over parts of [0, count). Plain threads: an OpenMP runtime of our own would
+// spin beside torch's.
+template <class Work>
+static void spread(long count, int threads, const Work& work) {
+  std::vector<std::thread> others;
+  others.reserve(threads);
+  for (int t = 1; t < threads; ++t) {
+    const auto part = [&work, t, count, threads] { work(t, count * t / threads, count * (t + 1) / threads); };
+    try {
+      others.emplace_back(part);
+    } catch (const std::system_error&) {
+      part();  // the system gives no more threads
+    }
+  }
+  work(0, 0, count / threads);
+  for (auto& other : others) other.join();
+}
+
+// Samples whose coefficients differ count as heads: then `batch` samples share those of each of `heads`.
+struct Order {
+  long batch, heads, real_heads;
+  Order(const Shape& s, bool own)
+      : batch(own ? 1 : s.batch), heads(own ? s.batch * s.heads : s.heads), real_heads(s.heads) {}
+  long count() const { return batch * heads; }
+  long head(long task) const { return task / batch; }
+  long b(long task) const { return batch == 1 ? head(task) / real_heads : task % batch; }
+  long h(long task) const { return head(task) % real_heads; }
+};
+
+static const float* coefs_at(const Coefs& c, const Order& order, long task) {
+  return c.data + (order.batch == 1 ? order.b(task) * c.b : 0) + order.h(task) * c.h;
+}
+
+// A thread sums the gradient of the coefficients of each head it meets in a slot of its own; slots are added
+// in the order of the threads, so that a number of threads always gives the same result.
+struct Slots {
+  std::vector<long> start, first, last;
+  long count = 0;
+  Slots(const Order& order, int threads) : start(threads), first(threads), last(threads) {
+    for (int t = 0; t < threads; ++t) {
+      const long begin = order.count() * t / threads, end = order.count() * (t + 1) / threads;
+      start[t] = count;
+      first[t] = order.head(begin);
+      last[t] = end > begin ? order.head(end - 1) : first[t] - 1;
+      count += last[t] - first[t] + 1;
+    }
+  }
+  long slot(int thread, long head) const { return start[thread] + head - first[thread]; }
+  // sums of each slot, `size` floats at sums + slot * size, into what add(head, sum, fresh) does with them
+  template <class Add>
+  void collect(const float* sums, long size, const Add& add) const {
+    // there are no more threads than tasks, so every thread met a head
+    for (size_t t = 0; t < start.size(); ++t)
+      for (long head = first[t]; head <= last[t]; ++head)
+        add(head, sums + slot(t, head) * size, t == 0 || last[t - 1] < head);
+  }
+};

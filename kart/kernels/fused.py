@@ -1,0 +1,156 @@
+"""The shell of a product whose forward and backward are each one fused call on whole tensors.
+
+A raw call has no derivative, no batching rule and no forward mode. `apply` gives it those: a first
+derivative by the raw backward, further ones by the expression it stands for, and folding for
+`vmap`. Under forward mode callers take that expression themselves.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.autograd import Function
+
+from kart.kernels import plain
+from kart.kernels.transforms import forward_levels, front
+
+
+class Fused(NamedTuple):
+    """A product of `inputs`, each `(B, ...)`, those at the indices `shared` also `(1, ...)`, or
+    None; the first has B.
+
+    `forward(*inputs)` gives the `count` outputs and then what the backward needs of it.
+    `backward(gradients, inputs, results)` gives the gradients of the inputs at the indices
+    `learned`, from those of the outputs and all results of the forward. `expression(*inputs)` gives
+    the outputs by operations that can be differentiated.
+    """
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., Sequence[Tensor]]
+    expression: Callable[..., tuple[Tensor, ...]]
+    count: int
+    learned: tuple[int, ...]
+    shared: tuple[int, ...]
+
+
+def apply(op: Fused, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """The outputs of a fused product."""
+    return _Forward.apply(op, *inputs)[: op.count]
+
+
+def _pulled(op: Fused, inputs: Sequence[Any], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of the learned inputs, to be differentiated further."""
+
+    def expression(*learned: Tensor) -> tuple[Tensor, ...]:
+        values = list(inputs)
+        for i, x in zip(op.learned, learned, strict=True):
+            values[i] = x
+        return tuple(op.expression(*values))
+
+    return plain.pullback(expression, *(inputs[i] for i in op.learned))(tuple(gradients))
+
+
+class _Fold:
+    """A mapped axis of P members joins the batch axis."""
+
+    def __init__(self, members: int, first: Tensor, dim: int | None):
+        self.members = members
+        self.batch = first.shape[0] if dim is None else first.movedim(dim, 0).shape[1]
+
+    def tensor(self, x: Tensor | None, dim: int | None, shared: bool) -> Tensor | None:
+        if x is None or (shared and dim is None and x.shape[0] == 1):
+            return x
+        x = front(x, dim, self.members)
+        return x.expand(self.members, self.batch, *x.shape[2:]).flatten(0, 1)
+
+    def out(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (self.members, self.batch))
+
+
+class _Forward(Function):
+    """`(op, *inputs) -> (*outputs, *rest)`."""
+
+    @staticmethod
+    def forward(op, *inputs):
+        return tuple(op.forward(*inputs))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op, *tensors = inputs
+        ctx.mark_non_differentiable(*output[ctx.op.count :])
+        ctx.inputs = len(tensors)
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        op = ctx.op
+        inputs, results = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
+        gradients = gradients[: op.count]
+        if forward_levels():
+            pulled = _pulled(op, inputs, gradients)
+        else:
+            pulled = _Backward.apply(op, len(inputs), *gradients, *inputs, *results)
+        found = dict(zip(op.learned, pulled, strict=True))
+        return None, *(found.get(i) for i in range(len(inputs)))
+
+    @staticmethod
+    def vmap(info, in_dims, op, *inputs):
+        dims = in_dims[1:]
+        fold = _Fold(info.batch_size, inputs[0], dims[0])
+        folded = [
+            fold.tensor(x, dim, i in op.shared)
+            for i, (x, dim) in enumerate(zip(inputs, dims, strict=True))
+        ]
+        results = _Forward.apply(op, *folded)
+        return tuple(fold.out(x) for x in results), (0,) * len(results)
+
+
+class _Backward(Function):
+    """`(op, number of inputs, *gradients, *inputs, *results) -> gradients of what is learned`."""
+
+    @staticmethod
+    def forward(op, size, *tensors):
+        gradients, rest = tensors[: op.count], tensors[op.count :]
+        return tuple(op.backward(gradients, rest[:size], rest[size:]))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op, ctx.size, *tensors = inputs
+        ctx.total = len(tensors)
+        ctx.save_for_backward(*tensors[: ctx.op.count + ctx.size])
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        op, count = ctx.op, ctx.op.count
+        gradients, inputs = ctx.saved_tensors[:count], list(ctx.saved_tensors[count:])
+
+        # the results of the forward are functions of the inputs: their share is in those gradients
+        def first(*tensors: Tensor) -> tuple[Tensor, ...]:
+            values = list(inputs)
+            for i, x in zip(op.learned, tensors[count:], strict=True):
+                values[i] = x
+            return _pulled(op, values, tensors[:count])
+
+        learned = (inputs[i] for i in op.learned)
+        pulled = plain.pullback(first, *gradients, *learned)(tuple(cotangents))
+        found = dict(zip(op.learned, pulled[count:], strict=True))
+        rest = [found.get(i) for i in range(ctx.size)]
+        return None, None, *pulled[:count], *rest, *[None] * (ctx.total - count - ctx.size)
+
+    @staticmethod
+    def vmap(info, in_dims, op, size, *tensors):
+        dims, count = in_dims[2:], op.count
+        fold = _Fold(info.batch_size, tensors[count], dims[count])
+        # every member wants its own gradient, so each gets its own copy of what is learned
+        shared = {count + i for i in op.shared if i not in op.learned}
+        folded = [
+            fold.tensor(x, dim, i in shared)
+            for i, (x, dim) in enumerate(zip(tensors, dims, strict=True))
+        ]
+        pulled = [fold.out(x) for x in _Backward.apply(op, size, *folded)]
+        for at, i in enumerate(op.learned):
+            x, dim = tensors[count + i], dims[count + i]
+            batch = x.shape[0] if dim is None else x.movedim(dim, 0).shape[1]
+            if batch != fold.batch:  # one for all samples
+                pulled[at] = pulled[at].sum(1, keepdim=True)
+        return tuple(pulled), (0,) * len(pulled)

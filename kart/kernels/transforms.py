@@ -1,0 +1,66 @@
+"""The transforms of `torch.func` that are running, and plain calls from inside them."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]  # no stubs
+from torch.autograd import forward_ad
+
+
+def _levels(kind: Any) -> int:
+    return sum(level.key() == kind for level in _functorch.get_interpreter_stack() or [])
+
+
+def forward_levels() -> int:
+    """Number of forward-mode levels that are running: `torch.func.jvp` and dual levels."""
+    levels = _levels(_functorch.TransformType.Jvp)
+    return max(levels, int(forward_ad._current_level >= 0))
+
+
+def grad_levels() -> int:
+    """Number of `torch.func.grad` levels that are running."""
+    return _levels(_functorch.TransformType.Grad)
+
+
+def front(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """The mapped axis first; a view that repeats `x` where it is not mapped."""
+    return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """A block without autocast, which would round the scores to bfloat16."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+@functools.cache
+def fresh_keys() -> tuple[Any, Any]:
+    """The dispatch keys of a new thread. A raw operation may be called from inside a dispatch mode
+    (torch.compile checks aliasing in one), where autograd is off and no `enable_grad` brings it
+    back.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(
+            lambda: (
+                torch._C._dispatch_tls_local_include_set(),
+                torch._C._dispatch_tls_local_exclude_set(),
+            )
+        ).result()
+
+
+@contextlib.contextmanager
+def untransformed() -> Iterator[None]:
+    """A block on plain tensors without gradients, whatever transform or mode is running."""
+    include, exclude = fresh_keys()
+    with (
+        torch._C._DisableFuncTorch(),
+        torch._C._ForceDispatchKeyGuard(include, exclude),
+        torch.no_grad(),
+    ):
+        yield

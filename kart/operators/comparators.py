@@ -1,0 +1,317 @@
+"""What else stands where softmax stood, to compare with: fixed, tempered, gated, of queries alone.
+
+gMLP's spatial gate (Liu et al. 2021, arXiv:2105.08050) is in part an operator: its mixing of tokens
+is `static` (one head, with a bias a token), its product with another half of the channels is not,
+for an operator has no say in what becomes of its output.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from kart import bases, kernels
+from kart.bases import Params
+from kart.factories import remember
+from kart.kernels.core import no_autocast
+from kart.kernels.plain import wide
+from kart.operators.contract import (
+    Factored,
+    Operator,
+    check_choice,
+    check_keys,
+    check_qkv,
+    check_scores,
+    check_sizes,
+    from_rows,
+    only,
+    silence,
+    softmax_rows,
+    two_axes,
+    values_of,
+)
+from kart.operators.relative import check_geometry, lattice_of
+from kart.operators.resize import Lattice, interpolate
+from kart.operators.static import check_square, matrix_values
+
+
+def scored(each: int) -> dict[str, Callable[[int, int], int]]:
+    """The traits of cost of weights that take `each` operations a score."""
+    return {
+        "product_flops": lambda tokens, width: 2 * tokens**2 * width,
+        "activation_flops": lambda tokens, unit: each * tokens**2,
+    }
+
+
+def entmax_rows(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """1.5-entmax of each row over the keys that it attends to; a row of none is zero.
+
+    `p = max(s / 2 - tau, 0)^2` with tau such that they sum to 1. Of a row sorted from its largest
+    entry on, tau for the first k is `mean - sqrt((1 - sum of squared deviations) / k)`, and k the
+    last whose entry is not below its tau.
+    """
+    hidden = scores if mask is None else torch.where(mask, scores, torch.finfo(scores.dtype).min)
+    x = hidden / 2
+    x = x - x.detach().amax(-1, keepdim=True)
+    # tau is at least -1, as (0 - tau)^2 <= 1: what is below it is outside, and kept from the sums
+    ordered = x.detach().clamp(min=-1).sort(-1, descending=True).values
+    count = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
+    mean = ordered.cumsum(-1) / count
+    deviations = ordered.square().cumsum(-1) - count * mean.square()
+    tau = mean - ((1 - deviations) / count).clamp(min=0).sqrt()
+    last = ((tau <= ordered).sum(-1, keepdim=True) - 1).clamp(min=0)
+    support = x.detach() > tau.gather(-1, last)
+    # written out on the support, where it is smooth, so that every derivative comes out right
+    size = support.sum(-1, keepdim=True)
+    mean = torch.where(support, x, 0).sum(-1, keepdim=True) / size
+    deviations = torch.where(support, x - mean, 0).square().sum(-1, keepdim=True)
+    tau = mean - ((1 - deviations) / size).sqrt()
+    return only(torch.where(support, (x - tau).clamp(min=0).square(), 0), mask)
+
+
+@remember
+def entmax() -> Operator:
+    """Rows of 1.5-entmax, between softmax (1) and sparsemax (2): sparse and smooth (Peters, Niculae
+    and Martins 2019, arXiv:1905.05702, algorithm 2).
+    """
+    made = from_rows("entmax", entmax_rows)
+    traits = {**made.traits, **scored(8), "simplex": True, "shift_invariant": True}
+    return made._replace(traits=traits)
+
+
+@remember
+def tempered() -> Operator:
+    """softmax(exp(a) S) with a learned a per head, 0 at the start (Lee, Lee and Song 2021,
+    arXiv:2112.13492, eq. 5, who learn the temperature itself).
+
+    Parameters `{"sharpness": a, (H,)}`.
+    """
+
+    def init(generator: Generator, heads: int, tokens: int) -> Params:
+        check_sizes(heads, tokens)
+        return {"sharpness": torch.zeros(heads)}
+
+    def factor(params: Params, like: Tensor) -> Tensor:
+        return params["sharpness"].to(like.dtype).exp()[:, None, None]
+
+    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        check_scores("tempered", scores, mask)
+        mask = two_axes(mask)
+        with no_autocast(scores):
+            held = only(wide(scores), mask)
+            return softmax_rows(held * factor(params, held), mask).to(scores.dtype)
+
+    def attend(
+        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        check_qkv("tempered", q, k, v, mask)
+        mask, dtype = two_axes(mask), v.dtype
+        with no_autocast(q):
+            q, k, v = (wide(x) for x in silence(q, k, v, mask))
+            return kernels.softmax_attention(q * factor(params, q), k, v, mask).to(dtype)
+
+    traits: dict[str, Any] = {"learned": True, "length_free": True}
+    traits |= {"simplex": True, "shift_invariant": True}
+    traits |= {"softmax_base": True, "softmax_start": True, **scored(4)}
+    return Operator("tempered", init, weights, attend, None, {"kind": "tempered"}, traits)
+
+
+def squared_offsets(lattice: Lattice, like: Tensor) -> Tensor:
+    """`(x, y, x^2 + y^2)` of the key m from the query n in patches, `(N, N, 3)`; zero for pairs
+    with a prefix token.
+    """
+    prefix, rows, columns = lattice.prefix or 0, lattice.rows, lattice.columns
+    down = torch.arange(rows, dtype=like.dtype, device=like.device).repeat_interleave(columns)
+    right = torch.arange(columns, dtype=like.dtype, device=like.device).repeat(rows)
+    y, x = (t - t[:, None] for t in (down, right))
+    pairs = torch.stack([x, y, x.square() + y.square()], -1)
+    return torch.nn.functional.pad(pairs, (0, 0, prefix, 0, prefix, 0))
+
+
+@remember
+def gated(prefix: int = 1, rows: int | None = None, locality: float = 1.0) -> Operator:
+    """(1 - g) softmax(S) + g softmax(P), P a quadratic in the offset and g a gate per head: the
+    gated positional attention of ConViT (d'Ascoli et al. 2021, arXiv:2103.10697, eq. 7).
+
+    Parameters `{"gate": (H,), "position": (H, 3)}`; g is the sigmoid of the gate and P of offset
+    (x, y) is `position . (x, y, x^2 + y^2)`. ConViT adds its class token after these blocks; here P
+    is 0 for pairs with a prefix token. (`kart.models` has ConViT itself, whose blocks take an
+    operator for the content.)
+
+    Args:
+        prefix, rows: the tokens, as in `relative`.
+        locality: how sharply heads look at one neighbour of a square around the query at the start.
+    """
+    check_geometry("gated", prefix, rows)
+
+    def init(generator: Generator, heads: int, tokens: int) -> Params:
+        check_sizes(heads, tokens)
+        lattice_of("gated", tokens, prefix, rows)
+        side = math.isqrt(heads)
+        offset = torch.arange(side) - (side - 1) / 2
+        right, down = offset.repeat_interleave(side), offset.repeat(side)
+        nearest = torch.stack([2 * right, 2 * down, -torch.ones(side**2)], -1)
+        # heads beyond a square look at no neighbour
+        others = bases.normal(generator, (heads - side**2, 3)) * 3**-0.5
+        return {"gate": torch.ones(heads), "position": locality * torch.cat([nearest, others])}
+
+    def parts(params: Params, keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """g, `(H, 1, 1)`, and P, `(H, N, N)`."""
+        position = params["position"].to(dtype)
+        offsets = squared_offsets(lattice_of("gated", keys, prefix, rows), position)
+        gate = params["gate"].to(dtype).sigmoid()[:, None, None]
+        return gate, torch.einsum("nmj,hj->hnm", offsets, position)
+
+    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        check_scores("gated", scores, mask)
+        check_square("gated", scores.shape[-1], *scores.shape[-2:])
+        mask = two_axes(mask)
+        with no_autocast(scores):
+            held = only(wide(scores), mask)
+            gate, p = parts(params, held.shape[-1], held.dtype)
+            y = (1 - gate) * softmax_rows(held, mask) + gate * softmax_rows(p, mask)
+        return y.to(scores.dtype)
+
+    def attend(
+        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        check_qkv("gated", q, k, v, mask)
+        check_square("gated", k.shape[-2], q.shape[-2], k.shape[-2])
+        mask, dtype = two_axes(mask), v.dtype
+        with no_autocast(q):
+            q, k, v = (wide(x) for x in silence(q, k, v, mask))
+            gate, p = parts(params, k.shape[-2], v.dtype)
+            content = kernels.softmax_attention(q, k, v, mask)
+            out = (1 - gate) * content + gate * matrix_values(p, v, mask, normalise=True)
+        return out.to(dtype)
+
+    def resize(params: Params, old: Lattice, new: Lattice) -> Params:
+        # offsets in patches: those of a finer lattice are longer
+        right, down = old.columns / new.columns, old.rows / new.rows
+        scale = params["position"].new_tensor([right, down, right * down])
+        return {**params, "position": params["position"] * scale}
+
+    options = {"kind": "gated", "prefix": prefix, "rows": rows, "locality": locality}
+    traits: dict[str, Any] = {"learned": True, "length_free": False, "self_attention": True}
+    # two softmaxes, the quadratic in between, the mixture
+    traits |= {"simplex": True, **scored(3 + 3 + 3 + 2)}
+    return Operator("gated", init, weights, attend, None, options, traits, resize)
+
+
+def not_of_scores(name: str, why: str) -> ValueError:
+    """The error of `weights` where scores do not determine them."""
+    return ValueError(
+        f"`{name}.weights` needs an operator of the scores, got one of {why}. Pass the identity "
+        "(M, M) as `v` to `attend`, which gives them."
+    )
+
+
+def check_width(name: str, width: Any) -> None:
+    """Raises ValueError unless `width` can be that of a head."""
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise ValueError(
+            f"`{name}` needs an integer `width` >= 1, got {width!r}. It is embed_dim / num_heads."
+        )
+
+
+def check_head(name: str, expected: int, q: Tensor) -> None:
+    """Raises ValueError unless queries have the width that parameters are for."""
+    if q.shape[-1] != expected:
+        raise ValueError(
+            f"`{name}` was made for heads of {expected} numbers, got {q.shape[-1]}. Say "
+            f"width={q.shape[-1]}."
+        )
+
+
+@remember
+def synthesizer(
+    width: int = 64, normalise: str | None = "softmax", base: str | None = None
+) -> Operator:
+    """The dense Synthesizer: weights of each query from itself, softmax(W2 relu(W1 q + b1) + b2)
+    over the keys (Tay et al. 2021, arXiv:2005.00743, eq. 1 to 3).
+
+    Keys have no part in it, so scores do not determine the weights: `weights` is an error. Without
+    `normalise` the weights are signed, and `base="softmax"` adds softmax(S), which is then the
+    start. The Synthesizer's random variants are `static(normalise="softmax")`.
+
+    Parameters `{"first": W1, (H, d, d), "bias": (H, d), "second": W2, (H, d, M), "shift": (H, M)}`.
+
+    Args:
+        width: d, the numbers of a head, embed_dim / num_heads.
+        normalise: "softmax", or None.
+        base: None, or "softmax", which is added.
+    """
+    check_width("synthesizer", width)
+    check_choice("synthesizer", "normalise", normalise, ["softmax"])
+    check_choice("synthesizer", "base", base, ["softmax"])
+    from_softmax = base is not None and normalise is None
+
+    def init(generator: Generator, heads: int, tokens: int) -> Params:
+        check_sizes(heads, tokens)
+        first = bases.normal(generator, (heads, width, width)) * width**-0.5
+        second = bases.normal(generator, (heads, width, tokens)) * width**-0.5
+        # weights without softmax keep the output of a head at the size of its values
+        scale = 0.0 if from_softmax else 1.0 if normalise else tokens**-0.5
+        zeros = torch.zeros(heads, width), torch.zeros(heads, tokens)
+        return {"first": first, "bias": zeros[0], "second": second * scale, "shift": zeros[1]}
+
+    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        raise not_of_scores("synthesizer", "the queries alone")
+
+    def hidden(q: Tensor, first: Tensor, bias: Tensor) -> Tensor:
+        return (mixed_right(q, first) + bias[:, None]).relu()
+
+    def block(q: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+        first, bias, second, shift, mask = rest
+        logits = mixed_right(hidden(q, first, bias), second) + shift[:, None]
+        return softmax_rows(logits, mask) @ v
+
+    def attend(
+        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        check_qkv("synthesizer", q, k, v, mask)
+        check_head("synthesizer", params["first"].shape[-2], q)
+        check_keys("synthesizer", params["shift"].shape[-1], k.shape[-2])
+        mask, dtype = two_axes(mask), v.dtype
+        with no_autocast(q):
+            q, k, v = (wide(x) for x in silence(q, k, v, mask))
+            leaves = [params[x].to(q.dtype) for x in ("first", "bias", "second", "shift")]
+            first, bias, second, shift = leaves
+            if normalise:
+                out = kernels.by_queries(block, [q], [v, *leaves], mask)
+            else:
+                left = hidden(q, first, bias)
+                left = torch.cat([left, torch.ones_like(left[..., :1])], -1)
+                right = torch.cat([second.mT, shift[..., None]], -1)
+                out = values_of(Factored(left, right), v, mask)
+            if base:
+                out = out + kernels.softmax_attention(q, k, v, mask)
+        return out.to(dtype)
+
+    def resize(params: Params, old: Lattice, new: Lattice) -> Params:
+        amplitude = normalise is None
+        moved = {
+            name: interpolate(params[name], axis, old, new, amplitude)
+            for name, axis in (("second", 2), ("shift", 1))
+        }
+        return {**params, **moved}
+
+    options = {"kind": "synthesizer", "width": width, "normalise": normalise, "base": base}
+    traits: dict[str, Any] = {"learned": True, "length_free": False, "of_scores": False}
+    traits |= {"width": width, "softmax_start": from_softmax}
+
+    def product_flops(tokens: int, width: int) -> int:
+        scores = tokens**2 * width if base else 0
+        return tokens * width**2 + 2 * tokens**2 * width + scores
+
+    each = 3 * (normalise is not None) + 4 * (base is not None)
+    traits["product_flops"] = product_flops
+    traits["activation_flops"] = lambda tokens, unit: each * tokens**2
+    return Operator("synthesizer", init, weights, attend, None, options, traits, resize)
+
+
+def mixed_right(x: Tensor, matrix: Tensor) -> Tensor:
+    """`x (..., H, N, a)` times `matrix (H, a, b)`; a matmul would repeat the matrix a sample."""
+    return torch.einsum("...na,...ab->...nb", x, matrix)

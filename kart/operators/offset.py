@@ -1,0 +1,201 @@
+"""Learned functions of the score and of the relative position (ours), on softmax + a table.
+
+`softconv` is softmax(S) + T, T by offset. `by_offset` gives every offset a learned function of the
+score beside its entry of T; `beside_relative` adds KArAt of low rank. What they add starts at zero
+with softmax, so that whatever they gain over `softconv` is a function of the scores.
+"""
+
+import torch
+from torch import Generator, Tensor
+
+from kart import kernels
+from kart.bases import Basis, Params
+from kart.factories import remember
+from kart.kernels.core import no_autocast
+from kart.kernels.plain import scores as scores_of
+from kart.kernels.plain import wide
+from kart.operators.contract import (
+    Operator,
+    check_choice,
+    check_fits_memory,
+    check_qkv,
+    check_scores,
+    check_sizes,
+    only,
+    silence,
+    softmax_rows,
+    two_axes,
+)
+from kart.operators.learnable import low_rank
+from kart.operators.relative import (
+    check_geometry,
+    entry_index,
+    flatten_table,
+    init_table,
+    lattice_in,
+    lattice_of,
+    relative,
+    resize_table,
+    table_shapes,
+    tokens_in,
+)
+from kart.operators.resize import Lattice, amplitudes
+from kart.operators.static import check_square, default_start
+from kart.operators.sums import added
+
+
+@remember
+def softconv(prefix: int = 1, rows: int | None = None) -> Operator:
+    """softmax(S) + T with a signed T by offset, a learned convolution beside attention (ours).
+
+    It is `relative(base="softmax")` and starts as exactly softmax; prefix and rows as there.
+    """
+    return relative(base="softmax", prefix=prefix, rows=rows)._replace(name="softconv")
+
+
+@remember
+def beside_relative(
+    basis: Basis, rank: int = 12, prefix: int = 1, rows: int | None = None
+) -> Operator:
+    """softmax(S) + T + W Phi(S): low-rank KArAt on top of `softconv`, W zero at the start (ours).
+
+    Parameters `{"0": the table of `relative`, "1": those of `low_rank`}`.
+    """
+    op = added(
+        [relative(base="softmax", prefix=prefix, rows=rows), low_rank(basis, rank, mix="zero")]
+    )
+    traits = {
+        **op.traits,
+        "softmax_start": True,
+        "product_flops": lambda tokens, width: 2 * tokens**2 * width,
+        "activation_flops": lambda tokens, unit: tokens**2 * ((unit + 1) * rank + 5),
+    }
+    options = {"kind": "beside_relative", "rank": rank, "prefix": prefix, "rows": rows}
+    return op._replace(name="beside_relative", basis=basis, options=options, traits=traits)
+
+
+@remember
+def by_offset(
+    basis: Basis,
+    base: str | None = None,
+    prefix: int = 1,
+    rows: int | None = None,
+    start: str | None = None,
+) -> Operator:
+    """Weights T[o] + phi_o(S), o the offset of the key: a table and a unit an offset (ours).
+
+    With a linear basis phi_o(S) = sum_k F_k(S) c_k(o), a sum of products of a function of the score
+    and one of the offset. `attend` holds the scores of a block of queries at a time, and computes
+    them again in the backward.
+
+    Parameters `{"table": as `relative` has it, "units": {part of the table: its units}}`, e.g.
+    `params["units"]["offsets"]["coefs"]` (H, 2R - 1, 2C - 1, K).
+
+    Args:
+        basis: the family of the units, without a base activation: T is in its place.
+        base: None, or "softmax", which is added.
+        prefix, rows: the tokens, as in `relative`.
+        start: "scaled", T and the amplitudes of the units of variance 1 / N, or "zero"; default
+            "zero" with softmax, which is then where it starts, else "scaled".
+    """
+    check_geometry("by_offset", prefix, rows)
+    check_choice("by_offset", "base", base, ["softmax"])
+    begin = default_start("by_offset", start, base, False)
+    if basis.options.get("base", "zero") != "zero":
+        raise ValueError(
+            f"`by_offset` needs units without a base activation, got base="
+            f"{basis.options['base']!r}. Leave it out: the table is in its place."
+        )
+    scaled = set(amplitudes(basis))
+
+    def init(generator: Generator, heads: int, tokens: int) -> Params:
+        check_sizes(heads, tokens)
+        lattice = lattice_of("by_offset", tokens, prefix, rows)
+        count = heads * 4 * tokens * (basis.size + 1)
+        check_fits_memory("by_offset", count, f"{heads} x {4 * tokens:,} units")
+        scale = 0.0 if begin == "zero" else tokens**-0.5
+        table = init_table(generator, heads, lattice, scale)
+        units = {
+            part: {
+                leaf: x * (scale if leaf in scaled else 1)
+                for leaf, x in basis.init(generator, (heads, *shape)).items()
+            }
+            for part, shape in table_shapes(lattice).items()
+        }
+        return {"table": table, "units": units}
+
+    def rows_of(params: Params, dtype: torch.dtype) -> tuple[list[str], list[Tensor], Tensor]:
+        """Names and entries of the leaves of the units, T first, and where they stand."""
+        table, units = params["table"], params["units"]
+        lattice = lattice_in(table)
+        index = entry_index(lattice.prefix or 0, lattice.rows, lattice.columns)
+        names = list(units["offsets"])
+        tables = [{part: own[name] for part, own in units.items()} for name in names]
+        leaves = [flatten_table(one).to(dtype) for one in (table, *tables)]
+        return names, leaves, index.to(leaves[0].device)
+
+    def block(
+        names: list[str], index: Tensor, scores: Tensor, mask: Tensor | None, leaves: list[Tensor]
+    ) -> Tensor:
+        """The weights of some queries, whose rows of the index these are."""
+        t, *units = (
+            leaf.index_select(1, index.flatten()).unflatten(1, index.shape) for leaf in leaves
+        )
+        scores = only(scores, mask)
+        y = t + basis.apply(dict(zip(names, units, strict=True)), scores)
+        y = only(y, mask)
+        return y + softmax_rows(scores, mask) if base else y
+
+    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        check_scores("by_offset", scores, mask)
+        check_square("by_offset", tokens_in(params["table"]), *scores.shape[-2:])
+        mask = two_axes(mask)
+        with no_autocast(scores):
+            held = wide(scores)
+            names, leaves, index = rows_of(params, held.dtype)
+            return block(names, index, held, mask, leaves).to(scores.dtype)
+
+    def attend(
+        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        check_qkv("by_offset", q, k, v, mask)
+        check_square("by_offset", tokens_in(params["table"]), q.shape[-2], k.shape[-2])
+        mask, dtype = two_axes(mask), v.dtype
+        with no_autocast(q):
+            q, k, v = (wide(x) for x in silence(q, k, v, mask))
+            names, leaves, index = rows_of(params, q.dtype)
+
+            def some(index: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+                *leaves, mask = rest
+                return block(names, index, scores_of(q, k, None), mask, leaves) @ v
+
+            # the features, their products with the coefficients, and what derivatives need
+            numbers = 2 * (basis.size + 2)
+            out = kernels.by_queries(some, [index, q], [k, v, *leaves], mask, numbers)
+        return out.to(dtype)
+
+    def resize(params: Params, old: Lattice, new: Lattice) -> Params:
+        units = params["units"]
+        moved = {
+            leaf: resize_table(
+                {part: own[leaf] for part, own in units.items()}, old, new, leaf in scaled
+            )
+            for leaf in units["offsets"]
+        }
+        return {
+            "table": resize_table(params["table"], old, new, True),
+            "units": {part: {leaf: one[part] for leaf, one in moved.items()} for part in units},
+        }
+
+    options = {"kind": "by_offset", "base": base, "prefix": prefix, "rows": rows, "start": begin}
+    each = 4 if base else 0
+    traits = {
+        "learned": True,
+        "length_free": False,
+        "self_attention": True,
+        "product_flops": lambda tokens, width: 2 * tokens**2 * width,
+        "activation_flops": lambda tokens, unit: tokens**2 * (unit + 1 + each),
+    }
+    if base:
+        traits |= {"softmax_base": True, "softmax_start": begin == "zero"}
+    return Operator("by_offset", init, weights, attend, basis, options, traits, resize)

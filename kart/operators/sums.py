@@ -1,0 +1,57 @@
+"""Sums of operators: all of them in every head."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Generator, Tensor
+
+from kart.bases import Params
+from kart.factories import remember
+from kart.operators.contract import Operator, check_sizes
+from kart.operators.resize import Lattice
+
+
+@remember
+def added(operators: Sequence[Operator]) -> Operator:
+    """The sum of the weights of some operators, e.g. softmax + a table + KArAt (ours).
+
+    Operator i has its parameters under `str(i)`. Each normalises and masks as it does alone.
+    """
+    if not operators or not all(isinstance(op, Operator) for op in operators):
+        raise ValueError(
+            f"`added` needs one Operator or more, got {list(operators)!r}. "
+            "Pass for example [softmax(), relative()]."
+        )
+    parts = list(operators)
+
+    def init(generator: Generator, heads: int, tokens: int) -> Params:
+        check_sizes(heads, tokens)
+        return {str(i): op.init(generator, heads, tokens) for i, op in enumerate(parts)}
+
+    def total(call: Callable[[Operator, Params], Tensor], params: Params) -> Tensor:
+        first, *others = (call(op, params[str(i)]) for i, op in enumerate(parts))
+        return sum(others, start=first)
+
+    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        return total(lambda op, own: op.weights(own, scores, mask), params)
+
+    def attend(
+        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        return total(lambda op, own: op.attend(own, q, k, v, mask), params)
+
+    def resize(params: Params, old: Lattice, new: Lattice) -> Params:
+        return {
+            str(i): params[str(i)] if op.resize is None else op.resize(params[str(i)], old, new)
+            for i, op in enumerate(parts)
+        }
+
+    movable = all(op.resize or op.traits.get("length_free") for op in parts)
+    traits = {
+        "learned": any(op.traits.get("learned", True) for op in parts),
+        "length_free": all(op.traits.get("length_free", False) for op in parts),
+        "self_attention": any(op.traits.get("self_attention", False) for op in parts),
+        "of_scores": all(op.traits.get("of_scores", True) for op in parts),
+    }
+    options = {"kind": "added", "parts": parts}
+    name = "added " + ", ".join(op.name for op in parts)
+    return Operator(name, init, weights, attend, None, options, traits, resize if movable else None)

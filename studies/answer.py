@@ -1,0 +1,574 @@
+"""Is learnable attention better than softmax, and which part of it: a table over sizes and data.
+
+    python -m studies.answer plan                                       # what there is to train
+    python -m studies.answer work --data uoft-cs/cifar10 --out runs/answer --minutes 30
+    python -m studies.answer report --out runs/answer                   # answer.html, answer.csv
+
+Factors: what mixes the tokens (`ARMS`), in `CELLS` that change one thing each (width, depth,
+training images, epochs, patches) from a common centre. Every arm has the same tuning budget: in the
+centre, the learning rates in `RATES`, one seed each, chosen by validation. Then fresh seeds are
+trained at that rate in every cell and scored once on the test split; nothing is chosen by the test
+split. First every arm gets `SEEDS` seeds; then, while there is time, the arms whose interval
+against softmax holds 0 get more, up to `MOST_SEEDS`.
+
+Work is cut into units of seconds to minutes, each a file below `--out` that is written whole or not
+at all: it can be killed and started again, and any number of processes may share the directory.
+"""
+
+import argparse
+import dataclasses
+import fcntl
+import itertools
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from kart import checkpoint, data, pages, statistics, tables, train
+from kart.analysis import cost, figures
+from kart.statistics import Interval
+from kart.train import Config
+
+RATES = (1e-3, 2e-3)
+TUNING_SEED = 1000
+SEEDS, MOST_SEEDS = 3, 8
+
+CENTRE = Config(
+    train_limit=8000,
+    augment="flip_crop",
+    model="vit_nano",
+    image_size=32,
+    patch_size=8,
+    embed_dim=64,
+    depth=2,
+    epochs=10,
+    threads=1,
+)
+
+# one factor at a time
+CENTRE_CELL = "centre"
+CELLS: dict[str, dict[str, Any]] = {
+    CENTRE_CELL: {},
+    "width 32": {"embed_dim": 32},
+    "2,000 images": {"train_limit": 2000},
+    "width 128": {"embed_dim": 128},
+    "20,000 images": {"train_limit": 20000},
+    "depth 4": {"depth": 4},
+    "30 epochs": {"epochs": 30},
+    "patch 4": {"patch_size": 4},
+}
+
+
+class Arm(NamedTuple):
+    """What mixes the tokens: fields of Config, and what it sees of the scores."""
+
+    fields: Mapping[str, Any]
+    sees: str
+
+
+# (K + 1) r is 84 for every low-rank arm: K parameters a unit and one of the mix; tables have fewer
+ARMS: dict[str, Arm] = {
+    "softmax": Arm({"operator": "softmax"}, "exp"),
+    "relative": Arm({"operator": "relative"}, "nothing"),
+    "softmax + relative": Arm({"operator": "relative", "base": "softmax"}, "exp"),
+    "softmax(S + relative)": Arm({"operator": "relative:inside=true"}, "exp"),
+    "static": Arm({"operator": "static"}, "nothing"),
+    "polynomial-0": Arm({"operator": "polynomial-0B", "rank": 42}, "nothing"),
+    "polynomial-1": Arm({"operator": "polynomial-1B", "rank": 28}, "an affine function"),
+    "G3": Arm({"operator": "G3B", "rank": 12}, "a learned function"),
+    "softmax + polynomial-0": Arm(
+        {"operator": "polynomial-0B", "rank": 42, "base": "softmax"}, "exp"
+    ),
+    "softmax + polynomial-1": Arm(
+        {"operator": "polynomial-1B", "rank": 28, "base": "softmax"}, "exp and an affine function"
+    ),
+    "softmax + G3": Arm(
+        {"operator": "G3B", "rank": 12, "base": "softmax"}, "exp and a learned function"
+    ),
+}
+
+
+class Unit(NamedTuple):
+    """A piece of work: one arm in one cell at one rate, trained with a seed."""
+
+    cell: str
+    arm: str
+    rate: float
+    seed: int
+
+    @property
+    def tuning(self) -> bool:
+        """Whether it chooses the rate: such a unit never reads the test split."""
+        return self.seed == TUNING_SEED
+
+    def path(self, out: Path) -> Path:
+        """Its file; units of the same name are the same work."""
+        return (
+            out / _name(self.cell) / _name(self.arm) / f"rate-{self.rate:g}-seed-{self.seed}.json"
+        )
+
+    def config(self, source: str) -> Config:
+        """What is trained."""
+        fields = {**CELLS[self.cell], **ARMS[self.arm].fields}
+        return dataclasses.replace(
+            CENTRE, data=source, learning_rate=self.rate, seed=self.seed, **fields
+        )
+
+
+def _name(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "-+" else "-" for c in text)
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The finished units below `out`."""
+    found = []
+    for path in sorted(out.glob("*/*/rate-*.json")):
+        try:
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"`answer` needs whole records, got a damaged {str(path)!r} ({error}). Remove it: "
+                "`work` trains that unit again."
+            ) from None
+    return found
+
+
+def best_rates(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The rate of each arm whose tuning is finished: highest validation top-1, the lower rate where
+    two are equal.
+    """
+    scores: dict[str, dict[float, float]] = {}
+    for one in records:
+        if one["tuning"]:
+            scores.setdefault(one["arm"], {})[one["rate"]] = one["val_top1"]
+    return {
+        arm: max(sorted(own), key=lambda rate, own=own: own[rate])
+        for arm, own in scores.items()
+        if len(own) == len(RATES)
+    }
+
+
+def tested(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[int, float]]:
+    """Test top-1 by seed of each (cell, arm); a diverged seed counts with what it scored."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for one in records:
+        if not one["tuning"]:
+            found.setdefault((one["cell"], one["arm"]), {})[one["seed"]] = one["test_top1"]
+    return found
+
+
+def planned(records: Sequence[Mapping[str, Any]], cells: Sequence[str]) -> Iterator[Unit]:
+    """What is left to do and can be done now, in order: the tuning of an arm and its first seeds,
+    cell by cell, then more seeds where the interval of the difference to softmax holds 0.
+    """
+    rates, scores = best_rates(records), tested(records)
+    done = {(one["arm"], one["rate"]) for one in records if one["tuning"]}
+    for arm, rate in itertools.product(ARMS, RATES):
+        if (arm, rate) not in done:
+            yield Unit(CENTRE_CELL, arm, rate, TUNING_SEED)
+    for cell, arm, seed in itertools.product(cells, ARMS, range(SEEDS)):
+        if arm in rates and seed not in scores.get((cell, arm), {}):
+            yield Unit(cell, arm, rates[arm], seed)
+    for n, cell in itertools.product(range(SEEDS, MOST_SEEDS), cells):
+        open_arms = [arm for arm in ARMS if undecided(scores, cell, arm, n)]
+        # pairs need the same seeds of softmax
+        for arm in ["softmax", *open_arms] if open_arms else []:
+            if len(scores.get((cell, arm), {})) == n:
+                yield Unit(cell, arm, rates[arm], n)
+
+
+def undecided(
+    scores: Mapping[tuple[str, str], Mapping[int, float]], cell: str, arm: str, n: int
+) -> bool:
+    """Whether an arm with `n` seeds may be better or worse than softmax in `cell`."""
+    if arm == "softmax" or len(scores.get((cell, arm), {})) != n:
+        return False
+    found = gain(scores, cell, arm)
+    return found is not None and not found.why and found.low < 0 < found.high
+
+
+def gain(
+    scores: Mapping[tuple[str, str], Mapping[int, float]],
+    cell: str,
+    arm: str,
+    over: str = "softmax",
+) -> Interval | None:
+    """The difference in test top-1 to the arm `over` in a cell, over the seeds that both have."""
+    own, base = scores.get((cell, arm), {}), scores.get((cell, over), {})
+    shared = sorted(set(own) & set(base))
+    if len(shared) < 2:
+        return None
+    return statistics.difference([own[i] for i in shared], [base[i] for i in shared])
+
+
+# how the gain of KArAt over softmax is split: what ignores the scores, what an affine function of
+# them adds, what a nonlinear one adds; alone and beside softmax
+PARTS = {
+    "static mixing": ("polynomial-0", "softmax"),
+    "affine in the score": ("polynomial-1", "polynomial-0"),
+    "nonlinear in the score (G3)": ("G3", "polynomial-1"),
+    "beside softmax: static mixing": ("softmax + polynomial-0", "softmax"),
+    "beside softmax: affine": ("softmax + polynomial-1", "softmax + polynomial-0"),
+    "beside softmax: nonlinear (G3)": ("softmax + G3", "softmax + polynomial-1"),
+}
+# factors whose trend is fitted: a field of Config, and the words for a doubling of it
+TRENDS = {"train_limit": "images", "embed_dim": "width"}
+
+
+def score_share(
+    scores: Mapping[tuple[str, str], Mapping[int, float]], cell: str
+) -> Interval | None:
+    """The share of G3's gain over softmax that polynomial-0 does not have: a function of the
+    scores, with Fieller's interval.
+    """
+    own = [scores.get((cell, arm), {}) for arm in ("polynomial-0", "G3", "softmax")]
+    shared = sorted(set(own[0]) & set(own[1]) & set(own[2]))
+    if len(shared) < 2:
+        return None
+    static, learned, base = ([one[i] for i in shared] for one in own)
+    rest = [b - a for a, b in zip(static, learned, strict=True)]
+    whole = [b - a for a, b in zip(base, learned, strict=True)]
+    return statistics.ratio(rest, whole)
+
+
+class Trend(NamedTuple):
+    """Of one arm: the gain at the centre and its change for a doubling of each factor, in points,
+    each (estimate, low, high), and the number of runs.
+    """
+
+    centre: tuple[float, float, float]
+    slopes: Mapping[str, tuple[float, float, float]]
+    runs: int
+
+
+def trends(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Trend], list[str]]:
+    """A mixed model of the gains over softmax of all runs: for each arm an intercept at the centre
+    and a slope for each factor in doublings, with a random effect for each (cell, seed), whose
+    softmax run all arms share (statsmodels' MixedLM, by restricted maximum likelihood). Arms in
+    fewer than three cells are left out. Also returns what the fit warned of.
+    """
+    import numpy as np
+    from statsmodels.regression.mixed_linear_model import MixedLM
+
+    scores = tested(records)
+    rows: list[tuple[str, str, float, list[float]]] = []
+    for (cell, arm), own in scores.items():
+        if arm == "softmax" or not set(CELLS[cell]) <= set(TRENDS):
+            continue
+        fields = {**dataclasses.asdict(CENTRE), **CELLS[cell]}
+        base = scores.get((cell, "softmax"), {})
+        doublings = [float(np.log2(fields[f] / getattr(CENTRE, f))) for f in TRENDS]
+        for seed in sorted(set(own) & set(base)):
+            rows.append((arm, f"{cell}/{seed}", 100 * (own[seed] - base[seed]), doublings))
+    cells = {arm: {row[1].partition("/")[0] for row in rows if row[0] == arm} for arm in ARMS}
+    arms = [arm for arm in ARMS if len(cells[arm]) > 2]
+    rows = [row for row in rows if row[0] in arms]
+    if not rows:
+        return {}, []
+    width = 1 + len(TRENDS)
+    design = np.zeros((len(rows), width * len(arms)))
+    for i, (arm, _, _, doublings) in enumerate(rows):
+        at = width * arms.index(arm)
+        design[i, at : at + width] = [1.0, *doublings]
+    kept = [j for j in range(design.shape[1]) if design[:, j].any()]
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit = MixedLM(
+            np.array([row[2] for row in rows]), design[:, kept], groups=[row[1] for row in rows]
+        ).fit(reml=True)
+    bounds = fit.conf_int(0.05)
+    found = {j: (float(fit.fe_params[i]), *map(float, bounds[i])) for i, j in enumerate(kept)}
+    lines = {
+        arm: Trend(
+            found[width * a],
+            {
+                name: found[width * a + 1 + f]
+                for f, name in enumerate(TRENDS)
+                if width * a + 1 + f in found
+            },
+            sum(row[0] == arm for row in rows),
+        )
+        for a, arm in enumerate(arms)
+    }
+    return lines, sorted({str(one.message) for one in told})
+
+
+def execute(unit: Unit, source: str) -> dict[str, Any]:
+    """Trains a unit and scores it; the test split is read for fresh seeds alone."""
+    config = unit.config(source)
+    splits = train.load_data(config)
+    model = train.build(config, splits.train)
+    began, spent = time.perf_counter(), time.process_time()
+    last = list(train.fit(config, splits))[-1]
+    scores = {name: last[name] for name in ("val_top1", "val_loss", "train_loss", "diverged")}
+    if not unit.tuning:
+        weights = train.weights_for_evaluation(last["state"])
+        found = train.evaluate(model.apply, weights, data.load(source, "test"), config)
+        scores |= {f"test_{name}": float(value) for name, value in found.items()}
+    return {
+        **unit._asdict(),
+        **scores,
+        "tuning": unit.tuning,
+        "config": config.asdict(),
+        "seconds": round(time.perf_counter() - began, 2),
+        "cpu_seconds": round(time.process_time() - spent, 2),
+        "versions": checkpoint.versions(),
+    }
+
+
+def work(source: str, out: Path, minutes: float, cells: Sequence[str]) -> int:
+    """Does units until none is left or the time is up; returns how many it did."""
+    torch.set_num_threads(1)
+    until, count = time.monotonic() + 60 * minutes, 0
+    busy: set[Path] = set()  # claimed by other processes when last seen
+    with tables.bar(desc="answer", unit="unit") as bar:
+        while time.monotonic() < until:
+            todo = [unit for unit in planned(read(out), cells) if unit.path(out) not in busy]
+            if not todo:
+                break
+            unit = todo[0]
+            path = unit.path(out)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path.with_suffix(".lock"), "w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    busy.add(path)
+                    continue
+                if not path.exists():
+                    bar.set_postfix_str(f"{unit.cell}, {unit.arm}, {unit.rate:g}, {unit.seed}")
+                    record = execute(unit, source)
+                    checkpoint.write_text(path, json.dumps(record, indent=1) + "\n")
+                    count += 1
+                    bar.update(1)
+                path.with_suffix(".lock").unlink(missing_ok=True)
+            busy.clear()
+    return count
+
+
+def shown(found: Interval | None, factor: float = 100.0, digits: int = 2, sign: bool = True) -> str:
+    """An interval as text: mean, bounds, n."""
+    if found is None:
+        return ""
+    form = f"{'+' if sign else ''}.{digits}f"
+    if found.why:
+        return f"{factor * found.mean:{form}} ({found.why})"
+    return (
+        f"{factor * found.mean:{form}} [{factor * found.low:{form}}, {factor * found.high:{form}}] "
+        f"n={found.n}"
+    )
+
+
+def decided(found: Interval | None) -> bool:
+    """Whether an interval is there and does not hold 0."""
+    return found is not None and not found.why and not found.low <= 0 <= found.high
+
+
+def forest(scores: Mapping[tuple[str, str], Mapping[int, float]], cells: Sequence[str]) -> Any:
+    """The gain of each arm over softmax in each cell, with its interval, on one axis of points."""
+    arms = [arm for arm in ARMS if arm != "softmax"]
+    fig, axes = figures.grid(1, len(cells), 2.1, 0.28 * len(arms) + 0.9, sharey=True, sharex=True)
+    for ax, cell in zip(axes[0], cells, strict=True):
+        for i, arm in enumerate(arms):
+            found = gain(scores, cell, arm)
+            if found is None:
+                continue
+            colour = figures.COLOURS[
+                0 if ARMS[arm].sees == "nothing" else 1 + ("exp" in ARMS[arm].sees)
+            ]
+            if not found.why:
+                ax.plot([100 * found.low, 100 * found.high], [i, i], color=colour, lw=1.4)
+            ax.plot(100 * found.mean, i, "o", color=colour, ms=4)
+        ax.axvline(0, color=figures.QUIET, lw=0.8)
+        ax.set(title=cell, xlabel="points over softmax")
+    axes[0, 0].set_yticks(range(len(arms)), arms)
+    axes[0, 0].invert_yaxis()
+    return fig
+
+
+def shares(scores: Mapping[tuple[str, str], Mapping[int, float]], cells: Sequence[str]) -> Any:
+    """The parts of KArAt's gain in each cell, beside each other."""
+    fig, axes = figures.grid(1, 1, 7.5, 3.0)
+    ax = axes[0, 0]
+    for k, (part, (arm, over)) in enumerate(PARTS.items()):
+        for i, cell in enumerate(cells):
+            found = gain(scores, cell, arm, over)
+            if found is None:
+                continue
+            x = i + (k - len(PARTS) / 2) * 0.12
+            style = {"color": figures.COLOURS[k % len(figures.COLOURS)]}
+            if not found.why:
+                ax.plot([x, x], [100 * found.low, 100 * found.high], lw=1.4, **style)
+            ax.plot(x, 100 * found.mean, "os^Dv<"[k], ms=5, label="" if i else part, **style)
+    ax.axhline(0, color=figures.QUIET, lw=0.8)
+    ax.set_xticks(range(len(cells)), cells)
+    ax.set_ylabel("points of test top-1")
+    figures.legend(fig)
+    return fig
+
+
+def report(out: Path) -> list[str]:
+    """Writes answer.html, answer.csv and the two pictures; returns the lines of the answer."""
+    records = read(out)
+    scores = tested(records)
+    cells = [cell for cell in CELLS if any(key[0] == cell for key in scores)]
+    if not cells:
+        raise ValueError(
+            f"`report` needs confirmed runs, got none below {str(out)!r}. Run `python -m "
+            f"studies.answer work --out {out}` first."
+        )
+    configs = {(one["cell"], one["arm"]): Config.fromdict(one["config"]) for one in records}
+    rows, numbers, undecided_ones = [], [], []
+    for cell, arm in itertools.product(cells, ARMS):
+        own = scores.get((cell, arm), {})
+        if not own:
+            continue
+        model = train.build(configs[cell, arm], train.load_data(configs[cell, arm]).train)
+        size = cost.parameters(model).total
+        found = gain(scores, cell, arm)
+        mean = statistics.accuracy(list(own.values()))
+        rows.append([cell, arm, ARMS[arm].sees, f"{size:,}", shown(mean, sign=False), shown(found)])
+        numbers.append([cell, arm, size, len(own), mean.mean, *(found or [None] * 3)[:3]])
+        if arm != "softmax" and found is not None and not decided(found):
+            undecided_ones.append(f"{arm} against softmax in the cell {cell}: {shown(found)}")
+    parts = [
+        [part, *(shown(gain(scores, cell, *pair)) for cell in cells)]
+        for part, pair in PARTS.items()
+    ]
+    share = [shown(score_share(scores, cell), 1.0) for cell in cells]
+    fitted, told = trends(records)
+    trend_rows = [
+        [
+            arm,
+            f"{one.centre[0]:+.2f} [{one.centre[1]:+.2f}, {one.centre[2]:+.2f}]",
+            *(
+                f"{s[0]:+.2f} [{s[1]:+.2f}, {s[2]:+.2f}]" if (s := one.slopes.get(f)) else ""
+                for f in TRENDS
+            ),
+            crossing(one),
+            str(one.runs),
+        ]
+        for arm, one in fitted.items()
+    ]
+    sections = [
+        pages.Section(
+            [
+                pages.text(
+                    "Test top-1, mean over seeds with 95 % intervals, and the difference to "
+                    "softmax paired by seed. Rates were chosen by validation in the centre; "
+                    "the test split was read once a run."
+                ),
+                pages.figure(
+                    forest(scores, cells),
+                    "forest",
+                    "gain of each arm over softmax in each cell",
+                    "Right of the line: better than softmax. Blue arms ignore the scores.",
+                ),
+                pages.table(
+                    ["cell", "arm", "sees", "parameters", "test top-1 %", "over softmax"], rows
+                ),
+            ],
+            title="Every arm in every cell",
+        ),
+        pages.Section(
+            [
+                pages.figure(
+                    shares(scores, cells),
+                    "parts",
+                    "parts of the gain in each cell",
+                    "What ignoring the scores gives, and what each step towards a learned function "
+                    "adds.",
+                ),
+                pages.table(["part, in points", *cells], parts),
+                pages.table(
+                    ["share", *cells],
+                    [["of G3's gain that polynomial-0 has not", *share]],
+                    "Fieller's interval; without bounds where the gain itself is not clear",
+                ),
+            ],
+            title="What part is a function of the scores",
+        ),
+        pages.Section(
+            [
+                pages.text(trends.__doc__ or ""),
+                *(pages.warning(f"The fit says: {one}") for one in told),
+                pages.table(
+                    [
+                        "arm",
+                        "at the centre",
+                        *(f"a doubling of {word}" for word in TRENDS.values()),
+                        "would cross 0",
+                        "runs",
+                    ],
+                    trend_rows,
+                ),
+            ],
+            title="Trend in size and data",
+        ),
+        pages.Section(
+            [pages.items(undecided_ones or ["nothing: every interval is clear of 0"])],
+            title="Undecided",
+        ),
+    ]
+    title = "Is learnable attention better than softmax?"
+    lead = f"{len(records)} runs; python -m studies.answer report --out {out.name}"
+    checkpoint.write_text(out / "answer.html", pages.page(title, sections, lead))
+    header = "cell,arm,parameters,n,top1,gain,low,high"
+    lines = [",".join("" if x is None else str(x) for x in row) for row in numbers]
+    checkpoint.write_text(out / "answer.csv", "\n".join([header, *lines]) + "\n")
+    forest(scores, cells).savefig(out / "answer.png", dpi=130)
+    shares(scores, cells).savefig(out / "parts.png", dpi=130)
+    said = [tables.table(rows, ["cell", "arm", "sees", "parameters", "top-1 %", "over softmax"])]
+    said += [tables.table(parts, ["part", *cells])]
+    said += [
+        f"share of G3's gain that is a function of the scores, {c}: {s}"
+        for c, s in zip(cells, share, strict=True)
+    ]
+    said += [tables.table(trend_rows, ["arm", "centre", *TRENDS.values(), "crosses 0", "runs"])]
+    return said
+
+
+def crossing(trend: Trend) -> str:
+    """Where the fitted line of an arm would cross zero, by each factor that lowers its gain."""
+    words = []
+    for field, (slope, _, high) in trend.slopes.items():
+        if trend.centre[0] > 0 and slope < 0:
+            doublings = -trend.centre[0] / slope
+            if doublings < 20:
+                at = getattr(CENTRE, field) * 2**doublings
+                sure = "" if high < 0 else " (slope not clear of 0)"
+                words.append(f"{TRENDS[field]} {at:,.0f}{sure}")
+    return "; ".join(words) or "not on these lines"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("what", choices=["plan", "work", "report"])
+    parser.add_argument("--data", default="uoft-cs/cifar10")
+    parser.add_argument("--out", type=Path, default=Path("runs/answer"))
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
+    args = parser.parse_args(argv)
+    if args.what == "plan":
+        units = list(planned(read(args.out), args.cells))
+        for unit in units:
+            print(unit.path(args.out))
+        print(f"{len(units)} units known to be left")
+        return 0
+    if args.what == "report":
+        print("\n\n".join(report(args.out)))
+        print(f"written to {args.out / 'answer.html'}")
+        return 0
+    print(f"{work(args.data, args.out, args.minutes, args.cells)} units done")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

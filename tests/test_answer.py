@@ -1,0 +1,111 @@
+"""The study of the answer on made-up records with known gains, and one unit trained."""
+
+import dataclasses
+import itertools
+import json
+import random
+
+import pytest
+
+from studies import answer
+
+
+def record(cell, arm, seed, top1, rate=1e-3):
+    unit = answer.Unit(cell, arm, rate, seed)
+    return {
+        **unit._asdict(),
+        "tuning": unit.tuning,
+        "val_top1": top1,
+        "test_top1": top1,
+        "config": unit.config("digits").asdict(),
+    }
+
+
+def made_up(gains, seeds=3, noise=0.0):
+    """Records of every cell: `gains[arm](doublings of images, of width)` in points over softmax."""
+    draw = random.Random(0)
+    found = []
+    doublings = {
+        "centre": (0, 0),
+        "width 32": (0, -1),
+        "width 128": (0, 1),
+        "2,000 images": (-2, 0),
+        "20,000 images": (1.3219280948873624, 0),
+    }
+    for cell, seed in itertools.product(doublings, range(seeds)):
+        base = 0.4 + 0.01 * draw.gauss(0, 1)
+        found.append(record(cell, "softmax", seed, base))
+        for arm, gain in gains.items():
+            points = gain(*doublings[cell]) + noise * draw.gauss(0, 1)
+            found.append(record(cell, arm, seed, base + points / 100))
+    return found
+
+
+def test_the_plan_tunes_first_and_then_trains_seeds_at_the_best_rate():
+    units = list(answer.planned([], ["centre"]))
+    assert len(units) == len(answer.ARMS) * len(answer.RATES) and all(u.tuning for u in units)
+    slow, fast = answer.RATES
+    tuned = [record("centre", "G3", answer.TUNING_SEED, 0.4, slow)]
+    tuned += [record("centre", "G3", answer.TUNING_SEED, 0.5, fast)]
+    assert answer.best_rates(tuned) == {"G3": fast} and answer.best_rates(tuned[:1]) == {}
+    seeds = [u for u in answer.planned(tuned, ["centre", "width 32"]) if not u.tuning]
+    assert [(u.cell, u.arm, u.rate, u.seed) for u in seeds] == [
+        (cell, "G3", fast, seed) for cell in ("centre", "width 32") for seed in range(answer.SEEDS)
+    ]
+    assert len({u.path(answer.Path("x")) for u in units + seeds}) == len(units + seeds)
+
+
+def test_more_seeds_go_where_the_interval_holds_zero():
+    found = made_up({"G3": lambda *_: 5.0, "relative": lambda *_: 0.1}, noise=0.4)
+    rates = [record("centre", arm, answer.TUNING_SEED, 0.4, r)
+             for arm in answer.ARMS for r in answer.RATES]  # fmt: skip
+    left = [u for u in answer.planned(found + rates, ["centre"]) if u.seed >= answer.SEEDS]
+    assert {u.arm for u in left if u.seed == answer.SEEDS} == {"softmax", "relative"}
+
+
+def test_the_share_of_the_scores_and_the_trends_are_found_again():
+    gains = {
+        "polynomial-0": lambda images, width: 4.0 + 0.5 * images,
+        "polynomial-1": lambda images, width: 4.5,
+        "G3": lambda images, width: 5.0 - 0.5 * images - 1.0 * width,
+    }
+    found = made_up(gains, noise=0.05)
+    scores = answer.tested(found)
+    assert answer.gain(scores, "centre", "G3").mean == pytest.approx(0.05, abs=2e-3)
+    share = answer.score_share(scores, "centre")
+    assert share.low < 0.2 < share.high and share.high - share.low < 0.15
+    trend = answer.trends(found)[0]["G3"]
+    assert trend.centre[0] == pytest.approx(5.0, abs=0.15) and trend.runs == 15
+    for field, wanted in (("train_limit", -0.5), ("embed_dim", -1.0)):
+        slope, low, high = trend.slopes[field]
+        assert slope == pytest.approx(wanted, abs=0.1) and low < slope < high < 0
+    # five points at one a doubling of the width: crossed after five doublings
+    assert "width" in answer.crossing(trend) and "images" in answer.crossing(trend)
+
+
+def test_a_unit_trains_and_reads_the_test_split_for_fresh_seeds_alone(tmp_path, monkeypatch):
+    tiny = {"train_limit": 64, "embed_dim": 8, "depth": 1, "num_heads": 1, "epochs": 1}
+    centre = dataclasses.replace(answer.CENTRE, image_size=8, patch_size=4, **tiny)
+    monkeypatch.setattr(answer, "CENTRE", centre)
+    monkeypatch.setattr(answer, "CELLS", {"centre": {}})
+    monkeypatch.setattr(
+        answer, "ARMS", {arm: answer.ARMS[arm] for arm in ("softmax", "polynomial-0", "G3")}
+    )
+    assert answer.work("digits", tmp_path, 0.0, ["centre"]) == 0  # no time, no work
+    done = answer.work("digits", tmp_path, 10.0, ["centre"])
+    records = answer.read(tmp_path)
+    assert done == len(records) >= 3 * (len(answer.RATES) + answer.SEEDS)
+    assert all(("test_top1" in one) != one["tuning"] for one in records)
+    assert answer.work("digits", tmp_path, 10.0, ["centre"]) == 0  # all is done
+    said = "\n".join(answer.report(tmp_path))
+    assert "share of G3's gain" in said
+    assert "<svg" in (tmp_path / "answer.html").read_text()
+    (tmp_path / "centre" / "G3" / "rate-1-seed-9.json").write_text('{"cell": ')
+    with pytest.raises(ValueError, match="rate-1-seed-9"):
+        answer.read(tmp_path)
+
+
+def test_records_are_json_that_configs_come_back_from(tmp_path):
+    one = record("centre", "softmax + relative", 0, 0.5)
+    again = json.loads(json.dumps(one))
+    assert answer.Config.fromdict(again["config"]).base == "softmax"
