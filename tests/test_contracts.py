@@ -29,7 +29,7 @@ HOUSE = [
 ]
 FLOOR = {room: len(HOUSE) - i for i, rooms in enumerate(HOUSE) for room in rooms}
 # within a floor
-BESIDE = {("optim", "tree"), ("checkpoint", "tree"), ("augment", "data"), ("layers", "kernels")}
+BESIDE = {("optim", "tree"), ("checkpoint", "tree"), ("augment", "data")}
 
 
 def room(path):

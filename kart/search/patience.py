@@ -21,6 +21,8 @@ CALLS = (
     *("set_trial_state_values", "set_trial_intermediate_value", "set_trial_user_attr"),
     *("set_trial_system_attr", "get_trial_id_from_study_id_trial_number", "get_trial"),
     *("get_all_trials", "get_best_trial", "record_heartbeat", "_get_stale_trial_ids"),
+    # these Optuna's own cache calls
+    *("_create_new_trial", "_get_best_trial_id", "_get_trials", "_set_trial_param"),
 )
 LONGEST_S = 10.0  # between two tries
 AWAY = (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)

@@ -311,7 +311,9 @@ def work(
     Any number of processes may do so at once on a database server, two on SQLite. The last ones
     wait for the trials of the others, to retry those of workers that die.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # of a server that is away, Optuna warns at every try
+    level = optuna.logging.WARNING if where.directory is not None else optuna.logging.ERROR
+    optuna.logging.set_verbosity(level)
     arms = store.studies(storage, settings)
     load = loader(settings.val_limit)
     config = Config.fromdict(settings.config)
