@@ -107,7 +107,8 @@ def walk(root: Path) -> Found:
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 inner = entry.is_dir(follow_symlinks=False)
                 what = f"{place.relative_to(root)}/" if inner else ".*"
-                for _ in (n for *_, names in os.walk(place) for n in names) if inner else "1":
+                below = (file for *_, names in os.walk(place) for file in names)
+                for _ in below if inner else (place,):
                     count(False)
                     counts[what, "hidden"] += 1
             elif entry.is_symlink() and not place.exists():
