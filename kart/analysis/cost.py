@@ -168,6 +168,7 @@ def kept_bytes(call: Callable[[], Any]) -> int:
         storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
+    call()  # the first may build an engine and check it, which saves tensors of its own
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         held = call()  # held, so that no storage is freed and its address used again
     del held

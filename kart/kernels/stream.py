@@ -262,10 +262,11 @@ def _units(
 ) -> Tensor:
     """`contract_units` of four axes, leaves `(B or 1, H, r, M, ...)`, by the engine that can."""
     expression = partial(_units_in_chunks, basis, names, scale)
-    plainly = torch.compiler.is_compiling() or forward_levels() or q.device.type != "cpu"
+    if torch.compiler.is_compiling() or forward_levels() or q.device.type != "cpu":
+        return expression(q, k, mask, *leaves)
     family = family_of(basis)
     narrow = all(x.dtype in cpp.DTYPES for x in (q, *leaves))
-    if plainly or not q.shape[0] or not narrow or cpp.engine_of(family)[0] is None:
+    if not q.shape[0] or not narrow or cpp.engine_of(family)[0] is None:
         return expression(q, k, mask, *leaves)
 
     def stacked(*leaves: Tensor) -> Tensor:
