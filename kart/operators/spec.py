@@ -220,7 +220,7 @@ def read_own(spec: str, text: str, orders: Mapping[str, Factory], order: str | N
         return None
     source, name = match["source"], match["name"]
     found = code.find(spec, source, name)
-    factory = found if callable(found) else (lambda: found)
+    factory: Callable[..., Any] = found if callable(found) else lambda: found
     options = read_options(spec, match["options"]) if match["options"] is not None else {}
     if takes_basis(factory):
         raise refusal(spec, f"{name} of {source} takes a basis: give a factory that makes its own")
@@ -331,9 +331,9 @@ def split(
         if number < 1:
             raise refusal(spec, f"{count} before * is not a number of heads of at least 1")
         text = rest if star else part
-        parts.append((text, read_head(spec, text, factories, order), number))
-    if isinstance(spec, code.Stored):  # so are the names of its operators
-        parts = [(code.Stored(text), head, number) for text, head, number in parts]
+        # the names of its operators are stored as it is
+        named = code.Stored(text) if isinstance(spec, code.Stored) else text
+        parts.append((named, read_head(spec, text, factories, order), number))
     return parts
 
 
