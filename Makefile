@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-all test-nightly gpu-check study-cluster lint clean
+.PHONY: demo test test-all test-nightly test-faults gpu-check study-cluster lint clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.ready
@@ -17,6 +17,10 @@ test-all: .venv/.ready lint
 # thousands of random examples; what fails is kept in .hypothesis and tried first the next time
 test-nightly: .venv/.ready
 	HYPOTHESIS_PROFILE=nightly OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m "not slow and not gpu"
+
+# kills, full disks, damage, worthless input and lost databases, drawn anew at every run
+test-faults: .venv/.ready
+	OMP_NUM_THREADS=1 $(PY) -m tests.faults
 
 # on a GPU machine that has torch already: GPU_PYTHON=python3 make gpu-check sets nothing up
 GPU_PYTHON ?= $(PY)

@@ -8,9 +8,9 @@ import importlib
 from types import ModuleType
 
 ROOMS = (
-    *("analysis", "augment", "bases", "checkpoint", "cli", "commands", "data", "export"),
+    *("analysis", "augment", "bases", "checkpoint", "cli", "code", "commands", "data", "export"),
     *("factories", "kernels", "layers", "models", "operators", "optim", "population"),
-    *("projections", "recipes", "runs", "search", "tables", "testing", "train", "tree"),
+    *("projections", "recipes", "runs", "schema", "search", "tables", "testing", "train", "tree"),
 )
 
 

@@ -1,13 +1,16 @@
 """Checkpoints: pytrees of tensors, config and versions in one safetensors file, replaced whole.
 
 A file holds every leaf under `<tree>.<dotted path>`, so any safetensors reader can look inside, and
-one metadata entry `kart`: JSON with the format, the versions of kart and torch, the config and the
-containers.
+one metadata entry `kart`: JSON with the format, the versions of kart and torch, the config, the
+containers, and digests of every tree and of the JSON itself, so that damage is found when it is
+read.
 """
 
 import contextlib
 import dataclasses
+import errno
 import glob
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -29,7 +32,10 @@ from kart import layers, tree
 Params = Any
 Tree = Any
 
-FORMAT = 1
+FORMAT = 2
+# errno of a disk without room
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DEPTH = 64  # of containers in containers
 # older than this, an unfinished file is what a killed process left, not what another one is writing
 STALE_S = 3600.0
 # where other trainers put a state dict, and what they put before its names
@@ -53,7 +59,7 @@ def save(path: str | os.PathLike, params: Params, config: Any, **trees: Tree) ->
     Raises:
         ValueError: a leaf that is no dense tensor, a config JSON cannot hold, no such directory.
     """
-    path = Path(path)
+    path = _path("save", path)
     if not path.parent.is_dir():
         raise ValueError(
             f"`save` needs an existing directory, got {str(path.parent)!r}. Create it first."
@@ -84,10 +90,14 @@ def save(path: str | os.PathLike, params: Params, config: Any, **trees: Tree) ->
         "torch": torch.__version__,
         "config": config,
         "trees": structures,
+        "digests": {
+            name: _digest({leaf: tensors[leaf] for leaf in _leaf_names(structure)})
+            for name, structure in structures.items()
+        },
     }
     try:
-        text = json.dumps(header, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        text = _sealed(header)
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"`save` needs a config of JSON values, got {config!r} ({error}). Convert it to "
             f"numbers, strings, lists and dicts with string keys."
@@ -102,10 +112,14 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[P
         ValueError: `path` is missing, truncated, not by kart, or by a newer kart.
     """
     with _open("load", path) as (file, header):
-        structure = header["trees"]["params"]
-        tensors = {
-            n: _own(file.get_tensor(n), torch.device(device)) for n in _leaf_names(structure)
-        }
+        structure, found = header["trees"]["params"], _read("load", path, file, header, "params")
+        try:
+            tensors = {name: _own(x, torch.device(device)) for name, x in found.items()}
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"`load` needs a `device` that torch has, got {device!r} "
+                f"({' '.join(str(error).split())[:100]}). Choose another."
+            ) from error
         return _build(structure, tensors), header["config"]
 
 
@@ -128,13 +142,15 @@ def load_state(path: str | os.PathLike, **like: Tree) -> dict[str, Tree]:
                     f"`load_state` needs a tree that {str(path)!r} holds, got {name!r}. It holds "
                     f"{', '.join(header['trees'])}."
                 )
-            trees[name] = _restore(path, file, header["trees"][name], name, template)
+            stored = _read("load_state", path, file, header, name)
+            trees[name] = _restore(path, stored, header["trees"][name], name, template)
         return trees
 
 
 def describe(path: str | os.PathLike) -> dict[str, Any]:
     """What `path` says of itself: format, versions of kart and torch, config, names of trees."""
     with _open("describe", path) as (_, header):
+        del header["digests"]
         return {**header, "trees": sorted(header["trees"])}
 
 
@@ -248,8 +264,15 @@ def _some(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + more
 
 
-def _describe(function: str, node: Tree, name: str, tensors: dict[str, Tensor]) -> Any:
+def _describe(
+    function: str, node: Tree, name: str, tensors: dict[str, Tensor], depth: int = 0
+) -> Any:
     """The containers of `node` as JSON, a leaf being its stored name; leaves go into `tensors`."""
+    if depth > DEPTH:
+        raise ValueError(
+            f"`{function}` needs trees at most {DEPTH} containers deep, got {name[:60]!r}... "
+            "Flatten it."
+        )
     if isinstance(node, Tensor):
         if name in tensors:
             raise ValueError(
@@ -276,7 +299,10 @@ def _describe(function: str, node: Tree, name: str, tensors: dict[str, Tensor]) 
                 f"`{function}` needs strings as keys, got {key!r} in {name!r}. Convert it with "
                 f"`str`."
             )
-    parts = {k: _describe(function, child, f"{name}.{k}", tensors) for k, child in items.items()}
+    parts = {
+        key: _describe(function, child, f"{name}.{key}", tensors, depth + 1)
+        for key, child in items.items()
+    }
     return {kind: parts}
 
 
@@ -304,10 +330,11 @@ def _build(structure: Any, tensors: Mapping[str, Tensor]) -> Tree:
     )
 
 
-def _restore(path: str | os.PathLike, file: Any, structure: Any, name: str, template: Tree) -> Tree:
+def _restore(
+    path: str | os.PathLike, stored: dict[str, Tensor], structure: Any, name: str, template: Tree
+) -> Tree:
     wanted: dict[str, Tensor] = {}
     wanted_structure = _describe("load_state", template, name, wanted)
-    stored = {leaf: file.get_tensor(leaf) for leaf in _leaf_names(structure)}
     problems = {
         "missing in the file": [n for n in wanted if n not in stored],
         "missing in the template": [n for n in stored if n not in wanted],
@@ -345,11 +372,12 @@ def _own(x: Tensor, device: torch.device) -> Tensor:
 @contextlib.contextmanager
 def _open(function: str, path: str | os.PathLike) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The open file and its kart header."""
+    path = _path(function, path)
     where = repr(str(path))
-    if not Path(path).is_file():
+    if not path.is_file():
         raise ValueError(
             f"`{function}` needs a checkpoint file, got {where}, which is "
-            f"{'no file' if Path(path).exists() else 'not there'}. Check the path."
+            f"{'no file' if path.exists() else 'not there'}. Check the path."
         )
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
@@ -359,29 +387,119 @@ def _open(function: str, path: str | os.PathLike) -> Iterator[tuple[Any, dict[st
                     f"`{function}` needs a checkpoint written by kart, got {where} without kart's "
                     f"metadata. Weights with timm's names go through `from_timm`."
                 )
-            yield file, _header(function, where, text)
-    except safetensors.SafetensorError as error:
+            header = _header(function, where, text)
+            named = {leaf for tree_ in header["trees"].values() for leaf in _leaf_names(tree_)}
+            if named != set(file.keys()):
+                raise _damaged(function, where, "its metadata names other tensors than it holds")
+            yield file, header
+    except (safetensors.SafetensorError, OSError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
-            f"`{function}` needs a whole safetensors file, got {where} ({error}). It is damaged or "
-            f"truncated, or of another kind: copy it again, or take an earlier checkpoint."
+            f"`{function}` needs a whole safetensors file, got {where} "
+            f"({' '.join(str(error).split())[:200]}). It is damaged or truncated, or of another "
+            "kind: copy it again, or take an earlier checkpoint."
         ) from error
 
 
 def _header(function: str, where: str, text: str) -> dict[str, Any]:
     try:
-        header = json.loads(text)
+        header = json.loads(text, parse_constant=_no_number)
         version, writer = header["format"], header["kart"]
-        if version == FORMAT:
-            return {key: header[key] for key in ("format", "kart", "torch", "config", "trees")}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise _damaged(function, where, repr(error)[:200]) from error
+    if type(version) is not int or not isinstance(writer, str):
+        raise _damaged(function, where, f"its format is {version!r:.50}, its writer {writer!r:.50}")
+    if version != FORMAT:
         raise ValueError(
-            f"`{function}` needs a checkpoint written by kart, got {where}, whose metadata is "
-            f"damaged ({error!r}). Take an earlier checkpoint."
-        ) from error
-    raise ValueError(
-        f"`{function}` needs a file of format {FORMAT}, got format {version} in {where}, written "
-        f"by kart {writer}. Update kart."
+            f"`{function}` needs a file of format {FORMAT}, got format {version} in {where}, "
+            f"written by kart {writer[:50]}. Update kart, or read it with that version."
+        )
+    if _sealed(header) != text:
+        raise _damaged(function, where, "it is not what was written")
+    names = ("format", "kart", "torch", "config", "trees", "digests")
+    trees, digests = header.get("trees"), header.get("digests")
+    if set(header) != {*names, "seal"} or not isinstance(trees, dict) or "params" not in trees:
+        raise _damaged(function, where, f"it has {sorted(header)}")
+    for name, structure in trees.items():
+        wrong = _misshapen(structure, name)
+        if wrong:
+            raise _damaged(function, where, wrong)
+    if not isinstance(digests, dict) or set(digests) != set(trees):
+        raise _damaged(function, where, "it has digests of other trees")
+    return {key: header[key] for key in names}
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _misshapen(structure: Any, name: str, depth: int = 0) -> str:
+    """What is wrong with the containers of a tree, empty if nothing is."""
+    if depth > DEPTH:
+        return f"{name[:50]!r} is nested more than {DEPTH} deep"
+    if isinstance(structure, str):
+        return "" if structure == name else f"{name!r} is stored as {structure!r:.50}"
+    kinds = ("dict", "list", "tuple", "namedtuple")
+    if not isinstance(structure, dict) or len(structure) != 1 or [*structure][0] not in kinds:
+        return f"{name!r} is no container: {structure!r:.50}"
+    ((kind, parts),) = structure.items()
+    if not isinstance(parts, dict):
+        return f"{name!r} has no parts: {parts!r:.50}"
+    if kind in ("list", "tuple") and list(parts) != [str(i) for i in range(len(parts))]:
+        return f"{name!r} has items {list(parts)!r:.50}"
+    wrong = (_misshapen(part, f"{name}.{key}", depth + 1) for key, part in parts.items())
+    return next(filter(None, wrong), "")
+
+
+def _damaged(function: str, where: str, why: str) -> ValueError:
+    return ValueError(
+        f"`{function}` needs a checkpoint as kart wrote it, got {where}, which is damaged: {why}. "
+        "Take an earlier checkpoint."
     )
+
+
+def _sealed(header: dict[str, Any]) -> str:
+    """A header as JSON, with a digest of the rest of it."""
+    bare = json.dumps({k: v for k, v in header.items() if k != "seal"}, allow_nan=False)
+    seal = hashlib.sha256(bare.encode()).hexdigest()
+    return f'{bare[:-1]}, "seal": "{seal}"}}'
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        x = tensors[name].detach().to("cpu").contiguous()
+        digest.update(f"{name} {_kind(x)}\n".encode())
+        digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(
+    function: str, path: str | os.PathLike, file: Any, header: Mapping[str, Any], name: str
+) -> dict[str, Tensor]:
+    """The tensors of one tree of an open file, after a check that they are what was written."""
+    try:
+        found = {leaf: file.get_tensor(leaf) for leaf in _leaf_names(header["trees"][name])}
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise _damaged(function, repr(str(path)), f"{error!r:.200}") from error
+    if _digest(found) != header["digests"][name]:
+        raise _damaged(
+            function, repr(str(path)), f"the tensors of {name!r} are not what was written"
+        )
+    return found
+
+
+def _path(function: str, path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
+        raise ValueError(f"`{function}` needs `path` to be the path of a file, got {path!r:.100}.")
+    try:
+        Path(path).exists()
+    except OSError as error:  # too long a name
+        raise ValueError(
+            f"`{function}` needs `path` to be the path of a file, got {str(path)!r:.100} "
+            f"({error.strerror})."
+        ) from error
+    return Path(path)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
@@ -396,7 +514,13 @@ def _write(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
     }
     temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
-        safetensors.torch.save_file(whole, temporary, metadata={"kart": text})
+        try:
+            safetensors.torch.save_file(whole, temporary, metadata={"kart": text})
+        except safetensors.SafetensorError as error:
+            full = [code for code in FULL if f"os error {code}" in str(error)]
+            if not full:
+                raise
+            raise OSError(full[0], os.strerror(full[0]), str(path)) from error
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

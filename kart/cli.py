@@ -6,10 +6,11 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from kart import distributed, train
+from kart import code, distributed, train
 from kart.commands import COMMANDS
 from kart.commands.command import Parser, add
 
@@ -36,11 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    args = None
     try:
         args, rest = parser().parse_known_args(argv)
         if rest:
             args.parser.refuse(rest)
         args.given = argv
+        for name in getattr(args, "code", ()):
+            code.use(name)
         return args.call(args)
     except KeyboardInterrupt:
         print("\nkart: stopped; the same command goes on where it stopped", file=sys.stderr)
@@ -51,11 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in argv:
             raise
-        print(f"kart: error: {_one_line(error)}", file=sys.stderr)
+        print(f"kart: error: {_one_line(error, _place(args))}", file=sys.stderr)
         return 2
 
 
-def _one_line(error: Exception) -> str:
+def _place(args: Any) -> Path | None:
+    """The run or study that the command works on, None where there is none yet."""
+    named = (getattr(args, "out", None), getattr(args, "run", None))
+    places = [Path(name) for name in named if isinstance(name, str) and "\0" not in name]
+    marks = ("config.json", "study.json")
+    return next((p for p in places if any((p / mark).is_file() for mark in marks)), None)
+
+
+def _one_line(error: Exception, place: Path | None) -> str:
     """What went wrong, in a line; the traceback of what nobody foresaw goes to a file."""
     # whatever a library says of a connection, without its password
     text = re.sub(r"(://[^\s:/@]*):[^\s/]*@", r"\1:***@", " ".join(str(error).split()))
@@ -64,7 +76,7 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
         return f"this needs more memory than there is ({text[-200:]}). Choose a smaller model."
     with tempfile.NamedTemporaryFile(
-        "w", prefix="kart-", suffix=".txt", delete=False, encoding="utf-8"
+        "w", dir=place, prefix="traceback-", suffix=".txt", delete=False, encoding="utf-8"
     ) as file:
         traceback.print_exception(error, file=file)
     kind = type(error).__name__

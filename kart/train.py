@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import time
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.nn import functional as F
 
-from kart import augment, data, kernels, models, optim, tree
+from kart import augment, code, data, kernels, models, optim, schema, tree
 from kart.data import Dataset
 from kart.models import Model
 
@@ -92,6 +93,8 @@ class Config:
                     f"`Config` needs `{name}` {what}, got {getattr(self, name)!r}. Change it."
                 )
 
+        for name, kind in typing.get_type_hints(Config).items():
+            need(schema.fits(getattr(self, name), kind), name, f"of type {kind}")
         for name in ("epochs", "batch_size", "accumulate"):
             value = getattr(self, name)
             need(isinstance(value, int) and value >= 1, name, "an integer >= 1")
@@ -142,9 +145,10 @@ class Config:
                 "The run was written by another version of kart."
             )
         values: dict[str, Any] = dict(fields)
-        for name in ("operator", "freeze"):
-            if isinstance(values.get(name), list):  # JSON has no tuples
-                values[name] = tuple(values[name])
+        if "operator" in values:  # JSON has no tuples; what was read runs no code
+            values["operator"] = code.stored(values["operator"])
+        if isinstance(values.get("freeze"), list):
+            values["freeze"] = tuple(values["freeze"])
         return cls(**values)
 
     @property

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 import secrets
+import shlex
 import shutil
 import socket
 import subprocess
@@ -89,12 +90,28 @@ def server(programs: Path) -> Iterator[tuple[str, dict[str, str]]]:
         call("pg_ctl", "-w", "-l", str(home / "log"), "-o", options, "start")
         try:
             env = {**os.environ, "PGPASSWORD": password, "OMP_NUM_THREADS": "1"}
+            env["PGDATA"] = str(home / "data")
             env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
             yield f"postgresql://kart@127.0.0.1:{port}/postgres", env
         finally:
             call("pg_ctl", "-m", "immediate", "stop")
     finally:
         shutil.rmtree(home)
+
+
+def restart(programs: Path, data: str, mode: str, down_s: float) -> None:
+    """Stops the server at `data` ("fast" or "immediate") and starts it again after `down_s`."""
+    prefix = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    words = shlex.split((Path(data) / "postmaster.opts").read_text())[1:]
+    place = words.index("-D")
+    options = shlex.join(words[:place] + words[place + 2 :])
+    control = [*prefix, str(programs / "pg_ctl"), "-D", data, "-w"]
+    with open(Path(data).parent / "output", "a") as output:
+        where = {"cwd": Path(data).parent, "stdout": output, "stderr": output}
+        subprocess.run([*control, "-m", mode, "stop"], check=True, **where)
+        time.sleep(down_s)
+        log = str(Path(data).parent / "log")
+        subprocess.run([*control, "-l", log, "-o", options, "start"], check=True, **where)
 
 
 class Seen(NamedTuple):

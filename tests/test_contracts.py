@@ -26,7 +26,7 @@ HOUSE = [
     {"layers"},
     {"tree", "bases", "projections", "kernels", "data", "augment", "tables"},
     {"factories"},
-    {"pages", "statistics"},
+    {"code", "pages", "schema", "statistics"},
 ]
 FLOOR = {room: len(HOUSE) - i for i, rooms in enumerate(HOUSE) for room in rooms}
 # within a floor

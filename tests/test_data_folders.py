@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pictures import CLASSES, numbers, picture, save_folder
 
 from kart import data
-from kart.data import splits
+from kart.data import files, splits
 
 
 @pytest.fixture(autouse=True)
@@ -338,3 +338,14 @@ def test_the_order_is_that_of_the_paths(tmp_path):
     root = lay(tmp_path / "set", train=4, test=3)
     assert np.array_equal(data.load(root, "test").labels, [0, 0, 0, 1, 1, 1])
     assert numbers(data.load(root, "test")) == [0, 1, 2] * 2
+
+
+def test_a_whole_machine_is_no_data_set(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="whole machine"):
+        data.describe("/")
+    monkeypatch.setattr(files, "_OTHERS", 50)
+    (tmp_path / "home" / ".cache").mkdir(parents=True)
+    for i in range(60):
+        (tmp_path / "home" / (".cache" if i % 2 else "") / f"{i}.txt").touch()
+    with pytest.raises(ValueError, match="51 other files and 0 of these"):
+        data.describe(tmp_path / "home")

@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import subprocess
+import time
 
 import optuna
 import pytest
@@ -151,6 +153,40 @@ def test_a_killed_worker_loses_nothing_on_postgresql():
         failed = [trial for trial in trials if trial.state == optuna.trial.TrialState.FAIL]
         assert [trial.number for trial in failed] in ([], [seen.killed.number])
     assert seen.workers == 4
+
+
+@pytest.mark.slow
+@pytest.mark.postgres
+@pytest.mark.skipif(cluster.binaries() is None, reason="no PostgreSQL server on this machine")
+@pytest.mark.parametrize(("mode", "down_s"), [("fast", 0.0), ("immediate", 4.0)])
+def test_a_restart_of_postgresql_loses_nothing(mode, down_s, tmp_path):
+    programs = cluster.binaries()
+    assert programs is not None
+    name, each = "grid_rank_sharing", ["--set", "epochs=10", "--tiny", "--confirm", "0"]
+    with cluster.server(programs) as (url, env):
+        place = ["--storage", url]
+        init = cluster.kart_study("init", name, *place, "--trials", "8", "--group", "1", *each)
+        subprocess.run(init, check=True, env=env, stdout=subprocess.DEVNULL)
+        database = storage.open_database(url.replace("kart@", f"kart:{env['PGPASSWORD']}@"))
+        settings = storage.read_database(database, name)[name]
+        work = cluster.kart_study("work", name, *place, "--threads", "1", "--quiet")
+        worker = subprocess.Popen(
+            [*work, "--storage-timeout", "60"], env=env, stderr=subprocess.PIPE, text=True
+        )
+        studies = storage.studies(database, settings).values()
+        while not any(one.get_trials() for one in studies) and worker.poll() is None:
+            time.sleep(0.2)
+        database.engine.dispose()
+        cluster.restart(programs, env["PGDATA"], mode, down_s)
+        _, error = worker.communicate(timeout=300)
+        found = [one.get_trials() for one in storage.studies(database, settings).values()]
+        database.engine.dispose()
+    assert worker.returncode == 0, error
+    lines = error.splitlines()
+    assert all(line.startswith("kart: the database") for line in lines), error
+    assert len(lines) in (0, 2) and env["PGPASSWORD"] not in error
+    states = [trial.state.name for trials in found for trial in trials]
+    assert set(states) <= {"COMPLETE", "PRUNED"} and len(states) == settings.trials
 
 
 def test_full_rank_training_prints_loss_and_memory(capsys):

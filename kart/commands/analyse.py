@@ -70,6 +70,7 @@ COMMAND = Command(
     "one page on runs: curves, learned functions, attention maps",
     _flags,
     _run,
+    reads=True,
     description="Compares the operators that `kart train` trained at or below a directory, and "
     "writes a self-contained page: training curves, the functions that each head learned, "
     "attention maps over validation images. Scores are those of the test split where `kart eval` "

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 # products of larger numbers overflow
 MOST = 1e30
+CODE_HELP = "run this file (or module), which the operator of what is read names; nothing else is"
 
 Call = Callable[[argparse.Namespace], int]
 
@@ -25,6 +26,7 @@ class Command(NamedTuple):
     description: str | None = None
     epilog: str | None = None
     commands: tuple["Command", ...] = ()
+    reads: bool = False  # what others may have written: code that it names runs by `--code` alone
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,6 +60,10 @@ def add(parser: Parser, commands: Sequence[Command]) -> None:
             continue
         assert one.add_flags is not None and one.run is not None
         one.add_flags(child)
+        if one.reads:
+            child.add_argument(
+                "--code", action="append", default=[], metavar="FILE", help=CODE_HELP
+            )
         child.set_defaults(call=one.run, parser=child)
 
 

@@ -17,7 +17,9 @@ OPERATORS_HELP = """\
 operators: softmax, sigmoid, relu, sparsemax, or FAMILY-NUMBERS followed by B (blockwise) or U
 (universal): G3B (Fourier, grid 3), bspline-G8B, gaussian_rbf-G8B, polynomial-0B, chebyshev-4B,
 rational-5/4B, mexican_hat-B, morlet-B, dog-B, meyer-B, shannon-B. Options follow a colon:
-G3B:rank=24,base=softmax. Heads that differ are joined by +: 2*softmax+G3B.
+G3B:rank=24,base=softmax. Heads that differ are joined by +: 2*softmax+G3B. A basis or operator
+of your own: my_module:sinc-B, sinc.py:sinc-8U:rank=4 (numbers are the first arguments of its
+factory). Naming it runs that code.
 """
 
 Parse = Callable[[str], Any]

@@ -1,37 +1,42 @@
 """`kart data`: what would be read of a source of images."""
 
 import argparse
+from pathlib import Path
 
-import numpy as np
+from kart import data
+from kart.commands.command import Command
 
-from kart import data, tables
-from kart.commands.command import Command, integer
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="digits, a directory, or a public name")
-    parser.add_argument(
-        "--decode-size",
-        type=integer(1),
-        metavar="INT",
-        help="side to cut images to, where they differ",
-    )
+    parser.add_argument("--sheet", metavar="PNG", help="draw some images of each class into a file")
+    parser.add_argument("--image-column", metavar="NAME", help="the column of the images")
+    parser.add_argument("--label-column", metavar="NAME", help="the column of the labels")
+    parser.add_argument("--config", metavar="NAME", help="configuration of a public name")
+    parser.add_argument("--revision", metavar="NAME", help="git revision of a public name")
 
 
 def _run(args: argparse.Namespace) -> int:
-    splits = {
-        name: data.load(args.source, name, image_size=args.decode_size) for name in data.SPLITS
-    }
-    first = splits["train"]
-    counts = {
-        name: np.bincount(one.labels, minlength=len(one.classes)) for name, one in splits.items()
-    }
-    rows = [[name, *(str(counts[s][i]) for s in splits)] for i, name in enumerate(first.classes)]
-    rows.append(["all", *(str(len(one.labels)) for one in splits.values())])
-    print(tables.table(rows, ["class", *splits]))
-    shape = " x ".join(str(size) for size in first.images.shape[1:])
-    print(f"{first.name}: images of {shape} (channels, height, width)")
+    sheet = None if args.sheet is None else Path(args.sheet)
+    if sheet is not None and (sheet.suffix.lower() not in PICTURES or not sheet.parent.is_dir()):
+        raise ValueError(
+            f"`--sheet` needs a file name that ends in {', '.join(PICTURES)} in a directory that "
+            f"is there, got {args.sheet!r}."
+        )
+    names = ("image_column", "label_column", "config", "revision")
+    options = {name: getattr(args, name) for name in names}
+    print(data.summary(data.describe(args.source, **options)))
+    if sheet is not None:
+        data.contact_sheet(args.source, **options).save(sheet)
+        print(f"written to {sheet}")
     return 0
 
 
-COMMAND = Command("data", "show what would be read: splits, classes, counts, sizes", _flags, _run)
+COMMAND = Command(
+    "data",
+    "show what would be read: splits, classes, counts, sizes, what is left out or changed",
+    _flags,
+    _run,
+)

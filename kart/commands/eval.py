@@ -66,6 +66,7 @@ COMMAND = Command(
     "score runs on the test split",
     _flags,
     _run,
+    reads=True,
     description="Scores every run at or below a directory. This is the only command that reads "
     "the test split.",
 )

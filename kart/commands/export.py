@@ -47,6 +47,7 @@ COMMAND = Command(
     "write the model of a run to one file, for kart, timm, torch.export or ONNX",
     _flags,
     _run,
+    reads=True,
     description="Writes the weights of one finished run. The file maps standardised images to "
     "logits; mean, deviation, size and classes stand in the JSON file beside it.",
 )

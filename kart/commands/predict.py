@@ -1,8 +1,6 @@
 """`kart predict`: the classes of images, by the model of a run."""
 
 import argparse
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +25,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     one = runs.only(args.run, args.checkpoint, args.seed)
     own = one.identity.data
-    pixels = np.stack([read(Path(name), tuple(own["image"])) for name in args.images])
+    pixels = np.stack([data.read_image(name, tuple(own["image"])) for name in args.images])
     dataset = owned.empty(own)
     images = train.prepare(data.as_float(torch.from_numpy(pixels)), dataset, one.config)
     with torch.no_grad():
@@ -44,52 +42,12 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """An image file as uint8 `shape`, (channels, height, width): transparency composited on white,
-    colour to grey by luminance, the shorter side scaled and the centre cropped.
-    """
-    pillow = _pillow()
-    from PIL import ImageOps
-
-    channels, height, width = shape
-    try:
-        with pillow.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"mode {image.mode} is not 8 bits a channel")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                ground = pillow.new("RGBA", image.size, "white")
-                image = pillow.alpha_composite(ground, image)
-            image = ImageOps.fit(
-                image.convert("L" if channels == 1 else "RGB"),
-                (width, height),
-                method=pillow.Resampling.BICUBIC,
-            )
-    # Pillow raises OSError, ValueError, SyntaxError, struct.error, ... on a damaged file
-    except Exception as error:
-        raise ValueError(
-            f"`predict` needs whole 8-bit images, got {str(path)!r} ({error}). Replace or drop it."
-        ) from error
-    array = np.asarray(image)
-    return array[None] if channels == 1 else array.transpose(2, 0, 1)
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ValueError(
-            '`predict` needs Pillow to read images. Run `pip install "kart-attention[data]"`.'
-        ) from None
-    return Image
-
-
 COMMAND = Command(
     "predict",
     "print the classes of images, with probabilities, by the model of a run",
     _flags,
     _run,
+    reads=True,
     description="Reads images as the run's own data were read, with its size and statistics, and "
     "prints the most probable classes.",
 )

@@ -16,6 +16,7 @@ from kart.commands.config import THREADS, check_device
 
 if TYPE_CHECKING:
     from kart.search import Study
+    from kart.search.question import Question
     from kart.search.report import Arms
     from kart.search.storage import RDBStorage, Settings
     from kart.search.work import Home
@@ -99,6 +100,16 @@ def _home_flags(parser: argparse.ArgumentParser, out: str) -> None:
     )
 
 
+def _wait_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--storage-timeout",
+        type=number(0),
+        default=300.0,
+        metavar="SECONDS",
+        help="how long to wait for a database server that is away (300)",
+    )
+
+
 def _study_flags(parser: argparse.ArgumentParser) -> None:
     count, positive = integer(0), integer(1)
     parser.add_argument("study", help="a name of `kart study list`, or a file of your own")
@@ -155,6 +166,7 @@ def _study_flags(parser: argparse.ArgumentParser) -> None:
 def _run_flags(parser: argparse.ArgumentParser) -> None:
     _study_flags(parser)
     _home_flags(parser, "run directory; with --storage, where the report goes")
+    _wait_flags(parser)
     _place_flags(parser)
     _search_flags(parser)
 
@@ -162,12 +174,14 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
 def _init_flags(parser: argparse.ArgumentParser) -> None:
     _study_flags(parser)
     _home_flags(parser, "run directory")
+    _wait_flags(parser)
     _place_flags(parser)
 
 
 def _work_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", help="the study that was created: its name, or your file of it")
     _home_flags(parser, "run directory")
+    _wait_flags(parser)
     parser.add_argument("--data", help="where the data is on this machine")
     _place_flags(parser)
     _search_flags(parser)
@@ -219,6 +233,18 @@ def _elsewhere(args: argparse.Namespace) -> dict[str, Any]:
     return _place(args) | ({} if args.data is None else {"data": args.data})
 
 
+def _give_code(study: "Study") -> None:
+    """Runs the user's own code that the operators of the study's arms name, as its file does."""
+    from kart import code, operators
+    from kart.search.space import first
+
+    for space in study.spaces(study.config, {}).values():
+        chosen = first(space).operator
+        for spec in [chosen] if isinstance(chosen, str) else chosen:
+            for name in operators.sources(spec):
+                code.use(name)
+
+
 def _set_up(args: argparse.Namespace) -> Opened:
     from kart.search import question, storage, work
     from kart.search.trials import LIMITS, OBJECTIVES, loader
@@ -226,6 +252,7 @@ def _set_up(args: argparse.Namespace) -> Opened:
     where = work.home(None if args.storage else args.out, args.storage)
     found = question.load(args.study)
     study = found.study
+    _give_code(study)
     changes = dict(study.tiny) if args.tiny else {}
     given = ("data", "epochs", "train_limit", "trials", "seeds", "confirm", "sampler", "pruner")
     changes |= {n: getattr(args, n) for n in given if getattr(args, n) is not None}
@@ -263,16 +290,24 @@ def _set_up(args: argparse.Namespace) -> Opened:
     place = _place(args)
     torch.set_num_threads(place["threads"])
     database, settings = work.set_up(
-        where, settings, study, lambda: work.fastest_group(study, settings, load, place)
+        where,
+        settings,
+        study,
+        lambda: work.fastest_group(study, settings, load, place),
+        args.storage_timeout,
     )
     return Opened(where, database, settings, study)
 
 
-def _open(args: argparse.Namespace, name: str | None) -> Opened:
-    """A study that is there already; runs no code of it."""
-    from kart.search import storage, work
+def _open(args: argparse.Namespace, name: str | None, asked: "Question | None" = None) -> Opened:
+    """A study that is there already; runs no code. `asked` is its code, where the command line has
+    named it, which must be the study's own.
+    """
+    from kart.search import journal, storage, work
+    from kart.train import Config
 
     where = work.home(None if args.storage else args.out, args.storage)
+    wait_s = getattr(args, "storage_timeout", 0.0)
     if where.directory is not None:
         found = storage.read_settings(where.directory)
         if found is None:
@@ -285,33 +320,35 @@ def _open(args: argparse.Namespace, name: str | None) -> Opened:
                 f"`study` needs to be {found.study!r}, which {args.out!r} holds, got {name!r}."
             )
     else:
-        several = storage.read_database(storage.open_database(where.url), name)
+        several = storage.read_database(storage.open_database(where.url, wait_s=wait_s), name)
         if len(several) != 1:
             raise ValueError(
                 f"`study` needs the name of one study in {where.name!r}, got {name!r}; there "
                 f"are {sorted(several) or 'none'}. Create it with `kart study init`."
             )
         found = next(iter(several.values()))
-    database = storage.open_database(where.url, found.heartbeat)
     now = storage.changed(found, versions=storage.versions())
+    if asked is not None:
+        spaces = asked.study.spaces(Config.fromdict(found.config), found.fix)
+        prints = {arm: work.fingerprint(space) for arm, space in spaces.items()}
+        now = storage.changed(now, spaces=prints, source=asked.source)
     storage.check_same(found, now, where.name)
-    return Opened(where, database, found, None)
+    if where.directory is not None and asked is not None:
+        work.mend(where, found, asked.study)
+    elif where.directory is not None:
+        journal.check(where.directory, work.names(found))
+    database = storage.open_database(where.url, found.heartbeat, wait_s=wait_s)
+    return Opened(where, database, found, None if asked is None else asked.study)
 
 
 def _join(args: argparse.Namespace) -> Opened:
     """A study that is there, with the code that the command line names, which must be its own."""
-    from kart.search import question, storage, work
-    from kart.train import Config
+    from kart.search import question
 
     name = Path(args.study).stem if args.study.endswith(".py") else args.study
-    opened = _open(args, name)
-    found = question.load(args.study)
-    settings = opened.settings
-    spaces = found.study.spaces(Config.fromdict(settings.config), settings.fix)
-    prints = {arm: work.fingerprint(space) for arm, space in spaces.items()}
-    now = storage.changed(settings, spaces=prints, source=found.source)
-    storage.check_same(settings, now, opened.where.name)
-    return opened._replace(study=found.study)
+    asked = question.load(args.study)
+    _give_code(asked.study)
+    return _open(args, name, asked)
 
 
 def _worker() -> str:
@@ -423,11 +460,14 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from kart.search import storage, work
+    from kart.search import journal, storage, work
 
     where = work.home(None if args.storage else args.out, args.storage)
-    if where.directory is not None and storage.read_settings(where.directory) is None:
-        raise ValueError(f"`--out` needs a directory with a study, got {args.out!r}.")
+    if where.directory is not None:
+        found = storage.read_settings(where.directory)
+        if found is None:
+            raise ValueError(f"`--out` needs a directory with a study, got {args.out!r}.")
+        journal.check(where.directory, work.names(found))
     database = storage.open_database(where.url)
     for name, settings in storage.read_database(database).items():
         for arm, one in storage.studies(database, settings).items():
@@ -443,15 +483,22 @@ COMMAND = Command(
     "Optuna studies: run, init, work, report, status, list",
     description=DESCRIPTION,
     commands=(
-        Command("run", "set up, search, confirm the winners, write the report", _run_flags, _run),
+        Command(
+            "run",
+            "set up, search, confirm the winners, write the report",
+            _run_flags,
+            _run,
+            reads=True,
+        ),
         Command("init", "create a study (and tables) for workers, once", _init_flags, _init),
         Command(
             "work",
             "work on a study that was created; join and leave at will",
             _work_flags,
             _work,
+            reads=True,
         ),
-        Command("report", "write report.html and trials.csv", _report_flags, _report),
+        Command("report", "write report.html and trials.csv", _report_flags, _report, reads=True),
         Command("status", "the studies in a directory or database", _status_flags, _status),
         Command("list", "the questions there are", lambda parser: None, _list),
     ),

@@ -12,7 +12,7 @@ import torch
 
 from kart import distributed, population, recipes, runs, tables, train, tree
 from kart.analysis import cost
-from kart.commands.command import Command, integer
+from kart.commands.command import Command, integer, number
 from kart.commands.config import OPERATORS_HELP, add_config_flags, check_device, configs_of
 from kart.runs import donors
 from kart.train import Config, Record
@@ -38,6 +38,13 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", help="run directory (default runs/<data>-<hash of the config>)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--space-timeout",
+        type=number(0),
+        default=600.0,
+        metavar="SECONDS",
+        help="how long to wait for room where the disk is full (600)",
+    )
     add_config_flags(parser)
 
 
@@ -54,6 +61,7 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
     seeds = [config.seed for config in population.seeds(named[0], args.seeds)]
     splits = train.load_data(named[0])
     out = Path(args.out) if args.out else runs.default_directory(named, seeds)
+    args.out = str(out)  # where the traceback of what nobody foresaw goes
     homes = runs.homes(named, out)
     # nothing is written before all of it is known to be in order
     for config, home in zip(named, homes, strict=True):
@@ -86,7 +94,7 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
         parts = runs.parts(configs, size, home)
         last: list[Record] = []
         for part, directory in parts:
-            last += _train(part, splits, directory, args.quiet, ranks)
+            last += _train(part, splits, directory, args.quiet, args.space_timeout, ranks)
         print(
             "".join(f"{one}\n" for one in {donors.told(home) for _, home in parts} if one), end=""
         )
@@ -154,6 +162,7 @@ def _train(
     splits: train.Splits,
     directory: Path,
     quiet: bool,
+    wait_s: float,
     ranks: train.Ranks,
 ) -> list[Record]:
     seeds = ",".join(str(config.seed) for config in configs)
@@ -174,7 +183,9 @@ def _train(
                     tell = f"{label}: about {left / 86_400:,.0f} days for {total:,} steps"
                     print(f"{tell}; stop it with Ctrl-C, it goes on later", file=sys.stderr)
 
-        for record in runs.execute(directory, configs, splits, on_step=on_step, ranks=ranks):
+        for record in runs.execute(
+            directory, configs, splits, on_step=on_step, space_timeout=wait_s, ranks=ranks
+        ):
             top1 = [one["val_top1"] for one in population.split_record(record, len(configs))]
             shown = tables.spread(top1)
             bar.set_postfix_str(f"epoch {record['epoch']}/{configs[0].epochs} val {shown} %")

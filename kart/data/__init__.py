@@ -2,7 +2,7 @@
 
 from kart.data.batches import as_float, batch_indices, generator_for, normalise, take
 from kart.data.dataset import SPLITS, Converted, Dataset, Unused
-from kart.data.loading import load, notes
+from kart.data.loading import load, notes, read_image
 from kart.data.names import SHORT
 from kart.data.overview import Description, SplitDescription, contact_sheet, describe, summary
 
@@ -22,6 +22,7 @@ __all__ = [
     "load",
     "normalise",
     "notes",
+    "read_image",
     "summary",
     "take",
 ]

@@ -5,6 +5,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from kart.data.dataset import Unused
 
 IMAGES = frozenset(
@@ -17,6 +19,9 @@ _OTHER_IMAGES = frozenset(
     + (".dcm", ".exr", ".hdr", ".jpx", ".ico")
 )
 _DEPTH = 64
+# a data set has few files beside its images: more are a home directory, or a whole machine
+_OTHERS = 200_000
+_SYSTEM = ("/", "/proc", "/sys", "/dev")
 
 
 class Folder(NamedTuple):
@@ -61,10 +66,25 @@ def walk(root: Path) -> Found:
     named.
     """
     real = Path(os.path.realpath(root))
+    if str(real) in _SYSTEM:
+        raise ValueError(
+            f"`load` needs a directory of images or tables, got {str(root)!r}, which holds a whole "
+            "machine. Name the directory of the data."
+        )
     counts: Counter[tuple[str, str]] = Counter()
     links: list[tuple[Folder, Path]] = []
     left_out: list[tuple[Path, Path]] = []
     visited = {str(real)}
+    seen = {"used": 0, "others": 0}
+
+    def count(used: bool) -> None:
+        seen["used" if used else "others"] += 1
+        if seen["others"] > _OTHERS + 10 * seen["used"]:
+            raise ValueError(
+                f"`load` needs a directory of images or tables, got {str(root)!r} with "
+                f"{seen['others']:,} other files and {seen['used']:,} of these, so far. Name the "
+                "directory of the data."
+            )
 
     def read(path: Path, name: str, depth: int) -> Folder:
         if depth > _DEPTH:
@@ -81,13 +101,16 @@ def walk(root: Path) -> Found:
                 f"`load` cannot list {str(path)!r}: {err.strerror}. Make it readable."
             ) from err
         for entry in entries:
+            bar.update(1)
             place, suffix = path / entry.name, Path(entry.name).suffix.lower()
             kind = suffix in IMAGES or suffix in _OTHER_IMAGES or suffix == ".parquet"
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 inner = entry.is_dir(follow_symlinks=False)
-                count = sum(len(names) for *_, names in os.walk(place)) if inner else 1
                 what = f"{place.relative_to(root)}/" if inner else ".*"
-                counts[what, "hidden"] += count
+                below = (file for *_, names in os.walk(place) for file in names)
+                for _ in below if inner else (place,):
+                    count(False)
+                    counts[what, "hidden"] += 1
             elif entry.is_symlink() and not place.exists():
                 counts[str(place.relative_to(root)), "a link that leads nowhere"] += 1
             elif entry.is_symlink() and (entry.is_dir() or kind):
@@ -112,6 +135,7 @@ def walk(root: Path) -> Found:
         return folder
 
     def add(folder: Folder, place: Path, suffix: str) -> None:
+        count(suffix in IMAGES or suffix == ".parquet")
         if suffix in IMAGES:
             folder.images.append(place)
         elif suffix == ".parquet":
@@ -123,7 +147,9 @@ def walk(root: Path) -> Found:
             what = f"*{suffix}" if suffix else "files without a suffix"
             counts[what, "neither an image nor a parquet file"] += 1
 
-    top = read(root, root.name, 0)
+    bar = tqdm(desc=f"listing {root}", unit=" files", delay=2, disable=None)
+    with bar:
+        top = read(root, root.name, 0)
     # after the real folders: a link to one of them adds nothing; those found below a link come last
     for folder, place in links:
         target = os.path.realpath(place)

@@ -105,12 +105,34 @@ def load(
     )
 
 
+def read_image(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
+    """One image file as uint8 `shape`, (channels, height, width), read as `load` reads it."""
+    channels, height, width = shape
+    image, _ = images.decode(path, repr(str(path)))
+    if image.size != (width, height):
+        if width != height:
+            raise ValueError(
+                f"`read_image` needs images of {width} x {height}, got {str(path)!r} of "
+                f"{image.width} x {image.height}. Cut it to that size."
+            )
+        image = images.resize(image, height)
+    pixels = np.asarray(image)
+    return _luminance(pixels)[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
 def check_options(source: Any, image_size: Any, *options: Any) -> None:
     """Refuses a source, a size, columns, a `config` or a `revision` of a wrong type or range."""
     if not isinstance(source, str | Path) or not str(source):
         raise ValueError(f"`load` needs `source` to be a name or a path, got {source!r}.")
     if "\0" in str(source):
         raise ValueError(f"`load` needs `source` to be a name or a path, got {source!r}.")
+    try:
+        Path(source).exists()
+    except OSError as err:  # too long a name
+        raise ValueError(
+            f"`load` needs `source` to be a name or a path, got {str(source)!r:.100} "
+            f"({err.strerror})."
+        ) from err
     names = ("image_column", "label_column", "config", "revision")
     for name, value in zip(names, options, strict=True):
         if value is not None and (not isinstance(value, str) or not value):

@@ -5,9 +5,11 @@ Each model is a file that composes `blocks.py` and ends in its `FAMILY`; FAMILIE
 
 import dataclasses
 import difflib
+import typing
 from collections.abc import Mapping
 from typing import Any
 
+from kart import code, schema
 from kart.models import resize as resizing
 from kart.models.convit import FAMILY as CONVIT
 from kart.models.convit import ConViTConfig
@@ -18,6 +20,7 @@ from kart.models.vit import FAMILY as VIT
 from kart.models.vit import ViTConfig, vit
 from kart.models.vitdet import FAMILY as VITDET
 from kart.models.vitdet import ViTDetConfig
+from kart.operators import Operator
 
 __all__ = ["FAMILIES", "MODELS", "ConViTConfig", "Model", "Site", "SwinConfig", "ViTConfig"]
 __all__ += ["ViTDetConfig", "create", "from_config", "resize", "vit"]
@@ -43,7 +46,14 @@ def create(name: str, operator: Choice = "softmax", **overrides: Any) -> Model:
     >>> model.config.tokens, model.config.sharing
     (65, 'blockwise')
     """
-    found = [family for family in FAMILIES.values() if name in family.sizes]
+    each = operator if isinstance(operator, list | tuple) else [operator]
+    # an Operator is a tuple itself
+    if not isinstance(operator, Operator) and not all(isinstance(x, str | Operator) for x in each):
+        raise ValueError(
+            f"`create` needs `operator` to be a spec, an Operator or one of either a block, got "
+            f"{operator!r:.100}. Pass for example 'G3B'."
+        )
+    found = [f for f in FAMILIES.values() if isinstance(name, str) and name in f.sizes]
     if not found:
         near = difflib.get_close_matches(str(name), MODELS, n=3, cutoff=0.3) or list(MODELS)
         raise ValueError(
@@ -58,23 +68,36 @@ def create(name: str, operator: Choice = "softmax", **overrides: Any) -> Model:
             f"`create` needs overrides among {sorted(fields)}, got {unknown}. "
             f"Near matches: {', '.join(near) or 'none'}."
         )
+    hints = typing.get_type_hints(found[0].config)
+    for field, value in overrides.items():
+        optional = value is None and field == "sharing"  # left to the spec
+        if field in hints and not optional and not schema.fits(value, hints[field]):
+            raise ValueError(
+                f"`create` needs `{field}` of type {hints[field]}, got {value!r:.100}. Change it."
+            )
     return found[0].build(operator, **{**found[0].sizes[name], **overrides})
 
 
 def from_config(config: Mapping[str, Any]) -> Model:
     """The model whose `dataclasses.asdict(model.config)` is `config`, as checkpoints store it.
 
-    A config without `family`, as kart wrote them before there was more than one, is a ViT's.
+    A config without `family`, as kart wrote them before there was more than one, is a ViT's. Code
+    of one's own that its `operator` names is not run: see `kart.code.use`.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(
+            f"`from_config` needs the config of a model as a dict, got {type(config).__name__}. "
+            "Pass the config stored in a kart checkpoint."
+        )
     fields = dict(config)
-    family = FAMILIES.get(fields.pop("family", "vit"))
+    family = FAMILIES.get(str(fields.pop("family", "vit")))
     if family is None:
         raise ValueError(
             f"`from_config` needs a `family` in {list(FAMILIES)}, got {config['family']!r}. "
             "The config was written by another version of kart."
         )
     try:
-        return family.build(fields.pop("operator"), **fields)
+        return family.build(code.stored(fields.pop("operator")), **fields)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"`from_config` needs the fields of {family.config.__name__}, got {sorted(config)} "

@@ -38,7 +38,7 @@ from kart.operators.mixtures import hybrid
 from kart.operators.offset import beside_relative, by_offset, softconv
 from kart.operators.relative import relative
 from kart.operators.resize import resize
-from kart.operators.spec import Spec
+from kart.operators.spec import Spec, sources
 from kart.operators.static import static
 from kart.operators.sums import added
 
@@ -55,7 +55,7 @@ __all__ = ["EXAMPLES", "OPERATORS", "Factored", "Operator", "Source", "Spec", "a
 __all__ += ["beside_relative", "by_offset", "cosformer", "entmax", "from_logits", "from_rows"]
 __all__ += ["full_rank", "gated", "hybrid", "linformer", "low_rank", "options", "parse"]
 __all__ += ["performer", "project_first", "relative", "relu", "resize", "sigmoid", "softconv"]
-__all__ += ["softmax", "sparsemax", "static", "synthesizer", "tempered", "two_stage"]
+__all__ += ["softmax", "sources", "sparsemax", "static", "synthesizer", "tempered", "two_stage"]
 
 
 def parse(spec: str, **overrides: Any) -> Spec:
@@ -67,6 +67,10 @@ def parse(spec: str, **overrides: Any) -> Spec:
     `identity|silu|gelu` (also `unit_base`), `init`, `mix`, `scales=true`,
     `order=low_rank|full_rank|project_first|two_stage`, and the family's own (`degree`,
     `span=-4..4`, `omega`, `reading`). Heads that differ are joined with `+`: `2*softmax+G3B`.
+
+    A basis or operator of your own, or a factory of one, stands behind its module or file, which
+    is run: `my_module:sinc-B`, `sinc.py:sinc-8U:rank=4`. Numbers are the first arguments of its
+    factory, options the others.
 
     Args:
         spec: the string.

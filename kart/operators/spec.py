@@ -2,7 +2,9 @@
 
 It knows no operator and no family by name: what may be written is read off the signatures of the
 factories that it is given. A factory whose first parameter is `basis` is an order, which meets a
-family (`polynomial-1B:order=full_rank`); any other stands by its own name (`softmax`).
+family (`polynomial-1B:order=full_rank`); any other stands by its own name (`softmax`). A basis or
+an operator of the user's own stands behind the module or file that holds it: `my_module:sinc-B`,
+`file.py:hats-8U:rank=4`; numbers are the first arguments of its factory.
 """
 
 import inspect
@@ -10,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kart import bases
+from kart import bases, code
 from kart.operators.contract import Operator, near_matches
 from kart.operators.mixtures import hybrid
 
@@ -22,6 +24,12 @@ WORDS = {"none": None, "None": None, "true": True, "True": True, "false": False,
 DIGITS = 6
 HEAD = re.compile(
     r"(?:(?P<name>[a-z][a-z_]*)(?:-|$))?(?P<numbers>G?[0-9]+(?:/[0-9]+)*)?(?P<sharing>[BU])?"
+)
+# a module or file, a name in it, and the numbers and letter as above
+OWN = re.compile(
+    r"(?P<source>[^:]+):(?P<name>[A-Za-z_]\w*)"
+    r"(?:-(?=[0-9BU])(?P<numbers>[0-9]+(?:/[0-9]+)*)?(?P<sharing>[BU])?)?(?::(?P<options>.*))?",
+    re.ASCII,
 )
 WHOLE = re.compile(r"[+-]?[0-9]+")
 REAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -42,16 +50,23 @@ class Head(NamedTuple):
     text: str
     factory: Factory
     family: str | None
+    units: Callable[..., bases.Basis] | None  # the factory of the family
     numbers: Mapping[str, int]
     options: Mapping[str, Any]
     sharing: str | None
     order: str | None = None  # where the spec names it
+    source: str | None = None  # the user's module or file
 
 
 def parameters(factory: Callable[..., Any]) -> dict[str, Any]:
     """The options of a factory and their defaults."""
     found = inspect.signature(factory).parameters
-    return {name: p.default for name, p in found.items() if name != "basis"}
+    varied = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {
+        name: None if p.default is p.empty else p.default
+        for name, p in found.items()
+        if name != "basis" and p.kind not in varied
+    }
 
 
 def takes_basis(factory: Factory) -> bool:
@@ -62,9 +77,9 @@ def takes_basis(factory: Factory) -> bool:
 def options_of(head: Head) -> dict[str, Any]:
     """Every option that a head may be given, and its default; those of the units come last."""
     own = parameters(head.factory)
-    if head.family is None:
+    if head.units is None:
         return own
-    units = parameters(bases.FAMILIES[head.family])
+    units = parameters(head.units)
     named = {"unit_base" if name == "base" else name: value for name, value in units.items()}
     return {**own, **{name: value for name, value in named.items() if name not in own}}
 
@@ -128,6 +143,9 @@ def read_options(spec: str, text: str) -> dict[str, Any]:
 def read_head(spec: str, text: str, factories: Sequence[Factory], order: str | None) -> Head:
     """One kind of head, of `order` where it names none; nothing is made yet."""
     orders = {f.__name__: f for f in factories if takes_basis(f)}
+    own = read_own(spec, text, orders, order)
+    if own is not None:
+        return own
     alone = {f.__name__: f for f in factories if not takes_basis(f)}
     written, colon, tail = text.partition(":")
     options = read_options(spec, tail) if colon else {}
@@ -142,7 +160,7 @@ def read_head(spec: str, text: str, factories: Sequence[Factory], order: str | N
     if name in alone:
         if match["numbers"]:
             raise refusal(spec, f"{name} takes no numbers, got {match['numbers']}")
-        return Head(spec, alone[name], None, {}, options, sharing)
+        return Head(spec, alone[name], None, None, {}, options, sharing)
     # numbers alone are those of the first family
     family = name or next(iter(bases.FAMILIES))
     fields = bases.NUMBERS.get(family, ())
@@ -154,18 +172,87 @@ def read_head(spec: str, text: str, factories: Sequence[Factory], order: str | N
         wanted = "/".join(f"{field} ({defaults[field]})" for field in fields) or "no numbers"
         raise refusal(spec, f"{family} needs {wanted} before B or U")
     named = options.pop("order", None)
-    order = named or order or next(iter(orders))
-    if order not in orders:
-        raise refusal(
-            spec,
-            f"order must be one of {', '.join(orders)}, got {order!r}",
-            near_matches(order, list(orders)),
-        )
+    make = pick_order(spec, named or order, orders)
+    numbers = numbered(spec, fields, values, options)
+    return Head(spec, make, family, bases.FAMILIES[family], numbers, options, sharing, named)
+
+
+def pick_order(spec: str, name: str | None, orders: Mapping[str, Factory]) -> Factory:
+    """The order of that name; the first for None."""
+    if name is None:
+        return next(iter(orders.values()))
+    if name not in orders:
+        near = near_matches(name, list(orders))
+        raise refusal(spec, f"order must be one of {', '.join(orders)}, got {name!r}", near)
+    return orders[name]
+
+
+def numbered(
+    spec: str, fields: Sequence[str], values: Sequence[int], options: Mapping[str, Any]
+) -> dict[str, int]:
+    """The numbers of a spec by the names of what they set, which no option may set again."""
     numbers = dict(zip(fields, values, strict=False))
     for field in numbers:
         if field in options:
             raise refusal(spec, f"{field} is given twice, as {numbers[field]} and by an option")
-    return Head(spec, orders[order], family, numbers, options, sharing, named)
+    return numbers
+
+
+def own_match(text: str) -> re.Match[str] | None:
+    """The parts of a head of the user's own, as `OWN` has them; None where it is none."""
+    match = OWN.fullmatch(text)
+    source = match["source"] if match else ""
+    plain = HEAD.fullmatch(source)
+    known = plain and (plain["numbers"] or plain["name"] in bases.FAMILIES)
+    return None if known or not code.is_name(source) else match
+
+
+def sources(spec: str) -> set[str]:
+    """The modules and files of the user's own that a spec names; nothing is run."""
+    heads = [part.partition("*")[2] or part for part in str(spec).split("+")]
+    return {match["source"] for match in map(own_match, heads) if match is not None}
+
+
+def read_own(spec: str, text: str, orders: Mapping[str, Factory], order: str | None) -> Head | None:
+    """One kind of head of the user's own, None where `text` names none. This may run its code."""
+    match = own_match(text)
+    if match is None:
+        return None
+    source, name = match["source"], match["name"]
+    found = code.find(spec, source, name)
+    factory: Callable[..., Any] = found if callable(found) else lambda: found
+    options = read_options(spec, match["options"]) if match["options"] is not None else {}
+    if takes_basis(factory):
+        raise refusal(spec, f"{name} of {source} takes a basis: give a factory that makes its own")
+    fields = parameters(factory)
+    values = [read_whole(spec, number) for number in (match["numbers"] or "").split("/") if number]
+    if len(values) > len(fields):
+        raise refusal(spec, f"{name} of {source} takes {len(fields)} numbers, got {len(values)}")
+    named = options.pop("order", None)
+    numbers = numbered(spec, list(fields), values, options)
+    own = {field: value for field, value in options.items() if field in fields}
+    made = call_own(spec, source, factory, {**numbers, **own})
+    sharing = SHARING[match["sharing"]]
+    if isinstance(made, Operator):
+        if named:
+            raise refusal(spec, f"order={named!r} has no effect on {name} of {source}")
+        return Head(spec, factory, None, None, numbers, options, sharing, None, source)
+    if not isinstance(made, bases.Basis):
+        raise refusal(
+            spec,
+            f"{name} of {source} must be a basis or an operator, or make one, got "
+            f"{type(made).__name__}",
+        )
+    make = pick_order(spec, named or order, orders)
+    return Head(spec, make, name, factory, numbers, options, sharing, named, source)
+
+
+def call_own(spec: str, source: str, factory: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    """What a factory of the user's own makes; its errors in one line, with file and line."""
+    try:
+        return factory(**given)
+    except Exception as error:
+        raise refusal(spec, f"its factory raised {code.where(error, source)}") from error
 
 
 def fits(value: Any, default: Any) -> bool:
@@ -185,14 +272,14 @@ def checked(head: Head, given: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, value in given.items():
         # `base` names what is added to rows (softmax) or to units (eq. 5): no value is both
-        if name == "base" and head.family is not None:
+        if name == "base" and head.units is not None:
             words = ["softmax", *bases.BASES]
             if value is not None and value not in words:
                 why = f"`base` must be one of {', '.join(words)}, got {value!r}"
                 raise refusal(head.text, why, near_matches(value, words))
             name = "unit_base" if value in bases.BASES else "base"
         if name not in known:
-            what = head.factory.__name__ if head.family is None else head.family
+            what = head.family or (head.text if head.source else head.factory.__name__)
             takes = f"it takes {', '.join(known)}" if known else "it takes no options"
             raise refusal(
                 head.text,
@@ -211,14 +298,22 @@ def checked(head: Head, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def make(head: Head, options: Mapping[str, Any]) -> Operator:
     """The operator of a head with its checked options."""
-    if head.family is None:
-        return head.factory(**options)
+    if head.units is None:
+        given = {**head.numbers, **options}
+        if head.source is not None:
+            return call_own(head.text, head.source, head.factory, given)
+        return head.factory(**given)
     own = parameters(head.factory)
     outer = {name: value for name, value in options.items() if name in own}
     inner = {name: value for name, value in options.items() if name not in own}
     if "unit_base" in inner:
         inner["base"] = inner.pop("unit_base")
-    return head.factory(bases.FAMILIES[head.family](**head.numbers, **inner), **outer)
+    given = {**head.numbers, **inner}
+    if head.source is not None:
+        basis = call_own(head.text, head.source, head.units, given)
+    else:
+        basis = head.units(**given)
+    return head.factory(basis, **outer)
 
 
 def split(
@@ -228,7 +323,7 @@ def split(
     if not isinstance(spec, str) or not spec or not spec.isascii():
         raise refusal(str(spec), "it must be a word of ASCII letters", examples(factories)[:6])
     parts = []
-    for part in spec.split("+"):
+    for part in str(spec).split("+"):
         count, star, rest = part.partition("*")
         if star and not WHOLE.fullmatch(count):
             raise refusal(spec, f"{count!r} before * is not a number of heads")
@@ -236,7 +331,9 @@ def split(
         if number < 1:
             raise refusal(spec, f"{count} before * is not a number of heads of at least 1")
         text = rest if star else part
-        parts.append((text, read_head(spec, text, factories, order), number))
+        # the names of its operators are stored as it is
+        named = code.Stored(text) if isinstance(spec, code.Stored) else text
+        parts.append((named, read_head(spec, text, factories, order), number))
     return parts
 
 
@@ -245,7 +342,7 @@ def open_options(spec: str, factories: Sequence[Factory]) -> set[str]:
     found: set[str] = set()
     for _, head, _ in split(spec, factories):
         found |= set(options_of(head)) - set(checked(head, head.options)) - set(head.numbers)
-        found |= {"order"} if head.family is not None and head.order is None else set()
+        found |= {"order"} if head.units is not None and head.order is None else set()
     return found
 
 
@@ -255,7 +352,7 @@ def read(spec: str, factories: Sequence[Factory], overrides: Mapping[str, Any]) 
     order = asked.pop("order", None)
     parts = split(spec, factories, order)
     if order is not None and not any(
-        head.family is not None and head.factory.__name__ == order for _, head, _ in parts
+        head.units is not None and head.factory.__name__ == order for _, head, _ in parts
     ):
         raise refusal(spec, f"order={order!r}, given beside it, has no effect")
     given = [checked(head, head.options) for _, head, _ in parts]
@@ -267,7 +364,8 @@ def read(spec: str, factories: Sequence[Factory], overrides: Mapping[str, Any]) 
     ]
     for (_, head, _), op in zip(parts, made, strict=True):
         if head.sharing and not op.traits.get("learned"):
-            raise refusal(spec, f"{head.factory.__name__} has no parameters to share")
+            what = head.text if head.source else head.factory.__name__
+            raise refusal(spec, f"{what} has no parameters to share")
     modes = {head.sharing for _, head, _ in parts} - {None}
     if len(modes) > 1:
         raise refusal(spec, "the heads of a block are all blockwise or all universal")

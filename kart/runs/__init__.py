@@ -19,6 +19,7 @@ result. Every record and checkpoint carries the id of its run, and is checked wh
 | `training` | training in a directory |
 | `records` | metrics by epoch, scores of `kart eval` |
 | `weights` | checkpoints and the trajectory |
+| `room` | room on the disk, and waiting for it |
 | `results` | the runs below a directory, compared |
 """
 

@@ -6,17 +6,16 @@ import fcntl
 import hashlib
 import json
 import os
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kart import checkpoint, population, recipes
+from kart import checkpoint, code, operators, population, recipes, schema
 from kart.runs import owned
 from kart.train import Config, Splits
 
-FORMAT = 2  # of a run directory: raised when its files, or what they mean, change
+FORMAT = 3  # of a run directory: raised when its files, or what they mean, change
 
 
 class Identity(NamedTuple):
@@ -60,8 +59,25 @@ def describe(configs: Sequence[Config], splits: Splits) -> dict[str, Any]:
         "overridden": recipes.overridden(configs[0]),  # where it departs from its recipe
         "members": members,
         "data": data,
+        "code": _code(configs[0]),
         "versions": checkpoint.versions(),
     }
+
+
+def _code(config: Config) -> dict[str, str | None]:
+    """Fingerprints of the user's own sources that the operators of `config` name."""
+    specs = [config.operator] if isinstance(config.operator, str) else config.operator
+    names = set[str]().union(*map(operators.sources, specs))
+    return {name: code.fingerprint(name) for name in sorted(names)}
+
+
+def _check_code(where: str, config: Config, own: dict[str, str | None]) -> None:
+    for name, now in _code(config).items():
+        if now is not None and own.get(name) not in (None, now):
+            raise ValueError(
+                f"`run` needs the code it was trained with, got another {name!r} than that of "
+                f"{where!r}. Put that one back, or train into a new directory."
+            )
 
 
 def check_place(directory: Path) -> None:
@@ -116,15 +132,22 @@ def claim(directory: Path, configs: Sequence[Config], splits: Splits) -> Identit
     return read(directory)
 
 
+def place_of(directory: Any) -> Path:
+    """The path that a caller means as a run directory."""
+    if not isinstance(directory, str | os.PathLike) or "\0" in str(directory):
+        raise ValueError(f"`run` needs the path of a directory, got {directory!r:.100}.")
+    return Path(directory)
+
+
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     """`config.json` of a run directory, checked: see `describe` for what is in it."""
-    path = Path(directory) / "config.json"
+    path = place_of(directory) / "config.json"
     try:
         text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         raise ValueError(
-            f"`run` needs a directory that `kart train` wrote, got {str(directory)!r} without "
-            "config.json. Check the path."
+            f"`run` needs a directory that `kart train` wrote, got {str(directory)!r:.200} "
+            "without config.json. Check the path."
         ) from None
     try:
         found = json.loads(text)
@@ -145,6 +168,7 @@ SHAPE: dict[str, Any] = {
     "config": dict,
     "members": [dict],
     "versions": dict,
+    "code": dict,
     "data": {
         "name": str,
         "classes": [str],
@@ -168,7 +192,7 @@ def _problem(found: Any) -> str:
     for name, kind in hints.items():
         if name not in found["config"]:
             return f"config has no {name!r}"
-        if not fits(found["config"][name], kind):
+        if not schema.fits(found["config"][name], kind):
             return f"config.{name} is {found['config'][name]!r:.60}"
     unknown = sorted(set(found["config"]) - set(hints))
     if unknown:
@@ -176,7 +200,7 @@ def _problem(found: Any) -> str:
     for member in found["members"]:
         if set(member) != set(population.FREE):
             return f"a member has {sorted(member)}, not {sorted(population.FREE)}"
-        if not all(fits(value, hints[name]) for name, value in member.items()):
+        if not all(schema.fits(value, hints[name]) for name, value in member.items()):
             return f"a member is {member!r:.100}"
     if not found["members"]:
         return "no members"
@@ -200,28 +224,17 @@ def _misfit(value: Any, shape: Any, name: str) -> str:
     if isinstance(shape, list):
         if not isinstance(value, list):
             return f"{name} is no list"
-        told = (_misfit(one, shape[0], f"an item of {name}") for one in value)
-        return next(filter(None, told), "")
-    return "" if fits(value, shape) else f"{name} is {value!r:.60}"
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is of an annotated type; lists stand for tuples, integers for floats."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return any(fits(value, one) for one in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, list) and all(isinstance(one, str) for one in value)
-    if kind is type(None):
-        return value is None
-    if kind in (int, float):
-        return isinstance(value, (int, float) if kind is float else int) and value is not True
-    return isinstance(value, kind)
+        return next(
+            filter(None, (_misfit(one, shape[0], f"an item of {name}") for one in value)), ""
+        )
+    return "" if schema.fits(value, shape) else f"{name} is {value!r:.60}"
 
 
 def read(directory: str | os.PathLike) -> Identity:
     """The identity of the run in a directory."""
     found = read_config(directory)
     base = Config.fromdict(found["config"])
+    _check_code(str(directory), base, found["code"])
     configs = [dataclasses.replace(base, **free) for free in found["members"]]
     return Identity(found["run"], configs, found["data"], found["versions"])
 

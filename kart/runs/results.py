@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 def find(path: str) -> list[Path]:
     """The run directories at or below `path`, sorted."""
-    found = sorted(config.parent for config in Path(path).glob("**/config.json"))
+    try:
+        found = sorted(config.parent for config in identity.place_of(path).glob("**/config.json"))
+    except OSError:
+        found = []
     if not found:
         raise ValueError(
-            f"`run` needs a directory that `kart train` wrote, got {path!r} without any "
+            f"`run` needs a directory that `kart train` wrote, got {str(path)!r:.200} without any "
             "config.json. Check the path."
         )
     return found

@@ -4,11 +4,12 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from kart import checkpoint, population, train
-from kart.runs import donors, identity, records, weights
+from kart import checkpoint, population, train, tree
+from kart.runs import donors, identity, records, room, weights
 from kart.train import Config, Record, Run, Splits, State
 
 
@@ -30,6 +31,10 @@ def restore(path: Path, run: Run, owner: str) -> tuple[State, float]:
     slim = like if like.average else like._replace(params={})
     state = checkpoint.load_state(path, state=slim)["state"]
     return (state if like.average else state._replace(params=params)), config["best_val_top1"]
+
+
+def _bytes(node: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree.leaves(node))
 
 
 def _mean(value: float | list[float]) -> float:
@@ -56,24 +61,38 @@ def execute(
     splits: Splits,
     *,
     on_step: Callable[[int, int, Tensor], None] | None = None,
+    space_timeout: float = 0.0,
     ranks: train.Ranks = train.ALONE,
 ) -> Iterator[Record]:
     """Trains `configs` together in `directory`, from where it stopped; yields the records.
 
     Records of earlier epochs are yielded first, as they were. `on_step(step, total, loss)` is
-    called after each step. With several ranks this is rank 0's part, and the state from which it
-    goes on that of all of them: see `kart.distributed.follow`.
+    called after each step. Where the disk is full it waits up to `space_timeout` seconds for room.
+    With several ranks this is rank 0's part, and the state from which it goes on that of all of
+    them: see `kart.distributed.follow`.
 
-    Raises Diverged when no member is left; the last good state is saved before.
+    Raises Diverged when no member is left; the last good state is saved before. Raises OSError
+    where there is no room: the last finished epoch is kept, and the same call goes on from it.
     """
     directory = Path(directory)
     run = population.run(configs, splits, ranks=ranks)
     total = run.config.epochs * run.steps_per_epoch
     kept = set(snapshot_steps(run.config.trajectory, total) if run.config.trajectory else ())
     identity.check_place(directory)
-    last, log = directory / "last.safetensors", directory / "metrics.jsonl"
-    # before anything is written: a donor may not fit
+    last, better = directory / "last.safetensors", directory / "best.safetensors"
+    log = directory / "metrics.jsonl"
+    # before anything is written: a donor may not fit, nor what is to be written the disk
     fresh = None if last.exists() else donors.begin(run, configs, splits)
+    first = run.init() if fresh is None else fresh[0]
+    size, snapshot = _bytes(first), _bytes(first.params)
+    del first
+    if fresh is not None:
+        # the old and the new last one, the best, and the trajectory
+        room.check(directory, 3 * size + len(kept) * snapshot)
+
+    def write(call: Callable[[], None]) -> None:
+        room.wait_for(directory, size, space_timeout, call)
+
     with identity.locked(directory):
         owner = identity.claim(directory, configs, splits).id
         state, best = restore(last, run, owner) if last.exists() else (None, -1.0)
@@ -105,7 +124,7 @@ def execute(
                 path = weights.snapshot(directory, step)
                 path.parent.mkdir(exist_ok=True)
                 about = {"run": owner, "step": step}
-                checkpoint.save(path, train.weights_for_evaluation(state), about)
+                write(lambda: checkpoint.save(path, train.weights_for_evaluation(state), about))
 
         if done == 0:
             keep(state, 0)
@@ -122,14 +141,12 @@ def execute(
             for current, record in train.loop(run, state, donate=True, on_step=stepped):
                 record["seconds"] = round(record["seconds"] + spent, 3)
                 top1 = _mean(record["val_top1"])
-                with open(log, "a", encoding="utf-8") as file:
-                    file.write(records.line(owner, record))
-                    file.flush()
-                    os.fsync(file.fileno())
+                line = records.line(owner, record)
+                write(lambda line=line: room.append(log, line))
                 if top1 > best:
                     best = top1
-                    _save(directory / "best.safetensors", owner, current, best)
-                _save(last, owner, current, best)
+                    write(lambda now=current, best=best: _save(better, owner, now, best))
+                write(lambda now=current, best=best: _save(last, owner, now, best))
                 yield record
         except train.Diverged:
             if latest:

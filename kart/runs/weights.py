@@ -21,8 +21,8 @@ def load_weights(directory: str | os.PathLike, which: str = "last") -> list[trai
         raise ValueError(
             f'`which` needs to be "last" or "best", got {which!r}. Choose one of them.'
         )
-    path = Path(directory) / f"{which}.safetensors"
     own = identity.read(directory)
+    path = Path(directory) / f"{which}.safetensors"
     if not path.exists():
         raise ValueError(
             f"`run` needs a directory with a finished epoch, got {str(directory)!r} without "

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import optuna
 
 import kart
-from kart.runs import identity
+from kart import schema
 from kart.search.space import Space, contains, distributions, first, fixed
 from kart.train import Config
 
@@ -166,7 +166,7 @@ def with_changes(study: Study, changes: Mapping[str, Any]) -> Study:
     for cls in (Config, Study):
         hints = typing.get_type_hints(cls)
         for name, value in changes.items():
-            if name in hints and not identity.fits(value, hints[name]):
+            if name in hints and not schema.fits(value, hints[name]):
                 raise ValueError(
                     f"`--set` needs a value of the type of {name!r}, {hints[name]}, got {value!r}."
                 )

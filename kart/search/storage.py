@@ -27,6 +27,7 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
 from kart import checkpoint
+from kart.search import patience
 from kart.search.trials import OBJECTIVES
 
 SQLITE_WORKERS = 2
@@ -123,8 +124,13 @@ def retry(max_retry: int | None = MAX_RETRIES) -> Callable[[optuna.Study, Frozen
         return RetryHeartbeatStaleTrialCallback(max_retry=max_retry)
 
 
-def open_database(url: str, heartbeat: int = 20, create: bool = False) -> RDBStorage:
-    """The storage at `url`, with heartbeats; only `create` makes tables."""
+def open_database(
+    url: str, heartbeat: int = 20, create: bool = False, wait_s: float = 0.0
+) -> RDBStorage:
+    """The storage at `url`, with heartbeats; only `create` makes tables.
+
+    Calls wait up to `wait_s` seconds for a server that goes away later (`patience`).
+    """
     sqlite = url.startswith("sqlite")
     if sqlite and create:
         # a property of the file: readers and the writer no longer wait for each other
@@ -133,7 +139,7 @@ def open_database(url: str, heartbeat: int = 20, create: bool = False) -> RDBSto
             connection.execute("PRAGMA journal_mode=WAL")
     try:
         with _quiet():
-            return RDBStorage(
+            storage = RDBStorage(
                 url,
                 engine_kwargs={"connect_args": {"timeout": 60}}
                 if sqlite
@@ -143,6 +149,9 @@ def open_database(url: str, heartbeat: int = 20, create: bool = False) -> RDBSto
                 heartbeat_stale_trial_callback=retry(),
                 skip_table_creation=not create,
             )
+        if wait_s and not sqlite:
+            patience.wait_for(storage, hide(url), wait_s)
+        return storage
     except ImportError as error:
         raise ValueError(
             "`storage` needs a driver for its database, got none. For PostgreSQL, run "
@@ -161,10 +170,10 @@ def reachable(name: str) -> Iterator[None]:
     """Raises ConnectionError, in one line, where the database `name` is lost in the block."""
     try:
         yield
-    except optuna.exceptions.StorageInternalError as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.DBAPIError) as error:
         raise ConnectionError(
-            f"the database {name!r} is gone: {reason}. The same command goes on when it is back."
+            f"the database {name!r} is gone: {patience.reason(error)}. The same command goes on "
+            "when it is back."
         ) from error
 
 
@@ -331,8 +340,10 @@ def beating(storage: RDBStorage, study: optuna.Study, numbers: Sequence[int]) ->
 
     def beat() -> None:
         while True:
-            for trial in ids:
-                storage.record_heartbeat(trial)
+            # what stops a heartbeat stops the worker's own calls as well, which say so
+            with contextlib.suppress(Exception):
+                for trial in ids:
+                    storage.record_heartbeat(trial)
             if stop.wait(interval):
                 return
 
@@ -342,7 +353,7 @@ def beating(storage: RDBStorage, study: optuna.Study, numbers: Sequence[int]) ->
         yield
     finally:
         stop.set()
-        thread.join()
+        thread.join(interval)  # not for as long as a server is away
 
 
 def ask(study: optuna.Study) -> optuna.Trial:

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import time
@@ -16,6 +17,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from kart import data, population, tables, train
+from kart.search import journal, patience
 from kart.search import storage as store
 from kart.search.question import Question, Study
 from kart.search.space import PLACE, Space, enumerate_space, fingerprint, first
@@ -105,12 +107,39 @@ def points_of(
     return queues
 
 
+def names(settings: Settings) -> list[str]:
+    """The Optuna studies of a study."""
+    return [f"{settings.study}/{arm}" for arm in settings.spaces]
+
+
+def mend(where: Home, settings: Settings, study: Study) -> None:
+    """Makes the SQLite file of a run directory again from its journal, where it is lost."""
+    directory = where.directory
+    if directory is None:
+        return
+    with open(directory / ".workers", "w") as door:
+        fcntl.flock(door, fcntl.LOCK_EX)  # one at a time
+        if not journal.problem(directory, names(settings), journal.read(directory)):
+            return
+        journal.put_aside(directory)
+        storage = store.open_database(where.url, settings.heartbeat, create=True)
+        store.create(storage, settings, None)
+        spaces = study.spaces(Config.fromdict(settings.config), settings.fix)
+        points = points_of(study, settings, spaces)
+        journal.restore(directory, store.studies(storage, settings), points)
+        storage.engine.dispose()
+
+
 def set_up(
-    where: Home, settings: Settings, study: Study, measure: Callable[[], int]
+    where: Home,
+    settings: Settings,
+    study: Study,
+    measure: Callable[[], int],
+    wait_s: float = 0.0,
 ) -> tuple[RDBStorage, Settings]:
     """Creates the study, or goes on with it where it is the same; else raises and changes nothing.
 
-    `measure()` gives the group size of a new study.
+    `measure()` gives the group size of a new study; `wait_s` is how long a server may be away.
     """
     directory = where.directory
     if directory is not None:
@@ -124,10 +153,11 @@ def set_up(
                 )
         if found is not None:
             store.check_same(found, settings, where.name)
+            mend(where, found, study)
         directory.mkdir(parents=True, exist_ok=True)
         storage = store.open_database(where.url, settings.heartbeat, create=found is None)
     else:
-        storage = store.open_database(where.url, settings.heartbeat, create=True)
+        storage = store.open_database(where.url, settings.heartbeat, create=True, wait_s=wait_s)
         found = store.read_database(storage, settings.study).get(settings.study)
         if found is not None:
             store.check_same(found, settings, where.name)
@@ -251,6 +281,8 @@ def trial_batch(
                 else:
                     study.tell(trial, list(outcome.values), skip_if_finished=True)
     except BaseException as error:
+        if isinstance(error, ConnectionError):
+            raise  # nothing can be told now: the heartbeats end, which puts the trials back
         # another worker has taken this one for dead, or the user has stopped it: try again
         again = isinstance(error, KeyboardInterrupt | optuna.exceptions.UpdateFinishedTrialError)
         for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -279,7 +311,9 @@ def work(
     Any number of processes may do so at once on a database server, two on SQLite. The last ones
     wait for the trials of the others, to retry those of workers that die.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # of a server that is away, Optuna warns at every try
+    level = optuna.logging.WARNING if where.directory is not None else optuna.logging.ERROR
+    optuna.logging.set_verbosity(level)
     arms = store.studies(storage, settings)
     load = loader(settings.val_limit)
     config = Config.fromdict(settings.config)
@@ -302,14 +336,17 @@ def work(
     with slot, _bar(arms, settings, quiet) as update:
         waited = time.monotonic()
         while True:
-            for one in arms.values():
-                store.fail_stale_trials(one)
+            # a worker that could not beat while the server was away is not dead
+            if time.monotonic() - patience.away_until(storage) > 3 * settings.heartbeat:
+                for one in arms.values():
+                    store.fail_stale_trials(one)
             if timeout is not None and time.monotonic() - began > timeout:
                 return False
             chosen = _next(arms, settings)
             if chosen is not None:
                 arm, room = chosen
-                trial_batch(arms[arm], storage, todo[arm], min(pool, room), worker)
+                with _kept(where, arms, settings):
+                    trial_batch(arms[arm], storage, todo[arm], min(pool, room), worker)
                 waited = time.monotonic()
             elif all(counts(one)[TrialState.RUNNING] == 0 for one in arms.values()):
                 return True
@@ -318,6 +355,25 @@ def work(
             else:
                 time.sleep(min(1.0, settings.heartbeat / 2))
             update()
+
+
+@contextlib.contextmanager
+def _kept(where: Home, arms: Mapping[str, optuna.Study], settings: Settings) -> Iterator[None]:
+    """Writes the trials of the block into the journal of a run directory, and raises ValueError
+    where its SQLite file was lost, whatever the block raised.
+    """
+    directory = where.directory
+    if directory is None:
+        yield
+        return
+    least = journal.size(directory)
+    try:
+        yield
+        journal.append(directory, arms)
+    except Exception:
+        journal.check(directory, names(settings), least)
+        raise
+    journal.check(directory, names(settings), least)
 
 
 def summary(arms: Mapping[str, optuna.Study]) -> str:

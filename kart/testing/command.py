@@ -1,16 +1,12 @@
 """The suites from the command line: an object by its name, progress, a table, an exit status."""
 
-import importlib
-import importlib.util
 import sys
 import textwrap
 import time
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from kart import code
 from kart.testing import core
 from kart.testing.api import SUITES
 from kart.testing.core import Result, Suite
@@ -35,7 +31,7 @@ def load(target: str, kind: str = "basis") -> Any:
             f"`target` needs the form module:name, got {target!r}. "
             "Pass for example my_module:my_basis, or my_file.py:my_basis."
         )
-    value: Any = _module(target, module_name)
+    value: Any = code.run(module_name)
     for part in path.split("."):
         if not hasattr(value, part):
             known = [name for name in dir(value) if not name.startswith("_")]
@@ -51,44 +47,10 @@ def load(target: str, kind: str = "basis") -> Any:
         return value()
     except Exception as error:
         raise ValueError(
-            f"`target` needs an object, or a function that makes one without arguments, got "
-            f"{target!r}, which raised {_where(error, module_name)}. Mend it, or give it defaults."
+            "`target` needs an object, or a function that makes one without arguments, got "
+            f"{target!r}, which raised {code.where(error, module_name)}. Mend it, or give it "
+            "defaults."
         ) from error
-
-
-def _module(target: str, name: str) -> ModuleType:
-    try:
-        if not name.endswith(".py"):
-            here = str(Path.cwd())
-            if here not in sys.path:
-                sys.path.insert(0, here)
-            return importlib.import_module(name)
-        if not Path(name).is_file():
-            raise ModuleNotFoundError(f"there is no file {name}")
-        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
-        if spec is None or spec.loader is None:
-            raise ModuleNotFoundError(f"{name} is no Python file")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    except Exception as error:
-        raise ValueError(
-            f"`target` needs a module that can be imported, got {target!r}: "
-            f"{_where(error, name)}. Mend it, or run this in the folder of the module."
-        ) from error
-
-
-def _where(error: Exception, name: str) -> str:
-    """The error in one line, with file and line where they are those of the user."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if name.endswith(".py") and Path(f.filename) == Path(name)]
-    machinery = ("importlib", __file__)
-    others = [f for f in frames if not any(part in f.filename for part in machinery)]
-    frame = (own or others or [None])[-1]
-    return text if frame is None else f"{frame.filename}, line {frame.lineno}: {text}"
 
 
 def suite_of(kind: str, target: str) -> Suite:

@@ -1,0 +1,182 @@
+"""The trials of a run directory as lines of JSON beside its SQLite file, which they can rebuild."""
+
+import contextlib
+import datetime
+import json
+import os
+import sqlite3
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import distribution_to_json, json_to_distribution
+from optuna.trial import FrozenTrial, TrialState
+
+NAME = "study.jsonl"
+HEADER = b"SQLite format 3\0"
+
+
+def entry(arm: str, trial: FrozenTrial) -> dict[str, Any]:
+    """A finished trial as JSON has it."""
+    return {
+        "arm": arm,
+        "number": trial.number,
+        "state": trial.state.name,
+        "values": trial.values,
+        "params": trial.params,
+        "distributions": {k: distribution_to_json(v) for k, v in trial.distributions.items()},
+        "user_attrs": trial.user_attrs,
+        "system_attrs": trial.system_attrs,
+        "reports": {str(step): value for step, value in trial.intermediate_values.items()},
+        "times": [str(trial.datetime_start or ""), str(trial.datetime_complete or "")],
+    }
+
+
+def read(directory: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The entries of a directory by arm and number; a line that a kill cut short is left out."""
+    path = directory / NAME
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    if not path.exists():
+        return found
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            one = json.loads(line)
+            found[str(one["arm"]), int(one["number"])] = one
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return found
+
+
+def append(directory: Path, arms: Mapping[str, optuna.Study]) -> None:
+    """Adds the finished trials that the journal has not yet."""
+    known = read(directory)
+    lines = [
+        json.dumps(entry(arm, trial))
+        for arm, study in arms.items()
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state.is_finished() and (arm, trial.number) not in known
+    ]
+    if not lines:
+        return
+    path = directory / NAME
+    with open(path, "a", encoding="utf-8") as file:
+        if path.stat().st_size and path.read_bytes()[-1:] != b"\n":
+            file.write("\n")  # after a line that a kill cut short
+        file.write("\n".join(lines) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def problem(directory: Path, names: Sequence[str], known: Mapping[tuple[str, int], Any]) -> str:
+    """What is wrong with the SQLite file of a directory, which must hold the Optuna studies `names`
+    and all trials that are `known`; empty if nothing is.
+
+    It is read from the disk: what another connection still has in memory does not count.
+    """
+    path = directory / "study.db"
+    if not path.is_file():
+        return "is gone"
+    try:
+        with open(path, "rb") as file:
+            if file.read(16) != HEADER:
+                return "is no SQLite file any more"
+        url = f"{path.resolve().as_uri()}?mode=ro"
+        with contextlib.closing(sqlite3.connect(url, uri=True)) as db:
+            rows = db.execute(
+                "SELECT s.study_name, t.number, t.state FROM trials t JOIN studies s "
+                "ON s.study_id = t.study_id"
+            ).fetchall()
+            there = {name for (name,) in db.execute("SELECT study_name FROM studies")}
+            whole = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    except (sqlite3.Error, OSError) as error:
+        return f"cannot be read ({error})"
+    if whole != "ok":
+        return f"is damaged ({' '.join(str(whole).split())[:100]})"
+    if not there >= set(names):
+        return "is another study's"
+    finished = {(name.rpartition("/")[2], number): state for name, number, state in rows}
+    if any(finished.get(key) != one["state"] for key, one in known.items()):
+        return "lacks trials that were finished"
+    return ""
+
+
+def size(directory: Path) -> int:
+    """Bytes of the SQLite file, which never shrinks; 0 where there is none."""
+    path = directory / "study.db"
+    return path.stat().st_size if path.is_file() else 0
+
+
+def check(directory: Path, names: Sequence[str], least: int = 0) -> None:
+    """Raises ValueError where the SQLite file was deleted, cut or overwritten since it had `least`
+    bytes.
+    """
+    known = read(directory)
+    wrong = problem(directory, names, known)
+    if not wrong and size(directory) < least:
+        wrong = f"was cut, from {least:,} bytes to {size(directory):,}"
+    if wrong:
+        raise ValueError(
+            f"the database {str(directory / 'study.db')!r} {wrong}. {len(known)} finished trials "
+            f"are kept in {NAME} beside it: the same command rebuilds it and goes on."
+        )
+
+
+def put_aside(directory: Path) -> None:
+    """Renames the SQLite file and what belongs to it, so that a new one can take its place."""
+    stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{time.monotonic_ns() % 1000}"
+    for suffix in ("", "-wal", "-shm"):
+        path = directory / f"study.db{suffix}"
+        if path.exists():
+            path.rename(directory / f"study.damaged-{stamp}.db{suffix}")
+
+
+def restore(
+    directory: Path,
+    arms: Mapping[str, optuna.Study],
+    points: Mapping[str, Sequence[Mapping[str, Any]]] | None,
+) -> int:
+    """Adds the trials of the journal to new, empty studies, and the `points` of their queues that
+    no finished trial has; returns how many trials there are.
+    """
+    known = read(directory)
+    for arm, study in arms.items():
+        mine = [one for (of, _), one in sorted(known.items()) if of == arm]
+        done = []
+        for one in mine:
+            study.add_trial(
+                optuna.trial.create_trial(
+                    state=TrialState[one["state"]],
+                    values=one["values"],
+                    params=one["params"],
+                    distributions={
+                        name: json_to_distribution(text)
+                        for name, text in one["distributions"].items()
+                    },
+                    user_attrs=one["user_attrs"],
+                    system_attrs=one["system_attrs"],
+                    intermediate_values={int(k): v for k, v in one["reports"].items()},
+                )
+            )
+            if one["state"] != "FAIL":
+                done.append(one["system_attrs"].get("fixed_params"))
+        for point in (points or {}).get(arm, ()):
+            if dict(point) not in done:
+                study.enqueue_trial(dict(point))
+    if known:
+        place = directory / "study.db"
+        print(f"kart: {place} is rebuilt, {len(known)} finished trials in it", file=sys.stderr)
+    # the numbers are those of the new file from here on
+    path = directory / NAME
+    lines = [
+        json.dumps(entry(arm, trial))
+        for arm, study in arms.items()
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state.is_finished()
+    ]
+    temporary = path.with_name(f".{NAME}.{os.getpid()}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, path)
+    return len(known)
