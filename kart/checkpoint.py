@@ -8,7 +8,6 @@ containers.
 import contextlib
 import dataclasses
 import glob
-import importlib.metadata
 import json
 import math
 import os
@@ -24,6 +23,7 @@ import safetensors.torch
 import torch
 from torch import Generator, Tensor
 
+import kart
 from kart import layers, tree
 
 Params = Any
@@ -80,7 +80,7 @@ def save(path: str | os.PathLike, params: Params, config: Any, **trees: Tree) ->
         config = dataclasses.asdict(config)
     header = {
         "format": FORMAT,
-        "kart": kart_version(),
+        "kart": kart.__version__,
         "torch": torch.__version__,
         "config": config,
         "trees": structures,
@@ -213,7 +213,7 @@ def from_timm(
 def versions() -> dict[str, str]:
     """Versions that may change a result."""
     return {
-        "kart": kart_version(),
+        "kart": kart.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -233,14 +233,6 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def kart_version() -> str:
-    """The installed version of kart."""
-    try:
-        return importlib.metadata.version("kart-attention")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _some(names: list[str], limit: int = 8) -> str:

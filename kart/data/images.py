@@ -64,7 +64,8 @@ def cut(
     with _opened(file, where) as (opened, told):
         width, height = told.size
         top, left, rows, columns = box(height, width)
-        scale = min(rows, columns) // (2 * size)
+        spare = min(rows, columns) // (2 * size)
+        scale = max(power for power in (1, 2, 4, 8) if power <= max(1, spare))
         if opened.format == "JPEG" and scale > 1:
             opened.draft(None, (max(1, opened.width // scale), max(1, opened.height // scale)))
         image = _pixels(opened, told)

@@ -2,7 +2,10 @@
 
 import itertools
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import connection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,7 +68,8 @@ def reader(dataset: Dataset, batch_size: int, cut: Cut | None = None) -> Reader:
         if isinstance(batch, str):
             raise ValueError(batch)
         running[seed] = (step + 1, ahead)
-        return batch
+        images, labels = batch
+        return images, labels
 
     return Reader(drawn.steps_per_epoch, at)
 
@@ -82,8 +86,23 @@ def _ahead(drawn: "_Drawn", workers: int, seed: int, step: int) -> Iterator[Any]
             num_workers=workers,
             prefetch_factor=_AHEAD,
             multiprocessing_context=context,
+            worker_init_fn=_leave_with_parent,
         )
     )
+
+
+def _leave_with_parent(worker: int) -> None:
+    # a worker's own watch is on the server, which outlives a process that is killed
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    sentinel = parent.sentinel
+
+    def watch() -> None:
+        connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Drawn(Indexed):
