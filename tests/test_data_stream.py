@@ -269,6 +269,8 @@ def batches(folder: Path, workers: int, steps, augmentation: str = "paper", seed
     return [source.at(seed, step) for step in steps]
 
 
+# torch's advice, where there are fewer cores
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("augmentation", ["paper", "flip_crop"])
 def test_batches_do_not_depend_on_the_workers(folder, augmentation):
     steps = range(11)  # 32 images: more than three epochs
@@ -358,6 +360,7 @@ def test_a_folder_in_imagenets_layout_trains_and_evaluates(folder):
         augment="paper",
         batch_size=8,
         epochs=2,
+        warmup_epochs=1.0,
         image_size=16,
         embed_dim=16,
         depth=1,

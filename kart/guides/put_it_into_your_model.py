@@ -51,10 +51,10 @@ A `torch.nn.Module` keeps the leaves as parameters and hands them over as they a
 ...         super().__init__()
 ...         self.heads, self.operator = heads, operators.parse(spec).operator
 ...         own = self.operator.init(torch.Generator().manual_seed(0), heads, tokens)
-...         self.names = list(tree.named(own))
 ...         self.leaves = torch.nn.ParameterList(tree.leaves(own))
 ...         self.template = own
-...         self.qkv, self.out = torch.nn.Linear(dim, 3 * dim), torch.nn.Linear(dim, dim)
+...         self.qkv = torch.nn.Linear(dim, 3 * dim)
+...         self.out = torch.nn.Linear(dim, dim)
 ...
 ...     def forward(self, x):  # (B, N, dim)
 ...         leaves = iter(self.leaves)
