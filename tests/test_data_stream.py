@@ -240,16 +240,16 @@ def test_a_jpeg_is_scaled_while_it_is_decoded_where_that_helps(photographs, monk
     monkeypatch.setattr(
         images, "_pixels", lambda opened, told: decoded.append(opened.size) or pixels(opened, told)
     )
-    for size, scale in ((20, 8), (40, 4), (50, 2), (110, 1)):
+    for size, scale in ((12, 4), (24, 4), (50, 2), (110, 1)):
         box = (20, 16, 360, 392)
         found = images.cut(io.BytesIO(content), "here", lambda h, w, box=box: box, size)
-        # at least twice the pixels that are needed
+        # at least three times the pixels that are needed
         assert decoded.pop() == tuple(-(-side // scale) for side in photographs[1].size)
         whole, _ = images.decode(io.BytesIO(content), "here")
         decoded.pop()
         expected = whole.resize((size, size), Image.Resampling.BILINEAR, box=(16, 20, 408, 380))
         apart = np.abs(np.asarray(found).astype(float) - np.asarray(expected))
-        assert apart.mean() < 1.0 and np.quantile(apart, 0.99) < 6
+        assert apart.mean() < 1.0 and np.quantile(apart, 0.99) < 8
 
 
 # order

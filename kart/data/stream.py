@@ -186,7 +186,8 @@ def _statistics(
     known = note.read()
     if known is None:
         sample = np.asarray(pictures(rows[:SAMPLE]))
-        known = dict(zip(("mean", "std"), statistics.mean_and_std(sample), strict=True))
+        mean, std = statistics.mean_and_std(sample)
+        known = {"mean": mean, "std": std}
         note.write(known)
     return tuple(known["mean"]), tuple(known["std"])
 
