@@ -67,11 +67,14 @@ def cut(
         top, left, rows, columns = box(height, width)
         spare = min(rows, columns) // (3 * size)
         scale = max(power for power in (1, 2, 4) if power <= max(1, spare))
-        if opened.format == "JPEG" and scale > 1:
-            opened.draft(None, (max(1, opened.width // scale), max(1, opened.height // scale)))
+        # a turn would bring the filled-up edge of a scaled one to the front
+        if opened.format != "JPEG" or _TURNED in told.changes:
+            scale = 1
+        if scale > 1:
+            opened.draft(None, (opened.width // scale, opened.height // scale))
         image = _pixels(opened, told)
-        across, down = image.width / width, image.height / height
-        place = (left * across, top * down, (left + columns) * across, (top + rows) * down)
+        edges = (left, top, left + columns, top + rows)
+        place = tuple(edge / scale for edge in edges)
         return image.resize((size, size), pillow().Resampling.BILINEAR, box=place)
 
 
