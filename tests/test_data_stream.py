@@ -321,7 +321,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("last", [3, 7])
+@pytest.mark.parametrize("last", [3, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_killed_reader_goes_on_with_the_same_batches(folder, tmp_path, last):
     """Killed with SIGKILL at a step, then resumed with another number of workers."""
     script = tmp_path / "read.py"
