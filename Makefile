@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-all test-nightly test-faults gpu-check study-cluster lint clean
+.PHONY: demo test test-all test-nightly test-faults gpu-check study-cluster docs lint clean
 .DEFAULT_GOAL := demo
 
 demo: .venv/.ready
@@ -30,6 +30,10 @@ gpu-check: $(if $(filter $(PY),$(GPU_PYTHON)),.venv/.ready)
 
 study-cluster: .venv/.ready
 	$(PY) -m studies.cluster
+
+# pages of the guides, the README and every public docstring; the modules need triton, if at all
+docs: .venv/.ready
+	.venv/bin/pdoc --docformat google --output-directory build/docs kart '!kart.kernels.triton.device'
 
 lint: .venv/.ready
 	.venv/bin/ruff check .

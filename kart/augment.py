@@ -64,15 +64,50 @@ def random_resized_crop(
     torchvision). Pixels outside of the box are never read.
     """
     _check("random_resized_crop", generator, images)
+    height, width = images.shape[-2:]
+    rows, columns = (height, width) if size is None else (size, size)
+    flat = images.flatten(0, -4)
+    corner, box = _boxes(generator, len(flat), height, width, scale, ratio)
+
+    def coordinates(axis: int, size: int) -> Tensor:
+        start, length = corner[axis], box[axis]  # (N, 1)
+        at = start + (torch.arange(size) + 0.5) * length / size
+        # half a pixel inside of the box, where interpolation reads the box alone
+        return at.maximum(start + 0.5).minimum(start + length - 0.5).to(images.device)
+
+    y, x = coordinates(0, rows)[:, :, None], coordinates(1, columns)[:, None, :]
+    out = _sample(flat, *torch.broadcast_tensors(x, y))
+    return out.reshape(*images.shape[:-2], rows, columns)
+
+
+def random_box(
+    generator: Generator,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (0.67, 1.5),
+) -> tuple[int, int, int, int]:
+    """The box, `(top, left, height, width)`, that `random_resized_crop` takes of one such image."""
+    corner, box = _boxes(generator, 1, height, width, scale, ratio)
+    top, left, rows, columns = (int(value) for value in (*corner[:, 0, 0], *box[:, 0, 0]))
+    return top, left, rows, columns
+
+
+def _boxes(
+    generator: Generator,
+    count: int,
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[Tensor, Tensor]:
+    """Upper left corners and sides of random boxes, each `(2, count, 1)`: down, then across."""
     if not 0 < scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
         raise ValueError(
             f"`random_resized_crop` needs 0 < low <= high in `scale` (at most 1) and `ratio`, got "
             f"{scale} and {ratio}."
         )
-    height, width = images.shape[-2:]
-    rows, columns = (height, width) if size is None else (size, size)
-    flat = images.flatten(0, -4)
-    draws = _uniform(generator, (4, len(flat), 10))
+    draws = _uniform(generator, (4, count, 10))
     area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[0])
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = (low + (high - low) * draws[1]).exp()
@@ -87,18 +122,7 @@ def random_resized_crop(
     whole = torch.tensor([min(height, width / centre_aspect), min(width, height * centre_aspect)])
     whole = whole.round()[:, None, None]
     none = ~fits.any(-1, keepdim=True)
-    box = torch.where(none, whole, box)
-    corner = torch.where(none, ((side - whole) / 2).floor(), corner)
-
-    def coordinates(axis: int, size: int) -> Tensor:
-        start, length = corner[axis], box[axis]  # (N, 1)
-        at = start + (torch.arange(size) + 0.5) * length / size
-        # half a pixel inside of the box, where interpolation reads the box alone
-        return at.maximum(start + 0.5).minimum(start + length - 0.5).to(images.device)
-
-    y, x = coordinates(0, rows)[:, :, None], coordinates(1, columns)[:, None, :]
-    out = _sample(flat, *torch.broadcast_tensors(x, y))
-    return out.reshape(*images.shape[:-2], rows, columns)
+    return torch.where(none, ((side - whole) / 2).floor(), corner), torch.where(none, whole, box)
 
 
 def color_jitter(generator: Generator, images: Tensor, strength: float = 0.4) -> Tensor:
@@ -284,6 +308,14 @@ def smoothing(name: str) -> float:
     return _PIPELINES[name].smoothing
 
 
+def after_crop(name: str) -> Pipeline | None:
+    """What follows the `random_resized_crop` of the pipeline `name`, for images cut already by
+    `random_box`; None for a pipeline that does not begin with it.
+    """
+    pipeline(name)
+    return _PIPELINES[name].after_crop
+
+
 def resize(images: Tensor, size: int) -> Tensor:
     """Images `(..., C, height, width)` to `size` x `size`, bilinear, antialiased when smaller."""
     if images.ndim < 3 or not images.is_floating_point() or size < 1:
@@ -463,6 +495,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
 class _Steps(NamedTuple):
     run: Pipeline
     smoothing: float
+    after_crop: Pipeline | None = None
 
 
 def _none(generator: Generator, images: Tensor, labels: Tensor, num_classes: int, size: int):
@@ -487,14 +520,17 @@ def _flip_crop(generator: Generator, images: Tensor, labels: Tensor, num_classes
 _SMOOTHING = 0.1
 
 
-def _paper(mixed: float) -> Pipeline:
+def _paper(mixed: float) -> _Steps:
     def run(generator: Generator, images: Tensor, labels: Tensor, num_classes: int, size: int):
-        images = flip(generator, random_resized_crop(generator, images, size=size))
-        images = color_jitter(generator, rand_augment(generator, images))
+        images = random_resized_crop(generator, images, size=size)
+        return rest(generator, images, labels, num_classes, size)
+
+    def rest(generator: Generator, images: Tensor, labels: Tensor, num_classes: int, size: int):
+        images = color_jitter(generator, rand_augment(generator, flip(generator, images)))
         targets = one_hot(labels, num_classes, _SMOOTHING)
         return mixup_or_cutmix(generator, images, targets, p=mixed)
 
-    return run
+    return _Steps(run, _SMOOTHING, rest)
 
 
 def _small(generator: Generator, images: Tensor, labels: Tensor, num_classes: int, size: int):
@@ -507,8 +543,8 @@ _PIPELINES: dict[str, _Steps] = {
     "none": _Steps(_none, 0.0),
     "crop": _Steps(_crop, 0.0),
     "flip_crop": _Steps(_flip_crop, 0.0),
-    "paper": _Steps(_paper(mixed=1.0), _SMOOTHING),
-    "paper_half": _Steps(_paper(mixed=0.5), _SMOOTHING),
+    "paper": _paper(mixed=1.0),
+    "paper_half": _paper(mixed=0.5),
     "small": _Steps(_small, _SMOOTHING),
 }
 

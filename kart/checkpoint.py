@@ -11,7 +11,6 @@ import dataclasses
 import errno
 import glob
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -27,6 +26,7 @@ import safetensors.torch
 import torch
 from torch import Generator, Tensor
 
+import kart
 from kart import layers, tree
 
 Params = Any
@@ -86,7 +86,7 @@ def save(path: str | os.PathLike, params: Params, config: Any, **trees: Tree) ->
         config = dataclasses.asdict(config)
     header = {
         "format": FORMAT,
-        "kart": kart_version(),
+        "kart": kart.__version__,
         "torch": torch.__version__,
         "config": config,
         "trees": structures,
@@ -229,7 +229,7 @@ def from_timm(
 def versions() -> dict[str, str]:
     """Versions that may change a result."""
     return {
-        "kart": kart_version(),
+        "kart": kart.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -249,14 +249,6 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def kart_version() -> str:
-    """The installed version of kart."""
-    try:
-        return importlib.metadata.version("kart-attention")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _some(names: list[str], limit: int = 8) -> str:

@@ -45,6 +45,7 @@ class Config:
     data: str = "digits"
     train_limit: int | None = None
     decode_size: int | None = None  # side to which images are cut when read, where they differ
+    stream: bool | None = None  # decode images when drawn, not into the cache; None: by their size
     augment: str = "none"
     eval_crop: float = 1.0  # at evaluation: the side of the centre that is seen, over the image's
     # model
@@ -174,7 +175,7 @@ class Splits(NamedTuple):
 
 def load_data(config: Config, **options: Any) -> Splits:
     """Training and validation split of `config.data`; `options` go to `kart.data.load`."""
-    options.setdefault("image_size", config.decode_size)
+    options = {"image_size": config.decode_size, "stream": config.stream, **options}
     return Splits(
         data.load(config.data, "train", train_limit=config.train_limit, **options),
         data.load(config.data, "val", **options),
@@ -535,17 +536,16 @@ def batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> Batches:
             f"{ranks.size} x {config.accumulate}, got {config.batch_size}. Change one of them."
         )
     own = slice(ranks.rank * share, (ranks.rank + 1) * share)
-    steps_per_epoch = count // config.batch_size
-    pipeline = augment.pipeline(config.augment)
     classes, size = len(dataset.classes), config.image_size or dataset.images.shape[-1]
-    order: dict[tuple[int, int], Tensor] = {}  # the current epoch's permutation of each seed
+    # images that stream are cut from the resolution of their files, before they are a batch
+    streams = isinstance(dataset.images, data.Pictures)
+    after_cut = augment.after_crop(config.augment) if streams else None
+    pipeline = after_cut or augment.pipeline(config.augment)
+    cut = data.Cut(augment.random_box, size) if after_cut else None
+    steps_per_epoch, read = data.reader(dataset, config.batch_size, cut)
 
     def at(seed: int, step: int) -> tuple[Tensor, Tensor]:
-        epoch, position = divmod(step, steps_per_epoch)
-        if (seed, epoch) not in order:
-            order.pop((seed, epoch - 1), None)
-            order[seed, epoch] = data.batch_indices(count, config.batch_size, seed, epoch)
-        pixels, labels = data.take(dataset, order[seed, epoch][position])
+        pixels, labels = read(seed, step)
         images = data.as_float(pixels.to(config.device))
         generator = data.generator_for("augment", seed, step)
         images, targets = pipeline(generator, images, labels.to(config.device), classes, size)

@@ -33,6 +33,12 @@ def _patterns(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
 
 
+def _switch(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"needs yes or no, got {text!r}")
+    return text == "yes"
+
+
 WHOLE, COUNT, REAL = integer(0), integer(1), number()
 # torch ends the process where the machine cannot start as many
 THREADS = integer(1, most=max(64, os.cpu_count() or 1))
@@ -49,6 +55,7 @@ FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
         ),
         "train_limit": (COUNT, "train on the first so many images"),
         "decode_size": (COUNT, "side to cut images to when reading, where they differ"),
+        "stream": (_switch, "yes or no: decode images when drawn, not into the cache (by size)"),
         "augment": (str, "none, crop, flip_crop, paper, paper_half or small"),
         "eval_crop": (REAL, "share of the side that evaluation sees, the centre (paper: 0.9)"),
     },
@@ -112,6 +119,7 @@ METAVARS: dict[Parse, str] = {
     REAL: "FLOAT",
     _rate: "FLOAT",
     _patterns: "PATTERNS",
+    _switch: "YES|NO",
 }
 
 

@@ -1,9 +1,12 @@
 """The data set of one split as arrays, with the records of what was left out or changed."""
 
 import hashlib
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from kart.data.pictures import Pictures
 
 SPLITS = ("train", "val", "test")
 
@@ -26,13 +29,16 @@ class Converted(NamedTuple):
 class Dataset(NamedTuple):
     """One split: images and labels as NumPy arrays, images possibly memory-mapped and read-only.
 
+    Images of a large set stay in their files: `Pictures` decode those that are indexed, and `mean`
+    and `std` are of a sample (see `kart.data.stream`).
+
     `mean` and `std` are per channel, of pixels in [0, 1], over the whole training split (whatever
     `train_limit`), and the same on every split; so are `classes`, which are names (the integers as
     text where a source has no names). `unused` is what the source holds and no split has,
     `converted` what was changed in the images of this split (all of it, whatever `train_limit`).
     """
 
-    images: np.ndarray  # uint8 (n, channels, height, width)
+    images: "np.ndarray | Pictures"  # uint8 (n, channels, height, width)
     labels: np.ndarray  # int64 (n,)
     classes: tuple[str, ...]
     name: str
@@ -56,10 +62,14 @@ class Dataset(NamedTuple):
     def fingerprint(self) -> str:
         """SHA-256 over classes, shape, labels and pixels, in order: equal where the data are.
 
-        Computed at every call, at some 1.5 GB a second.
+        Computed at every call, at some 1.5 GB a second. Of `Pictures` names and sizes of the files
+        stand for the pixels.
         """
         digest = hashlib.sha256(repr((self.classes, self.images.shape)).encode())
         digest.update(np.ascontiguousarray(self.labels).data)
+        if not isinstance(self.images, np.ndarray):
+            digest.update(self.images.identity)
+            return digest.hexdigest()
         step = max(1, 2**24 // max(1, self.images[:1].size))
         for start in range(0, len(self.images), step):
             digest.update(np.ascontiguousarray(self.images[start : start + step]).data)

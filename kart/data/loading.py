@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from kart.data import cache as entries
-from kart.data import digits, finding, images, splits, statistics
+from kart.data import changes, digits, finding, images, splits, statistics
+from kart.data import stream as streaming
 from kart.data.cache import Manifest
 from kart.data.dataset import SPLITS, Converted, Dataset
 from kart.data.finding import Finding, Options
@@ -36,6 +36,8 @@ def load(
     label_column: str | None = None,
     config: str | None = None,
     revision: str | None = None,
+    stream: bool | None = None,
+    workers: int | None = None,
 ) -> Dataset:
     """One split of an image classification data set, the same on every machine and every call.
 
@@ -71,6 +73,11 @@ def load(
         image_column, label_column: column names, where types do not tell (an `Image` and a
             `ClassLabel`; of several labels `fine_label` or `label`). Labels may be integers.
         config, revision: configuration and git revision of a public name.
+        stream: whether the images of a directory stay in their files, as `Pictures`, and are
+            decoded when they are drawn; None (default) for those that take more than
+            `kart.data.STREAM_LIMIT` bytes decoded. See `kart.data.stream`.
+        workers: processes that decode images that stream, ahead of the training; None (default) for
+            the cores but one. What is read does not depend on it.
 
     Raises:
         ValueError: unknown source or split, an unreadable, incomplete or ambiguous one, a label
@@ -84,11 +91,18 @@ def load(
         raise ValueError(f"`load` needs `train_limit` >= 1 or None, got {train_limit!r}.")
     if cache is not None and not isinstance(cache, str | Path):
         raise ValueError(f"`load` needs `cache` to be a path or None, got {cache!r}.")
+    streaming.check(stream, workers)
     options = Options(image_column, label_column, config, revision)
     if str(source) in finding.BUILT_IN:
+        streaming.refuse(stream, str(source))
         dataset = digits.load(str(source), split, image_size)
     else:
-        dataset = _cached(finding.find(source, options), split, image_size, cache)
+        found = finding.find(source, options)
+        if streaming.chosen(found, image_size, stream):
+            base = entries.directory(cache)
+            dataset = streaming.load(found, split, image_size, base, workers)
+        else:
+            dataset = _cached(found, split, image_size, cache)
     for line in notes(dataset, unused=split == "train"):
         _LOG.warning("%s", line)
     if split != "train" or train_limit is None:
@@ -117,7 +131,7 @@ def read_image(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
             )
         image = images.resize(image, height)
     pixels = np.asarray(image)
-    return _luminance(pixels)[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    return images.luminance(pixels)[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
 def check_options(source: Any, image_size: Any, *options: Any) -> None:
@@ -243,7 +257,7 @@ def fill(work: Path, source: Source, image_size: int | None, like: Manifest | No
         bar = tqdm(rows, f"decoding {split}", size, unit=" images", disable=None)
         with (work / "raw").open("wb") as raw, bar:
             decoded = _decode(bar, classes, image_size, raw, work, size)
-        height, width, labels, grey, _ = decoded
+        height, width, labels, grey, told = decoded
         if classes is None:
             check_labels(labels, None, lambda n, split=split: f"image {n} of {split!r}")
             classes = tuple(str(i) for i in range(labels.max() + 1))
@@ -260,7 +274,7 @@ def fill(work: Path, source: Source, image_size: int | None, like: Manifest | No
             parts = splits.partition(labels, splits.cuts(own))
         for part, index in parts.items():
             count = source.renumbered.get(split, 0) and len(index)
-            converted[part] = changes(decoded, index, shape[0], count)
+            converted[part] = changes.tally(told, grey, index, shape[0], count)
             size_on_disk = (len(index), *shape)
             chunks = _chunks(pixels, index, shape[0])
             entries.write_array(entry / f"{part}.images.npy", size_on_disk, chunks)
@@ -277,21 +291,6 @@ def fill(work: Path, source: Source, image_size: int | None, like: Manifest | No
     holds_test = "test" not in own
     manifest = Manifest(classes, shape, mean, std, holds_test, source.unused, converted, blocks={})
     entries.write_manifest(entry, manifest)
-
-
-def changes(
-    decoded: Decoded, index: np.ndarray, channels: int, renumbered: int
-) -> tuple[Converted, ...]:
-    """What was changed in the images at `index`, counted by kind."""
-    counts: Counter[str] = Counter()
-    for i in index:
-        counts.update(decoded.changes[i])
-    grey = int(decoded.grey[index].sum())
-    counts[images.TO_COLOUR if channels == 3 else images.TO_GREY] += (
-        grey if channels == 3 else len(index) - grey
-    )
-    counts["labels renumbered to agree by name"] += renumbered
-    return tuple(Converted(what, count) for what, count in sorted(counts.items()) if count)
 
 
 def _decode(
@@ -340,12 +339,6 @@ def _chunks(pixels: np.ndarray, index: np.ndarray, channels: int) -> Iterator[np
     for start in range(0, len(index), step):
         chunk = pixels[index[start : start + step]]
         if channels == 1:
-            yield _luminance(chunk)[:, None]
+            yield images.luminance(chunk)[:, None]
         else:
             yield chunk.transpose(0, 3, 1, 2)
-
-
-def _luminance(pixels: np.ndarray) -> np.ndarray:
-    """Grey `(..., )` of RGB `(..., 3)` by ITU-R 601 as Pillow rounds it; grey pixels stay."""
-    weights = np.array([19595, 38470, 7471], dtype=np.uint32)
-    return ((pixels @ weights + 0x8000) >> 16).astype(np.uint8)

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from kart.data import digits, finding, images, splits
+from kart.data import changes, digits, finding, images, splits
 from kart.data.dataset import SPLITS, Converted, Unused
 from kart.data.finding import Options
-from kart.data.loading import Decoded, changes, check_options, load
+from kart.data.loading import check_options, load
 from kart.data.source import Source, check_labels
 
 _FEW = 8  # kinds of a thing that the text names before it counts the rest
@@ -241,12 +241,12 @@ def _describe(name: str, source: Source) -> Description:
         if split == "train":
             parts = splits.partition(array, splits.cuts(source.rows))
         grey = np.array([header.grey for header in headers])
-        decoded = Decoded(0, 0, array, grey, [header.changes for header in headers])
+        kinds = [header.changes for header in headers]
         for part, index in parts.items():
             told = repr(origin) if part == split else f"{len(index)} images cut from {origin!r}"
             found[part] = _split(told, classes, array[index], [headers[i] for i in index])
             count = source.renumbered.get(split, 0) and len(index)
-            for what, number in changes(decoded, index, channels, count):
+            for what, number in changes.tally(kinds, grey, index, channels, count):
                 converted[what] += number
     if classes is None:
         raise ValueError("`load` needs a training split.")

@@ -77,7 +77,7 @@ def load_split(where: str, own: dict[str, Any], config: Config, split: str) -> D
     splits = load(where, own, config)
     if split != "test":
         return getattr(splits, split)
-    test = data.load(config.data, "test", image_size=config.decode_size)
+    test = data.load(config.data, "test", image_size=config.decode_size, stream=config.stream)
     for name, value in (("classes", test.classes), ("image", test.images.shape[1:])):
         if list(value) != own[name]:
             raise ValueError(

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import kart
 from kart import checkpoint
 from kart.runs import identity
 from kart.train import Record
@@ -74,7 +75,7 @@ def write_scores(
         OWNER: own.id,
         "step": read_metrics(directory)[-1]["step"],
         "data": own.data["fingerprint"],
-        "kart": checkpoint.kart_version(),
+        "kart": kart.__version__,
         "split": split,
         "checkpoint": which,
         "images": images,
@@ -109,7 +110,7 @@ def read_scores(directory: Path, split: str, which: str) -> dict[str, Any] | Non
     wanted = {
         "step": read_metrics(directory)[-1]["step"],
         "data": own.data["fingerprint"],
-        "kart": checkpoint.kart_version(),
+        "kart": kart.__version__,
         "split": split,
         "checkpoint": which,
     }

@@ -26,6 +26,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
+import kart
 from kart import checkpoint
 from kart.search import patience
 from kart.search.trials import OBJECTIVES
@@ -37,7 +38,7 @@ MAX_RETRIES = 3
 def versions() -> dict[str, str]:
     """Versions that must be the same for all trials of a study."""
     return {
-        "kart": checkpoint.kart_version(),
+        "kart": kart.__version__,
         "torch": torch.__version__,
         "optuna": optuna.__version__,
     }

@@ -477,7 +477,7 @@ def confirm(
         members = population.seeds(config, range(FRESH_SEED, FRESH_SEED + seeds))
         splits = load(config)
         results = train_members(members, splits, settings.group)
-        test = data.load(config.data, "test", image_size=config.decode_size)
+        test = data.load(config.data, "test", image_size=config.decode_size, stream=config.stream)
         model = train.build(config, splits.train)
         val_scores, test_scores, bad = {}, {}, []
         for member, result in zip(members, results, strict=True):

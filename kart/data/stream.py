@@ -1,0 +1,214 @@
+"""Directories of images too large to be decoded beforehand: left in their files, read when drawn.
+
+The splits, their order and the pixels of a whole image are those of the cache. What is known of the
+files beforehand comes from their headers, and mean and standard deviation from the first images of
+the (shuffled) training split; both are noted in the cache directory.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from kart.data import changes, files, images, splits, statistics
+from kart.data.dataset import Dataset
+from kart.data.finding import Finding
+from kart.data.pictures import Pictures
+from kart.data.source import Row
+
+STREAM_LIMIT = 16 * 2**30  # bytes of decoded pixels above which a directory of images streams
+SAMPLE = 2000  # images whose pixels give mean and standard deviation
+
+_FORMAT = 1  # part of the name of every note
+_LOG = logging.getLogger("kart.data")
+
+
+class Seen(NamedTuple):
+    """What the headers of one split of a source say; `kinds` is indexed by `kind (n,)`."""
+
+    kind: list[int]
+    kinds: list[tuple[bool, tuple[str, ...]]]  # whether it is grey, what decoding changes
+    shapes: list[tuple[int, int]]  # the sizes that occur: height, width
+
+    def grey(self) -> np.ndarray:
+        """Which images are grey, bool `(n,)`."""
+        return np.array([self.kinds[i][0] for i in self.kind], dtype=bool)
+
+    def changes(self) -> list[tuple[str, ...]]:
+        """What decoding changes in each image."""
+        return [self.kinds[i][1] for i in self.kind]
+
+
+def check(stream: Any, workers: Any) -> None:
+    """Refuses options of `load` of a wrong type or range."""
+    if stream is not None and not isinstance(stream, bool):
+        raise ValueError(f"`load` needs `stream` to be True, False or None, got {stream!r}.")
+    if workers is not None and (type(workers) is not int or not 0 <= workers <= 256):
+        raise ValueError(f"`load` needs `workers` in 0..256 or None, got {workers!r}.")
+
+
+def refuse(stream: bool | None, source: str) -> None:
+    """Refuses to stream what has no image files on this machine."""
+    if stream:
+        raise ValueError(
+            f"`load` streams directories of images alone, got {source!r}. Leave `stream` out, or "
+            "save its images in one folder per class."
+        )
+
+
+def chosen(found: Finding, image_size: int | None, stream: bool | None) -> bool:
+    """Whether `found` is to stream: as `stream` says, else by the size of its decoded pixels."""
+    source = found.source
+    if source is None or not all(
+        Path(file).suffix.lower() in files.IMAGES for file in source.files
+    ):
+        refuse(stream, found.name)
+        return False
+    if stream is not None:
+        return stream
+    if image_size is None:
+        first = next(source.rows["train"]())
+        width, height = images.header(first.file, first.where).size
+    else:
+        width = height = image_size
+    needed = 3 * width * height * len(source.files)
+    if needed <= STREAM_LIMIT:
+        return False
+    told = "%s: %d images would take %.0f GiB decoded, above %.0f: they stay in their files"
+    _LOG.warning(told, found.name, len(source.files), needed / 2**30, STREAM_LIMIT / 2**30)
+    return True
+
+
+def load(
+    found: Finding, split: str, image_size: int | None, base: Path, workers: int | None
+) -> Dataset:
+    """One split of `found` with `Pictures` for images."""
+    source = found.source
+    if source is None or source.classes is None:
+        raise ValueError("`load` streams directories of images alone.")
+    if workers is None:
+        workers = max(0, len(os.sched_getaffinity(0)) - 1)
+    root = os.path.commonpath([os.path.abspath(file.parent) for file in source.files])
+    own = {"train", split} & source.rows.keys()
+    rows = {name: list(source.rows[name]()) for name in sorted(own)}
+    seen = {name: _noted(found, base, name, rows[name]) for name in rows}
+    channels = 1 if seen["train"].grey().all() else 3
+    height, width = _shape(seen, image_size)
+
+    def pictures(rows: list[Row]) -> Pictures:
+        paths = [os.path.abspath(row.file) for row in rows]
+        return Pictures(
+            root=root,
+            names=np.array([os.fsencode(os.path.relpath(path, root)) for path in paths]),
+            sizes=np.array([os.stat(path).st_size for path in paths], dtype=np.int64),
+            channels=channels,
+            height=height,
+            width=width,
+            scaled=image_size is not None,
+            workers=workers,
+        )
+
+    labels = np.array([row.label for row in rows["train"]], dtype=np.int64)
+    parts = splits.partition(labels, splits.cuts(source.rows))
+    of = "train" if split in parts else split
+    index = parts.get(split, np.arange(len(rows[of])))
+    mean, std = _statistics(
+        found, base, image_size, [rows["train"][i] for i in parts["train"]], pictures
+    )
+    return Dataset(
+        pictures([rows[of][i] for i in index]),
+        np.array([rows[of][i].label for i in index], dtype=np.int64),
+        source.classes,
+        found.name,
+        mean,
+        std,
+        unused=source.unused,
+        converted=changes.tally(seen[of].changes(), seen[of].grey(), index, channels),
+    )
+
+
+def _shape(seen: dict[str, Seen], image_size: int | None) -> tuple[int, int]:
+    if image_size is not None:
+        return image_size, image_size
+    shapes = sorted({shape for one in seen.values() for shape in one.shapes})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"`load` needs `image_size` where images differ in size, got {len(shapes)} sizes, "
+            f"{shapes[0]} to {shapes[-1]} (height, width). Pass `image_size`, say {min(shapes[0])}."
+        )
+    return shapes[0]
+
+
+def _noted(found: Finding, base: Path, name: str, rows: list[Row]) -> Seen:
+    """What the headers of `rows` say, read once."""
+    note = _Note(base, found, ["headers", name])
+    if (known := note.read()) is not None:
+        kinds = [(bool(grey), tuple(told)) for grey, told in known["kinds"]]
+        return Seen(known["kind"], kinds, [(h, w) for h, w in known["shapes"]])
+    headers = list(_headers(name, rows))
+    kinds = sorted({(header.grey, header.changes) for header in headers})
+    place = {kind: i for i, kind in enumerate(kinds)}
+    shapes = sorted({(header.size[1], header.size[0]) for header in headers})
+    seen = Seen([place[header.grey, header.changes] for header in headers], kinds, shapes)
+    note.write(seen._asdict())
+    return seen
+
+
+def _headers(name: str, rows: list[Row]) -> Iterator[images.Header]:
+    with ThreadPoolExecutor(8) as pool:
+        told = pool.map(_header, rows)
+        yield from tqdm(told, f"reading {name}", len(rows), unit=" images", disable=None)
+
+
+def _header(row: Row) -> images.Header:
+    """The header of an image file; one that does not end as it should is decoded to be sure."""
+    with open(row.file, "rb") as file:
+        start = file.read(2)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 64))
+        # the end of a JPEG, perhaps with some padding
+        if start == b"\xff\xd8" and b"\xff\xd9" not in file.read():
+            return images.decode(row.file, row.where)[1]
+    return images.header(row.file, row.where)
+
+
+def _statistics(
+    found: Finding, base: Path, image_size: int | None, rows: list[Row], pictures: Any
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    note = _Note(base, found, ["statistics", image_size])
+    known = note.read()
+    if known is None:
+        sample = np.asarray(pictures(rows[:SAMPLE]))
+        mean, std = statistics.mean_and_std(sample)
+        known = {"mean": mean, "std": std}
+        note.write(known)
+    return tuple(known["mean"]), tuple(known["std"])
+
+
+class _Note:
+    """A small JSON file in the cache directory about files that did not change since."""
+
+    def __init__(self, base: Path, found: Finding, about: list):
+        key = json.dumps([_FORMAT, found.identity, about])
+        self.path = base / f"stream-{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
+
+    def read(self) -> dict[str, Any] | None:
+        try:
+            if self.path.stat().st_uid != os.geteuid():
+                return None
+            return json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return None
+
+    def write(self, content: dict[str, Any]) -> None:
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".stream-")
+        with os.fdopen(handle, "w") as out:
+            json.dump(content, out)
+        os.replace(name, self.path)

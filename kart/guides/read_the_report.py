@@ -1,0 +1,49 @@
+"""Read the report.
+
+`kart analyse RUN` and `kart study report` write one self-contained page; what it shows is beside it
+as JSON and CSV. It holds the sections that the runs allow, in this order, and says in one line why
+another is missing.
+
+# The numbers
+
+A cell is the mean over n seeds with its 95 % interval. Intervals of accuracies are made on the
+scale of the logit and stay between 0 and 100 %. Three seeds make wide intervals: that is what three
+seeds know. One seed has none.
+
+>>> from kart import statistics
+>>> statistics.accuracy([0.962, 0.958, 0.966]).text()
+'96.20 [95.07, 97.08]'
+>>> statistics.accuracy([0.962]).text()
+'96.20 (one seed)'
+
+A difference to the baseline is paired by seed, since a seed fixes the batches and the first weights
+of both. Its interval may leave out zero where the intervals of the two overlap: it is the number to
+quote.
+
+>>> statistics.difference([0.972, 0.967, 0.977], [0.962, 0.958, 0.966]).text(sign="+")
+'+1.00 [+0.75, +1.25]'
+
+# The curves
+
+Training and validation by epoch. The page says of a run that still rises at the end that it has not
+converged: two such runs compare how fast they learn, not how well.
+
+# The functions
+
+What each unit learned, over the scores that occurred: the silhouette along the bottom shows how
+many there were. Where no score fell the curve is the basis's own extrapolation and means nothing.
+
+# The maps
+
+The class token's attention over an image, one panel a head, each scaled to its own largest weight:
+colour is dense where the weight is large, and panels are not to be compared in strength. Negative
+weights, which KArAt may have, are dropped there as in the paper. A map is what the operator weighs,
+not by itself what the decision rests on: the pointing game, on images whose object is known
+(`--data masked_digits`), puts a number to it.
+
+# A study's page
+
+The table of winners has two columns of accuracy: of the search (chosen by, hence too good) and of
+fresh seeds. The parameters that mattered are ranked by how much of the variance they explain among
+the trials made; it says nothing beyond the space that was searched.
+"""

@@ -1,0 +1,383 @@
+"""Images that stay in their files: pixels, order and boxes with any workers, kills, oddities."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn import datasets
+from torch.testing import assert_close
+
+from kart import augment, data, train
+from kart.data import images
+from studies import loader
+
+SYNSETS = ("n01440764", "n01443537", "n02102040")
+SIDE = 24
+
+
+@pytest.fixture(scope="module")
+def photographs() -> list[Image.Image]:
+    return [Image.fromarray(one) for one in datasets.load_sample_images().images]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KART_CACHE", str(tmp_path / "cache"))
+
+
+def parts(photographs: list[Image.Image], count: int, seed: int = 0) -> list[Image.Image]:
+    """Parts of the photographs, of different sizes and shapes, each scaled down a little."""
+    draws = np.random.default_rng(seed)
+    found = []
+    for i in range(count):
+        width, height = (int(side) for side in draws.integers(90, 200, 2))
+        whole = photographs[i % 2]
+        left = int(draws.integers(0, whole.width - width))
+        top = int(draws.integers(0, whole.height - height))
+        found.append(whole.crop((left, top, left + width, top + height)))
+    return found
+
+
+def imagenet(root: Path, photographs: list[Image.Image]) -> Path:
+    """ImageNet's layout, train/synset/*.JPEG and val/synset/*.JPEG, with its oddities."""
+    for split, count, seed in (("train", 36, 0), ("val", 9, 1)):
+        for i, image in enumerate(parts(photographs, count, seed)):
+            synset = SYNSETS[i % 3]
+            path = root / split / synset / f"{synset}_{i}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            options = {"quality": 95}
+            if split == "train" and i == 3:
+                image = image.convert("L")
+            elif split == "train" and i == 4:
+                image = image.convert("CMYK")
+            elif split == "train" and i == 5:
+                exif = Image.Exif()
+                exif[0x0112] = 6
+                options["exif"] = exif
+            elif split == "train" and i == 6:  # as one of ImageNet's: a PNG called JPEG
+                image.save(path, "PNG")
+                continue
+            image.save(path, "JPEG", **options)
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, photographs) -> Path:
+    return imagenet(tmp_path_factory.mktemp("imagenet"), photographs)
+
+
+def loaded(folder: Path, split: str = "train", **options) -> data.Dataset:
+    options = {"image_size": SIDE, "stream": True, "workers": 0, **options}
+    return data.load(folder, split, **options)
+
+
+# whole images
+
+
+@pytest.mark.parametrize("split", data.SPLITS)
+def test_whole_images_splits_and_order_are_those_of_the_cache(folder, split):
+    cached, streamed = loaded(folder, split, stream=False), loaded(folder, split)
+    assert isinstance(streamed.images, data.Pictures) and isinstance(cached.images, np.ndarray)
+    assert streamed.images.shape == cached.images.shape
+    assert np.array_equal(streamed.images, cached.images)
+    assert np.array_equal(streamed.labels, cached.labels)
+    # 31 training images are within the sample: the statistics are the exact ones
+    for name in ("classes", "name", "mean", "std", "unused", "converted", "counts", "channels"):
+        assert getattr(streamed, name) == getattr(cached, name), name
+
+
+def test_pictures_index_like_an_array(folder):
+    pictures = loaded(folder).images
+    whole = np.asarray(pictures)
+    threads = loaded(folder, workers=3).images
+    for index in (3, -1, [2, 0, 2], np.array([[1, 5], [0, 7]]), np.arange(len(whole)) % 3 == 0):
+        assert np.array_equal(pictures[index], whole[index])
+        assert np.array_equal(threads[index], whole[index])
+    assert isinstance(pictures[2:9:3], data.Pictures)
+    assert np.array_equal(pictures[2:9:3], whole[2:9:3])
+    assert (pictures.size, pictures.nbytes, len(pictures)) == (whole.size, whole.nbytes, len(whole))
+    assert pictures.dtype == whole.dtype and pictures.ndim == whole.ndim
+    with pytest.raises(IndexError):
+        pictures[len(whole)]
+    few = loaded(folder, train_limit=5)
+    assert np.array_equal(few.images, whole[:5]) and len(few.labels) == 5
+
+
+def test_fingerprints_tell_other_files(folder, tmp_path, photographs):
+    first = loaded(folder)
+    assert first.fingerprint == loaded(folder, workers=2).fingerprint
+    copy = imagenet(tmp_path / "copy", photographs)
+    assert loaded(copy).fingerprint == first.fingerprint
+    assert loaded(folder, image_size=SIDE + 1).fingerprint != first.fingerprint
+    assert loaded(folder, "val").fingerprint != first.fingerprint
+    victim = Path(loaded(copy).images.path(3))
+    Image.new("RGB", (100, 100)).save(victim, "JPEG")
+    assert loaded(copy).fingerprint != first.fingerprint
+
+
+def test_the_way_is_chosen_by_size_and_said(folder, monkeypatch, caplog):
+    assert isinstance(loaded(folder, stream=None).images, np.ndarray)
+    assert "stay in their files" not in caplog.text
+    monkeypatch.setattr("kart.data.stream.STREAM_LIMIT", 45 * 3 * SIDE * SIDE - 1)
+    assert isinstance(loaded(folder, stream=None).images, data.Pictures)
+    assert "45 images would take" in caplog.text and "stay in their files" in caplog.text
+    monkeypatch.setattr("kart.data.stream.STREAM_LIMIT", 45 * 3 * SIDE * SIDE)
+    assert isinstance(loaded(folder, stream=None).images, np.ndarray)
+
+
+def test_what_cannot_stream_is_refused(folder):
+    with pytest.raises(ValueError, match="`load` streams directories of images alone, got 'dig"):
+        data.load("digits", stream=True)
+    with pytest.raises(ValueError, match="`load` needs `stream` to be True, False or None, got 1"):
+        loaded(folder, stream=1)
+    with pytest.raises(ValueError, match=r"`load` needs `workers` in 0..256 or None, got -1"):
+        loaded(folder, workers=-1)
+    with pytest.raises(ValueError, match="`load` needs `image_size` where images differ in size"):
+        loaded(folder, image_size=None)
+    with pytest.raises(ValueError, match="`reader` needs images that stream"):
+        data.reader(data.load("digits"), 8, data.Cut(augment.random_box, 8))
+
+
+# oddities
+
+
+def test_oddities_are_read_as_shown_and_counted(folder):
+    told = {
+        item.what: item.count
+        for item in (*loaded(folder).converted, *loaded(folder, "val").converted)
+    }
+    assert told == {
+        "CMYK to RGB": 1,
+        "grey repeated in three channels": 1,
+        "turned as EXIF says": 1,
+    }
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_a_truncated_image_is_named_before_training(tmp_path, photographs, share):
+    folder = imagenet(tmp_path / "set", photographs)
+    victim = next((folder / "train" / SYNSETS[1]).iterdir())
+    content = victim.read_bytes()
+    victim.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=f"got {victim}: .*truncated.* Replace or remove it."):
+        loaded(folder)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_later_is_named_in_one_line(tmp_path, photographs, workers):
+    folder = imagenet(tmp_path / "set", photographs)
+    split = loaded(folder, workers=workers)
+    victim = Path(split.images.path(3))
+    victim.write_bytes(victim.read_bytes()[:2000])
+    read = data.reader(split, 8, data.Cut(augment.random_box, 8))
+    with pytest.raises(ValueError) as caught:
+        for step in range(2 * read.steps_per_epoch):
+            read.at(0, step)
+    assert str(victim) in str(caught.value) and "\n" not in str(caught.value)
+
+
+# boxes
+
+
+@settings(max_examples=25)
+@given(st.integers(2, 60), st.integers(2, 60), st.integers(0, 2**32))
+def test_boxes_are_those_of_random_resized_crop(height, width, seed):
+    top, left, rows, columns = augment.random_box(data.generator_for(seed), height, width)
+    assert 0 <= top <= top + rows <= height and 0 <= left <= left + columns <= width
+    assert rows >= 1 and columns >= 1
+    # an image that says where each pixel is, read at the centres of 1 x 1: the centre of the box
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    image = torch.stack([y, x])[None].double() / 64
+    centre = augment.random_resized_crop(data.generator_for(seed), image, size=1)[0, :, 0, 0] * 64
+    expected = torch.tensor([top + rows / 2, left + columns / 2]).double()
+    assert_close(centre, expected, atol=1e-3, rtol=0)
+
+
+def test_boxes_cover_the_stated_shares_of_the_area():
+    boxes = [augment.random_box(data.generator_for("area", i), 375, 500) for i in range(2000)]
+    shares = np.array([rows * columns / (375 * 500) for _, _, rows, columns in boxes])
+    ratios = np.array([columns / rows for _, _, rows, columns in boxes])
+    assert 0.075 < shares.min() < 0.1 and 0.97 < shares.max() <= 1
+    assert 0.66 < ratios.min() < 0.69 and 1.45 < ratios.max() < 1.52
+    # uniform in [0.08, 1] but for the large boxes that do not fit: small ones are untouched
+    small = shares[shares < 0.5]
+    assert abs(small.mean() - 0.29) < 0.02
+    assert abs(np.mean(shares < 0.2) / np.mean((shares > 0.2) & (shares < 0.32)) - 1) < 0.2
+
+
+def jpeg(image: Image.Image, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=95, **options)
+    return out.getvalue()
+
+
+def test_cuts_are_pillows(photographs):
+    content = jpeg(photographs[0])
+    box = (31, 50, 200, 301)  # top, left, height, width
+    found = images.cut(io.BytesIO(content), "here", lambda h, w: box, 64 * 2)
+    whole = Image.open(io.BytesIO(content)).convert("RGB")
+    place = (50, 31, 50 + 301, 31 + 200)
+    expected = whole.resize((128, 128), Image.Resampling.BILINEAR, box=place)
+    assert np.array_equal(np.asarray(found), np.asarray(expected))
+
+
+@pytest.mark.parametrize("turn", [1, 3, 6, 8])
+def test_a_jpeg_is_scaled_while_it_is_decoded_where_that_helps(photographs, monkeypatch, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    content = jpeg(photographs[1], exif=exif)
+    decoded = []
+    pixels = images._pixels
+    monkeypatch.setattr(
+        images, "_pixels", lambda opened, told: decoded.append(opened.size) or pixels(opened, told)
+    )
+    for size, scale in ((12, 4), (24, 4), (50, 2), (110, 1)):
+        box = (20, 16, 360, 392)
+        found = images.cut(io.BytesIO(content), "here", lambda h, w, box=box: box, size)
+        whole, _ = images.decode(io.BytesIO(content), "here")
+        decoded.pop()
+        if turn > 1:
+            scale = 1
+        expected = whole.resize((size, size), Image.Resampling.BILINEAR, box=(16, 20, 408, 380))
+        # at least three times the pixels that are needed
+        assert decoded.pop() == tuple(-(-side // scale) for side in photographs[1].size)
+        apart = np.abs(np.asarray(found).astype(float) - np.asarray(expected))
+        assert apart.mean() < 1.0 and np.quantile(apart, 0.99) < 8
+
+
+# order
+
+
+def batches(folder: Path, workers: int, steps, augmentation: str = "paper", seed: int = 3) -> list:
+    config = train.Config(
+        data=str(folder),
+        decode_size=SIDE,
+        stream=True,
+        augment=augmentation,
+        batch_size=8,
+        image_size=16,
+        seed=seed,
+    )
+    source = train.batches(config, train.load_data(config, workers=workers).train)
+    return [source.at(seed, step) for step in steps]
+
+
+# torch's advice, where there are fewer cores
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("augmentation", ["paper", "flip_crop"])
+def test_batches_do_not_depend_on_the_workers(folder, augmentation):
+    steps = range(11)  # 32 images: more than three epochs
+    expected = batches(folder, 0, steps, augmentation)
+    assert len({images.sum().item() for images, _ in expected}) == len(expected)
+    for workers in (1, 3):
+        for found, there in zip(
+            batches(folder, workers, steps, augmentation), expected, strict=True
+        ):
+            assert all(map(torch.equal, found, there))
+
+
+def test_batches_that_are_not_cut_are_those_of_the_cache(folder):
+    config = train.Config(data=str(folder), decode_size=SIDE, augment="flip_crop", batch_size=8)
+    cached = train.batches(config, train.load_data(config, stream=False).train)
+    streamed = train.batches(config, train.load_data(config, stream=True, workers=0).train)
+    assert cached.steps_per_epoch == streamed.steps_per_epoch
+    for step in range(6):
+        assert all(map(torch.equal, cached.at(1, step), streamed.at(1, step)))
+
+
+@settings(max_examples=4)
+@given(st.lists(st.integers(0, 12), min_size=2, max_size=4))
+def test_steps_out_of_turn_give_the_same(folder, starts):
+    split = loaded(folder, workers=1)
+    plain = data.reader(loaded(folder), 8, data.Cut(augment.random_box, 8))
+    read = data.reader(split, 8, data.Cut(augment.random_box, 8))
+    for seed, start in enumerate(starts):
+        for step in range(start, start + 3):
+            assert all(map(torch.equal, read.at(seed % 2, step), plain.at(seed % 2, step)))
+
+
+PROGRAM = """
+import sys, torch
+from kart import augment, data
+
+if __name__ == "__main__":
+    folder, workers, start, stop = sys.argv[1], *map(int, sys.argv[2:])
+    split = data.load(folder, image_size=24, stream=True, workers=workers)
+    read = data.reader(split, 8, data.Cut(augment.random_box, 12))
+    for step in range(start, stop):
+        images, labels = read.at(5, step)
+        digest = int((images.long() * torch.arange(images.numel()).reshape(images.shape)).sum())
+        print(step, digest, labels.tolist(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("last", [3, pytest.param(7, marks=pytest.mark.slow)])
+def test_a_killed_reader_goes_on_with_the_same_batches(folder, tmp_path, last):
+    """Killed with SIGKILL at a step, then resumed with another number of workers."""
+    script = tmp_path / "read.py"
+    script.write_text(PROGRAM)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+    def begin(workers: int, start: int, stop: int) -> subprocess.Popen:
+        command = [sys.executable, str(script), str(folder), str(workers), str(start), str(stop)]
+        return subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    whole = begin(0, 0, 12).communicate()[0].splitlines()
+    assert len(whole) == 12
+    first = begin(2, 0, 10**6)
+    assert first.stdout is not None
+    lines = [first.stdout.readline().strip() for _ in range(last)]
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    rest = begin(1, last, 12).communicate()[0].splitlines()
+    assert lines + rest == whole
+    # the workers go with the process that has begun them
+    for _ in range(100):
+        try:
+            os.killpg(first.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.2)
+    else:
+        os.killpg(first.pid, signal.SIGKILL)
+        pytest.fail("workers outlive a killed reader")
+
+
+def test_a_folder_in_imagenets_layout_trains_and_evaluates(folder):
+    config = train.Config(
+        data=str(folder),
+        decode_size=SIDE,
+        stream=True,
+        augment="paper",
+        batch_size=8,
+        epochs=2,
+        warmup_epochs=1.0,
+        image_size=16,
+        embed_dim=16,
+        depth=1,
+        num_heads=1,
+        operator="G1B",
+        eval_crop=0.9,
+    )
+    records = list(train.fit(config, train.load_data(config, workers=0)))
+    again = list(train.fit(config, train.load_data(config, workers=1)))
+    assert [one["train_loss"] for one in records] == [one["train_loss"] for one in again]
+    assert 0 <= records[-1]["val_top1"] <= 1 and records[-1]["diverged"] == -1
+
+
+def test_the_measurement_of_the_loader(capsys):
+    loader.main(["--images", "40", "--size", "16", "--model", "vit_nano"])
+    told = capsys.readouterr().out
+    assert all(word in told for word in ("streamed", "cached", "vit_nano", "cores to stream"))
