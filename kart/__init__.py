@@ -8,9 +8,10 @@ import importlib
 from types import ModuleType
 
 ROOMS = (
-    *("analysis", "augment", "bases", "checkpoint", "cli", "commands", "data", "export"),
-    *("factories", "kernels", "layers", "models", "operators", "optim", "population"),
-    *("projections", "recipes", "runs", "search", "tables", "testing", "train", "tree"),
+    *("analysis", "augment", "bases", "bridges", "checkpoint", "cli", "commands", "data"),
+    *("export", "factories", "kernels", "layers", "models", "nn", "operators", "optim"),
+    *("population", "projections", "recipes", "runs", "search", "tables", "testing", "train"),
+    "tree",
 )
 
 

@@ -20,15 +20,16 @@
 | `hybrid` | one of the above a head | App. C.5.2 | `mixtures.py` |
 
 `contract.py` is what an operator is and what all of them share (checks, masks, precision, base,
-projection), `spec.py` the language of spec strings, `resize.py` other numbers of keys. A new
-operator is a factory in a file of its own (from `from_rows` or `from_logits`) and its name in
-`OPERATORS`: its signature says what a spec may set.
+projection), `spec.py` the language of spec strings, `resize.py` other numbers of keys, `cache.py`
+tokens that come in parts. A new operator is a factory in a file of its own (from `from_rows` or
+`from_logits`) and its name in `OPERATORS`: its signature says what a spec may set.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from kart.operators import spec as language
+from kart.operators.cache import Cache, step
 from kart.operators.comparators import entmax, gated, synthesizer, tempered
 from kart.operators.contract import Factored, Operator, Source, from_logits, from_rows
 from kart.operators.fixed import relu, sigmoid, softmax, sparsemax
@@ -51,11 +52,11 @@ OPERATORS: tuple[Callable[..., Operator], ...] = (
 )
 EXAMPLES = language.examples(OPERATORS)
 
-__all__ = ["EXAMPLES", "OPERATORS", "Factored", "Operator", "Source", "Spec", "added"]
+__all__ = ["Cache", "EXAMPLES", "Factored", "OPERATORS", "Operator", "Source", "Spec", "added"]
 __all__ += ["beside_relative", "by_offset", "cosformer", "entmax", "from_logits", "from_rows"]
 __all__ += ["full_rank", "gated", "hybrid", "linformer", "low_rank", "options", "parse"]
 __all__ += ["performer", "project_first", "relative", "relu", "resize", "sigmoid", "softconv"]
-__all__ += ["softmax", "sparsemax", "static", "synthesizer", "tempered", "two_stage"]
+__all__ += ["softmax", "sparsemax", "static", "step", "synthesizer", "tempered", "two_stage"]
 
 
 def parse(spec: str, **overrides: Any) -> Spec:
