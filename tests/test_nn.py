@@ -241,7 +241,9 @@ def test_bad_input_is_named():
         nn.Attention(DIM, HEADS, operator=operators.low_rank(bases.fourier(3)))
     with pytest.raises(ValueError, match=r"initialised for rows of 7 keys, got 5.*resize"):
         attention()(x[:, :5])
-    with pytest.raises(ValueError, match=r"`Attention` needs `context` \(B, N, 16\), got \(2, 7, 8"):
+    with pytest.raises(
+        ValueError, match=r"`Attention` needs `context` \(B, N, 16\), got \(2, 7, 8"
+    ):
         attention()(x, context=x[..., :8])
     with pytest.raises(ValueError, match=r"`causal_mask` needs no more queries than keys"):
         attention()(tokens(2, 8), context=x, is_causal=True)
@@ -276,49 +278,47 @@ def free_port():
         return one.getsockname()[1]
 
 
-def train_wrapped(rank, world, port, kind, results):
-    """Three steps on this rank's half of a batch, wrapped; the parameters of rank 0 come back."""
+def steps(module, wrapped, rank, world):
+    """The parameters after three steps on this rank's part of every batch."""
+    descent = torch.optim.SGD(wrapped.parameters(), lr=0.5)
+    for x in tokens(3, 4, TOKENS):
+        descent.zero_grad()
+        wrapped(x.chunk(world)[rank], is_causal=True).square().mean().backward()
+        descent.step()
+    found = {name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in state(module)}
+    return {name: p.detach().clone() for name, p in found.items()}
+
+
+def state(module):
+    return list(module.named_parameters())
+
+
+def train_wrapped(rank, world, port, path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", address, rank=rank, world_size=world)
-    module = attention()
-    if kind == "ddp":
-        wrapped = torch.nn.parallel.DistributedDataParallel(module)
-    else:
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (world,))
-        wrapped = torch.distributed.fsdp.fully_shard(module, mesh=mesh)
-    rate = torch.optim.SGD(wrapped.parameters(), lr=0.5)
-    for x in tokens(3, 4, TOKENS):
-        rate.zero_grad()
-        wrapped(x.chunk(world)[rank], is_causal=True).square().mean().backward()
-        rate.step()
-    full = {
-        name: p.full_tensor() if kind == "fsdp" else p for name, p in module.named_parameters()
-    }
+    one, other = attention(), attention()
+    found = {"ddp": steps(one, torch.nn.parallel.DistributedDataParallel(one), rank, world)}
+    wrapped = fully_shard(other, mesh=init_device_mesh("cpu", (world,)))
+    assert any(type(p).__name__ == "DTensor" for p in wrapped.parameters())
+    found["fsdp"] = steps(other, wrapped, rank, world)
     if rank == 0:
-        results.put({name: p.detach().tolist() for name, p in full.items()})
+        torch.save(found, path)
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_wrapped_over_two_processes_equals_one_process(kind):
-    context = torch.multiprocessing.get_context("spawn")
-    results, port = context.Queue(), free_port()
-    workers = [
-        context.Process(target=train_wrapped, args=(rank, 2, port, kind, results))
-        for rank in range(2)
-    ]
-    for worker in workers:
-        worker.start()
-    found = results.get(timeout=240)
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+def test_two_processes_of_ddp_and_fsdp_equal_one(tmp_path):
+    path = tmp_path / "found.pt"
+    given = (2, free_port(), path)
+    torch.multiprocessing.spawn(train_wrapped, given, nprocs=2)
     module = attention()
-    rate = torch.optim.SGD(module.parameters(), lr=0.5)
-    for x in tokens(3, 4, TOKENS):
-        rate.zero_grad()
-        module(x, is_causal=True).square().mean().backward()
-        rate.step()
-    for name, p in module.named_parameters():
-        assert_close(torch.tensor(found[name]), p.detach(), rtol=1e-4, atol=1e-6)
+    expected = steps(module, module, 0, 1)
+    start = dict(state(attention()))
+    assert all((expected[name] - start[name]).abs().max() > 1e-4 for name in expected)
+    for kind, found in torch.load(path).items():
+        assert found.keys() == expected.keys(), kind
+        for name, p in expected.items():
+            assert_close(found[name], p, rtol=1e-4, atol=1e-6)
