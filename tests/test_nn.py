@@ -283,7 +283,7 @@ def steps(module, wrapped, rank, world):
     descent = torch.optim.SGD(wrapped.parameters(), lr=0.5)
     for x in tokens(3, 4, TOKENS):
         descent.zero_grad()
-        wrapped(x.chunk(world)[rank], is_causal=True).square().mean().backward()
+        wrapped(x.chunk(world)[rank], is_causal=True).sub(1).square().mean().backward()
         descent.step()
     found = {name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in state(module)}
     return {name: p.detach().clone() for name, p in found.items()}
@@ -317,7 +317,8 @@ def test_two_processes_of_ddp_and_fsdp_equal_one(tmp_path):
     module = attention()
     expected = steps(module, module, 0, 1)
     start = dict(state(attention()))
-    assert all((expected[name] - start[name]).abs().max() > 1e-4 for name in expected)
+    moved = {name: (expected[name] - start[name]).abs().max() for name in expected}
+    assert min(moved.values()) > 1e-5, moved
     for kind, found in torch.load(path).items():
         assert found.keys() == expected.keys(), kind
         for name, p in expected.items():
