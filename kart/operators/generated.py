@@ -28,7 +28,9 @@ from kart.operators.contract import (
     softmax_rows,
     two_axes,
 )
-from kart.operators.learnable import MIXES, low_rank
+from kart.operators.learnable import low_rank
+
+STARTS = ("scaled", "zero")
 
 
 def cosines(places: Tensor, count: int) -> Tensor:
@@ -93,12 +95,12 @@ def generated(
         normalise: None; "count", sums over the keys as means times `reach`, so that what a head
             puts out keeps its size for rows of any number of attended keys.
         base: None, or "softmax", which is added.
-        mix: how W is drawn, as in `low_rank`: "scaled", "linear" or "zero", with which
-            `base="softmax"` starts as exactly softmax. Default "zero" with `base="softmax"`.
+        mix: how W is drawn, as in `low_rank`: "scaled", or "zero", with which `base="softmax"`
+            starts as exactly softmax. Default "zero" with `base="softmax"`, else "scaled".
         engine: of `kart.kernels`.
     """
     check_rank("generated", rank)
-    check_choice("generated", "mix", mix, MIXES)
+    check_choice("generated", "mix", mix, STARTS)
     check_choice("generated", "normalise", normalise, ["count"])
     check_choice("generated", "base", base, ["softmax"])
     for argument, value, least in (
@@ -142,8 +144,7 @@ def generated(
         drawn = bases.normal(generator, (heads, features, rank))
         # as in `low_rank`, for the keys of training
         keys = tokens if reach is None else reach
-        scale = {"zero": 0.0, "scaled": (rank * keys) ** -0.5, "linear": (3 * rank) ** -0.5}
-        return {"units": units, "mix": drawn * scale[start]}
+        return {"units": units, "mix": drawn * (0.0 if start == "zero" else (rank * keys) ** -0.5)}
 
     def of_keys(params: Params, keys: int) -> Params:
         """The parameters of `low_rank` for this many keys."""
