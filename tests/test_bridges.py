@@ -356,3 +356,66 @@ def test_a_transformers_model_trains_with_karat():
     changed[:, 6:] = (changed[:, 6:] + 1) % 11
     with torch.no_grad():
         assert_close(model(changed).logits[:, :6], model(ids).logits[:, :6])
+
+
+# --- as the README has them -----------------------------------------------------------------------
+
+EXAMPLES = {
+    "timm": """
+import timm, torch
+import kart
+
+layer = kart.bridges.timm.attention("G3U", tokens=17)  # U: all blocks share one operator
+model = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10, attn_layer=layer)
+optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+images, labels = torch.randn(8, 3, 64, 64), torch.randint(10, (8,))
+loss = torch.nn.functional.cross_entropy(model(images), labels)
+loss.backward()
+optimiser.step()
+""",
+    "transformers": """
+import torch, transformers
+import kart
+
+kart.bridges.transformers.register("kart")
+config = transformers.ViTConfig(image_size=64, num_labels=10, num_hidden_layers=2,
+                                attention_probs_dropout_prob=0.0, attn_implementation="kart")
+model = transformers.ViTForImageClassification(config)
+kart.bridges.transformers.attach(model, "G3B", tokens=17)
+optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+images, labels = torch.randn(8, 3, 64, 64), torch.randint(10, (8,))
+loss = model(pixel_values=images, labels=labels).loss
+loss.backward()
+optimiser.step()
+""",
+    "hand": """
+import torch
+import kart
+
+class Block(torch.nn.Module):
+    def __init__(self, dim, heads, tokens, generator):
+        super().__init__()
+        self.norm, self.mlp = torch.nn.LayerNorm(dim), torch.nn.Linear(dim, dim)
+        self.attn = kart.nn.Attention(dim, heads, tokens, operator="G3B", generator=generator)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm(x), is_causal=True)
+        return x + self.mlp(x).relu()
+
+block = Block(64, 4, tokens=17, generator=torch.Generator().manual_seed(0))
+block(torch.randn(2, 17, 64)).square().mean().backward()
+""",
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_train_in_a_few_lines(name):
+    if name != "hand":
+        pytest.importorskip(name, reason=f"{name} does not import")
+    lines = [line for line in EXAMPLES[name].splitlines() if line.strip()]
+    assert len(lines) < 15
+    found: dict = {}
+    exec(compile(EXAMPLES[name], name, "exec"), found)
+    model = found.get("model", found.get("block"))
+    learned = [p for n, p in model.named_parameters() if n.endswith("units.coefs")]
+    assert learned and all(p.grad is not None and p.grad.abs().max() > 0 for p in learned)

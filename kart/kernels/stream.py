@@ -6,12 +6,8 @@ reverse pass it keeps them all. So does torch.compile, which plans the memory by
 """
 
 import math
-<<<<<<< HEAD
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
-=======
-from collections.abc import Callable, Mapping, Sequence
->>>>>>> 68f5129 (Recompute functions of single queries block by block)
 from typing import Any
 
 import torch

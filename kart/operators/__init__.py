@@ -51,6 +51,13 @@ from kart.operators.sums import added
 # what a spec may name; the first that takes a basis is the order of a spec that names none
 OPERATORS: tuple[Callable[..., Operator], ...] = (
     *(softmax, sigmoid, relu, sparsemax),
+    *(static, relative, softconv),
+    *(entmax, tempered, gated, synthesizer, linformer, performer, cosformer),
+    *(low_rank, full_rank, project_first, two_stage, by_offset, beside_relative),
+    *(elementwise, by_distance, generated),
+)
+EXAMPLES = language.examples(OPERATORS)
+
 __all__ = ["Cache", "EXAMPLES", "Factored", "OPERATORS", "Operator", "Source", "Spec", "added"]
 __all__ += ["beside_relative", "by_distance", "by_offset", "cosformer", "elementwise", "entmax"]
 __all__ += ["from_logits", "from_rows", "full_rank", "gated", "generated", "hybrid", "linformer"]

@@ -148,7 +148,8 @@ def from_entries(
             scores = None if q is None else scores_of(q, k, None)
             own = {"units": dict(zip(names, leaves, strict=True))}
             keys = torch.arange(k.shape[-2], device=k.device)
-            return torch.einsum("...nm,...me->...ne", rows(own, scores, place, keys, mask), v)
+            y = rows(own, scores, place, keys, mask)
+            return torch.einsum("...nm,...me->...ne", y.to(v.dtype), v)
 
         with no_autocast(q):
             q, k, v = silence(q, k, v, mask)
@@ -156,7 +157,7 @@ def from_entries(
             q, k, v = wide(q), wide(k), wide(v)
             place, _ = places(q.shape[-2], k.shape[-2], q.device)
             # features, their sum, and what derivatives need of them
-            numbers = 2 * (basis.size + 2)
+            numbers = 2 * (basis.size + 2) if of_scores else 2
             seen = q if of_scores or inside else None
             out = kernels.by_queries(block, [place, seen], [k, v, *leaves], mask, numbers)
             out = out if added is None else out + added
