@@ -315,7 +315,8 @@ class Attention(torch.nn.Module):
             q = functional.linear(x, weights[0], biases[0])
             kv = functional.linear(context, weights[1], biases[1])
         k, v = kv.chunk(2, -1)
-        return split_heads(q, self.heads), *(split_heads(t, self.kv_heads) for t in (k, v))
+        groups = self.kv_heads
+        return split_heads(q, self.heads), split_heads(k, groups), split_heads(v, groups)
 
     def forward(
         self,

@@ -7,6 +7,7 @@
 `register` names the attention and the masks, `attach` gives every attention layer its operator.
 """
 
+import importlib
 from typing import Any
 
 import torch
@@ -82,18 +83,16 @@ def register(name: str = "kart") -> None:
     Without masks under the same name transformers would pass none, and drop the causal one.
     """
     try:
-        from transformers import (  # type: ignore[import-not-found]
-            AttentionInterface,
-            AttentionMaskInterface,
-        )
-        from transformers.masking_utils import sdpa_mask  # type: ignore[import-not-found]
+        # by name: to a type checker this file is `transformers`, too
+        library = importlib.import_module("transformers")
+        sdpa_mask = importlib.import_module("transformers.masking_utils").sdpa_mask
     except ImportError as error:
         raise ValueError(
             f"`register` needs transformers >= 4.53, which does not import here ({error}). Run "
             "`pip install transformers`."
         ) from error
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, sdpa_mask)
+    library.AttentionInterface.register(name, attention)
+    library.AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def heads_of(layer: torch.nn.Module) -> int | None:

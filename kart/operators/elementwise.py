@@ -130,7 +130,7 @@ def from_entries(
         mask, dtype = two_axes(mask), scores.dtype
         with no_autocast(scores):
             scores = only(wide(scores), mask)
-            place, keys = places(*scores.shape[-2:], scores.device)
+            place, keys = places(scores.shape[-2], scores.shape[-1], scores.device)
             y = rows(params, scores, place, keys, mask)
             y = y + softmax_rows(scores, mask) if base else y.expand(scores.shape)
         return y.to(dtype)
