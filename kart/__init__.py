@@ -8,10 +8,10 @@ import importlib
 from typing import Any
 
 ROOMS = (
-    *("analysis", "augment", "bases", "checkpoint", "cli", "code", "commands", "data"),
-    *("distributed", "export", "factories", "guides", "kernels", "layers", "models", "operators"),
-    *("optim", "pages", "population", "projections", "recipes", "runs", "schema", "search"),
-    *("statistics", "tables", "testing", "train", "transfer", "tree"),
+    *("analysis", "augment", "bases", "bridges", "checkpoint", "cli", "code", "commands", "data"),
+    *("distributed", "export", "factories", "guides", "kernels", "layers", "models", "nn"),
+    *("operators", "optim", "pages", "population", "projections", "recipes", "runs", "schema"),
+    *("search", "statistics", "tables", "testing", "train", "transfer", "tree"),
 )
 
 

@@ -1,18 +1,31 @@
 """Every study runs in a tiny setting; what they conclude is checked by hand."""
 
+import argparse
 import csv
 import dataclasses
+import json
 import subprocess
 import time
 
 import optuna
 import pytest
+import torch
+from torch.testing import assert_close
 
-from kart import cli, train
+from kart import cli, operators, train
 from kart.analysis import cost
 from kart.search import question, space, storage, work
 from kart.search.work import Confirmed
-from studies import cluster, controls, full_rank, per_block, placement, population_speed, samplers
+from studies import (
+    cluster,
+    controls,
+    full_rank,
+    per_block,
+    placement,
+    population_speed,
+    samplers,
+    text,
+)
 
 STUDIES = sorted(question.available())
 
@@ -197,3 +210,41 @@ def test_full_rank_training_prints_loss_and_memory(capsys):
     assert [int(row[0]) for row in rows] == list(range(2, 21, 2))
     losses, peaks = ([float(row[i]) for row in rows] for i in (1, 2))
     assert losses[-1] < losses[0] and peaks == sorted(peaks)
+
+
+def test_text_is_resumed_and_refuses_other_settings(tmp_path, capsys):
+    tiny = ["--steps", "2", "--batch", "1", "--width", "8", "--depth", "1", "--heads", "2"]
+    tiny += ["--lengths", "4", "8", "--evaluate", "8", "16", "--held-out", "64"]
+    argv = ["--out", str(tmp_path), *tiny]
+    assert text.main([*argv, "--seeds", "1"]) == 0
+    first = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["arm"] for line in first] == list(text.ARMS)
+    assert text.main([*argv, "--seeds", "2", "--arms", "softmax"]) == 0
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert lines[:-1] == first and json.loads(lines[-1])["seed"] == 1
+    one, other = (json.loads(line)["bits"]["16"] for line in (lines[0], lines[-1]))
+    mean = f"{(one + other) / 2:.3f} ["
+    assert mean in capsys.readouterr().out
+    # nothing is started after the minutes, and what was done otherwise is not mixed in
+    assert text.main([*argv, "--seeds", "3", "--minutes", "0"]) == 0
+    assert text.main(["--out", str(tmp_path), "--steps", "3"]) == 2
+    assert text.main([*argv, "--arms", "softmux"]) == 2
+    err = capsys.readouterr().err
+    assert "Choose another --out." in err and "got ['softmux']" in err
+    assert (tmp_path / "results.jsonl").read_text().splitlines() == lines
+
+
+def test_text_starts_all_arms_from_one_backbone_and_learns():
+    args = argparse.Namespace(width=8, depth=1, heads=2, lengths=[8])
+    made = {}
+    for arm in ("softmax", "elementwise"):
+        op = operators.parse(text.ARMS[arm]).operator
+        params = text.init(torch.Generator().manual_seed(0), op, 5, args)
+        params["blocks"]["0"].pop("operator")
+        made[arm] = params
+    assert_close(made["softmax"], made["elementwise"], rtol=0, atol=0)
+    codes, held_out, kinds = text.read_text()
+    assert kinds > 80
+    assert len(codes) > 8 * len(held_out) and int(codes.max()) < kinds
+    window = text.windows(torch.arange(20), torch.tensor([0, 5]), 3)
+    assert window.tolist() == [[0, 1, 2, 3], [5, 6, 7, 8]]

@@ -6,6 +6,9 @@
 | `full_rank` | Phi(S), Phi M x M | eq. 1 | `learnable.py` |
 | `project_first` | Phi(W S), W r x M, Phi M x r | App. C.5, order (ii) | `learnable.py` |
 | `two_stage` | Phi2(Phi1(S)), Phi1 r x M, Phi2 M x r | App. C.5, order (iii) | `learnable.py` |
+| `elementwise` | phi(S), one function a head, any length | ours | `elementwise.py` |
+| `by_distance` | phi of the offset, any length | ours; continuous bias | `elementwise.py` |
+| `generated` | W Phi(S), both functions of the place | ours | `generated.py` |
 | `softmax`, `sigmoid`, `relu`, `sparsemax` | fixed functions | baselines | `fixed.py` |
 | `entmax`, `tempered` | 1.5-entmax; softmax at a temperature | baselines | `comparators.py` |
 | `gated` | softmax(S) and softmax of the offset, gated | ConViT | `comparators.py` |
@@ -20,18 +23,21 @@
 | `hybrid` | one of the above a head | App. C.5.2 | `mixtures.py` |
 
 `contract.py` is what an operator is and what all of them share (checks, masks, precision, base,
-projection), `spec.py` the language of spec strings, `resize.py` other numbers of keys. A new
-operator is a factory in a file of its own (from `from_rows` or `from_logits`) and its name in
-`OPERATORS`: its signature says what a spec may set.
+projection), `spec.py` the language of spec strings, `resize.py` other numbers of keys, `cache.py`
+tokens that come in parts. A new operator is a factory in a file of its own (from `from_rows` or
+`from_logits`) and its name in `OPERATORS`: its signature says what a spec may set.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 from kart.operators import spec as language
+from kart.operators.cache import Cache, step
 from kart.operators.comparators import entmax, gated, synthesizer, tempered
 from kart.operators.contract import Factored, Operator, Source, from_logits, from_rows
+from kart.operators.elementwise import by_distance, elementwise
 from kart.operators.fixed import relu, sigmoid, softmax, sparsemax
+from kart.operators.generated import generated
 from kart.operators.learnable import full_rank, low_rank, project_first, two_stage
 from kart.operators.linear import cosformer, linformer, performer
 from kart.operators.mixtures import hybrid
@@ -48,14 +54,16 @@ OPERATORS: tuple[Callable[..., Operator], ...] = (
     *(static, relative, softconv),
     *(entmax, tempered, gated, synthesizer, linformer, performer, cosformer),
     *(low_rank, full_rank, project_first, two_stage, by_offset, beside_relative),
+    *(elementwise, by_distance, generated),
 )
 EXAMPLES = language.examples(OPERATORS)
 
-__all__ = ["EXAMPLES", "OPERATORS", "Factored", "Operator", "Source", "Spec", "added"]
-__all__ += ["beside_relative", "by_offset", "cosformer", "entmax", "from_logits", "from_rows"]
-__all__ += ["full_rank", "gated", "hybrid", "linformer", "low_rank", "options", "parse"]
-__all__ += ["performer", "project_first", "relative", "relu", "resize", "sigmoid", "softconv"]
-__all__ += ["softmax", "sources", "sparsemax", "static", "synthesizer", "tempered", "two_stage"]
+__all__ = ["Cache", "EXAMPLES", "Factored", "OPERATORS", "Operator", "Source", "Spec", "added"]
+__all__ += ["beside_relative", "by_distance", "by_offset", "cosformer", "elementwise", "entmax"]
+__all__ += ["from_logits", "from_rows", "full_rank", "gated", "generated", "hybrid", "linformer"]
+__all__ += ["low_rank", "options", "parse", "performer", "project_first", "relative", "relu"]
+__all__ += ["resize", "sigmoid", "softconv", "softmax", "sources", "sparsemax", "static", "step"]
+__all__ += ["synthesizer", "tempered", "two_stage"]
 
 
 def parse(spec: str, **overrides: Any) -> Spec:

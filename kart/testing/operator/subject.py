@@ -148,8 +148,9 @@ def traits_of(op: Any) -> dict[str, Any]:
     if basis is None:
         return declared
     plain = basis.options.get("base", "zero") == "zero"
-    if kind != "project_first" and options.get("base") is None and plain:
-        # the units see the scores themselves
+    seen = kind not in ("project_first", "by_distance") and not options.get("inside")
+    if seen and options.get("base") is None and plain:
+        # the units see the scores themselves, and nothing else does
         declared |= {k: v for k, v in basis.traits.items() if k == "periodic"}
     if kind == "low_rank":
         declared["hidden_units_permute"] = True

@@ -1,0 +1,148 @@
+"""KArAt in models of transformers, through its attention interface.
+
+    kart.bridges.transformers.register("kart")
+    model = AutoModel.from_config(config, attn_implementation="kart")
+    kart.bridges.transformers.attach(model, "G3B", tokens=197)
+
+`register` names the attention and the masks, `attach` gives every attention layer its operator.
+"""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from kart import nn, operators
+from kart.bridges import arguments
+
+NAME = "kart_operator"
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers calls in an attention layer: the output `(B, N, H, d)`, and the weights
+    `(B, H, N, M)` where they are asked for.
+
+    Args:
+        module: the layer, which `attach` has given an operator.
+        query: (B, H, N, d).
+        key, value: (B, G, M, d), G a divisor of H.
+        attention_mask: boolean, True = attend, or of 0 and -inf; None is what `is_causal` says.
+        scaling: of the scores; default d^-1/2.
+        dropout: 0, for there are no weights to drop.
+        is_causal: default what the layer says, as for transformers' own functions.
+        kwargs: what else the model hands to every such function. `output_attentions` is heeded;
+            what would change the result and is not known here is refused.
+    """
+    op = getattr(module, NAME, None)
+    if not isinstance(op, nn.Operator):
+        raise ValueError(
+            f"`attention` needs layers with an operator, got {type(module).__name__} without. Call "
+            "`kart.bridges.transformers.attach(model, operator, tokens)` after making the model."
+        )
+    arguments.check_no_dropout("attention", "dropout", dropout)
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"`attention` needs a model without `{name}`, got one. It belongs to softmax: "
+                "choose another model or attn_implementation."
+            )
+    if scaling is not None:
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    queries, keys = query.shape[-2], key.shape[-2]
+    if attention_mask is not None:
+        if attention_mask.dtype != torch.bool:
+            attention_mask = arguments.from_additive("attention", "attention_mask", attention_mask)
+        attention_mask = attention_mask[..., :keys]
+    elif queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        if queries != keys:
+            raise ValueError(
+                f"`attention` needs a mask for {queries} causal queries of {keys} keys, got None. "
+                "Register the masks too: `kart.bridges.transformers.register(name)`."
+            )
+        attention_mask = nn.causal_mask(queries, keys, query.device)
+    out = op(query, key, value, attention_mask).transpose(1, 2).contiguous()
+    if not kwargs.get("output_attentions"):
+        return out, None
+    return out, op.weights(query, key, attention_mask)
+
+
+def register(name: str = "kart") -> None:
+    """Registers `attention` and the masks of "sdpa" with transformers as an `attn_implementation`.
+
+    Without masks under the same name transformers would pass none, and drop the causal one.
+    """
+    try:
+        # by name: to a type checker this file is `transformers`, too
+        library = importlib.import_module("transformers")
+        sdpa_mask = importlib.import_module("transformers.masking_utils").sdpa_mask
+    except ImportError as error:
+        raise ValueError(
+            f"`register` needs transformers >= 4.53, which does not import here ({error}). Run "
+            "`pip install transformers`."
+        ) from error
+    library.AttentionInterface.register(name, attention)
+    library.AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def heads_of(layer: torch.nn.Module) -> int | None:
+    """The number of heads of an attention layer of transformers, None for other modules."""
+    if not hasattr(layer, "is_causal") or not hasattr(layer, "config"):
+        return None
+    names = ("num_heads", "num_attention_heads")
+    found = [getattr(one, n, None) for one in (layer, layer.config) for n in names]
+    return next((n for n in found if isinstance(n, int)), None)
+
+
+def attach(
+    model: torch.nn.Module,
+    operator: str | operators.Operator = "G3B",
+    tokens: int | None = None,
+    *,
+    generator: Generator | None = None,
+    sharing: str | None = None,
+) -> list[str]:
+    """Gives every attention layer of a model an operator, as its submodule `kart_operator`; returns
+    the names of the layers.
+
+    Before the optimiser is made and weights are loaded. A layer is a module with `is_causal` and
+    `config`, as transformers' own have.
+
+    Args:
+        model: of transformers.
+        operator: a spec string or an Operator.
+        tokens: the number of keys; None for operators of any length.
+        generator: draws the parameters; None is a fresh one of seed 0.
+        sharing: "blockwise" or "universal"; default what the spec says, else blockwise.
+    """
+    op, universal = arguments.operator_and_sharing("attach", operator, sharing)
+    found = {name: layer for name, layer in model.named_modules() if heads_of(layer) is not None}
+    if not found:
+        raise ValueError(
+            f"`attach` needs a model with attention layers (with `is_causal` and `config`), got "
+            f"{type(model).__name__} without. Update transformers, or set `{NAME}` of its layers."
+        )
+    heads = [heads_of(layer) or 0 for layer in found.values()]
+    if universal and len(set(heads)) > 1:
+        raise ValueError(
+            f"`attach` needs layers of as many heads for universal sharing, got {set(heads)}. "
+            "Share blockwise."
+        )
+    source = nn.seeded(generator)
+    one: nn.Operator | None = None
+    for layer, count in zip(found.values(), heads, strict=True):
+        like = next(layer.parameters(), torch.zeros(()))
+        if one is None or not universal:
+            one = nn.operator(op, count, tokens, generator=source, device=like.device)
+        setattr(layer, NAME, one)
+    return list(found)

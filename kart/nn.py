@@ -1,0 +1,359 @@
+"""Row operators as `torch.nn` modules: thin, over the pure functions of `kart.operators`.
+
+A module owns parameters, nothing else: names are those of the operator's tree (`units.coefs`), and
+every forward hands that tree to the pure functions. Nothing is drawn from torch's global generator:
+a module draws from the `generator` it is given, or from a fresh one of seed 0, so that modules made
+without one start alike. Give one generator to all modules of a model.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional
+
+from kart import layers, operators, tree
+from kart.operators import Cache
+from kart.operators.resize import Tokens, lattice
+
+Params = dict[str, Any]
+
+
+# --- tensors --------------------------------------------------------------------------------------
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """`(..., N, H d)` to `(..., H, N, d)`."""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """`(..., H, N, d)` to `(..., N, H d)`."""
+    return x.transpose(-3, -2).flatten(-2)
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values `(..., G, M, d)` of grouped-query attention for `heads` heads, each group's
+    repeated for the heads / G queries that share it.
+    """
+    if x.dim() < 3 or heads % x.shape[-3]:
+        raise ValueError(
+            f"`repeat_heads` needs `x` (..., G, M, d) with {heads} heads divisible by G, got "
+            f"{tuple(x.shape)}. Choose heads that divide."
+        )
+    groups = x.shape[-3]
+    return x if groups == heads else x.repeat_interleave(heads // groups, -3)
+
+
+def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Tensor:
+    """Boolean `(N, M)`, True where a query may attend: the queries are the last N of the M tokens,
+    and each sees itself and those before.
+
+    >>> causal_mask(2, 3).int().tolist()
+    [[1, 1, 0], [1, 1, 1]]
+    """
+    if queries > keys:
+        raise ValueError(
+            f"`causal_mask` needs no more queries than keys, got {queries} and {keys}. The queries "
+            "are the last tokens of the keys."
+        )
+    ones = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return ones.tril(keys - queries)
+
+
+# --- parameters -----------------------------------------------------------------------------------
+
+
+class Tree(torch.nn.Module):
+    """A nested dict of tensors as parameters, by the same dotted names."""
+
+    def __init__(self, params: Mapping[str, Any]):
+        super().__init__()
+        self.register(params)
+
+    def register(self, params: Mapping[str, Any]) -> None:
+        """Makes parameters of the leaves."""
+        for name, value in params.items():
+            if hasattr(self, name) or not name or "." in name:
+                raise ValueError(
+                    f"`Tree` needs names that a torch.nn.Module has not itself, got {name!r}. "
+                    "Rename that leaf in `init` of the basis or operator."
+                )
+            if isinstance(value, Mapping):
+                self.add_module(name, Tree(value))
+            else:
+                self.register_parameter(name, torch.nn.Parameter(value))
+
+    def tree(self) -> Params:
+        """The parameters as nested dicts, as the pure functions take them."""
+        found: Params = {name: leaf for name, leaf in self._parameters.items()}
+        for name, child in self._modules.items():
+            assert isinstance(child, Tree)
+            found[name] = child.tree()
+        return found
+
+
+def check_device(name: str, module: torch.nn.Module, x: Tensor) -> None:
+    """Raises ValueError where a parameter of `module` is on another device than the input."""
+    for own, leaf in module.named_parameters():
+        if leaf.device != x.device:
+            raise ValueError(
+                f"`{name}` needs parameters on the device of its input, got `{own}` on "
+                f"{leaf.device} and an input on {x.device}. Move the whole module with "
+                f"`.to({str(x.device)!r})`."
+            )
+
+
+def seeded(generator: Generator | None) -> Generator:
+    """The generator, or a fresh one of seed 0."""
+    return torch.Generator().manual_seed(0) if generator is None else generator
+
+
+def linear(
+    generator: Generator,
+    in_size: int,
+    out_size: int,
+    bias: bool = True,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+) -> torch.nn.Linear:
+    """A `torch.nn.Linear` with weights of `layers.linear_init`, drawn from `generator`."""
+    drawn = layers.linear_init(generator, in_size, out_size)
+    # on the meta device torch's own initialisation draws nothing
+    made = torch.nn.Linear(in_size, out_size, bias=bias, device="meta")
+    for name in ("weight", "bias") if bias else ("weight",):
+        setattr(made, name, torch.nn.Parameter(drawn[name].to(device=device, dtype=dtype)))
+    return made
+
+
+# --- modules --------------------------------------------------------------------------------------
+
+
+def named_operator(spec: "str | operators.Operator", shared: bool = False) -> operators.Operator:
+    """The operator of a spec, which may ask for universal sharing only where that is done."""
+    if isinstance(spec, operators.Operator):
+        return spec
+    parsed = operators.parse(spec)
+    if parsed.sharing == "universal" and not shared:
+        raise ValueError(
+            f"`operator` needs a spec of one module, got {spec!r}, which is shared by all blocks. "
+            "Make one `kart.nn.operator(...)` and pass it to every block."
+        )
+    return parsed.operator
+
+
+class Operator(Tree):
+    """A row operator with its parameters: q `(..., H, N, d)`, k, v `(..., H, M, d)` to `(..., H, N,
+    d)`.
+
+    `kart.nn.operator` makes one. The parameters have the names of the operator's tree.
+    """
+
+    def __init__(
+        self,
+        op: operators.Operator,
+        heads: int,
+        tokens: int | None,
+        generator: Generator | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__({})
+        if tokens is None and not op.traits.get("length_free"):
+            raise ValueError(
+                f"`operator` needs `tokens`, the number of keys, for {op.name}, got None. "
+                "Operators of any length do without."
+            )
+        self.op = op
+        self.heads = heads
+        self.tokens = tokens
+        drawn = op.init(seeded(generator), heads, 1 if tokens is None else tokens)
+        self.register(tree.to(drawn, device=device, dtype=dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.op.name}, heads={self.heads}, tokens={self.tokens}"
+
+    def ready(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Params, Tensor, Tensor, Tensor]:
+        """Parameters, and q, k, v with as many heads each."""
+        if q.dim() < 3 or q.shape[-3] != self.heads:
+            raise ValueError(
+                f"`operator` needs `q` (..., {self.heads}, N, d), got {tuple(q.shape)}. Put "
+                f"the {self.heads} heads before the tokens."
+            )
+        check_device("operator", self, q)
+        return self.tree(), q, repeat_heads(k, self.heads), repeat_heads(v, self.heads)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        params, q, k, v = self.ready(q, k, v)
+        return self.op.attend(params, q, k, v, mask)
+
+    def weights(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The attention weights `(..., H, N, M)`, materialised, for looking."""
+        params, q, k, _ = self.ready(q, k, k)
+        return self.op.weights(params, q @ k.mT * q.shape[-1] ** -0.5, mask)
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, cache: Cache | None = None
+    ) -> tuple[Tensor, Cache]:
+        """Causal attention of some more tokens (see `kart.operators.step`)."""
+        params, q, k, v = self.ready(q, k, v)
+        tokens = None if self.op.traits.get("length_free") else self.tokens
+        return operators.step(self.op, params, q, k, v, cache, tokens)
+
+    def resize(self, old_tokens: Tokens, new_tokens: Tokens) -> "Operator":
+        """This module, its parameters moved to another number of keys by `kart.operators.resize`.
+
+        The parameters are new ones: make the optimiser after it.
+        """
+        found = tree.map(lambda x: x.detach(), self.tree())
+        moved = operators.resize(self.op, found, old_tokens, new_tokens)
+        for name in moved:
+            delattr(self, name)
+        self.register(moved)
+        if self.tokens is not None:
+            before, after = (lattice("tokens", one) for one in (old_tokens, new_tokens))
+            self.tokens += after.patches - before.patches
+        return self
+
+
+def operator(
+    op: "str | operators.Operator",
+    heads: int,
+    tokens: int | None = None,
+    *,
+    generator: Generator | None = None,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+) -> Operator:
+    """A module of one row operator: (q, k, v, mask=None) to the output of every head.
+
+    k and v may have fewer heads, a divisor of H (grouped-query attention).
+
+    Args:
+        op: an Operator or a spec string.
+        heads: H.
+        tokens: M, the number of keys; None for operators of any length.
+        generator: draws the parameters; None is a fresh one of seed 0.
+        device, dtype: of the parameters.
+    """
+    return Operator(named_operator(op, shared=True), heads, tokens, generator, device, dtype)
+
+
+class Attention(torch.nn.Module):
+    """Multi-head attention with a row operator, `(B, N, dim)` to `(B, N, dim)`.
+
+    `qkv` and `proj` are named as in timm's ViT; the operator's parameters are
+    `operator.<name>`.
+
+    Args:
+        dim: D, of the input and the output.
+        heads: H, a divisor of D.
+        tokens: the number of keys; None for operators of any length.
+        operator: a spec string, an Operator, or a module of `kart.nn.operator`, which several
+            layers may share.
+        kv_heads: heads of keys and values, a divisor of H (grouped-query attention); default H.
+        bias, proj_bias: whether the projections have one.
+        generator: draws the parameters; None is a fresh one of seed 0.
+        device, dtype: of the parameters.
+
+    >>> attend = Attention(64, heads=4, tokens=17, operator="G3B")
+    >>> attend(torch.ones(2, 17, 64)).shape
+    torch.Size([2, 17, 64])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        tokens: int | None = None,
+        operator: "str | operators.Operator | Operator" = "G3B",
+        *,
+        kv_heads: int | None = None,
+        bias: bool = True,
+        proj_bias: bool = True,
+        generator: Generator | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        groups = heads if kv_heads is None else kv_heads
+        for name, whole, part in (("heads", dim, heads), ("kv_heads", heads, groups)):
+            if isinstance(part, bool) or not isinstance(part, int) or part < 1 or whole % part:
+                raise ValueError(
+                    f"`Attention` needs `{name}` to divide {whole}, got {part!r}. Choose a divisor."
+                )
+        generator = seeded(generator)
+        self.dim, self.heads, self.kv_heads = dim, heads, groups
+        width = dim // heads
+        given = {"device": device, "dtype": dtype}
+        self.qkv = linear(generator, dim, (heads + 2 * groups) * width, bias, **given)
+        self.proj = linear(generator, dim, dim, proj_bias, **given)
+        if isinstance(operator, Operator):
+            check_shared(operator, heads, tokens)
+            self.operator = operator
+        else:
+            op = named_operator(operator)
+            self.operator = Operator(op, heads, tokens, generator, **given)
+
+    def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """q `(B, H, N, d)` of `x`, k and v `(B, G, M, d)` of `context`, which is `x` by default."""
+        for name, given in (("x", x), ("context", x if context is None else context)):
+            if given.dim() < 2 or given.shape[-1] != self.dim:
+                raise ValueError(
+                    f"`Attention` needs `{name}` (B, N, {self.dim}), got {tuple(given.shape)}. "
+                    "Project it to this width."
+                )
+            check_device("Attention", self, given)
+        width = self.dim // self.heads
+        parts = [self.heads * width, 2 * self.kv_heads * width]
+        if context is None:
+            q, kv = self.qkv(x).split(parts, -1)
+        else:
+            weights = self.qkv.weight.split(parts)
+            biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split(parts)
+            q = functional.linear(x, weights[0], biases[0])
+            kv = functional.linear(context, weights[1], biases[1])
+        k, v = kv.chunk(2, -1)
+        groups = self.kv_heads
+        return split_heads(q, self.heads), split_heads(k, groups), split_heads(v, groups)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """`(B, N, dim)` to `(B, N, dim)`.
+
+        Args:
+            x: the tokens that attend.
+            mask: boolean, True = attend, broadcasting to (B, H, N, M); of keys alone it is
+                (B, 1, 1, M).
+            is_causal: whether a token sees none that come after it (see `causal_mask`).
+            context: (B, M, dim), the tokens that are attended to; default x.
+        """
+        q, k, v = self.project(x, context)
+        if is_causal:
+            causal = causal_mask(q.shape[-2], k.shape[-2], q.device)
+            mask = causal if mask is None else causal & mask
+        return self.proj(merge_heads(self.operator(q, k, v, mask)))
+
+    def step(self, x: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+        """Causal attention of some more tokens `(B, N, dim)`, with the keys and values so far.
+
+        Tokens given in parts equal one call of all with `is_causal=True`.
+        """
+        out, cache = self.operator.step(*self.project(x), cache)
+        return self.proj(merge_heads(out)), cache
+
+
+def check_shared(module: Operator, heads: int, tokens: int | None) -> None:
+    """Raises ValueError unless a shared module is for these heads and keys."""
+    if module.heads != heads or tokens not in (None, module.tokens):
+        raise ValueError(
+            f"`operator` needs a module of {heads} heads and {tokens} tokens, got one of "
+            f"{module.heads} and {module.tokens}. Make it with `kart.nn.operator(op, {heads}, "
+            f"{tokens})`."
+        )

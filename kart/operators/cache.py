@@ -1,0 +1,60 @@
+"""Generation: causal attention of tokens that come in parts, with the keys and values so far."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kart.bases import Params
+from kart.operators.contract import Operator, check_qkv
+
+
+class Cache(NamedTuple):
+    """Keys `(..., H, M, d)` and values `(..., H, M, e)` of the tokens so far."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def step(
+    op: Operator,
+    params: Params,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Cache | None = None,
+    tokens: int | None = None,
+) -> tuple[Tensor, Cache]:
+    """Attention of N more tokens, each to itself and all before: `(..., H, N, e)`, and the cache
+    with them.
+
+    In however many parts tokens come, the outputs are those of one pass under a causal mask. With
+    parameters for a fixed number of keys, the keys to come are there and masked.
+
+    Args:
+        op, params: the operator; its queries need not be as many as its keys.
+        q, k, v: of the N tokens.
+        cache: of the tokens before, None at the first.
+        tokens: the number of keys that `params` are for, None where they fit any.
+    """
+    check_qkv(op.name, q, k, v, None)
+    if q.shape[-2] != k.shape[-2]:
+        raise ValueError(
+            f"`step` needs queries and keys of the same tokens, got {q.shape[-2]} and "
+            f"{k.shape[-2]}. Pass those of the new tokens."
+        )
+    if cache is not None:
+        k, v = torch.cat([cache.keys, k], -2), torch.cat([cache.values, v], -2)
+    new, count = q.shape[-2], k.shape[-2]
+    if tokens is not None and count > tokens:
+        raise ValueError(
+            f"`step` needs at most the {tokens} tokens that `params` are for, got {count}. Start a "
+            "new cache, or move the parameters with `kart.operators.resize`."
+        )
+    total = count if tokens is None else tokens
+    mask = None
+    if new > 1 or total > count:
+        mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(count - new)
+    keys, values = (functional.pad(x, (0, 0, 0, total - count)) for x in (k, v))
+    return op.attend(params, q, keys, values, mask), Cache(k, v)

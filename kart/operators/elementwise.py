@@ -1,0 +1,329 @@
+"""Operators that do not know the length: a weight is a function of the score, or of the offset, of
+its own key (ours; the paper's operators know how many keys there are).
+
+`elementwise` has one learned function of the score a head, for all keys; `by_distance` one of the
+offset from query to key. Their parameters serve any N and M, masks, causal or padding, and tokens
+that come one by one. `from_entries` makes both.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from kart import kernels
+from kart.bases import Basis, Params
+from kart.factories import remember
+from kart.kernels.core import no_autocast
+from kart.kernels.plain import scores as scores_of
+from kart.kernels.plain import wide
+from kart.operators.contract import (
+    Operator,
+    attended_keys,
+    check_choice,
+    check_qkv,
+    check_scores,
+    check_sizes,
+    only,
+    silence,
+    softmax_rows,
+    two_axes,
+)
+from kart.operators.resize import amplitudes
+
+STARTS = ("scaled", "zero")
+NORMALISATIONS = ("count", "l1", "softmax")
+
+
+def each_head(basis: Basis, units: Params, x: Tensor) -> Tensor:
+    """`phi_h(x)` for `units (H,)` and x `(..., H, N, M)`, one function a head."""
+    if basis.features is None or basis.coefficients is None:
+        lifted = {name: leaf[:, None, None] for name, leaf in units.items()}
+        return basis.apply(lifted, x)
+    coefs = basis.coefficients(units).to(x.dtype)
+    return torch.einsum("...hnmk,hk->...hnm", basis.features(x), coefs)
+
+
+def check_form(name: str, normalise: str | None, base: str | None, inside: bool) -> None:
+    """Raises ValueError unless these say one thing about what becomes of the entries."""
+    check_choice(name, "normalise", normalise, NORMALISATIONS)
+    check_choice(name, "base", base, ["softmax"])
+    if not isinstance(inside, bool):
+        raise ValueError(f"`{name}` needs `inside` True or False, got {inside!r}.")
+    if inside and (base or normalise):
+        raise ValueError(
+            f"`{name}` needs `inside` alone, which is in the softmax of the scores, got it with "
+            f"base={base!r} and normalise={normalise!r}. Leave them out."
+        )
+
+
+def normalised(y: Tensor, mask: Tensor | None, how: str | None) -> Tensor:
+    """Entries `(..., N, M)` as weights: as they are, by the number of attended keys, by the sum of
+    magnitudes of a row, or by softmax; zero where masked.
+    """
+    if how == "softmax":
+        return softmax_rows(y, mask)
+    y = only(y, mask)
+    if how == "count":
+        return y / attended_keys(mask, y.shape[-1], y)
+    if how == "l1":
+        # a row of zeros stays one
+        return y / y.abs().sum(-1, keepdim=True).clamp(min=torch.finfo(y.dtype).tiny)
+    return y
+
+
+def from_entries(
+    name: str,
+    init: Callable[[Generator, int, int], Params],
+    entries: Callable[[Params, Tensor | None, Tensor, Tensor], Tensor],
+    basis: Basis,
+    *,
+    of_scores: bool,
+    normalise: str | None,
+    base: str | None,
+    inside: bool,
+    start: str,
+    options: Mapping[str, Any] | None = None,
+    traits: Mapping[str, Any] | None = None,
+) -> Operator:
+    """An operator from the entry Y of a query and a key, which no other key has a part in.
+
+    The weights are Y, normalised; with softmax(S) added with `base="softmax"`; or softmax(S + Y)
+    with `inside`. `attend` holds the entries of a block of queries at a time, and computes them
+    again in the backward.
+
+    Args:
+        init: draws the parameters; the sizes are checked before.
+        entries: of parameters, scores `(..., H, n, M)` (None unless `of_scores`), places of the
+            queries `(n, 1)` and of the keys `(M,)`; `(..., H, n, M)`.
+        basis: of the units.
+        of_scores: whether entries are of the scores.
+        normalise, base, inside: see above.
+        start: "zero" where the parameters of `init` make Y = 0.
+        options, traits: recorded in the result.
+    """
+    check_form(name, normalise, base, inside)
+
+    def places(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        # the queries are the last tokens of the keys, as when tokens come in parts
+        place = torch.arange(keys - queries, keys, device=device)[:, None]
+        return place, torch.arange(keys, device=device)
+
+    def rows(
+        params: Params, scores: Tensor | None, place: Tensor, keys: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        scores = None if scores is None else only(scores, mask)
+        y = entries(params, scores if of_scores else None, place, keys)
+        if inside:
+            assert scores is not None
+            return softmax_rows(scores + y, mask)
+        return normalised(y, mask, normalise)
+
+    def checked_init(generator: Generator, heads: int, tokens: int) -> Params:
+        check_sizes(heads, tokens)
+        return init(generator, heads, tokens)
+
+    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        check_scores(name, scores, mask)
+        mask, dtype = two_axes(mask), scores.dtype
+        with no_autocast(scores):
+            scores = only(wide(scores), mask)
+            place, keys = places(scores.shape[-2], scores.shape[-1], scores.device)
+            y = rows(params, scores, place, keys, mask)
+            y = y + softmax_rows(scores, mask) if base else y.expand(scores.shape)
+        return y.to(dtype)
+
+    def attend(
+        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        check_qkv(name, q, k, v, mask)
+        mask, dtype = two_axes(mask), v.dtype
+        units = params["units"]
+        names, leaves = list(units), list(units.values())
+
+        def block(place: Tensor, q: Tensor | None, *rest: Any) -> Tensor:
+            k, v, *leaves, mask = rest
+            scores = None if q is None else scores_of(q, k, None)
+            own = {"units": dict(zip(names, leaves, strict=True))}
+            keys = torch.arange(k.shape[-2], device=k.device)
+            y = rows(own, scores, place, keys, mask)
+            return torch.einsum("...nm,...me->...ne", y.to(v.dtype), v)
+
+        with no_autocast(q):
+            q, k, v = silence(q, k, v, mask)
+            added = kernels.softmax_attention(q, k, v, mask) if base else None
+            q, k, v = wide(q), wide(k), wide(v)
+            place, _ = places(q.shape[-2], k.shape[-2], q.device)
+            # features, their sum, and what derivatives need of them
+            numbers = 2 * (basis.size + 2) if of_scores else 2
+            seen = q if of_scores or inside else None
+            out = kernels.by_queries(block, [place, seen], [k, v, *leaves], mask, numbers)
+            out = out if added is None else out + added
+            return out.to(dtype)
+
+    options = {
+        "kind": name,
+        **(options or {}),
+        "normalise": normalise,
+        "base": base,
+        "inside": inside,
+        "start": start,
+    }
+    found: dict[str, Any] = {"learned": True, "length_free": True, **(traits or {})}
+    if inside or (normalise == "softmax" and not base):
+        found["simplex"] = True
+    if inside or (base and normalise in (None, "count")):
+        found["softmax_base"] = True
+        found["softmax_start"] = start == "zero"
+    return Operator(name, checked_init, weights, attend, basis, options, found)
+
+
+def default_start(
+    name: str, start: str | None, normalise: str | None, base: str | None, inside: bool
+) -> str:
+    """The start that was asked for; "zero" beside or inside softmax, "scaled" alone."""
+    check_choice(name, "start", start, STARTS)
+    if start == "zero" and normalise in ("l1", "softmax"):
+        raise ValueError(
+            f'`{name}` needs `start` "scaled" with normalise={normalise!r}, got "zero", of which '
+            "no row can be normalised to zero. Leave it out."
+        )
+    softmax = inside or (base and normalise not in ("l1", "softmax"))
+    return start or ("zero" if softmax else "scaled")
+
+
+def draw_units(
+    basis: Basis, generator: Generator, heads: int, scale: float, start: str
+) -> dict[str, Tensor]:
+    """Units `(H,)`, their amplitudes times `scale`, or zero with start "zero"."""
+    scaled = set(amplitudes(basis))
+    factor = 0.0 if start == "zero" else scale
+    units = basis.init(generator, (heads,))
+    return {name: leaf * factor if name in scaled else leaf for name, leaf in units.items()}
+
+
+def check_no_base(name: str, basis: Basis, start: str) -> None:
+    """Raises ValueError where units have a base activation that no parameter can make zero."""
+    held = basis.options.get("base", "zero") != "zero" and not basis.options.get("scales")
+    if start == "zero" and held:
+        raise ValueError(
+            f"`{name}` needs units that can start at zero, got base activation "
+            f'{basis.options["base"]!r}. Leave it out, or ask for start="scaled".'
+        )
+
+
+@remember
+def elementwise(
+    basis: Basis,
+    normalise: str | None = None,
+    base: str | None = None,
+    inside: bool = False,
+    start: str | None = None,
+) -> Operator:
+    """Weights phi(S) with one learned function of the score a head, shared by all queries and keys
+    (ours).
+
+    Signed, unlike sigmoid and relu attention, of which it is the learned form. Parameters
+    `{"units": those of the basis, (H,)}`, whatever N and M.
+
+    Args:
+        basis: the family of the functions.
+        normalise: None; "count", phi(S) / n with n the number of attended keys, for lengths that
+            vary; "l1", over the sum of magnitudes of the row; "softmax", softmax(phi(S)).
+        base: None, or "softmax", which is added.
+        inside: softmax(S + phi(S)) instead.
+        start: "scaled", as the basis draws, without a normalisation over sqrt(tokens), which keeps
+            the output of a head at the size of its values; "zero", with which softmax beside or
+            around starts as exactly softmax. Default "zero" with softmax, else "scaled".
+    """
+    check_form("elementwise", normalise, base, inside)
+    begin = default_start("elementwise", start, normalise, base, inside)
+    check_no_base("elementwise", basis, begin)
+
+    def init(generator: Generator, heads: int, tokens: int) -> Params:
+        scale = tokens**-0.5 if normalise is None and not inside else 1.0
+        return {"units": draw_units(basis, generator, heads, scale, begin)}
+
+    def entries(params: Params, scores: Tensor | None, place: Tensor, keys: Tensor) -> Tensor:
+        assert scores is not None
+        return each_head(basis, params["units"], scores)
+
+    return from_entries(
+        "elementwise",
+        init,
+        entries,
+        basis,
+        of_scores=True,
+        normalise=normalise,
+        base=base,
+        inside=inside,
+        start=begin,
+    )
+
+
+@remember
+def by_distance(
+    basis: Basis,
+    normalise: str | None = None,
+    base: str | None = None,
+    inside: bool = False,
+    reach: int = 256,
+    start: str | None = None,
+) -> Operator:
+    """Weights phi(u), a learned function of the offset o from key to query, whatever the scores
+    (ours).
+
+    `u = pi sign(o) log(1 + |o|) / log(1 + reach)`, so that neighbours are told apart and any
+    distance has a value. `inside=True` is softmax(S + phi(u)), a relative bias as in Raffel et al.
+    2020 that is continuous in the logarithm of the distance; alone, or beside softmax, it mixes
+    tokens as a convolution does. The queries are the last N of the M tokens.
+
+    Parameters `{"units": those of the basis, (H,)}`.
+
+    Args:
+        basis: the family of the functions; u is within -pi and pi up to `reach`.
+        normalise: None; "count", over the number of attended keys; "l1"; "softmax".
+        base: None, or "softmax", which is added.
+        inside: softmax(S + phi(u)) instead.
+        reach: the offset at which u is pi, the longest that is trained on.
+        start: "scaled" (without a normalisation over sqrt(tokens)) or "zero"; default "zero" with
+            softmax, else "scaled".
+    """
+    if isinstance(reach, bool) or not isinstance(reach, int) or reach < 1:
+        raise ValueError(
+            f"`by_distance` needs an integer `reach` >= 1, got {reach!r}. Pass the longest "
+            "sequence of training."
+        )
+    check_form("by_distance", normalise, base, inside)
+    begin = default_start("by_distance", start, normalise, base, inside)
+    check_no_base("by_distance", basis, begin)
+
+    def init(generator: Generator, heads: int, tokens: int) -> Params:
+        scale = tokens**-0.5 if normalise is None and not inside else 1.0
+        return {"units": draw_units(basis, generator, heads, scale, begin)}
+
+    def entries(params: Params, scores: Tensor | None, place: Tensor, keys: Tensor) -> Tensor:
+        # every offset once: a block of n queries and M keys has n + M - 1 of them
+        first = place[0, 0] - keys[-1]
+        leaf = next(iter(params["units"].values()))
+        dtype = torch.promote_types(leaf.dtype, torch.float32)
+        offsets = first + torch.arange(len(place) + len(keys) - 1, device=keys.device)
+        u = (1 + offsets.abs()).to(dtype).log() * offsets.sign() * (math.pi / math.log1p(reach))
+        table = each_head(basis, params["units"], u[None, None])[:, 0]
+        index = place - keys - first
+        return table[:, index]
+
+    return from_entries(
+        "by_distance",
+        init,
+        entries,
+        basis,
+        of_scores=False,
+        normalise=normalise,
+        base=base,
+        inside=inside,
+        start=begin,
+        options={"reach": reach},
+    )

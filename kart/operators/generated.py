@@ -1,0 +1,195 @@
+"""KArAt of low rank whose units are functions of the place of their key (ours), for any length.
+
+Where `low_rank` learns every key's units and its row of W, here both are sums of features of the
+key's place, with learned coefficients: `C(m) = sum_j f_j(m) c_j` and `W(m) = sum_j f_j(m) w_j`.
+With as many features as there are keys in training they are those of `low_rank`, in other words.
+"""
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from kart import bases, kernels
+from kart.bases import Basis, Params
+from kart.factories import remember
+from kart.kernels.plain import wide
+from kart.operators.contract import (
+    Operator,
+    attended_keys,
+    check_choice,
+    check_fits_memory,
+    check_qkv,
+    check_rank,
+    check_scores,
+    check_sizes,
+    only,
+    silence,
+    softmax_rows,
+    two_axes,
+)
+from kart.operators.learnable import low_rank
+
+STARTS = ("scaled", "zero")
+
+
+def cosines(places: Tensor, count: int) -> Tensor:
+    """Features `(M, J)` of places in units of the reach: `sqrt(2 / J) cos(pi j x)`, `1 / sqrt(J)`
+    for j = 0.
+
+    At the J places (m + 1/2) / J they are orthonormal (the discrete cosine transform); their
+    squares sum to one or so anywhere.
+    """
+    waves = torch.arange(count, dtype=places.dtype, device=places.device)
+    scale = torch.full_like(waves, math.sqrt(2 / count))
+    scale[0] = math.sqrt(1 / count)
+    return (math.pi * places[:, None] * waves).cos() * scale
+
+
+def sequence(keys: int, count: int, reach: int) -> Tensor:
+    """Features `(M, J)` of tokens 0..M - 1, in float64; beyond `reach` they are mirrored."""
+    return cosines((torch.arange(keys, dtype=torch.float64) + 0.5) / reach, count)
+
+
+def lattice(keys: int, count: int, prefix: int) -> Tensor:
+    """Features `(M, J)` of `prefix` tokens, one each, and of a square of patches: products of
+    cosines of their row and column, relative to the side.
+    """
+    side, waves = math.isqrt(max(0, keys - prefix)), math.isqrt(count - prefix)
+    if side < 1 or side * side != keys - prefix:
+        raise ValueError(
+            f"`generated` needs {prefix} prefix tokens and a square of patches, got {keys} keys. "
+            "Set `prefix`, or `reach` for a sequence."
+        )
+    one = cosines((torch.arange(side, dtype=torch.float64) + 0.5) / side, waves)
+    both = (one[:, None, :, None] * one[None, :, None, :]).reshape(side * side, waves * waves)
+    return torch.block_diag(torch.eye(prefix, dtype=torch.float64), both)
+
+
+@remember
+def generated(
+    basis: Basis,
+    rank: int = 12,
+    features: int = 16,
+    reach: int | None = 256,
+    prefix: int = 0,
+    normalise: str | None = None,
+    base: str | None = None,
+    *,
+    mix: str | None = None,
+    engine: str = "auto",
+) -> Operator:
+    """W Phi(S) of low rank r with units and W generated from the places of the keys (ours).
+
+    Parameters `{"units": those of the basis, (H, r, J), "mix": (H, J, r)}`, J features of the
+    place, whatever M; the operator of M keys is `low_rank` with `sum_j f_j(m) units_j` and `sum_j
+    f_j(m) mix_j`. On the lattice of training (`reach` keys, J = reach) that is any `low_rank`.
+
+    Args:
+        basis: the family of the units, linear in its coefficients, without a base activation.
+        rank: r.
+        features: J; for a lattice `prefix` and a square.
+        reach: the length of training sequences, whose tokens 0..M - 1 have places (m + 1/2) /
+            reach; None for a square of patches, whose places are relative to its side.
+        prefix: tokens before the patches of a lattice, which have features of their own.
+        normalise: None; "count", sums over the keys as means times `reach`, so that what a head
+            puts out keeps its size for rows of any number of attended keys.
+        base: None, or "softmax", which is added.
+        mix: how W is drawn, as in `low_rank`: "scaled", or "zero", with which `base="softmax"`
+            starts as exactly softmax. Default "zero" with `base="softmax"`, else "scaled".
+        engine: of `kart.kernels`.
+    """
+    check_rank("generated", rank)
+    check_choice("generated", "mix", mix, STARTS)
+    check_choice("generated", "normalise", normalise, ["count"])
+    check_choice("generated", "base", base, ["softmax"])
+    for argument, value, least in (
+        ("features", features, prefix + 1),
+        ("reach", 1 if reach is None else reach, 1),
+        ("prefix", prefix, 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(
+                f"`generated` needs an integer `{argument}` >= {least}, got {value!r}. Pass one."
+            )
+    waves = math.isqrt(features - prefix)
+    if reach is None and waves * waves != features - prefix:
+        raise ValueError(
+            f"`generated` needs `features` as {prefix} prefix tokens and a square, got {features}. "
+            f"Pass {prefix + waves * waves} or {prefix + (waves + 1) ** 2}."
+        )
+    if reach is None and normalise:
+        raise ValueError(
+            "`generated` needs `reach` with normalise='count', got None. A lattice says its size."
+        )
+    if reach is not None and prefix:
+        raise ValueError(
+            f"`generated` needs `prefix` 0 in a sequence, got {prefix}. Its tokens have places; "
+            "pass reach=None for a lattice."
+        )
+    if basis.features is None or basis.options.get("base", "zero") != "zero":
+        raise ValueError(
+            f"`generated` needs units linear in their coefficients and without a base activation, "
+            f"got {basis.family!r} with base={basis.options.get('base', 'zero')!r}. Choose such a "
+            "basis: fourier, polynomial, chebyshev, bspline, gaussian_rbf."
+        )
+    start = mix or ("zero" if base == "softmax" else "scaled")
+    inner = low_rank(basis, rank, mix=start, engine=engine)
+
+    def init(generator: Generator, heads: int, tokens: int) -> Params:
+        check_sizes(heads, tokens)
+        count = heads * features * rank * (basis.size + 1)
+        check_fits_memory("generated", count, f"{heads} x {rank} x {features:,} units")
+        units = basis.init(generator, (heads, rank, features))
+        drawn = bases.normal(generator, (heads, features, rank))
+        # as in `low_rank`, for the keys of training
+        keys = tokens if reach is None else reach
+        return {"units": units, "mix": drawn * (0.0 if start == "zero" else (rank * keys) ** -0.5)}
+
+    def of_keys(params: Params, keys: int) -> Params:
+        """The parameters of `low_rank` for this many keys."""
+        found = lattice(keys, features, prefix) if reach is None else None
+        found = sequence(keys, features, reach or 1) if found is None else found
+        mix = params["mix"]
+        found = found.to(mix)
+        # scales a unit are part of its coefficients
+        coefs = torch.einsum("mj,hrjk->hrmk", found, basis.coefficients(params["units"]))  # type: ignore[misc]
+        units = {"coefs": coefs}
+        if basis.options.get("scales"):
+            ones = torch.ones_like(coefs[..., 0])
+            units |= {"scale_base": ones, "scale_basis": ones}
+        return {"units": units, "mix": torch.einsum("mj,hjr->hmr", found, mix)}
+
+    def resized(y: Tensor, mask: Tensor | None, keys: int) -> Tensor:
+        # once for the sum over scores, once for that over values
+        if normalise is None:
+            return y
+        return y * (reach / attended_keys(mask, keys, wide(y))).square().to(y.dtype)  # type: ignore[operator]
+
+    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        check_scores("generated", scores, mask)
+        mask, keys = two_axes(mask), scores.shape[-1]
+        y = inner.weights(of_keys(params, keys), wide(scores), mask)
+        y = resized(y, mask, keys)
+        if base:
+            y = y + softmax_rows(only(wide(scores), mask), mask)
+        return y.to(scores.dtype)
+
+    def attend(
+        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        check_qkv("generated", q, k, v, mask)
+        mask, keys = two_axes(mask), k.shape[-2]
+        out = inner.attend(of_keys(params, keys), q, k, v, mask)
+        out = resized(out, mask, keys)
+        if base:
+            q, k, v = silence(q, k, v, mask)
+            out = out + kernels.softmax_attention(q, k, v, mask)
+        return out.to(v.dtype)
+
+    options = {"kind": "generated", "rank": rank, "features": features, "reach": reach}
+    options |= {"prefix": prefix, "normalise": normalise, "base": base, "mix": start}
+    traits = {"learned": True, "length_free": True}
+    if base:
+        traits |= {"softmax_base": True, "softmax_start": start == "zero"}
+    return Operator("generated", init, weights, attend, basis, options, traits)

@@ -1,0 +1,325 @@
+"""Modules: thin over the pure functions, and good citizens of torch."""
+
+import copy
+import pickle
+import socket
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from kart import bases, nn, operators, tree
+
+SPECS = ["softmax", "G3B:rank=3", "rational-3/2B:rank=2", "2*softmax+2*G2B:rank=2"]
+HEADS, TOKENS, DIM = 4, 7, 16
+
+
+def source(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def attention(spec="G3B:rank=3", **options):
+    return nn.Attention(DIM, HEADS, TOKENS, spec, generator=source(), **options)
+
+
+def tokens(*shape, seed=1):
+    return torch.randn(*shape, DIM, generator=source(seed))
+
+
+def qkv(queries=TOKENS, keys=TOKENS, heads=HEADS, groups=HEADS):
+    draw = source(2)
+    q = torch.randn(2, heads, queries, 3, generator=draw)
+    k, v = (torch.randn(2, groups, keys, 3, generator=draw) for _ in range(2))
+    return q, k, v
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_an_operator_module_is_its_pure_function(spec):
+    module = nn.operator(spec, HEADS, TOKENS, generator=source())
+    op = operators.parse(spec).operator
+    params = op.init(source(), HEADS, TOKENS)
+    assert {name: p.shape for name, p in module.named_parameters()} == {
+        name: leaf.shape for name, leaf in tree.named(params).items()
+    }
+    q, k, v = qkv()
+    mask = torch.rand(2, 1, TOKENS, TOKENS, generator=source(3)) > 0.3
+    assert_close(module(q, k, v, mask), op.attend(params, q, k, v, mask), rtol=0, atol=0)
+    scores = q @ k.mT * 3**-0.5
+    assert_close(module.weights(q, k, mask), op.weights(params, scores, mask), rtol=0, atol=0)
+
+
+def test_attention_is_written_out_by_hand():
+    module, x = attention("softmax"), tokens(2, TOKENS)
+    qkv = x @ module.qkv.weight.T + module.qkv.bias
+    q, k, v = (t.view(2, TOKENS, HEADS, 4).transpose(1, 2) for t in qkv.chunk(3, -1))
+    out = (q @ k.mT / 2).softmax(-1) @ v
+    expected = out.transpose(1, 2).reshape(2, TOKENS, DIM) @ module.proj.weight.T
+    assert_close(module(x), expected + module.proj.bias)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_causal_attention_does_not_see_what_comes_later(spec):
+    module, x = attention(spec), tokens(2, TOKENS)
+    y = module(x, is_causal=True)
+    changed = x.clone()
+    changed[:, 4:] += 1
+    assert_close(module(changed, is_causal=True)[:, :4], y[:, :4])
+    assert (module(changed, is_causal=True)[:, 4:] - y[:, 4:]).abs().min() > 1e-6
+    lower = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    assert_close(module(x, mask=lower), y)
+    # a mask of keys beside it
+    keys = torch.tensor([True] * 5 + [False] * 2)
+    both = module(x, mask=keys[None, None, None], is_causal=True)
+    assert_close(both, module(x, mask=lower & keys))
+
+
+def test_context_is_attended_to():
+    module, x, context = attention(), tokens(2, 3), tokens(2, TOKENS, seed=5)
+    q = torch.nn.functional.linear(x, module.qkv.weight[:DIM], module.qkv.bias[:DIM])
+    kv = torch.nn.functional.linear(context, module.qkv.weight[DIM:], module.qkv.bias[DIM:])
+    k, v = kv.chunk(2, -1)
+    out = module.operator(*(nn.split_heads(t, HEADS) for t in (q, k, v)))
+    assert_close(module(x, context=context), module.proj(nn.merge_heads(out)))
+    assert_close(module(context, context=context), module(context))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_queries_are_repeated_keys(groups):
+    module = nn.operator("G3B:rank=3", HEADS, TOKENS)
+    q, k, v = qkv(groups=groups)
+    repeated = [torch.stack([t[:, h * groups // HEADS] for h in range(HEADS)], 1) for t in (k, v)]
+    assert_close(module(q, k, v), module(q, *repeated))
+    layer = attention(kv_heads=groups)
+    assert layer.qkv.out_features == DIM + 2 * groups * 4
+    assert layer(tokens(2, TOKENS)).shape == (2, TOKENS, DIM)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("groups", [2, 4])
+def test_tokens_in_parts_equal_one_causal_pass(spec, groups):
+    module = nn.Attention(DIM, HEADS, TOKENS, spec, kv_heads=groups, generator=source()).double()
+    x = tokens(2, TOKENS).double()
+    whole, cache, parts = module(x, is_causal=True), None, []
+    for part in x.split([3, 1, 1, 2], 1):
+        y, cache = module.step(part, cache)
+        parts.append(y)
+    assert_close(torch.cat(parts, 1), whole)
+    assert cache.keys.shape == (2, HEADS, TOKENS, 4)
+
+
+def test_state_dict_round_trip():
+    one = attention()
+    other = nn.Attention(DIM, HEADS, TOKENS, "G3B:rank=3", generator=source(9))
+    x = tokens(2, TOKENS)
+    assert (one(x) - other(x)).abs().max() > 1e-4
+    names = {"operator.units.coefs", "operator.mix", "qkv.weight", "proj.bias"}
+    assert names <= set(one.state_dict())
+    other.load_state_dict(one.state_dict())
+    assert_close(other(x), one(x), rtol=0, atol=0)
+
+
+def pickled(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+needs_recipes = pytest.mark.skipif("recipe" not in bases.Basis._fields, reason="no basis pickles")
+
+
+@pytest.mark.parametrize(
+    ("spec", "copied"),
+    [
+        ("softmax", copy.deepcopy),
+        ("softmax", pickled),
+        ("rational-3/2B:rank=2", copy.deepcopy),
+        pytest.param("rational-3/2B:rank=2", pickled, marks=needs_recipes),
+        pytest.param("G3B:rank=3", pickled, marks=needs_recipes),
+    ],
+)
+def test_copies_stand_alone(spec, copied):
+    module, x = attention(spec), tokens(2, TOKENS)
+    twin = copied(module)
+    assert_close(twin(x), module(x), rtol=0, atol=0)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.add_(1)
+    assert (twin(x) - module(x)).abs().max() > 1e-4
+
+
+def test_functional_call_is_the_pure_function():
+    module, x = attention(), tokens(2, TOKENS)
+    params = {name: p.detach() for name, p in module.named_parameters()}
+
+    def loss(params):
+        return torch.func.functional_call(module, params, (x,)).square().sum()
+
+    module(x).square().sum().backward()
+    gradients = torch.func.grad(loss)(params)
+    for name, p in module.named_parameters():
+        assert_close(gradients[name], p.grad)
+        assert p.grad.abs().max() > 0, name
+    zeros = {name: torch.zeros_like(p) for name, p in params.items()}
+    assert torch.func.functional_call(module, zeros, (x,)).abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_to_another_dtype(dtype):
+    module = attention().to(dtype)
+    assert all(p.dtype == dtype for p in module.parameters())
+    y = module(tokens(2, TOKENS).to(dtype))
+    assert y.dtype == dtype
+    tolerance = {torch.bfloat16: 3e-2, torch.float64: 1e-5}[dtype]
+    assert_close(y.float(), attention()(tokens(2, TOKENS)), rtol=tolerance, atol=tolerance)
+
+
+def test_autocast():
+    module, x = attention(), tokens(2, TOKENS)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x)
+    assert y.dtype == torch.bfloat16
+    assert_close(y.float(), module(x), rtol=3e-2, atol=3e-2)
+    y.float().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
+
+
+@pytest.mark.parametrize("spec", ["softmax", "G3B:rank=3"])
+def test_compiled_equals_eager(spec):
+    module, x = attention(spec), tokens(2, TOKENS)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    y = compiled(x, is_causal=True)
+    assert_close(y, module(x, is_causal=True))
+    y.sum().backward()
+    found = [p.grad for p in module.parameters()]
+    module.zero_grad()
+    module(x, is_causal=True).sum().backward()
+    for got, p in zip(found, module.parameters(), strict=True):
+        assert_close(got, p.grad)
+    torch.compiler.reset()
+
+
+def test_modules_draw_from_their_generator_alone():
+    before = torch.random.get_rng_state()
+    one, two = (nn.Attention(DIM, HEADS, TOKENS) for _ in range(2))
+    assert torch.equal(before, torch.random.get_rng_state())
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+    draw = source()
+    one, two = (nn.Attention(DIM, HEADS, TOKENS, generator=draw) for _ in range(2))
+    assert not torch.equal(one.qkv.weight, two.qkv.weight)
+    assert not torch.equal(one.operator.mix, two.operator.mix)
+
+
+def test_layers_share_one_operator():
+    shared = nn.operator("G3B:rank=3", HEADS, TOKENS)
+    model = torch.nn.Sequential(*(nn.Attention(DIM, HEADS, TOKENS, shared) for _ in range(3)))
+    names = [name for name, _ in model.named_parameters() if "operator" in name]
+    assert names == ["0.operator.mix", "0.operator.units.coefs"]
+    model(tokens(2, TOKENS)).sum().backward()
+    assert shared.mix.grad is not None
+    with pytest.raises(ValueError, match=r"`operator` needs a module of 2 heads and 7 tokens"):
+        nn.Attention(DIM, 2, TOKENS, shared)
+
+
+def test_resize_moves_the_parameters():
+    module = nn.operator("G3B:rank=3", HEADS, 17)
+    expected = operators.resize(module.op, module.tree(), 17, 26)
+    assert module.resize(17, 26) is module and module.tokens == 26
+    assert_close(module.tree(), expected)
+    q, k, v = qkv(keys=26)
+    assert module(q, k, v).shape == q.shape
+    assert all(p.is_leaf and p.requires_grad for p in module.parameters())
+
+
+def test_bad_input_is_named():
+    x = tokens(2, TOKENS)
+    with pytest.raises(ValueError, match=r"`Attention` needs `heads` to divide 16, got 3"):
+        nn.Attention(DIM, 3, TOKENS)
+    with pytest.raises(ValueError, match=r"`Attention` needs `kv_heads` to divide 4, got 3"):
+        attention(kv_heads=3)
+    with pytest.raises(ValueError, match=r"shared by all blocks. Make one `kart.nn.operator"):
+        nn.Attention(DIM, HEADS, TOKENS, "G3U")
+    with pytest.raises(ValueError, match=r"needs `tokens`, the number of keys, for low_rank"):
+        nn.Attention(DIM, HEADS, operator=operators.low_rank(bases.fourier(3)))
+    with pytest.raises(ValueError, match=r"initialised for rows of 7 keys, got 5.*resize"):
+        attention()(x[:, :5])
+    with pytest.raises(
+        ValueError, match=r"`Attention` needs `context` \(B, N, 16\), got \(2, 7, 8"
+    ):
+        attention()(x, context=x[..., :8])
+    with pytest.raises(ValueError, match=r"`causal_mask` needs no more queries than keys"):
+        attention()(tokens(2, 8), context=x, is_causal=True)
+    with pytest.raises(ValueError, match=r"`operator` needs `q` \(..., 4, N, d\)"):
+        nn.operator("softmax", HEADS)(*qkv(heads=2, groups=2))
+    with pytest.raises(ValueError, match=r"`repeat_heads` needs `x` .* divisible by G"):
+        nn.operator("softmax", HEADS)(*qkv(groups=3))
+    with pytest.raises(ValueError, match=r"`step` needs at most the 7 tokens"):
+        attention().step(tokens(2, 8))
+
+
+def test_a_module_half_moved_is_named():
+    module, x = attention(), tokens(2, TOKENS)
+    module.operator.to("meta")
+    with pytest.raises(ValueError, match=r"`operator.mix` on meta and an input on cpu. Move the"):
+        module(x)
+    with pytest.raises(ValueError, match=r"got `mix` on meta"):
+        module.operator(*qkv())
+
+
+def test_a_leaf_that_a_module_cannot_hold_is_named():
+    with pytest.raises(ValueError, match=r"`Tree` needs names .* got 'half'"):
+        nn.Tree({"units": {"half": torch.zeros(2)}})
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def steps(module, wrapped, rank, world):
+    """The parameters after three steps on this rank's part of every batch."""
+    descent = torch.optim.SGD(wrapped.parameters(), lr=0.5)
+    for x in tokens(3, 4, TOKENS):
+        descent.zero_grad()
+        wrapped(x.chunk(world)[rank], is_causal=True).sub(1).square().mean().backward()
+        descent.step()
+    found = {name: getattr(p, "full_tensor", lambda p=p: p)() for name, p in state(module)}
+    return {name: p.detach().clone() for name, p in found.items()}
+
+
+def state(module):
+    return list(module.named_parameters())
+
+
+def train_wrapped(rank, world, port, path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", address, rank=rank, world_size=world)
+    one, other = attention(), attention()
+    found = {"ddp": steps(one, torch.nn.parallel.DistributedDataParallel(one), rank, world)}
+    wrapped = fully_shard(other, mesh=init_device_mesh("cpu", (world,)))
+    assert any(type(p).__name__ == "DTensor" for p in wrapped.parameters())
+    found["fsdp"] = steps(other, wrapped, rank, world)
+    if rank == 0:
+        torch.save(found, path)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_of_ddp_and_fsdp_equal_one(tmp_path):
+    path = tmp_path / "found.pt"
+    given = (2, free_port(), path)
+    torch.multiprocessing.spawn(train_wrapped, given, nprocs=2)
+    module = attention()
+    expected = steps(module, module, 0, 1)
+    start = dict(state(attention()))
+    moved = {name: (expected[name] - start[name]).abs().max() for name in expected}
+    assert min(moved.values()) > 1e-5, moved
+    for kind, found in torch.load(path).items():
+        assert found.keys() == expected.keys(), kind
+        for name, p in expected.items():
+            assert_close(found[name], p, rtol=1e-4, atol=1e-6)
