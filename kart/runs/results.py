@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kart.analysis import report
 
 
+<<<<<<< HEAD
 def find(path: str) -> list[Path]:
     """The run directories at or below `path`, sorted."""
     try:
@@ -27,12 +28,26 @@ def find(path: str) -> list[Path]:
             "config.json. Check the path."
         )
     return found
+=======
+def find(*paths: str) -> list[Path]:
+    """The run directories at or below `paths`, sorted."""
+    every: set[Path] = set()
+    for path in paths:
+        found = {config.parent for config in Path(path).glob("**/config.json")}
+        if not found:
+            raise ValueError(
+                f"`run` needs a directory that `kart train` wrote, got {path!r} without any "
+                "config.json. Check the path."
+            )
+        every |= found
+    return sorted(every)
+>>>>>>> 9a20c8d (Sections of the landscape, curvature, spectra, weights and cost; several runs and processes)
 
 
-def distinct(path: str) -> list[Path]:
-    """The run directories at or below `path`, of which no two may hold the same run or member."""
+def distinct(*paths: str) -> list[Path]:
+    """The run directories at or below `paths`, of which no two may hold the same run or member."""
     seen: dict[tuple[str, str], Path] = {}
-    found = find(path)
+    found = find(*paths)
     for directory in found:
         own = identity.read(directory)
         for config in own.configs:
@@ -52,8 +67,8 @@ def distinct(path: str) -> list[Path]:
     return found
 
 
-def compare(path: str, which: str = "last") -> "list[report.Result]":
-    """The runs at or below `path` as results, one an operator, with test scores where all have
+def compare(*paths: str, which: str = "last") -> "list[report.Result]":
+    """The runs at or below `paths` as results, one an operator, with test scores where all have
     been scored by `kart eval`.
 
     Raises ValueError for runs that differ in more than operator and seed, or are unfinished.
@@ -62,7 +77,7 @@ def compare(path: str, which: str = "last") -> "list[report.Result]":
 
     found: dict[str, list[tuple[Config, list[Record], train.Params, Any, Path]]] = {}
     images: set[int] = set()
-    for directory in distinct(path):
+    for directory in distinct(*paths):
         configs = identity.members(directory)
         metrics = records.read_metrics(directory)
         records.check_finished(directory, metrics)
@@ -83,8 +98,8 @@ def compare(path: str, which: str = "last") -> "list[report.Result]":
     given = {(name, getattr(one[0], name)) for one in every for name in options_of(one[0].operator)}
     if len(settings) > 1 or len(given) > len({name for name, _ in given}):
         raise ValueError(
-            f"`run` needs runs that differ in operator and seed alone, got others below {path!r}. "
-            "Analyse them one by one."
+            f"`run` needs runs that differ in operator and seed alone, got others below "
+            f"{', '.join(map(repr, paths))}. Analyse them one by one."
         )
     tested = all(one[3] is not None for one in every)
     results = []
