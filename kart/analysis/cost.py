@@ -298,13 +298,13 @@ def section(context: Context) -> pages.Section:
         configs = {"softmax": dataclasses.replace(config, operator="softmax", **unset), **configs}
     batch = min(32, config.batch_size)
     images, labels = context.images(config, batch)
+    hyper = train.Hyper(torch.tensor(1e-3), torch.tensor(0.05))
     steps, forwards, kept = {}, {}, {}
     for name, one in configs.items():
         model = context.model(one)
         functions = train.program(one, model, steps_per_epoch=10)
         held = [functions.init(context.generator("init"))]
         targets = F.one_hot(labels, len(context.splits.train.classes)).float()
-        hyper = train.Hyper(torch.tensor(1e-3), torch.tensor(0.05))
         params = model.init(context.generator("init"))
 
         def step(functions: Any = functions, held: Any = held, targets: Any = targets) -> None:

@@ -487,9 +487,9 @@ def section(context: Context) -> pages.Section:
     ]
     told = (
         f"The Hessian of the loss on {count} validation images at the final weights, by products "
-        f"alone: its largest eigenvalue to {100 * TOLERANCE:g} %, its trace from {SAMPLES} products "
-        "(the more curved in all directions, the larger), over all weights and over those of the "
-        "operators alone, the others held. Noise scale: the batch at which the noise of the "
+        f"alone: its largest eigenvalue to {100 * TOLERANCE:g} %, its trace from {SAMPLES} "
+        "products (the more curved in all directions, the larger), over all weights and over "
+        "those of the operators alone, the others held. Noise scale: the batch at which the noise of the "
         f"gradient is as large as the gradient, from {noise} images one by one; infinite where "
         "they are too few to see the gradient."
     )

@@ -587,8 +587,8 @@ def section(context: Context) -> pages.Section:
             plot(*parts["path"], paths, explained),
             "landscape-path",
             f"Contours of the validation loss of {names} in the plane of the path of training",
-            "In the plane in which training moved most. Ring: where it began. Star: where it ended. "
-            "Axes: distance in the space of weights, and the share of the path's variance.",
+            "In the plane in which training moved most. Ring: where it began. Star: where it "
+            "ended. Axes: distance in the space of weights, and the share of the path's variance.",
         ),
         pages.figure(
             plot_surfaces(*parts["path"]),

@@ -419,3 +419,8 @@ def mean_number(
     """The mean of an interval as a number of a page; without bounds where there are none."""
     low, high = (None, None) if found.why else (found.low, found.high)
     return pages.Number(operator, measure, found.mean, unit, None, low, high, found.n)
+
+
+def some_blocks(depth: int) -> list[int]:
+    """The first, the middle and the last block, or all of three."""
+    return list(range(depth)) if depth <= 3 else [0, depth // 2, depth - 1]

@@ -20,7 +20,6 @@ from kart.analysis.section import (
     seeds_table,
 )
 
-
 IMAGES = 5  # of the section, as in the paper
 CUT = 1e-5  # of the largest singular value: below it counts as rounding of float32
 

@@ -20,7 +20,6 @@ from kart.analysis.section import (
     trajectories,
 )
 
-
 STAGES = ("start", "half way", "end")
 
 
@@ -241,16 +240,18 @@ def section(context: Context) -> pages.Section:
             f"Pictures: seed {seed}, at the start, half way and at the end of training, densities "
             "on a logarithmic scale; what lies outside of 99.9 % is in the outermost bins. Tables: "
             "the end, mean over seeds and their 95 % interval; of operators the mean over heads. "
-            "Excess kurtosis: 0 is normal, more is heavier tails. Tail index (Hill, largest tenth): "
-            "the smaller, the heavier the tail. Near zero: below a tenth of the root mean square "
-            "(8 % of normal values)."
+            "Excess kurtosis: 0 is normal, more is heavier tails. Tail index (Hill, largest "
+            "tenth): the smaller, the heavier the tail. Near zero: below a tenth of the root mean "
+            "square (8 % of normal values)."
         )
     ]
     numbers: list[pages.Number] = []
     for part, stages in shown.items():
         name = "all weights" if part == "all" else f"{part} of the operators"
         caption = name.capitalize()
-        blocks.append(pages.figure(plot(stages), f"weights-{part}", f"Histograms of {name}", caption))
+        blocks.append(
+            pages.figure(plot(stages), f"weights-{part}", f"Histograms of {name}", caption)
+        )
         columns = [
             Column(f"{part}|end|rms", "root mean square", 3),
             Column(f"{part}|end|kurtosis", "excess kurtosis", 2),
