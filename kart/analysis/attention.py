@@ -17,6 +17,7 @@ from kart.analysis.section import (
     Context,
     Member,
     differences,
+    percent,
     scalars,
     seeds_table,
     some_blocks,
@@ -612,12 +613,12 @@ def section(context: Context) -> pages.Section:
     own = _scenes(context)
     covered = f"{100 * float(own.masks.double().mean()):.0f}"
     columns = [
-        Column("pointing", "pointing game %", 1, "", 100.0),
-        Column("mass", "mass inside %", 1, "", 100.0),
-        Column("iou", "best IoU %", 1, "", 100.0),
-        Column("pointing_best", "best head, pointing %", 1, "", 100.0),
-        Column("rollout_mass", "rollout, mass %", 1, "", 100.0),
-        Column("scene_top1", "top-1 here %", 1, "", 100.0),
+        percent("pointing", "pointing game %"),
+        percent("mass", "mass inside %"),
+        percent("iou", "best IoU %"),
+        percent("pointing_best", "best head, pointing %"),
+        percent("rollout_mass", "rollout, mass %"),
+        percent("scene_top1", "top-1 here %"),
     ]
     origin = (
         "validation images and the masks that came with them"
@@ -633,10 +634,10 @@ def section(context: Context) -> pages.Section:
         "Top-1 here: how often the model still knows the object. Mean, 95 % interval over seeds.",
     )
     areas = [
-        Column("deletion", "deletion", 3),
-        Column("deletion_random", "in random order", 3),
-        Column("insertion", "insertion", 3),
-        Column("insertion_random", "in random order", 3),
+        Column("deletion", "deletion", 3, low=0.0, high=1.0),
+        Column("deletion_random", "in random order", 3, low=0.0, high=1.0),
+        Column("insertion", "insertion", 3, low=0.0, high=1.0),
+        Column("insertion_random", "in random order", 3, low=0.0, high=1.0),
     ]
     curves, more = seeds_table(
         found,
@@ -648,11 +649,11 @@ def section(context: Context) -> pages.Section:
     spread, rest = seeds_table(
         found,
         [
-            Column("keys", "keys attended to", 1),
-            Column("diversity", "head diversity", 2),
-            Column("negative", "negative weight %", 1, "", 100.0),
-            Column("row_sums", "size of row sums", 2),
-            Column("static", "same for all images %", 1, "", 100.0),
+            Column("keys", "keys attended to", 1, low=0.0),
+            Column("diversity", "head diversity", 2, low=0.0, high=2.0),
+            percent("negative", "negative weight %"),
+            Column("row_sums", "size of row sums", 2, low=0.0),
+            percent("static", "same for all images %"),
         ],
         "Mean over blocks, heads and rows. Keys: exp of the entropy of the absolute weights. "
         "Diversity: 1 less the mean cosine between two heads. Same for all images: squared norm of "

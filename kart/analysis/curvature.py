@@ -483,15 +483,15 @@ def section(context: Context) -> pages.Section:
         Column("operator_top", "largest, operator", 2),
         Column("operator_trace", "trace, operator", 1),
         Column("operator_mean", "mean, operator, 1e-3", 3, "", 1000.0),
-        Column("scale", "noise scale, images", 0, "images"),
+        Column("scale", "noise scale, images", 0, "images", low=0.0),
     ]
     told = (
         f"The Hessian of the loss on {count} validation images at the final weights, by products "
         f"alone: its largest eigenvalue to {100 * TOLERANCE:g} %, its trace from {SAMPLES} "
         "products (the more curved in all directions, the larger), over all weights and over "
-        "those of the operators alone, the others held. Noise scale: the batch at which the noise of the "
-        f"gradient is as large as the gradient, from {noise} images one by one; infinite where "
-        "they are too few to see the gradient."
+        "those of the operators alone, the others held. Noise scale: the batch at which the "
+        f"noise of the gradient is as large as the gradient, from {noise} images one by one; "
+        "infinite where they are too few to see the gradient."
     )
     table, numbers = seeds_table(found, columns, "Mean, 95 % interval over seeds.")
     lines = [

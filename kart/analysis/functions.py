@@ -20,6 +20,7 @@ from kart.analysis.section import (
     Member,
     Result,
     differences,
+    percent,
     scalars,
     seeds_table,
     some_blocks,
@@ -577,11 +578,11 @@ def section(context: Context) -> pages.Section:
     dropped, and their pictures.
     """
     found = scalars(context, measure)
-    column = Column("score_share", "of the scores %", 1, "", 100.0)
+    column = percent("score_share", "of the scores %")
     columns = [
         column,
         *(
-            Column(f"r2_{name}", f"R² {name}", 3)
+            Column(f"r2_{name}", f"R² {name}", 3, low=0.0, high=1.0)
             for name in ("constant", "identity", "affine", "exp")
         ),
     ]

@@ -24,6 +24,7 @@ from kart.analysis.section import (
     Context,
     Member,
     differences,
+    percent,
     scalars,
     seeds_table,
     trajectories,
@@ -610,14 +611,14 @@ def section(context: Context) -> pages.Section:
             Column("path_loss", "loss at the end", 3, "nats"),
             Column("path_rise", "mean rise", 3, "nats"),
             Column("path_largest", "largest rise", 3, "nats"),
-            Column("path_roughness", "roughness %", 1, "", 100.0),
-            Column("explained_by_two", "path explained %", 1, "", 100.0),
-            Column("path_length", "distance trained", 1),
+            percent("path_roughness", "roughness %"),
+            percent("explained_by_two", "path explained %"),
+            Column("path_length", "distance trained", 1, low=0.0),
         ],
         "random": [
             Column("random_rise", "mean rise", 3, "nats"),
             Column("random_largest", "largest rise", 3, "nats"),
-            Column("random_roughness", "roughness %", 1, "", 100.0),
+            percent("random_roughness", "roughness %"),
         ],
     }
     captions = {

@@ -328,12 +328,17 @@ def fingerprint(splits: Splits) -> str:
 
 
 def over_seeds(
-    operator: str, measure: str, values: Mapping[int, float], unit: str = ""
+    operator: str,
+    measure: str,
+    values: Mapping[int, float],
+    unit: str = "",
+    low: float = -math.inf,
+    high: float = math.inf,
 ) -> tuple[statistics.Interval, list[pages.Number]]:
-    """The interval of `values` by seed, and the numbers that a page reports of them: each seed's,
-    and the mean with its interval.
+    """The interval of `values` in [low, high] by seed, and the numbers that a page reports of
+    them: each seed's, and the mean with its interval.
     """
-    found = statistics.interval(list(values.values()))
+    found = statistics.interval(list(values.values()), low=low, high=high)
     numbers = [pages.Number(operator, measure, v, unit, seed) for seed, v in values.items()]
     return found, [*numbers, mean_number(operator, measure, found, unit)]
 
@@ -342,13 +347,22 @@ Measured = Mapping[str, Mapping[int, Mapping[str, float]]]  # by operator, seed 
 
 
 class Column(NamedTuple):
-    """A measure as a table of operators shows it: `digits` of `scale` times its values."""
+    """A measure as a table of operators shows it: `digits` of `scale` times its values, which lie
+    in [low, high].
+    """
 
     measure: str
     header: str
     digits: int = 2
     unit: str = ""
     scale: float = 1.0
+    low: float = -math.inf
+    high: float = math.inf
+
+
+def percent(measure: str, header: str, digits: int = 1) -> Column:
+    """A column of a share in [0, 1], shown in per cent."""
+    return Column(measure, header, digits, "", 100.0, 0.0, 1.0)
 
 
 def scalars(
@@ -373,7 +387,7 @@ def seeds_table(
     rows, numbers = [], []
     for operator, seeds in found.items():
         cells: list[Any] = [operator]
-        for measure, _, digits, unit, scale in columns:
+        for measure, _, digits, unit, scale, least, most in columns:
             known = {seed: own[measure] for seed, own in seeds.items() if measure in own}
             finite = {seed: x for seed, x in known.items() if math.isfinite(x)}
             odd = len(known) - len(finite)
@@ -383,12 +397,12 @@ def seeds_table(
             if not finite:
                 cells.append("infinite" if math.inf in known.values() else "undefined")
                 continue
-            mean, own = over_seeds(operator, measure, finite, unit)
+            mean, own = over_seeds(operator, measure, finite, unit, least, most)
             numbers += own
-            low, high = scale * mean.low, scale * mean.high
-            spread = mean.why or f"[{low:.{digits}f}, {high:.{digits}f}]"
+            # + 0.0: no minus before a zero
+            shown, low, high = (f"{round(scale * x, digits) + 0.0:.{digits}f}" for x in mean[:3])
+            spread = mean.why or f"[{low}, {high}]"
             spread += f"; {odd} of {len(known)} not finite" if odd else ""
-            shown = f"{scale * mean.mean:.{digits}f}"
             cells.append(pages.Markup(f"{shown}<br>{pages.tag('small', spread)}"))
         rows.append(cells)
     header = ["operator", *(column.header for column in columns)]

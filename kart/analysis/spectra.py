@@ -208,9 +208,9 @@ def section(context: Context) -> pages.Section:
         f"over heads and {IMAGES} validation images. A cut at r is a fall of many decades there.",
     )
     columns = [
-        Column("scores_effective", "effective rank, scores", 1),
-        Column("weights_effective", "effective rank, weights", 1),
-        Column("weights_numerical", "numerical rank, weights", 1),
+        Column("scores_effective", "effective rank, scores", 1, low=0.0),
+        Column("weights_effective", "effective rank, weights", 1, low=0.0),
+        Column("weights_numerical", "numerical rank, weights", 1, low=0.0),
         Column("weights_most", "its largest", 0),
     ]
     table, numbers = seeds_table(

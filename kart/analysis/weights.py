@@ -15,6 +15,7 @@ from kart.analysis.section import (
     Column,
     Context,
     Member,
+    percent,
     scalars,
     seeds_table,
     trajectories,
@@ -253,12 +254,12 @@ def section(context: Context) -> pages.Section:
             pages.figure(plot(stages), f"weights-{part}", f"Histograms of {name}", caption)
         )
         columns = [
-            Column(f"{part}|end|rms", "root mean square", 3),
+            Column(f"{part}|end|rms", "root mean square", 3, low=0.0),
             Column(f"{part}|end|kurtosis", "excess kurtosis", 2),
             Column(f"{part}|start|kurtosis", "at the start", 2),
-            Column(f"{part}|end|hill", "tail index", 2),
-            Column(f"{part}|end|near_zero", "near zero %", 1, "", 100.0),
-            Column(f"{part}|start|near_zero", "at the start %", 1, "", 100.0),
+            Column(f"{part}|end|hill", "tail index", 2, low=0.0),
+            percent(f"{part}|end|near_zero", "near zero %"),
+            percent(f"{part}|start|near_zero", "at the start %"),
         ]
         own = {
             operator: seeds
