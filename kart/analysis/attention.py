@@ -1,5 +1,8 @@
 """What attention attends to: maps over the image (paper, sec. 7) and how well they find the object,
 how its weights are spread, and how much of it depends on the image at all.
+
+    maps = attention.class_maps(model.intermediates(params, images)["blocks.3.weights"])
+    attention.pointing_game(attention.enlarge(maps, 32, 32), masks[:, None])
 """
 
 from collections.abc import Callable, Mapping, Sequence

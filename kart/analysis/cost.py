@@ -4,6 +4,9 @@ Counts follow the paper's convention (Table 13): "FLOPs" are multiply-accumulate
 products, plus 5 N D a layer norm and 3 N^2 a head for softmax. For Fourier units they are those
 that reproduce its column, 3G + 1 a pair of unit and score: 2G products with the coefficients, G for
 the harmonics, 1 for W.
+
+    cost.parameters(model).operator
+    cost.flops(model).total
 """
 
 import dataclasses

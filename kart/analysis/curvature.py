@@ -3,6 +3,9 @@ noise of its gradients.
 
 Everything is a function of `loss(params) -> ()` and a tree `params`; nothing holds a Hessian. For a
 part of the parameters, `subset` gives the loss and the tree to pass instead.
+
+    part, some = curvature.subset(loss, params, "*.operator.*")
+    curvature.top_eigenvalues(part, some, 5, torch.Generator())
 """
 
 import fnmatch

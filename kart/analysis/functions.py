@@ -1,5 +1,8 @@
 """The functions that the heads of a learnable operator learned (paper, eq. 1, 2 and 5): their
 curves, what they are near to, what of them can be dropped, and how much they do at all.
+
+    x = functions.score_range(scores, operator)
+    functions.fits(functions.curves(operator, params, x), x, functions.density(scores, x))
 """
 
 import math

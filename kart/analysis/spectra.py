@@ -1,5 +1,8 @@
 """The singular values of attention weights: how many directions a head really uses (paper, sec. 7,
 Figure 13).
+
+    aux = model.intermediates(params, images)
+    spectra.effective_rank(aux["blocks.0.weights"])
 """
 
 from collections.abc import Mapping

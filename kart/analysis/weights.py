@@ -1,5 +1,8 @@
 """How the weights of a model are distributed, and how heavy their tails are (paper, sec. 7,
 Figure 12).
+
+    parts = weights.by_part(params)
+    weights.summary(parts["all"])
 """
 
 from collections.abc import Mapping
