@@ -393,7 +393,7 @@ def plot(
     fig, cells = _cells(len(surfaces), 2.9, 2.7)
     colours = _colours(levels)
     drawn = None
-    for ax, (name, z) in zip(cells.flat, surfaces.items(), strict=False):
+    for ax, (name, z) in zip(cells, surfaces.items(), strict=True):
         a, b = axes[name].cpu().numpy()
         values = z.clamp(max=levels[-1]).cpu().numpy().T
         drawn = ax.contourf(a, b, values, levels=levels, **colours)
@@ -423,7 +423,7 @@ def plot_surfaces(surfaces: Mapping[str, Tensor], axes: Mapping[str, Tensor]) ->
     levels, low = _levels(surfaces.values(), 13)
     fig, cells = _cells(len(surfaces), 3.0, 2.8, subplot_kw={"projection": "3d"})
     shown = _colours(levels)
-    for ax, (name, z) in zip(cells.flat, surfaces.items(), strict=False):
+    for ax, (name, z) in zip(cells, surfaces.items(), strict=True):
         grid = torch.meshgrid(*axes[name].cpu(), indexing="ij")
         height = z.clamp(max=levels[-1]).cpu()
         ax.plot_surface(
@@ -442,12 +442,12 @@ def plot_surfaces(surfaces: Mapping[str, Tensor], axes: Mapping[str, Tensor]) ->
 
 
 def _cells(count: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
-    """A Figure with axes for `count` panels, three in a row."""
+    """A Figure and its axes for `count` panels, three in a row."""
     columns = min(3, count)
     fig, cells = figures.grid(-(-count // columns), columns, width, height, **options)
-    for ax in list(cells.flat)[count:]:
-        ax.set_visible(False)
-    return fig, cells
+    for ax in cells.flat[count:]:
+        ax.remove()
+    return fig, list(cells.flat[:count])
 
 
 def _check_named(surfaces: Mapping[str, Tensor], axes: Mapping[str, Tensor]) -> None:
@@ -470,7 +470,7 @@ def _colours(levels: Sequence[float]) -> dict[str, Any]:
 
 
 def _colour_bar(fig: Any, drawn: Any, cells: Any) -> None:
-    bar = fig.colorbar(drawn, ax=list(cells.flat), shrink=0.9, format="%.2f", spacing="uniform")
+    bar = fig.colorbar(drawn, ax=cells, shrink=0.9, format="%.2f", spacing="uniform")
     bar.set_label("loss", fontsize=8, color=figures.INK)
     bar.ax.tick_params(labelsize=6, labelcolor=figures.INK, color=figures.QUIET)
 

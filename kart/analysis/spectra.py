@@ -151,7 +151,7 @@ def plot(
         ax.set_title(title, fontsize=8, color=figures.INK)
         ax.set_xlabel("index")
     axes[0, 0].set_ylabel("log10 of the singular value")
-    axes[0, -1].legend(frameon=False, fontsize=7, labelcolor=figures.INK)
+    figures.legend(fig)
     return fig
 
 

@@ -198,7 +198,7 @@ def plot(stages: Mapping[str, Mapping[str, Tensor]], bins: int = 81) -> Any:
         ax.set_title(title, fontsize=8, color=figures.INK)
         ax.set_xlabel("weight")
     axes[0, 0].set_ylabel("density")
-    axes[0, -1].legend(frameon=False, fontsize=7, labelcolor=figures.INK)
+    figures.legend(fig)
     return fig
 
 
