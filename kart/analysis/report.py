@@ -103,8 +103,16 @@ def analyse(
     """
     if not results:
         raise ValueError("`report` needs at least one result, got none. Train something first.")
-    limits = {"examples": examples, "points": points, "limit_mib": limit_mib}
-    context = Context(results, splits, shown, cache, say, **limits)
+    context = Context(
+        results,
+        splits,
+        shown,
+        cache,
+        say,
+        examples=examples,
+        points=points,
+        limit_mib=limit_mib,
+    )
     end = time.monotonic() + 60 * minutes
     done = []
     for i, one in enumerate(sections):

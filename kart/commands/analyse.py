@@ -45,10 +45,6 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="where the data is now, if it has moved")
 
 
-def _limits(args: argparse.Namespace) -> dict[str, int]:
-    return {"examples": args.examples, "points": args.points, "limit_mib": args.memory_mib}
-
-
 def _loaded(args: argparse.Namespace) -> tuple[list[Any], train.Splits]:
     """The runs as results, and their data."""
     results = runs.compare(*args.run, which=args.checkpoint)
@@ -66,7 +62,16 @@ def _measure(args: argparse.Namespace, part: int) -> None:
     torch.set_num_threads(1)
     results, splits = _loaded(args)
     cache = Path(args.run[0]) / "analysis"
-    context = section.Context(results, splits, args.images, cache, _say, **_limits(args))
+    context = section.Context(
+        results,
+        splits,
+        args.images,
+        cache,
+        _say,
+        examples=args.examples,
+        points=args.points,
+        limit_mib=args.memory_mib,
+    )
     report.measure(context, _sections(args), args.minutes, part, args.processes)
 
 
@@ -117,7 +122,9 @@ def _run(args: argparse.Namespace) -> int:
         shown=args.images,
         cache=Path(args.run[0]) / "analysis",
         say=_say,
-        **_limits(args),
+        examples=args.examples,
+        points=args.points,
+        limit_mib=args.memory_mib,
     )
     split = "val" if results[0].test is None else "test"
     rows = []
