@@ -262,7 +262,7 @@ def test_differences_are_paired_by_seed():
     column = section.Column("x", "x", 1)
     found = {
         "a": {0: {"x": 1.0}, 1: {"x": 5.0}},
-        "b": {0: {"x": 2.0}, 1: {"x": 6.1}},
+        "b": {0: {"x": 2.0}, 1: {"x": 6.2}},
         "c": {0: {"x": 9.0}, 1: {"x": -9.0}},
     }
     first, second = section.differences(found, "x", "Height", column)
