@@ -53,7 +53,7 @@ def result(operator, seeds=(0, 1)):
 
         return [(10 * i, at(1 - i / 3)) for i in range(4)]
 
-    records = [[{"val_top1": 0.5, "train_loss": 1.0}] * len(seeds)]
+    records = [[{"val_top1": 0.5, "val_loss": 1.0, "train_loss": 1.0}] * len(seeds)]
     return section.Result(operator, configs, records, params, snapshots=snapshots)
 
 
