@@ -437,6 +437,7 @@ def plot_surfaces(surfaces: Mapping[str, Tensor], axes: Mapping[str, Tensor]) ->
         ax.set_ylabel("direction 2", fontsize=7, labelpad=-6)
         ax.set_zlabel("loss", fontsize=7, labelpad=-6)
         ax.tick_params(labelsize=6, pad=-2)
+        ax.locator_params(nbins=5)
         ax.set_box_aspect(None, zoom=0.85)  # room for the label of the height
     return fig
 
