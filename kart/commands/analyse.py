@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kart import runs, tables, train
+from kart import code, runs, tables, train
 from kart.commands.command import Command, integer, number
 from kart.runs import owned
 
@@ -60,6 +60,8 @@ def _measure(args: argparse.Namespace, part: int) -> None:
     from kart.analysis import report, section
 
     torch.set_num_threads(1)
+    for name in args.code:
+        code.use(name)
     results, splits = _loaded(args)
     cache = Path(args.run[0]) / "analysis"
     context = section.Context(

@@ -15,33 +15,21 @@ if TYPE_CHECKING:
     from kart.analysis import report
 
 
-<<<<<<< HEAD
-def find(path: str) -> list[Path]:
-    """The run directories at or below `path`, sorted."""
-    try:
-        found = sorted(config.parent for config in identity.place_of(path).glob("**/config.json"))
-    except OSError:
-        found = []
-    if not found:
-        raise ValueError(
-            f"`run` needs a directory that `kart train` wrote, got {str(path)!r:.200} without any "
-            "config.json. Check the path."
-        )
-    return found
-=======
 def find(*paths: str) -> list[Path]:
     """The run directories at or below `paths`, sorted."""
     every: set[Path] = set()
     for path in paths:
-        found = {config.parent for config in Path(path).glob("**/config.json")}
+        try:
+            found = {config.parent for config in identity.place_of(path).glob("**/config.json")}
+        except OSError:
+            found = set[Path]()
         if not found:
             raise ValueError(
-                f"`run` needs a directory that `kart train` wrote, got {path!r} without any "
-                "config.json. Check the path."
+                "`run` needs a directory that `kart train` wrote, got "
+                f"{str(path)!r:.200} without any config.json. Check the path."
             )
         every |= found
     return sorted(every)
->>>>>>> 9a20c8d (Sections of the landscape, curvature, spectra, weights and cost; several runs and processes)
 
 
 def distinct(*paths: str) -> list[Path]:
