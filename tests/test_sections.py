@@ -259,14 +259,14 @@ def test_a_table_counts_what_is_not_finite_and_shows_what_is_missing():
 
 
 def test_differences_are_paired_by_seed():
-    column = section.Column("x", "x", 1)
+    column = section.Column("x", "x", 2)
     found = {
         "a": {0: {"x": 1.0}, 1: {"x": 5.0}},
-        "b": {0: {"x": 2.0}, 1: {"x": 6.2}},
+        "b": {0: {"x": 2.0}, 1: {"x": 6.1}},
         "c": {0: {"x": 9.0}, 1: {"x": -9.0}},
     }
     first, second = section.differences(found, "x", "Height", column)
-    assert first.startswith("Height of b less that of a: +1.1 [") and "more than seeds" in first
+    assert first.startswith("Height of b less that of a: +1.05 [") and "more than seeds" in first
     assert "not clear of the noise" in second
 
 
