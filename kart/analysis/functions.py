@@ -153,6 +153,11 @@ def learned_groups(operator: Operator, params: Params) -> Iterator[Group]:
         first += count
 
 
+def learns(operator: Operator) -> bool:
+    """Whether any head of an operator learns functions."""
+    return any(op.basis is not None for op, _ in operator.options.get("groups", [(operator, 1)]))
+
+
 def score_range(scores: Tensor | None, operator: Operator, points: int = 121) -> Tensor:
     """Where to look: 99 % of the `scores`, at least [-1, 1]; without any, one period or [-4, 4]."""
     if scores is None:
@@ -602,7 +607,7 @@ def section(context: Context) -> pages.Section:
     learned = [
         result
         for result in context.results
-        if any(op.basis is not None for op in context.model(result.configs[0]).operators)
+        if any(map(learns, context.model(result.configs[0]).operators))
     ]
     if not learned:
         nothing = pages.note("No operator here learns functions.")
@@ -674,12 +679,15 @@ def _shapes(
         scores = look.aux[f"blocks.{block}.scores"]
         params = look.operator_params(look.params, block)
         for group in learned_groups(look.model.operators[block], params):
+            assert group.operator.basis is not None
+            if group.operator.basis.family == "fourier":
+                amplitudes_of[result.name] = harmonics(group.operator, group.params)
             x = score_range(scores, group.operator)
             seen = density(scores, x)
             values = curves(group.operator, group.params, x)[0].flatten(0, 1)
             groups = symbolic.clusters(values, x, seen, count=4)
             if not len(groups.leaders):
-                continue
+                continue  # all scores seen are at one point: nothing has a shape there
             formulas = [symbolic.candidate(values[int(i)], x, seen) for i in groups.leaders]
             numbers += [
                 pages.Number(result.name, f"formula_{i + 1}_r2", one.r2, "", look.seed)
@@ -689,9 +697,6 @@ def _shapes(
             fig = symbolic.plot(values, x, groups, formulas)
             alt = f"Groups of alike functions of {result.name} and their formulas"
             shown.append(pages.figure(fig, name, alt, f"{result.name}, last block, first head."))
-            assert group.operator.basis is not None
-            if group.operator.basis.family == "fourier":
-                amplitudes_of[result.name] = harmonics(group.operator, group.params)
     if amplitudes_of:
         alt = f"Amplitude by harmonic of {', '.join(amplitudes_of)}"
         caption = "Amplitude by harmonic, last block: mean over units, band over heads."
