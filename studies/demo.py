@@ -18,6 +18,7 @@ their functions still close to where they started, see the report.
 """
 
 import argparse
+import dataclasses
 import multiprocessing
 import os
 import queue
@@ -169,9 +170,9 @@ def _run(args: argparse.Namespace, command: str) -> None:
         )
     torch.set_num_threads(1)
     changes = {"epochs": 1, "train_limit": 128} if args.quick else {"epochs": args.epochs}
-    recipe = Config(**{**RECIPE.asdict(), **changes})
+    recipe = dataclasses.replace(RECIPE, **changes)
     plans = [
-        population.seeds(Config(**{**recipe.asdict(), "operator": operator}), args.seeds)
+        population.seeds(dataclasses.replace(recipe, operator=operator), args.seeds)
         for operator in OPERATORS
     ]
     splits = train.load_data(recipe)
