@@ -174,7 +174,8 @@ def svg(fig: Any, name: str) -> str:
     found = found[found.index("<svg") :]
     found = re.sub(r"<metadata>.*?</metadata>", "", found, flags=re.S)
     found = re.sub(r' xmlns(:\w+)?="[^"]*"', "", found)  # a page of HTML needs none
-    found = re.sub(r'\bid="(?:\w+_\d+|patch|text)"', "", found)  # of groups nothing refers to
+    # of groups and images, which nothing refers to
+    found = re.sub(r'\bid="(?:\w+_\d+|patch|text|image\w+)"', "", found)
     found = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", found)
     found = re.sub(r"font(-family)?: ([\d.]+px )?'DejaVu Sans'[^;\"]*", _page_font, found)
     found = found.replace(INK, "currentColor")

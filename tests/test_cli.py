@@ -96,6 +96,22 @@ def test_analyse_writes_a_page_with_the_scores_that_there_are(capsys, tmp_path):
     assert "<h1>Two seeds</h1>" in path.read_text()
 
 
+def test_analyse_shares_several_runs_among_processes(capsys, tmp_path):
+    homes = [tmp_path / name for name in ("softmax", "G2B")]
+    for home in homes:
+        argv = ["train", "--operator", home.name, "--out", home, "--trajectory", 3]
+        assert run(capsys, *argv, *TINY)[0] == 0
+    argv = ["analyse", *homes, "--sections", "spectra,weights,landscape", "--examples", 16]
+    code, text, _ = run(capsys, *argv, "--points", 11, "--processes", 2)
+    assert code == 0 and "is not shown" not in text
+    found = json.loads((homes[0] / "report.json").read_text())["sections"]
+    operators = {one["operator"] for one in found["landscape"]["numbers"]}
+    assert operators == {"softmax", "G2B"}
+    assert all(list((home / "analysis").glob("landscape-*")) for home in homes)
+    code, _, error = run(capsys, *argv, "--points", 12)
+    assert code == 2 and "`--points` needs 11, 21" in error
+
+
 def test_analyse_refuses_what_cannot_be_compared(capsys, tmp_path):
     out = tmp_path / "runs"
     assert run(capsys, "train", "--out", out / "a", *TINY)[0] == 0

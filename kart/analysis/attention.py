@@ -1,5 +1,8 @@
 """What attention attends to: maps over the image (paper, sec. 7) and how well they find the object,
 how its weights are spread, and how much of it depends on the image at all.
+
+    maps = attention.class_maps(model.intermediates(params, images)["blocks.3.weights"])
+    attention.pointing_game(attention.enlarge(maps, 32, 32), masks[:, None])
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,13 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kart import pages
-from kart.analysis import figures
-from kart.analysis.functions import some_blocks
-from kart.analysis.section import Analysis, Context
+from kart import augment, data, pages
+from kart.analysis import figures, scenes
+from kart.analysis.section import (
+    Analysis,
+    Column,
+    Context,
+    Member,
+    differences,
+    percent,
+    scalars,
+    seeds_table,
+    some_blocks,
+)
 
 HEAT = "#ff7a1a"  # seen on black and on white
 OUTLINE = "#22d3ee"  # beside it
+
+SCENES = 64  # images that maps are scored on
+STEPS = 8  # of deletion and insertion
 
 
 def class_maps(weights: Tensor) -> Tensor:
@@ -505,7 +520,197 @@ def plot_curves(deleted: Mapping[str, Curve], inserted: Mapping[str, Curve]) -> 
     return fig
 
 
+# --- the section ----------------------------------------------------------------------------------
+
+
+class Scenes(NamedTuple):
+    """Images with a known object, in [0, 1] `(B, C, size, size)`, their masks and labels."""
+
+    pixels: Tensor
+    masks: Tensor
+    labels: Tensor
+    own: bool  # whether the masks came with the data
+
+
+def _scenes(context: Context) -> Scenes:
+    """The first validation images with the masks of the data, where they have any and are shown
+    whole, else pasted by `scenes.pasted`.
+    """
+    config = context.results[0].configs[0]
+    size = context.model(config).config.image_size
+    whole = context.splits.val
+    chosen = torch.arange(min(SCENES, len(whole.labels)))
+    pixels, labels = data.take(whole, chosen)
+    pixels = augment.center_crop(data.as_float(pixels), size, config.eval_crop)
+    shown_whole = config.eval_crop == 1 and whole.images.shape[-1] == size
+    if whole.masks is not None and shown_whole:
+        return Scenes(pixels, torch.from_numpy(whole.masks[: len(chosen)].copy()), labels, True)
+    return Scenes(*scenes.pasted(context.generator("scenes"), pixels), labels, False)
+
+
+def _summed(weights: Tensor) -> Tensor:
+    """The class token's map, summed over heads."""
+    return class_maps(weights).sum(-3)
+
+
+def measure(context: Context, member: Member) -> dict[str, Tensor]:
+    """How well the maps of a member find the object, what taking away what they show does, and how
+    its weights are spread.
+    """
+    model = context.model(member.config)
+    count = min(SCENES, context.few(model))
+
+    def compute() -> dict[str, Tensor]:
+        own = _scenes(context)
+        size = own.masks.shape[-2:]
+        shown = data.normalise(own.pixels, context.splits.val.mean, context.splits.val.std)
+        images, labels = context.images(member.config, count)
+        depth = len(model.sites)
+        with torch.no_grad():
+            seen = model.intermediates(member.params, shown)
+            aux = model.intermediates(member.params, images)
+        last = f"blocks.{depth - 1}.weights"
+        heads = enlarge(class_maps(seen[last]), *size)
+        flow = rollout([seen[f"blocks.{i}.weights"] for i in range(depth)])
+        rolled = enlarge(class_maps(flow[..., None, :, :])[..., 0, :, :], *size)
+        found = {"scene_top1": (seen["logits"].argmax(-1) == own.labels).double().mean()}
+        scores = {"pointing": pointing_game, "mass": mass_inside, "iou": best_iou}
+        for name, score in scores.items():
+            by_head = score(heads, own.masks[:, None]).mean(0)
+            found |= {name: by_head.mean(), f"{name}_best": by_head.max()}
+            found[f"rollout_{name}"] = score(rolled, own.masks).mean()
+        found["covered"] = own.masks.double().mean()
+
+        def predict(batch: Tensor) -> Tensor:
+            return model.apply(member.params, batch).softmax(-1)
+
+        maps = _summed(aux[last])
+        noise = torch.rand(maps.shape, generator=context.generator("random"))
+        steps = min(STEPS, maps[0].numel())
+        for name, curve in (("deletion", deletion), ("insertion", insertion)):
+            for which, order in (("", maps), ("_random", noise)):
+                drawn = curve(predict, images, order, labels=labels, steps=steps)
+                found[f"{name}{which}"] = drawn.area.mean()
+                found[f"{name}{which}_shares"] = drawn.shares
+                found[f"{name}{which}_values"] = drawn.values
+        every = [aux[f"blocks.{i}.weights"] for i in range(depth)]
+        found["keys"] = torch.stack([entropy(block).exp().mean() for block in every]).mean()
+        found["negative"] = torch.stack([negative_share(block).mean() for block in every]).mean()
+        sums = torch.stack([row_sums(block).abs().mean() for block in every])
+        found["row_sums"] = sums.mean()
+        found["static"] = torch.stack([static_share(block).mean() for block in every]).mean()
+        if model.config.num_heads > 1:
+            apart = [head_diversity(block).mean() for block in every]
+            found["diversity"] = torch.stack(apart).mean()
+        return found
+
+    return context.kept(f"maps images={count} scenes={SCENES}", member, compute)
+
+
 def section(context: Context) -> pages.Section:
+    """Maps of the class token's attention and how well they find objects, how the weights are
+    spread, and how much of them is the same for all images.
+    """
+    found = scalars(context, measure)
+    first = {one.name: measure(context, Member(one, 0)) for one in context.results}
+    own = _scenes(context)
+    covered = f"{100 * float(own.masks.double().mean()):.0f}"
+    columns = [
+        percent("pointing", "pointing game %"),
+        percent("mass", "mass inside %"),
+        percent("iou", "best IoU %"),
+        percent("pointing_best", "best head, pointing %"),
+        percent("rollout_mass", "rollout, mass %"),
+        percent("scene_top1", "top-1 here %"),
+    ]
+    origin = (
+        "validation images and the masks that came with them"
+        if own.own
+        else "validation images, each shrunk to half its size and pasted at a random place on a "
+        "crop of a photograph; the mask is the square that was pasted"
+    )
+    scored, numbers = seeds_table(
+        found,
+        columns,
+        f"On {len(own.labels)} {origin}. The mask covers {covered} % of the image, which is what a "
+        "map that knows nothing scores. Class token's row of the last block, mean over heads. "
+        "Top-1 here: how often the model still knows the object. Mean, 95 % interval over seeds.",
+    )
+    areas = [
+        Column("deletion", "deletion", 3, low=0.0, high=1.0),
+        Column("deletion_random", "in random order", 3, low=0.0, high=1.0),
+        Column("insertion", "insertion", 3, low=0.0, high=1.0),
+        Column("insertion_random", "in random order", 3, low=0.0, high=1.0),
+    ]
+    curves, more = seeds_table(
+        found,
+        areas,
+        "Area under the probability of the right class as patches are taken away (deletion: lower "
+        "is better) or given (insertion: higher is better), those of the largest weight first, "
+        "beside a random order. Whole validation images; what is taken away is the mean colour.",
+    )
+    spread, rest = seeds_table(
+        found,
+        [
+            Column("keys", "keys attended to", 1, low=0.0),
+            Column("diversity", "head diversity", 2, low=0.0, high=2.0),
+            percent("negative", "negative weight %"),
+            Column("row_sums", "size of row sums", 2, low=0.0),
+            percent("static", "same for all images %"),
+        ],
+        "Mean over blocks, heads and rows. Keys: exp of the entropy of the absolute weights. "
+        "Diversity: 1 less the mean cosine between two heads. Same for all images: squared norm of "
+        "the mean weights over the mean of squared norms.",
+    )
+    lines = [
+        *differences(found, "pointing", "Pointing game (%)", columns[0]),
+        *differences(found, "mass", "Mass inside (%)", columns[1]),
+        *differences(found, "deletion", "Deletion area", areas[0]),
+    ]
+    pictures = []
+    for i, result in enumerate(context.results):
+        look = context.look(result)
+        shown = own.pixels[: context.shown]
+        ready = data.normalise(shown, context.splits.val.mean, context.splits.val.std)
+        with torch.no_grad():
+            aux = look.model.intermediates(look.params, ready)
+        maps = class_maps(aux[f"blocks.{len(look.model.sites) - 1}.weights"])
+        if context.shown:
+            fig = plot(shown, maps, masks=own.masks[: context.shown])
+            alt = f"Attention maps of {result.name} over images with known objects"
+            pictures.append(pages.figure(fig, f"attention-scenes-{i}", alt, result.name))
+    drawn = {
+        kind: {
+            name: Curve(
+                one[f"{kind}_shares"],
+                one[f"{kind}_values"],
+                torch.trapezoid(one[f"{kind}_values"], one[f"{kind}_shares"]),
+            )
+            for name, one in first.items()
+        }
+        for kind in ("deletion", "insertion")
+    }
+    fig = pages.figure(
+        plot_curves(drawn["deletion"], drawn["insertion"]),
+        "attention-curves",
+        f"Deletion and insertion curves of {', '.join(first)}",
+        f"Seed {context.results[0].configs[0].seed}: mean over images, band of a standard error.",
+    )
+    pictured, statics = _maps(context)
+    told = "Outlined: the object. Orange: the weight of the class token's row, as above."
+    blocks = [
+        *pictured,
+        scored,
+        pages.items(lines),
+        *([pages.text(told), pages.beside(*pictures)] if pictures else []),
+        fig,
+        curves,
+        spread,
+    ]
+    return pages.Section(blocks, [*numbers, *more, *rest, *statics])
+
+
+def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:
     """Maps of the class token's attention, and how much of it is the same for all images."""
     looks = [context.look(result) for result in context.results]
     pictures, rows, numbers = [], [], []
@@ -536,7 +741,7 @@ def section(context: Context) -> pages.Section:
         "weight of the head with the most."
     )
     table = pages.table(["operator", *(f"block {i + 1}" for i in blocks)], rows, caption)
-    return pages.Section([pages.text(told), pages.beside(*pictures), table], numbers)
+    return [pages.text(told), pages.beside(*pictures), table], numbers
 
 
-ANALYSIS = Analysis("attention", "Attention", section)
+ANALYSIS = Analysis("attention", "Attention", section, minutes=2.5, measure=measure)

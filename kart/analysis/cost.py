@@ -4,15 +4,21 @@ Counts follow the paper's convention (Table 13): "FLOPs" are multiply-accumulate
 products, plus 5 N D a layer norm and 3 N^2 a head for softmax. For Fourier units they are those
 that reproduce its column, 3G + 1 a pair of unit and score: 2G products with the coefficients, G for
 the harmonics, 1 for W.
+
+    cost.parameters(model).operator
+    cost.flops(model).total
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional as F
 
-from kart import models, tables, tree
+from kart import models, pages, tables, train, tree
+from kart.analysis.section import Analysis, Context
 from kart.models import Model
 from kart.operators import Operator
 
@@ -276,3 +282,74 @@ def paper_table() -> str:
         "its measured peak."
     )
     return tables.table(rows, [*header, "memory GB, batch 32"]) + "\n\n" + note
+
+
+# --- the section ----------------------------------------------------------------------------------
+
+REPEATS = 7
+
+
+def section(context: Context) -> pages.Section:
+    """Training step, forward pass and memory of every operator beside softmax, measured now."""
+    from kart.analysis import bench  # which imports this room
+
+    config = context.results[0].configs[0]
+    names = [result.name for result in context.results]
+    configs = {result.name: result.configs[0] for result in context.results}
+    if "softmax" not in configs:
+        unset = {"rank": None, "project": None, "base": None}
+        configs = {"softmax": dataclasses.replace(config, operator="softmax", **unset), **configs}
+    batch = min(32, config.batch_size)
+    images, labels = context.images(config, batch)
+    hyper = train.Hyper(torch.tensor(1e-3), torch.tensor(0.05))
+    steps, forwards, kept = {}, {}, {}
+    for name, one in configs.items():
+        model = context.model(one)
+        functions = train.program(one, model, steps_per_epoch=10)
+        held = [functions.init(context.generator("init"))]
+        targets = F.one_hot(labels, len(context.splits.train.classes)).float()
+        params = model.init(context.generator("init"))
+
+        def step(functions: Any = functions, held: Any = held, targets: Any = targets) -> None:
+            held[0], _ = functions.advance(held[0], hyper, images, targets)
+
+        def forward(model: Model = model, params: Any = params) -> None:
+            with torch.no_grad():
+                model.apply(params, images)
+
+        steps[name], forwards[name] = step, forward
+        kept[name] = activation_memory(model, batch) if model.config.family == "vit" else None
+    clock = bench.Clock("cpu")
+    stepped = bench.interleave(steps, REPEATS, clock)
+    passed = bench.interleave(forwards, REPEATS, clock)
+    rows, numbers = [], []
+    for name in configs:
+        both = bench.summary(stepped[name], stepped["softmax"])
+        ahead = bench.summary(passed[name], passed["softmax"])
+        spread = f"{both['low_ms']:.1f} to {both['high_ms']:.1f}"
+        own, least = kept[name], kept["softmax"]
+        memory = [f"{own / 2**20:.1f}", f"{own / least:.2f}"] if own and least else ["", ""]
+        rows.append(
+            [name, f"{both['ms']:.1f}", spread, f"{both['ratio']:.2f}"]
+            + [f"{ahead['ms']:.1f}", f"{ahead['ratio']:.2f}", *memory]
+        )
+        if name in names:
+            numbers += [
+                pages.Number(name, "step_ms", both["ms"], "ms"),
+                pages.Number(name, "step_over_softmax", both["ratio"]),
+                pages.Number(name, "forward_ms", ahead["ms"], "ms"),
+                pages.Number(name, "forward_over_softmax", ahead["ratio"]),
+            ]
+            if own and least:
+                numbers.append(pages.Number(name, "kept_mib", own / 2**20, "MiB"))
+    header = ["operator", "step ms", "middle half", "x softmax", "forward ms", "x softmax"]
+    header += ["kept MiB", "x softmax"]
+    caption = (
+        f"CPU time of one thread, {len(labels)} images a batch, median of {REPEATS} taken in turn "
+        "in one process, after two that warm up. Kept: what the forward pass leaves for the "
+        "backward, counted."
+    )
+    return pages.Section([pages.table(header, rows, caption)], numbers)
+
+
+ANALYSIS = Analysis("cost", "Cost beside softmax", section, minutes=1.0)

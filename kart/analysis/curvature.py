@@ -3,6 +3,9 @@ noise of its gradients.
 
 Everything is a function of `loss(params) -> ()` and a tree `params`; nothing holds a Hessian. For a
 part of the parameters, `subset` gives the loss and the tree to pass instead.
+
+    part, some = curvature.subset(loss, params, "*.operator.*")
+    curvature.top_eigenvalues(part, some, 5, torch.Generator())
 """
 
 import fnmatch
@@ -14,11 +17,26 @@ import torch
 from torch import Generator, Tensor
 from torch.func import grad, jvp, vmap
 
-from kart import tree
+from kart import pages, tree
 from kart.analysis import figures
+from kart.analysis.section import (
+    Analysis,
+    Column,
+    Context,
+    Member,
+    differences,
+    scalars,
+    seeds_table,
+)
 
 Params = Any
 Loss = Callable[[Params], Tensor]
+
+# of the section: what is left open by the number of images is in `Context.examples`
+OPERATOR = "*.operator.*"
+SAMPLES = 8  # products that the trace is estimated from
+STEPS = 24  # products that the density is from
+TOLERANCE = 0.02  # of the largest eigenvalue
 
 
 def hvp(loss: Loss, params: Params, vector: Params) -> Params:
@@ -388,3 +406,110 @@ def plot(densities: Mapping[str, Density], label: str = "eigenvalue of the Hessi
     ax.set_title("density", loc="left", fontsize=9, color=figures.INK)
     ax.legend(frameon=False, fontsize=8, labelcolor=figures.INK)
     return fig
+
+
+# --- the section ----------------------------------------------------------------------------------
+
+
+def _examples(context: Context, member: Member) -> tuple[Tensor, Tensor]:
+    """A quarter of the images that losses are taken on: a product costs several gradients."""
+    return context.images(member.config, max(2, context.examples // 4))
+
+
+def _curvature(context: Context, member: Member, pattern: str) -> dict[str, Tensor]:
+    losses = context.losses(context.model(member.config))
+    images, labels = _examples(context, member)
+    part, some = subset(
+        lambda params: losses(params, images, labels).mean(), member.params, pattern
+    )
+    size = tree.size(some)
+    context.holds(f"24 vectors of the {size:,} weights of {member.name}", 4 * 24 * size / 2**20)
+
+    def compute() -> dict[str, Tensor]:
+        draws = context.generator(pattern, member.seed)
+        top = top_eigenvalues(part, some, 1, draws, tolerance=TOLERANCE)[0]
+        context.check()
+        found = trace(part, some, SAMPLES, draws)
+        return {"top": top, "trace": found.estimate, "trace_error": found.error}
+
+    what = f"{pattern} images={len(labels)} samples={SAMPLES}"
+    found = context.kept(what, member, compute)
+    return {**found, "mean": found["trace"] / size}
+
+
+def measure(context: Context, member: Member) -> dict[str, Tensor]:
+    """Largest eigenvalue and trace, of all parameters and of the operator's alone, the noise scale
+    of the gradient, and of the first seed the density of the eigenvalues.
+    """
+    found = _curvature(context, member, "*")
+    if any("operator" in name.split(".") for name in tree.named(member.params)):
+        own = _curvature(context, member, OPERATOR)
+        found |= {f"operator_{name}": value for name, value in own.items()}
+    model = context.model(member.config)
+    losses = context.losses(model)
+
+    def noise() -> dict[str, Tensor]:
+        def one(params: Params, image: Tensor, label: Tensor) -> Tensor:
+            return losses(params, image[None], label[None])[0]
+
+        some = context.images(member.config, context.examples)
+        return dict(noise_scale(one, member.params, *some, chunk=16)._asdict())
+
+    found |= context.kept(f"noise images={context.examples}", member, noise)
+    if member.index:
+        return found
+
+    def density() -> dict[str, Tensor]:
+        images, labels = _examples(context, member)
+
+        def loss(params: Params) -> Tensor:
+            return losses(params, images, labels).mean()
+
+        draws = context.generator("density", member.seed)
+        return dict(spectral_density(loss, member.params, 1, draws, steps=STEPS)._asdict())
+
+    what = f"density images={max(2, context.examples // 4)} steps={STEPS}"
+    return found | context.kept(what, member, density)
+
+
+def section(context: Context) -> pages.Section:
+    """Largest eigenvalue, trace and noise scale of every seed, densities of the first."""
+    found = scalars(context, measure)
+    first = {one.name: measure(context, Member(one, 0)) for one in context.results}
+    densities = {name: Density(own["grid"], own["density"]) for name, own in first.items()}
+    count = len(_examples(context, next(context.members()))[1])
+    noise = len(context.images(context.results[0].configs[0], context.examples)[1])
+    columns = [
+        Column("top", "largest eigenvalue", 1),
+        Column("trace", "trace", 0),
+        Column("mean", "mean eigenvalue, 1e-3", 3, "", 1000.0),
+        Column("operator_top", "largest, operator", 2),
+        Column("operator_trace", "trace, operator", 1),
+        Column("operator_mean", "mean, operator, 1e-3", 3, "", 1000.0),
+        Column("scale", "noise scale, images", 0, "images", low=0.0),
+    ]
+    told = (
+        f"The Hessian of the loss on {count} validation images at the final weights, by products "
+        f"alone: its largest eigenvalue to {100 * TOLERANCE:g} %, its trace from {SAMPLES} "
+        "products (the more curved in all directions, the larger), over all weights and over "
+        "those of the operators alone, the others held. Noise scale: the batch at which the "
+        f"noise of the gradient is as large as the gradient, from {noise} images one by one; "
+        "infinite where they are too few to see the gradient."
+    )
+    table, numbers = seeds_table(found, columns, "Mean, 95 % interval over seeds.")
+    lines = [
+        *differences(found, "top", "Largest eigenvalue", columns[0]),
+        *differences(found, "trace", "Trace", columns[1]),
+    ]
+    fig = pages.figure(
+        plot(densities),
+        "curvature-density",
+        f"Density of the eigenvalues of the Hessian of {', '.join(densities)}",
+        f"How the eigenvalues are spread, seed {context.results[0].configs[0].seed}, all weights: "
+        f"one random start, {STEPS} products. Right of the peak at zero: directions in which the "
+        "loss is steep; left of it: those in which the weights are no minimum.",
+    )
+    return pages.Section([pages.text(told), table, pages.items(lines), fig], numbers)
+
+
+ANALYSIS = Analysis("curvature", "Curvature", section, minutes=9.0, measure=measure)

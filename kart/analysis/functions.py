@@ -1,5 +1,8 @@
 """The functions that the heads of a learnable operator learned (paper, eq. 1, 2 and 5): their
 curves, what they are near to, what of them can be dropped, and how much they do at all.
+
+    x = functions.score_range(scores, operator)
+    functions.fits(functions.curves(operator, params, x), x, functions.density(scores, x))
 """
 
 import math
@@ -10,8 +13,21 @@ import torch
 from torch import Tensor
 
 from kart import pages, tree
-from kart.analysis import figures
-from kart.analysis.section import Analysis, Context
+from kart.analysis import figures, symbolic
+from kart.analysis.attention import score_share
+from kart.analysis.section import (
+    Analysis,
+    Column,
+    Context,
+    Look,
+    Member,
+    Result,
+    differences,
+    percent,
+    scalars,
+    seeds_table,
+    some_blocks,
+)
 from kart.bases import Params
 from kart.models import Model
 from kart.operators import Operator
@@ -135,6 +151,11 @@ def learned_groups(operator: Operator, params: Params) -> Iterator[Group]:
         if op.basis is not None:
             yield Group(first, op, params[str(i)])
         first += count
+
+
+def learns(operator: Operator) -> bool:
+    """Whether any head of an operator learns functions."""
+    return any(op.basis is not None for op, _ in operator.options.get("groups", [(operator, 1)]))
 
 
 def score_range(scores: Tensor | None, operator: Operator, points: int = 121) -> Tensor:
@@ -496,15 +517,199 @@ def plot_harmonics(found: Mapping[str, Tensor]) -> Any:
     return fig
 
 
-def some_blocks(depth: int) -> list[int]:
-    """The first, the middle and the last block, or all of three."""
-    return list(range(depth)) if depth <= 3 else [0, depth // 2, depth - 1]
+# --- the section ----------------------------------------------------------------------------------
+
+THRESHOLDS = (0.05, 0.1, 0.2, 0.4)
+
+
+def measure(context: Context, member: Member) -> dict[str, Tensor]:
+    """How much of a member's output follows its scores, and what its functions are near to."""
+
+    def compute() -> dict[str, Tensor]:
+        model = context.model(member.config)
+        c = model.config
+        # as many as the fit of a constant operator asks for, twice
+        width = c.embed_dim // c.num_heads
+        count = max(context.few(model), math.ceil(8 * c.tokens / width))
+        context.holds(
+            f"the attention of {count} images in {member.name}",
+            3 * 4 * c.depth * count * c.num_heads * c.tokens**2 / 2**20,
+        )
+        with torch.no_grad():
+            aux = model.intermediates(member.params, context.images(member.config, count)[0])
+        shares, near = [], []
+        for i, operator in enumerate(model.operators):
+            scores = aux[f"blocks.{i}.scores"]
+            shares.append(score_share(aux[f"blocks.{i}.weights"], aux[f"blocks.{i}.values"]))
+            for group in learned_groups(operator, model.operator_params(member.params, i)):
+                x = score_range(scores, group.operator)
+                values = curves(group.operator, group.params, x)
+                near.append(
+                    torch.stack([fit.mean() for fit in fits(values, x, density(scores, x))])
+                )
+        share = torch.stack(shares)
+        found = {"score_share": share.mean(), "by_block": share.mean(1)}
+        if near:
+            means = torch.stack(near).mean(0)
+            found |= {f"r2_{name}": means[i] for i, name in enumerate(Fits._fields)}
+        return found
+
+    return context.kept("functions", member, compute)
+
+
+def _pruned(context: Context, member: Member) -> dict[str, Tensor]:
+    """Top-1 on some validation images, and what is left of the terms, threshold by threshold."""
+
+    def compute() -> dict[str, Tensor]:
+        model = context.model(member.config)
+        images, labels = context.images(member.config, context.examples)
+        hits, left = [], []
+        for threshold in (0.0, *THRESHOLDS):
+            params = member.params
+            share = 1.0
+            if threshold:
+                found = prune(model, params, threshold)
+                params = found.params
+                terms = sum(one.of_terms for one in found.dropped.values())
+                share -= sum(one.terms for one in found.dropped.values()) / terms
+            with torch.no_grad():
+                right = model.apply(params, images).argmax(-1) == labels
+            hits.append(right.double().mean())
+            left.append(torch.tensor(share, dtype=torch.float64))
+        return {"top1": torch.stack(hits), "left": torch.stack(left)}
+
+    return context.kept(f"pruned images={context.examples}", member, compute)
 
 
 def section(context: Context) -> pages.Section:
-    """The functions that each head learned, over the scores seen, and how far they moved."""
+    """How much the output follows the scores, what the functions are near to, what of them can be
+    dropped, and their pictures.
+    """
+    found = scalars(context, measure)
+    column = percent("score_share", "of the scores %")
+    columns = [
+        column,
+        *(
+            Column(f"r2_{name}", f"R² {name}", 3, low=0.0, high=1.0)
+            for name in ("constant", "identity", "affine", "exp")
+        ),
+    ]
+    table, numbers = seeds_table(
+        found,
+        columns,
+        "Of the scores: the share of the variance of the heads' output over images that the best "
+        "operator that is the same for all images does not give, mean over heads and blocks; 0 is "
+        "attention that ignores its scores. R²: the share of a unit's mean square, over the scores "
+        "seen, that the best function of the kind gives, mean over units. Mean, 95 % interval over "
+        "seeds.",
+    )
+    lines = differences(found, "score_share", "The share of the scores (%)", column)
+    learned = [
+        result
+        for result in context.results
+        if any(map(learns, context.model(result.configs[0]).operators))
+    ]
+    if not learned:
+        nothing = pages.note("No operator here learns functions.")
+        return pages.Section([table, pages.items(lines), nothing], numbers)
+    blocks = [table, pages.items(lines), *_dropped(context, learned, numbers)]
+    shown = _shapes(context, learned, numbers)
+    pictures, changes = _pictures([context.look(result) for result in learned])
+    numbers += changes
+    seed = context.results[0].configs[0].seed
+    blocks += [
+        pages.text(
+            f"Each panel is a head, seed {seed}. Solid: the four units that move its weights most; "
+            "dotted: the same units before training. Grey band: 90 % of all its units. Silhouette: "
+            "where the scores of validation images lie, which is where the functions are used. The "
+            "change is the root mean square over all units of a head, relative to the initial "
+            "functions."
+        ),
+        pages.text(
+            "A key's weight by its own score is the sum over p of W[m, p] \u03c6_pm(score), less "
+            "its mean: thin lines are keys m, the band the middle 80 % of them, orange their "
+            "median; dotted is what softmax has there, with the other keys' scores as they were "
+            "seen."
+        ),
+        pages.beside(*pictures),
+        pages.text(
+            "Units that are alike up to scale and sign (correlation 0.95 over the scores seen), "
+            "the four largest groups of the last block, first head; dotted the simplest formula "
+            "that fits the leading unit."
+        ),
+        *shown,
+    ]
+    return pages.Section(blocks, numbers)
+
+
+def _dropped(
+    context: Context, learned: Sequence[Result], numbers: list[pages.Number]
+) -> list[pages.Markup]:
+    """The table of what dropping small terms costs, of each first seed."""
+    rows = []
+    for result in learned:
+        own = _pruned(context, Member(result, 0))
+        cells = [
+            f"{100 * float(top1):.1f} ({100 * float(left):.0f})"
+            for top1, left in zip(own["top1"], own["left"], strict=True)
+        ]
+        rows.append([result.name, *cells])
+        numbers += [
+            pages.Number(result.name, f"top1_pruned_{t:g}", float(x), "", result.configs[0].seed)
+            for t, x in zip((0.0, *THRESHOLDS), own["top1"], strict=True)
+        ]
+    count = len(context.images(learned[0].configs[0], context.examples)[1])
+    caption = (
+        f"Top-1 % on {count} validation images without the terms (harmonics, coefficients) below a "
+        "share of the largest of their head, in brackets how many % of the terms are left; the "
+        "first seed."
+    )
+    header = ["operator", "whole", *(f"below {t:g}" for t in THRESHOLDS)]
+    return [pages.table(header, rows, caption)]
+
+
+def _shapes(
+    context: Context, learned: Sequence[Result], numbers: list[pages.Number]
+) -> list[pages.Markup]:
+    """Groups of alike units of the last block and their formulas; amplitudes of harmonics."""
+    shown, amplitudes_of = [], {}
+    for result in learned:
+        look = context.look(result)
+        block = len(look.model.operators) - 1
+        scores = look.aux[f"blocks.{block}.scores"]
+        params = look.operator_params(look.params, block)
+        for group in learned_groups(look.model.operators[block], params):
+            assert group.operator.basis is not None
+            if group.operator.basis.family == "fourier":
+                amplitudes_of[result.name] = harmonics(group.operator, group.params)
+            x = score_range(scores, group.operator)
+            seen = density(scores, x)
+            values = curves(group.operator, group.params, x)[0].flatten(0, 1)
+            groups = symbolic.clusters(values, x, seen, count=4)
+            if not len(groups.leaders):
+                continue  # all scores seen are at one point: nothing has a shape there
+            formulas = [symbolic.candidate(values[int(i)], x, seen) for i in groups.leaders]
+            numbers += [
+                pages.Number(result.name, f"formula_{i + 1}_r2", one.r2, "", look.seed)
+                for i, one in enumerate(formulas)
+            ]
+            name = f"functions-alike-{len(shown)}"
+            fig = symbolic.plot(values, x, groups, formulas)
+            alt = f"Groups of alike functions of {result.name} and their formulas"
+            shown.append(pages.figure(fig, name, alt, f"{result.name}, last block, first head."))
+    if amplitudes_of:
+        alt = f"Amplitude by harmonic of {', '.join(amplitudes_of)}"
+        caption = "Amplitude by harmonic, last block: mean over units, band over heads."
+        shown.append(
+            pages.figure(plot_harmonics(amplitudes_of), "functions-harmonics", alt, caption)
+        )
+    return shown
+
+
+def _pictures(looks: Sequence[Look]) -> tuple[list[pages.Markup], list[pages.Number]]:
+    """The functions of some blocks as curves, and how far training moved them."""
     shown, numbers = [], []
-    for look in map(context.look, context.results):
+    for look in looks:
         universal = look.model.config.sharing == "universal"
         depth = look.model.config.depth
         for block in [0] if universal else some_blocks(depth):
@@ -539,26 +744,9 @@ def section(context: Context) -> pages.Section:
                     caption += " The softmax that it is added to is included."
                 fig = plot_response(operator, now, x, scores=scores)
                 shown.append(pages.figure(fig, f"functions-{len(shown)}", caption, caption))
-    if not shown:
-        return pages.Section([pages.note("No operator here learns functions.")])
-    seed = context.results[0].configs[0].seed
-    blocks = [
-        pages.text(
-            f"Each panel is a head, seed {seed}. Solid: the four units that move its weights most; "
-            "dotted: the same units before training. Grey band: 90 % of all its units. Silhouette: "
-            "where the scores of validation images lie, which is where the functions are used. The "
-            "change is the root mean square over all units of a head, relative to the initial "
-            "functions."
-        ),
-        pages.text(
-            "A key's weight by its own score is the sum over p of W[m, p] \u03c6_pm(score), less "
-            "its mean: thin lines are keys m, the band the middle 80 % of them, orange their "
-            "median; dotted is what softmax has there, with the other keys' scores as they were "
-            "seen."
-        ),
-        pages.beside(*shown),
-    ]
-    return pages.Section(blocks, numbers)
+    return shown, numbers
 
 
-ANALYSIS = Analysis("functions", "The functions that each head learned", section)
+ANALYSIS = Analysis(
+    "functions", "The functions that each head learned", section, minutes=1.0, measure=measure
+)

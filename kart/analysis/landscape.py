@@ -2,23 +2,40 @@
 
 The plane is spanned by two directions `(2, P)`, in the order of `tree.ravel`: the leading ones of
 the path, or random ones (Li et al. 2018, arXiv:1712.09913).
+
+    plane, explained = landscape.directions(path)
+    z = landscape.surface(loss, params, plane, 1.0, 41)
 """
 
 import fnmatch
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
-from kart import tree
+from kart import pages, tree
 from kart.analysis import figures
+from kart.analysis.section import (
+    Analysis,
+    Column,
+    Context,
+    Member,
+    differences,
+    percent,
+    scalars,
+    seeds_table,
+    trajectories,
+)
 
 Params = Any
 Extent = float | Sequence[Sequence[float]]
 
 COLUMNS = 2**20  # parameters that are in float64 at a time
+GRID = 11  # points a side of the surfaces that the numbers of the page are of
+RADIUS = 0.4  # share of the extent within which those take the sharpness
 
 
 def _check_path(name: str, path: Tensor) -> None:
@@ -373,10 +390,10 @@ def plot(
     """
     _check_named(surfaces, axes)
     levels, _ = _levels(surfaces.values(), 13)
-    fig, cells = figures.grid(1, len(surfaces), 2.9, 2.7)
+    fig, cells = _cells(len(surfaces), 2.9, 2.7)
     colours = _colours(levels)
     drawn = None
-    for ax, (name, z) in zip(cells[0], surfaces.items(), strict=True):
+    for ax, (name, z) in zip(cells, surfaces.items(), strict=True):
         a, b = axes[name].cpu().numpy()
         values = z.clamp(max=levels[-1]).cpu().numpy().T
         drawn = ax.contourf(a, b, values, levels=levels, **colours)
@@ -404,10 +421,9 @@ def plot_surfaces(surfaces: Mapping[str, Tensor], axes: Mapping[str, Tensor]) ->
     """
     _check_named(surfaces, axes)
     levels, low = _levels(surfaces.values(), 13)
-    options = {"subplot_kw": {"projection": "3d"}}
-    fig, cells = figures.grid(1, len(surfaces), 3.0, 2.8, **options)
+    fig, cells = _cells(len(surfaces), 3.0, 2.8, subplot_kw={"projection": "3d"})
     shown = _colours(levels)
-    for ax, (name, z) in zip(cells[0], surfaces.items(), strict=True):
+    for ax, (name, z) in zip(cells, surfaces.items(), strict=True):
         grid = torch.meshgrid(*axes[name].cpu(), indexing="ij")
         height = z.clamp(max=levels[-1]).cpu()
         ax.plot_surface(
@@ -421,8 +437,18 @@ def plot_surfaces(surfaces: Mapping[str, Tensor], axes: Mapping[str, Tensor]) ->
         ax.set_ylabel("direction 2", fontsize=7, labelpad=-6)
         ax.set_zlabel("loss", fontsize=7, labelpad=-6)
         ax.tick_params(labelsize=6, pad=-2)
+        ax.locator_params(nbins=5)
         ax.set_box_aspect(None, zoom=0.85)  # room for the label of the height
     return fig
+
+
+def _cells(count: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
+    """A Figure and its axes for `count` panels, three in a row."""
+    columns = min(3, count)
+    fig, cells = figures.grid(-(-count // columns), columns, width, height, **options)
+    for ax in cells.flat[count:]:
+        ax.remove()
+    return fig, list(cells.flat[:count])
 
 
 def _check_named(surfaces: Mapping[str, Tensor], axes: Mapping[str, Tensor]) -> None:
@@ -445,6 +471,192 @@ def _colours(levels: Sequence[float]) -> dict[str, Any]:
 
 
 def _colour_bar(fig: Any, drawn: Any, cells: Any) -> None:
-    bar = fig.colorbar(drawn, ax=list(cells[0]), shrink=0.9, format="%.2f", spacing="uniform")
+    bar = fig.colorbar(drawn, ax=cells, shrink=0.9, format="%.2f", spacing="uniform")
     bar.set_label("loss", fontsize=8, color=figures.INK)
     bar.ax.tick_params(labelsize=6, labelcolor=figures.INK, color=figures.QUIET)
+
+
+# --- the section ----------------------------------------------------------------------------------
+
+
+def _path(context: Context, member: Member) -> dict[str, Tensor]:
+    """Where the snapshots of a member lie in the plane of its path."""
+
+    def compute() -> dict[str, Tensor]:
+        path, plane, explained = _plane(context, member)
+        length = torch.linalg.vector_norm(path[-1].double())
+        found = {"coordinates": coordinates(path, plane), "explained": explained.double()}
+        return {**found, "length": length}
+
+    return context.kept("path", member, compute)
+
+
+def _plane(context: Context, member: Member) -> tuple[Tensor, Tensor, Tensor]:
+    # as trees, stacked, and what one of them takes while it is read
+    mib = 3 * 4 * member.config.trajectory * tree.size(member.params) / 2**20
+    context.holds(f"the {member.config.trajectory} snapshots of {member.name}", mib)
+    path = torch.stack([tree.ravel(params).float() for _, params in member.snapshots()])
+    return path, *directions(path)
+
+
+def _reach(context: Context) -> float:
+    """How far the path of any member goes, rounded up to two digits."""
+    paths = (_path(context, member)["coordinates"] for member in context.members())
+    far = max(float(path.abs().max()) for path in paths)
+    unit = 10.0 ** (math.floor(math.log10(far)) - 1)
+    return unit * math.ceil(1.02 * far / unit)
+
+
+def _progress(context: Context, label: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
+    """Says once in a while how far a surface is, and ends it with the section's minutes."""
+
+    def over(pairs: Sequence[Any]) -> Iterable[Any]:
+        began = said = time.monotonic()
+        for i, pair in enumerate(pairs):
+            context.check()
+            yield pair
+            now = time.monotonic()
+            if now - said > 20:
+                said, left = now, (now - began) / (i + 1) * (len(pairs) - i - 1)
+                context.say(f"landscape: {label}, {i + 1} of {len(pairs)}, {left:.0f} s left")
+
+    return over
+
+
+def _kept_surface(context: Context, member: Member, kind: str, extent: float) -> Tensor:
+    points = context.points if kind == "path" and member.index == 0 else GRID
+    label = f"{kind} extent={extent:g} points={points} images={context.examples}"
+
+    def compute() -> dict[str, Tensor]:
+        if kind == "path":
+            path, plane, _ = _plane(context, member)
+            params = tree.unravel(path[-1], member.params)
+        else:
+            params = member.params
+            plane = random_directions(context.generator("random", member.seed), params)
+        model = context.model(member.config)
+        examples = context.images(member.config, context.examples)
+        loss = mean_loss(context.losses(model), *examples, batch=128)
+        said = f"{member.name}, seed {member.seed}, {kind}"
+        z = surface(loss, params, plane, extent, points, progress=_progress(context, said))
+        return {"z": z}
+
+    return context.kept(label, member, compute)["z"]
+
+
+def measure(context: Context, member: Member) -> dict[str, Tensor]:
+    """The surfaces of a member over the plane of its path and over a random one, and the numbers
+    of both from `GRID` points a side, whatever the picture has.
+    """
+    path, reach = _path(context, member), _reach(context)
+    found: dict[str, Tensor] = {"coordinates": path["coordinates"], "explained": path["explained"]}
+    found["explained_by_two"] = path["explained"].sum()
+    found["path_length"] = torch.hypot(*path["coordinates"][0])
+    for kind, extent in (("path", reach), ("random", 1.0)):
+        z = _kept_surface(context, member, kind, extent)
+        step = (len(z) - 1) // (GRID - 1)
+        coarse, grid = z[::step, ::step], axes(extent, GRID)
+        rises = sharpness(coarse, grid, RADIUS * extent)
+        found |= {
+            f"{kind}_surface": z,
+            f"{kind}_axes": axes(extent, len(z)),
+            f"{kind}_loss": coarse[GRID // 2, GRID // 2],
+            f"{kind}_rise": rises.mean,
+            f"{kind}_largest": rises.largest,
+            f"{kind}_roughness": roughness(coarse, grid),
+        }
+    return found
+
+
+def section(context: Context) -> pages.Section:
+    """Surfaces of every operator on the same axes and colours, with the path, and numbers."""
+    found = scalars(context, measure)
+    first = {one.name: measure(context, Member(one, 0)) for one in context.results}
+    reach = float(next(iter(first.values()))["path_axes"].max())
+    count = len(context.images(context.results[0].configs[0], context.examples)[1])
+    parts = {
+        kind: (
+            {name: own[f"{kind}_surface"] for name, own in first.items()},
+            {name: own[f"{kind}_axes"] for name, own in first.items()},
+        )
+        for kind in ("path", "random")
+    }
+    paths = {name: own["coordinates"] for name, own in first.items()}
+    explained = {name: own["explained"] for name, own in first.items()}
+    names = ", ".join(first)
+    shown = [
+        pages.figure(
+            plot(*parts["path"], paths, explained),
+            "landscape-path",
+            f"Contours of the validation loss of {names} in the plane of the path of training",
+            "In the plane in which training moved most. Ring: where it began. Star: where it "
+            "ended. Axes: distance in the space of weights, and the share of the path's variance.",
+        ),
+        pages.figure(
+            plot_surfaces(*parts["path"]),
+            "landscape-surface",
+            f"The same surfaces of {names} in perspective",
+            "The same surfaces in perspective, all with one height.",
+        ),
+        pages.figure(
+            plot(*parts["random"]),
+            "landscape-random",
+            f"Contours of the validation loss of {names} in a plane of random directions",
+            "In a plane of random directions, each filter of the length of the weights' own: at 1 "
+            "the step is as long as the weights.",
+        ),
+    ]
+    radius = f"{RADIUS * reach:.2g}"
+    columns = {
+        "path": [
+            Column("path_loss", "loss at the end", 3, "nats"),
+            Column("path_rise", "mean rise", 3, "nats"),
+            Column("path_largest", "largest rise", 3, "nats"),
+            percent("path_roughness", "roughness %"),
+            percent("explained_by_two", "path explained %"),
+            Column("path_length", "distance trained", 1, low=0.0),
+        ],
+        "random": [
+            Column("random_rise", "mean rise", 3, "nats"),
+            Column("random_largest", "largest rise", 3, "nats"),
+            percent("random_roughness", "roughness %"),
+        ],
+    }
+    captions = {
+        "path": f"In the plane of the path, within {radius} of the end (mean and largest rise of "
+        "the loss), and over the whole square (roughness: the share of the surface's variance that "
+        "the best quadratic leaves; 0 is a bowl).",
+        "random": f"In the plane of random directions: within {RADIUS:g} of the weights' own "
+        "length, and over the whole square.",
+    }
+    tables, numbers = [], []
+    for kind, chosen in columns.items():
+        table, own = seeds_table(found, chosen, captions[kind] + " Mean, 95 % interval over seeds.")
+        tables.append(table)
+        numbers += own
+    lines = [
+        *differences(found, "path_roughness", "Roughness (%, path)", columns["path"][3]),
+        *differences(found, "random_roughness", "Roughness (%, random)", columns["random"][2]),
+        *differences(found, "random_rise", "Mean rise (nats, random)", columns["random"][0]),
+    ]
+    seed = context.results[0].configs[0].seed
+    told = (
+        f"The loss on {count} validation images around the final weights; a spiky landscape would "
+        "show as small islands of contours and as a large roughness. The pictures are seed "
+        f"{seed} with {len(next(iter(parts['path'][0].values())))} points a side in the plane of "
+        f"the path and {GRID} in the random one; all numbers are from {GRID} points a side. Axes, "
+        "colours and heights are the same for all operators. Biases and norms do not move in the "
+        "random plane; of an operator a filter is what feeds one hidden value or one key of one "
+        "head."
+    )
+    return pages.Section([pages.text(told), *shown, *tables, pages.items(lines)], numbers)
+
+
+ANALYSIS = Analysis(
+    "landscape",
+    "Loss landscape and path",
+    section,
+    minutes=13.0,
+    needs=trajectories,
+    measure=measure,
+)

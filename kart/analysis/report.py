@@ -19,7 +19,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kart import checkpoint, pages
-from kart.analysis import attention, functions, scores, training
+from kart.analysis import (
+    attention,
+    cost,
+    curvature,
+    functions,
+    landscape,
+    scores,
+    spectra,
+    training,
+    weights,
+)
 from kart.analysis.section import Analysis, Context, Member, OutOfTime, Result
 from kart.train import Splits
 
@@ -29,6 +39,11 @@ SECTIONS: tuple[Analysis, ...] = (
     training.ANALYSIS,
     functions.ANALYSIS,
     attention.ANALYSIS,
+    spectra.ANALYSIS,
+    weights.ANALYSIS,
+    landscape.ANALYSIS,
+    curvature.ANALYSIS,
+    cost.ANALYSIS,
 )
 
 
@@ -65,6 +80,9 @@ def analyse(
     shown: int = 4,
     cache: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
+    examples: int = Context.examples,
+    points: int = Context.points,
+    limit_mib: int = Context.limit_mib,
 ) -> list[Done]:
     """Computes `sections` of `results`, all on the data of `splits`, and writes the page to `out`,
     whole or not at all, and its numbers beside it with the suffixes `.json` and `.csv`.
@@ -74,24 +92,31 @@ def analyse(
         splits: training and validation data.
         sections: which, see `select`.
         minutes: for all slow sections together. Each may use its share of what is left, or its own
-            limit if that is less; one that does not get done says so on the page.
+            limit where none are given; one that does not get done says so on the page.
         out: the page.
         title: its headline.
         command: what a reader would run to make it again.
         shown: images whose attention is shown, the first of the validation split.
         cache: directory for what is kept between calls; None keeps nothing.
         say: called with a line of progress.
+        examples, points, limit_mib: as in `Context`.
     """
     if not results:
         raise ValueError("`report` needs at least one result, got none. Train something first.")
-    context = Context(results, splits, shown, cache, say)
+    context = Context(
+        results,
+        splits,
+        shown,
+        cache,
+        say,
+        examples=examples,
+        points=points,
+        limit_mib=limit_mib,
+    )
     end = time.monotonic() + 60 * minutes
     done = []
     for i, one in enumerate(sections):
-        slow = sum(other.minutes for other in sections[i:])
-        left = end - time.monotonic()
-        share = min(60 * one.minutes, left * one.minutes / slow) if one.minutes else float("inf")
-        done.append(_run(one, context, time.monotonic() + share))
+        done.append(_run(one, context, _deadline(sections[i:], end)))
     configs = [config for result in results for config in result.configs]
     settings = {
         "title": title,
@@ -123,9 +148,43 @@ def analyse(
     return done
 
 
+def measure(
+    context: Context, sections: Sequence[Analysis], minutes: float, part: int, parts: int
+) -> None:
+    """Computes and keeps what `sections` need of every `parts`-th member, from `part` on: the work
+    of one of `parts` processes, after which `analyse` finds all of it. `minutes` as there.
+    """
+    end = time.monotonic() + 60 * minutes
+    slow = [one for one in sections if one.measure is not None]
+    for i, one in enumerate(slow):
+        own = _of(one, context, _deadline(slow[i:], end))
+        if one.needs is not None and one.needs(own):
+            continue
+        try:
+            for member in list(own.members())[part::parts]:
+                assert one.measure is not None
+                one.measure(own, member)
+        except (ValueError, OutOfTime):
+            continue  # `analyse` meets it again, and says so on the page
+
+
+def _deadline(sections: Sequence[Analysis], end: float) -> float:
+    """When the first of the sections to come should be done, for all to be done at `end`."""
+    now, first = time.monotonic(), sections[0]
+    if not first.minutes:
+        return float("inf")
+    if end == float("inf"):
+        return now + 60 * first.minutes
+    return now + (end - now) * first.minutes / sum(one.minutes for one in sections)
+
+
+def _of(one: Analysis, context: Context, deadline: float) -> Context:
+    return dataclasses.replace(context, name=one.name, version=one.version, deadline=deadline)
+
+
 def _run(one: Analysis, context: Context, deadline: float) -> Done:
     """A section, read if it was kept, else computed and kept; its problem where it has one."""
-    context = dataclasses.replace(context, name=one.name, version=one.version, deadline=deadline)
+    context = _of(one, context, deadline)
     missing = one.needs(context) if one.needs is not None else None
     if missing:
         return _problem(one, missing)
@@ -160,7 +219,8 @@ def _key(context: Context) -> str:
         digest.update(json.dumps(parts).encode())
         members = [Member(result, i).key for i in range(len(result.configs))]
         digest.update(json.dumps(members).encode())
-    rest = [context.data_key, context.shown, context.version, checkpoint.versions()]
+    rest = [context.data_key, context.shown, context.examples, context.points, context.version]
+    rest.append(checkpoint.versions())
     digest.update(json.dumps(rest).encode())
     return digest.hexdigest()[:12]
 

@@ -10,6 +10,9 @@ numbers in them. Its file names it, and `report.SECTIONS` lists it:
 
     ANALYSIS = Analysis("spectra", "Spectra of the weights", section, minutes=2.0)
 
+Where a member takes long, `Analysis.measure(context, member)` computes and keeps what `section`
+needs of it, so that several processes can share the members.
+
 What cannot be done with these runs raises ValueError, which the page shows in one line among the
 other sections. What takes long keeps its parts (`context.kept`) and calls `context.check()` between
 them: a section is whole or not shown, never thinner for a lack of time.
@@ -17,6 +20,7 @@ them: a section is whole or not shown, never thinner for a lack of time.
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -151,6 +155,9 @@ class Context:
         name: of the section that runs, a part of what is kept and of its generators.
         version: of that section.
         deadline: `time.monotonic()` at which it should be done.
+        examples: on how many validation images a loss is taken.
+        points: a side of the surfaces of each operator's first seed; 10 n + 1.
+        limit_mib: what a section may hold at a time.
     """
 
     results: Sequence[Result]
@@ -161,6 +168,9 @@ class Context:
     name: str = ""
     version: int = 1
     deadline: float = float("inf")
+    examples: int = 256
+    points: int = 21
+    limit_mib: int = 4096
     memory: dict[str, Any] = field(default_factory=dict)  # shared by the sections of a page
 
     def members(self) -> Iterator[Member]:
@@ -181,6 +191,29 @@ class Context:
         prepared = train.prepare(data.as_float(pixels), self.splits.val, config)
         return prepared, labels
 
+    def losses(self, model: Model) -> Callable[..., Tensor]:
+        """The loss of each example, `(params, images, labels) -> (n,)`, in nats."""
+        # rows of it, since `one_hot` reads values, which `vmap` refuses
+        targets = torch.eye(len(self.splits.train.classes))
+
+        def losses(params: Params, images: Tensor, labels: Tensor) -> Tensor:
+            return train.cross_entropy(model.apply(params, images), targets[labels])
+
+        return losses
+
+    def holds(self, what: str, mib: float) -> None:
+        """Raises ValueError where `what` takes more memory than a section may hold."""
+        if mib > self.limit_mib:
+            raise ValueError(
+                f"`{self.name}` needs {mib:,.0f} MiB for {what}, got a limit of {self.limit_mib:,} "
+                "MiB. Raise it with `--memory-mib`."
+            )
+
+    def few(self, model: Model) -> int:
+        """On how many images weights and scores, N x N a head and block, stay small."""
+        c = model.config
+        return max(self.shown, min(64, 2**22 // (c.num_heads * c.tokens**2)))
+
     def look(self, result: Result) -> Look:
         """The first member of `result` on the first validation images, computed once a page."""
         if f"look {result.name}" in self.memory:
@@ -188,8 +221,7 @@ class Context:
         config = result.configs[0]
         model = self.model(config)
         c = model.config
-        # weights and scores are N x N a head and block: as many images as stay small
-        count = max(self.shown, min(64, 2**22 // (c.num_heads * c.tokens**2)))
+        count = self.few(model)
         chosen = torch.arange(min(count, len(self.splits.val.labels)))
         pixels = data.as_float(data.take(self.splits.val, chosen)[0])
         with torch.no_grad():
@@ -255,6 +287,8 @@ class Analysis(NamedTuple):
         section: makes it; see this module.
         version: raised when what it computes changes, so that nothing old is read again.
         minutes: how long it may take; 0 is a quick one, which always runs to its end.
+        measure: computes and keeps what the section needs of one member, and returns it; several
+            processes may call it before the section does.
         needs: given the context, says in one line what is missing, or None; the page shows the
             line in place of the section.
     """
@@ -265,6 +299,7 @@ class Analysis(NamedTuple):
     version: int = 1
     minutes: float = 0.0
     needs: Callable[[Context], str | None] | None = None
+    measure: Callable[[Context, Member], Mapping[str, Tensor]] | None = None
 
 
 def trajectories(context: Context) -> str | None:
@@ -293,14 +328,103 @@ def fingerprint(splits: Splits) -> str:
 
 
 def over_seeds(
-    operator: str, measure: str, values: Mapping[int, float], unit: str = ""
+    operator: str,
+    measure: str,
+    values: Mapping[int, float],
+    unit: str = "",
+    low: float = -math.inf,
+    high: float = math.inf,
 ) -> tuple[statistics.Interval, list[pages.Number]]:
-    """The interval of `values` by seed, and the numbers that a page reports of them: each seed's,
-    and the mean with its interval.
+    """The interval of `values` in [low, high] by seed, and the numbers that a page reports of
+    them: each seed's, and the mean with its interval.
     """
-    found = statistics.interval(list(values.values()))
+    found = statistics.interval(list(values.values()), low=low, high=high)
     numbers = [pages.Number(operator, measure, v, unit, seed) for seed, v in values.items()]
     return found, [*numbers, mean_number(operator, measure, found, unit)]
+
+
+Measured = Mapping[str, Mapping[int, Mapping[str, float]]]  # by operator, seed and measure
+
+
+class Column(NamedTuple):
+    """A measure as a table of operators shows it: `digits` of `scale` times its values, which lie
+    in [low, high].
+    """
+
+    measure: str
+    header: str
+    digits: int = 2
+    unit: str = ""
+    scale: float = 1.0
+    low: float = -math.inf
+    high: float = math.inf
+
+
+def percent(measure: str, header: str, digits: int = 1) -> Column:
+    """A column of a share in [0, 1], shown in per cent."""
+    return Column(measure, header, digits, "", 100.0, 0.0, 1.0)
+
+
+def scalars(
+    context: Context, measure: Callable[[Context, Member], Mapping[str, Tensor]]
+) -> dict[str, dict[int, dict[str, float]]]:
+    """What `measure` finds of every member, those of its tensors that are single numbers."""
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for member in context.members():
+        own = measure(context, member)
+        numbers = {name: float(x) for name, x in own.items() if x.dim() == 0}
+        found.setdefault(member.name, {})[member.seed] = numbers
+    return found
+
+
+def seeds_table(
+    found: Measured, columns: Sequence[Column], caption: str
+) -> tuple[pages.Markup, list[pages.Number]]:
+    """A table of operators by measures, each mean over its interval over seeds, and the numbers in
+    it. A measure that an operator does not have is a dash; seeds without a finite value are
+    counted.
+    """
+    rows, numbers = [], []
+    for operator, seeds in found.items():
+        cells: list[Any] = [operator]
+        for measure, _, digits, unit, scale, least, most in columns:
+            known = {seed: own[measure] for seed, own in seeds.items() if measure in own}
+            finite = {seed: x for seed, x in known.items() if math.isfinite(x)}
+            odd = len(known) - len(finite)
+            if not known:
+                cells.append("\N{EN DASH}")
+                continue
+            if not finite:
+                cells.append("infinite" if math.inf in known.values() else "undefined")
+                continue
+            mean, own = over_seeds(operator, measure, finite, unit, least, most)
+            numbers += own
+            # + 0.0: no minus before a zero
+            shown, low, high = (f"{round(scale * x, digits) + 0.0:.{digits}f}" for x in mean[:3])
+            spread = mean.why or f"[{low}, {high}]"
+            spread += f"; {odd} of {len(known)} not finite" if odd else ""
+            cells.append(pages.Markup(f"{shown}<br>{pages.tag('small', spread)}"))
+        rows.append(cells)
+    header = ["operator", *(column.header for column in columns)]
+    return pages.table(header, rows, caption), numbers
+
+
+def differences(found: Measured, measure: str, what: str, column: Column) -> list[str]:
+    """A sentence an operator: how its `what` differs from that of the first, seed by seed."""
+    names = list(found)
+    base = {seed: own[measure] for seed, own in found[names[0]].items() if measure in own}
+    lines = []
+    for name in names[1:]:
+        own = {seed: one[measure] for seed, one in found[name].items() if measure in one}
+        apart = [x for x in statistics.pairs(own, base) if math.isfinite(x)]
+        if not apart:
+            continue
+        mean = statistics.interval(apart)
+        text = mean.text(column.scale, column.digits, "+")
+        clear = not mean.why and not mean.low <= 0 <= mean.high
+        verdict = "more than seeds explain" if clear else "not clear of the noise of seeds"
+        lines.append(f"{what} of {name} less that of {names[0]}: {text}, {verdict}.")
+    return lines
 
 
 def mean_number(
@@ -309,3 +433,8 @@ def mean_number(
     """The mean of an interval as a number of a page; without bounds where there are none."""
     low, high = (None, None) if found.why else (found.low, found.high)
     return pages.Number(operator, measure, found.mean, unit, None, low, high, found.n)
+
+
+def some_blocks(depth: int) -> list[int]:
+    """The first, the middle and the last block, or all of three."""
+    return list(range(depth)) if depth <= 3 else [0, depth // 2, depth - 1]

@@ -1,5 +1,8 @@
 """The singular values of attention weights: how many directions a head really uses (paper, sec. 7,
 Figure 13).
+
+    aux = model.intermediates(params, images)
+    spectra.effective_rank(aux["blocks.0.weights"])
 """
 
 from collections.abc import Mapping
@@ -8,7 +11,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kart import pages
 from kart.analysis import figures
+from kart.analysis.section import (
+    Analysis,
+    Column,
+    Context,
+    Member,
+    differences,
+    scalars,
+    seeds_table,
+)
+
+IMAGES = 5  # of the section, as in the paper
+CUT = 1e-5  # of the largest singular value: below it counts as rounding of float32
 
 
 def _check_matrices(name: str, matrices: Tensor) -> None:
@@ -135,5 +151,87 @@ def plot(
         ax.set_title(title, fontsize=8, color=figures.INK)
         ax.set_xlabel("index")
     axes[0, 0].set_ylabel("log10 of the singular value")
-    axes[0, -1].legend(frameon=False, fontsize=7, labelcolor=figures.INK)
+    figures.legend(fig)
     return fig
+
+
+# --- the section ----------------------------------------------------------------------------------
+
+
+def rank_of(operator: Any) -> int | None:
+    """The r that the weights of an operator cannot exceed, None where nothing bounds them."""
+    options = operator.options
+    bound = options.get("kind") == "low_rank" and not options.get("project")
+    return options["rank"] if bound and not options.get("base") else None
+
+
+def measure(context: Context, member: Member) -> dict[str, Tensor]:
+    """Singular values of scores and weights of the last block, and ranks over all blocks."""
+
+    def compute() -> dict[str, Tensor]:
+        model = context.model(member.config)
+        images, _ = context.images(member.config, IMAGES)
+        with torch.no_grad():
+            aux = model.intermediates(member.params, images)
+        depth = len(model.sites)
+        found: dict[str, Tensor] = {}
+        for kind in ("scores", "weights"):
+            blocks = [aux[f"blocks.{i}.{kind}"] for i in range(depth)]
+            found[f"{kind}_values"] = singular_values(blocks[-1])
+            ranks = torch.stack([effective_rank(block).mean() for block in blocks])
+            found[f"{kind}_effective"], found[f"{kind}_by_block"] = ranks.mean(), ranks
+            numerical = [numerical_rank(block, CUT).double().mean() for block in blocks]
+            found[f"{kind}_numerical"] = torch.stack(numerical).mean()
+            most = [numerical_rank(block, CUT).max() for block in blocks]
+            found[f"{kind}_most"] = torch.stack(most).max().double()
+        return found
+
+    return context.kept(f"ranks images={IMAGES}", member, compute)
+
+
+def section(context: Context) -> pages.Section:
+    """Spectra before and after the operator as in the paper's Figure 13, and ranks beside r."""
+    found = scalars(context, measure)
+    first = {one.name: measure(context, Member(one, 0)) for one in context.results}
+    bounds = {}
+    for result in context.results:
+        ranks = {rank_of(op) for op in context.model(result.configs[0]).operators}
+        bounds[result.name] = max(ranks) if None not in ranks else None  # type: ignore[type-var]
+    known = {rank for rank in bounds.values() if rank is not None}
+    titles = {"before the operator": "scores_values", "after it": "weights_values"}
+    panels = {
+        title: {name: own[key] for name, own in first.items()} for title, key in titles.items()
+    }
+    seed = context.results[0].configs[0].seed
+    fig = pages.figure(
+        plot(panels, known.pop() if len(known) == 1 else None),
+        "spectra",
+        f"Singular values of scores and weights of {', '.join(first)}, last block",
+        f"Singular values of the last block, seed {seed}: mean (line), lowest and highest (band) "
+        f"over heads and {IMAGES} validation images. A cut at r is a fall of many decades there.",
+    )
+    columns = [
+        Column("scores_effective", "effective rank, scores", 1, low=0.0),
+        Column("weights_effective", "effective rank, weights", 1, low=0.0),
+        Column("weights_numerical", "numerical rank, weights", 1, low=0.0),
+        Column("weights_most", "its largest", 0),
+    ]
+    table, numbers = seeds_table(
+        found,
+        columns,
+        "Mean over heads, blocks and images, 95 % interval over seeds. Effective rank: exp of the "
+        "entropy of the singular values, scaled to sum 1. Numerical rank: how many are above "
+        f"{CUT:g} of the largest; its largest over all heads, blocks and images.",
+    )
+    lines = [
+        f"{name} cannot have a rank above r = {bound}; its largest numerical rank is "
+        f"{max(one['weights_most'] for one in found[name].values()):.0f}."
+        for name, bound in bounds.items()
+        if bound is not None
+    ]
+    lines += differences(found, "weights_effective", "Effective rank of the weights", columns[1])
+    told = "How many directions the attention of a head really uses."
+    return pages.Section([pages.text(told), fig, table, pages.items(lines)], numbers)
+
+
+ANALYSIS = Analysis("spectra", "Spectra of attention", section, minutes=0.5, measure=measure)

@@ -1,5 +1,8 @@
 """How the weights of a model are distributed, and how heavy their tails are (paper, sec. 7,
 Figure 12).
+
+    parts = weights.by_part(params)
+    weights.summary(parts["all"])
 """
 
 from collections.abc import Mapping
@@ -8,8 +11,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kart import tree
+from kart import pages, tree
 from kart.analysis import figures
+from kart.analysis.section import (
+    Analysis,
+    Column,
+    Context,
+    Member,
+    percent,
+    scalars,
+    seeds_table,
+    trajectories,
+)
+
+STAGES = ("start", "half way", "end")
 
 
 def _check_values(name: str, values: Tensor, least: int) -> None:
@@ -183,5 +198,88 @@ def plot(stages: Mapping[str, Mapping[str, Tensor]], bins: int = 81) -> Any:
         ax.set_title(title, fontsize=8, color=figures.INK)
         ax.set_xlabel("weight")
     axes[0, 0].set_ylabel("density")
-    axes[0, -1].legend(frameon=False, fontsize=7, labelcolor=figures.INK)
+    figures.legend(fig)
     return fig
+
+
+# --- the section ----------------------------------------------------------------------------------
+
+
+def _stages(member: Member) -> dict[str, Any]:
+    """The weights of a member at the start, half way and the end of its trajectory."""
+    path = member.snapshots()
+    half = min(path, key=lambda one: abs(one[0] - path[-1][0] / 2))
+    return dict(zip(STAGES, (path[0][1], half[1], path[-1][1]), strict=True))
+
+
+def measure(context: Context, member: Member) -> dict[str, Tensor]:
+    """`summary` of the kinds of weights of a member at each stage, the mean over heads."""
+    mib = 2 * 4 * member.config.trajectory * tree.size(member.params) / 2**20
+    context.holds(f"the {member.config.trajectory} snapshots of {member.name}", mib)
+
+    def compute() -> dict[str, Tensor]:
+        found = {}
+        for stage, params in _stages(member).items():
+            for part, values in by_part(params).items():
+                if values.shape[-1] < 20:
+                    continue
+                one = summary(values)._asdict()
+                found |= {f"{part}|{stage}|{name}": value.mean() for name, value in one.items()}
+        return found
+
+    return context.kept("summary", member, compute)
+
+
+def section(context: Context) -> pages.Section:
+    """Histograms as in the paper's Figure 12, and how heavy their tails are."""
+    found = scalars(context, measure)
+    shown: dict[str, dict[str, dict[str, Tensor]]] = {}  # by part, stage, operator
+    for result in context.results:
+        for stage, params in _stages(Member(result, 0)).items():
+            for part, values in by_part(params).items():
+                shown.setdefault(part, {}).setdefault(stage, {})[result.name] = values
+    seed = context.results[0].configs[0].seed
+    blocks: list[Any] = [
+        pages.text(
+            f"Pictures: seed {seed}, at the start, half way and at the end of training, densities "
+            "on a logarithmic scale; what lies outside of 99.9 % is in the outermost bins. Tables: "
+            "the end, mean over seeds and their 95 % interval; of operators the mean over heads. "
+            "Excess kurtosis: 0 is normal, more is heavier tails. Tail index (Hill, largest "
+            "tenth): the smaller, the heavier the tail. Near zero: below a tenth of the root mean "
+            "square (8 % of normal values)."
+        )
+    ]
+    numbers: list[pages.Number] = []
+    for part, stages in shown.items():
+        name = "all weights" if part == "all" else f"{part} of the operators"
+        caption = name.capitalize()
+        blocks.append(
+            pages.figure(plot(stages), f"weights-{part}", f"Histograms of {name}", caption)
+        )
+        columns = [
+            Column(f"{part}|end|rms", "root mean square", 3, low=0.0),
+            Column(f"{part}|end|kurtosis", "excess kurtosis", 2),
+            Column(f"{part}|start|kurtosis", "at the start", 2),
+            Column(f"{part}|end|hill", "tail index", 2, low=0.0),
+            percent(f"{part}|end|near_zero", "near zero %"),
+            percent(f"{part}|start|near_zero", "at the start %"),
+        ]
+        own = {
+            operator: seeds
+            for operator, seeds in found.items()
+            if any(f"{part}|end|rms" in one for one in seeds.values())
+        }
+        table, some = seeds_table(own, columns, "")
+        blocks.append(table)
+        numbers += [one._replace(measure=one.measure.replace("|", "_")) for one in some]
+    return pages.Section(blocks, numbers)
+
+
+ANALYSIS = Analysis(
+    "weights",
+    "Distributions of weights",
+    section,
+    minutes=1.0,
+    needs=trajectories,
+    measure=measure,
+)

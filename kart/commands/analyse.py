@@ -2,52 +2,131 @@
 
 import argparse
 import dataclasses
+import multiprocessing
 import shlex
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
-from kart import runs, tables, train
+from kart import code, runs, tables, train
 from kart.commands.command import Command, integer, number
 from kart.runs import owned
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="directory that `kart train` wrote")
-    parser.add_argument("--out", metavar="HTML", help="the page (default RUN/report.html)")
+    parser.add_argument("run", nargs="+", help="directories that `kart train` wrote")
+    parser.add_argument("--out", metavar="HTML", help="the page (default report.html in the first)")
     parser.add_argument("--title", help="its headline")
     parser.add_argument(
         "--images", type=integer(0), default=4, metavar="INT", help="images with attention maps (4)"
     )
     parser.add_argument("--sections", metavar="NAMES", help="comma-separated; default all")
     parser.add_argument(
-        "--minutes", type=number(0), default=float("inf"), help="for all slow sections together"
+        "--minutes", type=number(0), default=28.0, help="for all slow sections together (28)"
     )
+    parser.add_argument(
+        "--processes", type=integer(1), default=1, metavar="INT",
+        help="that share the runs, one thread each (1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--examples", type=integer(16), default=256, metavar="INT",
+        help="validation images that losses are taken on (256)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--points", type=integer(11), default=21, metavar="INT",
+        help="a side of the pictured surfaces, 11, 21, 31 ... (21)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--memory-mib", type=integer(64), default=4096, metavar="INT",
+        help="what a section may hold at a time (4096)",
+    )  # fmt: skip
     parser.add_argument("--checkpoint", default="last", choices=["last", "best"])
     parser.add_argument("--data", help="where the data is now, if it has moved")
+
+
+def _loaded(args: argparse.Namespace) -> tuple[list[Any], train.Splits]:
+    """The runs as results, and their data."""
+    results = runs.compare(*args.run, which=args.checkpoint)
+    config = results[0].configs[0]
+    config = dataclasses.replace(config, data=args.data or config.data)
+    return results, train.load_data(config)
+
+
+def _measure(args: argparse.Namespace, part: int) -> None:
+    """The part of one process."""
+    import torch
+
+    from kart.analysis import report, section
+
+    torch.set_num_threads(1)
+    for name in args.code:
+        code.use(name)
+    results, splits = _loaded(args)
+    cache = Path(args.run[0]) / "analysis"
+    context = section.Context(
+        results,
+        splits,
+        args.images,
+        cache,
+        _say,
+        examples=args.examples,
+        points=args.points,
+        limit_mib=args.memory_mib,
+    )
+    report.measure(context, _sections(args), args.minutes, part, args.processes)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _sections(args: argparse.Namespace) -> Any:
+    from kart.analysis import report
+
+    return report.select(args.sections.split(",")) if args.sections else report.SECTIONS
 
 
 def _run(args: argparse.Namespace) -> int:
     from kart.analysis import cost, report, scores, training
 
-    results = runs.compare(args.run, args.checkpoint)
-    config = results[0].configs[0]
-    config = dataclasses.replace(config, data=args.data or config.data)
-    splits = train.load_data(config)
-    for directory in runs.find(args.run):
+    began = time.monotonic()
+    if args.points % 10 != 1:
+        raise ValueError(f"`--points` needs 11, 21, 31 or so on, got {args.points}. Take 41.")
+    sections = _sections(args)
+    results, splits = _loaded(args)
+    for directory in runs.find(*args.run):
         owned.check(str(directory), runs.read(directory).data, splits)
-    out = Path(args.out or Path(args.run) / "report.html")
+    if args.processes > 1:
+        # spawn: a fork of a process that has run torch may hang
+        spawn = multiprocessing.get_context("spawn")
+        plain = argparse.Namespace(**{k: v for k, v in vars(args).items() if not callable(v)})
+        plain.__dict__.pop("parser", None)
+        workers = [
+            spawn.Process(target=_measure, args=(plain, part), daemon=True)
+            for part in range(args.processes)
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    minutes = max(0.0, args.minutes - (time.monotonic() - began) / 60)
+    out = Path(args.out or Path(args.run[0]) / "report.html")
     title = args.title or f"{', '.join(one.name for one in results)} on {splits.train.name}"
     done = report.analyse(
         results,
         splits,
-        report.select(args.sections.split(",")) if args.sections else report.SECTIONS,
-        args.minutes,
+        sections,
+        minutes,
         out,
         title=title,
         command=shlex.join(["kart", *args.given]),
         shown=args.images,
-        cache=Path(args.run) / "analysis",
-        say=lambda line: print(line, file=sys.stderr),
+        cache=Path(args.run[0]) / "analysis",
+        say=_say,
+        examples=args.examples,
+        points=args.points,
+        limit_mib=args.memory_mib,
     )
     split = "val" if results[0].test is None else "test"
     rows = []
@@ -67,12 +146,15 @@ def _run(args: argparse.Namespace) -> int:
 
 COMMAND = Command(
     "analyse",
-    "one page on runs: curves, learned functions, attention maps",
+    "one page on runs: scores, functions, attention, spectra, landscape, curvature, cost",
     _flags,
     _run,
     reads=True,
-    description="Compares the operators that `kart train` trained at or below a directory, and "
-    "writes a self-contained page: training curves, the functions that each head learned, "
-    "attention maps over validation images. Scores are those of the test split where `kart eval` "
-    "has scored every run, else of the validation split.",
+    description="Takes apart, side by side, what `kart train` trained at or below some "
+    "directories, and writes a self-contained page with its numbers beside it as JSON and CSV: "
+    "training curves, learned functions, attention maps and how well they find objects, spectra, "
+    "distributions of weights, loss landscape and path, curvature, cost. Scores are those of the "
+    "test split where `kart eval` has scored every run, else of the validation split. What was "
+    "computed is kept beside the runs: a second call is quick, and one that was killed goes on. "
+    "Train with `--trajectory 60` for the landscape and the distributions over training.",
 )

@@ -76,8 +76,8 @@ def attention(params: Params, x: Tensor, heads: int, attend: Attend) -> Tensor:
 def attend_at(site: Site, params: Params, look: dict[str, Tensor] | None, name: str) -> Attend:
     """`attend` of the operator at `site`, with its parameters from those of the model.
 
-    With `look` the weights are materialised and left there with the scores, as "<name>.scores" and
-    "<name>.weights"; without, they are streamed.
+    With `look` the weights are materialised and left there with scores and values, as
+    "<name>.weights", "<name>.scores" and "<name>.values"; without, they are streamed.
     """
     operator, own = site.operator, find(params, site.path)
 
@@ -89,6 +89,7 @@ def attend_at(site: Site, params: Params, look: dict[str, Tensor] | None, name: 
         scores = q @ k.mT * q.shape[-1] ** -0.5
         weights = operator.weights(own, scores, mask)
         look[f"{name}.scores"], look[f"{name}.weights"] = scores, weights
+        look[f"{name}.values"] = v
         return weights @ v
 
     return streamed if look is None else looked_at

@@ -52,8 +52,9 @@ class Model(NamedTuple):
 
     `init(generator)` draws them; `apply(params, images)` maps `(..., Cin, height, width)` to logits
     `(..., C)`; `intermediates(params, images)` returns, by name, "blocks.<i>.scores" and
-    "blocks.<i>.weights" `(..., H, N, M)`, "blocks.<i>.tokens" `(..., N, D)` and "logits". `sites`
-    say, block by block, which operator stands there and where its parameters are.
+    "blocks.<i>.weights" `(..., H, N, M)`, "blocks.<i>.values" `(..., H, M, d)`,
+    "blocks.<i>.tokens" `(..., N, D)` and "logits". `sites` say, block by block, which operator
+    stands there and where its parameters are.
     """
 
     config: Any

@@ -15,24 +15,27 @@ if TYPE_CHECKING:
     from kart.analysis import report
 
 
-def find(path: str) -> list[Path]:
-    """The run directories at or below `path`, sorted."""
-    try:
-        found = sorted(config.parent for config in identity.place_of(path).glob("**/config.json"))
-    except OSError:
-        found = []
-    if not found:
-        raise ValueError(
-            f"`run` needs a directory that `kart train` wrote, got {str(path)!r:.200} without any "
-            "config.json. Check the path."
-        )
-    return found
+def find(*paths: str) -> list[Path]:
+    """The run directories at or below `paths`, sorted."""
+    every: set[Path] = set()
+    for path in paths:
+        try:
+            found = {config.parent for config in identity.place_of(path).glob("**/config.json")}
+        except OSError:
+            found = set[Path]()
+        if not found:
+            raise ValueError(
+                "`run` needs a directory that `kart train` wrote, got "
+                f"{str(path)!r:.200} without any config.json. Check the path."
+            )
+        every |= found
+    return sorted(every)
 
 
-def distinct(path: str) -> list[Path]:
-    """The run directories at or below `path`, of which no two may hold the same run or member."""
+def distinct(*paths: str) -> list[Path]:
+    """The run directories at or below `paths`, of which no two may hold the same run or member."""
     seen: dict[tuple[str, str], Path] = {}
-    found = find(path)
+    found = find(*paths)
     for directory in found:
         own = identity.read(directory)
         for config in own.configs:
@@ -52,8 +55,8 @@ def distinct(path: str) -> list[Path]:
     return found
 
 
-def compare(path: str, which: str = "last") -> "list[report.Result]":
-    """The runs at or below `path` as results, one an operator, with test scores where all have
+def compare(*paths: str, which: str = "last") -> "list[report.Result]":
+    """The runs at or below `paths` as results, one an operator, with test scores where all have
     been scored by `kart eval`.
 
     Raises ValueError for runs that differ in more than operator and seed, or are unfinished.
@@ -62,7 +65,7 @@ def compare(path: str, which: str = "last") -> "list[report.Result]":
 
     found: dict[str, list[tuple[Config, list[Record], train.Params, Any, Path]]] = {}
     images: set[int] = set()
-    for directory in distinct(path):
+    for directory in distinct(*paths):
         configs = identity.members(directory)
         metrics = records.read_metrics(directory)
         records.check_finished(directory, metrics)
@@ -83,8 +86,8 @@ def compare(path: str, which: str = "last") -> "list[report.Result]":
     given = {(name, getattr(one[0], name)) for one in every for name in options_of(one[0].operator)}
     if len(settings) > 1 or len(given) > len({name for name, _ in given}):
         raise ValueError(
-            f"`run` needs runs that differ in operator and seed alone, got others below {path!r}. "
-            "Analyse them one by one."
+            f"`run` needs runs that differ in operator and seed alone, got others below "
+            f"{', '.join(map(repr, paths))}. Analyse them one by one."
         )
     tested = all(one[3] is not None for one in every)
     results = []

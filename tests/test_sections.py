@@ -1,0 +1,310 @@
+"""The sections of `kart analyse` against their measures called by hand, and what they refuse."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from kart import data, train, tree
+from kart.analysis import (
+    attention,
+    cost,
+    curvature,
+    functions,
+    landscape,
+    report,
+    scenes,
+    section,
+    spectra,
+    weights,
+)
+from kart.train import Config
+
+TINY = Config(
+    epochs=1,
+    train_limit=64,
+    batch_size=32,
+    embed_dim=8,
+    depth=1,
+    num_heads=2,
+    patch_size=4,
+    threads=1,
+    trajectory=4,
+)
+SPLITS = train.load_data(TINY)
+OPERATORS = ("softmax", "G2B")
+
+
+def result(operator, seeds=(0, 1)):
+    """An untrained result whose trajectory leads from elsewhere to its weights."""
+    configs = [dataclasses.replace(TINY, operator=operator, seed=seed) for seed in seeds]
+    model = train.build(configs[0], SPLITS.train)
+    params = [model.init(torch.Generator().manual_seed(seed)) for seed in seeds]
+
+    def snapshots(index):
+        generator = torch.Generator().manual_seed(100 + index)
+        away = tree.map(lambda x: 0.1 * torch.randn(x.shape, generator=generator), params[index])
+        turned = tree.map(lambda x: 0.1 * torch.randn(x.shape, generator=generator), params[index])
+
+        def at(t):
+            return tree.map(lambda x, a, b: x + t * a + t * t * b, params[index], away, turned)
+
+        return [(10 * i, at(1 - i / 3)) for i in range(4)]
+
+    records = [[{"val_top1": 0.5, "val_loss": 1.0, "train_loss": 1.0}] * len(seeds)]
+    return section.Result(operator, configs, records, params, snapshots=snapshots)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return [result(operator) for operator in OPERATORS]
+
+
+def context(results, analysis, **options):
+    options = {"examples": 16, "points": 11, **options}
+    return section.Context(results, SPLITS, name=analysis.name, **options)
+
+
+def numbers(found, operator, measure):
+    """Values by seed; None is the mean."""
+    return {
+        one.seed: one.value
+        for one in found.numbers
+        if one.operator == operator and one.measure == measure
+    }
+
+
+def aux_of(one, images):
+    model = train.build(one.config, SPLITS.train)
+    with torch.no_grad():
+        return model, model.intermediates(one.params, images)
+
+
+def test_the_landscape_is_that_of_its_measures(results):
+    own = context(results, landscape.ANALYSIS)
+    found = landscape.section(own)
+    members = list(own.members())
+    reaches, planes = [], {}
+    for one in members:
+        path = torch.stack([tree.ravel(params) for _, params in one.snapshots()])
+        planes[one.name, one.seed] = path, landscape.directions(path)[0]
+        reaches.append(
+            float(landscape.coordinates(path, planes[one.name, one.seed][1]).abs().max())
+        )
+    one = members[-1]
+    path, plane = planes[one.name, one.seed]
+    extent = float(landscape.measure(own, one)["path_axes"].max())
+    assert max(reaches) < extent < 1.2 * max(reaches)
+    model = own.model(one.config)
+    images, labels = own.images(one.config, 16)
+
+    def loss(params):
+        return torch.nn.functional.cross_entropy(model.apply(params, images), labels)
+
+    z = landscape.surface(loss, tree.unravel(path[-1], one.params), plane, extent, 11)
+    grid = landscape.axes(extent, 11)
+    rises = landscape.sharpness(z, grid, 0.4 * extent)
+    for measure, value in (
+        ("path_roughness", landscape.roughness(z, grid)),
+        ("path_rise", rises.mean),
+        ("path_largest", rises.largest),
+        ("path_loss", z[5, 5]),
+    ):
+        assert numbers(found, "G2B", measure)[1] == pytest.approx(float(value), rel=1e-4, abs=1e-5)
+    page = " ".join(found.blocks)
+    assert page.count("<svg") == 3 and "16 validation images" in page
+
+
+def test_numbers_of_the_landscape_do_not_depend_on_the_points_of_the_picture(results):
+    coarse = landscape.measure(context(results, landscape.ANALYSIS), section.Member(results[1], 0))
+    fine = landscape.measure(
+        context(results, landscape.ANALYSIS, points=21), section.Member(results[1], 0)
+    )
+    assert fine["path_surface"].shape == (21, 21) and coarse["path_surface"].shape == (11, 11)
+    for name in ("path_roughness", "path_rise", "random_roughness"):
+        assert_close(fine[name], coarse[name], rtol=1e-6, atol=1e-9)
+
+
+def test_the_curvature_is_that_of_its_measures(results):
+    own = context(results, curvature.ANALYSIS, examples=32)
+    found = curvature.section(own)
+    one = section.Member(results[1], 1)
+    losses = own.losses(own.model(one.config))
+    images, labels = own.images(one.config, 8)
+    for pattern, measure in (("*", "trace"), ("*.operator.*", "operator_trace")):
+        part, some = curvature.subset(
+            lambda params: losses(params, images, labels).mean(), one.params, pattern
+        )
+        draws = own.generator(pattern, 1)
+        top = curvature.top_eigenvalues(part, some, 1, draws, tolerance=curvature.TOLERANCE)
+        value = curvature.trace(part, some, curvature.SAMPLES, draws).estimate
+        name = measure.replace("trace", "top")
+        assert numbers(found, "G2B", name)[1] == pytest.approx(float(top[0]), rel=1e-4, abs=1e-6)
+        assert numbers(found, "G2B", measure)[1] == pytest.approx(float(value), rel=1e-4, abs=1e-6)
+    assert not numbers(found, "softmax", "operator_trace")
+    assert "8 validation images" in " ".join(found.blocks)
+
+
+def test_spectra_are_those_of_their_measures(results):
+    own = context(results, spectra.ANALYSIS)
+    found = spectra.section(own)
+    one = section.Member(results[1], 0)
+    _, aux = aux_of(one, own.images(one.config, 5)[0])
+    expected = spectra.effective_rank(aux["blocks.0.weights"]).mean()
+    assert numbers(found, "G2B", "weights_effective")[0] == pytest.approx(float(expected))
+    assert "cannot have a rank above r = 12" in " ".join(found.blocks)
+    assert spectra.rank_of(own.model(TINY).operators[0]) is None
+
+
+def test_distributions_are_those_of_their_measures(results):
+    own = context(results, weights.ANALYSIS)
+    found = weights.section(own)
+    one = section.Member(results[1], 1)
+    parts = weights.by_part(one.snapshots()[-1][1])
+    expected = weights.kurtosis(parts["all"])[0]
+    assert numbers(found, "G2B", "all_end_kurtosis")[1] == pytest.approx(float(expected))
+    coefs = weights.kurtosis(parts["coefs"]).mean()
+    assert numbers(found, "G2B", "coefs_end_kurtosis")[1] == pytest.approx(float(coefs))
+    assert not numbers(found, "softmax", "coefs_end_kurtosis")
+    start = weights.kurtosis(weights.by_part(one.snapshots()[0][1])["all"])[0]
+    assert numbers(found, "G2B", "all_start_kurtosis")[1] == pytest.approx(float(start))
+
+
+def test_attention_is_scored_by_its_measures(results):
+    own = context(results, attention.ANALYSIS)
+    found = attention.section(own)
+    one = section.Member(results[1], 0)
+    pixels = data.as_float(data.take(SPLITS.val, torch.arange(64))[0])
+    images, masks = scenes.pasted(own.generator("scenes"), pixels)
+    shown = data.normalise(images, SPLITS.val.mean, SPLITS.val.std)
+    _, aux = aux_of(one, shown)
+    maps = attention.enlarge(attention.class_maps(aux["blocks.0.weights"]), 8, 8)
+    for name, score in (
+        ("pointing", attention.pointing_game),
+        ("mass", attention.mass_inside),
+        ("iou", attention.best_iou),
+    ):
+        expected = score(maps, masks[:, None]).mean()
+        assert numbers(found, "G2B", name)[0] == pytest.approx(float(expected))
+    assert all(value == 0 for value in numbers(found, "softmax", "negative").values())
+    page = " ".join(found.blocks)
+    assert "mask covers 25 % of the image" in page and "pasted at a random place" in page
+
+
+def test_masks_that_came_with_the_data_are_used():
+    config = dataclasses.replace(TINY, data="masked_digits", patch_size=8)
+    splits = train.load_data(config)
+    model = train.build(config, splits.train)
+    params = [model.init(torch.Generator().manual_seed(0))]
+    one = section.Result("softmax", [config], [[{"val_top1": 0.1}]], params)
+    own = section.Context([one], splits, name="attention", examples=16)
+    page = " ".join(attention.section(own).blocks)
+    assert "the masks that came with them" in page and "pasted" not in page
+
+
+def test_functions_are_those_of_their_measures(results):
+    own = context(results, functions.ANALYSIS)
+    found = functions.section(own)
+    one = section.Member(results[1], 0)
+    model, aux = aux_of(one, own.images(one.config, 64)[0])
+    share = attention.score_share(aux["blocks.0.weights"], aux["blocks.0.values"]).mean()
+    assert numbers(found, "G2B", "score_share")[0] == pytest.approx(float(share))
+    x = functions.score_range(aux["blocks.0.scores"], model.operators[0])
+    params = model.operator_params(one.params, 0)
+    values = functions.curves(model.operators[0], params, x)
+    fits = functions.fits(values, x, functions.density(aux["blocks.0.scores"], x))
+    expected = float(fits.affine.mean())
+    assert numbers(found, "G2B", "r2_affine")[0] == pytest.approx(expected)
+    whole = numbers(found, "G2B", "top1_pruned_0")[0]
+    images, labels = own.images(one.config, 16)
+    right = (model.apply(one.params, images).argmax(-1) == labels).double().mean()
+    assert whole == pytest.approx(float(right))
+    assert numbers(found, "softmax", "score_share") and not numbers(found, "softmax", "r2_affine")
+
+
+def test_functions_of_fixed_operators_alone_say_so(results):
+    found = functions.section(context(results[:1], functions.ANALYSIS))
+    assert "No operator here learns functions" in " ".join(found.blocks)
+
+
+def test_cost_is_measured_beside_softmax_even_where_it_is_not_among_the_runs(results):
+    found = cost.section(context(results[1:], cost.ANALYSIS))
+    (ratio,) = numbers(found, "G2B", "step_over_softmax").values()
+    assert ratio > 0 and not numbers(found, "softmax", "step_ms")
+    assert "softmax" in found.blocks[0]
+
+
+def test_an_object_is_pasted_where_its_mask_is():
+    objects = torch.ones(6, 3, 8, 8)
+    images, masks = scenes.pasted(torch.Generator().manual_seed(0), objects)
+    assert masks.flatten(1).sum(1).tolist() == [16] * 6
+    assert_close(images.movedim(1, -1)[masks], torch.ones(96, 3))
+    assert float(images.movedim(1, -1)[~masks].std()) > 0.05
+    again = scenes.pasted(torch.Generator().manual_seed(0), objects)
+    assert torch.equal(images, again[0]) and torch.equal(masks, again[1])
+    grey, _ = scenes.pasted(torch.Generator().manual_seed(0), objects[:, :1])
+    assert grey.shape == (6, 1, 8, 8)
+    with pytest.raises(ValueError, match="square images"):
+        scenes.pasted(torch.Generator(), torch.ones(1, 3, 8, 9))
+
+
+def test_a_table_counts_what_is_not_finite_and_shows_what_is_missing():
+    found = {"a": {0: {"x": 1.0}, 1: {"x": math.inf}}, "b": {0: {"x": math.inf}}, "c": {0: {}}}
+    table, own = section.seeds_table(found, [section.Column("x", "x", 1)], "")
+    assert "1.0<br>" in table and "1 of 2 not finite" in table
+    assert "infinite" in table and "\N{EN DASH}" in table
+    assert [one.value for one in own] == [1.0, 1.0]
+
+
+def test_differences_are_paired_by_seed():
+    column = section.Column("x", "x", 2)
+    found = {
+        "a": {0: {"x": 1.0}, 1: {"x": 5.0}},
+        "b": {0: {"x": 2.0}, 1: {"x": 6.1}},
+        "c": {0: {"x": 9.0}, 1: {"x": -9.0}},
+    }
+    first, second = section.differences(found, "x", "Height", column)
+    assert first.startswith("Height of b less that of a: +1.05 [") and "more than seeds" in first
+    assert "not clear of the noise" in second
+
+
+def test_what_several_processes_measured_is_not_measured_again(results, tmp_path, monkeypatch):
+    chosen = report.select(["spectra", "landscape"])
+    for part in (0, 1):
+        own = section.Context(results, SPLITS, cache=tmp_path, examples=16, points=11)
+        report.measure(own, chosen, 10.0, part, 2)
+
+    def never(*args, **options):
+        raise AssertionError("it is kept")
+
+    monkeypatch.setattr(landscape, "surface", never)
+    monkeypatch.setattr(spectra, "singular_values", never)
+    options = {"title": "t", "command": "c", "cache": tmp_path, "examples": 16, "points": 11}
+    done = report.analyse(results, SPLITS, chosen, out=tmp_path / "page.html", **options)
+    assert [one.problem for one in done] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("change", "limit", "words"),
+    [
+        ({"snapshots": None}, 4096, "three snapshots of the weights or more, got 0 of softmax"),
+        ({}, 0, "MiB for the 4 snapshots of softmax, got a limit of 0 MiB"),
+        ({"params": [math.nan] * 2}, 4096, "nan"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_the_others_are_shown(change, limit, words, tmp_path):
+    one = result("softmax")
+    if "params" in change:
+        spoiled = [tree.map(lambda x: x * math.nan, params) for params in one.params]
+        last = [(10 * i, spoiled[0]) for i in range(4)]
+        change = {"params": spoiled, "snapshots": lambda index: last}
+    chosen = report.select(["training", "landscape", "weights"])
+    options = {"title": "t", "command": "c", "examples": 16, "points": 11, "limit_mib": limit}
+    done = report.analyse(
+        [one._replace(**change)], SPLITS, chosen, out=tmp_path / "page.html", **options
+    )
+    assert [bool(part.problem) for part in done] == [False, True, True]
+    assert words in done[-1].problem and "\n" not in done[-1].problem
+    assert "Not shown" in (tmp_path / "page.html").read_text()
