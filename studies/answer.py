@@ -282,7 +282,10 @@ def trends(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Trend], list
             np.array([row[2] for row in rows]), design[:, kept], groups=[row[1] for row in rows]
         ).fit(reml=True)
     bounds = fit.conf_int(0.05)
-    found = {j: (float(fit.fe_params[i]), *map(float, bounds[i])) for i, j in enumerate(kept)}
+    found = {
+        j: (float(fit.fe_params[i]), float(bounds[i][0]), float(bounds[i][1]))
+        for i, j in enumerate(kept)
+    }
     lines = {
         arm: Trend(
             found[width * a],
