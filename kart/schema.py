@@ -20,3 +20,12 @@ def fits(value: Any, kind: Any) -> bool:
         number = (int, float) if kind is float else int
         return isinstance(value, number) and not isinstance(value, bool)
     return isinstance(value, kind)
+
+
+def name(kind: Any) -> str:
+    """An annotated type as a reader knows it.
+
+    >>> name(int), name(tuple[int, ...])
+    ('int', 'tuple[int, ...]')
+    """
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)

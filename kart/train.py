@@ -95,7 +95,7 @@ class Config:
                 )
 
         for name, kind in typing.get_type_hints(Config).items():
-            need(schema.fits(getattr(self, name), kind), name, f"of type {kind}")
+            need(schema.fits(getattr(self, name), kind), name, f"of type {schema.name(kind)}")
         for name in ("epochs", "batch_size", "accumulate"):
             value = getattr(self, name)
             need(isinstance(value, int) and value >= 1, name, "an integer >= 1")

@@ -423,3 +423,15 @@ def test_far_scores_have_finite_gradients():
         params = basis.init(torch.Generator().manual_seed(0), (5,))
         (gradient,) = torch.autograd.grad(basis.apply(params, x).sum(), x)
         assert gradient.isfinite().all(), basis.family
+
+
+def test_an_engine_first_asked_inside_a_transform_passes_its_check():
+    # a basis that nothing else has made an engine of: units, and features, of odd options
+    for basis in (bases.morlet(omega=4.75), bases.chebyshev(3, span=(-3.25, 3.5))):
+        x = torch.randn(3, generator=torch.Generator().manual_seed(0))
+
+        def ask(x, basis=basis):
+            assert cpp.engine_of(family_of(basis))[1] == ""
+            return (x**2).sum()
+
+        assert_close(torch.func.grad(ask)(x), 2 * x)

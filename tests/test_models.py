@@ -184,8 +184,8 @@ def test_the_global_seed_is_neither_read_nor_set():
         ({"depth": 10**9}, "GiB, most of them in the blocks"),
         ({"num_classes": 2 * 10**9, "embed_dim": 192}, "most of them in the classifier"),
         ({"image_size": 4 * 10**6}, "most of them in the positions"),
-        ({"mlp_ratio": "4"}, "`mlp_ratio` > 0, got '4'"),
-        ({"embed_dim": 12.0}, "integer `embed_dim`"),
+        ({"mlp_ratio": "4"}, "`mlp_ratio` of type float, got '4'"),
+        ({"embed_dim": 12.0}, "`embed_dim` of type int, got 12.0"),
         ({"operator": "G2X"}, "Near matches"),
     ],
 )

@@ -657,7 +657,8 @@ def silent_for_keys_alone(attend, params, q, k, v, mask):
 
 def silent_for_nan_alone(attend, params, q, k, v, mask):
     k, v = (x if mask is None else x.nan_to_num(0.0, math.inf, -math.inf) for x in (k, v))
-    return attend(params, q, k, v, mask)
+    # 0 times infinity is NaN
+    return attend(params, q, k, v, mask) + 0 * v.sum(-2, keepdim=True)
 
 
 def minus_infinity(weights, params, scores, mask):

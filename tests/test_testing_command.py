@@ -2,6 +2,7 @@
 
 import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_every_kind_is_tested_by_its_name(kind, name, prop, status, objects, cap
 
 def test_a_module_is_found_in_the_current_folder(objects, capsys, monkeypatch):
     monkeypatch.setattr("sys.path", ["elsewhere", *__import__("sys").path])
-    (command.Path("as_module.py")).write_text(OBJECTS)
+    Path("as_module.py").write_text(OBJECTS)
     assert cli_main("as_module:cosine", only=["nan_stays_nan"]) == 0
     assert "holds" in capsys.readouterr().out
 

@@ -144,7 +144,7 @@ def test_config_comes_back():
         ({"patch_size": 2}, "`patch_size` of 4, 8, 16"),
         ({"image_size": 20}, "an even grid.*5 x 5"),
         ({"global_blocks": (2,)}, r"`global_blocks` among 0 .. 1, got \(2,\)"),
-        ({"global_blocks": 1}, "`global_blocks` among 0 .. 1, got 1"),
+        ({"global_blocks": 1}, r"`global_blocks` of type tuple\[int, ...\], got 1"),
         ({"window_size": 0}, "`window_size` >= 1"),
         ({"num_classes": 10}, "overrides among"),
     ],

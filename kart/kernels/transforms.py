@@ -58,9 +58,15 @@ def fresh_keys() -> tuple[Any, Any]:
 def untransformed() -> Iterator[None]:
     """A block on plain tensors without gradients, whatever transform or mode is running."""
     include, exclude = fresh_keys()
-    with (
-        torch._C._DisableFuncTorch(),
-        torch._C._ForceDispatchKeyGuard(include, exclude),
-        torch.no_grad(),
-    ):
-        yield
+    # `torch.func.grad` forbids `requires_grad_` to whatever runs inside, plain tensors included
+    allowed = _functorch.get_inplace_requires_grad_allowed()
+    _functorch.set_inplace_requires_grad_allowed(True)
+    try:
+        with (
+            torch._C._DisableFuncTorch(),
+            torch._C._ForceDispatchKeyGuard(include, exclude),
+            torch.no_grad(),
+        ):
+            yield
+    finally:
+        _functorch.set_inplace_requires_grad_allowed(allowed)

@@ -73,7 +73,8 @@ def create(name: str, operator: Choice = "softmax", **overrides: Any) -> Model:
         optional = value is None and field == "sharing"  # left to the spec
         if field in hints and not optional and not schema.fits(value, hints[field]):
             raise ValueError(
-                f"`create` needs `{field}` of type {hints[field]}, got {value!r:.100}. Change it."
+                f"`create` needs `{field}` of type {schema.name(hints[field])}, got "
+                f"{value!r:.100}. Change it."
             )
     return found[0].build(operator, **{**found[0].sizes[name], **overrides})
 
