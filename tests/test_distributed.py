@@ -15,23 +15,16 @@ import torch
 from torch.testing import assert_close
 
 from kart import checkpoint, distributed, population, runs, train, tree
-from kart.train import Config, Ranks
+from kart.train import Ranks
+from tests.tiny import TWO_BLOCKS
 
-TINY = Config(
-    operator="G2B",
+TINY = dataclasses.replace(
+    TWO_BLOCKS,
     augment="small",  # with mixup and cutmix over the batch
     epochs=2,
-    batch_size=8,
     accumulate=2,
-    embed_dim=8,
-    depth=2,
-    num_heads=2,
-    patch_size=4,
-    rank=3,
-    train_limit=24,
     max_norm=0.5,
     ema=0.9,
-    threads=1,
 )
 
 

@@ -9,20 +9,8 @@ import pytest
 
 from kart import cli, population, runs, train
 from kart.runs import owned
-from kart.train import Config
+from tests.tiny import ONE_BLOCK as TINY
 
-TINY = Config(
-    operator="G1B",
-    epochs=2,
-    batch_size=8,
-    embed_dim=4,
-    depth=1,
-    num_heads=1,
-    patch_size=4,
-    rank=2,
-    train_limit=24,
-    threads=1,
-)
 FLAGS = [
     *("--epochs", "2", "--batch-size", "8", "--embed-dim", "4", "--depth", "1", "--num-heads", "1"),
     *("--patch-size", "4", "--rank", "2", "--train-limit", "24", "--threads", "1", "--quiet"),

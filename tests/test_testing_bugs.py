@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from kart import bases, models, operators, projections, testing, tree
 from kart.kernels import plain as plain_kernels
 from kart.testing import basis, formulas, kernel, model, operator, projection, step
+from tests.test_torch_contract import Generated, WithJvp
 
 
 class Bug(NamedTuple):
@@ -1894,33 +1895,6 @@ def test_what_the_bugs_are_planted_in_is_right(kind):
     assert asked[kind] in put
 
 
-class Sine(torch.autograd.Function):
-    """A right Function with all that it takes for reverse mode, twice, and for vmap."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x.sin()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0].cos()
-
-
-class SineWithTangent(Sine):
-    """And for forward mode."""
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        return tangent * ctx.saved_tensors[0].cos()
-
-
 SINE = {"smooth": math.inf, "periodic": 2 * math.pi, "bounded": 1.0, "parity": "odd"}
 
 
@@ -1928,8 +1902,8 @@ SINE = {"smooth": math.inf, "periodic": 2 * math.pi, "bounded": 1.0, "parity": "
     ("function", "traits"),
     [
         # torch.compile traces no Function with a `setup_context` that saves for both modes
-        (SineWithTangent, {"compiles": False}),
-        (Sine, {"forward_mode": False, "compiles": False}),
+        (WithJvp, {"compiles": False}),
+        (Generated, {"forward_mode": False, "compiles": False}),
         (
             OnceDifferentiable,
             {"forward_mode": False, "second_derivative": False, "compiles": False},
@@ -1948,7 +1922,7 @@ def test_a_right_function_of_autograd_passes(function, traits):
 
 
 def test_an_operator_inherits_what_its_units_do_not_hold_under():
-    own = plain(lambda x: Sine.apply(x)[..., None], 1, forward_mode=False)
+    own = plain(lambda x: Generated.apply(x)[..., None], 1, forward_mode=False)
     op = operators.low_rank(own, 2, engine="torch")
     results = {r.name: r for r in testing.check_operator(op, max_examples=3)}
     assert results["forward_meets_reverse"].message == "forward_mode is declared not to hold"

@@ -16,19 +16,7 @@ from torch.testing import assert_close
 
 from kart import optim, population, runs, train, tree
 from kart.train import Config
-
-TINY = Config(
-    operator="G2B",
-    epochs=3,
-    batch_size=8,
-    embed_dim=8,
-    depth=2,
-    num_heads=2,
-    patch_size=4,
-    rank=3,
-    train_limit=24,
-    threads=1,
-)
+from tests.tiny import TWO_BLOCKS as TINY
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,8 @@ import torch
 from kart import checkpoint, cli, data, models, operators, runs, train
 from kart.runs import room
 from kart.train import Config
+from tests.tiny import ONE_BLOCK as TINY
 
-TINY = Config(
-    operator="G1B",
-    epochs=2,
-    batch_size=8,
-    embed_dim=4,
-    depth=1,
-    num_heads=1,
-    patch_size=4,
-    rank=2,
-    train_limit=24,
-    threads=1,
-)
 WORTHLESS = [
     *(None, True, -1, 0, 10**30, 1.5, float("nan"), "", "foo", "\0", b"x", [], [1], {}, {"a": 1}),
     *((), object(), print, torch.ones(2), Path("nowhere"), "é", "x" * 5000, [[]], {1: 2}),
