@@ -16,9 +16,9 @@ OWN = """
 import torch
 from kart import bases
 
-def sinc(grid: int = 4):
+def bumps(grid: int = 4):
     centres = torch.linspace(-3, 3, grid)
-    return bases.linear(lambda x: torch.sinc(x[..., None] - centres.to(x)), grid)
+    return bases.linear(lambda x: (-((x[..., None] - centres.to(x)) ** 2)).exp(), grid)
 """
 
 
@@ -51,12 +51,12 @@ def test_a_wheel_works_for_a_new_user(tmp_path):
     assert Path(where.strip()).is_relative_to(home)
     assert "grid_rank_sharing" in run("study", "list")
     (user / "waves.py").write_text(OWN)
-    assert "waves.py:sinc-B" in run("train", "--operator", "G1B", "waves.py:sinc-B", *TINY,
+    assert "waves.py:bumps-B" in run("train", "--operator", "G1B", "waves.py:bumps-B", *TINY,
                                     "--out", "run")  # fmt: skip
     assert "test top-1" in run("eval", "run", "--code", "waves.py")
     run("analyse", "run", "--code", "waves.py", "--sections", "training")
     assert (user / "run" / "report.html").exists()
-    assert " 0 fail" in run("test", "basis", "waves.py:sinc", "--max-examples", "2")
+    assert " 0 fail" in run("test", "basis", "waves.py:bumps", "--max-examples", "2")
     study = ["study", "run", "grid_rank_sharing", "--tiny", "--quiet", "--val-limit", "16"]
     assert "report.html" in run(*study, "--trials", "4", "--out", "study")
     assert "digits" in run("data", "digits")
