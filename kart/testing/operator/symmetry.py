@@ -43,8 +43,7 @@ def queries_stand_alone(s: Subject, row: Row, seed: int, dtype: torch.dtype) -> 
     shape = (row.batch, row.heads, row.queries, row.keys)
     mask = torch.rand(shape, generator=draw.generator(seed)) > 0.4
     for given in (None, mask):
-        # both are rounded, and a query alone may be computed in another form than many with masks
-        got, limit = s.op.attend(*x, given), 2 * attend_slack(s, x, given)
+        got, limit = s.op.attend(*x, given), attend_slack(s, x, given)
         for b, n in itertools.product(range(row.batch), range(row.queries)):
             own = None if given is None else given[b, :, n : n + 1]
             alone = s.op.attend(x.params, x.q[b, :, n : n + 1], x.k[b], x.v[b], own)
