@@ -118,7 +118,8 @@ def performer(width: int = 64, features: int = 64) -> Operator:
             q, k = q * width**-0.25, k * width**-0.25
             # the term of |q| is the same for all keys: it cancels
             a, b = mixed_right(q, w), mixed_right(k, w) - k.square().sum(-1, keepdim=True) / 2
-            if not same_for_all_queries(mask):
+            # one query costs the same in either form, and is then rounded as it is among others
+            if not same_for_all_queries(mask) or (mask is not None and q.shape[-2] == 1):
                 return kernels.by_queries(block, [a], [b, v], mask, features).to(dtype)
             seen = None if mask is None else mask.mT
             b = b if seen is None else torch.where(seen, b, torch.finfo(b.dtype).min)
