@@ -34,7 +34,7 @@ from kart.analysis import cost, figures
 from kart.statistics import Interval
 from kart.train import Config
 
-RATES = (1e-3, 2e-3)
+RATES = (1.5e-3, 3e-3)
 TUNING_SEED = 1000
 SEEDS, MOST_SEEDS = 3, 8
 
@@ -47,6 +47,7 @@ CENTRE = Config(
     embed_dim=64,
     depth=2,
     epochs=10,
+    batch_size=64,
     threads=1,
 )
 
@@ -55,8 +56,8 @@ CENTRE_CELL = "centre"
 CELLS: dict[str, dict[str, Any]] = {
     CENTRE_CELL: {},
     "width 32": {"embed_dim": 32},
-    "2,000 images": {"train_limit": 2000},
     "width 128": {"embed_dim": 128},
+    "2,000 images": {"train_limit": 2000},
     "20,000 images": {"train_limit": 20000},
     "depth 4": {"depth": 4},
     "30 epochs": {"epochs": 30},
@@ -89,6 +90,12 @@ ARMS: dict[str, Arm] = {
     ),
     "softmax + G3": Arm(
         {"operator": "G3B", "rank": 12, "base": "softmax"}, "exp and a learned function"
+    ),
+    "softmax + relative + G3": Arm(
+        {"operator": "G3B:order=beside_relative", "rank": 12}, "exp and a learned function"
+    ),
+    "relative + phi(S, offset)": Arm(
+        {"operator": "G3B:order=by_offset"}, "exp and a learned function"
     ),
 }
 
