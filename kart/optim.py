@@ -18,7 +18,7 @@ Reference: the design is optax's (Babuschkin et al., "The DeepMind JAX Ecosystem
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -396,57 +396,121 @@ def apply_updates(params: Params, updates: Updates) -> Params:
     return tree.map(lambda x, u: (x + u).to(x.dtype), params, updates)
 
 
-def _settle(old: State, part: State, new: State, fine: Tensor) -> State:
-    """Writes the dicts of `new` into those of `part`, tensors that belong to `old`, where `fine`;
-    the result has the dicts of `old` and the other tensors of `new`.
+# entries that an update in place takes together: fewer calls for small models, little memory
+PACK = 1 << 18
+
+
+def _packs(params: Mapping[str, Tensor], alike: Mask) -> list[list[str]]:
+    """The paths of `params`, those of one kind, rank and dtype together up to `PACK` entries."""
+    packs: list[list[str]] = []
+    # the last pack of a kind, and the entries it has room for
+    last: dict[Any, tuple[list[str], int]] = {}
+    for name, leaf in params.items():
+        kind, size = (alike(name, leaf), leaf.ndim, leaf.dtype), leaf.numel()
+        pack, room = last.get(kind, ([], 0))
+        if size > room or not leaf.ndim:
+            pack, room = [], PACK
+            packs.append(pack)
+        pack.append(name)
+        last[kind] = pack, room - size
+    return packs
+
+
+def _flat(state: State) -> State:
+    """`state` with dotted paths as the keys of its dicts."""
+    if isinstance(state, dict):
+        return tree.flatten(state)
+    if isinstance(state, Tensor):
+        return state
+    parts = [_flat(part) for part in state]
+    return state._make(parts) if hasattr(state, "_make") else tuple(parts)  # type: ignore
+
+
+def _packed(state: State, names: list[str]) -> State:
+    """A flat `state` with one tensor in its dicts, of all entries of `names`, under the first."""
+    if isinstance(state, dict):
+        first = state[names[0]]
+        if len(names) == 1:
+            return {names[0]: first}
+        entries = torch.cat([state[name].flatten() for name in names])
+        return {names[0]: entries.view((1,) * (first.ndim - 1) + (-1,))}
+    if isinstance(state, Tensor):
+        return state
+    parts = [_packed(part, names) for part in state]
+    return state._make(parts) if hasattr(state, "_make") else tuple(parts)  # type: ignore
+
+
+def _settle(old: State, part: State, new: State, fine: Tensor, names: list[str]) -> State:
+    """Writes the entries of `new`, the next state of `part = _packed(old, names)`, into the tensors
+    of `old` where `fine`; the result has the dicts of `old` and the other tensors of `new`.
     """
     if isinstance(old, dict):
-        for mine, theirs in zip(tree.leaves(part), tree.leaves(new), strict=True):
-            mine.copy_(torch.where(fine, theirs, mine))
+        chosen = torch.where(fine, new[names[0]], part[names[0]])
+        if len(names) == 1:
+            old[names[0]].copy_(chosen)
+            return old
+        leaves = [old[name] for name in names]
+        sizes = [leaf.numel() for leaf in leaves]
+        for leaf, entries in zip(leaves, chosen.flatten().split(sizes), strict=True):
+            leaf.copy_(entries.view(leaf.shape))
         return old
     if isinstance(old, Tensor):
         return torch.where(fine, new, old)
-    parts = [_settle(*three, fine) for three in zip(old, part, new, strict=True)]
+    parts = [_settle(*three, fine, names) for three in zip(old, part, new, strict=True)]
     return old._make(parts) if hasattr(old, "_make") else tuple(parts)  # type: ignore
 
 
-def _blocks(params: Params) -> list[list[str]]:
-    """The dotted paths of `params` by what they share up to the second key."""
-    groups: dict[str, list[str]] = {}
-    for name in tree.named(params):
-        groups.setdefault(".".join(name.split(".")[:2]), []).append(name)
-    return list(groups.values())
+def _with_dicts(state: State, after: State) -> State:
+    """`after` with the dicts of `state`, whose tensors have been written."""
+    if isinstance(state, dict):
+        return state
+    if isinstance(state, Tensor):
+        return after
+    parts = [_with_dicts(*two) for two in zip(state, after, strict=True)]
+    return state._make(parts) if hasattr(state, "_make") else tuple(parts)  # type: ignore
 
 
 def apply_in_place(
-    optimizer: Transformation, updates: Updates, state: State, params: Params, fine: Tensor
+    optimizer: Transformation,
+    updates: Updates,
+    state: State,
+    params: Params,
+    fine: Tensor,
+    alike: Mask,
 ) -> State:
     """`optimizer.update` and `apply_updates`, written into the tensors of `params` and `state`
     where the boolean `fine ()` is true; returns the state.
 
-    The numbers are those of the pure functions, bit for bit. It goes block by block and holds a
-    few tensors of one block, where the pure functions hold several copies of all parameters.
-    `optimizer` must treat each leaf by itself, as all do but `clip_by_global_norm`.
+    The numbers are those of the pure functions, bit for bit. It goes through the parameters in
+    packs of at most `PACK` entries or one leaf, and holds a few tensors of one pack, where the pure
+    functions hold several copies of all parameters. `optimizer` must treat each entry by itself, as
+    all do but `clip_by_global_norm`.
+
+    Args:
+        alike: `(dotted path, leaf) -> key`; leaves of one key, rank and dtype may be packed into
+            one, which the optimizer sees under the path and with the rank of the first: the mask of
+            its decay is such a key.
     """
-    after = state
-    for names in _blocks(params):
-        own, part = tree.restrict(params, names), tree.restrict(state, names)
-        found, new = optimizer.update(tree.restrict(updates, names), part, own)
-        _settle(own, own, apply_updates(own, found), fine)
-        after = _settle(state, part, new, fine)
-    return after
+    flat_params, flat_updates, flat_state = _flat(params), _flat(updates), _flat(state)
+    after = flat_state
+    for names in _packs(flat_params, alike):
+        own, part = _packed(flat_params, names), _packed(flat_state, names)
+        found, new = optimizer.update(_packed(flat_updates, names), part, own)
+        _settle(flat_params, own, apply_updates(own, found), fine, names)
+        after = _settle(flat_state, part, new, fine, names)
+    return _with_dicts(state, after)
 
 
 def average_in_place(average: Ema, state: EmaState, params: Params, fine: Tensor) -> EmaState:
-    """`average.update`, written into the tensors of `state` where `fine ()` is true, block by
-    block.
-    """
-    after = state
-    for names in _blocks(params):
-        part = tree.restrict(state, names)
-        new = average.update(part, tree.restrict(params, names))
-        after = _settle(state, part, new, fine)
-    return after
+    """`average.update`, written into the tensors of `state` where `fine ()` is true, in packs."""
+    flat_params, flat_state = _flat(params), _flat(state)
+    after = flat_state
+    for names in _packs(flat_params, lambda name, leaf: True):
+        part = _packed(flat_state, names)
+        after = _settle(
+            flat_state, part, average.update(part, _packed(flat_params, names)), fine, names
+        )
+    return _with_dicts(state, after)
 
 
 def constant(value: float | Tensor) -> Schedule:

@@ -420,16 +420,15 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
     differentiated = accumulated(config.accumulate, one)
     clip = optim.clip_by_global_norm(config.max_norm)
 
-    def adamw(hyper: Hyper, params: Params) -> optim.Transformation:
+    def mask(params: Params) -> optim.Mask:
         # of a frozen parameter the gradient is zero and so is its step, without decay
         held = frozen(config, params) if config.freeze else set()
         decays = optim.decay_mask()
-        return optim.adamw(
-            schedule(hyper.learning_rate),
-            hyper.weight_decay,
-            eps=config.adam_eps,
-            mask=lambda name, leaf: name not in held and decays(name, leaf),
-        )
+        return lambda name, leaf: name not in held and decays(name, leaf)
+
+    def adamw(hyper: Hyper, params: Params) -> optim.Transformation:
+        rate = schedule(hyper.learning_rate)
+        return optim.adamw(rate, hyper.weight_decay, eps=config.adam_eps, mask=mask(params))
 
     def init(generator: torch.Generator) -> State:
         params = tree.to(model.init(generator), config.device)
@@ -485,8 +484,14 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
         norm = tree.norm(grads)
         fine = value.isfinite() & norm.isfinite() & (state.bad_step < 0)
         grads, clip_state = optim.clip_in_place(config.max_norm, grads)
-        optimizer = adamw(hyper, state.params)
-        after = optim.apply_in_place(optimizer, grads, state.optimizer[1], state.params, fine)
+        after = optim.apply_in_place(
+            adamw(hyper, state.params),
+            grads,
+            state.optimizer[1],
+            state.params,
+            fine,
+            mask(state.params),
+        )
         del grads
         clip_state = tree.map(lambda a, b: torch.where(fine, a, b), clip_state, state.optimizer[0])
         mean = state.average

@@ -66,6 +66,21 @@ def map_named(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
     return _pytree.tree_map_with_path(lambda path, leaf: fn(_name(path), leaf), tree)
 
 
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested dicts by dotted path: what `named` gives, for dicts alone and at once.
+
+    >>> flatten({"blocks": {"0": {"bias": 1}}, "head": 2})
+    {'blocks.0.bias': 1, 'head': 2}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dicts from dotted paths, the inverse of `named` on nested dicts.
 

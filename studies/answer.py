@@ -314,10 +314,10 @@ def execute(unit: Unit, source: str) -> dict[str, Any]:
     splits = train.load_data(config)
     model = train.build(config, splits.train)
     began, spent = time.perf_counter(), time.process_time()
-    last = list(train.fit(config, splits))[-1]
+    state, last = list(train.loop(train.solo(config, splits), donate=True))[-1]
     scores = {name: last[name] for name in ("val_top1", "val_loss", "train_loss", "diverged")}
     if not unit.tuning:
-        weights = train.weights_for_evaluation(last["state"])
+        weights = train.weights_for_evaluation(state)
         found = train.evaluate(model.apply, weights, data.load(source, "test"), config)
         scores |= {f"test_{name}": float(value) for name, value in found.items()}
     return {
