@@ -169,20 +169,24 @@ def tested(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[i
     return found
 
 
-def planned(records: Sequence[Mapping[str, Any]], cells: Sequence[str]) -> Iterator[Unit]:
+def planned(
+    records: Sequence[Mapping[str, Any]],
+    cells: Sequence[str] = tuple(CELLS),
+    arms: Sequence[str] = tuple(ARMS),
+) -> Iterator[Unit]:
     """What is left to do and can be done now, in order: the tuning of an arm and its first seeds,
     cell by cell, then more seeds where the interval of the difference to softmax holds 0.
     """
     rates, scores = best_rates(records), tested(records)
     done = {(one["arm"], one["rate"]) for one in records if one["tuning"]}
-    for arm, rate in itertools.product(ARMS, RATES):
+    for arm, rate in itertools.product(arms, RATES):
         if (arm, rate) not in done:
             yield Unit(CENTRE_CELL, arm, rate, TUNING_SEED)
-    for cell, arm, seed in itertools.product(cells, ARMS, range(SEEDS)):
+    for cell, arm, seed in itertools.product(cells, arms, range(SEEDS)):
         if arm in rates and seed not in scores.get((cell, arm), {}):
             yield Unit(cell, arm, rates[arm], seed)
     for n, cell in itertools.product(range(SEEDS, MOST_SEEDS), cells):
-        open_arms = [arm for arm in ARMS if undecided(scores, cell, arm, n)]
+        open_arms = [arm for arm in arms if undecided(scores, cell, arm, n)]
         # pairs need the same seeds of softmax
         for arm in ["softmax", *open_arms] if open_arms else []:
             if len(scores.get((cell, arm), {})) == n:
@@ -331,14 +335,16 @@ def execute(unit: Unit, source: str) -> dict[str, Any]:
     }
 
 
-def work(source: str, out: Path, minutes: float, cells: Sequence[str]) -> int:
+def work(
+    source: str, out: Path, minutes: float, cells: Sequence[str], arms: Sequence[str] = tuple(ARMS)
+) -> int:
     """Does units until none is left or the time is up; returns how many it did."""
     torch.set_num_threads(1)
     until, count = time.monotonic() + 60 * minutes, 0
     busy: set[Path] = set()  # claimed by other processes when last seen
     with tables.bar(desc="answer", unit="unit") as bar:
         while time.monotonic() < until:
-            todo = [unit for unit in planned(read(out), cells) if unit.path(out) not in busy]
+            todo = [unit for unit in planned(read(out), cells, arms) if unit.path(out) not in busy]
             if not todo:
                 break
             unit = todo[0]
@@ -565,9 +571,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/answer"))
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     args = parser.parse_args(argv)
+    if "softmax" not in args.arms and args.what != "report":
+        parser.error("`--arms` needs softmax among them: the others are paired with its seeds")
     if args.what == "plan":
-        units = list(planned(read(args.out), args.cells))
+        units = list(planned(read(args.out), args.cells, args.arms))
         for unit in units:
             print(unit.path(args.out))
         print(f"{len(units)} units known to be left")
@@ -576,7 +585,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n\n".join(report(args.out)))
         print(f"written to {args.out / 'answer.html'}")
         return 0
-    print(f"{work(args.data, args.out, args.minutes, args.cells)} units done")
+    print(f"{work(args.data, args.out, args.minutes, args.cells, args.arms)} units done")
     return 0
 
 
