@@ -170,13 +170,12 @@ def tested(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[i
 
 
 def planned(
-    records: Sequence[Mapping[str, Any]],
-    cells: Sequence[str] = tuple(CELLS),
-    arms: Sequence[str] = tuple(ARMS),
+    records: Sequence[Mapping[str, Any]], cells: Sequence[str], arms: Sequence[str] | None = None
 ) -> Iterator[Unit]:
     """What is left to do and can be done now, in order: the tuning of an arm and its first seeds,
     cell by cell, then more seeds where the interval of the difference to softmax holds 0.
     """
+    arms = list(ARMS) if arms is None else arms
     rates, scores = best_rates(records), tested(records)
     done = {(one["arm"], one["rate"]) for one in records if one["tuning"]}
     for arm, rate in itertools.product(arms, RATES):
@@ -336,7 +335,11 @@ def execute(unit: Unit, source: str) -> dict[str, Any]:
 
 
 def work(
-    source: str, out: Path, minutes: float, cells: Sequence[str], arms: Sequence[str] = tuple(ARMS)
+    source: str,
+    out: Path,
+    minutes: float,
+    cells: Sequence[str],
+    arms: Sequence[str] | None = None,
 ) -> int:
     """Does units until none is left or the time is up; returns how many it did."""
     torch.set_num_threads(1)
@@ -566,24 +569,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("what", choices=["plan", "work", "report"])
-    parser.add_argument("--data", default="uoft-cs/cifar10")
-    parser.add_argument("--out", type=Path, default=Path("runs/answer"))
-    parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    verbs = parser.add_subparsers(dest="what", required=True)
+    for verb, words in (
+        ("plan", "list the units that are known to be left"),
+        ("work", "train and score units until none is left or the time is up"),
+        ("report", "write answer.html, answer.csv and the pictures"),
+    ):
+        one = verbs.add_parser(verb, help=words, description=words, allow_abbrev=False)
+        one.add_argument("--out", type=Path, default=Path("runs/answer"), help="where units are")
+        if verb == "report":
+            continue
+        one.add_argument(
+            "--cells",
+            nargs="+",
+            metavar="CELL",
+            choices=list(CELLS),
+            default=list(CELLS),
+            help="which of: " + "; ".join(CELLS),
+        )
+        one.add_argument(
+            "--arms",
+            nargs="+",
+            metavar="ARM",
+            choices=list(ARMS),
+            default=list(ARMS),
+            help="which of: " + "; ".join(ARMS),
+        )
+        if verb == "work":
+            one.add_argument("--data", default="uoft-cs/cifar10", help="as kart train takes it")
+            one.add_argument("--minutes", type=float, default=30.0, help="begin no unit later")
     args = parser.parse_args(argv)
-    if "softmax" not in args.arms and args.what != "report":
+    if args.what == "report":
+        print("\n\n".join(report(args.out)))
+        print(f"written to {args.out / 'answer.html'}")
+        return 0
+    if "softmax" not in args.arms:
         parser.error("`--arms` needs softmax among them: the others are paired with its seeds")
     if args.what == "plan":
         units = list(planned(read(args.out), args.cells, args.arms))
         for unit in units:
             print(unit.path(args.out))
         print(f"{len(units)} units known to be left")
-        return 0
-    if args.what == "report":
-        print("\n\n".join(report(args.out)))
-        print(f"written to {args.out / 'answer.html'}")
         return 0
     print(f"{work(args.data, args.out, args.minutes, args.cells, args.arms)} units done")
     return 0
