@@ -383,30 +383,45 @@ def shown(found: Interval | None, factor: float = 100.0, digits: int = 2, sign: 
     )
 
 
+def stacked(found: Interval | None, factor: float = 100.0, above: str = "") -> pages.Markup:
+    """An interval for a narrow column of the page: what is `above`, the mean, its bounds."""
+    lines = [pages.tag("small", above)] if above else []
+    if found is not None:
+        mean, _, rest = shown(found, factor).partition(" ")
+        lines += [mean, pages.tag("small", rest)]
+    return pages.Markup("<br>".join(lines))
+
+
 def decided(found: Interval | None) -> bool:
     """Whether an interval is there and does not hold 0."""
     return found is not None and not found.why and not found.low <= 0 <= found.high
 
 
+SIGHTS = ("ignores the scores", "a function of the scores", "softmax, alone or beside more")
+
+
 def forest(scores: Mapping[tuple[str, str], Mapping[int, float]], cells: Sequence[str]) -> Any:
     """The gain of each arm over softmax in each cell, with its interval, on one axis of points."""
-    arms = [arm for arm in ARMS if arm != "softmax"]
+    arms = [arm for arm in ARMS if arm != "softmax" and any(key[1] == arm for key in scores)]
     fig, axes = figures.grid(1, len(cells), 2.1, 0.28 * len(arms) + 0.9, sharey=True, sharex=True)
+    named: set[int] = set()
     for ax, cell in zip(axes[0], cells, strict=True):
         for i, arm in enumerate(arms):
             found = gain(scores, cell, arm)
             if found is None:
                 continue
-            colour = figures.COLOURS[
-                0 if ARMS[arm].sees == "nothing" else 1 + ("exp" in ARMS[arm].sees)
-            ]
+            sees = 0 if ARMS[arm].sees == "nothing" else 1 + ("exp" in ARMS[arm].sees)
+            colour = figures.COLOURS[sees]
             if not found.why:
                 ax.plot([100 * found.low, 100 * found.high], [i, i], color=colour, lw=1.4)
-            ax.plot(100 * found.mean, i, "o", color=colour, ms=4)
+            label = "" if sees in named else SIGHTS[sees]
+            named.add(sees)
+            ax.plot(100 * found.mean, i, "os^"[sees], color=colour, ms=4, label=label)
         ax.axvline(0, color=figures.QUIET, lw=0.8)
         ax.set(title=cell, xlabel="points over softmax")
     axes[0, 0].set_yticks(range(len(arms)), arms)
     axes[0, 0].invert_yaxis()
+    figures.legend(fig)
     return fig
 
 
@@ -443,23 +458,24 @@ def report(out: Path) -> list[str]:
         )
     configs = {(one["cell"], one["arm"]): Config.fromdict(one["config"]) for one in records}
     rows, numbers, undecided_ones = [], [], []
+    stacks: dict[str, dict[str, pages.Markup]] = {}
     for cell, arm in itertools.product(cells, ARMS):
         own = scores.get((cell, arm), {})
         if not own:
             continue
         model = train.build(configs[cell, arm], train.load_data(configs[cell, arm]).train)
         size = cost.parameters(model).total
-        found = gain(scores, cell, arm)
+        found = gain(scores, cell, arm) if arm != "softmax" else None
         mean = statistics.accuracy(list(own.values()))
+        stacks.setdefault(arm, {})[cell] = stacked(found, above=f"{100 * mean.mean:.2f} %")
         rows.append([cell, arm, ARMS[arm].sees, f"{size:,}", shown(mean, sign=False), shown(found)])
         numbers.append([cell, arm, size, len(own), mean.mean, *(found or [None] * 3)[:3]])
-        if arm != "softmax" and found is not None and not decided(found):
+        if found is not None and not decided(found):
             undecided_ones.append(f"{arm} against softmax in the cell {cell}: {shown(found)}")
-    parts = [
-        [part, *(shown(gain(scores, cell, *pair)) for cell in cells)]
-        for part, pair in PARTS.items()
-    ]
-    share = [shown(score_share(scores, cell), 1.0) for cell in cells]
+    gains = {part: [gain(scores, c, *pair) for c in cells] for part, pair in PARTS.items()}
+    parts = [[part, *map(shown, found)] for part, found in gains.items()]
+    shares_found = [score_share(scores, cell) for cell in cells]
+    share = [shown(found, 1.0) for found in shares_found]
     fitted, told = trends(records)
     trend_rows = [
         [
@@ -486,10 +502,18 @@ def report(out: Path) -> list[str]:
                     forest(scores, cells),
                     "forest",
                     "gain of each arm over softmax in each cell",
-                    "Right of the line: better than softmax. Blue arms ignore the scores.",
+                    "Right of the line: better than softmax. Lines are 95 % intervals.",
                 ),
                 pages.table(
-                    ["cell", "arm", "sees", "parameters", "test top-1 %", "over softmax"], rows
+                    ["arm", *cells],
+                    [[arm, *(own.get(c, "") for c in cells)] for arm, own in stacks.items()],
+                    "Test top-1, and the points over softmax with their interval.",
+                ),
+                pages.details(
+                    "With parameters, and what an arm sees of the scores",
+                    pages.table(
+                        ["cell", "arm", "sees", "parameters", "test top-1 %", "over softmax"], rows
+                    ),
                 ),
             ],
             title="Every arm in every cell",
@@ -503,10 +527,18 @@ def report(out: Path) -> list[str]:
                     "What ignoring the scores gives, and what each step towards a learned function "
                     "adds.",
                 ),
-                pages.table(["part, in points", *cells], parts),
+                pages.table(
+                    ["part, in points", *cells],
+                    [[part, *map(stacked, found)] for part, found in gains.items()],
+                ),
                 pages.table(
                     ["share", *cells],
-                    [["of G3's gain that polynomial-0 has not", *share]],
+                    [
+                        [
+                            "of G3's gain that polynomial-0 has not",
+                            *(stacked(found, 1.0) for found in shares_found),
+                        ]
+                    ],
                     "Fieller's interval; without bounds where the gain itself is not clear",
                 ),
             ],
