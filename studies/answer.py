@@ -58,6 +58,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "width 32": {"embed_dim": 32},
     "width 128": {"embed_dim": 128},
     "2,000 images": {"train_limit": 2000},
+    "4,000 images": {"train_limit": 4000},
     "16,000 images": {"train_limit": 16000},
     "depth 4": {"depth": 4},
     "30 epochs": {"epochs": 30},
