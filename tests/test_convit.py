@@ -1,38 +1,17 @@
 """ConViT: an independent reference, locality by hand, operators in the content part."""
 
-import dataclasses
-
 import pytest
 import torch
-from torch.func import vmap
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from kart import models, testing, tree
+from kart import models, tree
 from kart.models import convit
-
-SMALL = {"image_size": 12, "patch_size": 4, "in_channels": 2, "num_classes": 5} | {
-    "embed_dim": 8,
-    "depth": 3,
-    "num_heads": 4,
-    "gated_blocks": 2,
-}
+from tests.tiny import CONVIT, drawn
 
 
 def small(operator="softmax", **overrides):
-    return models.create("convit_tiny", operator=operator, **{**SMALL, **overrides})
-
-
-def drawn(model, seed=0, dtype=torch.float64):
-    """Parameters, all off their initialisation and none zero, and two images."""
-    generator = torch.Generator().manual_seed(seed)
-    params = tree.map(
-        lambda x: (x + 0.3 * torch.randn(x.shape, generator=generator)).to(dtype),
-        model.init(generator),
-    )
-    c = model.config
-    images = torch.randn(2, c.in_channels, c.image_size, c.image_size, generator=generator)
-    return params, images.to(dtype)
+    return models.create("convit_tiny", operator=operator, **{**CONVIT, **overrides})
 
 
 def reference(params, images, config):
@@ -165,26 +144,6 @@ def test_universal_is_blockwise_with_operators_tied_by_kind():
         for i, block in params["blocks"].items()
     }
     assert_close(universal.apply(params, images), blockwise.apply(tied, images))
-
-
-def test_the_kit_finds_nothing():
-    model = small("G2B:rank=3", image_size=8, depth=2, gated_blocks=1)
-    results = testing.check_model(model, max_examples=2)
-    assert [result for result in results if result.passed is False] == []
-    assert sum(result.passed is True for result in results) >= 10
-
-
-def test_vmap_over_examples_and_populations():
-    model = small("G2B")
-    params, images = drawn(model)
-    assert_close(vmap(model.apply, (None, 0))(params, images), model.apply(params, images))
-    both = tree.stack([params, tree.map(lambda x: 0.9 * x, params)])
-    assert_close(vmap(model.apply, (0, None))(both, images)[0], model.apply(params, images))
-
-
-def test_config_comes_back():
-    model = small("G2U", rank=3)
-    assert models.from_config(dataclasses.asdict(model.config)).config == model.config
 
 
 # paper.md has no totals; timm's ConViT-Tiny has 5,710,512. (2 G + 3) parameters a pair, r = 12

@@ -11,7 +11,8 @@ import torch
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
-from kart import checkpoint, layers, models, operators, tree
+from kart import checkpoint, layers, models, operators, testing, tree
+from tests.tiny import CONVIT, SWIN, drawn
 
 SMALL = {"image_size": 8, "patch_size": 4, "in_channels": 1, "num_classes": 10} | {
     "embed_dim": 12,
@@ -143,6 +144,41 @@ def test_every_model_is_known_by_its_name_and_comes_back_from_its_config():
         model = models.create(name)
         again = models.from_config(json.loads(json.dumps(dataclasses.asdict(model.config))))
         assert again.config == model.config and len(again.sites) == model.config.depth
+
+
+# small ones of the other families, and what makes the kit's smaller
+OTHERS = {
+    "convit_tiny": (CONVIT, {"image_size": 8, "depth": 2, "gated_blocks": 1}),
+    "swin_tiny": (
+        SWIN,
+        {"image_size": 8, "depths": (2, 1), "window_size": 2, "embed_dim": 6, "num_heads": (2, 2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_kit_finds_nothing_in_other_families(name):
+    fields, smaller = OTHERS[name]
+    model = models.create(name, operator="G2B:rank=3", **{**fields, **smaller})
+    results = testing.check_model(model, max_examples=2)
+    assert [result for result in results if result.passed is False] == []
+    assert sum(result.passed is True for result in results) >= 10
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_vmap_over_examples_and_populations_of_other_families(name):
+    model = models.create(name, operator="G2B", **OTHERS[name][0])
+    params, images = drawn(model)
+    assert_close(vmap(model.apply, (None, 0))(params, images), model.apply(params, images))
+    both = tree.stack([params, tree.map(lambda x: 0.9 * x, params)])
+    assert_close(vmap(model.apply, (0, None))(both, images)[0], model.apply(params, images))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_small_configs_of_other_families_come_back_from_json(name):
+    model = models.create(name, operator="G2U", rank=3, **OTHERS[name][0])
+    again = models.from_config(json.loads(json.dumps(dataclasses.asdict(model.config))))
+    assert again.config == model.config
 
 
 def test_bfloat16_images_compute_in_bfloat16_near_float32():

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from kart import models, tree
 from kart.models import pyramid, vitdet
+from tests.tiny import drawn
 
 SMALL = {"image_size": 32, "patch_size": 4, "in_channels": 2, "embed_dim": 8} | {
     "depth": 2,
@@ -22,17 +23,6 @@ SMALL = {"image_size": 32, "patch_size": 4, "in_channels": 2, "embed_dim": 8} | 
 
 def small(operator="softmax", **overrides):
     return models.create("vitdet_tiny", operator=operator, **{**SMALL, **overrides})
-
-
-def drawn(model, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(0)
-    params = tree.map(
-        lambda x: (x + 0.3 * torch.randn(x.shape, generator=generator)).to(dtype),
-        model.init(generator),
-    )
-    c = model.config
-    images = torch.randn(2, c.in_channels, c.image_size, c.image_size, generator=generator)
-    return params, images.to(dtype)
 
 
 def test_levels_have_their_strides():
@@ -82,7 +72,7 @@ def test_padded_keys_of_karat_are_keys_that_nobody_sees():
 def test_windows_do_not_see_each_other_but_global_blocks_do():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(8, 8, 8, generator=generator)
-    params, _ = drawn(small(), torch.float32)
+    params, _ = drawn(small(), dtype=torch.float32)
     attn = params["blocks"]["0"]["attn"]
     softmax = models.create("vit_nano").operators[0]
 

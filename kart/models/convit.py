@@ -23,25 +23,17 @@ from torch import Generator, Tensor
 from kart import layers
 from kart.factories import remember
 from kart.models import blocks, checks
-from kart.models.model import Choice, Config, Family, Model, Params, Site, add_operators, choose
+from kart.models.model import Choice, Columnar, Family, Model, Params, Site, add_operators, choose
 
 
 @dataclass(frozen=True)
-class ConViTConfig(Config):
+class ConViTConfig(Columnar):
     """Everything that defines a ConViT."""
 
-    num_classes: int = 1000
-    embed_dim: int = 192  # D
-    depth: int = 12  # L
     num_heads: int = 4  # H, d = D / H
     gated_blocks: int = 10  # of the L, from the first
     locality: float = 1.0  # alpha: how sharply a head looks at its neighbour when it is drawn
     family: str = field(default="convit", init=False)
-
-    @property
-    def tokens(self) -> int:
-        """N: the patches and the class token."""
-        return (self.image_size // self.patch_size) ** 2 + 1
 
 
 @remember

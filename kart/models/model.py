@@ -35,6 +35,21 @@ class Config:
                 object.__setattr__(self, one.name, tuple(getattr(self, one.name)))
 
 
+@dataclass(frozen=True)
+class Columnar(Config):
+    """What the configs of classifiers share whose blocks are alike and read a class token."""
+
+    num_classes: int = 1000
+    embed_dim: int = 192  # D
+    depth: int = 12  # L
+    num_heads: int = 3  # H, d = D / H
+
+    @property
+    def tokens(self) -> int:
+        """N: the patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
 class Site(NamedTuple):
     """The row operator of one block: the dotted path of its parameters, its heads and its keys.
 

@@ -16,7 +16,7 @@ from kart.factories import remember
 from kart.models import blocks, checks
 from kart.models.model import (
     Choice,
-    Config,
+    Columnar,
     Family,
     Model,
     Params,
@@ -29,20 +29,11 @@ from kart.models.recompute import recomputed
 
 
 @dataclass(frozen=True)
-class ViTConfig(Config):
+class ViTConfig(Columnar):
     """Everything that defines a vision transformer."""
 
-    num_classes: int = 1000
-    embed_dim: int = 192  # D
-    depth: int = 12  # L
-    num_heads: int = 3  # H, d = D / H
     recompute: bool = False  # blocks are computed again in the backward, for less memory
     family: str = field(default="vit", init=False)
-
-    @property
-    def tokens(self) -> int:
-        """N: the patches and the class token."""
-        return (self.image_size // self.patch_size) ** 2 + 1
 
 
 @remember

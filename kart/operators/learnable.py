@@ -6,6 +6,8 @@ matrix. A projection onto the simplex acts on whole rows and is the exception.
 """
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -61,9 +63,40 @@ def output_logits(basis: Basis, units: Params, hidden: Tensor) -> Logits:
     return Factored(basis.features(hidden).flatten(-2), basis.coefficients(units).flatten(-2))
 
 
-def keys_of_units(units: Params) -> int:
-    """The number of keys that units `(H, M, ...)` are for."""
-    return next(iter(units.values())).shape[1]
+def order(
+    name: str,
+    init: Callable[[Generator, int, int], Params],
+    logits: Callable[[Params, Source], Logits],
+    axes: Mapping[str, Sequence[int]],
+    shared: tuple[Basis, str | None, str | None, str],
+    product: Callable[[Params, Streamed, Tensor], Tensor] | None = None,
+    **options: Any,
+) -> Operator:
+    """The operator of `logits`, whose parameters `name` have keys at `axes[name]`; `shared` are
+    basis, project, base and engine.
+    """
+    basis, project, base, engine = shared
+
+    def keys(params: Params) -> int:
+        first = next(iter(axes))
+        leaf = params[first]
+        # units are a dict
+        leaf = next(iter(leaf.values())) if isinstance(leaf, dict) else leaf
+        return leaf.shape[axes[first][0]]
+
+    return from_logits(
+        name,
+        init,
+        logits,
+        keys,
+        basis=basis,
+        project=project,
+        base=base,
+        engine=engine,
+        product=product,
+        resize=moving(axes, basis),
+        options=options,
+    )
 
 
 @remember
@@ -111,17 +144,9 @@ def low_rank(
     def logits(params: Params, scores: Source) -> Logits:
         return Factored(scores.units(basis, params["units"]), params["mix"])
 
-    return from_logits(
-        "low_rank",
-        init,
-        logits,
-        lambda params: params["mix"].shape[-2],
-        basis=basis,
-        project=project,
-        base=base,
-        engine=engine,
-        resize=moving({"units": (2,), "mix": (1,)}, basis),
-        options={"rank": rank, "mix": start},
+    shared = (basis, project, base, engine)
+    return order(
+        "low_rank", init, logits, {"units": (2,), "mix": (1,)}, shared, rank=rank, mix=start
     )
 
 
@@ -149,18 +174,8 @@ def full_rank(
         coefs = basis.coefficients(params["units"]).to(wide(v).dtype)
         return kernels.contract_values(basis, coefs, q, k, wide(v), mask, engine=engine)
 
-    return from_logits(
-        "full_rank",
-        init,
-        logits,
-        lambda params: keys_of_units(params["units"]),
-        basis=basis,
-        project=project,
-        base=base,
-        engine=engine,
-        product=product,
-        resize=moving({"units": (1, 2)}, basis),
-    )
+    shared = (basis, project, base, engine)
+    return order("full_rank", init, logits, {"units": (1, 2)}, shared, product)
 
 
 @remember
@@ -187,18 +202,8 @@ def project_first(
     def logits(params: Params, scores: Source) -> Logits:
         return output_logits(basis, params["units"], scores.mixed(params["mix"]))
 
-    return from_logits(
-        "project_first",
-        init,
-        logits,
-        lambda params: params["mix"].shape[-1],
-        basis=basis,
-        project=project,
-        base=base,
-        engine=engine,
-        resize=moving({"mix": (2,), "units": (1,)}, basis),
-        options={"rank": rank},
-    )
+    shared = (basis, project, base, engine)
+    return order("project_first", init, logits, {"mix": (2,), "units": (1,)}, shared, rank=rank)
 
 
 @remember
@@ -225,15 +230,5 @@ def two_stage(
         hidden = scores.units(basis, params["first"], exact=True)
         return output_logits(basis, params["second"], hidden)
 
-    return from_logits(
-        "two_stage",
-        init,
-        logits,
-        lambda params: keys_of_units(params["second"]),
-        basis=basis,
-        project=project,
-        base=base,
-        engine=engine,
-        resize=moving({"first": (2,), "second": (1,)}, basis),
-        options={"rank": rank},
-    )
+    shared = (basis, project, base, engine)
+    return order("two_stage", init, logits, {"first": (2,), "second": (1,)}, shared, rank=rank)
