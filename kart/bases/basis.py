@@ -42,13 +42,30 @@ class Cpp(NamedTuple):
 
 
 class Triton(NamedTuple):
-    """A family in Triton: its branch in kart/kernels/triton/device.py, whose features of a score x
-    are functions of `(x - origin) * density`.
+    """A linear family in Triton, for the "triton" engine of `kart.kernels`.
+
+    `text` defines two functions of a tile of scores, in terms of `tl`, `libdevice` and `sincos(x,
+    FAST)`; J and SIZE, the number of the feature and K, are known when they are compiled:
+
+        def start(x, gate, origin, density, FAST: tl.constexpr):
+            return (x - origin) * density, gate           # a tuple, the state for feature 0
+
+        def feature(state, density, J: tl.constexpr, SIZE: tl.constexpr):
+            t, gate = state
+            value = tl.exp(-(t - J) * (t - J)) * gate
+            return value, -2.0 * density * (t - J) * value, state  # f_J(x), f_J'(x), the next state
+
+    Where `gate` is 0 rather than 1 they return zeros. `fold` maps coefficients `(..., K, M)` to
+    those of the derivative, where that has the same features: `feature` then returns the value for
+    the slope. `rescale` multiplies coefficients `(..., K, M, r)` in place, where the features of
+    the text are multiples of the family's.
     """
 
-    branch: str
+    text: str
     origin: float = 0.0
     density: float = 1.0
+    fold: Callable[[Tensor], Tensor] | None = None
+    rescale: Callable[[Tensor], Any] | None = None
 
 
 class Pieces(NamedTuple):

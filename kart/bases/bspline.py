@@ -60,6 +60,22 @@ struct Piece {
 };
 """
 
+# the cubic spline centred at 0, on unit intervals: (2 - |v|)+^3 / 6 - 4 (1 - |v|)+^3 / 6
+TRITON = """
+def start(x, gate, origin, density, FAST: tl.constexpr):
+    return (x - origin) * density, gate
+
+
+def feature(state, density, J: tl.constexpr, SIZE: tl.constexpr):
+    t, gate = state
+    v = t - (J - 1)
+    near = tl.maximum(1.0 - tl.abs(v), 0.0)
+    far = tl.maximum(2.0 - tl.abs(v), 0.0)
+    value = (far * far * far - 4.0 * near * near * near) * 0.16666666666666666 * gate
+    slope = density * (4.0 * near * near - far * far) * tl.where(v < 0.0, -0.5, 0.5) * gate
+    return value, slope, state
+"""
+
 
 def bspline(
     grid: int = 8,
@@ -125,6 +141,5 @@ def bspline(
             "points": tuple(low + j * step for j in range(-degree, grid + degree + 1)),
         },
         cpp=Cpp(CPP, {"GRID": grid, "DEGREE": degree}, (low, 1 / step)),
-        # its kernels have cubic splines alone
-        triton=Triton("bspline", low, 1 / step) if degree == 3 else None,
+        triton=Triton(TRITON, low, 1 / step) if degree == 3 else None,
     )

@@ -53,6 +53,31 @@ struct Piece {
 };
 """
 
+MONOMIALS_IN_TRITON = """
+def start(x, gate, origin, density, FAST: tl.constexpr):
+    return x, gate
+
+
+def feature(state, density, J: tl.constexpr, SIZE: tl.constexpr):
+    x, power = state
+    return power, power, (x, power * x)
+"""
+
+CHEBYSHEV_IN_TRITON = """
+def start(x, gate, origin, density, FAST: tl.constexpr):
+    t = (x - origin) * density
+    # T_{-1} = T_1; from a start of zeros, where `gate` is 0, the recurrence stays zero
+    return t, gate, gate * tl.minimum(tl.maximum(t, -1.0), 1.0)
+
+
+def feature(state, density, J: tl.constexpr, SIZE: tl.constexpr):
+    t, now, before = state
+    # x held at an end of the span has no slope
+    slope = tl.where((t >= -1.0) & (t <= 1.0), now, 0.0)
+    held = tl.minimum(tl.maximum(t, -1.0), 1.0)
+    return now, slope, (t, 2.0 * held * now - before, now)
+"""
+
 
 def polynomial(
     degree: int = 3, *, base: str = "zero", init: str = "scaled", scales: bool = False
@@ -96,7 +121,7 @@ def polynomial(
         fill=fill,
         fold=fold,
         cpp=Cpp(MONOMIALS, {"DEGREE": degree}),
-        triton=Triton("polynomial"),
+        triton=Triton(MONOMIALS_IN_TRITON, fold=fold),
     )
 
 
@@ -123,6 +148,14 @@ def chebyshev(
             values.append(2 * t * values[-1] - values[-2])
         return torch.stack(values[: degree + 1], dim=-1)
 
+    def fold(coefs: Tensor) -> Tensor:
+        # T_n' = 2 n (T_{n-1} + T_{n-3} + ..), its T_0 once
+        order = torch.arange(degree + 1, dtype=coefs.dtype, device=coefs.device)
+        above = order - order[:, None]
+        matrix = torch.where((above > 0) & (above % 2 == 1), 2 * order, 0.0)
+        matrix = matrix * torch.where(order == 0, 0.5, 1.0)[:, None] * (2 / (high - low))
+        return (matrix[..., None] * coefs[..., None, :, :]).sum(-2)
+
     return expansion(
         chebyshev,
         expand,
@@ -134,5 +167,5 @@ def chebyshev(
         options={"degree": degree, "span": (low, high)},
         traits={"bounded": 1.0, "smooth": 0, "points": (low, (low + high) / 2, high)},
         cpp=Cpp(CHEBYSHEV, {"DEGREE": degree}, ((low + high) / 2, 2 / (high - low))),
-        triton=Triton("chebyshev", (low + high) / 2, 2 / (high - low)),
+        triton=Triton(CHEBYSHEV_IN_TRITON, (low + high) / 2, 2 / (high - low), fold),
     )

@@ -28,6 +28,18 @@ struct Piece {
 };
 """
 
+TRITON = """
+def start(x, gate, origin, density, FAST: tl.constexpr):
+    return (x - origin) * density, gate
+
+
+def feature(state, density, J: tl.constexpr, SIZE: tl.constexpr):
+    t, gate = state
+    z = t - J
+    value = tl.exp(-z * z) * gate
+    return value, -2.0 * density * z * value, state
+"""
+
 
 def gaussian_rbf(
     grid: int = 8,
@@ -59,5 +71,5 @@ def gaussian_rbf(
         traits={"bounded": 1.0, "nonnegative": True, "smooth": math.inf}
         | {"points": tuple(low + j * width for j in range(grid))},
         cpp=Cpp(CPP, {"GRID": grid}, (low, 1 / width)),
-        triton=Triton("gaussian_rbf", low, 1 / width),
+        triton=Triton(TRITON, low, 1 / width),
     )

@@ -1,5 +1,5 @@
-"""The "triton" engine: the streamed product on CUDA, for Fourier, polynomial, Chebyshev, Gaussian
-RBF and cubic B-spline bases.
+"""The "triton" engine: the streamed product on CUDA, for the linear bases that bring their features
+in Triton.
 
 `forward` and `backward` are raw operations on a `kart.kernels.family.Product`, deterministic and
 seen by no transform. Triton itself is imported by their first call. With TRITON_INTERPRET=1 in the
@@ -34,15 +34,13 @@ WIDTH = 128
 class Kind(NamedTuple):
     """What the kernels know of a basis: `size` features, then that of `base` unless it is "zero".
 
-    The features of a score x are functions of `(x - origin) * density`; those of "fourier" and
-    "polynomial" of x itself.
+    `piece` is the `kart.bases.basis.Triton` of its family.
     """
 
     name: str
     size: int
-    base: str = "zero"
-    origin: float = 0.0
-    density: float = 1.0
+    base: str
+    piece: Any
 
 
 def kind_of(family: Family) -> Kind | None:
@@ -51,7 +49,7 @@ def kind_of(family: Family) -> Kind | None:
     if piece is None:
         return None
     size = family.width - (family.base != "zero")
-    return Kind(piece.branch, size, family.base, piece.origin, piece.density)
+    return Kind(family.basis.family, size, family.base, piece)
 
 
 def _interpreted() -> bool:
@@ -110,7 +108,7 @@ def tiles(
     wide = dtype == torch.float32
     split = wide and precision != "tf32"
     exact = wide and precision == "ieee"
-    local = kind.name in ("gaussian_rbf", "bspline")
+    local = kind.piece.fold is None
     large = width > 64 or ranks > 32
     if kernel == "key_gradient":
         # dK takes width / 2 registers and dC ranks / 2 for each feature
@@ -127,22 +125,10 @@ def tiles(
 
 def _slopes(coefs: Tensor, kind: Kind) -> Tensor:
     """D of coefs C `(..., K')`: what the kernels multiply with their features, or slopes, in dS."""
+    if kind.piece.fold is None:
+        return coefs
     weights, base = coefs.split([kind.size, coefs.shape[-1] - kind.size], dim=-1)
-    order = torch.arange(kind.size, device=coefs.device, dtype=torch.float32)
-    if kind.name == "fourier":
-        grid = kind.size // 2
-        cosine, sine = weights.split(grid, dim=-1)
-        order = order[:grid] + 1
-        weights = torch.cat([order * sine, -order * cosine], dim=-1)
-    elif kind.name == "polynomial":
-        weights = torch.cat([(weights * order)[..., 1:], torch.zeros_like(weights[..., :1])], -1)
-    elif kind.name == "chebyshev":
-        # T_n' = 2 n (T_{n-1} + T_{n-3} + ..), its T_0 once
-        above = order[:, None] - order
-        matrix = torch.where((above > 0) & (above % 2 == 1), 2 * order[:, None], 0.0)
-        matrix = matrix * torch.where(order == 0, 0.5, 1.0) * kind.density
-        weights = (weights[..., None] * matrix).sum(-2)
-    return torch.cat([weights, base], dim=-1)
+    return torch.cat([kind.piece.fold(weights.float().mT).mT, base.float()], dim=-1)
 
 
 def _padded(size: int) -> int:
@@ -158,9 +144,8 @@ def _pack(coefs: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
     packed = torch.zeros(shape, dtype=dtype, device=coefs.device)
     inside = packed[:, :, :count, :keys, :rank]
     inside.copy_(coefs.permute(0, 1, 4, 3, 2))
-    if kind.name == "fourier":
-        # the kernels' cosines are doubled
-        inside[:, :, : kind.size // 2] *= 0.5
+    if kind.piece.rescale is not None:
+        kind.piece.rescale(inside)
     return packed
 
 
@@ -194,12 +179,11 @@ class _Launcher:
             "N": queries,
             "M": keys,
             "scale": scale,
-            "origin": float(kind.origin),
-            "density": float(kind.density),
+            "origin": float(kind.piece.origin),
+            "density": float(kind.piece.density),
             "WIDTH": width,
             "D": _padded(width),
             "SIZE": kind.size,
-            "FAMILY": kind.name,
             "BASE": kind.base,
             "MASK": mask is not None,
             "PRECISION": precision,
@@ -223,11 +207,14 @@ class _Launcher:
     ) -> None:
         from kart.kernels.triton import device
 
+        start, feature = device.piece(self.kind.piece.text)
         guard = torch.cuda.device(self.q.device) if self.q.is_cuda else contextlib.nullcontext()
         with guard:
             getattr(device, kernel)[grid](
                 **self.shared,
                 **arguments,
+                START=start,
+                FEATURE=feature,
                 c_ptr=packed,
                 # one set of coefficients serves all samples
                 c_b=packed.stride(0) if packed.shape[0] > 1 else 0,
@@ -326,6 +313,9 @@ def backward(
             shared |= {"dc_ptr": dc, "B": batch, "samples": samples}
             launch("key_gradient", (blocks * slices,), tile_k, packed, dk_ptr=dk, **shared)
             features.append(dc if own else dc.sum(0, keepdim=True))
-        dcoefs.append(torch.cat(features, dim=2).permute(0, 1, 4, 3, 2))
+        dc = torch.cat(features, dim=2)
+        if kind.piece.rescale is not None:
+            kind.piece.rescale(dc)
+        dcoefs.append(dc.permute(0, 1, 4, 3, 2))
     dc = torch.cat(dcoefs, dim=2).to(coefs.dtype).contiguous()
     return dq.to(q.dtype), dk.to(k.dtype), dc

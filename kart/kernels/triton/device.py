@@ -19,13 +19,18 @@ combinations of its features (Fourier, powers, Chebyshev) the combination is in 
 so that a backward kernel has nothing to differentiate; elsewhere `D = C` and `g_j = f_j'`.
 """
 
+import functools
+import hashlib
+import linecache
+from typing import Any
+
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
 
 @triton.jit
-def _sincos(x, FAST: tl.constexpr):
+def sincos(x, FAST: tl.constexpr):
     # the hardware's sine is good to 2^-20.5 within one turn and loses digits far outside: take
     # whole turns off first. Adding and taking away 1.5 * 2^23 rounds to an integer without the slow
     # FRND; 2 pi = 6.28125 + 0.0019353... makes the first product exact up to 2^15 turns (Cody and
@@ -43,37 +48,26 @@ def _sincos(x, FAST: tl.constexpr):
     return sine, cosine
 
 
-@triton.jit
-def _start(x, gate, origin, density, FAMILY: tl.constexpr, FAST: tl.constexpr):
-    """What `_feature` carries from one feature of the scores x to the next: a fixed part, the
-    current and the previous term of a recurrence, and the sine of `fourier` until its turn.
-    """
-    # the recurrences are linear: from a start of zeros, where `gate` is 0, they stay zeros
-    fixed, now, before, later = x, gate, gate, gate
-    if FAMILY == "fourier":
-        sine, cosine = _sincos(x, FAST)
-        fixed = cosine + cosine
-        now, before, later = fixed * gate, gate + gate, sine * gate
-    elif FAMILY == "chebyshev":
-        fixed = (x - origin) * density
-        before = gate * tl.minimum(tl.maximum(fixed, -1.0), 1.0)  # T_{-1} = T_1
-    elif FAMILY != "polynomial":
-        fixed = (x - origin) * density
-    return fixed, now, before, later
+@functools.cache
+def piece(text: str) -> tuple[Any, Any]:
+    """The functions `start` and `feature` of a family, see `kart.bases.basis.Triton`."""
+    name = f"<kart {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
+    # Triton reads the source of a function again, and there is no file
+    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    space = {"__name__": __name__, "tl": tl, "libdevice": libdevice, "sincos": sincos}
+    exec(compile(text, name, "exec"), space)
+    return triton.jit(space["start"]), triton.jit(space["feature"])
 
 
 @triton.jit
 def _feature(
     x,
     gate,
-    fixed,
-    now,
-    before,
-    later,
+    state,
     density,
     J: tl.constexpr,
     SIZE: tl.constexpr,
-    FAMILY: tl.constexpr,
+    FEATURE: tl.constexpr,
     BASE: tl.constexpr,
 ):
     """Feature J of scores x, what its row of D meets in dS, and the state for J + 1."""
@@ -96,37 +90,9 @@ def _feature(
             slope = normal + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
         value *= gate
         slope *= gate
-    elif FAMILY == "fourier":
-        # 2 cos kx for k = 1..G, then sin kx, both by y_{k+1} = 2 cos x y_k - y_{k-1}: the first
-        # cosine doubled is the factor itself, one tile less to keep
-        if J == SIZE // 2:
-            now, before = later, tl.zeros_like(x)
-        value = now
-        slope = value
-        now, before = fixed * now - before, now
-    elif FAMILY == "polynomial":
-        value = now
-        slope = value
-        now = now * x
-    elif FAMILY == "chebyshev":
-        value = now
-        # x held at an end of the span has no slope
-        slope = tl.where((fixed >= -1.0) & (fixed <= 1.0), value, 0.0)
-        t = tl.minimum(tl.maximum(fixed, -1.0), 1.0)
-        now, before = 2.0 * t * now - before, now
-    elif FAMILY == "gaussian_rbf":
-        z = fixed - J
-        value = tl.exp(-z * z) * gate
-        slope = -2.0 * density * z * value
     else:
-        tl.static_assert(FAMILY == "bspline")
-        # the cubic spline centred at 0, on unit intervals: (2 - |v|)+^3 / 6 - 4 (1 - |v|)+^3 / 6
-        v = fixed - (J - 1)
-        near = tl.maximum(1.0 - tl.abs(v), 0.0)
-        far = tl.maximum(2.0 - tl.abs(v), 0.0)
-        value = (far * far * far - 4.0 * near * near * near) * 0.16666666666666666 * gate
-        slope = density * (4.0 * near * near - far * far) * tl.where(v < 0.0, -0.5, 0.5) * gate
-    return value, slope, now, before, later
+        value, slope, state = FEATURE(state, density, J, SIZE)
+    return value, slope, state
 
 
 @triton.jit
@@ -244,7 +210,8 @@ def forward(
     SIZE: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
-    FAMILY: tl.constexpr,
+    START: tl.constexpr,
+    FEATURE: tl.constexpr,
     BASE: tl.constexpr,
     MASK: tl.constexpr,
     ADD: tl.constexpr,
@@ -281,11 +248,9 @@ def forward(
             mask_ptr += BLOCK_M * mask_m
         else:
             gate = tl.full(x.shape, 1.0, tl.float32)
-        fixed, now, before, later = _start(x, gate, origin, density, FAMILY, FAST)
+        state = START(x, gate, origin, density, FAST)
         for J in tl.static_range(LAST):
-            f, _, now, before, later = _feature(
-                x, gate, fixed, now, before, later, density, J, SIZE, FAMILY, BASE
-            )
+            f, _, state = _feature(x, gate, state, density, J, SIZE, FEATURE, BASE)
             if J >= FIRST:
                 c = tl.load(c_ptr + J * c_j + c_offsets)
                 y = tl.dot(f.to(c.dtype), c, y, input_precision=PRECISION)
@@ -330,7 +295,8 @@ def query_gradient(
     SIZE: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
-    FAMILY: tl.constexpr,
+    START: tl.constexpr,
+    FEATURE: tl.constexpr,
     BASE: tl.constexpr,
     MASK: tl.constexpr,
     ADD: tl.constexpr,
@@ -370,15 +336,11 @@ def query_gradient(
             mask_ptr += BLOCK_M * mask_m
         else:
             gate = tl.full(x.shape, 1.0, tl.float32)
-        fixed, now, before, later = _start(x, gate, origin, density, FAMILY, FAST)
+        state = START(x, gate, origin, density, FAST)
         dx = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for J in tl.static_range(0, LAST, 2):
-            _, g0, now, before, later = _feature(
-                x, gate, fixed, now, before, later, density, J, SIZE, FAMILY, BASE
-            )
-            _, g1, now, before, later = _feature(
-                x, gate, fixed, now, before, later, density, J + 1, SIZE, FAMILY, BASE
-            )
+            _, g0, state = _feature(x, gate, state, density, J, SIZE, FEATURE, BASE)
+            _, g1, state = _feature(x, gate, state, density, J + 1, SIZE, FEATURE, BASE)
             if J >= FIRST:
                 c = tl.load(c_ptr + J * c_j + c_offsets)
                 df0, df1 = _unstack(tl.dot(dy, tl.trans(c), input_precision=PRECISION), 1)
@@ -429,7 +391,8 @@ def key_gradient(
     SIZE: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
-    FAMILY: tl.constexpr,
+    START: tl.constexpr,
+    FEATURE: tl.constexpr,
     BASE: tl.constexpr,
     MASK: tl.constexpr,
     ADD: tl.constexpr,
@@ -477,16 +440,12 @@ def key_gradient(
                     mask_at += BLOCK_N * mask_n
             else:
                 gate = tl.full(x.shape, 1.0, tl.float32)
-            fixed, now, before, later = _start(x, gate, origin, density, FAMILY, FAST)
+            state = START(x, gate, origin, density, FAST)
             dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             sums = ()
             for J in tl.static_range(0, LAST, 2):
-                f0, g0, now, before, later = _feature(
-                    x, gate, fixed, now, before, later, density, J, SIZE, FAMILY, BASE
-                )
-                f1, g1, now, before, later = _feature(
-                    x, gate, fixed, now, before, later, density, J + 1, SIZE, FAMILY, BASE
-                )
+                f0, g0, state = _feature(x, gate, state, density, J, SIZE, FEATURE, BASE)
+                f1, g1, state = _feature(x, gate, state, density, J + 1, SIZE, FEATURE, BASE)
                 if J >= FIRST:
                     df = tl.dot(c[(J - FIRST) // 2], tl.trans(dy), input_precision=PRECISION)
                     df0, df1 = _unstack(df, 0)
@@ -505,12 +464,6 @@ def key_gradient(
     for J in tl.static_range(FIRST, LAST, 2):
         at = dc_ptr + ((row + J - FIRST) * M + m) * RANK
         dc0, dc1 = _unstack(dc[(J - FIRST) // 2], 0)
-        if FAMILY == "fourier":
-            # the cosines are doubled
-            if J < SIZE // 2:
-                dc0 *= 0.5
-            if J + 1 < SIZE // 2:
-                dc1 *= 0.5
         _store(at, dc0, M - first, RANK, BLOCK_M, R, False)
         if J + 1 < LAST:
             _store(at + tl.cast(M, tl.int64) * RANK, dc1, M - first, RANK, BLOCK_M, R, False)
