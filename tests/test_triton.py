@@ -17,6 +17,7 @@ import torch
 from torch.testing import assert_close
 
 from kart import bases
+from kart.bases.basis import Triton, expansion
 from kart.kernels import triton as engine
 from kart.kernels.family import Family, Product, family_of
 
@@ -134,6 +135,35 @@ def families() -> None:
         compare(*case(bases.chebyshev(2, base=base), 9, 5, rank=5, heads=1), choose=small_tiles)
 
 
+# a new family is one file, its features in Triton among the others
+SINES = """
+def start(x, gate, origin, density, FAST: tl.constexpr):
+    return (x - origin) * density, gate
+
+
+def feature(state, density, J: tl.constexpr, SIZE: tl.constexpr):
+    t, gate = state
+    order = J + 1
+    value = 2.0 * tl.sin(t * order) * gate
+    return value, 2.0 * density * order * tl.cos(t * order) * gate, state
+"""
+
+
+def sines(size: int) -> bases.Basis:
+    def expand(x):
+        return torch.stack([((x - 1) * 0.5 * (j + 1)).sin() for j in range(size)], -1)
+
+    shared = {"base": "zero", "init": "scaled", "scales": False}
+    piece = Triton(SINES, 1.0, 0.5, rescale=lambda coefs: coefs.mul_(0.5))
+    return expansion(sines, expand, size, **shared, options={"size": size}, traits={}, triton=piece)
+
+
+def new_families() -> None:
+    for mask in (None, (2, 1, 1, 33), (1, 1, 20, 33)):
+        compare(*case(sines(3), 20, 33, rank=5, heads=1, mask=mask))
+    compare(*case(sines(5), 9, 5, rank=5, heads=1), choose=small_tiles)
+
+
 def half_precision() -> None:
     compare(*case(bases.fourier(3), 20, 33, dtype=torch.float16))
 
@@ -182,7 +212,7 @@ def images() -> None:
 GROUPS = {
     "sizes": [sizes, grids_and_ranks, empty_batch],
     "inputs": [masks, strides, own_coefficients],
-    "values": [families, half_precision, large_scores, repeats],
+    "values": [families, new_families, half_precision, large_scores, repeats],
     "images": [images],
 }
 
