@@ -4,6 +4,7 @@ import importlib.metadata
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,11 +32,13 @@ def test_version(monkeypatch):
 @pytest.mark.slow
 def test_docs_build(tmp_path):
     rooms = ["kart", "!kart.kernels.triton.device"]
-    command = [sys.executable, "-m", "pdoc", "--docformat", "google", "-o", str(tmp_path), *rooms]
+    looks = str(Path(__file__).parents[1] / "docs")
+    command = [sys.executable, "-m", "pdoc", "--docformat", "google", "-t", looks, *rooms]
+    command += ["-o", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for page in ("bases", "operators", "guides/put_it_into_your_model"):
         text = (tmp_path / "kart" / f"{page}.html").read_text()
-        assert "docstring" in text
+        assert "docstring" in text and "max-width: 64rem" in text
     # the README, its pictures inside
     assert "data:image/png" in (tmp_path / "kart" / "guides.html").read_text()
