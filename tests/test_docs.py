@@ -39,6 +39,6 @@ def test_docs_build(tmp_path):
     assert result.returncode == 0, result.stderr
     for page in ("bases", "operators", "guides/put_it_into_your_model"):
         text = (tmp_path / "kart" / f"{page}.html").read_text()
-        assert "docstring" in text and "max-width: 64rem" in text
+        assert "docstring" in text and "main.pdoc img" in text
     # the README, its pictures inside
     assert "data:image/png" in (tmp_path / "kart" / "guides.html").read_text()
