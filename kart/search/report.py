@@ -142,7 +142,10 @@ def _outcome(view: View) -> pages.Section:
     blocks: list[str] = []
     if view.answer is not None and done:
         blocks.append(pages.code(view.answer(done)))
-    blocks.append(pages.table(header, cells, words=(8,)))
+    # a column that nothing fills, as before winners are confirmed, would push others off a phone
+    filled = [i for i in range(len(header)) if not cells or any(row[i] != "-" for row in cells)]
+    shown = [[row[i] for i in filled] for row in cells]
+    blocks.append(pages.table([header[i] for i in filled], shown, words=(len(filled) - 1,)))
     if not done:
         command = _command("report", view, "--confirm", str(view.settings.confirm or 5))
         told = (
@@ -293,10 +296,14 @@ def sections(view: View) -> Iterator[pages.Section]:
 def page(view: View) -> str:
     """The report as one HTML page that needs nothing else."""
     settings = view.settings
-    unit = "seed" if settings.seeds == 1 else "seeds"
+
+    def counted(count: int, unit: str) -> str:
+        return f"{count} {unit}{'s' * (count != 1)}"
+
     lead = (
-        f"Study {settings.study}: {len(view.arms)} arms, {settings.per_arm} trials each, "
-        f"{settings.seeds} {unit} a trial, {settings.config['epochs']} epochs, data "
+        f"Study {settings.study}: {counted(len(view.arms), 'arm')}, "
+        f"{counted(settings.per_arm, 'trial')} each, {counted(settings.seeds, 'seed')} a trial, "
+        f"{counted(settings.config['epochs'], 'epoch')}, data "
         f"{Path(settings.config['data']).name} ({settings.dataset['train']:,} training and "
         f"{settings.dataset['val']:,} validation images), sampler {settings.sampler}, pruner "
         f"{settings.pruner}."
