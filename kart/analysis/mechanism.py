@@ -142,10 +142,14 @@ def swap(
     return Swapped(new, kept)
 
 
+def _within(op: Operator) -> list[Operator]:
+    """The operators that one is made of, hybrid or a sum."""
+    return [part for part, _ in op.options.get("groups", ())] + [*op.options.get("parts", ())]
+
+
 def _learns(op: Operator) -> bool:
     """Whether any part of an operator has learned functions."""
-    parts = [part for part, _ in op.options.get("groups", ())] + op.options.get("parts", [])
-    return op.basis is not None or any(map(_learns, parts))
+    return any(map(_learns, _within(op))) or op.basis is not None
 
 
 def _simpler(op: Operator, params: Params, form: str, scores: Tensor) -> tuple[Operator, Params]:
@@ -210,8 +214,6 @@ def _units(op: Operator, params: Params, scores: Tensor) -> Iterator[_Units]:
 
     if kind in ("low_rank", "full_rank"):
         yield stage("units", params["units"], scores)
-    elif kind == "beside_relative":
-        yield stage("1.units", params["1"]["units"], scores)
     elif kind == "project_first":
         yield stage("units", params["units"], scores @ params["mix"].double().mT)
     elif kind == "two_stage":
@@ -604,16 +606,16 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
     return found | {name: x for name, x in seen.items() if name.startswith("mean_")}
 
 
-def _swappable(op: Operator) -> bool:
-    """Whether all learned functions of an operator are functions of one score."""
-    parts = [part for part, _ in op.options.get("groups", ())] + op.options.get("parts", [])
-    if parts:
-        return all(map(_swappable, parts))
-    return op.basis is None or op.options.get("kind") in SWAPPABLE
-
-
+# whose functions are of one score
 SWAPPABLE = ("low_rank", "full_rank", "project_first", "two_stage", "elementwise", "by_offset")
-SWAPPABLE += ("beside_relative",)
+
+
+def _swappable(op: Operator) -> bool:
+    """Whether `swap` takes all of an operator's learned functions."""
+    within = _within(op)
+    if within:
+        return all(map(_swappable, within))
+    return op.basis is None or op.options.get("kind") in SWAPPABLE
 
 
 def _starts(context: Context, member: Member) -> dict[str, Tensor]:
