@@ -229,7 +229,7 @@ def _units(op: Operator, params: Params, scores: Tensor) -> Iterator[_Units]:
     elif kind == "by_offset":
         table, given = params["table"], params["units"]
         tokens = scores.shape[-1]
-        index = entry_index(*lattice(tokens)).flatten()
+        index = entry_index(*lattice(tokens)).flatten().to(scores.device)
         leaves = {}
         for name in given["offsets"]:
             entries = flatten_table({part: own[name] for part, own in given.items()})
@@ -264,7 +264,7 @@ def _nearest(basis: Basis, units: _Units, form: str, shift: float) -> Tensor:
     """Coefficients `(..., K)` of the simple functions nearest to the units, over what they see."""
     leaves = tree.map(Tensor.double, units.leaves)
     shape = torch.broadcast_shapes(next(iter(leaves.values())).shape[:3], units.seen.shape[1:])
-    totals = torch.zeros(5, *shape, dtype=torch.float64)
+    totals = units.seen.new_zeros(5, *shape)
     # what the units give at the scores of some rows at a time
     for seen in units.seen.split(max(1, 2**22 // math.prod(shape))):
         y = basis.apply(leaves, seen)
