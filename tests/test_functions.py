@@ -139,6 +139,20 @@ def test_pruning_drops_what_is_small_and_counts_it(spec):
     assert all(untouched)
 
 
+def test_learned_functions_are_found_in_sums_inside_hybrids():
+    model = model_of("softmax+G2B:rank=2,order=beside_relative")
+    params = model.operator_params(model.init(seeded()), 0)
+    (found,) = functions.learned_groups(model.operators[0], params)
+    assert (found.first, found.path) == (1, "1.1") and found.params is params["1"]["1"]
+    assert functions.curves(found.operator, found.params, X).shape == (1, 2, 5, 121)
+    assert functions.learns(model.operators[0])
+    # units by offset have other axes
+    model = model_of("G2B:order=by_offset")
+    params = model.operator_params(model.init(seeded()), 0)
+    assert not functions.learns(model.operators[0])
+    assert not list(functions.learned_groups(model.operators[0], params))
+
+
 def test_pruning_keeps_the_largest_by_hand():
     model = model_of("G2U:rank=1")
     params = model.init(seeded())

@@ -258,6 +258,19 @@ def softmax_functions(mask):
     return lambda module: lambda q, k, v: module.softmax_attention(q, k, v, mask), (q, k, v)
 
 
+# the table beside softmax is without the axis of examples
+def beside_functions(mask):
+    q, k, v = draw(2, 2, 5, 3), draw(2, 4, 3, seed=1), draw(2, 2, 4, 6, seed=2)
+
+    def bind(module):
+        def attend(q, v, table):
+            return module.softmax_attention(q, k, v, mask, 0.7, table)
+
+        return attend
+
+    return bind, (q, v, draw(2, 5, 4, seed=3))
+
+
 def full_functions(mask):
     basis = bases.fourier(2)
     k = draw(2, 4, 3, seed=3)
@@ -641,6 +654,44 @@ def test_bad_input_of_the_other_products_is_named():
         kernels.softmax_attention(q, k, k[..., :3, :])
     with pytest.raises(ValueError, match="boolean `mask`"):
         kernels.softmax_attention(q, k, k, torch.ones(5, 4))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_transform_of_softmax_beside_a_table_is_that_of_the_plain_expression(transform):
+    bind, args = beside_functions(None)
+    apply = TRANSFORMS[transform]
+    close(apply(bind(kernels), *args), apply(bind(plain), *args), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_softmax_beside_a_table_in_layers_that_are_views(dtype):
+    # q, k and v as a model cuts them from one product; the gradient with the tokens first
+    whole = draw(3, 7, 3, 2, 4, dtype=dtype).requires_grad_()
+    table = draw(2, 7, 7, dtype=torch.float32, seed=1).requires_grad_()
+    probe = draw(3, 7, 2, 4, dtype=dtype, seed=2)
+
+    def run(module, whole, table):
+        q, k, v = whole.movedim(2, 0).transpose(2, 3)
+        out = module.softmax_attention(q, k, v, None, None, table).transpose(1, 2)
+        return out, *torch.autograd.grad(out, (whole, table), probe.to(out.dtype))
+
+    exact = (x.detach().double().requires_grad_() for x in (whole, table))
+    bound = 2e-2 if dtype is torch.bfloat16 else 1e-5
+    for found, expected in zip(run(kernels, whole, table), run(plain, *exact), strict=True):
+        assert_close(found.double(), expected, rtol=bound, atol=bound)
+
+
+def test_a_table_beside_softmax_does_not_fit():
+    q, k, v = draw(2, 2, 5, 3), draw(2, 2, 4, 3), draw(2, 2, 4, 6)
+    table = draw(2, 5, 4)
+    words = r"`table` \(H, N, M\) = \(2, 5, 4\) without a mask, got"
+    with pytest.raises(ValueError, match=words + " a mask"):
+        kernels.softmax_attention(q, k, v, torch.ones(5, 4, dtype=torch.bool), None, table)
+    with pytest.raises(ValueError, match=words + r" shape \(2, 4, 5\)"):
+        kernels.softmax_attention(q, k, v, table=table.mT)
+    with pytest.raises(ValueError, match="dtype of `q`"):
+        kernels.softmax_attention(q, k, v, table=table.float())
+    assert kernels.softmax_attention(q[:0], k[:0], v[:0], table=table).shape == (0, 2, 5, 6)
 
 
 @pytest.mark.parametrize("product", OTHERS)

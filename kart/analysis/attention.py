@@ -374,7 +374,7 @@ def head_diversity(weights: Tensor) -> Tensor:
     return 1 - alike / (heads * (heads - 1))
 
 
-def static_share(weights: Tensor, values: Tensor | None = None) -> Tensor:
+def static_share(weights: Tensor, values: Tensor | None = None, *, fitted: bool = True) -> Tensor:
     """How much of each head's output the best operator that is the same for all images gives,
     weights `(B, H, N, M)` to `(H,)` in [0, 1], float64: the share of its variance over images.
 
@@ -388,9 +388,16 @@ def static_share(weights: Tensor, values: Tensor | None = None) -> Tensor:
     The fit sees B d numbers for each of M unknowns and explains about M / (B d) by chance, so that
     at least 4 M of them are asked for. A head whose output does not vary has 1.
 
+    With `fitted=False` the constant operator is the mean of the weights over images instead, which
+    is what position alone gives: at most the fitted share, below 0 where it is further from the
+    output than the output's mean, and about 1 / B by chance.
+
     >>> one = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).expand(5, 1, 2, 2)
     >>> static_share(one).tolist(), static_share(one * torch.ones(5, 1, 1, 1)).tolist()
     ([1.0], [1.0])
+    >>> values = torch.randn(5, 1, 2, 3, generator=torch.Generator().manual_seed(0))
+    >>> static_share(one, values, fitted=False).tolist()
+    [1.0]
     """
     if weights.dim() != 4:
         raise ValueError(
@@ -408,7 +415,7 @@ def static_share(weights: Tensor, values: Tensor | None = None) -> Tensor:
             f"`static_share` needs values ({count}, {heads}, {keys}, d) for these weights, got "
             f"{tuple(values.shape)}. Take both of the same batch and block."
         )
-    if count * values.shape[-1] < 4 * keys:
+    if fitted and count * values.shape[-1] < 4 * keys:
         raise ValueError(
             f"`static_share` needs B d >= 4 M = {4 * keys} to fit a constant operator, got B "
             f"{count} images of d {values.shape[-1]}. Pass more images."
@@ -416,12 +423,14 @@ def static_share(weights: Tensor, values: Tensor | None = None) -> Tensor:
     out = wide @ values.double()
     out = out - out.mean(0)
     inputs = values.double() - values.double().mean(0)
-    across = torch.einsum("bhnd,bhmd->hnm", out, inputs)
-    within = torch.einsum("bhmd,bhkd->hmk", inputs, inputs)
-    constant = across @ torch.linalg.pinv(within, hermitian=True)
+    constant = wide.mean(0)
+    if fitted:
+        across = torch.einsum("bhnd,bhmd->hnm", out, inputs)
+        within = torch.einsum("bhmd,bhkd->hmk", inputs, inputs)
+        constant = across @ torch.linalg.pinv(within, hermitian=True)
     whole = out.square().sum((0, 2, 3))
     left = (out - constant @ inputs).square().sum((0, 2, 3))
-    return torch.where(whole > 0, 1 - left / _nonzero(whole), 1.0).clamp(0, 1)
+    return torch.where(whole > 0, 1 - left / _nonzero(whole), 1.0).clamp(0 if fitted else None, 1)
 
 
 def score_share(weights: Tensor, values: Tensor | None = None) -> Tensor:

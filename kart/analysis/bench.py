@@ -62,6 +62,8 @@ TARGETS = {
     ("op G=3 softmax base N=197", "cpp"): (1.5, 1.35),
     ("op G=3 simplex N=197", "cpp"): (3.0, 2.0),
     ("op full rank G=3 N=197", "cpp"): (4.5, 4.2),
+    ("op softconv N=197", "auto"): (1.5, 1.4),
+    ("op softconv N=65", "auto"): (1.5, 1.4),
     ("step", "auto"): (0.97, 0.93),
     ("memory", "auto"): (1.0, 0.98),
     ("memory", "auto, vmap"): (1.6, 1.3),
@@ -165,6 +167,8 @@ SETTINGS = (
     Setting("op G=3 simplex N=197", "G3:project=simplex"),
     Setting("op full rank G=3 N=197", "G3:order=full_rank"),
 )
+# softmax beside a table by offset: no units
+TABLES = (Setting("op softconv N=197", "softconv"), Setting("op softconv N=65", "softconv", 65))
 HEADS, WIDTH = 3, 64
 
 
@@ -177,6 +181,8 @@ def op_flops(name: str, op: operators.Operator, tokens: int, pairs: int) -> floa
     square = tokens * tokens * pairs
     if name == "softmax":
         return square * 2 * WIDTH * 7
+    if op.basis is None:  # the table takes one product forward, two backward
+        return square * 2 * WIDTH * 10
     assert op.basis is not None
     rank = op.options.get("rank", WIDTH)  # full rank streams the values themselves
     return square * (2 * WIDTH * 4 + 2 * op.basis.size * rank * 3)
@@ -226,7 +232,7 @@ def operator_level(
     args: argparse.Namespace, clock: Clock, progress: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
     """Forward, and forward + backward, of one attention operator."""
-    settings = list(SETTINGS[:2] if args.quick else SETTINGS)
+    settings = list(SETTINGS[:2] if args.quick else SETTINGS + TABLES)
     if args.precision == "float32" and not args.quick:
         settings.insert(2, Setting("op G=3 N=197 bfloat16", "G3", precision="bfloat16"))
     rates: dict[torch.dtype, float] = {}

@@ -5,6 +5,7 @@ curves, what they are near to, what of them can be dropped, and how much they do
     functions.fits(functions.curves(operator, params, x), x, functions.density(scores, x))
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -133,29 +134,43 @@ def response(operator: Operator, params: Params, x: Tensor, scores: Tensor | Non
 
 
 class Group(NamedTuple):
-    """Heads with the same learnable operator: the first of them, the operator, its parameters."""
+    """Heads with the same learnable operator: the first of them, the operator, its parameters and
+    their dotted path in those of the whole.
+    """
 
     first: int
     operator: Operator
     params: Params
+    path: str = ""
+
+
+def _within(operator: Operator) -> list[tuple[Operator, int]]:
+    """The operators that one is made of, hybrid or a sum, and how many heads come before each."""
+    groups = operator.options.get("groups", [])
+    befores = itertools.accumulate((count for _, count in groups), initial=0)
+    hybrid = [(op, before) for (op, _), before in zip(groups, befores, strict=False)]
+    return hybrid + [(op, 0) for op in operator.options.get("parts", [])]
 
 
 def learned_groups(operator: Operator, params: Params) -> Iterator[Group]:
-    """The groups of heads that learn functions: one, unless the heads are hybrid; none if fixed."""
-    if operator.options.get("kind") != "hybrid":
-        if operator.basis is not None:
-            yield Group(0, operator, params)
-        return
-    first = 0
-    for i, (op, count) in enumerate(operator.options["groups"]):
-        if op.basis is not None:
-            yield Group(first, op, params[str(i)])
-        first += count
+    """The groups of heads that learn functions: one, unless the operator is hybrid or a sum; none
+    if fixed, and none of units by offset, which have other axes than `curves` shows.
+    """
+    within = _within(operator)
+    for i, (op, before) in enumerate(within):
+        for found in learned_groups(op, params[str(i)]):
+            path = f"{i}.{found.path}" if found.path else str(i)
+            yield found._replace(first=before + found.first, path=path)
+    if not within and operator.basis is not None and operator.options.get("kind") != "by_offset":
+        yield Group(0, operator, params)
 
 
 def learns(operator: Operator) -> bool:
-    """Whether any head of an operator learns functions."""
-    return any(op.basis is not None for op, _ in operator.options.get("groups", [(operator, 1)]))
+    """Whether any head of an operator learns functions that `learned_groups` gives."""
+    within = _within(operator)
+    if within:
+        return any(learns(op) for op, _ in within)
+    return operator.basis is not None and operator.options.get("kind") != "by_offset"
 
 
 def score_range(scores: Tensor | None, operator: Operator, points: int = 121) -> Tensor:
@@ -332,7 +347,7 @@ def prune(model: Model, params: Params, threshold: float) -> Pruned:
     dropped: dict[str, Dropped] = {}
     for path, whole, given in places:
         for group in learned_groups(whole, given):
-            at = path if group.params is given else f"{path}.{_key(given, group.params)}"
+            at = f"{path}.{group.path}" if group.path else path
             counts = Dropped(0, 0, 0, 0)
             for name in ("units", "first", "second"):
                 if name in group.params:
@@ -346,10 +361,6 @@ def prune(model: Model, params: Params, threshold: float) -> Pruned:
             "There is nothing to drop."
         )
     return Pruned(tree.map_named(lambda name, leaf: changed.get(name, leaf), params), dropped)
-
-
-def _key(parent: Params, child: Params) -> str:
-    return next(key for key, value in parent.items() if value is child)
 
 
 def _prune_units(group: Group, name: str, threshold: float) -> tuple[str, Tensor, Dropped]:

@@ -25,6 +25,7 @@ from kart.analysis import (
     curvature,
     functions,
     landscape,
+    mechanism,
     scores,
     spectra,
     training,
@@ -39,6 +40,7 @@ SECTIONS: tuple[Analysis, ...] = (
     training.ANALYSIS,
     functions.ANALYSIS,
     attention.ANALYSIS,
+    mechanism.ANALYSIS,
     spectra.ANALYSIS,
     weights.ANALYSIS,
     landscape.ANALYSIS,
@@ -83,6 +85,7 @@ def analyse(
     examples: int = Context.examples,
     points: int = Context.points,
     limit_mib: int = Context.limit_mib,
+    retrain: int = Context.retrain,
 ) -> list[Done]:
     """Computes `sections` of `results`, all on the data of `splits`, and writes the page to `out`,
     whole or not at all, and its numbers beside it with the suffixes `.json` and `.csv`.
@@ -99,7 +102,7 @@ def analyse(
         shown: images whose attention is shown, the first of the validation split.
         cache: directory for what is kept between calls; None keeps nothing.
         say: called with a line of progress.
-        examples, points, limit_mib: as in `Context`.
+        examples, points, limit_mib, retrain: as in `Context`.
     """
     if not results:
         raise ValueError("`report` needs at least one result, got none. Train something first.")
@@ -112,6 +115,7 @@ def analyse(
         examples=examples,
         points=points,
         limit_mib=limit_mib,
+        retrain=retrain,
     )
     end = time.monotonic() + 60 * minutes
     done = []
@@ -219,8 +223,8 @@ def _key(context: Context) -> str:
         digest.update(json.dumps(parts).encode())
         members = [Member(result, i).key for i in range(len(result.configs))]
         digest.update(json.dumps(members).encode())
-    rest = [context.data_key, context.shown, context.examples, context.points, context.version]
-    rest.append(checkpoint.versions())
+    rest = [context.data_key, context.shown, context.examples, context.points, context.retrain]
+    rest += [context.version, checkpoint.versions()]
     digest.update(json.dumps(rest).encode())
     return digest.hexdigest()[:12]
 

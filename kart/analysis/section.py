@@ -158,6 +158,7 @@ class Context:
         examples: on how many validation images a loss is taken.
         points: a side of the surfaces of each operator's first seed; 10 n + 1.
         limit_mib: what a section may hold at a time.
+        retrain: steps of training after a swap of learned functions, 0 for none.
     """
 
     results: Sequence[Result]
@@ -171,6 +172,7 @@ class Context:
     examples: int = 256
     points: int = 21
     limit_mib: int = 4096
+    retrain: int = 50
     memory: dict[str, Any] = field(default_factory=dict)  # shared by the sections of a page
 
     def members(self) -> Iterator[Member]:

@@ -38,6 +38,10 @@ def _flags(parser: argparse.ArgumentParser) -> None:
         help="a side of the pictured surfaces, 11, 21, 31 ... (21)",
     )  # fmt: skip
     parser.add_argument(
+        "--retrain", type=integer(0), default=50, metavar="INT",
+        help="steps of training after learned functions are made simple; 0 for none (50)",
+    )  # fmt: skip
+    parser.add_argument(
         "--memory-mib", type=integer(64), default=4096, metavar="INT",
         help="what a section may hold at a time (4096)",
     )  # fmt: skip
@@ -73,6 +77,7 @@ def _measure(args: argparse.Namespace, part: int) -> None:
         examples=args.examples,
         points=args.points,
         limit_mib=args.memory_mib,
+        retrain=args.retrain,
     )
     report.measure(context, _sections(args), args.minutes, part, args.processes)
 
@@ -127,6 +132,7 @@ def _run(args: argparse.Namespace) -> int:
         examples=args.examples,
         points=args.points,
         limit_mib=args.memory_mib,
+        retrain=args.retrain,
     )
     split = "val" if results[0].test is None else "test"
     rows = []

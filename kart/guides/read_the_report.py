@@ -41,6 +41,14 @@ weights, which KArAt may have, are dropped there as in the paper. A map is what 
 not by itself what the decision rests on: the pointing game, on images whose object is known
 (`--data masked_digits`), puts a number to it.
 
+# How tokens are mixed
+
+What accuracy is lost where every learned function is replaced by the constant, the affine function
+or the exponential nearest to it: a cost that is not clear of zero says that the shape it had does
+not matter. The first column replaces the whole attention matrix by its mean over images, which no
+image can change. Below it what is left of the cost after some more steps of training, the share of
+the output that position explains, and what the mean matrix looks like.
+
 # A study's page
 
 The table of winners has two columns of accuracy: of the search (chosen by, hence too good) and of

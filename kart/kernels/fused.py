@@ -8,6 +8,7 @@ derivative by the raw backward, further ones by the expression it stands for, an
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -78,6 +79,8 @@ class _Forward(Function):
     def setup_context(ctx, inputs, output):
         ctx.op, *tensors = inputs
         ctx.mark_non_differentiable(*output[ctx.op.count :])
+        # what is only kept for the backward may be as large as an output: no zeros are made for it
+        ctx.set_materialize_grads(False)
         ctx.inputs = len(tensors)
         ctx.save_for_backward(*tensors, *output)
 
@@ -85,7 +88,10 @@ class _Forward(Function):
     def backward(ctx, *gradients):
         op = ctx.op
         inputs, results = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
-        gradients = gradients[: op.count]
+        gradients = tuple(
+            torch.zeros_like(y) if g is None else g
+            for g, y in zip(gradients[: op.count], results, strict=False)
+        )
         if forward_levels():
             pulled = _pulled(op, inputs, gradients)
         else:

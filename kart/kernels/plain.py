@@ -92,10 +92,19 @@ def mix_values(y: Tensor, mix: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
-    """`softmax(s) v`, `(..., H, N, d)`; a query whose keys are all masked gets zeros."""
+    """`softmax(s) v`, `(..., H, N, d)`; a query whose keys are all masked gets zeros. With a table
+    `(softmax(s) + table) v`, without a mask.
+    """
     logits = scores(q, k, scale)
+    if table is not None:
+        return ((logits.softmax(-1) + table) @ wide(v)).to(v.dtype)
     if mask is None:
         return (logits.softmax(-1) @ wide(v)).to(v.dtype)
     # a row of -inf has a NaN softmax, a row of the least finite number has not

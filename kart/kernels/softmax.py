@@ -58,8 +58,64 @@ def _flash(scale: float) -> fused.Fused:
     )
 
 
-def _apply(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+# Products with a table that all samples share are taken of the samples as they lie in memory: one
+# product for all would need copies of its factor and of its result with the heads first, which cost
+# as much as it does.
+
+
+def _beside_forward(scale, q, k, v, table):
+    q, k, v = _dense(q, k, v)
+    out, logsumexp = _flash_forward(scale, q, k, v, None)
+    # the backward of softmax's share needs `out` as it is
+    total = torch.empty_like(out)
+    for h in range(v.shape[1]):
+        torch.bmm(table[:, h].expand(len(v), -1, -1), v[:, h], out=total[:, h])
+    return total.add_(out), out, logsumexp
+
+
+def _beside_backward(scale, gradients, inputs, results):
+    q, k, v, table = inputs
+    (gradient, v), (_, *rest) = _dense(gradients[0], v), results
+    found = _flash_backward(scale, [gradient], (q, k, v, None), rest)
+    shared = len(table) != len(v)
+    of_table = torch.empty_like(table) if shared else gradient @ v.mT
+    for h in range(v.shape[1]):
+        # nobody else holds the gradient of v yet
+        found[2][:, h].baddbmm_(table[:, h].mT.expand(len(v), -1, -1), gradient[:, h])
+        if shared:
+            torch.addbmm(of_table[0, h], gradient[:, h], v[:, h].mT, beta=0, out=of_table[0, h])
+    return *found, of_table
+
+
+def _beside_expression(scale, q, k, v, table):
+    return (plain.softmax_attention(q, k, v, None, scale, table),)
+
+
+def _beside(scale: float) -> fused.Fused:
+    """`softmax(scale q k^T) v + table v`, `table (B or 1, H, N, M)`, the others of four axes."""
+    return fused.Fused(
+        partial(_beside_forward, scale),
+        partial(_beside_backward, scale),
+        partial(_beside_expression, scale),
+        count=1,
+        learned=(0, 1, 2, 3),
+        shared=(3,),
+    )
+
+
+def _apply(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    table: Tensor | None = None,
+) -> Tensor:
     """Four axes each; torch.compile keeps this function whole (see `keep_whole`)."""
+    if table is not None and (forward_levels() or q.device.type != "cpu"):
+        # one product for all samples: a matmul would repeat the table a sample
+        added = torch.einsum("bhnm,chme->chne", table, v)
+        return _apply(q, k, v, mask, scale) + added.to(v.dtype)
     if forward_levels() or (q.device.type != "cpu" and grad_levels() > 1):
         return plain.softmax_attention(q, k, v, mask, scale)
     if q.device.type != "cpu":
@@ -70,14 +126,24 @@ def _apply(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -
     samples = [torch.empty(1, 1, *x.shape[-2:], dtype=x.dtype, device=x.device) for x in (q, k, v)]
     backend = torch.ops.aten._fused_sdp_choice(*samples, None, 0.0, False, scale=scale)
     if backend != _FLASH:
-        return plain.softmax_attention(q, k, v, mask, scale).to(dtype)
+        return plain.softmax_attention(q, k, v, mask, scale, table).to(dtype)
+    if table is not None:
+        return fused.apply(_beside(scale), q, k, v, table)[0].to(dtype)
     return fused.apply(_flash(scale), q, k, v, mask)[0].to(dtype)
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    table: Tensor | None = None,
 ) -> Tensor:
     """`softmax(scale q k^T) v`, `(..., H, N, d)`, by torch's fused kernel wherever there is one.
+
+    With a `table` of weights that are the same for all samples it is `(softmax(scale q k^T) +
+    table) v`.
 
     A query whose keys are all masked gets zeros. Holds under every transform of `torch.func`; on
     the CPU also under double backward. On CUDA a second derivative by `torch.autograd` alone (not
@@ -87,15 +153,24 @@ def softmax_attention(
         q, k, v: `(..., H, N, d)`, `(..., H, M, d)` and `(..., H, M, e)`.
         mask: boolean, True = attend, broadcasting to `(..., H, N, M)`.
         scale: of the scores; default `d^-1/2`.
+        table: `(H, N, M)`, float32 beside half types; not beside a mask.
 
     Raises:
         ValueError: names the argument that does not fit.
     """
-    check("softmax_attention", q, k, mask, scale, v=v)
+    others = {"v": v} if table is None else {"v": v, "table": table}
+    check("softmax_attention", q, k, mask, scale, **others)
     if v.dim() < 3 or v.shape[-2] != k.shape[-2] or v.dtype != q.dtype:
         raise ValueError(
             f"`softmax_attention` needs `v` (..., H, {k.shape[-2]}, e) in {q.dtype}, for the keys "
             f"of `k`, got {tuple(v.shape)} in {v.dtype}. Project v from the same tokens as k."
+        )
+    size = (q.shape[-3], q.shape[-2], k.shape[-2])
+    if table is not None and (mask is not None or tuple(table.shape) != size):
+        what = "a mask" if mask is not None else f"shape {tuple(table.shape)}"
+        raise ValueError(
+            f"`softmax_attention` needs `table` (H, N, M) = {size} without a mask, got {what}. "
+            "Add the product of a masked table and v outside."
         )
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     *lead, heads = broadcast_leading(
@@ -118,7 +193,9 @@ def softmax_attention(
         _keep_whole()
     out = v.new_zeros(0, heads, rows, v.shape[-1])
     if batch:
-        out = _apply(q, k, v, mask, factor)
+        # the masked form keeps its own call, as torch.compile sees it
+        shared = () if table is None else (table[None].to(plain.wide(v[:0]).dtype),)
+        out = _apply(q, k, v, mask, factor, *shared)
     if some is not None:
         out = torch.where(some, out, 0)
     return out.reshape(*lead, heads, rows, v.shape[-1])

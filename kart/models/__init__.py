@@ -6,7 +6,7 @@ Each model is a file that composes `blocks.py` and ends in its `FAMILY`; FAMILIE
 import dataclasses
 import difflib
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kart import code, schema
@@ -23,7 +23,7 @@ from kart.models.vitdet import ViTDetConfig
 from kart.operators import Operator
 
 __all__ = ["FAMILIES", "MODELS", "ConViTConfig", "Model", "Site", "SwinConfig", "ViTConfig"]
-__all__ += ["ViTDetConfig", "create", "from_config", "resize", "vit"]
+__all__ += ["ViTDetConfig", "create", "from_config", "resize", "vit", "with_operators"]
 
 FAMILIES: dict[str, Family] = {
     family.config.family: family for family in (VIT, SWIN, CONVIT, VITDET)
@@ -106,6 +106,23 @@ def from_config(config: Mapping[str, Any]) -> Model:
         ) from None
 
 
+def with_operators(model: Model, chosen: Operator | Sequence[Operator], **fields: Any) -> Model:
+    """`model` with other row operators, one for all blocks or one a block; `fields` of its config
+    change with them.
+
+    >>> from kart import operators
+    >>> model = with_operators(create("vit_nano"), operators.static())
+    >>> model.operators[0].name, model.config.depth
+    ('static', 4)
+    """
+    config = model.config
+    kept = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
+    # the operators are there, so what chose them is not asked again
+    for name in ("operator", "rank", "project", "base"):
+        del kept[name]
+    return FAMILIES[config.family].build(chosen, **{**kept, **fields})
+
+
 def resize(model: Model, params: Params, image_size: int) -> tuple[Model, Params]:
     """`model` and `params` for square images of another size.
 
@@ -124,11 +141,9 @@ def resize(model: Model, params: Params, image_size: int) -> tuple[Model, Params
     config = model.config
     if image_size == config.image_size:
         return model, params
-    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
-    # the operators are there, so what chose them is not asked again
-    names = {name: fields.pop(name) for name in ("operator", "rank", "project", "base")}
+    names = {name: getattr(config, name) for name in ("operator", "rank", "project", "base")}
     single = isinstance(names["operator"], str)
     chosen = model.operators[0] if single else model.operators
-    new = FAMILIES[config.family].build(chosen, **{**fields, "image_size": image_size})
+    new = with_operators(model, chosen, image_size=image_size)
     new = new._replace(config=dataclasses.replace(new.config, **names))
     return new, resizing.move(model, new, params)

@@ -70,7 +70,13 @@ def beside_relative(
         "product_flops": lambda tokens, width: 2 * tokens**2 * width,
         "activation_flops": lambda tokens, unit: tokens**2 * ((unit + 1) * rank + 5),
     }
-    options = {"kind": "beside_relative", "rank": rank, "prefix": prefix, "rows": rows}
+    options = {
+        **op.options,
+        "kind": "beside_relative",
+        "rank": rank,
+        "prefix": prefix,
+        "rows": rows,
+    }
     return op._replace(name="beside_relative", basis=basis, options=options, traits=traits)
 
 
