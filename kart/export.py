@@ -7,6 +7,7 @@ and what the classes are called stands in a JSON file beside it.
 import dataclasses
 import importlib.util
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kart import checkpoint, tree
+from kart.kernels import family, plain
 from kart.models import Model
 
 Params = dict[str, Any]
@@ -66,19 +68,36 @@ def _torch(model: Model, params: Params, path: Path) -> None:
     torch.export.save(program(model, params), path)
 
 
+PRODUCT = torch.ops.kart.contract_forward.default
+
+
+def _materialised(
+    q: Tensor, k: Tensor, coefs: Tensor, mask: Tensor | None, scale: float, basis: str, engine: str
+) -> Tensor:
+    """The product of `kart.kernels.core` in operations of torch: features of all scores at once."""
+    return plain.contract(family.family_named(basis).basis, coefs, q, k, mask, scale)
+
+
 def _onnx(model: Model, params: Params, path: Path) -> None:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
             f"`export` needs {' and '.join(missing)} for ONNX. Run `pip install onnx onnxscript`."
         )
-    torch.onnx.export(
-        program(model, params),
-        f=str(path),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamo=True,
-    )
+    with warnings.catch_warnings():
+        # of torch's own use of what it has deprecated
+        warnings.simplefilter("ignore")
+        # the streamed product is an operation of kart's own, which ONNX has not
+        whole = program(model, params).run_decompositions({PRODUCT: _materialised})
+        found = torch.onnx.export(
+            whole,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamo=True,
+            verbose=False,
+        )
+    assert found is not None
+    found.save(str(path), external_data=False)
 
 
 FORMATS: dict[str, Callable[[Model, Params, Path], None]] = {
@@ -115,7 +134,15 @@ def write(
         )
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
-        FORMATS[form](model, tree.map(lambda leaf: leaf.detach().cpu(), params), temporary)
+        own = tree.map(lambda leaf: leaf.detach().cpu(), params)
+        try:
+            FORMATS[form](model, own, temporary)
+        # torch's exporters have many errors, all of them of this kind
+        except RuntimeError as err:
+            raise ValueError(
+                f"`export` cannot write {model.config.operator!r} as {form}: torch says "
+                f"{str(err).strip().splitlines()[0]!r:.200}. Choose safetensors, for kart."
+            ) from err
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

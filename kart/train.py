@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.nn import functional as F
 
-from kart import augment, code, data, kernels, models, optim, schema, tree
+from kart import augment, code, data, kernels, models, optim, schema, transfer, tree
 from kart.data import Dataset
 from kart.models import Model
 
@@ -62,6 +62,7 @@ class Config:
     num_heads: int | None = None
     mlp_ratio: float | None = None
     start: str | None = None  # a run, or a file of weights, to begin with: see kart.runs.donors
+    attention_from: str | None = None  # as `start`, a teacher: see kart.transfer.with_attention
     freeze: tuple[str, ...] = ()  # patterns of the paths of parameters that are not trained
     # optimisation
     epochs: int = 40
@@ -130,6 +131,8 @@ class Config:
         need(isinstance(kept, int) and (kept == 0 or kept >= 3), "trajectory", "0, or 3 and more")
         parts = self.accumulate
         need(self.batch_size % parts == 0, "accumulate", f"to divide the batch, {self.batch_size}")
+        alone = self.attention_from is None or self.start is None
+        need(alone, "attention_from", "None with `start`: a student begins anew")
         need(isinstance(self.freeze, tuple) and all(self.freeze), "freeze", "a tuple of patterns")
 
     def asdict(self) -> dict[str, Any]:
@@ -157,6 +160,11 @@ class Config:
         """Twelve hex digits that name the config, the same on every machine."""
         text = json.dumps(self.asdict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Patterns of the parameters that are not trained: those of `freeze`, and a teacher."""
+        return (*self.freeze, *((transfer.TEACHER,) if self.attention_from else ()))
 
     @property
     def peak_learning_rate(self) -> float:
@@ -193,28 +201,41 @@ def default_patch_size(image_size: int) -> int:
     return max(side for side in range(1, max(1, most) + 1) if image_size % side == 0)
 
 
+OPERATOR_FIELDS = ("sharing", "rank", "project", "base")
 MODEL_FIELDS = (
-    *("sharing", "rank", "project", "base"),
+    *OPERATOR_FIELDS,
     *("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"),
 )
 
 
 def build(config: Config, dataset: Dataset) -> Model:
-    """The model of `config` for the images and classes of `dataset`."""
+    """The model of `config` for the images and classes of `dataset`.
+
+    With `attention_from` that is a student; `operator` and the other fields of the model are those
+    of both.
+    """
     given = {name: getattr(config, name) for name in MODEL_FIELDS}
     given = {name: value for name, value in given.items() if value is not None}
     if config.recompute:  # models without it name it as no field of theirs
         given["recompute"] = True
     image_size = config.image_size or dataset.images.shape[-1]
     given.setdefault("patch_size", default_patch_size(image_size))
-    return models.create(
-        config.model,
-        operator=config.operator,
-        image_size=image_size,
-        in_channels=dataset.images.shape[1],
-        num_classes=len(dataset.classes),
-        **given,
-    )
+    shape = {
+        "image_size": image_size,
+        "in_channels": dataset.images.shape[1],
+        "num_classes": len(dataset.classes),
+    }
+    model = models.create(config.model, operator=config.operator, **shape, **given)
+    if config.attention_from is None:
+        return model
+    sizes = {name: value for name, value in given.items() if name not in OPERATOR_FIELDS}
+    student = models.create(config.model, operator=transfer.given(), **shape, **sizes)
+    return transfer.with_attention(student, model)
+
+
+def teacher(config: Config, dataset: Dataset) -> Model:
+    """The model whose attention that of `config` has, where there is `attention_from`."""
+    return build(dataclasses.replace(config, attention_from=None), dataset)
 
 
 class Hyper(NamedTuple):
@@ -326,13 +347,13 @@ def value_and_gradients(
 
 
 def frozen(config: Config, params: Params) -> set[str]:
-    """The dotted paths of `params` that `config.freeze` names; a `*` stands for any characters.
+    """The dotted paths of `params` that `config.held` names; a `*` stands for any characters.
 
     Raises ValueError for a pattern that names none, and for patterns that leave none to train.
     """
     names = list(tree.named(params))
     held: set[str] = set()
-    for pattern in config.freeze:
+    for pattern in config.held:
         found = fnmatch.filter(names, pattern) + fnmatch.filter(names, f"{pattern}.*")
         if not found:
             some = sorted({name.rpartition(".")[0] for name in names})[:4]
@@ -416,13 +437,13 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
     dtype = getattr(torch, config.precision)
     # a mapped loss is mapped and differentiated by torch.func throughout
     differentiate = value_and_gradients if config.batching == "native" else grad_and_value
-    one = trained_alone(config, loss, differentiate) if config.freeze else differentiate(loss)
+    one = trained_alone(config, loss, differentiate) if config.held else differentiate(loss)
     differentiated = accumulated(config.accumulate, one)
     clip = optim.clip_by_global_norm(config.max_norm)
 
     def mask(params: Params) -> optim.Mask:
         # of a frozen parameter the gradient is zero and so is its step, without decay
-        held = frozen(config, params) if config.freeze else set()
+        held = frozen(config, params) if config.held else set()
         decays = optim.decay_mask()
         return lambda name, leaf: name not in held and decays(name, leaf)
 
@@ -724,11 +745,12 @@ def loop(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if state is None:
-        if config.start is not None:
+        donor = config.start or config.attention_from
+        if donor is not None:
             raise ValueError(
-                f"`loop` needs the state to begin with, got none for start={config.start!r}. Make "
-                "it with `begin_with(run.init(), kart.transfer.begin(...).params)`, or train in a "
-                "directory."
+                f"`loop` needs the state to begin with, got none for the donor {donor!r}. Make it "
+                "with `begin_with(run.init(), params)` and kart.transfer's `begin(...).params` or "
+                "`teach(...)`, or train in a directory."
             )
         state = run.init()
     first = int(state.step.max())

@@ -13,6 +13,9 @@ from kart.operators import Operator
 Params = dict[str, Any]
 
 
+TEACHER = "teacher"  # where a student of `with_attention` has the parameters of its teacher
+
+
 class Begun(NamedTuple):
     """Parameters to begin with, and which of them are not the donor's but drawn."""
 
@@ -88,17 +91,17 @@ def _unmasked(mask: Tensor | None) -> None:
         raise ValueError("`given` needs no mask, got one: the weights are the teacher's.")
 
 
-def with_attention(student: Model, teacher: Model, teacher_params: Params) -> Model:
+def with_attention(student: Model, teacher: Model) -> Model:
     """`student`, in each block of which the heads attend with the weights that the teacher has for
     the same images, and learn all else.
 
-    Queries and keys of the student are without effect. The paper trains ViT-Tiny so on the
-    attention of ViT-Tiny with G3B. The teacher stands still, and is needed also for evaluation.
+    Its parameters are the student's, and below `teacher` those of the teacher, which get no
+    gradients. Queries and keys of the student are without effect. The paper trains ViT-Tiny so on
+    the attention of ViT-Tiny with G3B.
 
     Args:
         student: a model made with `operator=given()`.
         teacher: a model of as many blocks, heads and tokens, for the same images.
-        teacher_params: its parameters, on the device of the images.
 
     Reference: Li et al., "On the surprising effectiveness of attention transfer for vision
         transformers", 2024, arXiv:2411.09702 (there "attention copy").
@@ -116,8 +119,12 @@ def with_attention(student: Model, teacher: Model, teacher_params: Params) -> Mo
             f"{shapes[0][0]}, got {len(shapes[1])} with {shapes[1][0]}. Match the two models."
         )
 
+    def init(generator: Generator) -> Params:
+        return {**student.init(generator), TEACHER: teacher.init(generator)}
+
     def looking(params: Params, images: Tensor) -> Params:
-        seen = teacher.intermediates(teacher_params, images)
+        seen = teacher.intermediates(params[TEACHER], images)
+        params = {name: node for name, node in params.items() if name != TEACHER}
         for i, site in enumerate(student.sites):
             own = find(params, site.path)
             own = {**own, "weights": seen[f"blocks.{i}.weights"].detach()}
@@ -130,4 +137,24 @@ def with_attention(student: Model, teacher: Model, teacher_params: Params) -> Mo
     def intermediates(params: Params, images: Tensor) -> dict[str, Tensor]:
         return student.intermediates(looking(params, images), images)
 
-    return student._replace(apply=apply, intermediates=intermediates, call=None)
+    return student._replace(init=init, apply=apply, intermediates=intermediates, call=None)
+
+
+def teach(
+    params: Params, teacher: Model, donor: Mapping[str, Any], like: Model | None = None
+) -> Params:
+    """`params` of `with_attention` with those of a donor for the teacher's.
+
+    Its classifier plays no part: where it has other classes the drawn one stays.
+
+    Raises:
+        ValueError: for a donor that is not such a model, or has other operators.
+    """
+    rest = {name: node for name, node in donor.items() if name.split(".")[0] != "head"}
+    found = begin(teacher, {**rest, "head": params[TEACHER]["head"]}, Generator(), like)
+    if found.drawn:
+        raise ValueError(
+            f"`attention_from` needs a teacher with the operators of `operator`, got one without "
+            f"{found.drawn[0]!r}. Give the teacher's operator, model and sizes."
+        )
+    return {**params, TEACHER: found.params}

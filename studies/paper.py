@@ -46,7 +46,7 @@ class Row(NamedTuple):
     top1: float
     top5: float | None = None
     donor: str | None = None  # the row from whose weights it starts
-    note: str = ""
+    teacher: str | None = None  # the row whose attention it has
 
     @property
     def name(self) -> str:
@@ -116,12 +116,11 @@ TRANSFER = [
     for data, top1 in zip(("svhn", "flowers102", "stl10"), numbers, strict=True)
 ]
 
-# `kart.transfer.with_attention` trains them from Python; the command line has no flag for it
+# `--operator` is the teacher's
 ATTENTION = [
-    Row("attention transfer", "vit_tiny", "given", data, top1, donor=f"tiny-g3b-{data}",
-        note="kart.transfer.with_attention")
+    Row("attention transfer", "vit_tiny", "given", data, top1, teacher=f"tiny-g3b-{data}")
     for data, top1 in (("cifar10", 77.94), ("cifar100", 48.91))
-]  # fmt: skip
+]
 
 ROWS = {row.name: row for row in (*TABLE_1, *ABLATIONS, *TRANSFER, *ATTENTION)}
 
@@ -137,14 +136,15 @@ def flags(row: Row, scale: str, out: Path = OUT, seeds: Sequence[int] = (0,)) ->
     >>> shlex.join(flags(ROWS["tiny-g3b-cifar10"], "paper"))[:58]
     'train --recipe paper --model vit_tiny --operator G3B --dat'
     """
-    if row.note:
-        raise ValueError(f"`{row.name}` is trained from Python alone, by {row.note}.")
-    given = ["train", "--recipe", "paper", "--model", row.model, "--operator", row.operator]
+    operator = row.operator if row.teacher is None else ROWS[row.teacher].operator
+    given = ["train", "--recipe", "paper", "--model", row.model, "--operator", operator]
     given += ["--data", row.data, *SCALES[scale]]
     if row.data == "imagenet" and scale == "paper":
         given += ["--batch-size", "128"]
     if row.donor is not None:
         given += ["--from", str(home(ROWS[row.donor], scale, out))]
+    if row.teacher is not None:
+        given += ["--attention-from", str(home(ROWS[row.teacher], scale, out))]
     seeded = ["--seeds", *map(str, seeds), "--group", "1"] if len(seeds) > 1 else []
     return [*given, *seeded, "--out", str(home(row, scale, out))]
 
@@ -231,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if args.list:
         for name, row in ROWS.items():
-            command = row.note or f"kart {shlex.join(flags(row, args.scale, args.out))}"
+            command = f"kart {shlex.join(flags(row, args.scale, args.out))}"
             print(f"{name}  [{row.table}, published {row.top1:.2f}]\n    {command}")
     if args.table:
         print(table(args.scale, args.out))

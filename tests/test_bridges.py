@@ -5,6 +5,7 @@ import pickle
 import types
 
 import pytest
+import safetensors.torch
 import torch
 from torch.testing import assert_close
 
@@ -328,9 +329,17 @@ def test_register_says_what_is_missing():
         transformers.register("kart-test")
 
 
-def test_a_transformers_model_trains_with_karat():
-    real = pytest.importorskip("transformers", reason="transformers does not import")
+@pytest.fixture
+def real():
+    """The library, where it imports."""
+    library = pytest.importorskip("transformers", reason="transformers does not import")
     transformers.register("kart")
+    return library
+
+
+def llama(real, spec, tokens=None):
+    """A small causal language model with two heads of queries for each of keys."""
+    torch.manual_seed(0)
     config = real.LlamaConfig(
         vocab_size=11,
         hidden_size=24,
@@ -338,24 +347,107 @@ def test_a_transformers_model_trains_with_karat():
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        attn_implementation="kart",
+        attn_implementation="kart" if spec else "sdpa",
     )
-    model = real.LlamaForCausalLM(config)
-    transformers.attach(model, "G3B:rank=3", tokens=9)
-    ids = torch.randint(11, (4, 9), generator=source())
+    model = real.LlamaForCausalLM(config).eval()
+    if spec:
+        names = [f"model.layers.{i}.self_attn" for i in range(2)]
+        assert transformers.attach(model, spec, tokens) == names
+    return model
+
+
+IDS = torch.randint(11, (2, 9), generator=source())
+LEFT_PADDED = torch.ones_like(IDS).index_put(
+    (torch.zeros(3).long(), torch.arange(3)), IDS.new_tensor(0)
+)
+
+
+def test_a_transformers_model_trains_with_karat(real):
+    model = llama(real, "G3B:rank=3", 9)
     descent = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(5):
-        loss = model(input_ids=ids, labels=ids).loss
+        loss = model(input_ids=IDS, labels=IDS).loss
         descent.zero_grad()
         loss.backward()
         descent.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    changed = ids.clone()
+    changed = IDS.clone()
     changed[:, 6:] = (changed[:, 6:] + 1) % 11
     with torch.no_grad():
-        assert_close(model(changed).logits[:, :6], model(ids).logits[:, :6])
+        assert_close(model(changed).logits[:, :6], model(IDS).logits[:, :6])
+
+
+def test_softmax_in_a_transformers_model_is_its_own(real):
+    theirs, ours = llama(real, None), llama(real, "softmax")
+    ours.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=1e-4, atol=1e-5)
+        one, other = (m(IDS, attention_mask=LEFT_PADDED).logits for m in (ours, theirs))
+        seen = LEFT_PADDED.bool()
+        assert_close(one[seen], other[seen], rtol=1e-4, atol=1e-5)
+        theirs.set_attn_implementation("eager")
+        weights = [m(IDS, output_attentions=True).attentions for m in (ours, theirs)]
+    for one, other in zip(*weights, strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, LEFT_PADDED])
+@pytest.mark.parametrize(
+    "spec", ["softmax", "G3:order=elementwise,base=softmax", "G3:order=generated,reach=32"]
+)
+def test_generation_with_transformers_cache_is_the_full_pass(real, spec, mask):
+    model = llama(real, spec)
+    noise = source(5)
+    with torch.no_grad():
+        for leaf in model.parameters():  # what starts at zero has to say something
+            leaf.add_(0.1 * torch.randn(leaf.shape, generator=noise))
+    given = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    cached, full = (
+        model.generate(
+            IDS, use_cache=use, output_logits=True, return_dict_in_generate=True, **given
+        )
+        for use in (True, False)
+    )
+    assert torch.equal(cached.sequences, full.sequences)
+    for one, other in zip(cached.logits, full.logits, strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_vision_model_of_transformers_trains_shares_and_is_saved(real, tmp_path):
+    def vit(impl):
+        torch.manual_seed(0)
+        sizes = {"image_size": 16, "patch_size": 4, "hidden_size": 24, "intermediate_size": 32}
+        heads = {"num_hidden_layers": 2, "num_attention_heads": HEADS, "num_labels": 3}
+        config = real.ViTConfig(**sizes, **heads, attn_implementation=impl)
+        return real.ViTForImageClassification(config)
+
+    images, labels = normal(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    theirs, ours = vit("sdpa").eval(), vit("kart").eval()
+    transformers.attach(ours, "softmax")
+    ours.load_state_dict(theirs.state_dict())
+    assert_close(ours(images).logits, theirs(images).logits, rtol=1e-4, atol=1e-5)
+
+    model = vit("kart").train()
+    transformers.attach(model, "G3U:rank=3", 17)
+    descent = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(pixel_values=images, labels=labels).loss
+        descent.zero_grad()
+        loss.backward()
+        descent.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    again = vit("kart").eval()
+    transformers.attach(again, "G3U:rank=3", 17)
+    again.load_state_dict(model.state_dict())
+    assert_close(again(images).logits, model.eval()(images).logits)
+    model.save_pretrained(tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    found = safetensors.torch.load_file(path)
+    assert sum(name.endswith("kart_operator.mix") for name in found) == 1
 
 
 # --- as the README has them -----------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""Images that stay in their files: pixels, order and boxes with any workers, kills, oddities."""
+"""Images that stay in their files: pixels, order and boxes with any workers, kills, oddities;
+folders, parquet files and public names.
+"""
 
 import io
 import os
@@ -8,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import datasets as library
 import numpy as np
 import pytest
 import torch
@@ -17,7 +20,7 @@ from PIL import Image
 from sklearn import datasets
 from torch.testing import assert_close
 
-from kart import augment, data, train
+from kart import augment, cli, data, train
 from kart.data import images
 from studies import loader
 
@@ -76,12 +79,117 @@ def folder(tmp_path_factory, photographs) -> Path:
     return imagenet(tmp_path_factory.mktemp("imagenet"), photographs)
 
 
-def loaded(folder: Path, split: str = "train", **options) -> data.Dataset:
+def loaded(folder: Path | str, split: str = "train", **options) -> data.Dataset:
     options = {"image_size": SIDE, "stream": True, "workers": 0, **options}
     return data.load(folder, split, **options)
 
 
+def table_of(root: Path, folder: Path) -> Path:
+    """The files of `folder` in parquet files, two a split."""
+    root.mkdir(parents=True)
+    features = library.Features(
+        {"image": library.Image(), "label": library.ClassLabel(names=[*SYNSETS])}
+    )
+    for split in ("train", "val"):
+        paths = sorted((folder / split).rglob("*.JPEG"))
+        rows = {
+            "image": [{"bytes": path.read_bytes(), "path": None} for path in paths],
+            "label": [SYNSETS.index(path.parent.name) for path in paths],
+        }
+        whole = library.Dataset.from_dict(rows, features=features)
+        for i in range(2):
+            whole.shard(2, i, contiguous=True).to_parquet(root / f"{split}-{i:05}-of-00002.parquet")
+    return root
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory, folder) -> Path:
+    return table_of(tmp_path_factory.mktemp("table") / "set", folder)
+
+
+@pytest.fixture
+def public(table, monkeypatch) -> str:
+    """A public name that the library finds in the files of `table`."""
+    begin = library.load_dataset_builder
+
+    def mirrored(path, cache_dir, **options):
+        builder = begin(str(table), cache_dir=cache_dir)
+        # as the notes of a set on the hub have them
+        sizes = [{"name": "train", "num_examples": 36}, {"name": "validation", "num_examples": 9}]
+        builder.info.splits = library.splits.SplitDict.from_split_dict(sizes)
+        return builder
+
+    monkeypatch.setattr(library, "load_dataset_builder", mirrored)
+    return "someone/photographs"
+
+
+@pytest.fixture(params=["table", "public"])
+def rows(request) -> Path | str:
+    """A source that has no image files."""
+    return request.getfixturevalue(request.param)
+
+
 # whole images
+
+
+def facts(dataset: data.Dataset) -> tuple:
+    """What a data set says of itself beside its images."""
+    names = ("classes", "name", "mean", "std", "unused", "converted", "counts", "channels")
+    return (*(getattr(dataset, name) for name in names), dataset.labels.tolist())
+
+
+@pytest.mark.parametrize("split", data.SPLITS)
+def test_rows_of_tables_stream_as_the_cache_has_them(rows, split):
+    cached, streamed = loaded(rows, split, stream=False), loaded(rows, split)
+    assert isinstance(streamed.images, data.Pictures) and isinstance(cached.images, np.ndarray)
+    assert np.array_equal(streamed.images, cached.images)
+    assert facts(streamed) == facts(cached)
+
+
+def test_rows_are_copied_once_and_test_images_by_themselves(rows, tmp_path, caplog):
+    def entries(word):
+        return sorted(path for path in (tmp_path / "cache").iterdir() if word in path.name)
+
+    first = loaded(rows)
+    assert len(entries("-train-files-")) == 1 and not entries("-test-files-")
+    (entry,) = entries("-train-files-")
+    stamps = {path: path.stat().st_mtime_ns for path in entry.rglob("*")}
+    assert loaded(rows, "val").fingerprint == loaded(rows, "val", workers=2).fingerprint
+    loaded(rows, "test")
+    assert len(entries("-test-files-")) == 1
+    assert stamps == {path: path.stat().st_mtime_ns for path in entry.rglob("*")}
+    assert "damaged" not in caplog.text
+    # what was lost is copied again
+    Path(first.images.path(3)).unlink()
+    again = loaded(rows)
+    assert "is damaged" in caplog.text and np.array_equal(again.images, first.images)
+    assert again.fingerprint == first.fingerprint and not list((tmp_path / "cache").glob(".*"))
+
+
+def test_a_table_elsewhere_has_the_same_fingerprint(table, folder, tmp_path):
+    other = table_of(tmp_path / "elsewhere" / "set", folder)
+    assert loaded(other).fingerprint == loaded(table).fingerprint
+    assert loaded(other, image_size=SIDE + 1).fingerprint != loaded(table).fingerprint
+
+
+def test_rows_stream_by_their_size(rows, monkeypatch, caplog):
+    monkeypatch.setattr("kart.data.stream.STREAM_LIMIT", 45 * 3 * SIDE * SIDE - 1)
+    for _ in range(2):  # a public set's size is known from the second time on
+        assert isinstance(loaded(rows, stream=None).images, data.Pictures)
+        assert "its images stay in their files" in caplog.text
+        caplog.clear()
+    monkeypatch.setattr("kart.data.stream.STREAM_LIMIT", 45 * 3 * SIDE * SIDE)
+    assert isinstance(loaded(rows, stream=None).images, np.ndarray)
+
+
+def test_a_truncated_row_is_named_before_training(tmp_path, photographs):
+    folder = imagenet(tmp_path / "set", photographs)
+    victim = sorted((folder / "train").rglob("*.JPEG"))[7]
+    victim.write_bytes(victim.read_bytes()[:2000])
+    root = table_of(tmp_path / "table", folder)
+    with pytest.raises(ValueError, match=r"image 7 of .*split 'train': .*truncated") as error:
+        loaded(root)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("split", data.SPLITS)
@@ -130,13 +238,13 @@ def test_the_way_is_chosen_by_size_and_said(folder, monkeypatch, caplog):
     assert "stay in their files" not in caplog.text
     monkeypatch.setattr("kart.data.stream.STREAM_LIMIT", 45 * 3 * SIDE * SIDE - 1)
     assert isinstance(loaded(folder, stream=None).images, data.Pictures)
-    assert "45 images would take" in caplog.text and "stay in their files" in caplog.text
+    assert "imagenet0 would take" in caplog.text and "stay in their files" in caplog.text
     monkeypatch.setattr("kart.data.stream.STREAM_LIMIT", 45 * 3 * SIDE * SIDE)
     assert isinstance(loaded(folder, stream=None).images, np.ndarray)
 
 
 def test_what_cannot_stream_is_refused(folder):
-    with pytest.raises(ValueError, match="`load` streams directories of images alone, got 'dig"):
+    with pytest.raises(ValueError, match="`load` streams directories and public data sets alone"):
         data.load("digits", stream=True)
     with pytest.raises(ValueError, match="`load` needs `stream` to be True, False or None, got 1"):
         loaded(folder, stream=1)
@@ -274,8 +382,11 @@ def batches(folder: Path, workers: int, steps, augmentation: str = "paper", seed
 
 # torch's advice, where there are fewer cores
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-@pytest.mark.parametrize("augmentation", ["paper", "flip_crop"])
-def test_batches_do_not_depend_on_the_workers(folder, augmentation):
+@pytest.mark.parametrize(
+    ("form", "augmentation"), [("folder", "paper"), ("folder", "flip_crop"), ("table", "paper")]
+)
+def test_batches_do_not_depend_on_the_workers(request, form, augmentation):
+    folder = request.getfixturevalue(form)
     steps = range(11)  # 32 images: more than three epochs
     expected = batches(folder, 0, steps, augmentation)
     assert len({images.sum().item() for images, _ in expected}) == len(expected)
@@ -304,6 +415,21 @@ def test_steps_out_of_turn_give_the_same(folder, starts):
     for seed, start in enumerate(starts):
         for step in range(start, start + 3):
             assert all(map(torch.equal, read.at(seed % 2, step), plain.at(seed % 2, step)))
+
+
+def test_the_command_line_chooses_the_workers(folder, monkeypatch, capsys):
+    given = {}
+
+    def look(config, **options):
+        given.update(options)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(train, "load_data", look)
+    assert cli.main(["train", "--data", str(folder), "--workers", "3"]) == 2
+    assert given == {"workers": 3} and "seen" in capsys.readouterr().err
+    assert cli.main(["train", "--data", str(folder), "--workers", "-1"]) == 2
+    error = capsys.readouterr().err
+    assert "--workers" in error and "needs an integer >= 0" in error and error.count("\n") == 1
 
 
 PROGRAM = """

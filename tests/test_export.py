@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from kart import checkpoint, cli, data, export, models, runs, tree
+from kart import checkpoint, cli, data, export, models, operators, runs, tree
 
 FLAGS = [
     *("--epochs", "1", "--batch-size", "64", "--embed-dim", "8", "--depth", "2", "--num-heads"),
@@ -77,14 +77,77 @@ def test_onnx_without_its_packages_is_one_line(run, tmp_path, capsys, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_onnx_gives_the_runs_logits(run, expected, tmp_path):
-    pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    session = pytest.importorskip("onnxruntime")
+@pytest.fixture
+def session():
+    """Runs an ONNX file on images."""
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name)
+    library = pytest.importorskip("onnxruntime")
+
+    def run(path, images):
+        return torch.from_numpy(
+            library.InferenceSession(str(path)).run(None, {"images": images.numpy()})[0]
+        )
+
+    return run
+
+
+def test_onnx_gives_the_runs_logits(run, expected, tmp_path, session):
     write(run, tmp_path / "m.onnx", "onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.json", "m.onnx"]
     images, logits = expected
-    found = session.InferenceSession(str(tmp_path / "m.onnx")).run(None, {"images": images.numpy()})
-    assert_close(torch.from_numpy(found[0]), logits, rtol=0, atol=1e-5)
+    for count in (1, 2, 5):
+        found = session(tmp_path / "m.onnx", images[:count])
+        assert_close(found, logits[:count], rtol=0, atol=1e-5)
+
+
+# a block each, so that one graph has them all; the others are minutes
+GRAPHS = [
+    pytest.param(("softmax", "G3B", "polynomial-1B"), id="blocks"),
+    *(
+        pytest.param(spec, marks=pytest.mark.slow)
+        for spec in (
+            *("G3U", "G3B:base=softmax", "G3B:order=full_rank", "G3B:order=elementwise"),
+            *("rational-5/4B", "bspline-8B", "softconv", "G3B:order=by_distance,inside=true"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("operator", GRAPHS)
+def test_onnx_of_every_kind_of_operator(operator, tmp_path, session):
+    depth = len(operator) if isinstance(operator, tuple) else 1
+    sizes = {"image_size": 8, "patch_size": 4, "in_channels": 1, "num_classes": 5}
+    model = models.create("vit_nano", operator, embed_dim=8, depth=depth, num_heads=2, **sizes)
+    source = torch.Generator().manual_seed(0)
+    # larger than they are drawn, so that the operators show in the logits
+    params = tree.map(
+        lambda x: x + 0.3 * torch.randn(x.shape, generator=source), model.init(source)
+    )
+    export.write(tmp_path / "m.onnx", model, params, {}, "onnx")
+    images = torch.randn(3, 1, 8, 8, generator=source)
+    with torch.no_grad():
+        logits = model.apply(params, images)
+    assert logits.std() > 0.1
+    for count in (1, 3):
+        found = session(tmp_path / "m.onnx", images[:count])
+        assert_close(found, logits[:count], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+def test_an_operator_that_cannot_be_exported_is_one_line(form, tmp_path, session):
+    def rows(scores, mask):
+        # which of two functions it is hangs on the values
+        return scores.softmax(-1) if scores.sum() > 0 else scores.sigmoid()
+
+    odd = operators.from_rows("odd", rows)
+    sizes = {"image_size": 8, "patch_size": 4, "in_channels": 1, "num_classes": 5}
+    model = models.create("vit_nano", odd, embed_dim=8, depth=1, num_heads=2, **sizes)
+    params = model.init(torch.Generator().manual_seed(0))
+    path = tmp_path / f"m{export.SUFFIXES[form]}"
+    with pytest.raises(ValueError, match=f"`export` cannot write 'odd' as {form}: torch") as error:
+        export.write(path, model, params, {}, form)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

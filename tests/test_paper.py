@@ -15,19 +15,17 @@ def config_of(row, scale):
     return found
 
 
-TRAINED = {name: row for name, row in paper.ROWS.items() if not row.note}
-
-
 def test_rows_have_names_of_their_own():
     every = [*paper.TABLE_1, *paper.ABLATIONS, *paper.TRANSFER, *paper.ATTENTION]
     assert len(paper.ROWS) == len(every)
     assert all(re.fullmatch("[a-z0-9-]+", name) for name in paper.ROWS)
-    assert all(row.donor is None or row.donor in paper.ROWS for row in every)
+    for row in every:
+        assert {row.donor, row.teacher} - {None} <= set(paper.ROWS)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", paper.ROWS)
 def test_the_command_of_a_row_is_the_papers_recipe(name):
-    row = TRAINED[name]
+    row = paper.ROWS[name]
     config = config_of(row, "paper")
     assert (config.recipe, config.augment, config.ema) == ("paper", "paper", 0.99992)
     assert (config.image_size, config.patch_size, config.epochs) == (224, 16, 100)
@@ -40,7 +38,12 @@ def test_the_command_of_a_row_is_the_papers_recipe(name):
         fields = {"image_size": 32, "patch_size": 4, "depth": 2, "num_classes": 10}
         if row.model.startswith("convit"):
             fields["gated_blocks"] = 1
-        models.create(row.model, row.operator, **fields)
+        models.create(row.model, config.operator, **fields)
+
+
+def test_a_student_attends_as_the_papers_teacher():
+    config = config_of(paper.ROWS["tiny-given-cifar10"], "cpu")
+    assert config.operator == "G3B" and config.attention_from == "runs/paper/cpu/tiny-g3b-cifar10"
 
 
 def test_published_numbers_stand_where_the_paper_has_them():
@@ -96,7 +99,6 @@ def test_rows_that_cannot_be_named_or_trained_say_so(capsys):
     for argv, words in (
         (["tiny-g3b-cifar11"], "no row is called"),
         ([], "name a row"),
-        (["tiny-given-cifar10"], "from Python alone"),
         (["tiny-g3b-cifar10", "--minutes", "0"], "> 0"),
     ):
         with pytest.raises(SystemExit) as caught:

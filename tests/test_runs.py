@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kart import cli, population, runs, train
-from kart.runs import owned
+from kart.runs import identity, owned
 from tests.tiny import ONE_BLOCK as TINY
 
 FLAGS = [
@@ -186,6 +186,18 @@ def test_a_config_that_is_no_object_is_one_error(text, home):
     (home / "0" / "config.json").write_text(text)
     with pytest.raises(ValueError, match="whole config.json of this version"):
         runs.read(home / "0")
+
+
+def test_a_run_from_before_there_was_a_field_has_its_default(splits, home):
+    path = home / "0" / "config.json"
+    found = json.loads(path.read_text())
+    del found["config"]["attention_from"]
+    found["run"] = identity.run_id(found["config"], found["members"], found["data"])
+    path.write_text(json.dumps(found))
+    assert runs.read(home / "0").configs == [TINY]
+    assert identity.claim(home / "0", [TINY], splits).id == found["run"]
+    with pytest.raises(ValueError, match=r"another \(attention_from: None there, 'x' asked\)"):
+        identity.claim(home / "0", [dataclasses.replace(TINY, attention_from="x")], splits)
 
 
 def test_an_edited_config_is_noticed(home):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kart import cli, operators, train
+from kart import cli, data, models, operators, runs, train
 from kart.analysis import cost
 from kart.search import question, space, storage, work
 from kart.search.work import Confirmed
@@ -23,6 +23,7 @@ from studies import (
     per_block,
     placement,
     population_speed,
+    resolution,
     samplers,
     text,
 )
@@ -210,6 +211,41 @@ def test_full_rank_training_prints_loss_and_memory(capsys):
     assert [int(row[0]) for row in rows] == list(range(2, 21, 2))
     losses, peaks = ([float(row[i]) for row in rows] for i in (1, 2))
     assert losses[-1] < losses[0] and peaks == sorted(peaks)
+
+
+def test_the_table_of_other_sizes_by_hand():
+    found = {
+        "softmax": {8: {0: 0.50, 1: 0.60}, 16: {0: 0.40, 1: 0.48}},
+        "G3B": {8: {0: 0.70, 1: 0.70}, 16: {0: 0.65, 1: 0.64}},
+    }
+    lines = resolution.table(found, 8, 100).splitlines()[2:]
+    assert len(lines) == 4 and lines[0].split()[:3] == ["softmax", "8", "55.00"]
+    assert "-11.00 [-23.71, +1.71]" in lines[1] and "+5.50" not in lines[1]
+    assert "-5.50 [-11.85, +0.85]" in lines[3] and "+5.50 [-0.85, +11.85]" in lines[3]
+
+
+def test_runs_are_scored_at_other_sizes(tmp_path, capsys):
+    out = str(tmp_path / "runs")
+    flags = ["--seeds", "0", "1", "--group", "1", "--epochs", "1", "--train-limit", "64"]
+    flags += ["--embed-dim", "8", "--depth", "1", "--num-heads", "1", "--threads", "1", "--quiet"]
+    argv = ["train", "--operator", "softmax", "G1B:rank=2", *flags, "--out", out]
+    assert cli.main(argv) == 0
+    found, images = resolution.measure([out], [8, 16], limit=50)
+    assert images == 50 and set(found) == {"softmax", "G1B:rank=2"}
+    one = runs.only(f"{out}/softmax/group-0")
+    test = data.load("digits", "test")
+    test = test._replace(images=test.images[:50], labels=test.labels[:50])
+    own = train.evaluate(one.model.apply, one.params, test, one.config)["top1"]
+    assert found["softmax"][8][0] == own.item()
+    model, params = models.resize(one.model, one.params, 16)
+    config = dataclasses.replace(one.config, image_size=16)
+    assert found["softmax"][16][0] == train.evaluate(model.apply, params, test, config)["top1"]
+    capsys.readouterr()
+    assert resolution.main([out, "--sizes", "12", "--limit", "20"]) == 0
+    assert "change from 8 px" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        resolution.main([str(tmp_path)[:-1] + "-nowhere"])
+    assert caught.value.code == 2 and "run" in capsys.readouterr().err
 
 
 def test_text_is_resumed_and_refuses_other_settings(tmp_path, capsys):

@@ -210,37 +210,87 @@ def test_a_student_with_its_teachers_backbone_is_the_teacher(teacher):
     own = student.init(seeded(2))
     shared = tree.named(theirs)
     own = tree.map_named(lambda name, leaf: shared[name], own)
-    model = transfer.with_attention(student, teacher, theirs)
+    model = transfer.with_attention(student, teacher)
+    own["teacher"] = theirs
     assert_close(model.apply(own, images()), teacher.apply(theirs, images()), rtol=1e-5, atol=1e-5)
     seen, wanted = (m.intermediates(p, images()) for m, p in ((model, own), (teacher, theirs)))
     assert_close(seen["blocks.1.weights"], wanted["blocks.1.weights"])
 
 
+@pytest.fixture(scope="module")
+def teacher_run(splits, tmp_path_factory):
+    home = tmp_path_factory.mktemp("teacher") / "run"
+    list(runs.execute(home, [change(operator="G2B")], splits))
+    return home
+
+
 @pytest.mark.parametrize("batching", ["native", "vmap"])
-def test_a_student_learns_all_but_where_to_look(batching, splits):
-    config = change(batching=batching)
-    teacher = train.build(change(operator="G2B"), splits.train)
-    student = train.build(config, splits.train)
-    student = vit(transfer.given(), image_size=student.config.image_size)
-    theirs = teacher.init(seeded(1))
-    kept = tree.map(torch.clone, theirs)
-    model = transfer.with_attention(student, teacher, theirs)
-    run = train.solo(config, splits, model)
-    grads, _ = train.program(config, model, 3).gradients(run.init(), *run.batch(0))
+def test_a_student_learns_all_but_where_to_look(batching, teacher_run, splits, tmp_path):
+    config = change(
+        operator="G2B", attention_from=str(teacher_run), batching=batching, trajectory=3, ema=0.0
+    )
+    list(runs.execute(tmp_path / "run", [config], splits))
+    theirs = runs.only(teacher_run)
+    student = runs.only(tmp_path / "run")
+    (first,) = first_weights(tmp_path / "run")
+    kept = {name: leaf for name, leaf in theirs.params.items() if name != "head"}
+    for params in (first, student.params):
+        held = {name: params["teacher"][name] for name in kept}
+        tree.map(lambda a, b: assert_close(a, b, rtol=0, atol=0), held, kept)
+    seen, wanted = (one.model.intermediates(one.params, images()) for one in (student, theirs))
+    assert_close(seen["blocks.0.weights"], wanted["blocks.0.weights"])
+    assert not torch.allclose(seen["logits"], wanted["logits"])
+    assert not torch.equal(first["head"]["weight"], student.params["head"]["weight"])
+    # queries and keys play no part, values do
+    run = train.solo(config, splits)
+    state = train.begin_with(run.init(), first)
+    grads, _ = train.program(config, student.model, 3).gradients(state, *run.batch(0))
     qkv = grads["blocks"]["1"]["attn"]["qkv"]["weight"]
-    assert not qkv[:16].any() and qkv[16:].abs().min() > 0  # queries and keys, then values
-    (_, record) = list(train.loop(run))[-1]
-    assert record["diverged"] == -1
-    tree.map(lambda a, b: assert_close(a, b, rtol=0, atol=0), theirs, kept)
+    assert not qkv[:16].any() and qkv[16:].abs().min() > 0
+    assert not any(leaf.any() for leaf in tree.leaves(grads["teacher"]))
+    told = json.loads((tmp_path / "run" / "start.json").read_text())
+    assert told == {"attention_from": str(teacher_run)}
+
+
+def test_a_student_needs_its_teacher_once(teacher_run, splits, tmp_path):
+    place = tmp_path / "teacher"
+    shutil.copytree(teacher_run, place)
+    # of other classes: its classifier plays no part
+    names = tuple(f"class {i}" for i in range(10))
+    other = train.Splits(*(one._replace(classes=names) for one in splits))
+    config = change(operator="G2B", attention_from=str(place), epochs=2)
+    list(runs.execute(tmp_path / "whole", [config], other))
+    part = runs.execute(tmp_path / "part", [config], other)
+    next(part)
+    part.close()
+    shutil.rmtree(place)
+    list(runs.execute(tmp_path / "part", [config], other))
+    whole, same = ((tmp_path / n / "last.safetensors").read_bytes() for n in ("whole", "part"))
+    assert whole == same
+
+
+def test_teachers_that_do_not_fit_are_one_line(donor_run, teacher_run, splits, tmp_path):
+    def begin(**fields):
+        list(runs.execute(tmp_path / "run", [change(**fields)], splits))
+
+    with pytest.raises(ValueError, match="`attention_from` needs a run or .*not there"):
+        begin(operator="G2B", attention_from=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="`attention_from` needs a teacher with the operators of"):
+        begin(operator="G2B", attention_from=str(donor_run))
+    with pytest.raises(ValueError, match="unexpected"):
+        begin(operator="softmax", attention_from=str(teacher_run))
+    with pytest.raises(ValueError, match="`attention_from` None with `start`"):
+        change(start=str(donor_run), attention_from=str(teacher_run))
+    with pytest.raises(ValueError, match="needs the state to begin with"):
+        next(train.fit(change(operator="G2B", attention_from=str(teacher_run)), splits))
 
 
 def test_students_and_teachers_that_do_not_match_are_refused():
     teacher = vit("G2B")
-    theirs = teacher.init(seeded())
     with pytest.raises(ValueError, match="got softmax"):
-        transfer.with_attention(vit(), teacher, theirs)
+        transfer.with_attention(vit(), teacher)
     with pytest.raises(ValueError, match="one that all share"):
         student = vit(transfer.given(), sharing="universal")
-        transfer.with_attention(student, teacher, theirs)
+        transfer.with_attention(student, teacher)
     with pytest.raises(ValueError, match="Match the two models"):
-        transfer.with_attention(vit(transfer.given(), depth=1), teacher, theirs)
+        transfer.with_attention(vit(transfer.given(), depth=1), teacher)

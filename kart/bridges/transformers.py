@@ -115,8 +115,9 @@ def attach(
     """Gives every attention layer of a model an operator, as its submodule `kart_operator`; returns
     the names of the layers.
 
-    Before the optimiser is made and weights are loaded. A layer is a module with `is_causal` and
-    `config`, as transformers' own have.
+    Before the optimiser is made and weights are loaded: `from_pretrained` makes a model without
+    operators and leaves out theirs, so load a `state_dict` of a model with operators behind this. A
+    layer is a module with `is_causal` and `config`, as transformers' own have.
 
     Args:
         model: of transformers.
@@ -145,4 +146,10 @@ def attach(
         if one is None or not universal:
             one = nn.operator(op, count, tokens, generator=source, device=like.device)
         setattr(layer, NAME, one)
+    if universal and one is not None and hasattr(model, "_tied_weights_keys"):
+        # else `save_pretrained` takes what layers share for a mistake
+        first, *others = (f"{name}.{NAME}" for name in found)
+        leaves = [name for name, _ in one.named_parameters()]
+        ties = {f"{other}.{leaf}": f"{first}.{leaf}" for other in others for leaf in leaves}
+        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}  # type: ignore
     return list(found)

@@ -75,6 +75,10 @@ FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
             str,
             "weights to begin with: a run, a file of kart export, or one with timm's names",
         ),
+        "attention_from": (
+            str,
+            "as --from, of the same --operator and sizes: train with its attention, which is held",
+        ),
         "freeze": (
             _patterns,
             "parameters not to train, by comma: blocks,cls_token or *.qkv.*",

@@ -45,6 +45,12 @@ def _flags(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long to wait for room where the disk is full (600)",
     )
+    parser.add_argument(
+        "--workers",
+        type=integer(0, 256),
+        metavar="INT",
+        help="processes that decode images that stream (the cores but one): no batch depends on it",
+    )
     add_config_flags(parser)
 
 
@@ -59,7 +65,7 @@ def _run(args: argparse.Namespace) -> int:
 def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
     named = configs_of(args)
     seeds = [config.seed for config in population.seeds(named[0], args.seeds)]
-    splits = train.load_data(named[0])
+    splits = train.load_data(named[0], workers=args.workers)
     out = Path(args.out) if args.out else runs.default_directory(named, seeds)
     args.out = str(out)  # where the traceback of what nobody foresaw goes
     homes = runs.homes(named, out)

@@ -24,7 +24,7 @@ import numpy as np
 from kart.data.dataset import Converted, Unused
 
 _BLOCK = 2**24
-_WORKSHOP = re.compile(r"\..+-(fit|test)-[0-9a-f]{20}-\w+")
+_WORKSHOP = re.compile(r"\..+-(fit|test|files)-[0-9a-f]{20}-\w+")
 _LOG = logging.getLogger("kart.data")
 
 
@@ -63,6 +63,15 @@ def directory(cache: str | Path | None) -> Path:
 
 def read(path: Path) -> Manifest | None:
     """The manifest of an entry; None if it is absent, damaged, or of another schema."""
+    content = read_json(path, "manifest.json")
+    try:
+        return None if content is None else _manifest(content)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def read_json(path: Path, name: str) -> Any:
+    """What `write_json` wrote to the file `name` of an entry; None if that is absent or damaged."""
     try:
         info = path.lstat()
     except OSError:
@@ -73,10 +82,8 @@ def read(path: Path) -> Manifest | None:
             "Remove it, or pass another `cache`."
         )
     try:
-        note = json.loads((path / "manifest.json").read_text())
-        if note["sha256"] != _digest(note["content"]):
-            return None
-        return _manifest(note["content"])
+        note = json.loads((path / name).read_text())
+        return note["content"] if note["sha256"] == _digest(note["content"]) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -108,7 +115,7 @@ def build(path: Path, fill: Callable[[Path], None], damaged: bool) -> None:
         _LOG.warning("the cache %s is damaged; decoding again", path)
     with contextlib.ExitStack() as stack:
         try:
-            work = stack.enter_context(_workshop(base, path.name))
+            work = stack.enter_context(workshop(base, path.name))
             if damaged:
                 with contextlib.suppress(FileNotFoundError):
                     path.rename(work / "damaged")
@@ -168,10 +175,15 @@ def write_manifest(entry: Path, manifest: Manifest) -> None:
     """Writes the manifest of `entry` with the hashes of the arrays that are there."""
     blocks = {file.name: _blocks(file) for file in sorted(entry.glob("*.npy"))}
     content = manifest._replace(blocks=blocks)._asdict()
-    with (entry / "manifest.json").open("w") as out:
+    write_json(entry / "manifest.json", content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content` with its hash, the last file of an entry."""
+    with path.open("w") as out:
         json.dump({"content": content, "sha256": _digest(content)}, out)
         _sync(out)
-    _sync_directory(entry)
+    _sync_directory(path.parent)
 
 
 def sweep(base: Path) -> None:
@@ -217,7 +229,7 @@ def _door(base: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _workshop(base: Path, name: str) -> Iterator[Path]:
+def workshop(base: Path, name: str) -> Iterator[Path]:
     """A directory of one's own in `base`, locked while in use."""
     with _door(base):
         _sweep(base)

@@ -73,9 +73,10 @@ def load(
         image_column, label_column: column names, where types do not tell (an `Image` and a
             `ClassLabel`; of several labels `fine_label` or `label`). Labels may be integers.
         config, revision: configuration and git revision of a public name.
-        stream: whether the images of a directory stay in their files, as `Pictures`, and are
-            decoded when they are drawn; None (default) for those that take more than
-            `kart.data.STREAM_LIMIT` bytes decoded. See `kart.data.stream`.
+        stream: whether images stay compressed in their files, as `Pictures`, and are decoded when
+            they are drawn (those of parquet files and public names are copied to the cache as files
+            first); None (default) for those that take more than `kart.data.STREAM_LIMIT` bytes
+            decoded. See `kart.data.stream`.
         workers: processes that decode images that stream, ahead of the training; None (default) for
             the cores but one. What is read does not depend on it.
 
@@ -94,15 +95,23 @@ def load(
     streaming.check(stream, workers)
     options = Options(image_column, label_column, config, revision)
     if str(source) in finding.BUILT_IN:
-        streaming.refuse(stream, str(source))
+        if stream:
+            raise ValueError(
+                f"`load` streams directories and public data sets alone, got {str(source)!r}. "
+                "Leave `stream` out."
+            )
         dataset = digits.load(str(source), split, image_size)
     else:
         found = finding.find(source, options)
-        if streaming.chosen(found, image_size, stream):
-            base = entries.directory(cache)
+        base = entries.directory(cache)
+        streams = streaming.chosen(found, image_size, stream, base)
+        if not streams:
+            try:
+                dataset = _cached(found, split, image_size, base, stream is None)
+            except streaming.TooLarge:
+                streams = streaming.chosen(found, image_size, stream, base)
+        if streams:
             dataset = streaming.load(found, split, image_size, base, workers)
-        else:
-            dataset = _cached(found, split, image_size, cache)
     for line in notes(dataset, unused=split == "train"):
         _LOG.warning("%s", line)
     if split != "train" or train_limit is None:
@@ -182,21 +191,24 @@ def _left_out(item: Any) -> str:
     return f"{item.what} ({item.count}): {item.why}" if item.count else f"{item.what}: {item.why}"
 
 
-def _cached(
-    found: Finding, split: str, image_size: int | None, cache: str | Path | None
-) -> Dataset:
-    base = entries.directory(cache)
-    entries.sweep(base)
+def _entry(base: Path, found: Finding, image_size: int | None, role: str) -> Path:
     key = json.dumps([_FORMAT, found.identity, image_size])
     digest = hashlib.sha256(key.encode()).hexdigest()[:20]
     stem = re.sub(r"[^\w.-]+", "-", found.name)[:80]
-    fit_path = base / f"{stem}-fit-{digest}"
+    return base / f"{stem}-{role}-{digest}"
+
+
+def _cached(
+    found: Finding, split: str, image_size: int | None, base: Path, limited: bool
+) -> Dataset:
+    entries.sweep(base)
+    fit_path = _entry(base, found, image_size, "fit")
     fit = entries.read(fit_path)
     if fit is None:
-        fit = _build(fit_path, found, image_size, None)
+        fit = _build(fit_path, found, image_size, None, limited)
     path, manifest = fit_path, fit
     if split == "test" and not fit.holds_test:
-        path = base / f"{stem}-test-{digest}"
+        path = _entry(base, found, image_size, "test")
         manifest = entries.read(path)
         if manifest is None or manifest.classes != fit.classes or manifest.shape != fit.shape:
             manifest = _build(path, found, image_size, fit)
@@ -217,12 +229,23 @@ def _cached(
     )
 
 
-def _build(path: Path, found: Finding, image_size: int | None, like: Manifest | None) -> Manifest:
+def _build(
+    path: Path,
+    found: Finding,
+    image_size: int | None,
+    like: Manifest | None,
+    limited: bool = False,
+) -> Manifest:
     # who gets here has found no entry, or one that cannot be used
     damaged = os.path.lexists(path)
-    entries.build(
-        path, lambda work: fill(work, found.open(work / "scratch"), image_size, like), damaged
-    )
+
+    def decode(work: Path) -> None:
+        source = found.open(work / "scratch")
+        if limited and found.source is None:
+            streaming.measure(found, source, image_size, path.parent)
+        fill(work, source, image_size, like)
+
+    entries.build(path, decode, damaged)
     manifest = entries.read(path)
     if manifest is None:
         raise ValueError(

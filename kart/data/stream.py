@@ -1,8 +1,9 @@
-"""Directories of images too large to be decoded beforehand: left in their files, read when drawn.
+"""Images too many to be decoded beforehand: left in their files, read when drawn.
 
-The splits, their order and the pixels of a whole image are those of the cache. What is known of the
-files beforehand comes from their headers, and mean and standard deviation from the first images of
-the (shuffled) training split; both are noted in the cache directory.
+Those of parquet files and of public data sets become files first: see `unpacked.py`. The splits,
+their order and the pixels of a whole image are those of the cache. What is known of the files
+beforehand comes from their headers, and mean and standard deviation from the first images of the
+(shuffled) training split; both are noted in the cache directory.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from kart.data import changes, files, images, splits, statistics
+from kart.data import changes, files, images, splits, statistics, unpacked
 from kart.data.dataset import Dataset
 from kart.data.finding import Finding
 from kart.data.pictures import Pictures
-from kart.data.source import Row
+from kart.data.source import Row, Source
 
 STREAM_LIMIT = 16 * 2**30  # bytes of decoded pixels above which a directory of images streams
 SAMPLE = 2000  # images whose pixels give mean and standard deviation
@@ -55,58 +56,70 @@ def check(stream: Any, workers: Any) -> None:
         raise ValueError(f"`load` needs `workers` in 0..256 or None, got {workers!r}.")
 
 
-def refuse(stream: bool | None, source: str) -> None:
-    """Refuses to stream what has no image files on this machine."""
-    if stream:
-        raise ValueError(
-            f"`load` streams directories of images alone, got {source!r}. Leave `stream` out, or "
-            "save its images in one folder per class."
-        )
+class TooLarge(Exception):
+    """Raised for a public data set whose size, of which nothing was known, makes it stream."""
 
 
-def chosen(found: Finding, image_size: int | None, stream: bool | None) -> bool:
-    """Whether `found` is to stream: as `stream` says, else by the size of its decoded pixels."""
-    source = found.source
-    if source is None or not all(
-        Path(file).suffix.lower() in files.IMAGES for file in source.files
-    ):
-        refuse(stream, found.name)
-        return False
+def chosen(found: Finding, image_size: int | None, stream: bool | None, base: Path) -> bool:
+    """Whether `found` is to stream: as `stream` says, else by the size of its decoded pixels.
+
+    The size of a public data set is known once `measure` has noted it.
+    """
     if stream is not None:
         return stream
+    if found.source is None:
+        known = _Note(base, found, ["size", image_size]).read()
+        needed = 0 if known is None else int(known["bytes"])
+    else:
+        needed = _needed(found.source, image_size)
+    if needed <= STREAM_LIMIT:
+        return False
+    told = "%s would take %.0f GiB decoded, above %.0f: its images stay in their files"
+    _LOG.warning(told, found.name, needed / 2**30, STREAM_LIMIT / 2**30)
+    return True
+
+
+def measure(found: Finding, source: Source, image_size: int | None, base: Path) -> None:
+    """Raises TooLarge for a public data set that is to stream, and notes its size."""
+    needed = _needed(source, image_size)
+    if needed > STREAM_LIMIT:
+        _Note(base, found, ["size", image_size]).write({"bytes": needed})
+        raise TooLarge
+
+
+def _needed(source: Source, image_size: int | None) -> int:
+    """Bytes of the decoded pixels, of the splits whose size is known."""
     if image_size is None:
         first = next(source.rows["train"]())
         width, height = images.header(first.file, first.where).size
     else:
         width = height = image_size
-    needed = 3 * width * height * len(source.files)
-    if needed <= STREAM_LIMIT:
-        return False
-    told = "%s: %d images would take %.0f GiB decoded, above %.0f: they stay in their files"
-    _LOG.warning(told, found.name, len(source.files), needed / 2**30, STREAM_LIMIT / 2**30)
-    return True
+    return 3 * width * height * sum(source.sizes[split] or 0 for split in source.rows)
 
 
 def load(
     found: Finding, split: str, image_size: int | None, base: Path, workers: int | None
 ) -> Dataset:
     """One split of `found` with `Pictures` for images."""
-    source = found.source
-    if source is None or source.classes is None:
-        raise ValueError("`load` streams directories of images alone.")
     if workers is None:
         workers = max(0, len(os.sched_getaffinity(0)) - 1)
-    root = os.path.commonpath([os.path.abspath(file.parent) for file in source.files])
+    source, places = found.source, dict[str, Path]()
+    if source is None or not all(_is_image(file) for file in source.files):
+        source, places = unpacked.source(found, base, [split])
+    else:
+        root = Path(os.path.commonpath([os.path.abspath(file.parent) for file in source.files]))
+        places = dict.fromkeys(source.rows, root)
+    assert source.classes is not None
     own = {"train", split} & source.rows.keys()
     rows = {name: list(source.rows[name]()) for name in sorted(own)}
     seen = {name: _noted(found, base, name, rows[name]) for name in rows}
     channels = 1 if seen["train"].grey().all() else 3
     height, width = _shape(seen, image_size)
 
-    def pictures(rows: list[Row]) -> Pictures:
+    def pictures(rows: list[Row], root: Path) -> Pictures:
         paths = [os.path.abspath(row.file) for row in rows]
         return Pictures(
-            root=root,
+            root=str(root),
             names=np.array([os.fsencode(os.path.relpath(path, root)) for path in paths]),
             sizes=np.array([os.stat(path).st_size for path in paths], dtype=np.int64),
             channels=channels,
@@ -120,19 +133,23 @@ def load(
     parts = splits.partition(labels, splits.cuts(source.rows))
     of = "train" if split in parts else split
     index = parts.get(split, np.arange(len(rows[of])))
-    mean, std = _statistics(
-        found, base, image_size, [rows["train"][i] for i in parts["train"]], pictures
-    )
+    sample = [rows["train"][i] for i in parts["train"][:SAMPLE]]
+    mean, std = _statistics(found, base, image_size, lambda: pictures(sample, places["train"]))
+    renumbered = source.renumbered.get(of, 0) and len(index)
     return Dataset(
-        pictures([rows[of][i] for i in index]),
+        pictures([rows[of][i] for i in index], places[of]),
         np.array([rows[of][i].label for i in index], dtype=np.int64),
         source.classes,
         found.name,
         mean,
         std,
         unused=source.unused,
-        converted=changes.tally(seen[of].changes(), seen[of].grey(), index, channels),
+        converted=changes.tally(seen[of].changes(), seen[of].grey(), index, channels, renumbered),
     )
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in files.IMAGES
 
 
 def _shape(seen: dict[str, Seen], image_size: int | None) -> tuple[int, int]:
@@ -180,13 +197,12 @@ def _header(row: Row) -> images.Header:
 
 
 def _statistics(
-    found: Finding, base: Path, image_size: int | None, rows: list[Row], pictures: Any
+    found: Finding, base: Path, image_size: int | None, sample: Callable[[], Pictures]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     note = _Note(base, found, ["statistics", image_size])
     known = note.read()
     if known is None:
-        sample = np.asarray(pictures(rows[:SAMPLE]))
-        mean, std = statistics.mean_and_std(sample)
+        mean, std = statistics.mean_and_std(np.asarray(sample()))
         known = {"mean": mean, "std": std}
         note.write(known)
     return tuple(known["mean"]), tuple(known["std"])

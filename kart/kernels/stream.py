@@ -72,6 +72,8 @@ def _flat(lead: list[int], *tensors: Tensor) -> list[Tensor]:
 
 def _split(step: int, first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """The tensors `(batch or 1, ...)`, or None, of each part of `step` samples of the first."""
+    if torch.compiler.is_exporting():
+        return iter([(first, *others)])
     batch = first.shape[0]
 
     def parts(x: Tensor | None) -> Sequence[Any]:
@@ -135,6 +137,12 @@ def contract_values(
         with no_autocast(q):
             (y,) = fused.apply(_values(basis, factor, engine), qs, ks, vs, coefs, mask)
     return y.reshape(*lead, *y.shape[-2:])
+
+
+def _queries(numbers: int, rows: int) -> int:
+    """Queries whose `numbers` each are held at a time."""
+    # a graph that is exported has any number of samples
+    return rows if torch.compiler.is_exporting() else max(1, CHUNK // max(1, numbers))
 
 
 def _step(v: Tensor, coefs: Tensor) -> int:
@@ -352,7 +360,7 @@ def mix_values(y: Tensor, mix: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         mask=mask.shape[:-2],
     )
     rows, keys = y.shape[-2], v.shape[-2]
-    step = max(1, CHUNK // max(1, math.prod(lead) * keys))
+    step = _queries(math.prod(lead) * keys, rows)
     ys = y.split(step, -2)
     split = mask.dim() > 1 and mask.shape[-2] == rows
     masks = mask.split(step, -2) if split else [mask] * len(ys)
@@ -384,7 +392,7 @@ def by_queries(
     count, keys = split[0].shape[-2], next(x for x in whole if x is not None).shape[-2]
     leads = [x.shape[:-2] for x in (*rows, *whole, mask) if x is not None]
     each = math.prod(torch.broadcast_shapes(*leads)) * keys * numbers
-    step = max(1, CHUNK // max(1, each))
+    step = _queries(each, count)
 
     def parts(x: Tensor | None, cut: bool) -> Sequence[Tensor | None]:
         return x.split(step, -2) if x is not None and cut else [x] * -(-count // step)

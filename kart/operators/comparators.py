@@ -314,4 +314,6 @@ def synthesizer(
 
 def mixed_right(x: Tensor, matrix: Tensor) -> Tensor:
     """`x (..., H, N, a)` times `matrix (H, a, b)`; a matmul would repeat the matrix a sample."""
+    if torch.compiler.is_exporting():  # ONNX wants as many axes in every ellipsis
+        return x @ matrix
     return torch.einsum("...na,...ab->...nb", x, matrix)

@@ -71,6 +71,8 @@ def check_form(
 
 def mixed(matrix: Tensor, v: Tensor) -> Tensor:
     """`matrix (H, N, M)` times `v (..., H, M, e)`; a matmul would repeat the matrix a sample."""
+    if torch.compiler.is_exporting():  # ONNX wants as many axes in every ellipsis
+        return matrix @ v
     return torch.einsum("...nm,...me->...ne", matrix, v)
 
 

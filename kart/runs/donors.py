@@ -1,4 +1,6 @@
-"""What a run begins with, where `Config.start` names another run or a file of weights."""
+"""What a run begins with, where its config names another run or a file of weights: a donor of all
+parameters (`start`), or a teacher of attention (`attention_from`).
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +25,7 @@ class Donor(NamedTuple):
     classes: list[str] | None
 
 
-def read(path: str, seed: int) -> Donor:
+def read(path: str, seed: int, argument: str = "start") -> Donor:
     """The donor at `path`: a finished run (of several seeds the one that is `seed`), a file of
     `kart export`, or a safetensors file with timm's names.
     """
@@ -34,7 +36,7 @@ def read(path: str, seed: int) -> Donor:
         return Donor(found.params, found.model, list(found.identity.data["classes"]))
     if not place.is_file():
         raise ValueError(
-            f"`start` needs a run or a safetensors file, got {path!r}, which is not there. "
+            f"`{argument}` needs a run or a safetensors file, got {path!r}, which is not there. "
             "Check the path."
         )
     try:
@@ -42,16 +44,16 @@ def read(path: str, seed: int) -> Donor:
             own = "kart" in (file.metadata() or {})
     except safetensors.SafetensorError as error:
         raise ValueError(
-            f"`start` needs a whole safetensors file, got {path!r} ({error}). Convert weights of "
-            "another kind with `safetensors.torch.save_file(state_dict, path)`."
+            f"`{argument}` needs a whole safetensors file, got {path!r} ({error}). Convert "
+            "weights of another kind with `safetensors.torch.save_file(state_dict, path)`."
         ) from None
     if not own:
         return Donor(safetensors.torch.load_file(str(place)), None, _classes(place))
     params, config = checkpoint.load(place)
     if not isinstance(config, dict) or "operator" not in config:
         raise ValueError(
-            f"`start` needs a run, or a file of `kart export`, got {path!r} from inside of a run. "
-            "Name the directory of the run."
+            f"`{argument}` needs a run, or a file of `kart export`, got {path!r} from inside "
+            "of a run. Name the directory of the run."
         )
     return Donor(params, models.from_config(config), _classes(place))
 
@@ -71,8 +73,26 @@ def begin(run: Run, configs: Sequence[Config], splits: Splits) -> tuple[State, d
     Raises ValueError for a donor that does not fit.
     """
     state = run.init()
-    if run.config.start is None:
-        return state, {}
+    about: dict[str, Any] = {}
+    if run.config.start is not None:
+        state, about = _begun(run, state, configs, splits)
+    if run.config.attention_from is None:
+        return state, about
+    one = train.teacher(run.config, splits.train)
+    own = [state.params] if len(configs) == 1 else tree.unstack(state.params)
+    members = []
+    for config, params in zip(configs, own, strict=True):
+        assert config.attention_from is not None
+        donor = read(config.attention_from, config.seed, "attention_from")
+        members.append(transfer.teach(params, one, donor.params, donor.model))
+    params = members[0] if len(members) == 1 else tree.stack(members)
+    told = {**about, "attention_from": run.config.attention_from}
+    return train.begin_with(state, tree.to(params, run.config.device)), told
+
+
+def _begun(
+    run: Run, state: State, configs: Sequence[Config], splits: Splits
+) -> tuple[State, dict[str, Any]]:
     model = train.build(run.config, splits.train)
     ours = list(splits.train.classes)
     members, drawn = [], []
@@ -96,6 +116,10 @@ def told(directory: Path) -> str:
     if not path.exists():
         return ""
     found = json.loads(path.read_text(encoding="utf-8"))
+    looks = f"attends as {found['attention_from']} does" if "attention_from" in found else ""
+    if "start" not in found:
+        return looks
     drawn = sorted({name.rpartition(".")[0] for name in found["drawn"]})
     rest = f"; drawn: {', '.join(drawn[:4])}{', ...' if len(drawn) > 4 else ''}" if drawn else ""
-    return f"began with {found['start']}, {found['taken']} tensors of it{rest}"
+    began = f"began with {found['start']}, {found['taken']} tensors of it{rest}"
+    return f"{began}; {looks}" if looks else began

@@ -114,7 +114,7 @@ def claim(directory: Path, configs: Sequence[Config], splits: Splits) -> Identit
         checkpoint.write_text(path, json.dumps(wanted, indent=1) + "\n")
         return read(directory)
     found = read_config(directory)
-    old, new = dict(found["config"]), dict(wanted["config"])
+    old, new = {**Config().asdict(), **found["config"]}, dict(wanted["config"])
     if found["members"] != wanted["members"] or old != new:
         keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k)) or ["members"]
         shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} asked" for k in keys)
@@ -190,9 +190,8 @@ def _problem(found: Any) -> str:
         return f"format {found['format']}, this kart reads {FORMAT}"
     hints = typing.get_type_hints(Config)
     for name, kind in hints.items():
-        if name not in found["config"]:
-            return f"config has no {name!r}"
-        if not schema.fits(found["config"][name], kind):
+        # a field that there was not yet when the run was made has its default
+        if name in found["config"] and not schema.fits(found["config"][name], kind):
             return f"config.{name} is {found['config'][name]!r:.60}"
     unknown = sorted(set(found["config"]) - set(hints))
     if unknown:

@@ -1,0 +1,104 @@
+"""What is left of a ViT's accuracy on images of other sizes than those it was trained on?
+
+    kart train --data uoft-cs/cifar10 --train-limit 4000 --seeds 0 1 2 --group 1 --epochs 8 \\
+        --batch-size 64 --augment flip_crop --patch-size 8 --depth 2 --threads 1 \\
+        --out runs/length --operator softmax G3B G3B:order=elementwise \\
+            G3B:order=generated,reach=none,prefix=1,features=10 \\
+            G3B:order=by_distance,reach=64,inside=true
+    python -m studies.resolution runs/length --sizes 48 64
+
+Finished runs are moved by `models.resize`, positions and operators alike, and scored on the test
+split at their own size and at the others, images scaled bilinearly. Nothing is trained again. The
+change of each operator is paired with softmax's own by seed.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from kart import models, runs, statistics, tables, train
+from kart.runs import owned
+
+# top-1 by seed, of each size, of each operator
+Found = Mapping[str, Mapping[int, Mapping[int, float]]]
+
+
+def measure(
+    paths: Sequence[str], sizes: Sequence[int], source: str | None = None, limit: int | None = None
+) -> tuple[dict[str, dict[int, dict[int, float]]], int]:
+    """Top-1 of the runs below `paths` at their own and other sizes, and the number of images."""
+    found: dict[str, dict[int, dict[int, float]]] = {}
+    count = 0
+    for directory in runs.distinct(*paths):
+        own = runs.read(directory)
+        runs.check_finished(directory, runs.read_metrics(directory))
+        config = own.configs[0]
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        config = dataclasses.replace(config, data=source or config.data)
+        test = owned.load_split(str(directory), own.data, config, "test")
+        test = test._replace(images=test.images[:limit], labels=test.labels[:limit])
+        count = len(test.labels)
+        model = train.build(config, test)
+        weights = runs.load_weights(directory)
+        for member, params in zip(own.configs, weights, strict=True):
+            for size in sorted({model.config.image_size, *sizes}):
+                moved, resized = models.resize(model, params, size)
+                there = dataclasses.replace(config, image_size=size)
+                top1 = float(train.evaluate(moved.apply, resized, test, there)["top1"])
+                name = str(config.operator)
+                found.setdefault(name, {}).setdefault(size, {})[member.seed] = top1
+    return found, count
+
+
+def table(found: Found, own: int, images: int) -> str:
+    """Top-1 at every size, the change from `own`, and that change beside softmax's."""
+    rows = []
+    for name, by_size in found.items():
+        for size, scores in by_size.items():
+            change, beside = "", ""
+            if size != own:
+                drop = statistics.pairs(scores, by_size[own])
+                change = statistics.interval(drop, low=-1.0, high=1.0).text(sign="+")
+                base = found.get("softmax")
+                if base is not None and name != "softmax":
+                    theirs = {seed: base[size][seed] - base[own][seed] for seed in base[size]}
+                    ours = {seed: scores[seed] - by_size[own][seed] for seed in scores}
+                    gap = statistics.pairs(ours, theirs)
+                    beside = statistics.interval(gap, low=-2.0, high=2.0).text(sign="+")
+            top1 = statistics.accuracy(list(scores.values()), images).text()
+            rows.append([name, str(size), top1, change, beside, str(len(scores))])
+    header = ["operator", "px", "test top-1 %", f"change from {own} px", "over softmax's", "n"]
+    return tables.table(rows, header)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table of the runs that are named."""
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").partition("\n")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", help="directories that `kart train` wrote")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[48, 64], metavar="PX")
+    parser.add_argument("--data", help="where the data is now, if it has moved")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N test images alone")
+    args = parser.parse_args(argv)
+    try:
+        found, images = measure(args.runs, args.sizes, args.data, args.limit)
+        sizes = {size for by_size in found.values() for size in by_size} - set(args.sizes)
+        if len(sizes) != 1:
+            raise ValueError(
+                f"`runs` needs runs of one image size, beside {args.sizes}, got {sorted(sizes)}. "
+                "Name those of one size."
+            )
+    except ValueError as error:
+        parser.error(str(error))
+    print(table(found, sizes.pop(), images))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
