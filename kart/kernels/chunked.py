@@ -256,11 +256,13 @@ def _open(family: Family, *tensors: Tensor | None) -> Any:
     return unseen(*tensors)
 
 
-def _product(x: Tensor, y: Tensor, terms: Iterable[tuple[int, int, float]]) -> Tensor:
+def _product(x: Tensor, y: Tensor, terms: Iterable[tuple[int, int, float]], raw: bool) -> Tensor:
     """The sum of `w x_i y_j` over terms `(i, j, w)`, `(G, ...)`, of two `(G, K, ...)`."""
     total = torch.zeros_like(x[:, 0])
+    # in place where no vmap asks for a batching rule, which that has not
+    add = Tensor.addcmul_ if raw else torch.addcmul
     for i, j, w in terms:
-        total = torch.addcmul(total, x[:, i], y[:, j], value=w)
+        total = add(total, x[:, i], y[:, j], value=w)
     return total
 
 
@@ -270,19 +272,19 @@ class _Moving:
     """
 
     def __init__(
-        self, family: Family, points: Sequence[Tensor], scale: float, order: int, own: bool, raw: bool
+        self, family: Family, points: Sequence[Any], scale: float, order: int, own: bool, raw: bool
     ):
-        q, k, tq, tk = (wide(x).flatten(0, 1) for x in points[:4])  # (S H, n or M, d)
-        mask = points[4]
+        *vectors, mask = points
+        q, k, tq, tk = (wide(x).flatten(0, 1) for x in vectors)  # (S H, n or M, d)
         self.q, self.k, self.tq, self.tk = q * scale, k, tq * scale, tk
-        self.samples, self.own = points[0].shape[0], own
+        self.samples, self.own = vectors[0].shape[0], own
         x = torch.bmm(k, self.q.mT)
         speed = torch.baddbmm(torch.bmm(k, self.tq.mT), tk, self.q.mT)
         # contiguous, so that what follows runs over all keys and queries of a feature at once
         x, speed = (self.group(y.unflatten(0, (self.samples, -1))).contiguous() for y in (x, speed))
         hidden = None
         if mask is not None:
-            shape = (*points[0].shape[:2], k.shape[1], q.shape[1])
+            shape = (*vectors[0].shape[:2], k.shape[1], q.shape[1])
             hidden = self.group(~mask.mT.expand(shape))
             x, speed = x.masked_fill(hidden, 0), speed.masked_fill(hidden, 0)
         self.speed = speed
@@ -374,8 +376,9 @@ def backward_tangent(
             pulled, tpulled = (
                 torch.bmm(_part(x, part).flatten(0, 1).mT, y).view_as(slope) for x, y in pulls
             )
-            dx = _product(slope, pulled, same)  # (G, M, S, n)
-            tdx = _product(slope, tpulled, same) + _product(curve, pulled, folded) * moving.speed
+            dx = _product(slope, pulled, same, raw)  # (G, M, S, n)
+            tdx = _product(slope, tpulled, same, raw)
+            tdx = tdx + _product(curve, pulled, folded, raw) * moving.speed
             dx, tdx = (moving.ungroup(x).flatten(0, 1) for x in (dx, tdx))  # (S H, M, n)
             dq.append(torch.baddbmm(torch.bmm(tdx.mT, moving.k), dx.mT, moving.tk) * scale)
             dk.append(torch.baddbmm(torch.bmm(tdx, moving.q), dx, moving.tq))
