@@ -256,14 +256,17 @@ def _open(family: Family, *tensors: Tensor | None) -> Any:
     return unseen(*tensors)
 
 
-def _product(x: Tensor, y: Tensor, terms: Iterable[tuple[int, int, float]], raw: bool) -> Tensor:
-    """The sum of `w x_i y_j` over terms `(i, j, w)`, `(G, ...)`, of two `(G, K, ...)`."""
-    total = torch.zeros_like(x[:, 0])
-    # in place where no vmap asks for a batching rule, which that has not
+def _product(
+    start: Tensor, x: Tensor, y: Tensor, terms: Iterable[tuple[int, int, float]], raw: bool
+) -> Tensor:
+    """`start (G, ...)` plus the sum of `w x_i y_j`, of two `(G, K, ...)`, over terms `(i, j, w)`;
+    where `raw`, in place.
+    """
+    # vmap has no batching rule for the other
     add = Tensor.addcmul_ if raw else torch.addcmul
     for i, j, w in terms:
-        total = add(total, x[:, i], y[:, j], value=w)
-    return total
+        start = add(start, x[:, i], y[:, j], value=w)
+    return start
 
 
 class _Moving:
@@ -376,9 +379,10 @@ def backward_tangent(
             pulled, tpulled = (
                 torch.bmm(_part(x, part).flatten(0, 1).mT, y).view_as(slope) for x, y in pulls
             )
-            dx = _product(slope, pulled, same, raw)  # (G, M, S, n)
-            tdx = _product(slope, tpulled, same, raw)
-            tdx = tdx + _product(curve, pulled, folded, raw) * moving.speed
+            zeros = torch.zeros_like(moving.speed)
+            tdx = _product(zeros, curve, pulled, folded, raw) * moving.speed
+            tdx = _product(tdx, slope, tpulled, same, raw)  # (G, M, S, n)
+            dx = _product(torch.zeros_like(zeros), slope, pulled, same, raw)
             dx, tdx = (moving.ungroup(x).flatten(0, 1) for x in (dx, tdx))  # (S H, M, n)
             dq.append(torch.baddbmm(torch.bmm(tdx.mT, moving.k), dx.mT, moving.tk) * scale)
             dk.append(torch.baddbmm(torch.bmm(tdx, moving.q), dx, moving.tq))
