@@ -395,16 +395,15 @@ def plot(densities: Mapping[str, Density], label: str = "eigenvalue of the Hessi
     fig, axes = figures.grid(1, 1, 4.4, 2.7)
     ax = axes[0, 0]
     top = max(float(found.density.max()) for found in densities.values())
-    for colour, (name, found) in zip(figures.COLOURS, densities.items(), strict=False):
-        ax.plot(
-            found.grid.cpu().numpy(), found.density.cpu().numpy(), color=colour, lw=1.2, label=name
-        )
+    for i, (name, found) in enumerate(densities.items()):
+        x, y = found.grid.cpu().numpy(), found.density.cpu().numpy()
+        ax.plot(x, y, lw=1.2, label=name, **figures.look(i))
     ax.set_yscale("log")
     ax.set_ylim(1e-6 * top, 2 * top)
     ax.axvline(0, color=figures.QUIET, lw=0.5)
     ax.set_xlabel(label)
-    ax.set_title("density", loc="left", fontsize=9, color=figures.INK)
-    ax.legend(frameon=False, fontsize=8, labelcolor=figures.INK)
+    ax.set_ylabel("density, share per unit of eigenvalue")
+    figures.legend(fig)
     return fig
 
 
