@@ -269,7 +269,7 @@ def test_plot_of_densities():
     found = curvature.spectral_density(loss, params, 3, seeded())
     fig = curvature.plot({"softmax": found, "G3B": found})
     (ax,) = fig.axes
-    assert ax.get_yscale() == "log" and len(ax.get_legend().get_texts()) == 2
+    assert ax.get_yscale() == "log" and len(fig.legends[0].get_texts()) == 2
     assert "eigenvalue" in ax.get_xlabel()
 
 

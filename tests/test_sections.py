@@ -233,6 +233,8 @@ def test_cost_is_measured_beside_softmax_even_where_it_is_not_among_the_runs(res
     found = cost.section(context(results[1:], cost.ANALYSIS))
     (ratio,) = numbers(found, "G2B", "step_over_softmax").values()
     assert ratio > 0 and not numbers(found, "softmax", "step_ms")
+    (product,) = numbers(found, "G2B", "hvp_over_gradient").values()
+    assert product > 1  # it has a gradient inside
     assert "softmax" in found.blocks[0]
 
 

@@ -10,6 +10,7 @@ the harmonics, 1 for W.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from kart import models, pages, tables, train, tree
+from kart.analysis import curvature
 from kart.analysis.section import Analysis, Context
 from kart.models import Model
 from kart.operators import Operator
@@ -290,7 +292,9 @@ REPEATS = 7
 
 
 def section(context: Context) -> pages.Section:
-    """Training step, forward pass and memory of every operator beside softmax, measured now."""
+    """Training step, forward pass and memory of every operator beside softmax, and a product with
+    the Hessian beside a gradient, measured now.
+    """
     from kart.analysis import bench  # which imports this room
 
     config = context.results[0].configs[0]
@@ -303,6 +307,7 @@ def section(context: Context) -> pages.Section:
     images, labels = context.images(config, batch)
     hyper = train.Hyper(torch.tensor(1e-3), torch.tensor(0.05))
     steps, forwards, kept = {}, {}, {}
+    derivatives: dict[str, dict[str, Callable[[], Any]]] = {}
     for name, one in configs.items():
         model = context.model(one)
         functions = train.program(one, model, steps_per_epoch=10)
@@ -317,21 +322,32 @@ def section(context: Context) -> pages.Section:
             with torch.no_grad():
                 model.apply(params, images)
 
+        losses = context.losses(model)
+
+        def loss(params: Any, losses: Any = losses) -> Tensor:
+            return losses(params, images, labels).mean()
+
+        derivatives[name] = {
+            "gradient": functools.partial(torch.func.grad(loss), params),
+            "hvp": functools.partial(curvature.hvp, loss, params, params),
+        }
         steps[name], forwards[name] = step, forward
         kept[name] = activation_memory(model, batch) if model.config.family == "vit" else None
     clock = bench.Clock("cpu")
     stepped = bench.interleave(steps, REPEATS, clock)
     passed = bench.interleave(forwards, REPEATS, clock)
+    curved = {name: bench.interleave(calls, REPEATS, clock) for name, calls in derivatives.items()}
     rows, numbers = [], []
     for name in configs:
         both = bench.summary(stepped[name], stepped["softmax"])
         ahead = bench.summary(passed[name], passed["softmax"])
         spread = f"{both['low_ms']:.1f} to {both['high_ms']:.1f}"
+        product = bench.summary(curved[name]["hvp"], curved[name]["gradient"])["ratio"]
         own, least = kept[name], kept["softmax"]
         memory = [f"{own / 2**20:.1f}", f"{own / least:.2f}"] if own and least else ["", ""]
         rows.append(
             [name, f"{both['ms']:.1f}", spread, f"{both['ratio']:.2f}"]
-            + [f"{ahead['ms']:.1f}", f"{ahead['ratio']:.2f}", *memory]
+            + [f"{ahead['ms']:.1f}", f"{ahead['ratio']:.2f}", *memory, f"{product:.2f}"]
         )
         if name in names:
             numbers += [
@@ -339,15 +355,17 @@ def section(context: Context) -> pages.Section:
                 pages.Number(name, "step_over_softmax", both["ratio"]),
                 pages.Number(name, "forward_ms", ahead["ms"], "ms"),
                 pages.Number(name, "forward_over_softmax", ahead["ratio"]),
+                pages.Number(name, "hvp_over_gradient", product),
             ]
             if own and least:
                 numbers.append(pages.Number(name, "kept_mib", own / 2**20, "MiB"))
     header = ["operator", "step ms", "middle half", "x softmax", "forward ms", "x softmax"]
-    header += ["kept MiB", "x softmax"]
+    header += ["kept MiB", "x softmax", "HVP x gradient"]
     caption = (
         f"CPU time of one thread, {len(labels)} images a batch, median of {REPEATS} taken in turn "
         "in one process, after two that warm up. Kept: what the forward pass leaves for the "
-        "backward, counted."
+        "backward, counted. HVP: a product with the Hessian of the loss, as the curvature takes "
+        "it, beside a gradient of the same loss."
     )
     return pages.Section([pages.table(header, rows, caption)], numbers)
 

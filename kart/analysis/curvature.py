@@ -387,24 +387,26 @@ def noise_scale(
 
 
 def plot(densities: Mapping[str, Density], label: str = "eigenvalue of the Hessian") -> Any:
-    """A matplotlib Figure of spectral densities by name, on a logarithmic axis, where a peak of one
-    eigenvalue in a hundred thousand is still seen.
+    """A matplotlib Figure of spectral densities by name, on logarithmic axes: a peak of one
+    eigenvalue in a hundred thousand is still seen, and a density of a narrow range beside one of a
+    wide range.
     """
     if not densities:
         raise ValueError("`plot` needs at least one density, got none. Pass {name: density}.")
     fig, axes = figures.grid(1, 1, 4.4, 2.7)
     ax = axes[0, 0]
-    top = max(float(found.density.max()) for found in densities.values())
-    for colour, (name, found) in zip(figures.COLOURS, densities.items(), strict=False):
-        ax.plot(
-            found.grid.cpu().numpy(), found.density.cpu().numpy(), color=colour, lw=1.2, label=name
-        )
+    tops = [float(found.density.max()) for found in densities.values()]
+    narrow = min(float(found.grid[-1] - found.grid[0]) for found in densities.values())
+    for i, (name, found) in enumerate(densities.items()):
+        x, y = found.grid.cpu().numpy(), found.density.cpu().numpy()
+        ax.plot(x, y, lw=1.2, label=name, **figures.look(i))
     ax.set_yscale("log")
-    ax.set_ylim(1e-6 * top, 2 * top)
+    ax.set_ylim(1e-7 * min(tops), 2 * max(tops))
+    ax.set_xscale("symlog", linthresh=narrow / 10)
     ax.axvline(0, color=figures.QUIET, lw=0.5)
     ax.set_xlabel(label)
-    ax.set_title("density", loc="left", fontsize=9, color=figures.INK)
-    ax.legend(frameon=False, fontsize=8, labelcolor=figures.INK)
+    ax.set_ylabel("density, per unit")
+    figures.legend(fig)
     return fig
 
 
@@ -483,10 +485,12 @@ def section(context: Context) -> pages.Section:
         Column("top", "largest eigenvalue", 1),
         Column("trace", "trace", 0),
         Column("mean", "mean eigenvalue, 1e-3", 3, "", 1000.0),
-        Column("operator_top", "largest, operator", 2),
-        Column("operator_trace", "trace, operator", 1),
-        Column("operator_mean", "mean, operator, 1e-3", 3, "", 1000.0),
         Column("scale", "noise scale, images", 0, "images", low=0.0),
+    ]
+    own = [
+        Column("operator_top", "largest eigenvalue", 2),
+        Column("operator_trace", "trace", 1),
+        Column("operator_mean", "mean eigenvalue, 1e-3", 3, "", 1000.0),
     ]
     told = (
         f"The Hessian of the loss on {count} validation images at the final weights, by products "
@@ -496,7 +500,20 @@ def section(context: Context) -> pages.Section:
         f"noise of the gradient is as large as the gradient, from {noise} images one by one; "
         "infinite where they are too few to see the gradient."
     )
-    table, numbers = seeds_table(found, columns, "Mean, 95 % interval over seeds.")
+    table, numbers = seeds_table(found, columns, "All weights: mean, 95 % interval over seeds.")
+    tables = [table]
+    learned = {
+        name: seeds
+        for name, seeds in found.items()
+        if any("operator_top" in one for one in seeds.values())
+    }
+    if learned:
+        # a table of its own: beside the others its columns would be cut off
+        table, more = seeds_table(
+            learned, own, "Of the operators alone: mean, 95 % interval over seeds."
+        )
+        tables.append(table)
+        numbers += more
     lines = [
         *differences(found, "top", "Largest eigenvalue", columns[0]),
         *differences(found, "trace", "Trace", columns[1]),
@@ -507,9 +524,11 @@ def section(context: Context) -> pages.Section:
         f"Density of the eigenvalues of the Hessian of {', '.join(densities)}",
         f"How the eigenvalues are spread, seed {context.results[0].configs[0].seed}, all weights: "
         f"one random start, {STEPS} products. Right of the peak at zero: directions in which the "
-        "loss is steep; left of it: those in which the weights are no minimum.",
+        "loss is steep; left of it: those in which the weights are no minimum. An eigenvalue is "
+        "drawn as a peak, 1 % as wide as the range of its operator: compare where peaks lie, and "
+        "heights within an operator; widths mean nothing. Away from zero the axis is logarithmic.",
     )
-    return pages.Section([pages.text(told), table, pages.items(lines), fig], numbers)
+    return pages.Section([pages.text(told), *tables, pages.items(lines), fig], numbers)
 
 
 ANALYSIS = Analysis("curvature", "Curvature", section, minutes=9.0, measure=measure)

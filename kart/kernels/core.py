@@ -316,7 +316,7 @@ def contract(
     No N x M x K tensor is held, forward or backward. Scores and sums are at least float32; the
     result has q's dtype. Holds under every transform of `torch.func`, under `torch.autograd` of any
     order, and in `torch.compile(fullgraph=True)`. Forward mode and second derivatives hold the
-    features of one sample at a time; under two or more forward levels, those of all.
+    features of some samples at a time; under two or more forward levels, those of all.
 
     Args:
         basis: a basis that is linear in its coefficients: `features` maps `(...)` to `(..., K)`.

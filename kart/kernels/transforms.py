@@ -70,3 +70,33 @@ def untransformed() -> Iterator[None]:
             yield
     finally:
         _functorch.set_inplace_requires_grad_allowed(allowed)
+
+
+@contextlib.contextmanager
+def unseen(*tensors: Tensor | None) -> Iterator[tuple[bool, list[Any]]]:
+    """A block for the tangent of a Function: whether nothing needs to see the operations in it, and
+    the tensors to do them on.
+
+    That is where no more than the level of forward mode is running that asks for the tangent, whose
+    wrappers, of several microseconds an operation, are then taken off.
+    """
+    kinds = {level.key() for level in _functorch.get_interpreter_stack() or []}
+    plain = [x if x is None else _unwrapped(x) for x in tensors]
+    if (
+        kinds - {_functorch.TransformType.Jvp}
+        # a mode may record them, and lose what is written in place (`torch.func.linearize`)
+        or torch._C._len_torch_dispatch_stack()
+        # while a Function is asked, forward mode is off
+        or (forward_levels() and torch._C._is_fwd_grad_enabled())
+        or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in plain))
+    ):
+        yield False, list(tensors)
+    else:
+        with torch._C._DisableFuncTorch(), torch.no_grad():
+            yield True, plain
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x
