@@ -158,8 +158,9 @@ def softmax_attention(
     Raises:
         ValueError: names the argument that does not fit.
     """
-    others = {"v": v} if table is None else {"v": v, "table": table}
-    check("softmax_attention", q, k, mask, scale, **others)
+    check("softmax_attention", q, k, mask, scale, v=v)
+    if table is not None:
+        check("softmax_attention", q, k, mask, scale, table=table)
     if v.dim() < 3 or v.shape[-2] != k.shape[-2] or v.dtype != q.dtype:
         raise ValueError(
             f"`softmax_attention` needs `v` (..., H, {k.shape[-2]}, e) in {q.dtype}, for the keys "
