@@ -645,3 +645,24 @@ def test_importing_kart_does_not_import_optuna_and_its_absence_is_explained():
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"study": "another"}, "every arm of 'another', got one without"),
+        ({"spaces": {"nobody": {}}}, "without 'nobody'"),
+        ({"unknown": 1}, "settings of this version"),
+    ],
+)
+def test_a_database_whose_settings_do_not_fit_it_is_refused(change, words, tmp_path):
+    home = work.home(str(tmp_path), None)
+    database = storage.open_database(home.url, 60, create=True)
+    one = optuna.create_study(study_name="rate/softmax", storage=database)
+    plain = {name: None for name in storage.Settings.__dataclass_fields__}
+    plain |= {"study": "rate", "spaces": {"softmax": {}}, "sampler": "random", "pruner": "none"}
+    one.set_user_attr("settings", {**plain, **change})
+    with pytest.raises(ValueError, match=words):
+        for settings in storage.read_database(database).values():
+            storage.studies(database, settings)
+    database.engine.dispose()

@@ -216,6 +216,13 @@ def directory_url(directory: Path) -> str:
 
 def studies(storage: RDBStorage, settings: Settings) -> dict[str, optuna.Study]:
     """The Optuna study of each arm, with its sampler and pruner."""
+    there = optuna.get_all_study_names(storage=storage)
+    missing = [arm for arm in settings.spaces if f"{settings.study}/{arm}" not in there]
+    if missing:
+        raise ValueError(
+            f"`study` needs a database with every arm of {settings.study!r}, got one without "
+            f"{', '.join(map(repr, missing))}. Put the right file back, or start a new study."
+        )
     return {
         arm: optuna.load_study(
             study_name=f"{settings.study}/{arm}",
@@ -250,7 +257,13 @@ def read_database(storage: RDBStorage, name: str | None = None) -> dict[str, Set
             continue
         text = optuna.load_study(study_name=full, storage=storage).user_attrs.get("settings")
         if text is not None:
-            found[study] = Settings(**text)
+            try:
+                found[study] = Settings(**text)
+            except TypeError as error:
+                raise ValueError(
+                    f"`study` needs settings of this version of kart, got others in the database "
+                    f"of {study!r} ({error}). Start a new study."
+                ) from error
     return found
 
 
