@@ -10,7 +10,7 @@ import pytest
 from studies import answer
 
 
-def record(cell, arm, seed, top1, rate=1e-3):
+def record(cell, arm, seed, top1, rate=answer.RATES[0]):
     unit = answer.Unit(cell, arm, rate, seed)
     return {
         **unit._asdict(),
