@@ -20,7 +20,7 @@ from kart.kernels import fused, plain, stream
 from kart.kernels.arguments import broadcast_leading, check, flat_mask
 from kart.kernels.cpp import weights as compiled
 from kart.kernels.cpp.weights import Weighted
-from kart.kernels.family import Family, family_of
+from kart.kernels.family import family_of
 from kart.kernels.plain import wide
 from kart.kernels.transforms import forward_levels, no_autocast
 
@@ -129,7 +129,11 @@ def _apply(
     reference = partial(_plain, basis, names, form, scale)
     if engine == "plain":
         return reference(q, k, v, mask, factor, *leaves)
-    expression = partial(_in_blocks, reference, 1 if basis is None else basis.size)
+    numbers = 1 if basis is None else basis.size
+    if engine == "auto" and q.shape[2] * numbers <= q.shape[3]:
+        # features of so few queries take no more than their keys
+        return reference(q, k, v, mask, factor, *leaves)
+    expression = partial(_in_blocks, reference, numbers)
     if torch.compiler.is_compiling() or forward_levels() or not q.shape[0]:
         return expression(q, k, v, mask, factor, *leaves)
     family = None if basis is None else family_of(basis)

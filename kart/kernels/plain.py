@@ -138,9 +138,7 @@ def weigh(
     return y + softmax_rows(scores, mask) if form == "beside" else y
 
 
-def entries(
-    basis: Any, units: dict[str, Tensor], x: Tensor, place: Tensor | None = None
-) -> Tensor:
+def entries(basis: Any, units: dict[str, Tensor], x: Tensor, place: Tensor | None = None) -> Tensor:
     """`phi_h(x)` for `units (B or 1, H)`, one function a head, those of a linear family as "theta",
     `(.., H, K)`; without a basis "theta" `(.., H, offsets)` has the entry of query n and key m at
     place[n] - m, `place (N, 1)`, default n + M - 1.

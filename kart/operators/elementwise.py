@@ -92,9 +92,9 @@ def from_entries(
     """
     check_form(name, normalise, base, inside)
     check_choice(name, "engine", engine, ENGINES)
-    rows = normalise in ("l1", "softmax")
-    form = "inside" if inside else str(normalise) if rows else "beside" if base else "plain"
-    alone = form if form != "beside" else "plain"
+    rows = normalise if normalise in ("l1", "softmax") else None
+    form = "inside" if inside else rows or ("beside" if base else "plain")
+    alone = "inside" if inside else rows or "plain"
 
     def places(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
         # the queries are the last tokens of the keys, as when tokens come in parts
@@ -126,12 +126,11 @@ def from_entries(
         mask, dtype = two_axes(mask), v.dtype
         with no_autocast(q):
             q, k, v = silence(q, k, v, mask)
-            streamed = of_scores or inside
-            apart = base and not (streamed and form == "beside")
+            apart = base and form != "beside"
             added = kernels.softmax_attention(q, k, v, mask) if apart else None
             q, k, v = wide(q), wide(k), wide(v)
             factor = factor_of(mask, k.shape[-2], v)
-            if streamed:
+            if of_scores or form in ("inside", "beside"):
                 out = of_each(params, q, k, v, mask, factor)
             else:
                 out = of_places(params, q, k, v, mask, factor)
@@ -298,7 +297,7 @@ def by_distance(
         reach: the offset at which u is pi, the longest that is trained on.
         start: "scaled" (without a normalisation over sqrt(tokens)) or "zero"; default "zero" with
             softmax, else "scaled".
-        engine: of `kart.kernels.entry_attention`, with `inside=True`.
+        engine: of `kart.kernels.entry_attention`, where the scores have a part.
     """
     if isinstance(reach, bool) or not isinstance(reach, int) or reach < 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The compiled attention of `kart.kernels.entries`: weights.cpp behind a family's piece, or a table.
+"""The compiled attention of `kart.kernels.entries`: weights.cpp behind a family, or a table.
 
 As the engine of products it is held against the plain expression before its first use, and where
 anything fails the reason is logged once and torch runs instead.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kart.kernels import plain
-from kart.kernels.cpp import BASES, DTYPES, MAX_WIDTH, _array, _Array, _Of, _Shape, build, log
+from kart.kernels.cpp import BASES, DTYPES, MAX_WIDTH, _array, _Of, _Shape, build, log
 from kart.kernels.family import Family
 from kart.kernels.transforms import untransformed
 
