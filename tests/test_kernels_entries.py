@@ -16,6 +16,13 @@ FAMILIES = {
     "rational": bases.rational(2, 1),
     "table": None,
 }
+# of a table weights without softmax of the scores are no matter of scores
+PAIRS = [
+    (family, form)
+    for family in FAMILIES
+    for form in plain.FORMS
+    if family != "table" or form in ("inside", "beside")
+]
 
 
 def source(seed=0):
@@ -66,20 +73,21 @@ def check(family, queries, keys, mask, tolerance=1e-11, dtype=torch.float64, **o
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("form", plain.FORMS)
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("chunk", [1, 2**10, stream.CHUNK])
+@pytest.mark.parametrize(("family", "form"), PAIRS)
+@pytest.mark.parametrize("chunk", [2**10, stream.CHUNK])
 def test_torch_has_the_values_and_gradients_of_the_materialised_form(
     family, form, chunk, monkeypatch
 ):
     monkeypatch.setattr(stream, "CHUNK", chunk)
-    for queries, keys in ((7, 7), (5, 9), (9, 3)):
+    for queries, keys in ((5, 9), (9, 3)):
         for mask in masks(queries, keys).values():
             check(FAMILIES[family], queries, keys, mask, form=form, engine="torch")
 
 
-@pytest.mark.parametrize("form", ["plain", "l1", "inside"])
-@pytest.mark.parametrize("family", ["fourier", "table"])
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [("fourier", "plain"), ("fourier", "l1"), ("fourier", "inside"), ("table", "beside")],
+)
 def test_the_compiled_engine_has_them_in_single_precision(family, form):
     if reason := kernels.engines()["cpp"].replace("ready", ""):
         pytest.skip(reason)
@@ -89,8 +97,9 @@ def test_the_compiled_engine_has_them_in_single_precision(family, form):
             check(FAMILIES[family], queries, keys, mask, 3e-5, **options)
 
 
-@pytest.mark.parametrize("form", plain.FORMS)
-@pytest.mark.parametrize("family", ["fourier", "rational", "table"])
+@pytest.mark.parametrize(
+    ("family", "form"), [x for x in PAIRS if x[0] in ("fourier", "rational", "table")]
+)
 def test_transforms_go_through_it(family, form):
     basis = FAMILIES[family]
     inputs, units = drawn(basis, 4, 5)
@@ -159,7 +168,10 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"`entry_attention` needs `v` \(\.\.\., H, 5, e\)"):
         kernels.entry_attention(basis, units, q, k, v[..., :4, :])
     with pytest.raises(ValueError, match=r"needs a `table` \(H, 8\) .* got \(3, 7\)"):
-        kernels.entry_attention(None, {"table": torch.zeros(3, 7).double()}, q, k, v)
+        table = {"table": torch.zeros(3, 7).double()}
+        kernels.entry_attention(None, table, q, k, v, form="inside")
+    with pytest.raises(ValueError, match=r"needs `form` inside or beside for a table, got 'l1'"):
+        kernels.entry_attention(None, {}, q, k, v, form="l1")
     with pytest.raises(ValueError, match=r"cannot run engine='cpp' here: .* float32 alone"):
         kernels.entry_attention(basis, units, q, k, v, engine="cpp")
     assert entries.ENGINES[0] == "auto"

@@ -201,7 +201,8 @@ def op_flops(name: str, op: operators.Operator, tokens: int, pairs: int) -> floa
     """FLOPs of forward and backward over `pairs` (batch x heads) score matrices.
 
     Softmax attention, and one function of the score a head: 2 products forward, 5 backward. KArAt:
-    scores and F C forward; scores again, dF, dC, dq and dk backward. The share of W^T V, r N d, is left out.
+    scores and F C forward; scores again, dF, dC, dq and dk backward. The share of W^T V, r N d, is
+    left out.
     """
     square = tokens * tokens * pairs
     kind = op.options.get("kind")

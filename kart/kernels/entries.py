@@ -50,7 +50,7 @@ def entry_attention(
     Args:
         basis: the family of the functions, or None.
         units: its parameters, leaves `(H, ...)`; without a basis `{"table": (H, N + M - 1)}`, at n
-            - m + M - 1 the entry of query n and key m.
+            - m + M - 1 the entry of query n and key m, for the forms "inside" and "beside".
         q, k, v: `(..., H, N, d)`, `(..., H, M, d)` and `(..., H, M, e)`.
         mask: boolean, True = attend, broadcasting to `(..., H, N, M)`.
         factor: f, broadcasting to `(..., H, N, 1)`; of the forms "plain" and "beside".
@@ -66,6 +66,11 @@ def entry_attention(
             raise ValueError(
                 f"`{name}` needs `{argument}` in {list(allowed)}, got {value!r}. Choose one."
             )
+    if basis is None and form not in ("inside", "beside"):
+        raise ValueError(
+            f"`{name}` needs `form` inside or beside for a table, got {form!r}. Without softmax of "
+            "the scores the weights are those of every sample: multiply them with `v`."
+        )
     check(name, q, k, mask, scale, v=v)
     if v.dim() < 3 or v.shape[-2] != k.shape[-2]:
         raise ValueError(
@@ -356,7 +361,7 @@ class Blocks:
         hidden = None if x.mask is None else ~x.mask
         shape = (batch, heads, rows)
 
-        def parts(y: Tensor | None, queries: bool) -> list[list[Tensor | None]]:
+        def parts(y: Tensor | None, queries: bool) -> list[list[Any]]:
             """`y` of this head, by samples and then by queries."""
             if y is None:
                 return [[None] * -(-rows // step)] * -(-batch // samples)

@@ -121,10 +121,10 @@ FORMS = ("plain", "l1", "softmax", "inside", "beside")
 
 
 def weigh(
-    form: str, y: Tensor, scores: Tensor | None, mask: Tensor | None, factor: Tensor | None = None
+    form: str, y: Tensor, scores: Any, mask: Tensor | None, factor: Tensor | None = None
 ) -> Tensor:
-    """Entries `(..., N, M)` as weights, zero where masked, in one of `FORMS`; `factor` is f. A row
-    of no key is zero.
+    """Entries `(..., N, M)` as weights, zero where masked, in one of `FORMS`; `factor` is f, and
+    `scores` are of "inside" and "beside" alone. A row of no key is zero.
     """
     if form == "softmax":
         return softmax_rows(y, mask)
