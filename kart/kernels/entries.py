@@ -92,7 +92,8 @@ def entry_attention(
         x.expand(*lead, heads, *x.shape[-2:]).reshape(batch, heads, *x.shape[-2:])
         for x in (q, k, v)
     )
-    values = [x.expand(heads, *x.shape[1:])[None] for x in leaves.values()]
+    own = wide(q[..., :0]).dtype
+    values = [x.to(own).expand(heads, *x.shape[1:])[None] for x in leaves.values()]
     mask, factor = (None if x is None else flat_mask(x, lead) for x in (mask, factor))
     factor_of_scores = q.shape[-1] ** -0.5 if scale is None else float(scale)
     with no_autocast(q):
