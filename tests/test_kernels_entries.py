@@ -51,8 +51,10 @@ def masks(queries, keys):
 
 def with_gradients(family, inputs, units, mask, **options):
     leaves = [x.clone().requires_grad_() for x in (*inputs, *units.values())]
-    own = dict(zip(units, leaves[3:], strict=True))
-    out = kernels.entry_attention(family, own, *leaves[:3], mask, **options)
+    q, k, v, *rest = leaves
+    out = kernels.entry_attention(
+        family, dict(zip(units, rest, strict=True)), q, k, v, mask, **options
+    )
     probe = torch.randn(out.shape, generator=source(3)).to(out.dtype)
     gradients = torch.autograd.grad((out * probe).sum(), leaves, materialize_grads=True)
     return {"out": out, **dict(zip([*"qkv", *units], gradients, strict=True))}
