@@ -45,9 +45,19 @@ def test_verdicts_follow_the_goals():
 
 
 def test_every_goal_is_of_a_row_that_is_measured():
-    known = {setting.what for setting in bench.SETTINGS + bench.TABLES}
-    known |= {"op G=3 N=197 bfloat16", "step", "memory"}
+    known = {setting.what for setting in bench.SETTINGS + bench.TABLES + bench.LENGTH_FREE}
+    known |= {"op G=3 N=197 bfloat16", "step", "memory", bench.STEP}
     assert {what for what, _ in bench.TARGETS} <= known
+
+
+def test_a_token_more_is_measured_beside_softmax():
+    args = argparse.Namespace(device="cpu", precision="float32", repeats=1)
+    rows = list(bench.cache_level(args, bench.Clock("cpu"), quiet))
+    assert [row["variant"] for row in rows] == ["softmax", *bench.CACHE]
+    assert rows[0]["both"]["ratio"] == 1 and all(row["both"]["ms"] > 0 for row in rows)
+    # every one of them has its goal
+    assert all("reach 1.5" in bench.verdict(row) for row in rows[1:])
+    assert all("KV step" in line for line in bench.show(rows).splitlines() if "G=3" in line)
 
 
 def test_a_cliff_at_some_size_is_seen(monkeypatch):

@@ -169,21 +169,51 @@ SETTINGS = (
 )
 # softmax beside a table by offset: no units
 TABLES = (Setting("op softconv N=197", "softconv"), Setting("op softconv N=65", "softconv", 65))
+# operators that do not know the length
+LENGTH_FREE = (
+    Setting("op elementwise G=3 N=197", "G3:order=elementwise"),
+    Setting("op elementwise bspline-8 N=197", "bspline-8:order=elementwise"),
+    Setting("op elementwise G=3 inside softmax N=197", "G3:order=elementwise,inside=true"),
+    Setting("op elementwise G=3 softmax base N=197", "G3:order=elementwise,base=softmax"),
+    Setting("op by_distance G=3 N=197", "G3:order=by_distance"),
+    Setting("op by_distance G=3 inside softmax N=197", "G3:order=by_distance,inside=true"),
+    Setting("op generated G=3 N=197", "G3:order=generated"),
+    Setting("op generated G=3 softmax base N=197", "G3:order=generated,base=softmax"),
+)
+# one token more, with as many in the cache
+CACHED = 1024
+STEP = f"KV step, {CACHED:,} keys"
+CACHE = {
+    "elementwise G=3": "G3:order=elementwise",
+    "elementwise bspline-8": "bspline-8:order=elementwise",
+    "elementwise G=3 inside softmax": "G3:order=elementwise,inside=true",
+    "by_distance G=3": "G3:order=by_distance",
+    "by_distance G=3 inside softmax": "G3:order=by_distance,inside=true",
+    "generated G=3": "G3:order=generated",
+    "generated G=3 softmax base": "G3:order=generated,base=softmax",
+}
+TARGETS |= {(setting.what, x): (2.0, None) for setting in LENGTH_FREE for x in ("torch", "cpp")}
+TARGETS |= {(STEP, variant): (1.5, None) for variant in CACHE}
 HEADS, WIDTH = 3, 64
 
 
 def op_flops(name: str, op: operators.Operator, tokens: int, pairs: int) -> float:
     """FLOPs of forward and backward over `pairs` (batch x heads) score matrices.
 
-    Softmax attention: 2 products forward, 5 backward. KArAt: scores and F C forward; scores again,
-    dF, dC, dq and dk backward. The share of W^T V, r N d, is left out.
+    Softmax attention, and one function of the score a head: 2 products forward, 5 backward. KArAt:
+    scores and F C forward; scores again, dF, dC, dq and dk backward. The share of W^T V, r N d, is
+    left out.
     """
     square = tokens * tokens * pairs
-    if name == "softmax":
+    kind = op.options.get("kind")
+    if name == "softmax" or kind == "elementwise":
         return square * 2 * WIDTH * 7
     if op.basis is None:  # the table takes one product forward, two backward
         return square * 2 * WIDTH * 10
     assert op.basis is not None
+    if kind == "by_distance":
+        # without softmax there are no scores: a product forward, two backward
+        return square * 2 * WIDTH * (7 if op.traits.get("softmax_base") else 3)
     rank = op.options.get("rank", WIDTH)  # full rank streams the values themselves
     return square * (2 * WIDTH * 4 + 2 * op.basis.size * rank * 3)
 
@@ -232,7 +262,7 @@ def operator_level(
     args: argparse.Namespace, clock: Clock, progress: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
     """Forward, and forward + backward, of one attention operator."""
-    settings = list(SETTINGS[:2] if args.quick else SETTINGS + TABLES)
+    settings = list(SETTINGS[:2] if args.quick else SETTINGS + TABLES + LENGTH_FREE)
     if args.precision == "float32" and not args.quick:
         settings.insert(2, Setting("op G=3 N=197 bfloat16", "G3", precision="bfloat16"))
     rates: dict[torch.dtype, float] = {}
@@ -270,6 +300,29 @@ def operator_level(
                 "bytes": least,
                 "floor": flops / rates[dtype] / statistics.median(timed[name]),
             }
+
+
+def cache_level(
+    args: argparse.Namespace, clock: Clock, progress: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """A token more of one sequence, attending to itself and to those in the cache."""
+    progress(STEP)
+    dtype = getattr(torch, args.precision)
+    generator = torch.Generator().manual_seed(0)
+    more = [torch.randn(1, HEADS, 1, WIDTH, generator=generator) for _ in range(3)]
+    held = [torch.randn(1, HEADS, CACHED, WIDTH, generator=generator) for _ in range(2)]
+    tokens = [x.to(args.device, dtype) for x in more]
+    cache = operators.Cache(*(x.to(args.device, dtype) for x in held))
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, spec in {"softmax": "softmax", **CACHE}.items():
+        op = operators.parse(spec).operator
+        params = tree.to(op.init(generator, HEADS, CACHED), args.device)
+        calls[name] = functools.partial(operators.step, op, params, *tokens, cache)
+    with torch.no_grad():
+        seconds = interleave(calls, 4 * args.repeats, clock)
+    for name, values in seconds.items():
+        both = summary(values, seconds["softmax"])
+        yield {"what": STEP, "variant": name, "batch": 1, "both": both}
 
 
 def drawn_sizes(count: int) -> list[tuple[int, int, int]]:
@@ -607,7 +660,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.quick and args.sizes > 0:
         levels.append(size_level(args, clock, progress))
     if not args.quick:
-        levels += [step_level(args, clock, progress), memory_level(args, progress)]
+        levels += [cache_level(args, clock, progress), step_level(args, clock, progress)]
+        levels.append(memory_level(args, progress))
     if gpu and not args.quick:
         levels.append(paper_level(args, progress))
     rows: list[dict[str, Any]] = []

@@ -87,16 +87,16 @@ def fourier(
         return torch.stack(cosines + sines, dim=-1)
 
     def fill(out: Tensor, x: Tensor) -> None:
-        torch.cos(x, out=out[:, 0])
-        torch.sin(x, out=out[:, grid])
+        rows = out.unbind(1)
+        cosines, sines = rows[:grid], rows[grid:]
+        torch.cos(x, out=cosines[0])
+        torch.sin(x, out=sines[0])
         for k in range(2, grid + 1):
             # as in `harmonics`, without the step that keeps the radius
             i, j = k // 2 - 1, k - k // 2 - 1
-            cosine, sine = out[:, k - 1], out[:, grid + k - 1]
-            torch.mul(out[:, i], out[:, j], out=cosine).addcmul_(
-                out[:, grid + i], out[:, grid + j], value=-1
-            )
-            torch.mul(out[:, grid + i], out[:, j], out=sine).addcmul_(out[:, i], out[:, grid + j])
+            cosine, sine = cosines[k - 1], sines[k - 1]
+            torch.mul(cosines[i], cosines[j], out=cosine).addcmul_(sines[i], sines[j], value=-1)
+            torch.mul(sines[i], cosines[j], out=sine).addcmul_(cosines[i], sines[j])
 
     def fold(coefs: Tensor) -> Tensor:
         # (cos kx)' = -k sin kx and (sin kx)' = k cos kx

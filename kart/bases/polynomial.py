@@ -99,9 +99,10 @@ def polynomial(
         return torch.stack(powers, dim=-1)
 
     def fill(out: Tensor, x: Tensor) -> None:
-        out[:, 0] = 1
+        rows = out.unbind(1)
+        rows[0].fill_(1)
         for k in range(degree):
-            torch.mul(out[:, k], x, out=out[:, k + 1])
+            torch.mul(rows[k], x, out=rows[k + 1])
 
     def fold(coefs: Tensor) -> Tensor:
         order = torch.arange(1, degree + 1, dtype=coefs.dtype, device=coefs.device)[:, None]

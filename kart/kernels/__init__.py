@@ -2,6 +2,7 @@
 
 from kart.kernels.base import contract_softmax
 from kart.kernels.core import ENGINES, contract, engines
+from kart.kernels.entries import entry_attention
 from kart.kernels.family import keep
 from kart.kernels.plain import transforming
 from kart.kernels.softmax import softmax_attention
@@ -15,6 +16,7 @@ __all__ = [
     "contract_units",
     "contract_values",
     "engines",
+    "entry_attention",
     "keep",
     "mix_values",
     "softmax_attention",

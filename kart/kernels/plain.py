@@ -91,6 +91,15 @@ def mix_values(y: Tensor, mix: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (torch.where(mask, wide(y) @ wide(mix).mT, 0) @ wide(v)).to(v.dtype)
 
 
+def softmax_rows(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax of each row over the keys that it attends to; a row of none is zero."""
+    if mask is None:
+        return scores.softmax(-1)
+    # a row without any key must come out zero: softmax of a row of -inf is NaN, of a finite row not
+    hidden = torch.where(mask, scores, torch.finfo(scores.dtype).min)
+    return torch.where(mask, hidden.softmax(-1), 0)
+
+
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -102,11 +111,64 @@ def softmax_attention(
     """`softmax(s) v`, `(..., H, N, d)`; a query whose keys are all masked gets zeros. With a table
     `(softmax(s) + table) v`, without a mask.
     """
-    logits = scores(q, k, scale)
-    if table is not None:
-        return ((logits.softmax(-1) + table) @ wide(v)).to(v.dtype)
-    if mask is None:
-        return (logits.softmax(-1) @ wide(v)).to(v.dtype)
-    # a row of -inf has a NaN softmax, a row of the least finite number has not
-    weights = torch.where(mask, logits, torch.finfo(logits.dtype).min).softmax(-1)
-    return (torch.where(mask, weights, 0) @ wide(v)).to(v.dtype)
+    weights = softmax_rows(scores(q, k, scale), mask)
+    weights = weights if table is None else weights + table
+    return (weights @ wide(v)).to(v.dtype)
+
+
+# what becomes of entries y: f y; y / sum |y|; softmax(y); softmax(s + y); f y + softmax(s)
+FORMS = ("plain", "l1", "softmax", "inside", "beside")
+
+
+def weigh(
+    form: str, y: Tensor, scores: Any, mask: Tensor | None, factor: Tensor | None = None
+) -> Tensor:
+    """Entries `(..., N, M)` as weights, zero where masked, in one of `FORMS`; `factor` is f, and
+    `scores` are of "inside" and "beside" alone. A row of no key is zero.
+    """
+    if form == "softmax":
+        return softmax_rows(y, mask)
+    if form == "inside":
+        return softmax_rows(scores + y, mask)
+    y = y if mask is None else torch.where(mask, y, 0)
+    if form == "l1":
+        # a row of zeros stays one
+        return y / y.abs().sum(-1, keepdim=True).clamp(min=torch.finfo(y.dtype).tiny)
+    y = y if factor is None else y * factor
+    return y + softmax_rows(scores, mask) if form == "beside" else y
+
+
+def entries(basis: Any, units: dict[str, Tensor], x: Tensor, place: Tensor | None = None) -> Tensor:
+    """`phi_h(x)` for `units (B or 1, H)`, one function a head, those of a linear family as "theta",
+    `(.., H, K)`; without a basis "theta" `(.., H, offsets)` has the entry of query n and key m at
+    place[n] - m, `place (N, 1)`, default n + M - 1.
+    """
+    if basis is None:
+        rows, keys = x.shape[-2:]
+        if place is None:
+            place = torch.arange(rows, device=x.device)[:, None] + keys - 1
+        return units["theta"][..., place - torch.arange(keys, device=x.device)].to(x.dtype)
+    if basis.features is None:
+        return basis.apply({name: leaf[:, :, None, None] for name, leaf in units.items()}, x)
+    coefs = units["theta"].to(x.dtype)
+    return (basis.features(x) * coefs[..., None, None, :]).sum(-1)
+
+
+def entry_attention(
+    basis: Any,
+    units: dict[str, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    factor: Tensor | None,
+    form: str,
+    scale: float,
+    place: Tensor | None = None,
+) -> Tensor:
+    """`weigh(form, entries(...), ...) v`, `(..., H, N, e)`."""
+    x = scores(q, k, scale)
+    # hidden scores may be NaN
+    x = x if mask is None else torch.where(mask, x, 0)
+    y = weigh(form, entries(basis, units, x, place), x, mask, factor)
+    return (y @ wide(v)).to(v.dtype)

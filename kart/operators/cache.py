@@ -56,5 +56,7 @@ def step(
     mask = None
     if new > 1 or total > count:
         mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(count - new)
-    keys, values = (functional.pad(x, (0, 0, 0, total - count)) for x in (k, v))
+    keys, values = k, v
+    if total > count:
+        keys, values = (functional.pad(x, (0, 0, 0, total - count)) for x in (k, v))
     return op.attend(params, q, keys, values, mask), Cache(k, v)

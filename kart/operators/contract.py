@@ -18,7 +18,7 @@ from kart import bases, factories, kernels, projections
 from kart.bases import Basis, Params
 from kart.kernels.core import no_autocast
 from kart.kernels.plain import scores as scores_of
-from kart.kernels.plain import wide
+from kart.kernels.plain import softmax_rows, wide
 
 
 class Operator(NamedTuple):
@@ -197,15 +197,6 @@ def attended_keys(mask: Tensor | None, keys: int, like: Tensor) -> Tensor:
 def only(y: Tensor, mask: Tensor | None) -> Tensor:
     """`y` where the mask is True, zero elsewhere."""
     return y if mask is None else torch.where(mask, y, 0)
-
-
-def softmax_rows(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax of each row over the keys that it attends to; a row of none is zero."""
-    if mask is None:
-        return scores.softmax(-1)
-    # a row without any key must come out zero: softmax of a row of -inf is NaN, of a finite row not
-    hidden = torch.where(mask, scores, torch.finfo(scores.dtype).min)
-    return torch.where(mask, hidden.softmax(-1), 0)
 
 
 def simplex_rows(logits: Tensor, mask: Tensor | None) -> Tensor:

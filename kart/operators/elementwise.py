@@ -17,8 +17,8 @@ from kart import kernels
 from kart.bases import Basis, Params
 from kart.factories import remember
 from kart.kernels.core import no_autocast
-from kart.kernels.plain import scores as scores_of
-from kart.kernels.plain import wide
+from kart.kernels.entries import ENGINES
+from kart.kernels.plain import softmax_rows, weigh, wide
 from kart.operators.contract import (
     Operator,
     attended_keys,
@@ -28,7 +28,6 @@ from kart.operators.contract import (
     check_sizes,
     only,
     silence,
-    softmax_rows,
     two_axes,
 )
 from kart.operators.resize import amplitudes
@@ -59,21 +58,6 @@ def check_form(name: str, normalise: str | None, base: str | None, inside: bool)
         )
 
 
-def normalised(y: Tensor, mask: Tensor | None, how: str | None) -> Tensor:
-    """Entries `(..., N, M)` as weights: as they are, by the number of attended keys, by the sum of
-    magnitudes of a row, or by softmax; zero where masked.
-    """
-    if how == "softmax":
-        return softmax_rows(y, mask)
-    y = only(y, mask)
-    if how == "count":
-        return y / attended_keys(mask, y.shape[-1], y)
-    if how == "l1":
-        # a row of zeros stays one
-        return y / y.abs().sum(-1, keepdim=True).clamp(min=torch.finfo(y.dtype).tiny)
-    return y
-
-
 def from_entries(
     name: str,
     init: Callable[[Generator, int, int], Params],
@@ -85,14 +69,15 @@ def from_entries(
     base: str | None,
     inside: bool,
     start: str,
+    engine: str,
     options: Mapping[str, Any] | None = None,
     traits: Mapping[str, Any] | None = None,
 ) -> Operator:
     """An operator from the entry Y of a query and a key, which no other key has a part in.
 
     The weights are Y, normalised; with softmax(S) added with `base="softmax"`; or softmax(S + Y)
-    with `inside`. `attend` holds the entries of a block of queries at a time, and computes them
-    again in the backward.
+    with `inside`. `attend` streams (see `kart.kernels.entry_attention`); without scores the entries
+    are those of every sample, and it holds a block of queries at a time.
 
     Args:
         init: draws the parameters; the sizes are checked before.
@@ -102,24 +87,22 @@ def from_entries(
         of_scores: whether entries are of the scores.
         normalise, base, inside: see above.
         start: "zero" where the parameters of `init` make Y = 0.
+        engine: of `kart.kernels.entry_attention`.
         options, traits: recorded in the result.
     """
     check_form(name, normalise, base, inside)
+    check_choice(name, "engine", engine, ENGINES)
+    rows = normalise if normalise in ("l1", "softmax") else None
+    form = "inside" if inside else rows or ("beside" if base else "plain")
+    alone = "inside" if inside else rows or "plain"
 
     def places(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
         # the queries are the last tokens of the keys, as when tokens come in parts
         place = torch.arange(keys - queries, keys, device=device)[:, None]
         return place, torch.arange(keys, device=device)
 
-    def rows(
-        params: Params, scores: Tensor | None, place: Tensor, keys: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        scores = None if scores is None else only(scores, mask)
-        y = entries(params, scores if of_scores else None, place, keys)
-        if inside:
-            assert scores is not None
-            return softmax_rows(scores + y, mask)
-        return normalised(y, mask, normalise)
+    def factor_of(mask: Tensor | None, keys: int, like: Tensor) -> Tensor | None:
+        return two_axes(1 / attended_keys(mask, keys, like)) if normalise == "count" else None
 
     def checked_init(generator: Generator, heads: int, tokens: int) -> Params:
         check_sizes(heads, tokens)
@@ -131,7 +114,8 @@ def from_entries(
         with no_autocast(scores):
             scores = only(wide(scores), mask)
             place, keys = places(scores.shape[-2], scores.shape[-1], scores.device)
-            y = rows(params, scores, place, keys, mask)
+            y = entries(params, scores if of_scores else None, place, keys)
+            y = weigh(alone, y, scores, mask, factor_of(mask, scores.shape[-1], scores))
             y = y + softmax_rows(scores, mask) if base else y.expand(scores.shape)
         return y.to(dtype)
 
@@ -140,28 +124,45 @@ def from_entries(
     ) -> Tensor:
         check_qkv(name, q, k, v, mask)
         mask, dtype = two_axes(mask), v.dtype
-        units = params["units"]
-        names, leaves = list(units), list(units.values())
-
-        def block(place: Tensor, q: Tensor | None, *rest: Any) -> Tensor:
-            k, v, *leaves, mask = rest
-            scores = None if q is None else scores_of(q, k, None)
-            own = {"units": dict(zip(names, leaves, strict=True))}
-            keys = torch.arange(k.shape[-2], device=k.device)
-            y = rows(own, scores, place, keys, mask)
-            return torch.einsum("...nm,...me->...ne", y.to(v.dtype), v)
-
         with no_autocast(q):
             q, k, v = silence(q, k, v, mask)
-            added = kernels.softmax_attention(q, k, v, mask) if base else None
+            apart = base and form != "beside"
+            added = kernels.softmax_attention(q, k, v, mask) if apart else None
             q, k, v = wide(q), wide(k), wide(v)
-            place, _ = places(q.shape[-2], k.shape[-2], q.device)
-            # features, their sum, and what derivatives need of them
-            numbers = 2 * (basis.size + 2) if of_scores else 2
-            seen = q if of_scores or inside else None
-            out = kernels.by_queries(block, [place, seen], [k, v, *leaves], mask, numbers)
+            factor = factor_of(mask, k.shape[-2], v)
+            if of_scores or form in ("inside", "beside"):
+                out = of_each(params, q, k, v, mask, factor)
+            else:
+                out = of_places(params, q, k, v, mask, factor)
             out = out if added is None else out + added
             return out.to(dtype)
+
+    def of_each(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Any, factor: Any) -> Tensor:
+        units, of = params["units"], basis if of_scores else None
+        if not of_scores:
+            # every offset once
+            first = torch.arange(1 - q.shape[-2], k.shape[-2], device=q.device)
+            none = torch.zeros(1, dtype=first.dtype, device=q.device)
+            units = {"table": entries(params, None, first[:, None], none)[..., 0]}
+        return kernels.entry_attention(
+            of, units, q, k, v, mask, form=form, factor=factor, engine=engine
+        )
+
+    def of_places(
+        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Any, factor: Any
+    ) -> Tensor:
+        names, leaves = list(params["units"]), list(params["units"].values())
+
+        def block(place: Tensor, *rest: Any) -> Tensor:
+            v, *leaves, mask = rest
+            own = {"units": dict(zip(names, leaves, strict=True))}
+            y = entries(own, None, place, torch.arange(v.shape[-2], device=v.device))
+            y = weigh(alone, y, None, mask).to(v.dtype)
+            return torch.einsum("...nm,...me->...ne", y, v)
+
+        place, _ = places(q.shape[-2], k.shape[-2], q.device)
+        out = kernels.by_queries(block, [place], [v, *leaves], mask, 2)
+        return out if factor is None else out * factor
 
     options = {
         "kind": name,
@@ -221,6 +222,8 @@ def elementwise(
     base: str | None = None,
     inside: bool = False,
     start: str | None = None,
+    *,
+    engine: str = "auto",
 ) -> Operator:
     """Weights phi(S) with one learned function of the score a head, shared by all queries and keys
     (ours).
@@ -237,6 +240,7 @@ def elementwise(
         start: "scaled", as the basis draws, without a normalisation over sqrt(tokens), which keeps
             the output of a head at the size of its values; "zero", with which softmax beside or
             around starts as exactly softmax. Default "zero" with softmax, else "scaled".
+        engine: of `kart.kernels.entry_attention`.
     """
     check_form("elementwise", normalise, base, inside)
     begin = default_start("elementwise", start, normalise, base, inside)
@@ -260,6 +264,7 @@ def elementwise(
         base=base,
         inside=inside,
         start=begin,
+        engine=engine,
     )
 
 
@@ -271,6 +276,8 @@ def by_distance(
     inside: bool = False,
     reach: int = 256,
     start: str | None = None,
+    *,
+    engine: str = "auto",
 ) -> Operator:
     """Weights phi(u), a learned function of the offset o from key to query, whatever the scores
     (ours).
@@ -290,6 +297,7 @@ def by_distance(
         reach: the offset at which u is pi, the longest that is trained on.
         start: "scaled" (without a normalisation over sqrt(tokens)) or "zero"; default "zero" with
             softmax, else "scaled".
+        engine: of `kart.kernels.entry_attention`, where the scores have a part.
     """
     if isinstance(reach, bool) or not isinstance(reach, int) or reach < 1:
         raise ValueError(
@@ -325,5 +333,6 @@ def by_distance(
         base=base,
         inside=inside,
         start=begin,
+        engine=engine,
         options={"reach": reach},
     )

@@ -13,7 +13,9 @@ from torch import Generator, Tensor
 from kart import bases, kernels
 from kart.bases import Basis, Params
 from kart.factories import remember
-from kart.kernels.plain import wide
+from kart.kernels.core import no_autocast
+from kart.kernels.plain import scores as scores_of
+from kart.kernels.plain import softmax_rows, wide
 from kart.operators.contract import (
     Operator,
     attended_keys,
@@ -25,7 +27,6 @@ from kart.operators.contract import (
     check_sizes,
     only,
     silence,
-    softmax_rows,
     two_axes,
 )
 from kart.operators.learnable import low_rank
@@ -135,6 +136,7 @@ def generated(
         )
     start = mix or ("zero" if base == "softmax" else "scaled")
     inner = low_rank(basis, rank, mix=start, engine=engine)
+    beside = low_rank(basis, rank, base=base, mix=start, engine=engine) if base else inner
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
         check_sizes(heads, tokens)
@@ -146,12 +148,15 @@ def generated(
         keys = tokens if reach is None else reach
         return {"units": units, "mix": drawn * (0.0 if start == "zero" else (rank * keys) ** -0.5)}
 
-    def of_keys(params: Params, keys: int) -> Params:
-        """The parameters of `low_rank` for this many keys."""
+    def places(keys: int, like: Tensor) -> Tensor:
         found = lattice(keys, features, prefix) if reach is None else None
         found = sequence(keys, features, reach or 1) if found is None else found
+        return found.to(like)
+
+    def of_keys(params: Params, keys: int) -> Params:
+        """The parameters of `low_rank` for this many keys."""
         mix = params["mix"]
-        found = found.to(mix)
+        found = places(keys, mix)
         # scales a unit are part of its coefficients
         coefs = torch.einsum("mj,hrjk->hrmk", found, basis.coefficients(params["units"]))  # type: ignore[misc]
         units = {"coefs": coefs}
@@ -175,17 +180,38 @@ def generated(
             y = y + softmax_rows(only(wide(scores), mask), mask)
         return y.to(scores.dtype)
 
+    def row(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """`attend` of one query: sums over the keys come first, and nothing is made for each."""
+        with no_autocast(q):
+            q, k, v = (wide(x) for x in silence(q, k, v, mask))
+            scores = only(scores_of(q, k, None), mask)
+            found = places(k.shape[-2], scores)
+            values = basis.features(scores)  # type: ignore[misc]
+            values = values if mask is None else torch.where(mask[..., None], values, 0)
+            coefs = basis.coefficients(params["units"]).to(scores.dtype)  # type: ignore[misc]
+            y = torch.einsum("...hnkj,hrjk->...hnr", values.mT @ found, coefs)
+            y = only((y @ params["mix"].to(y.dtype).mT) @ found.mT, mask)
+            y = resized(y, mask, k.shape[-2])
+            y = y + softmax_rows(scores, mask) if base else y
+            return y @ v
+
     def attend(
         params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         check_qkv("generated", q, k, v, mask)
-        mask, keys = two_axes(mask), k.shape[-2]
-        out = inner.attend(of_keys(params, keys), q, k, v, mask)
-        out = resized(out, mask, keys)
+        mask, keys, dtype = two_axes(mask), k.shape[-2], v.dtype
+        if q.shape[-2] == 1 and min(q.dim(), k.dim(), v.dim()) > 2:
+            return row(params, q, k, v, mask).to(dtype)
+        made = of_keys(params, keys)
+        if mask is None or normalise is None:
+            # the softmax of the same scores
+            made["mix"] = resized(made["mix"], None, keys)
+            return beside.attend(made, q, k, v, mask).to(dtype)
+        out = resized(inner.attend(made, q, k, v, mask), mask, keys)
         if base:
             q, k, v = silence(q, k, v, mask)
             out = out + kernels.softmax_attention(q, k, v, mask)
-        return out.to(v.dtype)
+        return out.to(dtype)
 
     options = {"kind": "generated", "rank": rank, "features": features, "reach": reach}
     options |= {"prefix": prefix, "normalise": normalise, "base": base, "mix": start}

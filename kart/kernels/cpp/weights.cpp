@@ -1,0 +1,360 @@
+// Attention whose weights are functions of one score, or of it and of the place of its key, in float32, forward
+// and backward. With scores s = scale q_n . k_m and entries y = phi(s) of the head's one function, or y = table[n -
+// m] where PLACES is defined,
+//   out[n] = sum_m w[n, m] v[m],
+// where w is, by FORM, 0: c y; 1: y / sum |y|; 2: softmax(y); 3: softmax(s + y); 4: c y + softmax(s), with a
+// factor c of each query. The family's `struct Unit` and the constants come before this file.
+
+#include <cfloat>
+
+#include "tile.h"
+
+constexpr bool SOFT = FORM >= 2;
+constexpr int KEYS = 4 * ROWS;
+
+// --- entries ---------------------------------------------------------------------------------------
+
+#ifdef PLACES
+
+// Entries of every offset, with room for a block of queries beyond the last.
+struct Entry {
+  static constexpr int P = 1;
+  const float* table;
+  float* gradient;
+  Entry(const float*, const float* theta, float* room, long size) : table(room), gradient(room + size + QUERIES) {
+    std::copy(theta, theta + size, room);
+    std::fill(room + size, room + 2 * (size + QUERIES), 0.0f);
+  }
+  static long room(long size) { return 2 * (size + QUERIES); }
+  INLINE vec value(vec, long at) const { return load(table + at); }
+  INLINE vec slope(vec, vec dy, vec*, long at) const {
+    store(gradient + at, load(gradient + at) + dy);
+    return vec{};
+  }
+  void finish(const vec*, float* sum, long size) const {
+    for (long i = 0; i < size; ++i) sum[i] += gradient[i];
+  }
+};
+
+#else
+
+#include "unit.h"
+
+// A function of the score. `at`, of the offset from key to query, is for tables.
+struct Entry {
+  static constexpr int P = Based::P;
+  Based unit;
+  Entry(const float* options, const float* theta, float*, long) : unit(options, theta) {}
+  static long room(long) { return 0; }
+  INLINE vec value(vec x, long) const { return unit.value(x); }
+  INLINE vec slope(vec x, vec dy, vec* sums, long) const { return unit.slope(x, dy, sums); }
+  void finish(const vec* sums, float* gradient, long) const {
+    float own[P], found[P];
+    for (int i = 0; i < P; ++i) own[i] = total(sums[i]);
+    unit.finish(own, found);
+    for (int i = 0; i < P; ++i) gradient[i] += found[i];
+  }
+};
+
+#endif
+
+// --- one block of queries --------------------------------------------------------------------------
+
+struct Scratch {
+  long width, value_width;  // padded to whole vectors
+  Buffer panels, keys, values, value_panels, query_lanes, query_rows, dout_lanes, dout_rows;
+  Buffer weights, soft, scores, out, soft_out, dq, dk, dv, rows, room;
+  std::vector<int32_t> mask;
+  Scratch(const Shape& s, long size, bool backward)
+      : width(round_up(s.width, W)),
+        value_width(round_up(s.value_width, W)),
+        panels(round_up(s.keys, ROWS) / ROWS * width * W),
+        keys((s.keys + W) * width),
+        values((s.keys + W) * value_width),
+        value_panels(backward ? round_up(s.keys, ROWS) / ROWS * value_width * W : 0),
+        query_lanes(width * QUERIES),
+        query_rows(QUERIES * width),
+        dout_lanes(backward ? value_width * QUERIES : 0),
+        dout_rows(backward ? QUERIES * value_width : 0),
+        weights((backward ? KEYS : s.keys) * QUERIES),
+        soft(FORM == 4 && !backward ? s.keys * QUERIES : 0),
+        scores(backward ? KEYS * QUERIES : 0),
+        out(value_width * QUERIES),
+        soft_out(FORM == 4 ? value_width * QUERIES : 0),
+        dq(backward ? QUERIES * width : 0),
+        dk(backward ? s.keys * width : 0),
+        dv(backward ? s.keys * value_width : 0),
+        rows(3 * QUERIES),
+        room(Entry::room(size)),
+        mask(KEYS * QUERIES) {}
+
+  void take_keys(const Strided& k, const Strided& v, long b, long h, const Shape& s, bool backward) {
+    pack_rows(k.at(b, h), k.n, k.d, s.keys, s.keys + W, s.width, width, 1.0f, keys);
+    pack_panels(keys, width, s.keys, panels);
+    pack_rows(v.at(b, h), v.n, v.d, s.keys, s.keys + W, s.value_width, value_width, 1.0f, values);
+    if (backward) pack_panels(values, value_width, s.keys, value_panels);
+  }
+  void take_queries(const Strided& q, const float* x, long count, float scale, const Shape& s) {
+    pack_rows(x, q.n, q.d, count, QUERIES, s.width, width, scale, query_rows);
+    pack_lanes(query_rows, width, query_lanes);
+  }
+};
+
+// scores of the keys from `first` on, (key, QUERIES)
+template <int V>
+static void take_scores(const Shape& s, const Scratch& w, long first, int keys, float* out) {
+  for (int m = 0; m < keys; m += ROWS)
+    gemm<ROWS, V, 1>(std::min(ROWS, keys - m), s.width, w.panels + (first + m) / ROWS * w.width * W, W, w.query_lanes,
+                     QUERIES, out + m * QUERIES, QUERIES, false);
+}
+
+static INLINE ivec mask_of(const Scratch& w, int at) { return *reinterpret_cast<const iloose*>(w.mask.data() + at); }
+
+// weights before they are divided by `total`; `greatest` is in the exponents of softmax
+template <int V>
+static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const uint8_t* mask_at, const Mask& mask,
+                          long n, long queries) {
+  vec greatest[2] = {splat(-INFINITY), splat(-INFINITY)}, total[2] = {vec{}, vec{}};
+  for (long first = 0; first < s.keys; first += KEYS) {
+    const int keys = std::min<long>(KEYS, s.keys - first);
+    float* at = w.weights + first * QUERIES;
+    take_scores<V>(s, w, first, keys, at);
+    if (mask.data) pack_mask(mask_at + first * mask.m, mask, keys, queries, w.mask.data());
+    for (int m = 0; m < keys; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        const int i = m * QUERIES + v * W;
+        vec x = load(at + i);
+        if (mask.data) x = keep(x, mask_of(w, i));
+        vec y = entry.value(x, n + v * W + s.keys - 1 - first - m);
+        if (FORM == 3) y += x;
+        if (mask.data) {
+          const ivec kept = mask_of(w, i);
+          if (FORM == 4) x = kept ? x : splat(-INFINITY);
+          y = SOFT && FORM < 4 ? (kept ? y : splat(-INFINITY)) : keep(y, kept);
+        }
+        if (FORM == 1) total[v] += magnitude(y);
+        if (SOFT) greatest[v] = clamp_above(greatest[v], FORM == 4 ? x : y);
+        store(at + i, y);
+        if (FORM == 4) store(w.soft + first * QUERIES + i, x);
+      }
+  }
+  if (SOFT) {
+    float* at = FORM == 4 ? w.soft : w.weights;
+    // a query without keys: its weights are e^-inf whatever is taken away
+    for (int v = 0; v < V; ++v) greatest[v] = greatest[v] > -INFINITY ? greatest[v] : vec{};
+    for (long m = 0; m < s.keys; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        const vec e = exponential(load(at + m * QUERIES + v * W) - greatest[v]);
+        total[v] += e;
+        store(at + m * QUERIES + v * W, e);
+      }
+  }
+  gemm<ROWS, V, 1>(s.value_width, s.keys, w.values, w.value_width, w.weights, QUERIES, w.out, QUERIES, false);
+  if (FORM == 4)
+    gemm<ROWS, V, 1>(s.value_width, s.keys, w.values, w.value_width, w.soft, QUERIES, w.soft_out, QUERIES, false);
+  for (int v = 0; v < V; ++v) {
+    store(w.rows + v * W, total[v]);
+    store(w.rows + QUERIES + v * W, greatest[v]);
+  }
+}
+
+// w.rows: factor or inverse of the sum, or logarithm of the sum; sum of weights times their gradients; factor
+template <int V>
+static void backward_block(const Entry& entry, const Shape& s, Scratch& w, vec* sums, const uint8_t* mask_at,
+                           const Mask& mask, long n, long queries) {
+  for (long first = 0; first < s.keys; first += KEYS) {
+    const int keys = std::min<long>(KEYS, s.keys - first);
+    take_scores<V>(s, w, first, keys, w.scores);
+    for (int m = 0; m < keys; m += ROWS)
+      gemm<ROWS, V, 1>(std::min(ROWS, keys - m), s.value_width,
+                       w.value_panels + (first + m) / ROWS * w.value_width * W, W, w.dout_lanes, QUERIES,
+                       w.weights + m * QUERIES, QUERIES, false);
+    if (mask.data) pack_mask(mask_at + first * mask.m, mask, keys, queries, w.mask.data());
+    for (int m = 0; m < keys; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        const int i = m * QUERIES + v * W;
+        const long place = n + v * W + s.keys - 1 - first - m;
+        const vec row = load(w.rows + v * W), pull = load(w.weights + i);
+        vec x = load(w.scores + i);
+        if (mask.data) x = keep(x, mask_of(w, i));
+        const vec y = entry.value(x, place);
+        // the weight, the gradient of y, and of s beside y
+        vec weight, g, beside = vec{};
+        if constexpr (FORM == 0) {
+          weight = row * y;
+          g = row * pull;
+        } else if constexpr (FORM == 1) {
+          weight = row * y;
+          g = row * (pull - sign(y) * load(w.rows + QUERIES + v * W));
+        } else if constexpr (FORM == 4) {
+          const vec p = exponential(x - row), c = load(w.rows + 2 * QUERIES + v * W);
+          weight = c * y + p;
+          g = c * pull;
+          beside = p * (pull - load(w.rows + QUERIES + v * W));
+        } else {
+          weight = exponential((FORM == 3 ? x + y : y) - row);
+          g = weight * (pull - load(w.rows + QUERIES + v * W));
+        }
+        if (mask.data) {
+          const ivec kept = mask_of(w, i);
+          weight = keep(weight, kept);
+          g = keep(g, kept);
+          beside = keep(beside, kept);
+        }
+        if (FORM == 3) beside = g;
+        store(w.weights + i, weight);
+        store(w.scores + i, entry.slope(x, g, sums, place) * g + beside);
+      }
+    wide_gemm<WIDE_ROWS, QUERIES>(keys, w.value_width, queries, w.weights, 1, w.dout_rows, w.value_width,
+                                  w.dv + first * w.value_width, w.value_width);
+    wide_gemm<WIDE_ROWS, QUERIES>(keys, w.width, queries, w.scores, 1, w.query_rows, w.width, w.dk + first * w.width,
+                                  w.width);
+    wide_gemm<4, 1>(queries, w.width, keys, w.scores, QUERIES, w.keys + first * w.width, w.width, w.dq, w.width);
+  }
+}
+
+// --- all heads of all samples ----------------------------------------------------------------------
+
+// Contiguous: theta (samples with their own or 1, heads, size), factor and statistic (batch, heads, queries), soft,
+// the output of softmax alone, and dtheta.
+struct Extra {
+  const float *theta, *factor;
+  float *statistic, *soft, *dtheta;
+  int64_t size;
+};
+
+extern "C" {
+
+int kart_lanes() { return W; }
+
+// out is contiguous (batch, heads, queries, value_width); returns 0, or 1 without memory
+int kart_forward(const Shape* shape, const float* options, const Strided* q, const Strided* k, const Strided* v,
+                 const Mask* mask, const Extra* extra, int own, float scale, float* out, int threads) try {
+  const Shape& s = *shape;
+  const Order order(s, own);
+  std::atomic<bool> failed{false};
+  spread(order.count(), threads, [&](int, long begin, long end) {
+    try {
+      Scratch w(s, extra->size, false);
+      for (long task = begin; task < end; ++task) {
+        const long b = order.b(task), h = order.h(task);
+        const Entry entry(options, extra->theta + order.head(task) * extra->size, w.room, extra->size);
+        w.take_keys(*k, *v, b, h, s, false);
+        for (long n = 0; n < s.queries; n += QUERIES) {
+          const long queries = std::min<long>(QUERIES, s.queries - n), row = (b * s.heads + h) * s.queries + n;
+          w.take_queries(*q, q->at(b, h) + n * q->n, queries, scale, s);
+          const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + n * mask->n : nullptr;
+          if (queries > W)
+            forward_block<2>(entry, s, w, mask_at, *mask, n, queries);
+          else
+            forward_block<1>(entry, s, w, mask_at, *mask, n, queries);
+          for (long i = 0; i < queries; ++i) {
+            const float total = w.rows[i], greatest = w.rows[QUERIES + i];
+            const float c = extra->factor ? extra->factor[row + i] : 1.0f;
+            // of a query without keys: e^(score - inf) is 0
+            if (SOFT) extra->statistic[row + i] = total == 0 ? INFINITY : greatest + std::log(total);
+            // a row of zeros stays one
+            const float inverse = FORM == 1 ? 1 / std::max(total, FLT_MIN) : total > 0 ? 1 / total : total;
+            if (FORM == 1) extra->statistic[row + i] = inverse;
+            const float times = FORM == 0 || FORM == 4 ? c : inverse;
+            float* at = out + (row + i) * s.value_width;
+            for (long e = 0; e < s.value_width; ++e) at[e] = w.out[e * QUERIES + i] * times;
+            if (FORM == 4) {
+              float* beside = extra->soft + (row + i) * s.value_width;
+              for (long e = 0; e < s.value_width; ++e) {
+                beside[e] = w.soft_out[e * QUERIES + i] * inverse;
+                at[e] += beside[e];
+              }
+            }
+          }
+        }
+      }
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+  });
+  return failed;
+} catch (...) {
+  return 1;
+}
+
+// `result` is the output, or that of softmax alone; dq, dk, dv are contiguous
+int kart_backward(const Shape* shape, const float* options, const Strided* q, const Strided* k, const Strided* v,
+                  const Mask* mask, const Extra* extra, int own, float scale, const Strided* dout,
+                  const Strided* result, float* dq, float* dk, float* dv, int threads) try {
+  const Shape& s = *shape;
+  const Order order(s, own);
+  const Slots slots(order, threads);
+  const long size = extra->size;
+  Buffer found(slots.count * size);
+  std::atomic<bool> failed{false};
+  spread(order.count(), threads, [&](int thread, long begin, long end) {
+    try {
+      Scratch w(s, size, true);
+      long head = -1;
+      float* sum = nullptr;
+      for (long task = begin; task < end; ++task) {
+        const long b = order.b(task), h = order.h(task);
+        if (order.head(task) != head) {
+          head = order.head(task);
+          sum = found + slots.slot(thread, head) * size;
+          std::fill(sum, sum + size, 0.0f);
+        }
+        const Entry entry(options, extra->theta + head * size, w.room, size);
+        vec sums[Entry::P];
+        for (int i = 0; i < Entry::P; ++i) sums[i] = vec{};
+        w.take_keys(*k, *v, b, h, s, true);
+        std::fill(w.dk.data, w.dk.data + s.keys * w.width, 0.0f);
+        std::fill(w.dv.data, w.dv.data + s.keys * w.value_width, 0.0f);
+        for (long n = 0; n < s.queries; n += QUERIES) {
+          const long queries = std::min<long>(QUERIES, s.queries - n), row = (b * s.heads + h) * s.queries + n;
+          w.take_queries(*q, q->at(b, h) + n * q->n, queries, scale, s);
+          pack_rows(dout->at(b, h) + n * dout->n, dout->n, dout->d, queries, QUERIES, s.value_width, w.value_width,
+                    1.0f, w.dout_rows);
+          pack_lanes(w.dout_rows, w.value_width, w.dout_lanes);
+          const float* out = FORM > 0 ? result->at(b, h) + n * result->n : nullptr;
+          for (long i = 0; i < QUERIES; ++i) {
+            float dot = 0;
+            if (FORM > 0 && i < queries)
+              for (long e = 0; e < s.value_width; ++e)
+                dot += w.dout_rows[i * w.value_width + e] * out[i * result->n + e * result->d];
+            const float c = i < queries && extra->factor ? extra->factor[row + i] : 1.0f;
+            w.rows[i] = FORM == 0 ? c : i < queries ? extra->statistic[row + i] : SOFT ? INFINITY : 1.0f;
+            w.rows[QUERIES + i] = dot;
+            w.rows[2 * QUERIES + i] = c;
+          }
+          std::fill(w.dq.data, w.dq.data + queries * w.width, 0.0f);
+          const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + n * mask->n : nullptr;
+          if (queries > W)
+            backward_block<2>(entry, s, w, sums, mask_at, *mask, n, queries);
+          else
+            backward_block<1>(entry, s, w, sums, mask_at, *mask, n, queries);
+          float* at = dq + row * s.width;
+          for (long i = 0; i < queries; ++i)
+            for (long c = 0; c < s.width; ++c) *at++ = scale * w.dq[i * w.width + c];
+        }
+        entry.finish(sums, sum, size);
+        float* at = dk + (b * s.heads + h) * s.keys * s.width;
+        for (long m = 0; m < s.keys; ++m, at += s.width) std::memcpy(at, w.dk + m * w.width, 4 * s.width);
+        at = dv + (b * s.heads + h) * s.keys * s.value_width;
+        for (long m = 0; m < s.keys; ++m, at += s.value_width)
+          std::memcpy(at, w.dv + m * w.value_width, 4 * s.value_width);
+      }
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+  });
+  if (failed) return 1;
+  slots.collect(found, size, [&](long head, const float* sum, bool fresh) {
+    float* out = extra->dtheta + head * size;
+    for (long i = 0; i < size; ++i) out[i] = sum[i] + (fresh ? 0.0f : out[i]);
+  });
+  return 0;
+} catch (...) {
+  return 1;
+}
+
+}  // extern "C"

@@ -1,0 +1,239 @@
+"""The compiled attention of `kart.kernels.entries`: weights.cpp behind a family, or a table.
+
+As the engine of products it is held against the plain expression before its first use, and where
+anything fails the reason is logged once and torch runs instead.
+"""
+
+import ctypes
+import functools
+import re
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kart.kernels import plain
+from kart.kernels.cpp import BASES, DTYPES, MAX_WIDTH, _array, _Of, _Shape, build, log
+from kart.kernels.family import Family
+from kart.kernels.transforms import untransformed
+
+
+class Weighted(NamedTuple):
+    """The arguments of raw attention: `q (B, H, N, d)`, `k (B, H, M, d)`, `v (B, H, M, e)`, `theta
+    (B or 1, H, P)` of the functions of a family or, without one, the entries of every offset;
+    `mask` None or boolean `(B or 1, H or 1, N or 1, M or 1)`, `factor` None or `(B or 1, H or 1, N
+    or 1, 1)`; `form` is one of `plain.FORMS`.
+    """
+
+    family: Family | None
+    form: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    theta: Tensor
+    mask: Tensor | None
+    factor: Tensor | None
+    scale: float
+
+
+class _Extra(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p) for name in ("theta", "factor", "statistic", "soft", "dtheta")
+    ] + [("size", ctypes.c_int64)]
+
+
+class Engine:
+    """The compiled kernels of one family, or of tables, in one form."""
+
+    def __init__(self, library: ctypes.CDLL, options: tuple[float, ...]):
+        self.library = library
+        self.options = (ctypes.c_float * max(1, len(options)))(*options)
+
+    def _call(self, function: Any, x: Weighted, *tensors: Any, **held: Tensor | None) -> None:
+        theta, mask, factor = x.theta.contiguous(), x.mask, x.factor
+        if mask is not None:
+            mask = mask.expand(*x.q.shape[:3], x.k.shape[2])
+        if factor is not None:
+            factor = factor.expand(*x.q.shape[:3], 1).contiguous()
+        held |= {"theta": theta, "factor": factor}
+        addresses = {name: None if y is None else y.data_ptr() for name, y in held.items()}
+        extra = _Extra(size=theta.shape[2], **addresses)
+        shape = _Shape(*x.q.shape[:3], x.k.shape[2], x.q.shape[3], 1, x.v.shape[3])
+        inputs, results = tensors
+        code = function(
+            ctypes.byref(shape),
+            self.options,
+            *(ctypes.byref(_array(y)) for y in (x.q, x.k, x.v, mask)),
+            ctypes.byref(extra),
+            int(theta.shape[0] > 1),
+            ctypes.c_float(x.scale),
+            *(ctypes.byref(_array(y)) for y in inputs),
+            *(ctypes.c_void_p(y.data_ptr()) for y in results),
+            min(torch.get_num_threads(), x.q.shape[0] * x.q.shape[1]),
+        )
+        if code:
+            raise MemoryError("the C++ engine of attention could not allocate its buffers.")
+
+    def forward(self, x: Weighted) -> tuple[Tensor, ...]:
+        """The output `(B, H, N, e)`, and what the backward needs: what every row was divided by, or
+        the logarithm of that, and the output of softmax alone in the form "beside"; float32.
+        """
+        out = x.q.new_empty(*x.q.shape[:3], x.v.shape[3])
+        statistic = x.q.new_empty(x.q.shape[:3])
+        soft = torch.empty_like(out) if x.form == "beside" else None
+        self._call(self.library.kart_forward, x, [], [out], statistic=statistic, soft=soft)
+        return (out, statistic) if soft is None else (out, statistic, soft)
+
+    def backward(self, x: Weighted, dout: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
+        """dq, dk, dv and dtheta, contiguous, float32."""
+        out, statistic, *soft = results
+        gradients = [y.new_empty(y.shape) for y in (x.q, x.k, x.v)]
+        dtheta = x.theta.new_empty(x.theta.shape)
+        inputs = [dout, soft[0] if soft else out]
+        held = {"statistic": statistic.contiguous(), "dtheta": dtheta}
+        self._call(self.library.kart_backward, x, inputs, gradients, **held)
+        return *gradients, dtheta
+
+
+def source(family: Family | None, form: str) -> str:
+    """The C++ of a family in a form."""
+    lines = ['#include "vector.h"', f"constexpr int FORM = {plain.FORMS.index(form)};"]
+    if family is None:
+        lines.append("#define PLACES")
+    else:
+        cpp = family.pieces.cpp
+        constants = {**cpp.sizes, "BASE": BASES.index(family.base)}
+        lines += [f"constexpr int {name} = {value};" for name, value in constants.items()]
+        lines.append(cpp.text)
+        if family.basis.features is not None:
+            lines.append('#include "linear.h"')
+    return "\n".join([*lines, '#include "weights.cpp"', ""])
+
+
+def _cases(family: Family | None) -> list[tuple[dict[str, Tensor], Tensor | None, Tensor, Tensor]]:
+    """Leaves, mask, factor and the gradient of the output: odd sizes and strides, a rest of every
+    block, a query without keys.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    batch, heads, queries, keys, width, value_width = 2, 2, 37, 53, 7, 5
+    cases = []
+    for own in (1, batch):
+        leaves = {"q": draw(batch, queries, heads, width).transpose(1, 2)}
+        leaves |= {"k": draw(batch, heads, width, keys).mT}
+        leaves |= {"v": draw(batch, keys, heads, value_width).transpose(1, 2)}
+        if family is None:
+            leaves["theta"] = draw(own, heads, queries + keys - 1)
+        elif family.basis.features is not None:
+            leaves["theta"] = draw(own, heads, family.width)
+        else:
+            units = family.basis.init(generator, (own, heads))
+            leaves |= {name: x + 0.3 * draw(*x.shape) for name, x in units.items()}
+        mask = torch.rand(1, heads, queries, keys, generator=generator) < 0.7
+        mask[:, :, 3] = False
+        factor = draw(1, 1, queries, 1)
+        cases.append((leaves, mask if own > 1 else None, factor, draw(*leaves["q"].shape[:3], 5)))
+    return cases
+
+
+def _theta(family: Family | None, leaves: dict[str, Tensor]) -> Tensor:
+    if "theta" in leaves:
+        return leaves["theta"]
+    assert family is not None  # for the type checker
+    return family.pieces.leaves({n: x for n, x in leaves.items() if n not in ("q", "k", "v")})
+
+
+def _check(engine: Engine, family: Family | None, form: str) -> None:
+    """RuntimeError unless the kernels agree with the plain expression in float64."""
+    for drawn, mask, factor, dout in _cases(family):
+        with untransformed(), torch.enable_grad():
+            leaves = {name: x.clone().requires_grad_() for name, x in drawn.items()}
+            q, k, v = (leaves[name].detach() for name in "qkv")
+            theta = _theta(family, leaves)
+            x = Weighted(family, form, q, k, v, theta.detach(), mask, factor, 0.4)
+            results = engine.forward(x)
+            *found, dtheta = engine.backward(x, dout, *results)
+            units = [y for name, y in leaves.items() if name not in ("q", "k", "v")]
+            pulled = torch.autograd.grad(theta, units, dtheta, materialize_grads=True)
+        with untransformed(), torch.enable_grad():
+            leaves = {name: x.double().requires_grad_() for name, x in drawn.items()}
+            q, k, v = (leaves[name] for name in "qkv")
+            units = {name: y for name, y in leaves.items() if name not in ("q", "k", "v")}
+            out = plain.entry_attention(
+                family and family.basis, units, q, k, v, mask, factor.double(), form, 0.4
+            )
+            wanted = torch.autograd.grad(
+                out, [*leaves.values()], dout.double(), materialize_grads=True
+            )
+        width = 1 if family is None else family.width
+        names = ["out", *(f"d{name}" for name in leaves)]
+        pairs = zip(names, (results[0], *found, *pulled), (out, *wanted), strict=True)
+        for name, got, expected in pairs:
+            # a few hundred roundings of terms whose error grows with the number of features
+            tolerance = 1e-5 * (1 + width) * expected.abs().max().item()
+            difference = (got.double() - expected).abs().max().item()
+            if not difference <= tolerance:
+                raise RuntimeError(
+                    f"its self-check failed: {name} differs by {difference:.1e}, more than "
+                    f"{tolerance:.1e}"
+                )
+
+
+@functools.lru_cache(maxsize=256)
+def _engine(name: str, source: str, options: tuple[float, ...], form: str, of: _Of):
+    """The checked kernels of a family in a form and "", or None and why; logged once."""
+    label = re.sub(r"[^\w]+", "-", name.partition("?")[0].partition(":")[2] or name) + "-" + form
+    try:
+        with untransformed():
+            engine = Engine(build.library(label, source), options)
+            _check(engine, of.family, form)
+    except Exception as error:
+        log.warning("kart's C++ engine is off for %s, torch runs instead: %s", label, error)
+        return None, str(error)
+    return engine, ""
+
+
+def engine_of(family: Family | None, form: str) -> tuple[Engine | None, str]:
+    """The checked kernels and "", or None and why there are none."""
+    if family is None:
+        return _engine("table", source(None, form), (), form, _Of(family))  # type: ignore[arg-type]
+    if getattr(family.pieces, "cpp", None) is None:
+        return None, f"the C++ engine has no piece of the {family.basis.family!r} basis"
+    if family.width > MAX_WIDTH:
+        return None, f"the C++ engine takes {MAX_WIDTH} features at most, not {family.width}"
+    options = family.pieces.cpp.options
+    return _engine(family.name, source(family, form), options, form, _Of(family))
+
+
+def refuses(x: Weighted) -> str:
+    """Why this engine cannot run; "" if it can."""
+    if any(y.dtype not in DTYPES for y in (x.q, x.theta)):
+        return "the C++ engine computes in float32 alone"
+    return engine_of(x.family, x.form)[1]
+
+
+def _widened(x: Weighted) -> Weighted:
+    q, k, v, theta = (y.float() for y in (x.q, x.k, x.v, x.theta))
+    factor = None if x.factor is None else x.factor.float()
+    return x._replace(q=q, k=k, v=v, theta=theta, factor=factor)
+
+
+def forward(x: Weighted) -> tuple[Tensor, ...]:
+    """The output in the dtype of v, and what the backward needs besides."""
+    engine = engine_of(x.family, x.form)[0]
+    assert engine is not None  # `refuses` was asked
+    out, *rest = engine.forward(_widened(x))
+    return out.to(x.v.dtype), *rest
+
+
+def backward(x: Weighted, dout: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of q, k, v and theta."""
+    engine = engine_of(x.family, x.form)[0]
+    assert engine is not None  # `refuses` was asked
+    out, *rest = results
+    found = engine.backward(_widened(x), dout.float(), out.float(), *rest)
+    inputs = (x.q, x.k, x.v, x.theta)
+    return tuple(y.to(like.dtype) for y, like in zip(found, inputs, strict=True))

@@ -1,0 +1,417 @@
+"""Attention whose weights are functions of one score each, or of it and of the place of its key.
+
+One function a head needs no matrix product to be evaluated: the compiled engine does it in
+registers between the product of the scores and that with the values. In torch every operation is a
+pass over memory, so blocks stay in the level-2 cache, the features of a block stand one after the
+other, and what they are multiplied with is one product: that of the coefficients and of those of
+the derivative.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kart.kernels import fused, plain, stream
+from kart.kernels.arguments import broadcast_leading, check, flat_mask
+from kart.kernels.cpp import weights as compiled
+from kart.kernels.cpp.weights import Weighted
+from kart.kernels.family import family_of
+from kart.kernels.plain import wide
+from kart.kernels.transforms import forward_levels, no_autocast
+
+ENGINES = ("auto", "torch", "cpp", "plain")
+
+
+def entry_attention(
+    basis: Any,
+    units: Mapping[str, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    form: str = "plain",
+    factor: Tensor | None = None,
+    scale: float | None = None,
+    engine: str = "auto",
+) -> Tensor:
+    """`w v`, `(..., H, N, e)`, for weights w of entries `y = phi_h(s)` of the scores `s = scale q
+    k^T`, one function a head, or of a table of every offset.
+
+    By `form` w is "plain" `f y`, f a factor of each query; "l1" `y / sum |y|`; "softmax"
+    `softmax(y)`; "inside" `softmax(s + y)`; "beside" `f y + softmax(s)`. Scores are computed again
+    in the backward; no N x M matrix is kept.
+
+    Args:
+        basis: the family of the functions, or None.
+        units: its parameters, leaves `(H, ...)`; without a basis `{"table": (H, N + M - 1)}`, at n
+            - m + M - 1 the entry of query n and key m, for the forms "inside" and "beside".
+        q, k, v: `(..., H, N, d)`, `(..., H, M, d)` and `(..., H, M, e)`.
+        mask: boolean, True = attend, broadcasting to `(..., H, N, M)`.
+        factor: f, broadcasting to `(..., H, N, 1)`; of the forms "plain" and "beside".
+        scale: of the scores; default `d^-1/2`.
+        engine: "auto", "torch", "cpp", or "plain", the materialised reference.
+
+    Raises:
+        ValueError: names the argument that does not fit.
+    """
+    name = "entry_attention"
+    for argument, value, allowed in (("form", form, plain.FORMS), ("engine", engine, ENGINES)):
+        if value not in allowed:
+            raise ValueError(
+                f"`{name}` needs `{argument}` in {list(allowed)}, got {value!r}. Choose one."
+            )
+    if basis is None and form not in ("inside", "beside"):
+        raise ValueError(
+            f"`{name}` needs `form` inside or beside for a table, got {form!r}. Without softmax of "
+            "the scores the weights are those of every sample: multiply them with `v`."
+        )
+    check(name, q, k, mask, scale, v=v)
+    if v.dim() < 3 or v.shape[-2] != k.shape[-2]:
+        raise ValueError(
+            f"`{name}` needs `v` (..., H, {k.shape[-2]}, e) for the keys of `k`, got "
+            f"{tuple(v.shape)}. Project v from the same tokens as k."
+        )
+    leaves = _leaves(basis, units, q.shape[-2] + k.shape[-2] - 1)
+    *lead, heads = broadcast_leading(
+        name,
+        q=q.shape[:-2],
+        k=k.shape[:-2],
+        v=v.shape[:-2],
+        mask=() if mask is None else mask.shape[:-2],
+        factor=() if factor is None else factor.shape[:-2],
+        **{f"units[{leaf!r}]": x.shape[:1] for leaf, x in leaves.items()},
+    )
+    batch, rows = math.prod(lead), q.shape[-2]
+    q, k, v = (
+        x.expand(*lead, heads, *x.shape[-2:]).reshape(batch, heads, *x.shape[-2:])
+        for x in (q, k, v)
+    )
+    own = wide(q[..., :0]).dtype
+    values = [x.to(own).expand(heads, *x.shape[1:])[None] for x in leaves.values()]
+    mask, factor = (None if x is None else flat_mask(x, lead) for x in (mask, factor))
+    factor_of_scores = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    with no_autocast(q):
+        out = _apply(
+            basis, list(leaves), form, factor_of_scores, engine, q, k, v, mask, factor, *values
+        )
+    return out.reshape(*lead, heads, rows, v.shape[-1])
+
+
+def _leaves(basis: Any, units: Mapping[str, Tensor], offsets: int) -> dict[str, Tensor]:
+    """What is learned, `(H, ...)`: of a linear family and a table one tensor, "theta"."""
+    if basis is None:
+        table = units["table"]
+        if table.shape[-1] != offsets:
+            raise ValueError(
+                f"`entry_attention` needs a `table` (H, {offsets}) for the offsets of these "
+                f"queries and keys, got {tuple(table.shape)}. Pass an entry for each."
+            )
+        return {"theta": table}
+    if basis.coefficients is None:
+        return dict(units)
+    return {"theta": basis.coefficients(dict(units))}
+
+
+def _apply(
+    basis: Any,
+    names: list[str],
+    form: str,
+    scale: float,
+    engine: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    factor: Tensor | None,
+    *leaves: Tensor,
+) -> Tensor:
+    """`entry_attention` of four axes, leaves `(B or 1, H, ...)`, by the engine that can."""
+    reference = partial(_plain, basis, names, form, scale)
+    if engine == "plain":
+        return reference(q, k, v, mask, factor, *leaves)
+    numbers = 1 if basis is None else basis.size
+    if engine == "auto" and q.shape[2] * numbers <= q.shape[3]:
+        # features of so few queries take no more than their keys
+        return reference(q, k, v, mask, factor, *leaves)
+    expression = partial(_in_blocks, reference, numbers)
+    if torch.compiler.is_compiling() or forward_levels() or not q.shape[0]:
+        return expression(q, k, v, mask, factor, *leaves)
+    family = None if basis is None else family_of(basis)
+
+    def theta_of(*leaves: Tensor) -> Tensor:
+        if names == ["theta"]:
+            return leaves[0]
+        # under vmap some may have been given a copy for each sample
+        size = max(leaf.shape[0] for leaf in leaves)
+        whole = (leaf.expand(size, *leaf.shape[1:]) for leaf in leaves)
+        return family.pieces.leaves(dict(zip(names, whole, strict=True)))  # type: ignore[union-attr]
+
+    def weighted(q, k, v, mask, factor, *leaves) -> Weighted:
+        return Weighted(family, form, q, k, v, theta_of(*leaves), mask, factor, scale)
+
+    chosen = _engine_for(engine, weighted(q, k, v, mask, factor, *leaves), names)
+    if chosen is None:
+        return expression(q, k, v, mask, factor, *leaves)
+
+    def forward(*inputs):
+        return chosen.forward(weighted(*inputs))
+
+    def backward(gradients, inputs, results):
+        dq, dk, dv, dtheta = chosen.backward(weighted(*inputs), *gradients, *results)
+        if names == ["theta"]:
+            return dq, dk, dv, dtheta
+        return dq, dk, dv, *plain.pullback(theta_of, *inputs[5:])(dtheta)
+
+    learned = (0, 1, 2, *range(5, 5 + len(leaves)))
+    op = fused.Fused(
+        forward, backward, lambda *x: (expression(*x),), 1, learned, (3, 4, *learned[3:])
+    )
+    return fused.apply(op, q, k, v, mask, factor, *leaves)[0]
+
+
+def _engine_for(engine: str, x: Weighted, names: list[str]) -> Any:
+    """The module or class of a raw forward and backward, None where torch has the expression alone;
+    ValueError where the compiled engine was asked for and cannot.
+    """
+    if x.q.device.type != "cpu":
+        reason = f"it does not run on {x.q.device.type} tensors"
+    else:
+        reason = "" if engine == "torch" else compiled.refuses(x)
+        if engine != "torch" and not reason:
+            return compiled
+    if engine == "cpp":
+        raise ValueError(
+            f"`entry_attention` cannot run engine='cpp' here: {reason}. Pass engine='auto'."
+        )
+    known = x.family is None or x.family.own("fill") and x.family.own("fold")
+    return Blocks if known and x.q.device.type == "cpu" else None
+
+
+# --- the expression -------------------------------------------------------------------------------
+
+
+def _plain(
+    basis: Any,
+    names: list[str],
+    form: str,
+    scale: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    factor: Tensor | None,
+    *leaves: Tensor,
+    place: Tensor | None = None,
+) -> Tensor:
+    units = dict(zip(names, leaves, strict=True))
+    return plain.entry_attention(basis, units, q, k, v, mask, factor, form, scale, place)
+
+
+def _in_blocks(
+    reference: Callable[..., Tensor],
+    numbers: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    factor: Tensor | None,
+    *leaves: Tensor,
+) -> Tensor:
+    """The expression, a block of queries at a time, which can be differentiated."""
+    rows, keys = q.shape[2], k.shape[2]
+    shapes = [leaf.shape[2:] for leaf in leaves]
+    place = torch.arange(rows, device=q.device)[:, None] + keys - 1
+    factor = None if factor is None else factor.expand(*factor.shape[:2], rows, 1)
+
+    def some(q: Tensor, place: Tensor, factor: Tensor | None, *rest: Any) -> Tensor:
+        k, v, *leaves, mask = rest
+        own = [x.squeeze(2).unflatten(2, shape) for x, shape in zip(leaves, shapes, strict=True)]
+        return reference(q, k, v, mask, factor, *own, place=place)
+
+    # leading axes as those of q: what a block holds is counted by them
+    flat = [leaf.flatten(2).unsqueeze(2) for leaf in leaves]
+    # features, their sum, and what derivatives need of them
+    return stream.by_queries(some, [q, place, factor], [k, v, *flat], mask, 2 * (numbers + 2))
+
+
+# --- blocks of torch operations -------------------------------------------------------------------
+
+
+# numbers of a score beside its features: the scores, entries, slopes, weights, two gradients
+ROOM = 6
+
+
+class _Block:
+    """Scores of some queries of some samples in one head, and the features of them.
+
+    Beside what is multiplied, a call into torch costs as much as a pass over a block: there are as
+    few as can be. What is large is written into `buffer`: memory that is asked of the system again
+    and again costs as much as the passes.
+    """
+
+    def __init__(self, x: Weighted, buffer: Tensor, theta: Tensor, q: Tensor, k: Tensor, *rest):
+        self.x, self.q, self.k = x, q, k  # (S, n, d), scaled, and (S, M, d)
+        hidden, self.factor, self.first = rest
+        self.theta = theta  # (P, K), or the table (1, offsets)
+        shape = (*q.shape[:2], k.shape[1])
+        count = math.prod(shape)
+        rows = buffer[: buffer.numel() // count * count].view(-1, *shape)
+        self.scores, *self.room = rows[:ROOM].unbind(0)
+        torch.bmm(q, k.mT, out=self.scores)  # (S, n, M)
+        self.hidden = hidden
+        if hidden is not None:
+            self.scores.masked_fill_(hidden, 0)
+        if x.family is not None:
+            self.features = rows[ROOM : ROOM + x.family.width].view(-1, count)
+            self.sums = rows[1 : 1 + len(theta)]
+            x.family.pieces.fill(self.features[None], self.scores.view(1, count))
+
+    def entries(self) -> tuple[Tensor, Tensor | None]:
+        """Entries, and their slopes where `theta` has those too."""
+        if self.x.family is not None:
+            torch.mm(self.theta, self.features, out=self.sums.view(len(self.theta), -1))
+            return self.room[0], self.room[1]
+        rows, keys = self.scores.shape[1:]
+        part = self.theta[:, self.first : self.first + rows + keys - 1]
+        return self.room[0].copy_(part.flip(1).unfold(1, keys, 1).flip(1)), None
+
+    def weigh(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weights of entries, and those of softmax beside them."""
+        form, hidden = self.x.form, self.hidden
+        if form == "softmax":
+            return self._softmax(y), None
+        if form == "inside":
+            return self._softmax(torch.add(self.scores, y, out=self.room[2])), None
+        if hidden is not None:
+            y = y.masked_fill(hidden, 0)
+        if form == "l1":
+            return torch.div(y, self._sizes(y), out=self.room[2]), None
+        y = y if self.factor is None else torch.mul(y, self.factor, out=self.room[3])
+        if form == "plain":
+            return y, None
+        soft = self._softmax(self.scores)
+        return torch.add(y, soft, out=self.room[3]), soft
+
+    def _softmax(self, y: Tensor) -> Tensor:
+        if self.hidden is None:
+            return torch.softmax(y, -1, out=self.room[2])
+        y = y.masked_fill(self.hidden, torch.finfo(y.dtype).min)
+        return torch.softmax(y, -1, out=self.room[2]).masked_fill_(self.hidden, 0)
+
+    def _sizes(self, y: Tensor) -> Tensor:
+        return y.abs().sum(-1, keepdim=True).clamp(min=torch.finfo(y.dtype).tiny)
+
+    def pulled(self, y: Tensor, w: Tensor, soft: Tensor | None, dw: Tensor) -> tuple[Tensor, Any]:
+        """The gradients of entries, and of scores beside them, from that of the weights."""
+        form, hidden = self.x.form, self.hidden
+        if form in ("softmax", "inside"):
+            g = _softmax_backward(dw, w, self.room[3])
+            return g, g if form == "inside" else None
+        if form == "l1":
+            y = y if hidden is None else y.masked_fill(hidden, 0)
+            g = (dw - y.sign() * (w * dw).sum(-1, keepdim=True)) / self._sizes(y)
+        else:
+            g = dw if self.factor is None else dw * self.factor
+        g = g if hidden is None else g.masked_fill(hidden, 0)
+        return g, None if soft is None else _softmax_backward(dw, soft, self.room[3])
+
+    def add_parameters(self, g: Tensor, out: Tensor) -> None:
+        """Adds the gradient of `theta (K)` or of the table, from that of the entries."""
+        if self.x.family is not None:
+            out.addmv_(self.features, g.reshape(-1))
+            return
+        rows, keys = g.shape[1:]
+        # row r, shifted by r, has its offsets where the others have them
+        own = functional.pad(g.sum(0).flip(0), (0, rows)).flatten()[: rows * (rows + keys - 1)]
+        out[self.first : self.first + rows + keys - 1] += own.view(rows, -1).sum(0).flip(0)
+
+
+def _softmax_backward(gradient: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+    dtype = weights.dtype
+    return torch.ops.aten._softmax_backward_data(gradient, weights, -1, dtype, grad_input=out)
+
+
+class Blocks:
+    """The raw forward and backward of a family that has all features and their derivatives in one
+    buffer, or of a table.
+    """
+
+    @staticmethod
+    def _of(
+        x: Weighted, theta: Tensor, by_query: list[Tensor], by_key: list[Tensor]
+    ) -> Iterator[tuple[Any, ...]]:
+        """Each block, its sample and head, and the parts of the tensors: those of queries, `(B, H,
+        N, ..)`, and those of keys.
+        """
+        batch, heads, rows, _ = x.q.shape
+        width, keys = 1 if x.family is None else x.family.width, x.k.shape[2]
+        # a MiB of float32, which stays in the level-2 cache
+        budget = stream.CHUNK // 4 * torch.get_num_threads()
+        each = keys * (width + ROOM)
+        step = max(1, min(rows, budget // each))
+        samples = max(1, budget // (each * step)) if x.theta.shape[0] == 1 and step == rows else 1
+        samples = min(samples, batch)
+        q = wide(x.q) * x.scale
+        buffer = q.new_empty(samples * step * each)
+        hidden = None if x.mask is None else ~x.mask
+        shape = (batch, heads, rows)
+
+        def parts(y: Tensor | None, queries: bool) -> list[list[Any]]:
+            """`y` of this head, by samples and then by queries."""
+            if y is None:
+                return [[None] * -(-rows // step)] * -(-batch // samples)
+            own = y.expand(*shape[: 3 if queries else 2], *y.shape[3 if queries else 2 :])[:, h]
+            groups = own.split(samples)
+            return [list(y.split(step, 1)) if queries else [y] * -(-rows // step) for y in groups]
+
+        for h in range(heads):
+            queried = [parts(y, True) for y in (q, hidden, x.factor, *by_query)]
+            keyed = [parts(wide(y), False) for y in (x.k, x.v, *by_key)]
+            for b in range(-(-batch // samples)):
+                own = theta[b if len(theta) > 1 else 0, h]
+                for n in range(-(-rows // step)):
+                    qs, hide, factor, *others = (y[b][n] for y in queried)
+                    ks, vs, *sums = (y[b][n] for y in keyed)
+                    block = _Block(x, buffer, own, qs, ks, hide, factor, n * step)
+                    yield block, b if len(theta) > 1 else 0, h, vs, others, sums
+
+    @staticmethod
+    def forward(x: Weighted) -> tuple[Tensor, ...]:
+        """As `kart.kernels.cpp.weights.forward`."""
+        out = wide(x.v.new_empty(*x.q.shape[:3], x.v.shape[3]))
+        for block, _, _, v, (part,), _ in Blocks._of(x, wide(x.theta)[:, :, None], [out], []):
+            w, _ = block.weigh(block.entries()[0])
+            part.copy_(torch.bmm(w, v))
+        return (out.to(x.v.dtype),)
+
+    @staticmethod
+    def backward(x: Weighted, dout: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+        """As `kart.kernels.cpp.weights.backward`."""
+        dq, dk, dv, dtheta = (torch.zeros_like(wide(y)) for y in (x.q, x.k, x.v, x.theta))
+        theta = wide(x.theta)[:, :, None]
+        if x.family is not None:
+            slopes = x.family.pieces.fold(theta.mT).mT
+            theta = torch.cat([theta, slopes], 2)
+        for block, b, h, v, (pull, dqs), (dks, dvs) in Blocks._of(
+            x, theta, [wide(dout), dq], [dk, dv]
+        ):
+            y, slope = block.entries()
+            w, soft = block.weigh(y)
+            dvs.baddbmm_(w.mT, pull)
+            dw = torch.bmm(pull, v.mT, out=block.room[4])
+            g, ds = block.pulled(y, w, soft, dw)
+            block.add_parameters(g, dtheta[b, h])
+            if slope is not None:
+                slope.mul_(g)
+                ds = slope if ds is None else slope.add_(ds)
+            if ds is not None:
+                dqs.baddbmm_(ds, block.k, alpha=x.scale)
+                dks.baddbmm_(ds.mT, block.q)
+        found = zip((dq, dk, dv, dtheta), (x.q, x.k, x.v, x.theta), strict=True)
+        return tuple(y.to(like.dtype) for y, like in found)

@@ -1,0 +1,179 @@
+"""Attention of one function of the score a head: every engine against the materialised form."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from kart import bases, kernels
+from kart.kernels import entries, plain, stream
+
+HEADS, WIDTH, VALUES = 3, 4, 5
+FAMILIES = {
+    "fourier": bases.fourier(2),
+    "polynomial": bases.polynomial(2),
+    "bspline": bases.bspline(3),
+    "silu": bases.fourier(1, base="silu"),
+    "rational": bases.rational(2, 1),
+    "table": None,
+}
+# of a table weights without softmax of the scores are no matter of scores
+PAIRS = [
+    (family, form)
+    for family in FAMILIES
+    for form in plain.FORMS
+    if family != "table" or form in ("inside", "beside")
+]
+
+
+def source(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def drawn(family, queries, keys, batch=2, dtype=torch.float64):
+    """q, k, v and units, so that none is zero."""
+    draw = source(1)
+    shapes = (batch, HEADS, queries, WIDTH), (batch, HEADS, keys, WIDTH), (HEADS, keys, VALUES)
+    q, k, v = (torch.randn(shape, generator=draw) for shape in shapes)
+    if family is None:
+        units = {"table": torch.randn(HEADS, queries + keys - 1, generator=draw)}
+    else:
+        units = family.init(draw, (HEADS,))
+        units = {name: x + 0.3 * torch.randn(x.shape, generator=draw) for name, x in units.items()}
+    return [x.to(dtype) for x in (q, k, v)], {name: x.to(dtype) for name, x in units.items()}
+
+
+def masks(queries, keys):
+    each = torch.rand(2, HEADS, queries, keys, generator=source(2)) > 0.4
+    each[:, :, 0] = False
+    causal = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    return {"none": None, "each": each, "causal": causal, "keys": each[0, 0, 1]}
+
+
+def with_gradients(family, inputs, units, mask, **options):
+    leaves = [x.clone().requires_grad_() for x in (*inputs, *units.values())]
+    q, k, v, *rest = leaves
+    out = kernels.entry_attention(
+        family, dict(zip(units, rest, strict=True)), q, k, v, mask, **options
+    )
+    probe = torch.randn(out.shape, generator=source(3)).to(out.dtype)
+    gradients = torch.autograd.grad((out * probe).sum(), leaves, materialize_grads=True)
+    return {"out": out, **dict(zip([*"qkv", *units], gradients, strict=True))}
+
+
+def check(family, queries, keys, mask, tolerance=1e-11, dtype=torch.float64, **options):
+    inputs, units = drawn(family, queries, keys, dtype=dtype)
+    factor = torch.rand(2, 1, queries, 1, generator=source(4)).to(dtype)
+    options |= {"factor": factor}
+    found = with_gradients(family, inputs, units, mask, **options)
+    wide = [x.double() for x in inputs], {name: x.double() for name, x in units.items()}
+    options |= {"engine": "plain", "factor": factor.double()}
+    wanted = with_gradients(family, *wide, mask, **options)
+    for name, x in wanted.items():
+        assert_close(
+            found[name].double(), x, rtol=tolerance, atol=tolerance * (1 + x.abs().max()).item(),
+            msg=lambda m, name=name: f"{name}: {m}",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "form"), PAIRS)
+@pytest.mark.parametrize("chunk", [2**10, stream.CHUNK])
+def test_torch_has_the_values_and_gradients_of_the_materialised_form(
+    family, form, chunk, monkeypatch
+):
+    monkeypatch.setattr(stream, "CHUNK", chunk)
+    for queries, keys in ((5, 9), (9, 3)):
+        for mask in masks(queries, keys).values():
+            check(FAMILIES[family], queries, keys, mask, form=form, engine="torch")
+
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [("fourier", "plain"), ("fourier", "l1"), ("fourier", "inside"), ("table", "beside")],
+)
+def test_the_compiled_engine_has_them_in_single_precision(family, form):
+    if reason := kernels.engines()["cpp"].replace("ready", ""):
+        pytest.skip(reason)
+    for queries, keys in ((37, 37), (5, 61)):
+        for mask in masks(queries, keys).values():
+            options = {"form": form, "engine": "cpp", "dtype": torch.float32}
+            check(FAMILIES[family], queries, keys, mask, 3e-5, **options)
+
+
+@pytest.mark.parametrize(
+    ("family", "form"), [x for x in PAIRS if x[0] in ("fourier", "rational", "table")]
+)
+def test_transforms_go_through_it(family, form):
+    basis = FAMILIES[family]
+    inputs, units = drawn(basis, 4, 5)
+    mask = masks(4, 5)["each"]
+
+    def call(engine):
+        return lambda units, q, k, v: kernels.entry_attention(
+            basis, units, q, k, v, mask, form=form, engine=engine
+        )
+
+    streamed, wanted = call("torch"), call("plain")
+    primals = (units, *inputs)
+    along = ({name: x.cos() for name, x in units.items()}, *(x.sin() for x in inputs))
+    for one, other in zip(
+        torch.func.jvp(streamed, primals, along), torch.func.jvp(wanted, primals, along),
+        strict=True,
+    ):  # fmt: skip
+        assert_close(one, other)
+
+    def second(fn):
+        """A gradient of gradients, of all that is learned."""
+
+        def inner(*primals):
+            def loss(*primals):
+                return fn(*primals).square().sum()
+
+            found = torch.func.grad(loss, argnums=(0, 1, 2, 3))(*primals)
+            return sum(x.square().sum() for x in (*found[0].values(), *found[1:]))
+
+        return torch.func.grad(inner, argnums=(0, 1, 2, 3))(*primals)
+
+    for one, other in zip(second(streamed), second(wanted), strict=True):
+        assert_close(one, other)
+    # members that have functions of their own
+    members = {name: torch.stack([x, 2 * x]) for name, x in units.items()}
+
+    def each(fn):
+        def gradient(units):
+            return torch.func.grad(lambda units: fn(units, *inputs).square().sum())(units)
+
+        return torch.func.vmap(gradient)(members)
+
+    assert_close(each(streamed), each(wanted))
+    shared = [torch.func.vmap(lambda q, fn=fn: fn(units, q, *inputs[1:]))(
+        torch.stack([inputs[0], -inputs[0]])
+    ) for fn in (streamed, wanted)]  # fmt: skip
+    assert_close(*shared)
+
+
+def test_one_query_is_the_first_of_many():
+    basis = FAMILIES["fourier"]
+    (q, k, v), units = drawn(basis, 6, 6)
+    for form in plain.FORMS:
+        whole = kernels.entry_attention(basis, units, q, k, v, form=form, engine="torch")
+        alone = kernels.entry_attention(basis, units, q[..., :1, :], k, v, form=form)
+        assert_close(alone, whole[..., :1, :])
+
+
+def test_bad_input_is_named():
+    basis = FAMILIES["fourier"]
+    (q, k, v), units = drawn(basis, 4, 5)
+    with pytest.raises(ValueError, match=r"`entry_attention` needs `form` in .*got 'l2'"):
+        kernels.entry_attention(basis, units, q, k, v, form="l2")
+    with pytest.raises(ValueError, match=r"`entry_attention` needs `engine` in"):
+        kernels.entry_attention(basis, units, q, k, v, engine="triton")
+    with pytest.raises(ValueError, match=r"`entry_attention` needs `v` \(\.\.\., H, 5, e\)"):
+        kernels.entry_attention(basis, units, q, k, v[..., :4, :])
+    with pytest.raises(ValueError, match=r"needs a `table` \(H, 8\) .* got \(3, 7\)"):
+        table = {"table": torch.zeros(3, 7).double()}
+        kernels.entry_attention(None, table, q, k, v, form="inside")
+    with pytest.raises(ValueError, match=r"needs `form` inside or beside for a table, got 'l1'"):
+        kernels.entry_attention(None, {}, q, k, v, form="l1")
+    with pytest.raises(ValueError, match=r"cannot run engine='cpp' here: .* float32 alone"):
+        kernels.entry_attention(basis, units, q, k, v, engine="cpp")
+    assert entries.ENGINES[0] == "auto"
