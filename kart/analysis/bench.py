@@ -451,7 +451,6 @@ def memory_level(
 ) -> Iterator[dict[str, Any]]:
     """Peak memory above parameters of a ViT-Tiny training step, each in a process of its own."""
     specs = {name: (spec, args.step_batch) for name, spec in STEPS.items()}
-    # torch.func keeps the graph of its own backward
     specs |= {f"{name}, vmap": specs[name] for name in ("softmax", "auto")} | FULL_RANK
     reference = None
     for name, (spec, batch) in specs.items():
