@@ -374,7 +374,7 @@ Differentiate = Callable[[Params, Tensor, Tensor], tuple[Params, Tensor]]
 
 
 def trained_alone(
-    config: Config, loss: Callable[[Params, Tensor, Tensor], Tensor], differentiate: Any
+    config: Config, loss: Callable[[Params, Tensor, Tensor], Tensor]
 ) -> Differentiate:
     """`(gradients, value)` of `loss` where some parameters are frozen: gradients of zeros there."""
 
@@ -387,7 +387,7 @@ def trained_alone(
             merged = tree.map_named(lambda name, leaf: named.get(name, leaf), params)
             return loss(merged, images, targets)
 
-        grads, value = differentiate(of_free)(tree.restrict(params, free), images, targets)
+        grads, value = value_and_gradients(of_free)(tree.restrict(params, free), images, targets)
         named = tree.named(grads)
         zeros = torch.zeros_like
         return tree.map_named(lambda n, x: named[n] if n in named else zeros(x), params), value
@@ -435,9 +435,7 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
     schedule = functools.partial(_schedule, config, steps_per_epoch)
     average = optim.ema(config.ema, warmup=config.ema_warmup)
     dtype = getattr(torch, config.precision)
-    # a mapped loss is mapped and differentiated by torch.func throughout
-    differentiate = value_and_gradients if config.batching == "native" else grad_and_value
-    one = trained_alone(config, loss, differentiate) if config.held else differentiate(loss)
+    one = trained_alone(config, loss) if config.held else value_and_gradients(loss)
     differentiated = accumulated(config.accumulate, one)
     clip = optim.clip_by_global_norm(config.max_norm)
 

@@ -62,11 +62,12 @@ def test_the_vmapped_per_example_loss_equals_the_batched_one(operator, splits):
     tree.map(assert_close, one, other)
 
 
+@pytest.mark.parametrize("batching", ["native", "vmap"])
 @pytest.mark.parametrize("operator", ["softmax", "G2B", "G2U", "G2B:order=full_rank", "dog-B"])
-def test_autograd_and_torch_func_give_the_same_gradients(operator, splits):
+def test_autograd_and_torch_func_give_the_same_gradients(operator, batching, splits):
     config = change(operator=operator)
     model = train.build(config, splits.train)
-    loss = train.batch_loss(model, "native")
+    loss = train.batch_loss(model, batching)
     params = tree.to(model.init(torch.Generator().manual_seed(0)), torch.float64)
     images, targets = train.batches(config, splits.train).at(0, 0)
     batch = (images.double(), targets.double())

@@ -221,7 +221,8 @@ def op_flops(name: str, op: operators.Operator, tokens: int, pairs: int) -> floa
 Attend = Callable[..., Tensor]
 
 
-def _softmax(params: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_softmax(params: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """torch's own, which takes no parameters."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -232,7 +233,8 @@ def _naive(op: operators.Operator) -> Attend:
     return attend
 
 
-def _gradients(attend: Attend, inputs: tuple, probe: Tensor) -> None:
+def gradients(attend: Attend, inputs: tuple, probe: Tensor) -> None:
+    """Forward and backward of `attend(*inputs)`, with `probe` the gradient of its output."""
     leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), inputs)
     torch.autograd.grad((attend(*leaves) * probe).sum(), tree.leaves(leaves), allow_unused=True)
 
@@ -240,7 +242,7 @@ def _gradients(attend: Attend, inputs: tuple, probe: Tensor) -> None:
 def _variants(setting: Setting, device: str, inputs: tuple) -> dict[str, Attend]:
     """softmax, the materialised form, and each engine that can run this operator."""
     op = operators.parse(setting.spec).operator
-    found = {"softmax": _softmax}
+    found = {"softmax": attend_softmax}
     if setting.tokens < 400:
         found["naive"] = _naive(op)
     joint = "," if ":" in setting.spec else ":"
@@ -282,7 +284,7 @@ def operator_level(
         forward, both = {}, {}
         for name, attend in variants.items():
             forward[name] = functools.partial(attend, *inputs)
-            both[name] = functools.partial(_gradients, attend, inputs, probe)
+            both[name] = functools.partial(gradients, attend, inputs, probe)
         with torch.no_grad():
             ahead = interleave(forward, args.repeats, clock)
         timed = interleave(both, args.repeats, clock)
@@ -355,7 +357,7 @@ def size_level(
         q, k, v, probe = (torch.randn(shape, generator=generator).to(args.device) for _ in range(4))
         op = op_of(rank)
         inputs = (tree.to(op.init(generator, HEADS, tokens), args.device), q, k, v)
-        call = functools.partial(_gradients, op.attend, inputs, probe)
+        call = functools.partial(gradients, op.attend, inputs, probe)
         seconds.append(min(interleave({"op": call}, 3, clock)["op"]))
         pairs, rows = batch * HEADS * tokens**2, batch * HEADS * tokens
         work.append([pairs * width, pairs * rank, pairs, rows * (width + rank), 1e6])
@@ -461,7 +463,7 @@ def measure_memory(
     op = operators.parse(operator).operator
     inputs = [torch.randn(1, 1, 4, 8, device=device) for _ in range(3)]
     params = tree.to(op.init(torch.Generator(), 1, 4), device)
-    _gradients(op.attend, (params, *inputs), inputs[0])
+    gradients(op.attend, (params, *inputs), inputs[0])
     call = step_call(operator, batch, device, precision, name, batching)
     if device == "cuda":
         torch.cuda.synchronize()
@@ -502,7 +504,6 @@ def memory_level(
 ) -> Iterator[dict[str, Any]]:
     """Peak memory above parameters of a ViT-Tiny training step, each in a process of its own."""
     specs = {name: (spec, args.step_batch) for name, spec in STEPS.items()}
-    # torch.func keeps the graph of its own backward
     specs |= {f"{name}, vmap": specs[name] for name in ("softmax", "auto")} | FULL_RANK
     reference = None
     for name, (spec, batch) in specs.items():

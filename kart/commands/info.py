@@ -16,6 +16,14 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--paper", action="store_true", help="the paper's nine models beside kart's"
     )
+    parser.add_argument(
+        "--roofline",
+        nargs="?",
+        const="h100",
+        choices=["h100", "cpu"],
+        help="least time of the paper's models on an H100, at --batch-size images and up to 16,384 "
+        "tokens; cpu: the same counts beside this machine's clock",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_config_flags(parser, ("model", "optimisation", "execution"))
     parser.set_defaults(image_size=224, model="vit_tiny")
@@ -28,6 +36,11 @@ def _run(args: argparse.Namespace) -> int:
         print(cost.paper_table())
         return 0
     config = config_of(args, operator=args.operator)
+    if args.roofline:
+        from kart.analysis import roofline
+
+        print(roofline.measured() if args.roofline == "cpu" else roofline.paper(config.batch_size))
+        return 0
     given = {name: getattr(config, name) for name in train.MODEL_FIELDS}
     given = {name: value for name, value in given.items() if value is not None}
     given.setdefault("patch_size", train.default_patch_size(args.image_size))

@@ -157,6 +157,19 @@ def _mixed(coefs: Tensor, v: Tensor) -> Tensor:
     return torch.einsum(f"{heads}pmj,bhpe->bhemj", own.to(v.dtype), v).to(coefs.dtype)
 
 
+def _unmixed(coefs: Tensor, v: Tensor, dmixed: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of coefs and v from that of `_mixed`."""
+    flat, pulled = coefs.to(v.dtype).flatten(-2), dmixed.to(v.dtype).flatten(-2)
+    if coefs.shape[0] != 1:
+        dcoefs, dv = v @ pulled, flat @ pulled.mT
+    else:
+        # the samples of a head in one product each, from one copy
+        pulled = pulled.transpose(0, 1).flatten(1, 2)  # (H, B e, M K)
+        dcoefs = v.permute(1, 2, 0, 3).flatten(2) @ pulled
+        dv = (pulled @ flat[0].mT).unflatten(1, (v.shape[0], -1)).permute(1, 0, 3, 2)
+    return dcoefs.reshape(coefs.shape).to(coefs.dtype), dv
+
+
 def _values(basis: Any, scale: float, engine: str) -> fused.Fused:
     """`contract_values` of q, k, v, coefs `(B or 1, H, P, M, K)` and mask, of one batch axis.
 
@@ -174,13 +187,10 @@ def _values(basis: Any, scale: float, engine: str) -> fused.Fused:
     def backward(gradients, inputs, results):
         found = []
         for dy, q, k, v, coefs, mask in _split(_step(*inputs[2:4]), *gradients, *inputs):
-            mixed = _mixed(coefs, v)
-            product = Product(family, q, k, mixed, mask, scale)
+            product = Product(family, q, k, _mixed(coefs, v), mask, scale)
             dq, dk, dmixed = engine_for(engine, product).backward(product, dy)
-            pull = plain.pullback(lambda c, v: _mixed(c, v), coefs, v)
-            dcoefs, dv = pull(dmixed)
-            found.append((dq, dk, dv, dcoefs))
-        dq, dk, dv, dcoefs = zip(*found, strict=True)
+            found.append((dq, dk, *_unmixed(coefs, v, dmixed)))
+        dq, dk, dcoefs, dv = zip(*found, strict=True)
         shared = inputs[3].shape[0] == 1
         total = reduce(torch.add, dcoefs) if shared else torch.cat(dcoefs)
         return torch.cat(dq), torch.cat(dk), torch.cat(dv), total

@@ -24,7 +24,8 @@ typedef int32_t iloose __attribute__((vector_size(4 * W), aligned(4), may_alias)
 
 static INLINE vec load(const float* p) { return *reinterpret_cast<const loose*>(p); }
 static INLINE void store(float* p, vec x) { *reinterpret_cast<loose*>(p) = x; }
-static INLINE vec splat(float x) { return vec{} + x; }
+// x - 0 is x to the bit and costs nothing; 0 + x is an addition for each, for it is 0 where x is -0
+static INLINE vec splat(float x) { return x - vec{}; }
 static INLINE vec keep(vec x, ivec mask) { return (vec)((ivec)x & mask); }
 
 static INLINE vec magnitude(vec x) { return (vec)((ivec)x & INT32_MAX); }
