@@ -33,7 +33,7 @@ study-cluster: .venv/.ready
 
 # pages of the guides, the README and every public docstring; the modules need triton, if at all
 docs: .venv/.ready
-	.venv/bin/pdoc --docformat google --template-directory docs \
+	.venv/bin/pdoc --docformat google --template-directory kart/guides \
 		--output-directory build/docs kart '!kart.kernels.triton.device'
 
 lint: .venv/.ready
