@@ -88,7 +88,7 @@ def _file(path: Path, number: int) -> Path:
     return path / f"{number // _FOLDER:05d}" / f"{number:08d}"
 
 
-def _filler(opened: Source, split: str, classes: tuple[str, ...] | None) -> Callable[[Path], None]:
+def _filler(opened: Source, split: str, classes: Sequence[str] | None) -> Callable[[Path], None]:
     def fill(work: Path) -> None:
         entry, index = work / "entry", Index([], [], [], [], [], [], {})
         rows, size = opened.rows[split](), opened.sizes[split]
