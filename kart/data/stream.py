@@ -105,7 +105,7 @@ def load(
         workers = max(0, len(os.sched_getaffinity(0)) - 1)
     source, places = found.source, dict[str, Path]()
     if source is None or not all(_is_image(file) for file in source.files):
-        source, places = unpacked.source(found, base, [split])
+        source, places = unpacked.source(found, base, split)
     else:
         root = Path(os.path.commonpath([os.path.abspath(file.parent) for file in source.files]))
         places = dict.fromkeys(source.rows, root)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kart.data import cache
+from kart.data.dataset import SPLITS, Unused
 from kart.data.finding import Finding
 from kart.data.source import Row, Source, check_labels
 
@@ -24,39 +25,57 @@ _FOLDER = 1000  # files of one
 
 
 class Index(NamedTuple):
-    """What the files of one split are: what messages call them, their labels and bytes."""
+    """What the files of one split are: what messages call them, their labels and bytes; and what is
+    known of the whole source, so that it need not be opened again.
+    """
 
     where: list[str]
     labels: list[int]
     sizes: list[int]
     classes: list[str]
+    splits: list[str]
+    unused: list[list]
+    renumbered: dict[str, int]
 
 
-def source(found: Finding, base: Path, wanted: Iterable[str]) -> tuple[Source, dict[str, Path]]:
-    """The source of `found` with its splits `wanted` in files, and the directory of each of them.
+def source(found: Finding, base: Path, split: str) -> tuple[Source, dict[str, Path]]:
+    """The source of `found` with "train" and `split` in files, and the directory of each split.
 
-    `train` must be among them: bare integers are classes by the labels that occur there.
+    What is there already is not read again, nor is the network asked for it.
     """
     cache.sweep(base)
-    with cache.workshop(base, _path(found, base, "source").name) as work:
-        opened = found.open(work / "scratch")
-        splits = ["train", *sorted({*wanted} & opened.rows.keys() - {"train"})]
-        classes, rows, places = opened.classes, dict(opened.rows), {}
-        for split in splits:
-            path = _path(found, base, split)
-            index = _read(path)
-            if index is None:
-                damaged = os.path.lexists(path)
-                cache.build(path, _filler(opened, split, classes), damaged)
-                index = _read(path)
-            if index is None:
-                raise ValueError(
-                    f"`load` lost {str(path)!r} while reading it. Keep `cache` for kart alone."
-                )
-            classes = tuple(index.classes)
-            rows[split] = _reader(path, index)
-            places[split] = path
-    return opened._replace(classes=classes, rows=rows), places
+    places = {one: _path(found, base, one) for one in SPLITS}
+    known = {one: _read(places[one]) for one in ("train", split)}
+    train = known["train"]
+    if train is None or (known[split] is None and split in train.splits):
+        with cache.workshop(base, _path(found, base, "source").name) as work:
+            opened = found.open(work / "scratch")
+            for one in known:
+                if known[one] is None and one in opened.rows:
+                    classes = opened.classes if known["train"] is None else known["train"].classes
+                    known[one] = _unpack(places[one], opened, one, classes)
+        train = known["train"]
+    assert train is not None
+    unused = found.source.unused if found.source is not None else map(Unused._make, train.unused)
+    whole = Source(
+        classes=tuple(train.classes),
+        rows={one: _reader(places[one], known.get(one)) for one in train.splits},
+        sizes={one: None if index is None else len(index.labels) for one, index in known.items()},
+        origins={one: one for one in train.splits},
+        unused=tuple(unused),
+        renumbered=train.renumbered,
+    )
+    return whole, places
+
+
+def _unpack(path: Path, opened: Source, split: str, classes: Sequence[str] | None) -> Index:
+    cache.build(path, _filler(opened, split, classes), damaged=os.path.lexists(path))
+    index = _read(path)
+    if index is None:
+        raise ValueError(
+            f"`load` lost {str(path)!r} while reading it. Keep `cache` for kart alone."
+        )
+    return index
 
 
 def _path(found: Finding, base: Path, split: str) -> Path:
@@ -69,9 +88,9 @@ def _file(path: Path, number: int) -> Path:
     return path / f"{number // _FOLDER:05d}" / f"{number:08d}"
 
 
-def _filler(opened: Source, split: str, classes: tuple[str, ...] | None) -> Callable[[Path], None]:
+def _filler(opened: Source, split: str, classes: Sequence[str] | None) -> Callable[[Path], None]:
     def fill(work: Path) -> None:
-        entry, index = work / "entry", Index([], [], [], [])
+        entry, index = work / "entry", Index([], [], [], [], [], [], {})
         rows, size = opened.rows[split](), opened.sizes[split]
         for number, row in enumerate(
             tqdm(rows, f"unpacking {split}", size, unit=" images", disable=None)
@@ -89,8 +108,13 @@ def _filler(opened: Source, split: str, classes: tuple[str, ...] | None) -> Call
             )
         check_labels(np.array(index.labels), classes, lambda n: index.where[n])
         names = classes or tuple(str(i) for i in range(max(index.labels) + 1))
-        content = index._replace(classes=list(names))._asdict()
-        cache.write_json(entry / "index.json", content)
+        whole = index._replace(
+            classes=list(names),
+            splits=list(opened.rows),
+            unused=[list(one) for one in opened.unused],
+            renumbered=opened.renumbered,
+        )
+        cache.write_json(entry / "index.json", whole._asdict())
 
     return fill
 
@@ -106,8 +130,10 @@ def _read(path: Path) -> Index | None:
     return index if sizes == index.sizes and len(index.labels) == len(sizes) > 0 else None
 
 
-def _reader(path: Path, index: Index) -> Callable[[], Iterator[Row]]:
+def _reader(path: Path, index: Index | None) -> Callable[[], Iterator[Row]]:
     def rows() -> Iterator[Row]:
+        if index is None:
+            raise ValueError(f"`load` has not unpacked {str(path)!r}.")
         for number, (where, label) in enumerate(zip(index.where, index.labels, strict=True)):
             yield Row(where, _file(path, number), label)
 
