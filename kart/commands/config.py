@@ -4,23 +4,27 @@ import argparse
 import dataclasses
 import os
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from kart import recipes, runs
+from kart import models, operators, recipes, runs
 from kart.commands.command import choice, integer, number
 from kart.train import Config
 
-OPERATORS_HELP = """\
-operators: softmax, sigmoid, relu, sparsemax, or FAMILY-NUMBERS followed by B (blockwise) or U
-(universal): G3B (Fourier, grid 3), bspline-G8B, gaussian_rbf-G8B, polynomial-0B, chebyshev-4B,
-rational-5/4B, mexican_hat-B, morlet-B, dog-B, meyer-B, shannon-B. Options follow a colon:
-G3B:rank=24,base=softmax. Heads that differ are joined by +: 2*softmax+G3B. A basis or operator
-of your own: my_module:sinc-B, sinc.py:sinc-8U:rank=4 (numbers are the first arguments of its
-factory). Naming it runs that code.
-"""
+OPERATORS_HELP = (
+    textwrap.fill(
+        "operators: by name, or FAMILY-NUMBERS followed by B (blockwise) or U (universal), such as "
+        + ", ".join(operators.EXAMPLES)
+        + ". Options follow a colon: G3B:rank=24,base=softmax. Heads that differ are joined by +: "
+        "2*softmax+G3B. A basis or operator of your own: my_module:sinc-B, sinc.py:sinc-8U:rank=4 "
+        "(numbers are the first arguments of its factory). Naming it runs that code.",
+        96,
+    )
+    + "\n"
+)
 
 Parse = Callable[[str], Any]
 
@@ -60,7 +64,7 @@ FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
         "eval_crop": (REAL, "share of the side that evaluation sees, the centre (paper: 0.9)"),
     },
     "model": {
-        "model": (str, "vit_nano, vit_tiny, vit_small or vit_base"),
+        "model": (str, ", ".join(models.MODELS)),
         "sharing": (str, "blockwise or universal, where the operator's letter is left out"),
         "rank": (WHOLE, "rank r of the operators (12)"),
         "project": (str, "simplex: project rows of weights onto the probability simplex"),
