@@ -190,14 +190,19 @@ def load_data(config: Config, **options: Any) -> Splits:
     )
 
 
-def default_patch_size(image_size: int) -> int:
-    """The largest side that divides the image's and is at most 16, the paper's, from 128 px on;
-    leaves a grid of 8 x 8 or more from 32 px on, of 4 x 4 or more below.
+def default_patch_size(image_size: int, model: str = "vit_nano") -> int:
+    """The largest side that divides the image's and is at most 16, the paper's, from 128 px on (4
+    where the model halves its grid, as Swin's); leaves a grid of 8 x 8 or more from 32 px on, of
+    4 x 4 or more below.
 
     >>> [default_patch_size(size) for size in (8, 28, 32, 64, 224)]
     [2, 7, 4, 8, 16]
+    >>> default_patch_size(224, "swin_tiny")
+    4
     """
     most = 16 if image_size >= 128 else image_size // (8 if image_size >= 32 else 4)
+    if "depths" in models.MODELS.get(model, {}):
+        most = min(most, 4)
     return max(side for side in range(1, max(1, most) + 1) if image_size % side == 0)
 
 
@@ -219,7 +224,7 @@ def build(config: Config, dataset: Dataset) -> Model:
     if config.recompute:  # models without it name it as no field of theirs
         given["recompute"] = True
     image_size = config.image_size or dataset.images.shape[-1]
-    given.setdefault("patch_size", default_patch_size(image_size))
+    given.setdefault("patch_size", default_patch_size(image_size, config.model))
     shape = {
         "image_size": image_size,
         "in_channels": dataset.images.shape[1],

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from kart import models, operators, tree
+from kart import cli, models, operators, tree
 from kart.analysis import cost
 
 TINY = {"image_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -151,3 +151,25 @@ def test_other_families_are_counted_by_drawing_and_their_operations_refused():
     for call in (cost.flops, lambda model: cost.activation_memory(model, 2)):
         with pytest.raises(ValueError, match="needs a ViT.*family 'swin'"):
             call(blockwise)
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--paper", "--operator", "G3B"], "--operator"),
+        (["--paper", "--roofline"], "--roofline"),
+        (["--roofline", "--depth", "3"], "--depth"),
+        (["--roofline", "cpu", "--batch-size", "4"], "--batch-size"),
+    ],
+)
+def test_a_table_of_fixed_models_takes_no_option_that_it_ignores(argv, named, capsys):
+    assert cli.main(["info", *argv]) == 2
+    assert f"stand without {named}," in capsys.readouterr().err
+
+
+def test_info_of_other_families_says_what_is_not_counted(capsys):
+    assert cli.main(["info", "--model", "swin_nano", "--image-size", "32"]) == 0
+    text = capsys.readouterr().out
+    assert "not counted: swin" in text and "parameters" in text
+    with pytest.raises(SystemExit):
+        cli.main(["info", "--learning-rate", "1e-3"])

@@ -37,9 +37,10 @@ SPLITS = train.load_data(TINY)
 OPERATORS = ("softmax", "G2B")
 
 
-def result(operator, seeds=(0, 1)):
+def result(operator, seeds=(0, 1), **changes):
     """An untrained result whose trajectory leads from elsewhere to its weights."""
-    configs = [dataclasses.replace(TINY, operator=operator, seed=seed) for seed in seeds]
+    config = dataclasses.replace(TINY, operator=operator, **changes)
+    configs = [dataclasses.replace(config, seed=seed) for seed in seeds]
     model = train.build(configs[0], SPLITS.train)
     params = [model.init(torch.Generator().manual_seed(seed)) for seed in seeds]
 
@@ -310,3 +311,20 @@ def test_what_cannot_be_is_one_line_and_the_others_are_shown(change, limit, word
     assert [bool(part.problem) for part in done] == [False, True, True]
     assert words in done[-1].problem and "\n" not in done[-1].problem
     assert "Not shown" in (tmp_path / "page.html").read_text()
+
+
+def test_a_model_whose_blocks_differ_has_the_sections_that_can_be(tmp_path):
+    sizes = {"model": "swin_nano", "image_size": 16, "patch_size": 2}
+    own = [
+        result(operator, embed_dim=None, depth=None, num_heads=None, **sizes)
+        for operator in OPERATORS
+    ]
+    page = tmp_path / "report.html"
+    chosen = ["scores", "training", "functions", "attention", "mechanism", "spectra", "weights"]
+    options = {"title": "runs", "command": "kart analyse runs", "examples": 4}
+    done = report.analyse(own, SPLITS, report.select(chosen), out=page, **options)
+    told = {one.name: one.problem for one in done}
+    assert [name for name in told if not told[name]] == ["scores", "training", "weights"]
+    for name in ("functions", "attention", "mechanism", "spectra"):
+        assert "needs blocks of equal heads and tokens" in told[name]
+    assert "not counted" in page.read_text()

@@ -54,7 +54,7 @@ def _distinct(model: Model) -> tuple[Operator, ...]:
 
 
 def _check_vit(function: str, model: Model) -> None:
-    if model.config.family != "vit":
+    if not counted(model):
         raise ValueError(
             f"`{function}` needs a ViT, whose operations it knows, got a model of the family "
             f"{model.config.family!r}. Count its parameters with `parameters`."
@@ -133,6 +133,11 @@ def product_flops(op: Operator, heads: int, tokens: int, width: int) -> int:
         return sum(product_flops(one, heads, tokens, width) for one in op.options["parts"])
     declared = op.traits.get("product_flops")
     return heads * (declared(tokens, width) if declared else 2 * tokens * tokens * width)
+
+
+def counted(model: Model) -> bool:
+    """Whether `flops` and `activation_memory` know the operations of `model`."""
+    return model.config.family == "vit"
 
 
 def flops(model: Model) -> Flops:
@@ -332,7 +337,7 @@ def section(context: Context) -> pages.Section:
             "hvp": functools.partial(curvature.hvp, loss, params, params),
         }
         steps[name], forwards[name] = step, forward
-        kept[name] = activation_memory(model, batch) if model.config.family == "vit" else None
+        kept[name] = activation_memory(model, batch) if counted(model) else None
     clock = bench.Clock("cpu")
     stepped = bench.interleave(steps, REPEATS, clock)
     passed = bench.interleave(forwards, REPEATS, clock)

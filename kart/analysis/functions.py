@@ -540,11 +540,12 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
         model = context.model(member.config)
         c = model.config
         # as many as the fit of a constant operator asks for, twice
-        width = c.embed_dim // c.num_heads
-        count = max(context.few(model), math.ceil(8 * c.tokens / width))
+        few, site = context.few(model), model.sites[0]
+        width = c.embed_dim // site.heads
+        count = max(few, math.ceil(8 * site.tokens / width))
         context.holds(
             f"the attention of {count} images in {member.name}",
-            3 * 4 * c.depth * count * c.num_heads * c.tokens**2 / 2**20,
+            3 * 4 * c.depth * count * site.heads * site.tokens**2 / 2**20,
         )
         with torch.no_grad():
             aux = model.intermediates(member.params, context.images(member.config, count)[0])

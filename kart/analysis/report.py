@@ -232,10 +232,11 @@ def _key(context: Context) -> str:
 def _setting(context: Context) -> str:
     result = context.results[0]
     config, seeds = result.configs[0], len(result.configs)
-    c = context.model(config).config
+    model = context.model(config)
+    c, heads = model.config, ", ".join(dict.fromkeys(str(site.heads) for site in model.sites))
     return (
         f"{os.path.basename(config.data)}, {len(context.splits.train.labels):,} training images of "
-        f"{c.image_size} x {c.image_size}. {config.model}: {c.depth} blocks, {c.num_heads} heads, "
+        f"{c.image_size} x {c.image_size}. {config.model}: {c.depth} blocks, {heads} heads, "
         f"width {c.embed_dim}, patches of {c.patch_size}, {c.tokens} tokens. "
         f"{config.epochs} epochs in batches of {config.batch_size}, AdamW at "
         f"{config.peak_learning_rate:g} with warm-up and cosine, weight decay "

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from kart import pages, statistics, tables
 from kart.analysis import cost
-from kart.analysis.section import Analysis, Context, Look, Result, mean_number
+from kart.analysis.section import Analysis, Context, Result, mean_number
+from kart.models import Model
 
 
 def verdicts(results: Sequence[Result]) -> list[str]:
@@ -18,10 +19,9 @@ def verdicts(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def described(look: Look) -> str:
-    """What an operator is, in words."""
-    op, sharing = look.model.operators[0], look.model.config.sharing
-    name = look.result.name
+def described(name: str, model: Model) -> str:
+    """What the operator of a model is, in words."""
+    op, sharing = model.operators[0], model.config.sharing
     if op.basis is None:
         return f"{name}: {'a fixed function' if op.options.get('kind') == name else op.name}"
     options = {k: v for k, v in op.basis.options.items() if k not in ("init", "scales")}
@@ -41,13 +41,13 @@ def section(context: Context) -> pages.Section:
     timed = all(result.step_ms is not None for result in results)
     header = ["operator", f"{split} top-1 %", "by seed", "parameters"]
     header += ["in operators", "MMACs an image"] + ["step ms"] * timed
-    rows, numbers, looks = [], [], []
+    rows, numbers, words = [], [], []
     for result in results:
         images = result.test_images if tested else len(context.splits.val.labels)
         found = statistics.accuracy(result.top1, images)
-        look = context.look(result)
-        looks.append(look)
-        counted = cost.parameters(look.model)
+        model = context.model(result.configs[0])
+        words.append(described(result.name, model))
+        counted = cost.parameters(model)
         bounds = found.why or f"[{100 * found.low:.2f}, {100 * found.high:.2f}]"
         row = [
             result.name,
@@ -55,7 +55,7 @@ def section(context: Context) -> pages.Section:
             ", ".join(f"{100 * value:.2f}" for value in result.top1),
             f"{counted.total:,}",
             f"{counted.operator:,}",
-            f"{cost.flops(look.model).total / 1e6:.2f}",
+            f"{cost.flops(model).total / 1e6:.2f}" if cost.counted(model) else "not counted",
         ]
         rows.append(row + ([f"{result.step_ms:.1f}"] if timed else []))
         numbers += [
@@ -72,8 +72,8 @@ def section(context: Context) -> pages.Section:
         caption += " The test split was read once, after the last epoch, with the last weights."
     if timed:
         caption += " Step: one training step a member, CPU time; it alone varies between runs."
-    caption += " MACs by the paper's count, for the materialised form. "
-    caption += "; ".join(map(described, looks)) + "."
+    caption += " MACs by the paper's count, for the materialised form, of ViTs. "
+    caption += "; ".join(words) + "."
     known = results[0].test_images if tested else len(context.splits.val.labels)
     chosen = f" and the choice of the {known:,} images" if known else ""
     found = verdicts(results)

@@ -212,9 +212,17 @@ class Context:
             )
 
     def few(self, model: Model) -> int:
-        """On how many images weights and scores, N x N a head and block, stay small."""
-        c = model.config
-        return max(self.shown, min(64, 2**22 // (c.num_heads * c.tokens**2)))
+        """On how many images weights and scores, N x N a head and block, stay small.
+
+        Raises ValueError for models whose blocks differ in them, as Swin's windows do.
+        """
+        sizes = {site.heads * site.tokens**2 for site in model.sites}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"`{self.name}` needs blocks of equal heads and tokens, got a model of the family "
+                f"{model.config.family!r}. Take its `intermediates` block by block, in a script."
+            )
+        return max(self.shown, min(64, 2**22 // sizes.pop()))
 
     def look(self, result: Result) -> Look:
         """The first member of `result` on the first validation images, computed once a page."""

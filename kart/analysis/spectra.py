@@ -170,6 +170,7 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
 
     def compute() -> dict[str, Tensor]:
         model = context.model(member.config)
+        context.few(model)  # blocks that can be put together
         images, _ = context.images(member.config, IMAGES)
         with torch.no_grad():
             aux = model.intermediates(member.params, images)

@@ -5,7 +5,7 @@ import dataclasses
 import os
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -135,14 +135,20 @@ METAVARS: dict[Parse, str] = {
 NAMES = {"start": "from"}
 
 
-def add_config_flags(parser: argparse.ArgumentParser, groups: Sequence[str] = tuple(FLAGS)) -> None:
-    """Adds the flags of `Config` in `groups` to `parser`; what is not given is not in its result,
-    so that a recipe can stand below what is.
+def add_config_flags(
+    parser: argparse.ArgumentParser,
+    groups: Sequence[str] = tuple(FLAGS),
+    fields: Collection[str] | None = None,
+) -> None:
+    """Adds the flags of `Config` in `groups` to `parser`, or those of `fields` alone; what is not
+    given is not in its result, so that a recipe can stand below what is.
     """
     defaults = Config()
     for title in groups:
         group = parser.add_argument_group(title)
         for name, (kind, text) in FLAGS[title].items():
+            if fields is not None and name not in fields:
+                continue
             default = getattr(defaults, name)
             shown = "" if default in (None, ()) else f" (default {default})"
             flag = f"--{NAMES.get(name, name).replace('_', '-')}"

@@ -7,14 +7,31 @@ from kart import kernels, models, train
 from kart.commands.command import Command, integer
 from kart.commands.config import OPERATORS_HELP, add_config_flags, config_of
 
+# fields of Config that what is printed depends on
+FIELDS = ("model", "image_size", *train.MODEL_FIELDS, "batch_size", "precision")
+# all that describes the configuration, and what it is where it is not given
+DEFAULTS = {"operator": "softmax", "num_classes": 10, "in_channels": 3} | {
+    "model": "vit_tiny",
+    "image_size": 224,
+}
+
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     count = integer(1, most=10**6)
-    parser.add_argument("--operator", default="softmax", metavar="SPEC", help="see below")
-    parser.add_argument("--num-classes", type=count, default=10, metavar="INT", help="(default 10)")
-    parser.add_argument("--in-channels", type=count, default=3, metavar="INT", help="(default 3)")
+    absent = argparse.SUPPRESS
     parser.add_argument(
-        "--paper", action="store_true", help="the paper's nine models beside kart's"
+        "--operator", default=absent, metavar="SPEC", help="see below (default softmax)"
+    )
+    for flag in ("num_classes", "in_channels"):
+        parser.add_argument(
+            f"--{flag.replace('_', '-')}",
+            type=count,
+            default=absent,
+            metavar="INT",
+            help=f"(default {DEFAULTS[flag]})",
+        )
+    parser.add_argument(
+        "--paper", action="store_true", help="the paper's nine models beside kart's, alone"
     )
     parser.add_argument(
         "--roofline",
@@ -25,17 +42,38 @@ def _flags(parser: argparse.ArgumentParser) -> None:
         "tokens; cpu: the same counts beside this machine's clock",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_config_flags(parser, ("model", "optimisation", "execution"))
-    parser.set_defaults(image_size=224, model="vit_tiny")
+    add_config_flags(parser, ("model", "optimisation", "execution"), FIELDS)
+
+
+def _check_used(args: argparse.Namespace) -> None:
+    """Raises ValueError where a table of fixed models is asked for with what it ignores."""
+    given = [name for name in (*DEFAULTS, *FIELDS) if name in vars(args)]
+    given += [name for name in ("paper", "roofline", "json") if getattr(args, name)]
+    for table, used in (("paper", ()), ("roofline", ("batch_size",))):
+        if not getattr(args, table):
+            continue
+        if args.roofline == "cpu":
+            used = ()
+        rest = [name for name in dict.fromkeys(given) if name not in (table, *used)]
+        if rest:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in rest)
+            raise ValueError(
+                f"`--{table}` needs to stand without {flags}, got both: its models are the "
+                "paper's. Leave one of them out."
+            )
 
 
 def _run(args: argparse.Namespace) -> int:
     from kart.analysis import cost
 
+    _check_used(args)
     if args.paper:
         print(cost.paper_table())
         return 0
-    config = config_of(args, operator=args.operator)
+    for name, value in DEFAULTS.items():
+        if name not in vars(args):
+            setattr(args, name, value)
+    config = config_of(args)
     if args.roofline:
         from kart.analysis import roofline
 
@@ -43,7 +81,7 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     given = {name: getattr(config, name) for name in train.MODEL_FIELDS}
     given = {name: value for name, value in given.items() if value is not None}
-    given.setdefault("patch_size", train.default_patch_size(args.image_size))
+    given.setdefault("patch_size", train.default_patch_size(args.image_size, config.model))
     model = models.create(
         config.model,
         operator=args.operator,
@@ -52,25 +90,30 @@ def _run(args: argparse.Namespace) -> int:
         num_classes=args.num_classes,
         **given,
     )
-    counted, operations = cost.parameters(model), cost.flops(model)
-    batch = config.batch_size
-    width = 2 if config.precision == "bfloat16" else 4
-    kept = cost.activation_memory(model, batch, bytes_each=width)
-    naive = cost.activation_memory(model, batch, "naive", bytes_each=width)
+    counted, batch = cost.parameters(model), config.batch_size
     found = {
         "model": config.model,
         "operator": model.config.operator,
         "sharing": model.config.sharing,
-        "tokens": model.config.tokens,
+        "tokens": model.sites[0].tokens,
         "parameters": counted.total,
         "operator_parameters": counted.operator,
-        "gflops": operations.total / 1e9,
-        "activation_gflops": operations.activation / 1e9,
         "batch": batch,
-        "kept_for_backward_mib": kept / 2**20,
-        "kept_by_the_naive_form_mib": naive / 2**20,
-        # float32 weights, gradients and two moments, and what the backward needs
-        "training_memory_mib": (16 * counted.total + kept) / 2**20,
+    }
+    if cost.counted(model):
+        operations = cost.flops(model)
+        width = 2 if config.precision == "bfloat16" else 4
+        kept = cost.activation_memory(model, batch, bytes_each=width)
+        naive = cost.activation_memory(model, batch, "naive", bytes_each=width)
+        found |= {
+            "gflops": operations.total / 1e9,
+            "activation_gflops": operations.activation / 1e9,
+            "kept_for_backward_mib": kept / 2**20,
+            "kept_by_the_naive_form_mib": naive / 2**20,
+            # float32 weights, gradients and two moments, and what the backward needs
+            "training_memory_mib": (16 * counted.total + kept) / 2**20,
+        }
+    found |= {
         "engines": kernels.engines(),
     }
     if args.json:
@@ -78,15 +121,20 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     rows = [
         ("model", f"{config.model}, {args.operator}, {model.config.sharing}"),
-        ("tokens", f"{model.config.tokens}"),
+        ("tokens", f"{found['tokens']}"),
         ("parameters", f"{counted.total:,}, {counted.operator:,} of them in the operators"),
-        ("GFLOPs an image", f"{found['gflops']:.3f}, {found['activation_gflops']:.3f} of them in "
-         "the activation (the paper's count: multiply-accumulates)"),
-        (f"kept for backward, batch {batch}", f"{kept / 2**20:.0f} MiB "
-         f"(materialised as in the paper: {naive / 2**20:.0f} MiB)"),
-        ("training memory, AdamW", f"{found['training_memory_mib']:.0f} MiB"),
-        *((f"engine {name}", state) for name, state in found["engines"].items()),
-    ]  # fmt: skip
+    ]
+    if cost.counted(model):
+        rows += [
+            ("GFLOPs an image", f"{found['gflops']:.3f}, {found['activation_gflops']:.3f} of them "
+             "in the activation (the paper's count: multiply-accumulates)"),
+            (f"kept for backward, batch {batch}", f"{found['kept_for_backward_mib']:.0f} MiB "
+             f"(materialised as in the paper: {found['kept_by_the_naive_form_mib']:.0f} MiB)"),
+            ("training memory, AdamW", f"{found['training_memory_mib']:.0f} MiB"),
+        ]  # fmt: skip
+    else:
+        rows.append(("GFLOPs, memory", f"not counted: {model.config.family} is not a ViT"))
+    rows += [(f"engine {name}", state) for name, state in found["engines"].items()]
     print("\n".join(f"{name:32} {value}" for name, value in rows))
     return 0
 
