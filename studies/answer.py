@@ -463,7 +463,9 @@ def shares(scores: Mapping[tuple[str, str], Mapping[int, float]], cells: Sequenc
 
 
 def report(out: Path) -> list[str]:
-    """Writes answer.html, answer.csv and the two pictures; returns the lines of the answer."""
+    """Writes answer.html, answer.csv, runs.csv (every run) and the two pictures; returns the lines
+    of the answer.
+    """
     records = read(out)
     scores = tested(records)
     cells = [cell for cell in CELLS if any(key[0] == cell for key in scores)]
@@ -590,6 +592,9 @@ def report(out: Path) -> list[str]:
     header = "cell,arm,parameters,n,top1,gain,low,high"
     lines = [",".join("" if x is None else str(x) for x in row) for row in numbers]
     checkpoint.write_text(out / "answer.csv", "\n".join([header, *lines]) + "\n")
+    fields = ("cell", "arm", "rate", "seed", "val_top1", "test_top1", "cpu_seconds")
+    kept = [",".join(f'"{one.get(f, "")}"' for f in fields) for one in records]
+    checkpoint.write_text(out / "runs.csv", "\n".join([",".join(fields), *kept]) + "\n")
     forest(scores, cells).savefig(out / "answer.png", dpi=130)
     shares(scores, cells).savefig(out / "parts.png", dpi=130)
     said = [tables.table(rows, ["cell", "arm", "sees", "parameters", "top-1 %", "over softmax"])]
