@@ -43,7 +43,7 @@ class _Coefs(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in "bhpmj"]
 
 
-class _Shape(ctypes.Structure):
+class Shape(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
         for name in ("batch", "heads", "queries", "keys", "width", "rank", "value_width")
@@ -81,14 +81,14 @@ class Engine:
         if mask is not None:
             mask = mask.expand(*q.shape[:3], k.shape[2])
         value_width = 0 if soft is None else soft[1]
-        shape = _Shape(*q.shape[:3], k.shape[2], q.shape[3], coefs.shape[2], value_width)
+        shape = Shape(*q.shape[:3], k.shape[2], q.shape[3], coefs.shape[2], value_width)
         code = function(
             ctypes.byref(shape),
             self.options,
-            *(ctypes.byref(_array(x)) for x in (*inputs, q, k)),
-            ctypes.byref(_array(coefs, _Coefs)),
+            *(ctypes.byref(array_of(x)) for x in (*inputs, q, k)),
+            ctypes.byref(array_of(coefs, _Coefs)),
             int(product.own),
-            ctypes.byref(_array(mask)),
+            ctypes.byref(array_of(mask)),
             ctypes.c_float(scale),
             None if soft is None else ctypes.byref(soft[0]),
             *(ctypes.c_void_p(x.data_ptr()) for x in results),
@@ -108,7 +108,9 @@ class Engine:
             return (y,)
         v = soft.v
         out, logsumexp = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])
-        extra = _Soft(_array(v), _array(None), _array(None), out.data_ptr(), logsumexp.data_ptr())
+        extra = _Soft(
+            array_of(v), array_of(None), array_of(None), out.data_ptr(), logsumexp.data_ptr()
+        )
         if y.numel():
             self._call(self.library.kart_forward, product, (extra, v.shape[3]), [y])
         return y, out, logsumexp
@@ -124,7 +126,7 @@ class Engine:
             dv = soft.v.new_empty(soft.v.shape)
             gradients.append(dv)
             assert soft.logsumexp is not None  # for the type checker
-            arrays = (_array(x) for x in (soft.v, soft.dout, soft.out))
+            arrays = (array_of(x) for x in (soft.v, soft.dout, soft.out))
             sums = soft.logsumexp.contiguous()
             extra = _Soft(*arrays, None, sums.data_ptr(), dv.data_ptr()), soft.v.shape[3]
         if not dy.numel():
@@ -133,7 +135,8 @@ class Engine:
         return tuple(gradients)
 
 
-def _array(x: Tensor | None, kind: type[ctypes.Structure] = _Array) -> ctypes.Structure:
+def array_of(x: Tensor | None, kind: type[ctypes.Structure] = _Array) -> ctypes.Structure:
+    """Address and strides of a tensor as the kernels take them; zeros for None."""
     return kind() if x is None else kind(x.data_ptr(), *x.stride())
 
 
@@ -265,7 +268,7 @@ def _check(engine: Engine, family: Family, softmax: bool) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _engine(name: str, source: str, options: tuple[float, ...], softmax: bool, of: "_Of"):
+def _engine(name: str, source: str, options: tuple[float, ...], softmax: bool, of: "FamilyOf"):
     """The checked kernels of a family and "", or None and why there are none; logged once."""
     family = of.family
     label = re.sub(r"[^\w]+", "-", family.basis.family)
@@ -280,7 +283,7 @@ def _engine(name: str, source: str, options: tuple[float, ...], softmax: bool, o
     return engine, ""
 
 
-class _Of(NamedTuple):
+class FamilyOf(NamedTuple):
     """A family that plays no part in the key of a cache."""
 
     family: Family
@@ -289,7 +292,7 @@ class _Of(NamedTuple):
         return 0
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Of)
+        return isinstance(other, FamilyOf)
 
 
 def engine_of(family: Family, softmax: bool = False) -> tuple[Engine | None, str]:
@@ -299,7 +302,7 @@ def engine_of(family: Family, softmax: bool = False) -> tuple[Engine | None, str
     if family.width > MAX_WIDTH:
         return None, f"the C++ engine takes {MAX_WIDTH} features at most, not {family.width}"
     text = source(family, softmax)
-    return _engine(family.name, text, family.pieces.cpp.options, softmax, _Of(family))
+    return _engine(family.name, text, family.pieces.cpp.options, softmax, FamilyOf(family))
 
 
 def status() -> str:

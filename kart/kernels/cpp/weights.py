@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kart.kernels import plain
-from kart.kernels.cpp import BASES, DTYPES, MAX_WIDTH, _array, _Of, _Shape, build, log
+from kart.kernels.cpp import BASES, DTYPES, MAX_WIDTH, FamilyOf, Shape, array_of, build, log
 from kart.kernels.family import Family
 from kart.kernels.transforms import untransformed
 
@@ -58,16 +58,16 @@ class Engine:
         held |= {"theta": theta, "factor": factor}
         addresses = {name: None if y is None else y.data_ptr() for name, y in held.items()}
         extra = _Extra(size=theta.shape[2], **addresses)
-        shape = _Shape(*x.q.shape[:3], x.k.shape[2], x.q.shape[3], 1, x.v.shape[3])
+        shape = Shape(*x.q.shape[:3], x.k.shape[2], x.q.shape[3], 1, x.v.shape[3])
         inputs, results = tensors
         code = function(
             ctypes.byref(shape),
             self.options,
-            *(ctypes.byref(_array(y)) for y in (x.q, x.k, x.v, mask)),
+            *(ctypes.byref(array_of(y)) for y in (x.q, x.k, x.v, mask)),
             ctypes.byref(extra),
             int(theta.shape[0] > 1),
             ctypes.c_float(x.scale),
-            *(ctypes.byref(_array(y)) for y in inputs),
+            *(ctypes.byref(array_of(y)) for y in inputs),
             *(ctypes.c_void_p(y.data_ptr()) for y in results),
             min(torch.get_num_threads(), x.q.shape[0] * x.q.shape[1]),
         )
@@ -183,7 +183,7 @@ def _check(engine: Engine, family: Family | None, form: str) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _engine(name: str, source: str, options: tuple[float, ...], form: str, of: _Of):
+def _engine(name: str, source: str, options: tuple[float, ...], form: str, of: FamilyOf):
     """The checked kernels of a family in a form and "", or None and why; logged once."""
     label = re.sub(r"[^\w]+", "-", name.partition("?")[0].partition(":")[2] or name) + "-" + form
     try:
@@ -199,13 +199,13 @@ def _engine(name: str, source: str, options: tuple[float, ...], form: str, of: _
 def engine_of(family: Family | None, form: str) -> tuple[Engine | None, str]:
     """The checked kernels and "", or None and why there are none."""
     if family is None:
-        return _engine("table", source(None, form), (), form, _Of(family))  # type: ignore[arg-type]
+        return _engine("table", source(None, form), (), form, FamilyOf(family))  # type: ignore[arg-type]
     if getattr(family.pieces, "cpp", None) is None:
         return None, f"the C++ engine has no piece of the {family.basis.family!r} basis"
     if family.width > MAX_WIDTH:
         return None, f"the C++ engine takes {MAX_WIDTH} features at most, not {family.width}"
     options = family.pieces.cpp.options
-    return _engine(family.name, source(family, form), options, form, _Of(family))
+    return _engine(family.name, source(family, form), options, form, FamilyOf(family))
 
 
 def refuses(x: Weighted) -> str:
