@@ -20,7 +20,7 @@ test-nightly: .venv/.ready
 
 # kills, full disks, damage, worthless input and lost databases, drawn anew at every run
 test-faults: .venv/.ready
-	OMP_NUM_THREADS=1 $(PY) -m tests.faults
+	OMP_NUM_THREADS=1 $(PY) -c "import sys; from tests import faults; sys.exit(faults.main())"
 
 # on a GPU machine that has torch already: GPU_PYTHON=python3 make gpu-check sets nothing up
 GPU_PYTHON ?= $(PY)

@@ -98,7 +98,10 @@ STUDY = search.compare(ARMS, tiny={"confirm": 2}, answer=answer)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """One study a setting, each in its own directory below `--out`."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="further flags go to `kart study run`, such as --data, --threads 1",
+    )
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--settings", default=",".join(SETTINGS), help="comma-separated")
     args, flags = parser.parse_known_args(argv)

@@ -1,4 +1,4 @@
-"""Faults with drawn seeds, and what became of them: `make test-faults` (`python -m tests.faults`).
+"""Faults with drawn seeds, and what became of them: `make test-faults`.
 
 Kills of training, a full disk, command lines, worthless arguments, code that the files of others
 name, damaged checkpoints, damaged caches of images and of engines, and lost databases; a table says
@@ -21,7 +21,6 @@ import resource
 import shutil
 import signal
 import sqlite3
-import sys
 import tempfile
 import time
 import traceback
@@ -462,10 +461,3 @@ def main() -> int:
         found["databases"] = databases()
     print(table(found))
     return int(any(sum(bad.values()) for _, bad in found.values()))
-
-
-if __name__ == "__main__":
-    # of the module that other processes import
-    from tests import faults
-
-    sys.exit(faults.main())

@@ -1,10 +1,19 @@
-"""The README's Python runs as it stands, and its commands exist."""
+"""The README's Python runs as it stands, and the commands printed anywhere are accepted."""
 
+import contextlib
+import importlib
+import io
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+
+from kart import cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -28,6 +37,52 @@ def test_every_command_of_the_readme_exists():
         assert target in targets, target
     for module in re.findall(r"python -m (studies\.[a-z_]+)", README):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+
+
+def _commands(pattern: str) -> Iterator[tuple[str, list[str]]]:
+    """Lines of the README and of every docstring that are a command, comments cut off."""
+    files = [ROOT / "README.md", *(ROOT / "kart").rglob("*.py"), *(ROOT / "studies").glob("*.py")]
+    for file in files:
+        # in a docstring the backslash that continues a line is written twice, if it is not raw
+        text = re.sub(r"\\+\n\s*", "", file.read_text())
+        for line in re.findall(rf"^(?:    )?(?:torchrun .*-m )?({pattern}.*)$", text, re.M):
+            yield file.name, shlex.split(line, comments=True)
+
+
+KART = list(_commands("kart (?:data|train|eval|analyse|predict|export|study|test|bench|info) "))
+STUDIES = list(_commands(r"python -m studies\.\w+"))
+
+
+def test_commands_are_found():
+    assert len(KART) > 35 and len(STUDIES) > 15
+    assert {"README.md", "bench.py", "resolution.py"} <= {name for name, _ in KART}
+
+
+@pytest.mark.parametrize(("file", "words"), KART)
+def test_printed_commands_are_accepted(file, words):
+    args, rest = cli.parser().parse_known_args(words[1:])
+    assert not rest and callable(args.call)
+
+
+@pytest.mark.parametrize(("file", "words"), STUDIES)
+def test_printed_studies_are_accepted(file, words):
+    main = importlib.import_module(words[2]).main
+    flags = [word for word in words[3:] if word.startswith("--")]
+    if not flags:
+        return
+    shown = io.StringIO()
+    verbs = [word for word in words[3:4] if not word.startswith("-")]
+    # a verb has its own flags; what is no verb (a row, a run) is ignored beside --help
+    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as end:
+        main([*verbs, "--help"])
+    assert end.value.code == 0
+    # flags that it hands on
+    passed_on = re.search(r"further flags go to `kart ([a-z ]+)`", shown.getvalue())
+    if passed_on:
+        with contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
+            cli.main([*passed_on[1].split(), "--help"])
+    for flag in flags:
+        assert re.search(rf"{flag}\b", shown.getvalue()), f"{file}: {flag}"
 
 
 def test_files_named_in_the_readme_exist():
