@@ -109,6 +109,7 @@ GRAPHS = [
         for spec in (
             *("G3U", "G3B:base=softmax", "G3B:order=full_rank", "G3B:order=elementwise"),
             *("rational-5/4B", "bspline-8B", "softconv", "G3B:order=by_distance,inside=true"),
+            *("G3B:order=by_distance", "G3B:order=generated", "G3B:order=by_offset", "static"),
         )
     ),
 ]

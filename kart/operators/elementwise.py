@@ -31,6 +31,7 @@ from kart.operators.contract import (
     two_axes,
 )
 from kart.operators.resize import amplitudes
+from kart.operators.static import mixed
 
 STARTS = ("scaled", "zero")
 NORMALISATIONS = ("count", "l1", "softmax")
@@ -157,8 +158,7 @@ def from_entries(
             v, *leaves, mask = rest
             own = {"units": dict(zip(names, leaves, strict=True))}
             y = entries(own, None, place, torch.arange(v.shape[-2], device=v.device))
-            y = weigh(alone, y, None, mask).to(v.dtype)
-            return torch.einsum("...nm,...me->...ne", y, v)
+            return mixed(weigh(alone, y, None, mask).to(v.dtype), v)
 
         place, _ = places(q.shape[-2], k.shape[-2], q.device)
         out = kernels.by_queries(block, [place], [v, *leaves], mask, 2)
