@@ -361,7 +361,7 @@ def frozen(config: Config, params: Params) -> set[str]:
     for pattern in config.held:
         found = fnmatch.filter(names, pattern) + fnmatch.filter(names, f"{pattern}.*")
         if not found:
-            some = sorted({name.rpartition(".")[0] for name in names})[:4]
+            some = sorted({name.rpartition(".")[0] or name for name in names})[:4]
             raise ValueError(
                 f"`freeze` needs patterns of parameters, got {pattern!r}, which matches none of "
                 f"{', '.join(some)}, ... Name one, or some with *."

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from kart import code, runs, tables, train
-from kart.commands.command import Command, integer, number
+from kart.commands.command import Command, integer, number, place
 from kart.runs import owned
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="+", help="directories that `kart train` wrote")
-    parser.add_argument("--out", metavar="HTML", help="the page (default report.html in the first)")
+    parser.add_argument(
+        "--out", type=place, metavar="HTML", help="the page (default report.html in the first)"
+    )
     parser.add_argument("--title", help="its headline")
     parser.add_argument(
         "--images", type=integer(0), default=4, metavar="INT", help="images with attention maps (4)"

@@ -2,7 +2,7 @@
 
 import argparse
 
-from kart.commands.command import Command, integer
+from kart.commands.command import Command, integer, place
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,9 @@ def _flags(parser: argparse.ArgumentParser) -> None:
         "--sizes", type=integer(0), default=16, metavar="INT", help="drawn sizes (default 16)"
     )
     parser.add_argument("--quick", action="store_true", help="operator level only")
-    parser.add_argument("--out", default="cost.json", help="JSON; the plot goes beside it")
+    parser.add_argument(
+        "--out", type=place, default="cost.json", help="JSON; the plot goes beside it"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 

@@ -82,12 +82,19 @@ def choice(flag: str, value: str, allowed: Sequence[str]) -> str:
     )
 
 
+def place(text: str) -> str:
+    """The type of a flag that names a file or directory to write."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"needs a name, got {text!r}; leave the flag out")
+    return text
+
+
 def integer(least: int | None = None, most: int = 2**63 - 1) -> Callable[[str], int]:
     """The type of a flag that takes an integer in ASCII digits, `least` to `most`."""
 
     def parse(text: str) -> int:
-        if not re.fullmatch(r"[+-]?[0-9]{1,19}", text):
-            raise argparse.ArgumentTypeError(f"needs an integer, got {text!r}")
+        if not re.fullmatch(r"[+-]?[0-9]{1,99}", text):
+            raise argparse.ArgumentTypeError(f"needs an integer, got {text[:99]!r}")
         value = int(text)
         if (least is not None and value < least) or abs(value) > most:
             bound = f"an integer >= {least}" if least is not None else "a smaller integer"

@@ -3,12 +3,14 @@
 import argparse
 
 from kart import runs
-from kart.commands.command import Command, integer
+from kart.commands.command import Command, integer, place
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="directory of one run, as `kart train` wrote it")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
+    parser.add_argument(
+        "--out", type=place, required=True, metavar="FILE", help="the file to write"
+    )
     parser.add_argument(
         "--format",
         default="safetensors",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from kart.commands.command import Command, choice, integer, number
+from kart.commands.command import Command, choice, integer, number, place
 from kart.commands.config import THREADS, check_device
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _search_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _home_flags(parser: argparse.ArgumentParser, out: str) -> None:
-    parser.add_argument("--out", metavar="DIR", help=out)
+    parser.add_argument("--out", type=place, metavar="DIR", help=out)
     parser.add_argument(
         "--storage", metavar="URL", help="a database server, such as postgresql://user@host/kart"
     )

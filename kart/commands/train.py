@@ -12,7 +12,7 @@ import torch
 
 from kart import distributed, population, recipes, runs, tables, train, tree
 from kart.analysis import cost
-from kart.commands.command import Command, integer, number
+from kart.commands.command import Command, integer, number, place
 from kart.commands.config import OPERATORS_HELP, add_config_flags, check_device, configs_of
 from kart.runs import donors
 from kart.train import Config, Record
@@ -36,7 +36,9 @@ def _flags(parser: argparse.ArgumentParser) -> None:
         metavar="INT",
         help="seeds that train as one vmapped program; auto (default) measures what is fastest",
     )
-    parser.add_argument("--out", help="run directory (default runs/<data>-<hash of the config>)")
+    parser.add_argument(
+        "--out", type=place, help="run directory (default runs/<data>-<hash of the config>)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument(
         "--space-timeout",
