@@ -43,11 +43,18 @@ class Transformation(NamedTuple):
     update: Callable[[Updates, State, Params], tuple[Updates, State]]
 
 
+class EmaState(NamedTuple):
+    """`step ()`: updates so far; `average`: the running mean of the parameters."""
+
+    step: Tensor
+    average: Params
+
+
 class Ema(NamedTuple):
     """`init(params)` to a state; `update(state, params)` to a state whose `average` is the mean."""
 
-    init: Callable[[Params], "EmaState"]
-    update: Callable[["EmaState", Params], "EmaState"]
+    init: Callable[[Params], EmaState]
+    update: Callable[[EmaState, Params], EmaState]
 
 
 class EmptyState(NamedTuple):
@@ -79,13 +86,6 @@ class LearningRateState(NamedTuple):
 
     step: Tensor
     rate: Tensor
-
-
-class EmaState(NamedTuple):
-    """`step ()`: updates so far; `average`: the running mean of the parameters."""
-
-    step: Tensor
-    average: Params
 
 
 def _check(function: str, name: str, value: float | Tensor, ok: bool, needs: str) -> None:
