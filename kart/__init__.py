@@ -1,7 +1,11 @@
 """Kolmogorov-Arnold Attention: learnable attention as pure functions over parameter pytrees.
 
-`import kart` loads nothing else; `kart.bases`, `kart.models` and the other rooms load when first
-used.
+`kart.guides` is where to begin. A model is made of `kart.models`, its attention of an operator
+(`kart.operators`) whose functions are written in a basis (`kart.bases`); `kart.kernels` make that
+fast, `kart.train` and `kart.optim` train it, `kart.search` compares, `kart.analysis` takes it
+apart, and `kart.testing` holds a basis or an operator of your own to what it promises.
+
+`import kart` loads nothing else; a room loads when it is first used.
 """
 
 import importlib
