@@ -8,8 +8,8 @@ Factors: what mixes the tokens (`ARMS`), in `CELLS` that change one thing each (
 training images, epochs, patches) from a common centre. Every arm has the same tuning budget: in the
 centre, and again where the model is wider, two learning rates, one seed each, chosen by validation.
 Then fresh seeds are trained at that rate in every cell and scored once on the test split; nothing
-is chosen by the test split. First every arm gets `SEEDS` seeds; then, while there is time, the arms
-whose interval against softmax holds 0 get more, up to `MOST_SEEDS`.
+is chosen by the test split. First every arm gets `--seeds` seeds; then, while there is time, the
+arms whose interval against softmax holds 0 get more, up to `MOST_SEEDS`.
 
 Work is cut into units of seconds to minutes, each a file below `--out` that is written whole or not
 at all: it can be killed and started again, and any number of processes may share the directory.
@@ -184,10 +184,13 @@ def tested(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[i
 
 
 def planned(
-    records: Sequence[Mapping[str, Any]], cells: Sequence[str], arms: Sequence[str] | None = None
+    records: Sequence[Mapping[str, Any]],
+    cells: Sequence[str],
+    arms: Sequence[str] | None = None,
+    seeds: int = SEEDS,
 ) -> Iterator[Unit]:
-    """What is left to do and can be done now, in order: the tuning of an arm and its first seeds,
-    cell by cell, then more seeds where the interval of the difference to softmax holds 0.
+    """What is left to do and can be done now, in order: the tuning of an arm and its first `seeds`,
+    cell by cell, then more where the interval of the difference to softmax holds 0.
     """
     arms = list(ARMS) if arms is None else arms
     scores = tested(records)
@@ -197,10 +200,10 @@ def planned(
             if (place, arm, rate) not in done:
                 yield Unit(place, arm, rate, TUNING_SEED)
     rates = {cell: best_rates(records, tuned_in(cell)) for cell in cells}
-    for cell, arm, seed in itertools.product(cells, arms, range(SEEDS)):
+    for cell, seed, arm in itertools.product(cells, range(seeds), arms):
         if arm in rates[cell] and seed not in scores.get((cell, arm), {}):
             yield Unit(cell, arm, rates[cell][arm], seed)
-    for n, cell in itertools.product(range(SEEDS, MOST_SEEDS), cells):
+    for n, cell in itertools.product(range(seeds, MOST_SEEDS), cells):
         open_arms = [arm for arm in arms if undecided(scores, cell, arm, n)]
         # pairs need the same seeds of softmax
         for arm in ["softmax", *open_arms] if open_arms else []:
@@ -356,6 +359,7 @@ def work(
     minutes: float,
     cells: Sequence[str],
     arms: Sequence[str] | None = None,
+    seeds: int = SEEDS,
 ) -> int:
     """Does units until none is left or the time is up; returns how many it did."""
     torch.set_num_threads(1)
@@ -363,7 +367,8 @@ def work(
     busy: set[Path] = set()  # claimed by other processes when last seen
     with tables.bar(desc="answer", unit="unit") as bar:
         while time.monotonic() < until:
-            todo = [unit for unit in planned(read(out), cells, arms) if unit.path(out) not in busy]
+            known = planned(read(out), cells, arms, seeds)
+            todo = [unit for unit in known if unit.path(out) not in busy]
             if not todo:
                 break
             unit = todo[0]
@@ -650,6 +655,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             default=list(ARMS),
             help="which of: " + "; ".join(ARMS),
         )
+        one.add_argument(
+            "--seeds",
+            type=int,
+            metavar="N",
+            choices=range(1, MOST_SEEDS + 1),
+            default=SEEDS,
+            help=f"seeds of every arm, 1 to {MOST_SEEDS} ({SEEDS})",
+        )
         if verb == "work":
             one.add_argument("--data", default="uoft-cs/cifar10", help="as kart train takes it")
             one.add_argument("--minutes", type=float, default=30.0, help="begin no unit later")
@@ -661,12 +674,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "softmax" not in args.arms:
         parser.error("`--arms` needs softmax among them: the others are paired with its seeds")
     if args.what == "plan":
-        units = list(planned(read(args.out), args.cells, args.arms))
+        units = list(planned(read(args.out), args.cells, args.arms, args.seeds))
         for unit in units:
             print(unit.path(args.out))
         print(f"{len(units)} units known to be left")
         return 0
-    print(f"{work(args.data, args.out, args.minutes, args.cells, args.arms)} units done")
+    done = work(args.data, args.out, args.minutes, args.cells, args.arms, args.seeds)
+    print(f"{done} units done")
     return 0
 
 

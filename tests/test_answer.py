@@ -53,6 +53,8 @@ def test_the_plan_tunes_first_and_then_trains_seeds_at_the_best_rate():
         (cell, "G3", fast, seed) for cell in ("centre", "width 32") for seed in range(answer.SEEDS)
     ]
     assert len({u.path(answer.Path("x")) for u in units + seeds}) == len(units + seeds)
+    more = answer.planned(tuned, ["centre"], seeds=answer.SEEDS + 2)
+    assert len([u for u in more if not u.tuning]) == answer.SEEDS + 2
 
 
 def test_more_seeds_go_where_the_interval_holds_zero():
