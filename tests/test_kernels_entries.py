@@ -88,7 +88,10 @@ def test_torch_has_the_values_and_gradients_of_the_materialised_form(
 
 @pytest.mark.parametrize(
     ("family", "form"),
-    [("fourier", "plain"), ("fourier", "l1"), ("fourier", "inside"), ("table", "beside")],
+    [
+        *(("fourier", form) for form in ("plain", "l1", "inside", "simplex")),
+        ("table", "beside"),
+    ],
 )
 def test_the_compiled_engine_has_them_in_single_precision(family, form):
     if reason := kernels.engines()["cpp"].replace("ready", ""):
@@ -97,6 +100,26 @@ def test_the_compiled_engine_has_them_in_single_precision(family, form):
         for mask in masks(queries, keys).values():
             options = {"form": form, "engine": "cpp", "dtype": torch.float32}
             check(FAMILIES[family], queries, keys, mask, 3e-5, **options)
+
+
+@pytest.mark.parametrize("engine", ["plain", "torch", "cpp"])
+def test_the_simplex_by_hand(engine):
+    if engine == "cpp" and kernels.engines()["cpp"] != "ready":
+        pytest.skip(kernels.engines()["cpp"])
+    # scores of a query are its number times those of the keys, and the output is the weights
+    keys = torch.tensor([1.0, 0.5, -2.0, 1.0])
+    q = torch.tensor([1.0, 0.0, 1e8, -1.0, torch.nan, 1.0])[:, None]
+    mask = torch.ones(6, 4, dtype=torch.bool)
+    mask[:, 3], mask[5] = False, False
+    units = {"coefs": torch.tensor([[0.0, 1.0]])}
+    out = kernels.entry_attention(
+        bases.polynomial(1), units, q[None], keys[None, :, None], torch.eye(4)[None], mask,
+        form="simplex", scale=1.0, engine=engine,
+    )  # fmt: skip
+    third, none = 1 / 3, torch.nan
+    wanted = [[0.75, 0.25, 0.0], [third] * 3, [1.0, 0, 0], [0, 0, 1.0], [none] * 3, [0.0] * 3]
+    assert_close(out[0, :, :3], torch.tensor(wanted), equal_nan=True)
+    assert_close(out[0, [0, 1, 2, 3, 5], 3], torch.zeros(5))
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ def entry_attention(
     k^T`, one function a head, or of a table of every offset.
 
     By `form` w is "plain" `f y`, f a factor of each query; "l1" `y / sum |y|`; "softmax"
-    `softmax(y)`; "inside" `softmax(s + y)`; "beside" `f y + softmax(s)`. Scores are computed again
-    in the backward; no N x M matrix is kept.
+    `softmax(y)`; "inside" `softmax(s + y)`; "beside" `f y + softmax(s)`; "simplex" y projected onto
+    the simplex. Scores are computed again in the backward; no N x M matrix is kept.
 
     Args:
         basis: the family of the functions, or None.
@@ -288,6 +288,8 @@ class _Block:
             return self._softmax(y), None
         if form == "inside":
             return self._softmax(torch.add(self.scores, y, out=self.room[2])), None
+        if form == "simplex":
+            return plain.simplex_rows(y, None if hidden is None else ~hidden), None
         if hidden is not None:
             y = y.masked_fill(hidden, 0)
         if form == "l1":
@@ -313,6 +315,10 @@ class _Block:
         if form in ("softmax", "inside"):
             g = _softmax_backward(dw, w, self.room[3])
             return g, g if form == "inside" else None
+        if form == "simplex":
+            kept = (w > 0).to(w.dtype)
+            mean = (kept * dw).sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=1)
+            return kept * (dw - mean), None
         if form == "l1":
             y = y if hidden is None else y.masked_fill(hidden, 0)
             g = (dw - y.sign() * (w * dw).sum(-1, keepdim=True)) / self._sizes(y)

@@ -4,12 +4,15 @@ Half types are computed in float32 and cast back once. Every function here is or
 any transform of any order may be taken through it; the price is the N x M x K memory.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]  # no stubs
+
+from kart import projections
 
 
 def wide(x: Tensor) -> Tensor:
@@ -100,6 +103,15 @@ def softmax_rows(scores: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(mask, hidden.softmax(-1), 0)
 
 
+def simplex_rows(y: Tensor, mask: Tensor | None) -> Tensor:
+    """Each row projected onto the simplex over the keys that it attends to; a row of none is
+    zero.
+    """
+    if mask is None:
+        return projections.simplex(y)
+    return torch.where(mask, projections.simplex(y.masked_fill(~mask, -math.inf)), 0)
+
+
 def softmax_attention(
     q: Tensor,
     k: Tensor,
@@ -116,8 +128,9 @@ def softmax_attention(
     return (weights @ wide(v)).to(v.dtype)
 
 
-# what becomes of entries y: f y; y / sum |y|; softmax(y); softmax(s + y); f y + softmax(s)
-FORMS = ("plain", "l1", "softmax", "inside", "beside")
+# what becomes of entries y: f y; y / sum |y|; softmax(y); softmax(s + y); f y + softmax(s); y
+# projected onto the simplex
+FORMS = ("plain", "l1", "softmax", "inside", "beside", "simplex")
 
 
 def weigh(
@@ -130,6 +143,8 @@ def weigh(
         return softmax_rows(y, mask)
     if form == "inside":
         return softmax_rows(scores + y, mask)
+    if form == "simplex":
+        return simplex_rows(y, mask)
     y = y if mask is None else torch.where(mask, y, 0)
     if form == "l1":
         # a row of zeros stays one

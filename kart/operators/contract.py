@@ -6,7 +6,6 @@ the input is half precision.
 """
 
 import difflib
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -14,11 +13,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Generator, Tensor
 
-from kart import bases, factories, kernels, projections
+from kart import bases, factories, kernels
 from kart.bases import Basis, Params
 from kart.kernels.core import no_autocast
+from kart.kernels.entries import ENGINES as ENTRIES
 from kart.kernels.plain import scores as scores_of
-from kart.kernels.plain import softmax_rows, wide
+from kart.kernels.plain import simplex_rows, softmax_rows, wide
 
 
 class Operator(NamedTuple):
@@ -199,13 +199,20 @@ def only(y: Tensor, mask: Tensor | None) -> Tensor:
     return y if mask is None else torch.where(mask, y, 0)
 
 
-def simplex_rows(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Each row projected onto the simplex over the keys that it attends to; a row of none is
-    zero.
-    """
-    if mask is None:
-        return projections.simplex(logits)
-    return torch.where(mask, projections.simplex(logits.masked_fill(~mask, -math.inf)), 0)
+def simplex_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None = None,
+    engine: str = "auto",
+) -> Tensor:
+    """`simplex_rows(scale q k^T) v`, streamed, `(..., H, N, e)`."""
+    score = torch.tensor([0.0, 1.0], dtype=wide(q[..., :0]).dtype, device=q.device)
+    units = {"coefs": score.expand(v.shape[-3], 2)}
+    return kernels.entry_attention(
+        bases.polynomial(1), units, q, k, v, mask, form="simplex", scale=scale, engine=engine
+    )
 
 
 # --- operators that have no parameters ------------------------------------------------------------
@@ -445,10 +452,15 @@ def from_logits(
         with no_autocast(q):
             q, k, v = silence(q, k, v, mask)
             if project is not None:
-                # the projection sees whole rows, so this one operator holds the N x M weights
                 q, k, v = wide(q), wide(k), wide(v)
-                scores = scores_of(q, k, None) if base else None
                 y = logits(params, Streamed(q, k, mask, engine))
+                if isinstance(y, Factored) and base is None:
+                    # logits of r numbers a query and a key are scores again
+                    known = engine if engine in ENTRIES else "auto"
+                    left, right = y.left, y.right.to(v.dtype)
+                    return simplex_values(left, right, v, mask, 1.0, known).to(dtype)
+                # the projection sees whole rows: here alone the N x M weights are held
+                scores = scores_of(q, k, None) if base else None
                 return (rows(y, scores, mask) @ v).to(dtype)
             source = Streamed(q, k, mask, engine, v if base else None)
             if product is not None and same_for_all_queries(mask):

@@ -15,6 +15,7 @@ from kart.operators.contract import (
     from_rows,
     only,
     simplex_rows,
+    simplex_values,
     softmax_rows,
 )
 
@@ -70,4 +71,4 @@ def relu() -> Operator:
 @remember
 def sparsemax() -> Operator:
     """Rows of scores projected onto the simplex (Martins and Astudillo 2016)."""
-    return from_rows("sparsemax", simplex_rows)
+    return from_rows("sparsemax", simplex_rows, simplex_values)

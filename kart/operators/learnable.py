@@ -2,7 +2,8 @@
 
 All of them reassociate: with features F and coefficients C of a linear basis, `Phi(S) = F(S) C` and
 `out = F(S) C (W^T V)`, so `attend` streams over the keys and never holds the activated N x M
-matrix. A projection onto the simplex acts on whole rows and is the exception.
+matrix. Rows are projected onto the simplex in a second pass, a block of queries at a time. The
+exceptions hold N x M weights: that projection of `full_rank`, and of rows that softmax is added to.
 """
 
 import math

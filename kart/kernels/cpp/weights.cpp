@@ -2,14 +2,16 @@
 // and backward. With scores s = scale q_n . k_m and entries y = phi(s) of the head's one function, or y = table[n -
 // m] where PLACES is defined,
 //   out[n] = sum_m w[n, m] v[m],
-// where w is, by FORM, 0: c y; 1: y / sum |y|; 2: softmax(y); 3: softmax(s + y); 4: c y + softmax(s), with a
-// factor c of each query. The family's `struct Unit` and the constants come before this file.
+// where w is, by FORM, 0: c y; 1: y / sum |y|; 2: softmax(y); 3: softmax(s + y); 4: c y + softmax(s); 5: y projected
+// onto the simplex; with a factor c of each query. The family's `struct Unit` and the constants come before this file.
 
 #include <cfloat>
 
 #include "tile.h"
 
-constexpr bool SOFT = FORM >= 2;
+constexpr bool SOFT = 2 <= FORM && FORM <= 4, SIMPLEX = FORM == 5;
+// a second output, that of softmax alone or the mean of the values that the simplex keeps
+constexpr bool TWO = FORM >= 4;
 constexpr int KEYS = 4 * ROWS;
 
 // --- entries ---------------------------------------------------------------------------------------
@@ -77,10 +79,10 @@ struct Scratch {
         dout_lanes(backward ? value_width * QUERIES : 0),
         dout_rows(backward ? QUERIES * value_width : 0),
         weights((backward ? KEYS : s.keys) * QUERIES),
-        soft(FORM == 4 && !backward ? s.keys * QUERIES : 0),
+        soft(TWO && !backward ? s.keys * QUERIES : 0),
         scores(backward ? KEYS * QUERIES : 0),
         out(value_width * QUERIES),
-        soft_out(FORM == 4 ? value_width * QUERIES : 0),
+        soft_out(TWO ? value_width * QUERIES : 0),
         dq(backward ? QUERIES * width : 0),
         dk(backward ? s.keys * width : 0),
         dv(backward ? s.keys * value_width : 0),
@@ -110,11 +112,56 @@ static void take_scores(const Shape& s, const Scratch& w, long first, int keys, 
 
 static INLINE ivec mask_of(const Scratch& w, int at) { return *reinterpret_cast<const iloose*>(w.mask.data() + at); }
 
+// Entries in w.weights as their projections, 1 in w.soft where that is not zero; `total` counts those, and what is taken
+// away from them is returned in `greatest`. Michelot's sets: the threshold of the entries above the last one, from
+// below, so that every set holds the support and the last one is it.
+template <int V>
+static void project(const Shape& s, Scratch& w, const vec* bad, vec* greatest, vec* total) {
+  vec low[2] = {splat(-1.0f), splat(-1.0f)};
+  for (int v = 0; v < V; ++v) greatest[v] = greatest[v] > -INFINITY ? greatest[v] : vec{};
+  for (long m = 0; m < s.keys; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const long i = m * QUERIES + v * W;
+      store(w.weights + i, load(w.weights + i) - greatest[v]);
+    }
+  for (bool moved = true; moved;) {
+    vec sum[2] = {vec{}, vec{}}, count[2] = {vec{}, vec{}};
+    for (long m = 0; m < s.keys; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        const vec x = load(w.weights + m * QUERIES + v * W);
+        const ivec in = x > low[v];
+        sum[v] += keep(x, in);
+        count[v] += keep(splat(1.0f), in);
+      }
+    moved = false;
+    for (int v = 0; v < V; ++v) {
+      const vec next = (sum[v] - 1.0f) / count[v];
+      const ivec grows = next > low[v];
+      for (int i = 0; i < W; ++i) moved |= grows[i] != 0;
+      low[v] = grows ? next : low[v];
+      total[v] = count[v];
+    }
+  }
+  for (long m = 0; m < s.keys; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      const long i = m * QUERIES + v * W;
+      const vec x = load(w.weights + i);
+      const ivec in = x > low[v];
+      store(w.weights + i, keep(x - low[v], in) + bad[v]);
+      store(w.soft + i, keep(splat(1.0f), in));
+    }
+  for (int v = 0; v < V; ++v) greatest[v] += low[v] + bad[v];
+}
+
 // weights before they are divided by `total`; `greatest` is in the exponents of softmax
 template <int V>
 static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const uint8_t* mask_at, const Mask& mask,
                           long n, long queries) {
-  vec greatest[2] = {splat(-INFINITY), splat(-INFINITY)}, total[2] = {vec{}, vec{}};
+  // `bad` is zero, or NaN where an entry is not finite
+  vec greatest[2] = {splat(-INFINITY), splat(-INFINITY)}, total[2] = {vec{}, vec{}}, bad[2] = {vec{}, vec{}};
   for (long first = 0; first < s.keys; first += KEYS) {
     const int keys = std::min<long>(KEYS, s.keys - first);
     float* at = w.weights + first * QUERIES;
@@ -128,17 +175,19 @@ static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const 
         if (mask.data) x = keep(x, mask_of(w, i));
         vec y = entry.value(x, n + v * W + s.keys - 1 - first - m);
         if (FORM == 3) y += x;
+        if (SIMPLEX) bad[v] += mask.data ? keep(y * 0.0f, mask_of(w, i)) : y * 0.0f;
         if (mask.data) {
           const ivec kept = mask_of(w, i);
           if (FORM == 4) x = kept ? x : splat(-INFINITY);
-          y = SOFT && FORM < 4 ? (kept ? y : splat(-INFINITY)) : keep(y, kept);
+          y = SIMPLEX || (SOFT && FORM < 4) ? (kept ? y : splat(-INFINITY)) : keep(y, kept);
         }
         if (FORM == 1) total[v] += magnitude(y);
-        if (SOFT) greatest[v] = clamp_above(greatest[v], FORM == 4 ? x : y);
+        if (SOFT || SIMPLEX) greatest[v] = clamp_above(greatest[v], FORM == 4 ? x : y);
         store(at + i, y);
         if (FORM == 4) store(w.soft + first * QUERIES + i, x);
       }
   }
+  if (SIMPLEX) project<V>(s, w, bad, greatest, total);
   if (SOFT) {
     float* at = FORM == 4 ? w.soft : w.weights;
     // a query without keys: its weights are e^-inf whatever is taken away
@@ -152,7 +201,7 @@ static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const 
       }
   }
   gemm<ROWS, V, 1>(s.value_width, s.keys, w.values, w.value_width, w.weights, QUERIES, w.out, QUERIES, false);
-  if (FORM == 4)
+  if (TWO)
     gemm<ROWS, V, 1>(s.value_width, s.keys, w.values, w.value_width, w.soft, QUERIES, w.soft_out, QUERIES, false);
   for (int v = 0; v < V; ++v) {
     store(w.rows + v * W, total[v]);
@@ -160,7 +209,8 @@ static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const 
   }
 }
 
-// w.rows: factor or inverse of the sum, or logarithm of the sum; sum of weights times their gradients; factor
+// w.rows: factor or inverse of the sum, or logarithm of the sum, or the threshold of the simplex; sum of weights times
+// their gradients, or the mean of these where the simplex keeps a weight; factor
 template <int V>
 static void backward_block(const Entry& entry, const Shape& s, Scratch& w, vec* sums, const uint8_t* mask_at,
                            const Mask& mask, long n, long queries) {
@@ -189,6 +239,11 @@ static void backward_block(const Entry& entry, const Shape& s, Scratch& w, vec* 
         } else if constexpr (FORM == 1) {
           weight = row * y;
           g = row * (pull - sign(y) * load(w.rows + QUERIES + v * W));
+        } else if constexpr (SIMPLEX) {
+          const vec over = y - row;
+          const ivec in = over > 0.0f;
+          weight = keep(over, in) + keep(row, row != row);
+          g = keep(pull - load(w.rows + QUERIES + v * W), in);
         } else if constexpr (FORM == 4) {
           const vec p = exponential(x - row), c = load(w.rows + 2 * QUERIES + v * W);
           weight = c * y + p;
@@ -219,7 +274,7 @@ static void backward_block(const Entry& entry, const Shape& s, Scratch& w, vec* 
 // --- all heads of all samples ----------------------------------------------------------------------
 
 // Contiguous: theta (samples with their own or 1, heads, size), factor and statistic (batch, heads, queries), soft,
-// the output of softmax alone, and dtheta.
+// the second output, and dtheta.
 struct Extra {
   const float *theta, *factor;
   float *statistic, *soft, *dtheta;
@@ -256,18 +311,18 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
             const float c = extra->factor ? extra->factor[row + i] : 1.0f;
             // of a query without keys: e^(score - inf) is 0
             if (SOFT) extra->statistic[row + i] = total == 0 ? INFINITY : greatest + std::log(total);
+            if (SIMPLEX) extra->statistic[row + i] = total == 0 && greatest == greatest ? INFINITY : greatest;
             // a row of zeros stays one
             const float inverse = FORM == 1 ? 1 / std::max(total, FLT_MIN) : total > 0 ? 1 / total : total;
             if (FORM == 1) extra->statistic[row + i] = inverse;
-            const float times = FORM == 0 || FORM == 4 ? c : inverse;
+            const float times = SIMPLEX ? 1.0f : FORM == 0 || FORM == 4 ? c : inverse;
             float* at = out + (row + i) * s.value_width;
             for (long e = 0; e < s.value_width; ++e) at[e] = w.out[e * QUERIES + i] * times;
-            if (FORM == 4) {
+            if (TWO) {
               float* beside = extra->soft + (row + i) * s.value_width;
-              for (long e = 0; e < s.value_width; ++e) {
-                beside[e] = w.soft_out[e * QUERIES + i] * inverse;
-                at[e] += beside[e];
-              }
+              for (long e = 0; e < s.value_width; ++e) beside[e] = w.soft_out[e * QUERIES + i] * inverse;
+              if (FORM == 4)
+                for (long e = 0; e < s.value_width; ++e) at[e] += beside[e];
             }
           }
         }
@@ -281,7 +336,7 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
   return 1;
 }
 
-// `result` is the output, or that of softmax alone; dq, dk, dv are contiguous
+// `result` is the output, or the second one; dq, dk, dv are contiguous
 int kart_backward(const Shape* shape, const float* options, const Strided* q, const Strided* k, const Strided* v,
                   const Mask* mask, const Extra* extra, int own, float scale, const Strided* dout,
                   const Strided* result, float* dq, float* dk, float* dv, int threads) try {
@@ -322,7 +377,7 @@ int kart_backward(const Shape* shape, const float* options, const Strided* q, co
               for (long e = 0; e < s.value_width; ++e)
                 dot += w.dout_rows[i * w.value_width + e] * out[i * result->n + e * result->d];
             const float c = i < queries && extra->factor ? extra->factor[row + i] : 1.0f;
-            w.rows[i] = FORM == 0 ? c : i < queries ? extra->statistic[row + i] : SOFT ? INFINITY : 1.0f;
+            w.rows[i] = FORM == 0 ? c : i < queries ? extra->statistic[row + i] : SOFT || SIMPLEX ? INFINITY : 1.0f;
             w.rows[QUERIES + i] = dot;
             w.rows[2 * QUERIES + i] = c;
           }

@@ -76,11 +76,12 @@ class Engine:
 
     def forward(self, x: Weighted) -> tuple[Tensor, ...]:
         """The output `(B, H, N, e)`, and what the backward needs: what every row was divided by, or
-        the logarithm of that, and the output of softmax alone in the form "beside"; float32.
+        the logarithm of that, or its threshold; and `(B, H, N, e)`, in the form "beside" the output
+        of softmax alone, in "simplex" the mean of the values that have a weight; float32.
         """
         out = x.q.new_empty(*x.q.shape[:3], x.v.shape[3])
         statistic = x.q.new_empty(x.q.shape[:3])
-        soft = torch.empty_like(out) if x.form == "beside" else None
+        soft = torch.empty_like(out) if x.form in ("beside", "simplex") else None
         self._call(self.library.kart_forward, x, [], [out], statistic=statistic, soft=soft)
         return (out, statistic) if soft is None else (out, statistic, soft)
 
