@@ -125,6 +125,12 @@ ATTENTION = [
 ROWS = {row.name: row for row in (*TABLE_1, *ABLATIONS, *TRANSFER, *ATTENTION)}
 
 
+def rows(scale: str) -> dict[str, Row]:
+    """The rows that can be trained at a scale: Swin's windows do not fit images of 32 px."""
+    found = ROWS.items()
+    return {name: row for name, row in found if scale == "paper" or "swin" not in row.model}
+
+
 def home(row: Row, scale: str, out: Path = OUT) -> Path:
     """The run directory of a row."""
     return out / scale / row.name
@@ -210,7 +216,7 @@ def table(scale: str, out: Path = OUT) -> str:
             for name, row in ROWS.items()
         ]
         return tables.table(lines, ["table", "row", "published top-1 %", "ours top-1 %"])
-    found = [(name, ours(row, scale, out)) for name, row in ROWS.items()]
+    found = [(name, ours(row, scale, out)) for name, row in rows(scale).items()]
     lines = [[name, text] for name, text in found if text != "-"]
     told = f"another setting than the paper's: {shlex.join(SCALES[scale])}"
     return f"{told}\n" + tables.table(lines, ["row", f"ours at scale {scale}, top-1 %"])
@@ -230,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR")
     args, rest = parser.parse_known_args(argv)
     if args.list:
-        for name, row in ROWS.items():
+        for name, row in rows(args.scale).items():
             command = f"kart {shlex.join(flags(row, args.scale, args.out))}"
             print(f"{name}  [{row.table}, published {row.top1:.2f}]\n    {command}")
     if args.table:
@@ -239,8 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (args.list or args.table):
             parser.error("name a row, --list or --table")
         return 0
-    if args.row not in ROWS:
-        parser.error(f"no row is called {args.row!r}: see --list")
+    if args.row not in rows(args.scale):
+        parser.error(f"no row of scale {args.scale} is called {args.row!r}: see --list")
     if not args.minutes > 0:
         parser.error(f"--minutes needs to be > 0, got {args.minutes}")
     try:
