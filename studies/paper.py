@@ -10,9 +10,9 @@ test split (the paper's tables say top-1 of the test images). Numbers are those 
 2025, arXiv:2503.10632, tables 1 and 6 and the appendix.
 
 `--scale cpu` is another setting: the same recipe with 32 px images, patches of 8 and 10 epochs of
-4,000 images, minutes a row for a machine without a GPU. Its numbers stand in a table of their own and are not
-comparable with the paper's. No row of the paper's size has been trained here yet: none of its
-numbers of ours was measured.
+4,000 images, minutes a row for a machine without a GPU. Its numbers stand in a table of their own
+and are not comparable with the paper's. No row of the paper's size has been trained here yet: none
+of its numbers of ours was measured.
 """
 
 import argparse

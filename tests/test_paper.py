@@ -97,7 +97,7 @@ def test_a_row_trains_in_slices_and_stands_in_its_own_table(tmp_path, capsys, mo
 
 def test_rows_that_cannot_be_named_or_trained_say_so(capsys):
     for argv, words in (
-        (["tiny-g3b-cifar11"], "no row is called"),
+        (["tiny-g3b-cifar11"], "no row of scale paper is called"),
         ([], "name a row"),
         (["tiny-g3b-cifar10", "--minutes", "0"], "> 0"),
     ):
