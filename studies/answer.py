@@ -245,8 +245,27 @@ PARTS = {
     "beside softmax: affine": ("softmax + polynomial-1", "softmax + polynomial-0"),
     "beside softmax: nonlinear (G3)": ("softmax + G3", "softmax + polynomial-1"),
 }
-# factors whose trend is fitted: a field of Config, and the words for a doubling of it
-TRENDS = {"train_limit": "images", "embed_dim": "width"}
+# what cells change: a field of Config, and the words for it
+FACTORS = {
+    "train_limit": "images",
+    "embed_dim": "width",
+    "depth": "depth",
+    "epochs": "epochs",
+    "patch_size": "side of a patch",
+}
+# factors whose trend is fitted, in doublings
+TRENDS = {name: FACTORS[name] for name in ("train_limit", "embed_dim")}
+
+
+def by_factor(cells: Sequence[str]) -> dict[str, list[str]]:
+    """The cells of each factor in the order of its values, the centre among them."""
+    found = {}
+    for field, words in FACTORS.items():
+        own = [cell for cell in cells if field in CELLS[cell]]
+        if own:
+            own += [CENTRE_CELL] * (CENTRE_CELL in cells)
+            found[words] = sorted(own, key=lambda c: CELLS[c].get(field, getattr(CENTRE, field)))
+    return found or {"the centre": list(cells)}
 
 
 def score_share(
@@ -275,12 +294,16 @@ class Trend(NamedTuple):
     runs: int
 
 
+TREND_WORDS = (
+    "A mixed model of the gains over softmax of all runs: for each arm an intercept at the centre "
+    "and a slope for each factor in doublings, with a random effect for each (cell, seed), whose "
+    "softmax run all arms share (statsmodels' MixedLM, by restricted maximum likelihood). Arms in "
+    "fewer than three cells are left out."
+)
+
+
 def trends(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Trend], list[str]]:
-    """A mixed model of the gains over softmax of all runs: for each arm an intercept at the centre
-    and a slope for each factor in doublings, with a random effect for each (cell, seed), whose
-    softmax run all arms share (statsmodels' MixedLM, by restricted maximum likelihood). Arms in
-    fewer than three cells are left out. Also returns what the fit warned of.
-    """
+    """`TREND_WORDS`, and what the fit warned of."""
     import numpy as np
     from statsmodels.regression.mixed_linear_model import MixedLM
 
@@ -473,8 +496,9 @@ def report(out: Path) -> list[str]:
     """
     records = read(out)
     scores = tested(records)
-    cells = [cell for cell in CELLS if any(key[0] == cell for key in scores)]
-    if not cells:
+    known = [cell for cell in CELLS if any(key[0] == cell for key in scores)]
+    cells = list(dict.fromkeys(cell for group in by_factor(known).values() for cell in group))
+    if not known:
         raise ValueError(
             f"`report` needs confirmed runs, got none below {str(out)!r}. Run `python -m "
             f"studies.answer work --out {out}` first."
@@ -490,15 +514,15 @@ def report(out: Path) -> list[str]:
         size = cost.parameters(model).total
         found = gain(scores, cell, arm) if arm != "softmax" else None
         mean = statistics.accuracy(list(own.values()))
-        stacks.setdefault(arm, {})[cell] = stacked(found, above=f"{100 * mean.mean:.2f} %")
+        above = f"{100 * mean.mean:.2f} %" + (f" n={len(own)}" if arm == "softmax" else "")
+        stacks.setdefault(arm, {})[cell] = stacked(found, above=above)
         rows.append([cell, arm, ARMS[arm].sees, f"{size:,}", shown(mean, sign=False), shown(found)])
         numbers.append([cell, arm, size, len(own), mean.mean, *(found or [None] * 3)[:3]])
         if found is not None and not decided(found):
             undecided_ones.append(f"{arm} against softmax in the cell {cell}: {shown(found)}")
-    gains = {part: [gain(scores, c, *pair) for c in cells] for part, pair in PARTS.items()}
-    parts = [[part, *map(shown, found)] for part, found in gains.items()]
-    shares_found = [score_share(scores, cell) for cell in cells]
-    share = [shown(found, 1.0) for found in shares_found]
+    gains = {part: {c: gain(scores, c, *pair) for c in cells} for part, pair in PARTS.items()}
+    parts = [[part, *map(shown, found.values())] for part, found in gains.items()]
+    shares_found = {cell: score_share(scores, cell) for cell in cells}
     fitted, told = trends(records)
     trend_rows = [
         [
@@ -527,10 +551,13 @@ def report(out: Path) -> list[str]:
                     "gain of each arm over softmax in each cell",
                     "Right of the line: better than softmax. Lines are 95 % intervals.",
                 ),
-                pages.table(
-                    ["arm", *cells],
-                    [[arm, *(own.get(c, "") for c in cells)] for arm, own in stacks.items()],
-                    "Test top-1, and the points over softmax with their interval.",
+                *(
+                    pages.table(
+                        ["arm", *group],
+                        [[arm, *(own.get(c, "") for c in group)] for arm, own in stacks.items()],
+                        f"By {words}: test top-1, and the points over softmax with their interval.",
+                    )
+                    for words, group in by_factor(cells).items()
                 ),
                 pages.details(
                     "With parameters, and what an arm sees of the scores",
@@ -550,26 +577,30 @@ def report(out: Path) -> list[str]:
                     "What ignoring the scores gives, and what each step towards a learned function "
                     "adds.",
                 ),
-                pages.table(
-                    ["part, in points", *cells],
-                    [[part, *map(stacked, found)] for part, found in gains.items()],
-                ),
-                pages.table(
-                    ["share", *cells],
-                    [
+                *(
+                    pages.table(
+                        ["part, in points", *group],
                         [
-                            "of G3's gain that polynomial-0 has not",
-                            *(stacked(found, 1.0) for found in shares_found),
-                        ]
-                    ],
-                    "Fieller's interval; without bounds where the gain itself is not clear",
+                            *(
+                                [part, *(stacked(found[c]) for c in group)]
+                                for part, found in gains.items()
+                            ),
+                            [
+                                "share of G3's gain that polynomial-0 has not",
+                                *(stacked(shares_found[c], 1.0) for c in group),
+                            ],
+                        ],
+                        f"By {words}. The share has Fieller's interval, without bounds where the "
+                        "gain itself is not clear.",
+                    )
+                    for words, group in by_factor(cells).items()
                 ),
             ],
             title="What part is a function of the scores",
         ),
         pages.Section(
             [
-                pages.text(trends.__doc__ or ""),
+                pages.text(TREND_WORDS),
                 *(pages.warning(f"The fit says: {one}") for one in told),
                 pages.table(
                     [
@@ -605,8 +636,8 @@ def report(out: Path) -> list[str]:
     said = [tables.table(rows, ["cell", "arm", "sees", "parameters", "top-1 %", "over softmax"])]
     said += [tables.table(parts, ["part", *cells])]
     said += [
-        f"share of G3's gain that is a function of the scores, {c}: {s}"
-        for c, s in zip(cells, share, strict=True)
+        f"share of G3's gain that is a function of the scores, {cell}: {shown(found, 1.0)}"
+        for cell, found in shares_found.items()
     ]
     said += [tables.table(trend_rows, ["arm", "centre", *TRENDS.values(), "crosses 0", "runs"])]
     return said
