@@ -93,7 +93,7 @@ def plot(
     Args:
         series: by name, all with as many epochs.
         label: of the values, with their unit.
-        scale: what they are multiplied by.
+        scale: what they are multiplied by; 100 for shares, whose axis ends at 100.
         log: whether the axis may be logarithmic; it is where they span more than a decade.
         start: how many epochs to leave out, for a closer look at the others.
     """
@@ -107,7 +107,10 @@ def plot(
         style = figures.look(i)
         ax.fill_between(x, shown.min(0), shown.max(0), color=style["color"], alpha=0.2, lw=0)
         marker = "o" if len(x) == 1 else None
-        ax.plot(x, shown.mean(0), lw=1.5, label=name, marker=marker, ms=3, **style)
+        curve = {"lw": 1.5, "label": name, "marker": marker, "ms": 3, "clip_on": False, **style}
+        ax.plot(x, shown.mean(0), **curve)
+    if scale == 100.0 and high <= 100.0:  # no axis of a share goes beyond the whole
+        ax.set_ylim(top=min(100.0, ax.get_ylim()[1]))
     if log and low > 0 and high > 10 * low:
         ax.set_yscale("log")
     ax.xaxis.get_major_locator().set_params(integer=True)
