@@ -510,21 +510,25 @@ def plot_curves(deleted: Mapping[str, Curve], inserted: Mapping[str, Curve]) -> 
             f"`plot_curves` needs curves of the same names, got {sorted(deleted)} and "
             f"{sorted(inserted)}. Pass {{name: curve}} twice."
         )
-    fig, axes = figures.grid(1, 2, 2.9, 2.4, sharey=True)
+    fig, axes = figures.grid(1, 2, 2.9, 2.3 + 0.15 * len(deleted), sharey=True)
     for ax, title, curves in (
         (axes[0, 0], "deletion: lower is better", deleted),
         (axes[0, 1], "insertion: higher is better", inserted),
     ):
-        for colour, (name, curve) in zip(figures.COLOURS, curves.items(), strict=False):
+        for i, (name, curve) in enumerate(curves.items()):
+            style = figures.look(i)
             x, mean = 100 * curve.shares.cpu(), curve.values.mean(0).cpu()
             error = curve.values.std(0, correction=0).cpu() / len(curve.values) ** 0.5
             low, high = mean - error, mean + error
-            ax.fill_between(x.numpy(), low.numpy(), high.numpy(), color=colour, alpha=0.2, lw=0)
+            ax.fill_between(
+                x.numpy(), low.numpy(), high.numpy(), color=style["color"], alpha=0.2, lw=0
+            )
             label = f"{name}, area {float(curve.area.mean()):.3f}"
-            ax.plot(x.numpy(), mean.numpy(), color=colour, lw=1.3, label=label)
+            ax.plot(x.numpy(), mean.numpy(), lw=1.3, label=label, **style)
         ax.set_title(title, fontsize=8, color=figures.INK)
         ax.set_xlabel("share of the patches, %")
-        ax.legend(frameon=False, fontsize=7, labelcolor=figures.INK)
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.24), "handlelength": 3.2}
+        ax.legend(frameon=False, fontsize=7, labelcolor=figures.INK, **place)
     axes[0, 0].set_ylabel("probability of the class")
     return fig
 
