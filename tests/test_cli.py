@@ -147,6 +147,8 @@ def test_seeds_one_by_one_go_into_directories_of_their_own(capsys, tmp_path):
         (["train", "--warmup-epochs", "50"], "<= epochs, 40"),
         (["train", "--accumulate", "7"], "to divide the batch"),
         (["train", "--out", ""], "needs a name"),
+        (["bench", "--out", "no/where.json"], "a directory that exists"),
+        (["analyse", "run", "--out", "no/where.html"], "a directory that exists"),
         (["train", "--seeds", "9" * 30], "an integer <= "),
         (["train", "--from", "nowhere"], "not there"),
         (["train", "--freeze", "bloks"], "matches none of"),

@@ -513,13 +513,14 @@ def plot_harmonics(found: Mapping[str, Tensor]) -> Any:
         raise ValueError("`plot_harmonics` needs amplitudes by name, got none. Pass some.")
     fig, axes = figures.grid(1, 1, 3.4, 2.4)
     ax = axes[0, 0]
-    for colour, (name, values) in zip(figures.COLOURS, found.items(), strict=False):
+    for i, (name, values) in enumerate(found.items()):
+        style = figures.look(i)
         heads = values.double().square().flatten(1, 2).mean(1).sqrt().cpu()  # (H, G)
         index = range(1, heads.shape[1] + 1)
         low, high = heads.amin(0).numpy(), heads.amax(0).numpy()
-        ax.fill_between(index, low, high, color=colour, alpha=0.2, lw=0)
+        ax.fill_between(index, low, high, color=style["color"], alpha=0.2, lw=0)
         mean = heads.square().mean(0).sqrt().numpy()
-        ax.plot(index, mean, color=colour, lw=1.3, marker="o", ms=3, label=name)
+        ax.plot(index, mean, lw=1.3, marker="o", ms=3, label=name, **style)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_ylim(bottom=0)
     ax.set_xlabel("harmonic k")

@@ -135,15 +135,16 @@ def plot(
     if not panels or not all(panels.values()):
         raise ValueError("`plot` needs singular values by panel and name, got none. Pass some.")
     names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
-    colours = dict(zip(names, figures.COLOURS * len(names), strict=False))
+    looks = {name: figures.look(i) for i, name in enumerate(names)}
     fig, axes = figures.grid(1, len(panels), 2.7, 2.4, sharey=True)
     for ax, (title, panel) in zip(axes[0], panels.items(), strict=True):
         for name, values in panel.items():
             profile = log_profile(values, floor)
             low, mean, high = (x.cpu().numpy() for x in profile)
             index = range(1, len(mean) + 1)
-            ax.fill_between(index, low, high, color=colours[name], alpha=0.2, lw=0)
-            ax.plot(index, mean, color=colours[name], lw=1.3, label=name)
+            style = looks[name]
+            ax.fill_between(index, low, high, color=style["color"], alpha=0.2, lw=0)
+            ax.plot(index, mean, lw=1.3, label=name, **style)
         if rank is not None:
             ax.axvline(rank, color=figures.QUIET, lw=0.8, ls=(0, (3, 2)))
             place = {"transform": ax.get_xaxis_transform(), "ha": "left", "va": "top"}

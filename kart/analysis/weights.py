@@ -182,7 +182,7 @@ def plot(stages: Mapping[str, Mapping[str, Tensor]], bins: int = 81) -> Any:
     edges = torch.linspace(-edge, edge, bins + 1, dtype=torch.float64)
     width = 2 * edge / bins
     names = list(dict.fromkeys(name for stage in stages.values() for name in stage))
-    colours = dict(zip(names, figures.COLOURS * len(names), strict=False))
+    looks = {name: figures.look(i) for i, name in enumerate(names)}
     fig, axes = figures.grid(1, len(stages), 2.4, 2.2, sharex=True, sharey=True)
     lowest = min(1 / (v.numel() * width) for stage in stages.values() for v in stage.values())
     for ax, (title, stage) in zip(axes[0], stages.items(), strict=True):
@@ -190,9 +190,8 @@ def plot(stages: Mapping[str, Mapping[str, Tensor]], bins: int = 81) -> Any:
             flat = values.detach().flatten().cpu().double().clamp(-edge, edge)
             counts = torch.histogram(flat, edges).hist
             heights = (counts / (flat.numel() * width)).numpy()
-            ax.stairs(
-                heights, edges.numpy(), color=colours[name], lw=1.1, label=name, baseline=None
-            )
+            line = {"lw": 1.1, "label": name, "baseline": None, **looks[name]}
+            ax.stairs(heights, edges.numpy(), **line)
         ax.set_yscale("log")
         ax.set_ylim(bottom=0.5 * lowest)
         ax.set_title(title, fontsize=8, color=figures.INK)
@@ -251,7 +250,14 @@ def section(context: Context) -> pages.Section:
     ]
     numbers: list[pages.Number] = []
     for part, stages in shown.items():
-        name = "all weights" if part == "all" else f"{part} of the operators"
+        own = {
+            operator: seeds
+            for operator, seeds in found.items()
+            if any(f"{part}|end|rms" in one for one in seeds.values())
+        }
+        if not own:  # too few numbers for a distribution
+            continue
+        name = "all weights" if part == "all" else f"{part.replace('_', ' ')} of the operators"
         caption = name.capitalize()
         blocks.append(
             pages.figure(plot(stages), f"weights-{part}", f"Histograms of {name}", caption)
@@ -264,11 +270,6 @@ def section(context: Context) -> pages.Section:
             percent(f"{part}|end|near_zero", "near zero %"),
             percent(f"{part}|start|near_zero", "at the start %"),
         ]
-        own = {
-            operator: seeds
-            for operator, seeds in found.items()
-            if any(f"{part}|end|rms" in one for one in seeds.values())
-        }
         table, some = seeds_table(own, columns, "")
         blocks.append(table)
         numbers += [one._replace(measure=one.measure.replace("|", "_")) for one in some]

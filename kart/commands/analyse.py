@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from kart import code, runs, tables, train
-from kart.commands.command import Command, integer, number, place
+from kart.commands.command import Command, file, integer, number
 from kart.runs import owned
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="+", help="directories that `kart train` wrote")
     parser.add_argument(
-        "--out", type=place, metavar="HTML", help="the page (default report.html in the first)"
+        "--out", type=file, metavar="HTML", help="the page (default report.html in the first)"
     )
     parser.add_argument("--title", help="its headline")
     parser.add_argument(

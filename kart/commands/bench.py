@@ -2,7 +2,7 @@
 
 import argparse
 
-from kart.commands.command import Command, integer, place
+from kart.commands.command import Command, file, integer
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="operator level only")
     parser.add_argument(
-        "--out", type=place, default="cost.json", help="JSON; the plot goes beside it"
+        "--out", type=file, default="cost.json", help="JSON; the plot goes beside it"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
 

@@ -5,6 +5,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 # products of larger numbers overflow
@@ -86,6 +87,16 @@ def place(text: str) -> str:
     """The type of a flag that names a file or directory to write."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"needs a name, got {text!r}; leave the flag out")
+    return text
+
+
+def file(text: str) -> str:
+    """The type of a flag that names a file to write, checked before the work that fills it."""
+    path = Path(place(text)).absolute()
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"needs a file in a directory that exists, got {text!r}. Make it first"
+        )
     return text
 
 

@@ -3,14 +3,12 @@
 import argparse
 
 from kart import runs
-from kart.commands.command import Command, integer, place
+from kart.commands.command import Command, file, integer
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="directory of one run, as `kart train` wrote it")
-    parser.add_argument(
-        "--out", type=place, required=True, metavar="FILE", help="the file to write"
-    )
+    parser.add_argument("--out", type=file, required=True, metavar="FILE", help="the file to write")
     parser.add_argument(
         "--format",
         default="safetensors",
