@@ -228,7 +228,7 @@ struct Psi {
     const vec fall = sine_half_turns(clamp_below(turns, 1.0f - turns)) * sign(held) *
                      (-0.46f * 3.14159265358979f * inverse);
     slope = magnitude(t) < limit ? d * window + y * fall : vec{};
-    return magnitude(t) < limit ? y * window : vec{};
+    return magnitude(t) >= limit ? vec{} : y * window;  // keeps a NaN
   }
 };
 """
