@@ -18,7 +18,7 @@ import torch
 from torch.testing import assert_close
 
 from kart import bases, kernels
-from kart.bases.basis import Triton, expansion
+from kart.bases.basis import Triton, assemble, expansion
 from kart.kernels import core, plain
 from kart.kernels import triton as engine
 from kart.kernels.family import Family, Product, family_of
@@ -348,12 +348,51 @@ def unit_inputs() -> None:
     assert all(not x.any() for x in rest)
 
 
+# one that is not zero where its parameters are, as they are beyond the keys of a block
+BUMP = """
+def unit(x, theta, FAST: tl.constexpr):
+    t = x - theta[0]
+    value = tl.exp(-SHARP * t * t)
+    slope = -2.0 * SHARP * t * value
+    return value, slope, (-slope,)
+"""
+
+
+def bump(sharp: float) -> bases.Basis:
+    def core(params, x):
+        return torch.exp(-sharp * (x - params["centre"]) ** 2)
+
+    options = {"sharp": sharp}
+    return assemble(
+        "bump",
+        1,
+        lambda generator, shape: {"centre": bases.normal(generator, shape)},
+        core,
+        None,
+        "zero",
+        False,
+        options,
+        {},
+        (bump, options),
+        f"tests:bump?{sharp}",
+        triton=Triton(BUMP, sizes={"SHARP": sharp}),
+        leaves=lambda params: params["centre"][..., None],
+    )
+
+
+def new_units() -> None:
+    for sharp in (0.5, 2.0):
+        compare_units(*unit_case(bump(sharp), 20, 33, rank=5))
+    compare_units(*unit_case(bump(0.5), 20, 33, mask=(1, 1, 20, 33)), choose=small_tiles)
+
+
 def far_units() -> None:
     for basis in UNITS:
         if basis.family == "rational":
             continue
         tensors, mask, family = unit_case(basis, 20, 33, batch=1)
-        for size in (1e4, 1e9, 1e30):
+        # the last makes scores infinite, and with them a base activation
+        for size in (1e4, 1e9, 1e30, 1e38)[: 4 if family.base == "zero" else 3]:
             for x in unit_results(tensors, mask, family, size):
                 assert x.isfinite().all(), basis.family
         # what is not a number stays seen
@@ -403,7 +442,7 @@ GROUPS = {
     "sizes": [sizes, grids_and_ranks, empty_batch],
     "inputs": [masks, strides, own_coefficients],
     "values": [families, new_families, half_precision, large_scores, repeats],
-    "units": [unit_families, unit_repeats, unit_entry],
+    "units": [unit_families, new_units, unit_repeats, unit_entry],
     "unit inputs": [unit_sizes, unit_masks, unit_inputs, far_units],
     "images": [images],
 }

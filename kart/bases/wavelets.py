@@ -191,7 +191,7 @@ def psi(t, FAST: tl.constexpr):
     if PRINTED:
         change = change * nu_slope(rest)
     d = 3.14159265358979 * (sine_half_turns(0.5 - a) * window - wave * change)
-    return wave * window, tl.where(tl.abs(t) >= 1.0, 0.0, d * sign(t))
+    return wave * window, d * sign(t)
 """
 
 SHANNON = """

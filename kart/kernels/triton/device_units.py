@@ -136,8 +136,6 @@ def forward(
         keep = tl.arange(0, BLOCK_M)[None, :] < M - m
         if MASK:
             keep &= mask_tile(mask_ptr, mask_n, mask_m, N - first, M - m, BLOCK_N, BLOCK_M)
-            # what is masked may not be finite
-            x = tl.where(keep, x, 0.0)
             mask_ptr += BLOCK_M * mask_m
         t_at = t_ptr
         for p in range(ranks):
@@ -213,8 +211,6 @@ def query_gradient(
         keep = tl.arange(0, BLOCK_M)[None, :] < M - m
         if MASK:
             keep &= mask_tile(mask_ptr, mask_n, mask_m, N - first, M - m, BLOCK_N, BLOCK_M)
-            # what is masked may not be finite
-            x = tl.where(keep, x, 0.0)
             mask_ptr += BLOCK_M * mask_m
         t_at = t_ptr
         dy_at = dy_ptr
@@ -309,6 +305,7 @@ def key_gradient(
             x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
             if MASK:
                 keep = mask_tile(mask_at, mask_m, mask_n, M - first, N - n, BLOCK_M, BLOCK_N)
+                # what is masked may not be finite, nor then a derivative
                 x = tl.where(keep, x, 0.0)
                 if mask_n is not None:
                     mask_at += BLOCK_N * mask_n
