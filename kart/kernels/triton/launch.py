@@ -73,11 +73,13 @@ def slices(product: Product, programs: int) -> tuple[int, int]:
 
 
 class Launcher:
-    """Launches the kernels of a product, with the arguments that they share."""
+    """Launches the kernels of a product, in the module `kernels`, with the arguments that they
+    share.
+    """
 
-    def __init__(
-        self, product: Product, precision: str | None, choose: Callable[..., Tiles], **shared: Any
-    ):
+    kernels: Any
+
+    def __init__(self, product: Product, precision: str | None, choose: Callable[..., Tiles]):
         family, q, k, _, mask, scale = product
         kind = kind_of(family)
         assert kind is not None  # `refuses` has asked
@@ -112,7 +114,6 @@ class Launcher:
             "FAST": not interpreted(),
             # the reduction of angles and the recurrences are meant for fused multiply-add
             "enable_fp_fusion": True,
-            **shared,
         }
 
     def tiles(self, kernel: str, ranks: int) -> Tiles:
@@ -120,10 +121,10 @@ class Launcher:
         precision, width, masked = (self.shared[name] for name in ("PRECISION", "D", "MASK"))
         return self.choose(kernel, self.q.dtype, precision, width, ranks, masked, self.kind)
 
-    def __call__(self, kernel: Any, grid: tuple[int, ...], tile: Tiles, **arguments: Any) -> None:
+    def __call__(self, kernel: str, grid: tuple[int, ...], tile: Tiles, **arguments: Any) -> None:
         guard = torch.cuda.device(self.q.device) if self.q.is_cuda else contextlib.nullcontext()
         with guard:
-            kernel[grid](
+            getattr(self.kernels, kernel)[grid](
                 **self.shared,
                 **arguments,
                 BLOCK_N=tile.queries,

@@ -73,8 +73,8 @@ class _Launcher(Launcher):
     def __init__(self, product: Product, precision: str | None, choose: Callable[..., Tiles]):
         from kart.kernels.triton import device
 
-        self.kernels = device
         super().__init__(product, precision, choose)
+        self.kernels = device
         piece = self.kind.piece
         start, feature = device.functions(piece, "start", "feature")
         self.shared |= {
@@ -85,20 +85,11 @@ class _Launcher(Launcher):
             "FEATURE": feature,
         }
 
-    def __call__(
-        self, kernel: str, grid: tuple[int, ...], tile: Tiles, packed: Tensor, **arguments: Any
-    ) -> None:
-        super().__call__(
-            getattr(self.kernels, kernel),
-            grid,
-            tile,
-            c_ptr=packed,
-            c_b=batch_stride(packed),
-            c_h=packed.stride(1),
-            c_j=packed.stride(2),
-            R=packed.shape[4],
-            **arguments,
-        )
+
+def _packed(coefs: Tensor) -> dict[str, Any]:
+    """The arguments that packed coefficients are."""
+    strides = {"c_b": batch_stride(coefs), "c_h": coefs.stride(1), "c_j": coefs.stride(2)}
+    return {"c_ptr": coefs, **strides, "R": coefs.shape[4]}
 
 
 def forward(product: Product, precision: str | None, choose: Callable[..., Tiles]) -> Tensor:
@@ -117,10 +108,10 @@ def forward(product: Product, precision: str | None, choose: Callable[..., Tiles
         if batch:
             packed = _pack(part, launch.kind, q.dtype)
             grid = (math.ceil(queries / tile.queries) * batch * heads,)
-            shared: dict[str, Any] = {"y_ptr": y, "RANK": rank}
+            shared = {**_packed(packed), "y_ptr": y, "RANK": rank}
             for first, last in features:
                 shared |= {"FIRST": first, "LAST": last, "ADD": first > 0}
-                launch("forward", grid, tile, packed, **shared)
+                launch("forward", grid, tile, **shared)
         outputs.append(y.to(q.dtype))
     return outputs[1] if len(outputs) == 2 else torch.cat(outputs, dim=-1)
 
@@ -151,18 +142,18 @@ def backward(
     for i, (part, dy_part) in enumerate(parts):
         rank = part.shape[2]
         packed = _pack(part, kind, q.dtype)
-        shared: dict[str, Any] = {"dy_ptr": dy_part.contiguous(), "RANK": rank}
+        shared = {**_packed(packed), "dy_ptr": dy_part.contiguous(), "RANK": rank}
         grid = (math.ceil(queries / tile_q.queries) * batch * heads,)
         for first, last in features_q:
             shared |= {"FIRST": first, "LAST": last, "ADD": i + first > 0}
-            launch("query_gradient", grid, tile_q, packed, dq_ptr=dq, **shared)
+            launch("query_gradient", grid, tile_q, dq_ptr=dq, **shared)
         found = []
         for first, last in features_k:
             shared |= {"FIRST": first, "LAST": last, "ADD": i + first > 0}
             shape = (count, heads, last - first, keys, rank)
             dc = torch.empty(shape, dtype=torch.float32, device=q.device)
             shared |= {"dc_ptr": dc, "B": batch, "samples": samples}
-            launch("key_gradient", (blocks * count,), tile_k, packed, dk_ptr=dk, **shared)
+            launch("key_gradient", (blocks * count,), tile_k, dk_ptr=dk, **shared)
             found.append(dc if own else dc.sum(0, keepdim=True))
         dc = torch.cat(found, dim=2)
         if kind.piece.rescale is not None:

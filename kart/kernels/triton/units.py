@@ -83,7 +83,7 @@ def forward(product: Product, precision: str | None, choose: Callable[..., Tiles
         tile = launch.tile("forward")
         programs = math.ceil(queries / tile.queries) * math.ceil(ranks / tile.held)
         grid = (programs * batch * heads,)
-        launch(launch.kernels.forward, grid, tile, y_ptr=y, R=tile.held)
+        launch("forward", grid, tile, y_ptr=y, R=tile.held)
     return y
 
 
@@ -101,7 +101,7 @@ def backward(
     tile = launch.tile("query_gradient")
     dq = q.new_empty(q.shape)
     grid = (math.ceil(queries / tile.queries) * batch * heads,)
-    launch(launch.kernels.query_gradient, grid, tile, dq_ptr=dq, **shared)
+    launch("query_gradient", grid, tile, dq_ptr=dq, **shared)
     tile = launch.tile("key_gradient")
     parts = groups(ranks, tile.held)
     # what several launches add up is float32 until the last
@@ -113,7 +113,7 @@ def backward(
     shared |= {"dk_ptr": dk, "dt_ptr": dt, "B": batch, "samples": samples, "R": tile.held}
     for first, last in parts:
         shared |= {"FIRST": first, "LAST": last, "ADD": first > 0}
-        launch(launch.kernels.key_gradient, (blocks * cuts,), tile, **shared)
+        launch("key_gradient", (blocks * cuts,), tile, **shared)
     dt = dt if product.own else dt.sum(0, keepdim=True)
     dcoefs = dt.permute(0, 1, 4, 3, 2).to(coefs.dtype).contiguous()
     return dq, dk.to(k.dtype), dcoefs
