@@ -34,7 +34,8 @@ study-cluster: .venv/.ready
 # pages of the guides, the README and every public docstring; the modules need triton, if at all
 docs: .venv/.ready
 	.venv/bin/pdoc --docformat google --template-directory kart/guides \
-		--output-directory build/docs kart '!kart.kernels.triton.device'
+		--output-directory build/docs kart '!kart.kernels.triton.device' \
+		'!kart.kernels.triton.device_units'
 
 lint: .venv/.ready
 	.venv/bin/ruff check .

@@ -54,7 +54,11 @@ def test_two_backward_passes_are_equal_bit_for_bit():
     tree.map(lambda a, b: assert_close(a, b, rtol=0, atol=0), first, second)
 
 
-@pytest.mark.parametrize("spec", ["softmax", "G3B", "G3U", "bspline-G5B", "G2B:order=full_rank"])
+UNITS = ["mexican_hat", "rational-5/4"]
+SPECS = ["softmax", "G3B", "G3U", "bspline-G5B", "G2B:order=full_rank", *UNITS]
+
+
+@pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_training_step_on_the_gpu_is_that_of_the_cpu(spec, precision):
     results = []
@@ -74,10 +78,11 @@ def test_a_training_step_on_the_gpu_is_that_of_the_cpu(spec, precision):
     assert results[1] == pytest.approx(results[0], rel=limit)
 
 
+@pytest.mark.parametrize("spec", ["G3B", *UNITS])
 @pytest.mark.parametrize("name", ["step", "advance"])
-def test_a_step_does_not_wait_for_the_device(name):
-    config = train.Config(operator="G3B", epochs=2, batch_size=4, device="cuda")
-    model = models.create("vit_tiny", operator="G3B", image_size=32, patch_size=4, depth=2)
+def test_a_step_does_not_wait_for_the_device(name, spec):
+    config = train.Config(operator=spec, epochs=2, batch_size=4, device="cuda")
+    model = models.create("vit_tiny", operator=spec, image_size=32, patch_size=4, depth=2)
     functions = train.program(config, model, 10)
     step = getattr(functions, name)
     state = functions.init(torch.Generator().manual_seed(0))
@@ -112,8 +117,9 @@ def test_a_compiled_step_is_the_eager_one(spec):
     assert results[1] == pytest.approx(results[0], rel=5e-3)
 
 
-def test_masks_on_the_gpu():
-    op = operators.parse("G3").operator
+@pytest.mark.parametrize("spec", ["G3", *UNITS])
+def test_masks_on_the_gpu(spec):
+    op = operators.parse(spec).operator
     generator = torch.Generator().manual_seed(0)
     params = op.init(generator, 2, 70)
     q, k, v = (torch.randn(2, 2, 70, 32, generator=generator) for _ in range(3))

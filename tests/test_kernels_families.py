@@ -184,6 +184,29 @@ def test_half_types_are_widened_on_their_way_in(dtype):
     check(of(kernels), of(plain), (q, k, *units.values()), dtype)
 
 
+@pytest.mark.parametrize("name", ["fourier-silu", "bspline"])
+def test_units_of_a_linear_family_have_the_plain_values_and_gradients(name):
+    basis = LINEAR[name]
+    q, k = inputs(2, 3, 37, 29, 7)
+    units = units_of(basis, 3, 5, 29)
+
+    def of(module):
+        return lambda q, k, *leaves: module.contract_units(
+            basis, dict(zip(units, leaves, strict=True)), q, k
+        )
+
+    check(of(kernels), of(plain), (q, k, *units.values()), torch.float32)
+
+
+@pytest.mark.parametrize("name", some(UNITS))
+def test_what_is_not_a_number_stays_seen(name):
+    q, k = inputs(1, 2, 37, 29, 7)
+    q[:, 1, 3] = torch.nan
+    y = kernels.contract_units(UNITS[name], units_of(UNITS[name], 2, 5, 29), q, k)
+    assert y[:, 1, 3].isnan().all()
+    assert y.isnan().sum() == 5
+
+
 # --- transforms -----------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import functools
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kart import bases
-from kart.bases.basis import Triton, expansion
+from kart import bases, kernels
+from kart.bases.basis import Triton, assemble, expansion
+from kart.kernels import core, plain
 from kart.kernels import triton as engine
 from kart.kernels.family import Family, Product, family_of
+from kart.kernels.triton import launch
 
 # relative error in the norm; float32 here is that of `tl.dot` in numpy
 LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3}
+
+# a unit may be steep where a feature is not
+UNIT_LIMITS = {torch.float32: 2e-5, torch.float16: 4e-3}
 
 
 def small_tiles(kernel: str, *_: Any) -> engine.Tiles:
@@ -64,13 +70,65 @@ def compare(tensors, mask, family, scale=None, limit=None, **options) -> None:
     assert engine.refuses(product) == ""
     got = [engine.forward(product, **options)]
     got += engine.backward(product, dy, **options)
-    limit = limit or LIMITS[q.dtype]
+    assert all(x.is_contiguous() for x in got)
     wanted = reference(tensors, mask, family, scale)
-    names = ["y", "dq", "dk", "dc"]
-    for name, a, b, like in zip(names, got, wanted, tensors, strict=True):
-        assert a.shape == b.shape and a.dtype == like.dtype and a.is_contiguous()
+    agree(["y", "dq", "dk", "dc"], got, wanted, tensors, limit or LIMITS[q.dtype])
+
+
+def agree(names, got, wanted, likes, limit) -> None:
+    for name, a, b, like in zip(names, got, wanted, likes, strict=True):
+        assert a.shape == b.shape and a.dtype == like.dtype
         error = (a.double() - b).norm() / b.norm().clamp(min=1e-12)
         assert error < limit, f"{name} {tuple(b.shape)}: {error:.1e}"
+
+
+def unit_case(
+    basis, n, m, width=16, rank=3, batch=2, heads=1, own=False, mask=None, dtype=torch.float32,
+    spread=0.2,
+):  # fmt: skip
+    """Drawn `{"dy", "q", "k", the parameters of nonlinear units}`, a mask, and the family."""
+    (dy, q, k, _), mask, family = case(basis, n, m, width, rank, batch, heads, own, mask, dtype)
+    generator = torch.Generator().manual_seed(1)
+    units = basis.init(generator, (batch if own else 1, heads, rank, m))
+    for name, x in units.items():
+        # `init` draws some of them all equal
+        units[name] = x + spread * torch.randn(x.shape, generator=generator)
+    return {"dy": dy, "q": q, "k": k, **units}, mask, family
+
+
+def unit_reference(tensors, mask, family, scale):
+    """y and the gradients of q, k and the parameters by the plain expression in float64."""
+    dy, *leaves = [x.double() for x in tensors.values()]
+    q, k, *parameters = (x.requires_grad_() for x in leaves)
+    units = dict(zip([*tensors][3:], parameters, strict=True))
+    samples = []
+    for i in range(q.shape[0]):
+        own = {name: x[i if x.shape[0] > 1 else 0] for name, x in units.items()}
+        keep = None if mask is None else mask.expand(q.shape[0], -1, -1, -1)[i]
+        samples.append(plain.contract_units(family.basis, own, q[i], k[i], keep, scale))
+    y = torch.stack(samples)
+    return [y.detach(), *torch.autograd.grad((y * dy).sum(), (q, k, *parameters))]
+
+
+def unit_results(tensors, mask, family, scale, **options):
+    """The same by the kernels."""
+    dy, q, k, *_ = tensors.values()
+    units = {name: x.clone().requires_grad_() for name, x in [*tensors.items()][3:]}
+    coefs = family.pieces.leaves(units)
+    product = Product(family, q, k, coefs.detach(), mask, scale)
+    assert engine.refuses(product) == ""
+    y = engine.forward(product, **options)
+    dq, dk, dcoefs = engine.backward(product, dy, **options)
+    assert all(x.is_contiguous() for x in (y, dq, dk, dcoefs))
+    assert dcoefs.dtype == coefs.dtype
+    return [y, dq, dk, *torch.autograd.grad(coefs, [*units.values()], dcoefs)]
+
+
+def compare_units(tensors, mask, family, scale=0.7, limit=None, **options) -> None:
+    got = unit_results(tensors, mask, family, scale, **options)
+    wanted = unit_reference(tensors, mask, family, scale)
+    limit = limit or UNIT_LIMITS[tensors["q"].dtype]
+    agree(["y", *[*tensors][1:]], got, wanted, tensors.values(), limit)
 
 
 # --- cases, run in the interpreter ----------------------------------------------------------------
@@ -208,17 +266,191 @@ def images() -> None:
         compare(*case(bases.fourier(3), n, m, width=64, batch=1, heads=1))
 
 
+UNITS = [
+    bases.rational(),
+    bases.rational(0, 1),
+    bases.rational(2, 3, base="identity", scales=True),
+    bases.mexican_hat(),
+    bases.mexican_hat("negated", base="silu", scales=True),
+    bases.morlet(),
+    bases.morlet(2.5),
+    bases.dog(),
+    bases.meyer(),
+    bases.meyer("direct", base="gelu"),
+    bases.shannon(),
+    bases.shannon(half_width=2.0),
+    bases.shannon("index"),
+]
+
+
+def unit_families() -> None:
+    for basis in UNITS:
+        compare_units(*unit_case(basis, 20, 33))
+
+
+def unit_sizes() -> None:
+    for n, m, rank in [(1, 1, 1), (1, 65, 2), (65, 63, 5)]:
+        compare_units(*unit_case(bases.dog(), n, m, rank=rank))
+    drawn = torch.rand(4, 6, generator=torch.Generator().manual_seed(2))
+    most = torch.tensor([80.0, 80.0, 128.0, 9.0, 3.0, 3.0])
+    for n, m, width, rank, batch, heads in (1 + drawn * (most - 1)).round().int().tolist():
+        inputs = unit_case(bases.dog(), n, m, width, rank, batch, heads)
+        compare_units(*inputs, scale=width**-0.5)
+    # several launches of ranks
+    compare_units(*unit_case(bases.dog(), 20, 33, rank=19, batch=1))
+    compare_units(*unit_case(bases.rational(), 20, 33, rank=13, batch=1))
+    compare_units(*unit_case(bases.dog(), 20, 33, rank=5), choose=small_tiles)
+
+
+def unit_masks() -> None:
+    for shape in [(2, 1, 1, 33), (1, 1, 20, 33), (2, 2, 20, 33), (1, 1, 20, 1), (1, 1, 1, 1)]:
+        basis = bases.mexican_hat(base="silu")
+        compare_units(*unit_case(basis, 20, 33, heads=2, mask=shape))
+    compare_units(*unit_case(bases.rational(2, 2), 20, 33, mask=(1, 1, 20, 33)), choose=small_tiles)
+    tensors, _, family = unit_case(bases.meyer(), 20, 33)
+    nothing = torch.zeros(1, 1, 1, 33, dtype=torch.bool)
+    for x in unit_results(tensors, nothing, family, 0.7):
+        assert_close(x, torch.zeros_like(x))
+    # an infinite score that nobody attends to
+    nothing[..., 1:] = True
+    tensors["k"][:, :, 0] = torch.inf
+    for i, x in enumerate(unit_results(tensors, nothing, family, 0.7)):
+        assert i == 1 or x.isfinite().all()  # dq meets the key itself
+
+
+def unit_inputs() -> None:
+    for mask in (None, (2, 1, 1, 33)):
+        compare_units(*unit_case(bases.shannon(), 20, 33, heads=2, own=True, mask=mask))
+    compare_units(*unit_case(bases.dog(), 20, 33, batch=3, own=True), choose=small_tiles)
+    # strides of every kind
+    tensors, _, family = unit_case(bases.dog(), 20, 9, heads=3)
+    generator = torch.Generator().manual_seed(0)
+    tensors["q"] = torch.randn(2, 1, 20, 16, generator=generator).expand(-1, 3, -1, -1)
+    tensors["k"] = torch.randn(2, 3, 9, 32, generator=generator)[..., ::2]
+    tensors["dy"] = torch.ones(1).expand(2, 3, 20, 3)
+    mask = (torch.rand(2, 3, 9, 20, generator=generator) > 0.3).mT
+    compare_units(tensors, None, family)
+    compare_units(tensors, mask, family)
+    # half types: parameters of their own dtype or float32
+    for basis in (bases.dog(), bases.rational(3, 2)):
+        tensors, mask, family = unit_case(basis, 20, 33, dtype=torch.float16)
+        compare_units(tensors, mask, family)
+    tensors = {name: x.half() for name, x in tensors.items()}
+    compare_units(tensors, mask, family)
+    # several samples in a slice of the batch, and no sample
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "PROGRAMS", 2)
+        compare_units(*unit_case(bases.dog(), 3, 2, batch=3, rank=2))
+    tensors, mask, family = unit_case(bases.dog(), 3, 2)
+    tensors = {name: x[:0] if name in ("dy", "q", "k") else x for name, x in tensors.items()}
+    y, dq, dk, *rest = unit_results(tensors, mask, family, 0.7)
+    assert y.shape == (0, 1, 3, 3) and dq.shape == tensors["q"].shape
+    assert all(not x.any() for x in rest)
+
+
+# one that is not zero where its parameters are, as they are beyond the keys of a block
+BUMP = """
+def unit(x, theta, FAST: tl.constexpr):
+    t = x - theta[0]
+    value = tl.exp(-SHARP * t * t)
+    slope = -2.0 * SHARP * t * value
+    return value, slope, (-slope,)
+"""
+
+
+def bump(sharp: float) -> bases.Basis:
+    def core(params, x):
+        return torch.exp(-sharp * (x - params["centre"]) ** 2)
+
+    options = {"sharp": sharp}
+    return assemble(
+        "bump",
+        1,
+        lambda generator, shape: {"centre": bases.normal(generator, shape)},
+        core,
+        None,
+        "zero",
+        False,
+        options,
+        {},
+        (bump, options),
+        f"tests:bump?{sharp}",
+        triton=Triton(BUMP, sizes={"SHARP": sharp}),
+        leaves=lambda params: params["centre"][..., None],
+    )
+
+
+def new_units() -> None:
+    for sharp in (0.5, 2.0):
+        compare_units(*unit_case(bump(sharp), 20, 33, rank=5))
+    compare_units(*unit_case(bump(0.5), 20, 33, mask=(1, 1, 20, 33)), choose=small_tiles)
+
+
+def far_units() -> None:
+    for basis in UNITS:
+        if basis.family == "rational":
+            continue
+        tensors, mask, family = unit_case(basis, 20, 33, batch=1)
+        # the last makes scores infinite, and with them a base activation
+        for size in (1e4, 1e9, 1e30, 1e38)[: 4 if family.base == "zero" else 3]:
+            for x in unit_results(tensors, mask, family, size):
+                assert x.isfinite().all(), basis.family
+        # what is not a number stays seen
+        tensors["q"][..., 3, 0] = torch.nan
+        assert unit_results(tensors, mask, family, 0.7)[0][..., 3, :].isnan().all(), basis.family
+
+
+def unit_repeats() -> None:
+    inputs = unit_case(bases.morlet(), 65, 63, mask=(2, 1, 1, 63))
+    first, second = (unit_results(*inputs, 0.25) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def unit_entry() -> None:
+    """The public product takes the kernels, under transforms too."""
+    basis = bases.mexican_hat()
+    tensors, mask, family = unit_case(basis, 9, 5, batch=3, heads=2, mask=(3, 1, 1, 5))
+    dy, q, k, *leaves = tensors.values()
+    names = [*tensors][3:]
+    with pytest.MonkeyPatch.context() as patch:
+        calls = []
+        spy = types.SimpleNamespace(
+            refuses=engine.refuses,
+            forward=lambda product: calls.append("forward") or engine.forward(product),
+            backward=lambda product, dy: calls.append("backward") or engine.backward(product, dy),
+        )
+        patch.setattr(core, "cpp", spy)  # the engine of the CPU
+
+        def loss(q, k, mask, dy, *leaves):
+            units = {name: x[0] for name, x in zip(names, leaves, strict=True)}
+            return (kernels.contract_units(basis, units, q, k, mask, 0.7) * dy).sum()
+
+        learned = (0, 1, *range(4, 4 + len(leaves)))
+        found = torch.func.grad(loss, learned)(q, k, mask, dy, *leaves)
+        each = torch.func.vmap(torch.func.grad(loss, learned), (0, 0, 0, 0) + (None,) * len(leaves))
+        per_example = each(q, k, mask, dy, *leaves)
+    assert calls == ["forward", "backward"] * 2
+    wanted = unit_reference(tensors, mask, family, 0.7)[1:]
+    agree([*tensors][1:], found, wanted, [*tensors.values()][1:], 2e-5)
+    summed = [*per_example[:2], *(x.sum(0) for x in per_example[2:])]
+    agree([*tensors][1:], summed, wanted, [*tensors.values()][1:], 2e-5)
+
+
 # those of a row share a process, most of whose time goes into imports
 GROUPS = {
     "sizes": [sizes, grids_and_ranks, empty_batch],
     "inputs": [masks, strides, own_coefficients],
     "values": [families, new_families, half_precision, large_scores, repeats],
+    "units": [unit_families, new_units, unit_repeats, unit_entry],
+    "unit inputs": [unit_sizes, unit_masks, unit_inputs, far_units],
     "images": [images],
 }
 
 
 @pytest.mark.parametrize(
-    "group", ["sizes", "inputs", "values", pytest.param("images", marks=pytest.mark.slow)]
+    "group",
+    [pytest.param(x, marks=[pytest.mark.slow] if x == "images" else []) for x in GROUPS],
 )
 def test_the_kernels_are_the_plain_expression_in_the_interpreter(group):
     pytest.importorskip("triton")
@@ -239,6 +471,7 @@ def test_a_basis_is_known_by_what_its_family_declares():
         bases.chebyshev(3, span=(-1.0, 5.0)),
         bases.gaussian_rbf(4),
         bases.bspline(6, span=(-3.0, 3.0), base="identity"),
+        *UNITS,
     ]:
         kind = engine.kind_of(family_of(basis))
         assert kind is not None and kind.name == basis.family and kind.size == basis.size
@@ -249,6 +482,7 @@ def test_a_basis_is_known_by_what_its_family_declares():
         bases.linear(lambda x: torch.stack([x.sin(), x.cos()], -1), 2, family="fourier"),
         bases.linear(lambda x: torch.stack([x, x], -1), 2, family="chebyshev"),
         fourier._replace(features=lambda x: 2 * fourier.expand(x)),
+        bases.dog()._replace(apply=lambda params, x: 2 * bases.dog().apply(params, x)),
     ]:
         assert engine.kind_of(family_of(basis)) is None
 
@@ -260,6 +494,19 @@ def test_what_it_cannot_take_is_said():
         assert reason == "the Triton engine runs on CUDA, not on cpu"
     else:
         assert reason == engine.status()
+
+
+def test_a_unit_of_too_many_parameters_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x = torch.zeros(1, 1, 2, 3)
+    for basis, words in [
+        (bases.rational(12, 12), ""),
+        (bases.rational(12, 12, base="silu"), "takes units of 25 parameters at most, not 26"),
+    ]:
+        family = family_of(basis)
+        coefs = torch.zeros(1, 1, 1, 2, family.width)
+        reason = engine.refuses(Product(family, x, x, coefs, None, 1.0))
+        assert reason == words or (words and words in reason)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
@@ -307,6 +554,40 @@ def test_the_kernels_are_the_plain_expression_on_the_gpu(dtype, precision, basis
     for a, b in zip(got, wanted, strict=True):
         error = (a.double().cpu() - b).norm() / b.norm()
         assert error < GPU_LIMITS[dtype, precision]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(("dtype", "precision"), GPU_LIMITS, ids=str)
+@pytest.mark.parametrize(
+    ("basis", "options"),
+    [
+        (bases.dog(), {}),
+        (bases.mexican_hat(base="silu", scales=True), {"rank": 17}),
+        (bases.mexican_hat(), {"mask": (2, 1, 1, 197), "own": True}),
+        (bases.morlet(), {"mask": (1, 1, 65, 197), "width": 128}),
+        (bases.meyer(), {"rank": 70, "width": 20}),
+        (bases.shannon(), {"width": 32}),
+        (bases.rational(), {"rank": 12}),
+        (bases.rational(7, 6, base="gelu"), {"width": 128}),
+    ],
+    ids=lambda x: x.family if isinstance(x, bases.Basis) else str(x),
+)
+def test_units_are_the_plain_expression_on_the_gpu(dtype, precision, basis, options):
+    tensors, mask, family = unit_case(basis, 65, 197, dtype=dtype, **{"width": 64, **options})
+    wanted = unit_reference(tensors, mask, family, 0.125)
+    tensors = {name: x.cuda() for name, x in tensors.items()}
+    mask = None if mask is None else mask.cuda()
+    got, again = (unit_results(tensors, mask, family, 0.125, precision=precision) for _ in range(2))
+    limit = GPU_LIMITS[dtype, precision]
+    if dtype == torch.float32:
+        # a slope that jumps does so at a score that tf32 may put on the other side
+        kinked = precision == "tf32" and basis.traits["smooth"] == 0
+        limit = 10 * limit if kinked or precision != "tf32" else limit
+    for a, b, c in zip(got, again, wanted, strict=True):
+        assert torch.equal(a, b)
+        error = (a.double().cpu() - c).norm() / c.norm()
+        assert error < limit
 
 
 if __name__ == "__main__":

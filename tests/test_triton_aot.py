@@ -23,6 +23,13 @@ triton = pytest.importorskip("triton")
 KERNELS = ("forward", "query_gradient", "key_gradient")
 
 
+def room(product: Product):
+    """Where the kernels of a product are."""
+    from kart.kernels.triton import device, device_units
+
+    return device_units if product.family.basis.features is None else device
+
+
 class Recorder:
     """Stands for a kernel and keeps what it is launched with."""
 
@@ -37,18 +44,17 @@ class Build(NamedTuple):
     registers: int
     stack: int  # bytes a thread
     shared: int  # bytes
-    loop: list[str]  # the instructions of the innermost loop
+    loop: list[str]  # the instructions of the innermost loop with a product
+    ranks: list[str]  # of units: those of the loop over ranks in it
     every: list[str]
 
 
 def launches(kernel, product, **options) -> list[dict[str, Any]]:
     """The arguments of each launch of a kernel in a forward and a backward of these inputs."""
-    from kart.kernels.triton import device
-
     recorded: list[dict[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
         for name in KERNELS:
-            patch.setattr(device, name, Recorder(recorded if name == kernel else []))
+            patch.setattr(room(product), name, Recorder(recorded if name == kernel else []))
         if kernel == "forward":
             engine.forward(product, **options)
         else:
@@ -57,14 +63,11 @@ def launches(kernel, product, **options) -> list[dict[str, Any]]:
     return recorded
 
 
-def build(kernel: str, arguments: dict[str, Any]) -> Build:
-    """One launch, built for sm_90 as `kernel[grid](...)` would build it."""
+def build(function: Any, arguments: dict[str, Any]) -> Build:
+    """One launch, built for sm_90 as `function[grid](...)` would build it."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kart.kernels.triton import device
-
-    function = getattr(device, kernel)
     arguments = dict(arguments)
     options = {x: arguments.pop(x) for x in ("num_warps", "num_stages", "enable_fp_fusion")}
     types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
@@ -100,7 +103,10 @@ def build(kernel: str, arguments: dict[str, Any]) -> Build:
         if target and int(target[1], 16) < address:
             loops.append([x for a, x in code.items() if int(target[1], 16) <= a <= address])
     loop = min((x for x in loops if count(x, "HGMMA")), key=len, default=[])
-    return Build(usage["REG"], usage["STACK"], built.metadata.shared, loop, list(code.values()))
+    # every unit has a reciprocal, an exponential or a sine
+    ranks = min((x for x in loops if count(x, "MUFU")), key=len, default=[])
+    usage = usage["REG"], usage["STACK"], built.metadata.shared
+    return Build(*usage, loop, ranks, list(code.values()))
 
 
 def count(instructions: list[str], *names: str) -> int:
@@ -120,13 +126,19 @@ def inputs(basis, dtype=torch.bfloat16, rank=12, width=64, tokens=197, mask=None
 
 def describe(kernel, basis, precision="tf32", **options) -> list[tuple[str, Build]]:
     """What was built of each launch of a kernel, and its description."""
-    rows = []
-    for launch in launches(kernel, inputs(basis, **options), precision=precision):
+    rows: list[tuple[str, Build]] = []
+    product = inputs(basis, **options)
+    for launch in launches(kernel, product, precision=precision):
         tile = f"{launch['BLOCK_N']}x{launch['BLOCK_M']} w{launch['num_warps']}"
-        what = (
-            f"{kernel}, {basis.family} {launch['FIRST']}:{launch['LAST']} of {basis.size}, {tile}"
-        )
-        rows.append((what, build(kernel, launch | {"FAST": True})))
+        if basis.features is None:
+            what = f"{kernel}, {basis.family} of {basis.size}, {tile}, ADD {launch.get('ADD')}"
+            # one build serves all launches but the first, which does not add
+            if what in [name for name, _ in rows]:
+                continue
+        else:
+            part = f"{launch['FIRST']}:{launch['LAST']}"
+            what = f"{kernel}, {basis.family} {part} of {basis.size}, {tile}"
+        rows.append((what, build(getattr(room(product), kernel), launch | {"FAST": True})))
     return rows
 
 
@@ -145,6 +157,10 @@ def test_the_loop_keeps_to_registers_tensor_cores_and_hardware_sines(kernel, dty
     tile = what.split()[-2].split("x")
     assert count(built.loop, "MUFU") == 2 * int(tile[0]) * int(tile[1]) // 128
     assert not count(built.every, "FRND")
+
+
+def named(variant) -> str:
+    return ", ".join(map(str, [variant["basis"].family, *list(variant.values())[1:]]))
 
 
 BASIC = [
@@ -169,11 +185,7 @@ VARIANTS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "variant",
-    VARIANTS,
-    ids=lambda x: ", ".join(map(str, [x["basis"].family, *list(x.values())[1:]])),
-)
+@pytest.mark.parametrize("variant", VARIANTS, ids=named)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_variants_hardly_spill(kernel, variant):
     for what, built in describe(kernel, **variant):
@@ -186,8 +198,57 @@ def test_variants_hardly_spill(kernel, variant):
         assert count(built.loop, "HGMMA")
 
 
+UNITS = [
+    {"basis": basis, "dtype": dtype}
+    for basis in (bases.mexican_hat(), bases.rational())
+    for dtype in (torch.bfloat16, torch.float32)
+]
+UNIT_VARIANTS = [
+    {"basis": bases.morlet()},
+    {"basis": bases.dog(), "dtype": torch.float16},
+    {"basis": bases.dog(), "rank": 1},
+    {"basis": bases.meyer(base="gelu")},
+    {"basis": bases.shannon(base="silu")},
+    {"basis": bases.mexican_hat(), "dtype": torch.float32, "precision": "tf32x3"},
+    {"basis": bases.rational(), "dtype": torch.float32, "precision": "tf32x3"},
+    {"basis": bases.mexican_hat(), "width": 128, "rank": 64},
+    {"basis": bases.rational(), "width": 128},
+    {"basis": bases.mexican_hat(), "mask": (8, 1, 1, 197)},
+    {"basis": bases.rational(base="gelu"), "mask": (1, 1, 197, 197)},
+    {"basis": bases.rational(12, 12)},
+]
+
+
+@pytest.mark.parametrize("variant", UNITS, ids=named)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_units_keep_to_registers_and_take_their_scores_from_tensor_cores(kernel, variant):
+    # more ranks than a program of some kernel holds: two builds, one of which adds
+    for what, built in describe(kernel, **variant):
+        print(f"{what}: {built.registers} registers, {built.stack} bytes of stack")
+        assert 0 < len(built.ranks) < len(built.loop)
+        # scores, parameters and sums stay where they are through the loop over ranks
+        assert count(built.ranks, "LDL", "STL", "LDS", "STS", "BAR.") == 0
+        assert count(built.loop, "LDL", "STL") == 0
+        assert built.stack <= 32
+        assert built.shared <= 227 * 1024
+        assert count(built.loop, "HGMMA") and not count(built.every, "HMMA.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", UNIT_VARIANTS, ids=named)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_variants_of_units_hardly_spill(kernel, variant):
+    for what, built in describe(kernel, **variant):
+        inner, outer = (count(x, "LDL", "STL") for x in (built.ranks, built.loop))
+        print(f"{what}: {built.registers} registers, {built.stack} bytes of stack, {inner} {outer}")
+        assert inner <= 0.02 * len(built.ranks)
+        assert outer <= 0.02 * len(built.loop)
+        assert built.shared <= 227 * 1024
+        assert count(built.loop, "HGMMA")
+
+
 def main() -> None:
-    for kernel, variant in itertools.product(KERNELS, [*BASIC, *VARIANTS]):
+    for kernel, variant in itertools.product(KERNELS, [*BASIC, *VARIANTS, *UNITS, *UNIT_VARIANTS]):
         for what, built in describe(kernel, **variant):
             spills = count(built.loop, "LDL", "STL")
             options = {k: v for k, v in variant.items() if k != "basis"}

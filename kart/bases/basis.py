@@ -42,10 +42,12 @@ class Cpp(NamedTuple):
 
 
 class Triton(NamedTuple):
-    """A linear family in Triton, for the "triton" engine of `kart.kernels`.
+    """A family in Triton, for the "triton" engine of `kart.kernels`.
 
-    `text` defines two functions of a tile of scores, in terms of `tl`, `libdevice` and `sincos(x,
-    FAST)`; J and SIZE, the number of the feature and K, are known when they are compiled:
+    Each name in `sizes` is a `tl.constexpr` before `text`, which defines functions of a tile of
+    scores in terms of `tl`, `libdevice` and the first functions of kart/kernels/triton/device.py.
+    A linear family defines two; J and SIZE, the number of the feature and K, are known when they
+    are compiled:
 
         def start(x, gate, origin, density, FAST: tl.constexpr):
             return (x - origin) * density, gate           # a tuple, the state for feature 0
@@ -59,6 +61,10 @@ class Triton(NamedTuple):
     those of the derivative, where that has the same features: `feature` then returns the value for
     the slope. `rescale` multiplies coefficients `(..., K, M, r)` in place, where the features of
     the text are multiples of the family's.
+
+    Any other family defines `unit(x, theta, FAST: tl.constexpr)`, one function with P parameters: a
+    value, its slope in x, and a tuple of its derivatives by the P tiles `theta`, which broadcast
+    against x; finite where x is 0. See kart/bases/rational.py.
     """
 
     text: str
@@ -66,6 +72,7 @@ class Triton(NamedTuple):
     density: float = 1.0
     fold: Callable[[Tensor], Tensor] | None = None
     rescale: Callable[[Tensor], Any] | None = None
+    sizes: Mapping[str, float] = {}
 
 
 class Pieces(NamedTuple):
@@ -77,8 +84,8 @@ class Pieces(NamedTuple):
     without the base activation: `fill(out, x)` writes the features of `x (G, ...)` into `out (G, K,
     ...)`; `fold(coefs)` maps coefficients `(..., K, M)` to those of the derivative, where that has
     the same features; `cpp` and `triton` are the family in those engines. `leaves(params)` are the
-    parameters of nonlinear units as `(..., width)`, scales absorbed and that of the base activation
-    last.
+    coefficients, or parameters of nonlinear units, as `(..., width)`, scales absorbed and that of
+    the base activation last.
     """
 
     name: str
@@ -298,7 +305,9 @@ def assemble(
     for function in (init, apply, expanded, features, coefficients):
         function.recipe = recipe  # type: ignore[attr-defined]  # says that it belongs to it
     of = features if linear_family else apply
-    if own_leaves is not None:
+    if linear_family:
+        pieces["leaves"] = coefficients
+    elif own_leaves is not None:
         pieces["leaves"] = leaves
     width = size + (activation is not None)
     return Basis(

@@ -6,7 +6,16 @@ import torch
 from torch import Generator, Tensor
 
 from kart.bases import names
-from kart.bases.basis import Basis, Cpp, Params, assemble, check_choice, check_integer, normal
+from kart.bases.basis import (
+    Basis,
+    Cpp,
+    Params,
+    Triton,
+    assemble,
+    check_choice,
+    check_integer,
+    normal,
+)
 
 CPP = """
 struct Unit {
@@ -58,6 +67,35 @@ struct Unit {
 };
 """
 
+TRITON = """
+def unit(x, theta, FAST: tl.constexpr):
+    a = theta[NUMERATOR]
+    b = theta[NUMERATOR + DENOMINATOR]
+    da = tl.zeros_like(x)
+    db = da
+    for i in tl.static_range(NUMERATOR):
+        da = da * x + a
+        a = a * x + theta[NUMERATOR - 1 - i]
+    for i in tl.static_range(DENOMINATOR - 1):
+        db = db * x + b
+        b = b * x + theta[NUMERATOR + DENOMINATOR - 1 - i]
+    db = db * x + b  # of x b(x)
+    b = b * x
+    inverse = 1.0 / (1.0 + tl.abs(b))
+    value = a * inverse
+    pull = -value * inverse * sign(b)
+    terms = ()
+    power = inverse
+    for _ in tl.static_range(NUMERATOR + 1):
+        terms += (power,)
+        power = power * x
+    power = pull * x
+    for _ in tl.static_range(DENOMINATOR):
+        terms += (power,)
+        power = power * x
+    return value, da * inverse + pull * db, terms
+"""
+
 
 def _horner(coefs: Tensor, x: Tensor) -> Tensor:
     y = coefs[..., -1] + torch.zeros_like(x)
@@ -104,6 +142,7 @@ def rational(
 
     degrees = {"numerator": numerator, "denominator": denominator}
     shared = {"base": base, "init": init, "scales": scales}
+    sizes = {"NUMERATOR": numerator, "DENOMINATOR": denominator}
     return assemble(
         "rational",
         numerator + 1 + denominator,
@@ -116,6 +155,7 @@ def rational(
         {"smooth": 0, "amplitude": "numerator", "points": (0.0, 1.0, -1.0)},
         (rational, {**degrees, **shared}),
         names.builtin(rational, {**degrees, "base": base}),
-        cpp=Cpp(CPP, {"NUMERATOR": numerator, "DENOMINATOR": denominator}),
+        cpp=Cpp(CPP, sizes),
+        triton=Triton(TRITON, sizes=sizes),
         leaves=leaves,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from kart.bases import names
-from kart.bases.basis import Basis, Cpp, Params, assemble, check_choice, normal
+from kart.bases.basis import Basis, Cpp, Params, Triton, assemble, check_choice, normal
 
 # of every wavelet, after a `struct Psi` with the mother function and its slope
 UNIT = """
@@ -38,6 +38,22 @@ struct Unit {
 };
 """
 
+# the same in Triton, beside `psi(t, FAST)`, the mother function and its slope
+UNIT_TRITON = """
+def unit(x, theta, FAST: tl.constexpr):
+    weight = theta[0]
+    scale = theta[2]
+    below = scale * scale + 1e-20
+    inverse = scale / below
+    moved = x - theta[1]
+    value, slope = psi(moved * inverse, FAST)
+    # where the mother function is flat its argument may be infinite
+    stretch = tl.where(slope == 0.0, 0.0, slope * moved)
+    narrow = weight * (1e-20 - scale * scale) / below / below
+    slope = slope * (weight * inverse)
+    return value * weight, slope, (value, -slope, stretch * narrow)
+"""
+
 MEXICAN_HAT = """
 struct Psi {
   float factor;
@@ -54,6 +70,14 @@ struct Psi {
     return (1.0f - z) * e;
   }
 };
+"""
+
+MEXICAN_HAT_TRITON = """
+def psi(t, FAST: tl.constexpr):
+    t = clamp(t, -15.0, 15.0)
+    z = t * t
+    e = tl.exp(-0.5 * z) * FACTOR
+    return (1.0 - z) * e, t * (z - 3.0) * e
 """
 
 MORLET = """
@@ -77,6 +101,15 @@ struct Psi {
 };
 """
 
+MORLET_TRITON = """
+def psi(t, FAST: tl.constexpr):
+    t = clamp(t, -15.0, 15.0)
+    s, c = sincos(OMEGA * t, FAST)
+    e = tl.exp(-0.5 * t * t)
+    value = c * e
+    return value, -OMEGA * s * e - t * value
+"""
+
 DOG = """
 struct Psi {
   explicit Psi(const float*) {}
@@ -91,6 +124,14 @@ struct Psi {
     return y;
   }
 };
+"""
+
+DOG_TRITON = """
+def psi(t, FAST: tl.constexpr):
+    t = clamp(t, -15.0, 15.0)
+    e = tl.exp(-0.5 * t * t)
+    value = t * e
+    return value, e - t * value
 """
 
 MEYER = """
@@ -122,6 +163,35 @@ struct Psi {
     return wave * window;
   }
 };
+"""
+
+MEYER_TRITON = """
+def nu(a):
+    b = a * a
+    return b * b * (35.0 + a * (-84.0 + a * (70.0 - 20.0 * a)))
+
+
+def nu_slope(a):
+    b = a * (1.0 - a)
+    return 140.0 * b * b * b
+
+
+def psi(t, FAST: tl.constexpr):
+    a = clamp(tl.abs(t), 0.0, 1.0)
+    rest = 1.0 - a
+    inner = rest
+    if PRINTED:
+        inner = nu(rest)
+    inner = clamp(2.0 * inner, 0.0, 1.0)
+    half = 0.5 * nu(inner)
+    wave = sine_half_turns(tl.minimum(a, rest))
+    window = sine_half_turns(half)
+    # nu is flat at both ends, so that an argument held there needs no care
+    change = sine_half_turns(0.5 - half) * nu_slope(inner)
+    if PRINTED:
+        change = change * nu_slope(rest)
+    d = 3.14159265358979 * (sine_half_turns(0.5 - a) * window - wave * change)
+    return wave * window, d * sign(t)
 """
 
 SHANNON = """
@@ -158,9 +228,40 @@ struct Psi {
     const vec fall = sine_half_turns(clamp_below(turns, 1.0f - turns)) * sign(held) *
                      (-0.46f * 3.14159265358979f * inverse);
     slope = magnitude(t) < limit ? d * window + y * fall : vec{};
-    return magnitude(t) < limit ? y * window : vec{};
+    return magnitude(t) >= limit ? vec{} : y * window;  // keeps a NaN
   }
 };
+"""
+
+SHANNON_TRITON = """
+# sin(t) / t and its derivative: a series within 1, where the quotient loses digits
+def sinc(t, FAST: tl.constexpr):
+    s, c = sincos(t, FAST)
+    inside = tl.abs(t) < 1.0
+    small = tl.where(inside, t, 0.0)
+    z = small * small
+    over = 1.0 / tl.where(inside, 1.0, t)
+    far = s * over
+    high = 1.0 / 362880 - z * (1.0 / 39916800)
+    near = 1.0 + z * (-1.0 / 6 + z * (1.0 / 120 + z * (-1.0 / 5040 + z * high)))
+    top = -1.0 / 840 + z * (1.0 / 45360 - z * (1.0 / 3991680))
+    rise = small * (-1.0 / 3 + z * (1.0 / 30 + z * top))
+    return tl.where(inside, near, far), tl.where(inside, rise, (c - far) * over)
+
+
+def psi(t, FAST: tl.constexpr):
+    held = clamp(t, -LIMIT, LIMIT)
+    value, slope = sinc(held, FAST)
+    if WINDOW:
+        outside = tl.abs(t) >= LIMIT
+        turns = tl.abs(held) * (1.0 / LIMIT)  # half turns of the window's cosine
+        window = 0.54 + 0.46 * sine_half_turns(0.5 - turns)
+        fall = sine_half_turns(tl.minimum(turns, 1.0 - turns)) * sign(held)
+        slope = slope * window - value * fall * (0.46 * 3.14159265358979 / LIMIT)
+        value = tl.where(outside, 0.0, value * window)
+    else:
+        outside = tl.abs(t) > LIMIT
+    return value, tl.where(outside, 0.0, slope)
 """
 
 
@@ -173,6 +274,7 @@ def _wavelet(
     options: Mapping[str, Any],
     traits: Mapping[str, Any],
     cpp: Cpp,
+    triton: Triton,
     window: Callable[[Tensor], Tensor] | None = None,
 ) -> Basis:
     """phi(x) = w psi((x - tau) / s): parameters `weight`, `shift`, `scale`, one each per function
@@ -216,6 +318,7 @@ def _wavelet(
         (factory, {**options, "base": base, "init": init, "scales": scales}),
         names.builtin(factory, {**options, "base": base}),
         cpp=cpp._replace(text=cpp.text + UNIT),
+        triton=triton._replace(text=triton.text + UNIT_TRITON),
         leaves=leaves,
     )
 
@@ -239,7 +342,8 @@ def mexican_hat(
     traits = {"parity": "even", "zero_mean": True, "smooth": math.inf, "bounded": abs(factor)}
     traits |= {"points": (0.0, 1.0, -1.0)}
     cpp = Cpp(MEXICAN_HAT, {}, (factor,))
-    return _wavelet(mexican_hat, psi, base, init, scales, {"reading": reading}, traits, cpp)
+    triton = Triton(MEXICAN_HAT_TRITON, sizes={"FACTOR": factor})
+    return _wavelet(mexican_hat, psi, base, init, scales, {"reading": reading}, traits, cpp, triton)
 
 
 def morlet(
@@ -258,7 +362,8 @@ def morlet(
     traits = {"parity": "even", "smooth": math.inf, "bounded": 1.0}
     traits |= {"points": (0.0, math.pi / 2 / omega, math.pi / omega)}
     cpp = Cpp(MORLET, {}, (float(omega),))
-    return _wavelet(morlet, psi, base, init, scales, {"omega": omega}, traits, cpp)
+    triton = Triton(MORLET_TRITON, sizes={"OMEGA": float(omega)})
+    return _wavelet(morlet, psi, base, init, scales, {"omega": omega}, traits, cpp, triton)
 
 
 def dog(*, base: str = "zero", init: str = "scaled", scales: bool = False) -> Basis:
@@ -271,7 +376,7 @@ def dog(*, base: str = "zero", init: str = "scaled", scales: bool = False) -> Ba
 
     traits = {"parity": "odd", "zero_mean": True, "smooth": math.inf, "bounded": math.exp(-0.5)}
     traits |= {"points": (0.0, 1.0, -1.0)}
-    return _wavelet(dog, psi, base, init, scales, {}, traits, Cpp(DOG))
+    return _wavelet(dog, psi, base, init, scales, {}, traits, Cpp(DOG), Triton(DOG_TRITON))
 
 
 def meyer(
@@ -299,8 +404,9 @@ def meyer(
 
     traits = {"parity": "even", "smooth": 0, "bounded": 1.0, "compact_support": (-1.0, 1.0)}
     traits |= {"nonnegative": True, "points": (0.0, 0.5, -0.5, 1.0, -1.0)}
-    cpp = Cpp(MEYER, {"PRINTED": int(reading == "printed")})
-    return _wavelet(meyer, psi, base, init, scales, {"reading": reading}, traits, cpp)
+    sizes = {"PRINTED": int(reading == "printed")}
+    cpp, triton = Cpp(MEYER, sizes), Triton(MEYER_TRITON, sizes=sizes)
+    return _wavelet(meyer, psi, base, init, scales, {"reading": reading}, traits, cpp, triton)
 
 
 def sinc(t: Tensor) -> Tensor:
@@ -363,6 +469,7 @@ def shannon(
         traits |= {"compact_support": (-half_width, half_width)}
     else:
         traits |= {"smooth": math.inf}
+    limit = half_width if argument else 1e6
     return _wavelet(
         shannon,
         psi,
@@ -371,6 +478,7 @@ def shannon(
         scales,
         {"reading": reading, "half_width": half_width},
         traits,
-        Cpp(SHANNON, {"WINDOW": int(argument)}, (half_width if argument else 1e6,)),
+        Cpp(SHANNON, {"WINDOW": int(argument)}, (limit,)),
+        Triton(SHANNON_TRITON, sizes={"WINDOW": int(argument), "LIMIT": float(limit)}),
         None if argument else window,
     )

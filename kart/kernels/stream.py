@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kart.kernels import cpp, fused, plain
+from kart.kernels import chunked, fused, plain
 from kart.kernels.arguments import broadcast_leading, check, check_mask, flat_mask
-from kart.kernels.core import contract, engine_for
+from kart.kernels.core import choose, contract, engine_for
 from kart.kernels.family import Product, family_of
 from kart.kernels.transforms import forward_levels, no_autocast
 
@@ -230,10 +230,10 @@ def contract_units(
 ) -> Tensor:
     """`y[n, p] = sum_m mask[n, m] phi_pm(scale q_n . k_m)`, `(..., H, N, r)`, for any family.
 
-    There is no matrix product to do it with. On the CPU in half or single precision a family with a
-    piece of C++ (all of kart's) runs in registers; otherwise one unit p and a few samples at a
-    time, recomputed in the backward, which costs several times `contract`: the memory is O(N M),
-    independent of r and of the batch.
+    There is no matrix product to do it with. In half or single precision a family with a piece of
+    C++ or Triton (all of kart's) runs in registers, on the CPU or on CUDA; otherwise one unit p and
+    a few samples at a time, recomputed in the backward, which costs several times `contract`: the
+    memory is O(N M), independent of r and of the batch.
 
     Args:
         basis: `apply(units, x)` evaluates each unit at its element of x.
@@ -280,11 +280,12 @@ def _units(
 ) -> Tensor:
     """`contract_units` of four axes, leaves `(B or 1, H, r, M, ...)`, by the engine that can."""
     expression = partial(_units_in_chunks, basis, names, scale)
-    if torch.compiler.is_compiling() or forward_levels() or q.device.type != "cpu":
+    if torch.compiler.is_compiling() or forward_levels():
         return expression(q, k, mask, *leaves)
     family = family_of(basis)
-    narrow = all(x.dtype in cpp.DTYPES for x in (q, *leaves))
-    if not q.shape[0] or not narrow or cpp.engine_of(family)[0] is None:
+    # of the coefficients it takes the dtype, which is that of the leaves
+    engine, _ = choose("auto", Product(family, q, k, leaves[0], mask, scale))
+    if engine is chunked:  # of features, which these may not have
         return expression(q, k, mask, *leaves)
 
     def stacked(*leaves: Tensor) -> Tensor:
@@ -294,12 +295,12 @@ def _units(
         return family.pieces.leaves(dict(zip(names, whole, strict=True)))
 
     def forward(q, k, mask, *leaves):
-        return (cpp.forward(Product(family, q, k, stacked(*leaves), mask, scale)),)
+        return (engine.forward(Product(family, q, k, stacked(*leaves), mask, scale)),)
 
     def backward(gradients, inputs, results):
         q, k, mask, *leaves = inputs
         product = Product(family, q, k, stacked(*leaves), mask, scale)
-        dq, dk, dcoefs = cpp.backward(product, *gradients)
+        dq, dk, dcoefs = engine.backward(product, *gradients)
         return dq, dk, *plain.pullback(stacked, *leaves)(dcoefs)
 
     learned = (0, 1, *range(3, 3 + len(leaves)))

@@ -21,12 +21,15 @@ so that a backward kernel has nothing to differentiate; elsewhere `D = C` and `g
 
 import functools
 import hashlib
+import inspect
 import linecache
 from typing import Any
 
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
+
+from kart.kernels.triton.launch import interpreted
 
 
 @triton.jit
@@ -48,15 +51,67 @@ def sincos(x, FAST: tl.constexpr):
     return sine, cosine
 
 
+@triton.jit
+def sine_half_turns(u):
+    """sin(pi u) for abs(u) <= 1/2, to 2 ulp: its zero stays one, which the hardware's does not."""
+    r = u * 3.14159265358979
+    z = r * r
+    p = ((-2.5052108e-8 * z + 2.7557319e-6) * z - 1.9841270e-4) * z + 8.3333333e-3
+    return (p * z - 1.6666667e-1) * z * r + r
+
+
+@triton.jit
+def clamp(x, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """`x` between two numbers; NaN stays NaN."""
+    return tl.clamp(x, LOW, HIGH, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def sign(x):
+    """1, -1, or 0 for 0."""
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
+
+
+def functions(piece: Any, *names: str) -> list[Any]:
+    """Functions of the text of a `kart.bases.basis.Triton`, by name."""
+    # in the interpreter `2 * x` of a `tl.constexpr` of 2 would be another
+    kind = "" if interpreted() else "tl.constexpr"
+    sizes = "".join(f"{name} = {kind}({value!r})\n" for name, value in piece.sizes.items())
+    space = _compiled(sizes + piece.text)
+    return [space[name] for name in names]
+
+
 @functools.cache
-def piece(text: str) -> tuple[Any, Any]:
-    """The functions `start` and `feature` of a family, see `kart.bases.basis.Triton`."""
+def _compiled(text: str) -> dict[str, Any]:
     name = f"<kart {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
     # Triton reads the source of a function again, and there is no file
     linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-    space = {"__name__": __name__, "tl": tl, "libdevice": libdevice, "sincos": sincos}
+    given = (sincos, sine_half_turns, clamp, sign)
+    space = {"__name__": __name__, "tl": tl, "libdevice": libdevice}
+    space |= {function.__name__: function for function in given}
     exec(compile(text, name, "exec"), space)
-    return triton.jit(space["start"]), triton.jit(space["feature"])
+    for key, value in space.items():
+        if inspect.isfunction(value):
+            space[key] = triton.jit(value)
+    return space
+
+
+@triton.jit
+def activation(x, BASE: tl.constexpr):
+    """A base activation and its slope."""
+    if BASE == "identity":
+        value = x
+        slope = tl.full(x.shape, 1.0, tl.float32)
+    elif BASE == "silu":
+        sigmoid = tl.sigmoid(x)
+        value = x * sigmoid
+        slope = sigmoid + value * (1.0 - sigmoid)
+    else:
+        tl.static_assert(BASE == "gelu")
+        normal = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        value = x * normal
+        slope = normal + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    return value, slope
 
 
 @triton.jit
@@ -76,18 +131,7 @@ def _feature(
         value = tl.zeros_like(x)
         slope = value
     elif J == SIZE:
-        if BASE == "identity":
-            value = x
-            slope = tl.full(x.shape, 1.0, tl.float32)
-        elif BASE == "silu":
-            sigmoid = tl.sigmoid(x)
-            value = x * sigmoid
-            slope = sigmoid + value * (1.0 - sigmoid)
-        else:
-            tl.static_assert(BASE == "gelu")
-            normal = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-            value = x * normal
-            slope = normal + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        value, slope = activation(x, BASE)
         value *= gate
         slope *= gate
     else:
@@ -96,7 +140,7 @@ def _feature(
 
 
 @triton.jit
-def _offsets(stride_row, stride_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def tile_offsets(stride_row, stride_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.arange(0, ROWS)[:, None] * stride_row + tl.arange(0, COLUMNS)[None, :] * stride_column
 
 
@@ -136,13 +180,13 @@ def _inside(rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 
 @triton.jit
-def _load(ptr, offsets, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_tile(ptr, offsets, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A tile at `offsets` from `ptr`, zero from row `rows` and column WIDTH on."""
     return tl.load(ptr + offsets, mask=_inside(rows, WIDTH, ROWS, COLUMNS), other=0.0)
 
 
 @triton.jit
-def _store(
+def store_tile(
     ptr,
     tile,
     rows,
@@ -152,7 +196,7 @@ def _store(
     ADD: tl.constexpr,
 ):
     """Writes a tile, or adds it, as rows of WIDTH elements one after another."""
-    at = ptr + _offsets(WIDTH, 1, ROWS, COLUMNS)
+    at = ptr + tile_offsets(WIDTH, 1, ROWS, COLUMNS)
     inside = _inside(rows, WIDTH, ROWS, COLUMNS)
     if ADD:
         tile += tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -160,7 +204,9 @@ def _store(
 
 
 @triton.jit
-def _keep(ptr, stride_row, stride_column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def mask_tile(
+    ptr, stride_row, stride_column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """A tile of the mask; a stride of None stands for an axis that the mask lacks."""
     if stride_row is None:
         column = tl.arange(0, COLUMNS)
@@ -170,7 +216,7 @@ def _keep(ptr, stride_row, stride_column, rows, columns, ROWS: tl.constexpr, COL
         tile = tl.load(ptr + row * stride_row, mask=row < rows, other=0)[:, None]
     else:
         inside = (tl.arange(0, ROWS)[:, None] < rows) & (tl.arange(0, COLUMNS)[None, :] < columns)
-        at = ptr + _offsets(stride_row, stride_column, ROWS, COLUMNS)
+        at = ptr + tile_offsets(stride_row, stride_column, ROWS, COLUMNS)
         tile = tl.load(at, mask=inside, other=0)
     return tile != 0
 
@@ -233,15 +279,15 @@ def forward(
         mask_ptr += b * mask_b + h * mask_h
         if mask_n is not None:
             mask_ptr += n * mask_n
-    q = _load(q_ptr, _offsets(q_n, q_d, BLOCK_N, D), N - first, WIDTH, BLOCK_N, D)
-    k_offsets = _offsets(k_m, k_d, BLOCK_M, D)
-    c_offsets = _offsets(R, 1, BLOCK_M, R)
+    q = load_tile(q_ptr, tile_offsets(q_n, q_d, BLOCK_N, D), N - first, WIDTH, BLOCK_N, D)
+    k_offsets = tile_offsets(k_m, k_d, BLOCK_M, D)
+    c_offsets = tile_offsets(R, 1, BLOCK_M, R)
     y = tl.zeros([BLOCK_N, R], tl.float32)
     for m in range(0, M, BLOCK_M):
-        k = _load(k_ptr, k_offsets, M - m, WIDTH, BLOCK_M, D)
+        k = load_tile(k_ptr, k_offsets, M - m, WIDTH, BLOCK_M, D)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if MASK:
-            keep = _keep(mask_ptr, mask_n, mask_m, N - first, M - m, BLOCK_N, BLOCK_M)
+            keep = mask_tile(mask_ptr, mask_n, mask_m, N - first, M - m, BLOCK_N, BLOCK_M)
             # what is masked may not be finite
             x = tl.where(keep, x, 0.0)
             gate = tl.where(keep, tl.full(x.shape, 1.0, tl.float32), 0.0)
@@ -256,7 +302,7 @@ def forward(
                 y = tl.dot(f.to(c.dtype), c, y, input_precision=PRECISION)
         k_ptr += BLOCK_M * k_m
         c_ptr += BLOCK_M * R
-    _store(y_ptr + (head * N + n) * RANK, y, N - first, RANK, BLOCK_N, R, ADD)
+    store_tile(y_ptr + (head * N + n) * RANK, y, N - first, RANK, BLOCK_N, R, ADD)
 
 
 @triton.jit
@@ -318,18 +364,18 @@ def query_gradient(
         mask_ptr += b * mask_b + h * mask_h
         if mask_n is not None:
             mask_ptr += n * mask_n
-    q = _load(q_ptr, _offsets(q_n, q_d, BLOCK_N, D), N - first, WIDTH, BLOCK_N, D)
+    q = load_tile(q_ptr, tile_offsets(q_n, q_d, BLOCK_N, D), N - first, WIDTH, BLOCK_N, D)
     dy_ptr += (head * N + n) * RANK
-    dy = _load(dy_ptr, _offsets(RANK, 1, BLOCK_N, R), N - first, RANK, BLOCK_N, R)
+    dy = load_tile(dy_ptr, tile_offsets(RANK, 1, BLOCK_N, R), N - first, RANK, BLOCK_N, R)
     dy = dy.to(c_ptr.dtype.element_ty)
-    k_offsets = _offsets(k_m, k_d, BLOCK_M, D)
+    k_offsets = tile_offsets(k_m, k_d, BLOCK_M, D)
     c_offsets = _pair_offsets(c_j, BLOCK_M, R)
     dq = tl.zeros([BLOCK_N, D], tl.float32)
     for m in range(0, M, BLOCK_M):
-        k = _load(k_ptr, k_offsets, M - m, WIDTH, BLOCK_M, D)
+        k = load_tile(k_ptr, k_offsets, M - m, WIDTH, BLOCK_M, D)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if MASK:
-            keep = _keep(mask_ptr, mask_n, mask_m, N - first, M - m, BLOCK_N, BLOCK_M)
+            keep = mask_tile(mask_ptr, mask_n, mask_m, N - first, M - m, BLOCK_N, BLOCK_M)
             # what is masked may not be finite
             x = tl.where(keep, x, 0.0)
             gate = tl.where(keep, tl.full(x.shape, 1.0, tl.float32), 0.0)
@@ -349,7 +395,7 @@ def query_gradient(
         dq = tl.dot(dx.to(k.dtype), k, dq, input_precision=PRECISION)
         k_ptr += BLOCK_M * k_m
         c_ptr += BLOCK_M * R
-    _store(dq_ptr + (head * N + n) * WIDTH, dq * scale, N - first, WIDTH, BLOCK_N, D, ADD)
+    store_tile(dq_ptr + (head * N + n) * WIDTH, dq * scale, N - first, WIDTH, BLOCK_N, D, ADD)
 
 
 @triton.jit
@@ -410,9 +456,9 @@ def key_gradient(
     # one slice is one sample where the coefficients differ between samples
     c_ptr += start.to(tl.int64) * c_b + h * c_h + m * R
     c_offsets = _pair_offsets(c_j, BLOCK_M, R)
-    k_offsets = _offsets(k_m, k_d, BLOCK_M, D)
-    q_offsets = _offsets(q_n, q_d, BLOCK_N, D)
-    dy_offsets = _offsets(RANK, 1, BLOCK_N, R)
+    k_offsets = tile_offsets(k_m, k_d, BLOCK_M, D)
+    q_offsets = tile_offsets(q_n, q_d, BLOCK_N, D)
+    dy_offsets = tile_offsets(RANK, 1, BLOCK_N, R)
     c = ()
     dc = ()
     for J in tl.static_range(FIRST, LAST, 2):
@@ -426,14 +472,14 @@ def key_gradient(
         dy_at = dy_ptr + (b * H + h) * N * RANK
         if MASK:
             mask_at = mask_ptr + b * mask_b + h * mask_h + m * mask_m
-        k = _load(k_at, k_offsets, M - first, WIDTH, BLOCK_M, D)
+        k = load_tile(k_at, k_offsets, M - first, WIDTH, BLOCK_M, D)
         dk = tl.zeros([BLOCK_M, D], tl.float32)
         for n in tl.range(0, N, BLOCK_N, disable_licm=True):
-            q = _load(q_at, q_offsets, N - n, WIDTH, BLOCK_N, D)
-            dy = _load(dy_at, dy_offsets, N - n, RANK, BLOCK_N, R).to(c_ptr.dtype.element_ty)
+            q = load_tile(q_at, q_offsets, N - n, WIDTH, BLOCK_N, D)
+            dy = load_tile(dy_at, dy_offsets, N - n, RANK, BLOCK_N, R).to(c_ptr.dtype.element_ty)
             x = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
             if MASK:
-                keep = _keep(mask_at, mask_m, mask_n, M - first, N - n, BLOCK_M, BLOCK_N)
+                keep = mask_tile(mask_at, mask_m, mask_n, M - first, N - n, BLOCK_M, BLOCK_N)
                 x = tl.where(keep, x, 0.0)
                 gate = tl.where(keep, tl.full(x.shape, 1.0, tl.float32), 0.0)
                 if mask_n is not None:
@@ -458,12 +504,12 @@ def key_gradient(
             q_at += BLOCK_N * q_n
             dy_at += BLOCK_N * RANK
         dk_at = dk_ptr + ((b * H + h) * M + m) * WIDTH
-        _store(dk_at, dk * scale, M - first, WIDTH, BLOCK_M, D, ADD)
+        store_tile(dk_at, dk * scale, M - first, WIDTH, BLOCK_M, D, ADD)
     # partial sums (slices, H, LAST - FIRST, M, r)
     row = head.to(tl.int64) * (LAST - FIRST)
     for J in tl.static_range(FIRST, LAST, 2):
         at = dc_ptr + ((row + J - FIRST) * M + m) * RANK
         dc0, dc1 = _unstack(dc[(J - FIRST) // 2], 0)
-        _store(at, dc0, M - first, RANK, BLOCK_M, R, False)
+        store_tile(at, dc0, M - first, RANK, BLOCK_M, R, False)
         if J + 1 < LAST:
-            _store(at + tl.cast(M, tl.int64) * RANK, dc1, M - first, RANK, BLOCK_M, R, False)
+            store_tile(at + tl.cast(M, tl.int64) * RANK, dc1, M - first, RANK, BLOCK_M, R, False)

@@ -1,0 +1,163 @@
+"""Launches of the kernels of the linear families, see `device`."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kart.kernels.family import Product
+from kart.kernels.triton.launch import Kind, Launcher, Tiles, batch_stride, groups, padded, slices
+
+# ranks in a launch: a program holds a tile of all of them
+RANKS = 64
+
+
+def tiles(
+    kernel: str,
+    dtype: torch.dtype,
+    precision: str,
+    width: int,
+    ranks: int,
+    masked: bool,
+    kind: Kind,
+) -> Tiles:
+    """The tiles of "forward", "query_gradient" or "key_gradient" for a padded width and rank.
+
+    Chosen from registers and spills of builds for sm_90 (tests/test_triton_aot.py).
+    """
+    # operands of float32, above all if split in two, masks and slopes take registers of their own
+    wide = dtype == torch.float32
+    split = wide and precision != "tf32"
+    exact = wide and precision == "ieee"
+    local = kind.piece.fold is None
+    large = width > 64 or ranks > 32
+    if kernel == "key_gradient":
+        # dK takes width / 2 registers and dC ranks / 2 for each feature
+        features = 4 if local else min(8, max(2, (160 - width) // ranks // 2 * 2))
+        return Tiles(16 if split or local else 32, 32 if exact else 64, 4, 2, features)
+    if kernel == "forward":
+        heavy = split or (wide and (ranks > 16 or local or masked))
+    else:
+        heavy = wide or masked or local or large or kind.size > 6
+    keys = 64 if not heavy else 16 if split and (large or masked or exact) else 32
+    features = 6 if local and kernel == "query_gradient" else 24 * 16 // ranks
+    return Tiles(64, keys, 4, 2, features)
+
+
+def _slopes(coefs: Tensor, kind: Kind) -> Tensor:
+    """D of coefs C `(..., K')`: what the kernels multiply with their features, or slopes, in dS."""
+    if kind.piece.fold is None:
+        return coefs
+    weights, base = coefs.split([kind.size, coefs.shape[-1] - kind.size], dim=-1)
+    return torch.cat([kind.piece.fold(weights.float().mT).mT, base.float()], dim=-1)
+
+
+def _pack(coefs: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
+    """`(batch, H, r, M, K')` to the kernels' `(batch, H, K'', M', R)`, zero beyond K', M and r."""
+    batch, heads, rank, keys, count = coefs.shape
+    # K'' is even: the backward kernels take features in pairs
+    shape = (batch, heads, count + count % 2, math.ceil(keys / 64) * 64, padded(rank))
+    packed = torch.zeros(shape, dtype=dtype, device=coefs.device)
+    inside = packed[:, :, :count, :keys, :rank]
+    inside.copy_(coefs.permute(0, 1, 4, 3, 2))
+    if kind.piece.rescale is not None:
+        kind.piece.rescale(inside)
+    return packed
+
+
+class _Launcher(Launcher):
+    """The kernels, with the arguments that they share."""
+
+    def __init__(self, product: Product, precision: str | None, choose: Callable[..., Tiles]):
+        from kart.kernels.triton import device
+
+        super().__init__(product, precision, choose)
+        self.kernels = device
+        piece = self.kind.piece
+        start, feature = device.functions(piece, "start", "feature")
+        self.shared |= {
+            "origin": float(piece.origin),
+            "density": float(piece.density),
+            "SIZE": self.kind.size,
+            "START": start,
+            "FEATURE": feature,
+        }
+
+
+def _packed(coefs: Tensor) -> dict[str, Any]:
+    """The arguments that packed coefficients are."""
+    strides = {"c_b": batch_stride(coefs), "c_h": coefs.stride(1), "c_j": coefs.stride(2)}
+    return {"c_ptr": coefs, **strides, "R": coefs.shape[4]}
+
+
+def forward(product: Product, precision: str | None, choose: Callable[..., Tiles]) -> Tensor:
+    """The product, see `kart.kernels.triton`."""
+    _, q, _, coefs, _, _ = product
+    batch, heads, queries, _ = q.shape
+    launch = _Launcher(product, precision, choose)
+    outputs = [q.new_empty(batch, heads, queries, 0)]
+    for part in coefs.split(RANKS, dim=2):
+        rank = part.shape[2]
+        tile = launch.tiles("forward", padded(rank))
+        features = groups(coefs.shape[4], tile.held)
+        # what several launches add up is float32 until the last
+        dtype = q.dtype if len(features) == 1 else torch.float32
+        y = torch.empty(batch, heads, queries, rank, dtype=dtype, device=q.device)
+        if batch:
+            packed = _pack(part, launch.kind, q.dtype)
+            grid = (math.ceil(queries / tile.queries) * batch * heads,)
+            shared = {**_packed(packed), "y_ptr": y, "RANK": rank}
+            for first, last in features:
+                shared |= {"FIRST": first, "LAST": last, "ADD": first > 0}
+                launch("forward", grid, tile, **shared)
+        outputs.append(y.to(q.dtype))
+    return outputs[1] if len(outputs) == 2 else torch.cat(outputs, dim=-1)
+
+
+def backward(
+    product: Product, dy: Tensor, precision: str | None, choose: Callable[..., Tiles]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Its gradients, see `kart.kernels.triton`."""
+    _, q, k, coefs, _, _ = product
+    batch, heads, queries, _ = q.shape
+    keys, own = k.shape[2], product.own
+    if not batch:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(coefs)
+    launch = _Launcher(product, precision, choose)
+    kind = launch.kind
+    parts = list(zip(_slopes(coefs, kind).split(RANKS, 2), dy.split(RANKS, 3), strict=True))
+    plans = []
+    for kernel, x in (("query_gradient", q), ("key_gradient", k)):
+        tile = launch.tiles(kernel, padded(parts[0][0].shape[2]))
+        features = groups(coefs.shape[4], tile.held)
+        several = len(parts) * len(features) > 1
+        dtype = torch.float32 if several else x.dtype
+        plans.append((tile, features, torch.empty(x.shape, dtype=dtype, device=x.device)))
+    (tile_q, features_q, dq), (tile_k, features_k, dk) = plans
+    blocks = math.ceil(keys / tile_k.keys) * heads
+    samples, count = slices(product, blocks)
+    dcoefs = []
+    for i, (part, dy_part) in enumerate(parts):
+        rank = part.shape[2]
+        packed = _pack(part, kind, q.dtype)
+        shared = {**_packed(packed), "dy_ptr": dy_part.contiguous(), "RANK": rank}
+        grid = (math.ceil(queries / tile_q.queries) * batch * heads,)
+        for first, last in features_q:
+            shared |= {"FIRST": first, "LAST": last, "ADD": i + first > 0}
+            launch("query_gradient", grid, tile_q, dq_ptr=dq, **shared)
+        found = []
+        for first, last in features_k:
+            shared |= {"FIRST": first, "LAST": last, "ADD": i + first > 0}
+            shape = (count, heads, last - first, keys, rank)
+            dc = torch.empty(shape, dtype=torch.float32, device=q.device)
+            shared |= {"dc_ptr": dc, "B": batch, "samples": samples}
+            launch("key_gradient", (blocks * count,), tile_k, dk_ptr=dk, **shared)
+            found.append(dc if own else dc.sum(0, keepdim=True))
+        dc = torch.cat(found, dim=2)
+        if kind.piece.rescale is not None:
+            kind.piece.rescale(dc)
+        dcoefs.append(dc.permute(0, 1, 4, 3, 2))
+    dc = torch.cat(dcoefs, dim=2).to(coefs.dtype).contiguous()
+    return dq.to(q.dtype), dk.to(k.dtype), dc
