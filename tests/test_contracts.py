@@ -31,7 +31,12 @@ HOUSE = [
 ]
 FLOOR = {room: len(HOUSE) - i for i, rooms in enumerate(HOUSE) for room in rooms}
 # within a floor
-BESIDE = {("optim", "tree"), ("checkpoint", "tree"), ("augment", "data")}
+BESIDE = {
+    ("optim", "tree"),
+    ("checkpoint", "tree"),
+    ("augment", "data"),
+    ("kernels", "projections"),
+}
 
 
 def room(path):
