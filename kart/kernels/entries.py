@@ -2,9 +2,8 @@
 
 One function a head needs no matrix product to be evaluated: the compiled engine does it in
 registers between the product of the scores and that with the values. In torch every operation is a
-pass over memory, so blocks stay in the level-2 cache, the features of a block stand one after the
-other, and what they are multiplied with is one product: that of the coefficients and of those of
-the derivative.
+pass over memory, so a block is small, its features stand one after the other, and what they are
+multiplied with is one product: that of the coefficients and of those of the derivative.
 """
 
 import math
@@ -357,8 +356,8 @@ class Blocks:
         """
         batch, heads, rows, _ = x.q.shape
         width, keys = 1 if x.family is None else x.family.width, x.k.shape[2]
-        # a MiB of float32, which stays in the level-2 cache
-        budget = stream.CHUNK // 4 * torch.get_num_threads()
+        # 4 MiB of float32: smaller blocks would stay in the level-2 cache, and cost more in calls
+        budget = stream.CHUNK * torch.get_num_threads()
         each = keys * (width + ROOM)
         step = max(1, min(rows, budget // each))
         samples = max(1, budget // (each * step)) if x.theta.shape[0] == 1 and step == rows else 1
