@@ -227,3 +227,17 @@ def test_an_operator_that_does_not_say_where_its_keys_are_is_refused():
     params = mixed.init(torch.Generator(), 2, 17)
     with pytest.raises(ValueError, match="says where its keys are"):
         operators.resize(mixed, params, 17, 65)
+
+
+def test_generated_keeps_its_output_where_every_patch_becomes_four():
+    # units and mix of one value for all patches, so that their places say nothing
+    op = operators.generated(bases.fourier(2), 3, features=2, reach=None, prefix=1)
+    params = op.init(torch.Generator().manual_seed(0), HEADS, 17)
+    params = tree.map(torch.Tensor.double, params)
+    source = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(HEADS, n, 4, dtype=torch.float64, generator=source) for n in (3, 17, 17))
+    fine = [torch.cat([x[:, :1], x[:, 1:].repeat_interleave(4, 1)], 1) for x in (k, v)]
+    moved = operators.resize(op, params, 17, 65)
+    assert_close(op.attend(moved, q, *fine), op.attend(params, q, k, v))
+    assert operators.resize(op, params, 17, 17) is params
+    assert operators.generated(bases.fourier(2), 3, features=5, reach=8).resize is None

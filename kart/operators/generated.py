@@ -30,6 +30,7 @@ from kart.operators.contract import (
     two_axes,
 )
 from kart.operators.learnable import low_rank
+from kart.operators.resize import Lattice
 
 STARTS = ("scaled", "zero")
 
@@ -91,7 +92,8 @@ def generated(
         rank: r.
         features: J; for a lattice `prefix` and a square.
         reach: the length of training sequences, whose tokens 0..M - 1 have places (m + 1/2) /
-            reach; None for a square of patches, whose places are relative to its side.
+            reach; None for a square of patches, whose places are relative to its side: sums over
+            more patches grow, which `operators.resize` makes up for.
         prefix: tokens before the patches of a lattice, which have features of their own.
         normalise: None; "count", sums over the keys as means times `reach`, so that what a head
             puts out keeps its size for rows of any number of attended keys.
@@ -213,9 +215,20 @@ def generated(
             out = out + kernels.softmax_attention(q, k, v, mask)
         return out.to(dtype)
 
+    def moved(params: Params, old: Lattice, new: Lattice) -> Params:
+        # what comes from patches is weighted by P / P', as in `low_rank`; places are relative
+        if old.patches == new.patches:
+            return params
+        weight = params["mix"].new_ones(features)
+        weight[prefix:] = old.patches / new.patches
+        units, mix = params["units"], params["mix"]
+        coefs = units["coefs"] * weight.to(units["coefs"].dtype)[:, None]
+        return {"units": {**units, "coefs": coefs}, "mix": mix * weight[:, None]}
+
     options = {"kind": "generated", "rank": rank, "features": features, "reach": reach}
     options |= {"prefix": prefix, "normalise": normalise, "base": base, "mix": start}
     traits = {"learned": True, "length_free": True}
     if base:
         traits |= {"softmax_base": True, "softmax_start": start == "zero"}
-    return Operator("generated", init, weights, attend, basis, options, traits)
+    resize = moved if reach is None else None
+    return Operator("generated", init, weights, attend, basis, options, traits, resize)
