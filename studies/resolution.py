@@ -2,8 +2,11 @@
 
     kart train --data uoft-cs/cifar10 --train-limit 4000 --seeds 0 1 2 --group 1 --epochs 8 \\
         --batch-size 64 --augment flip_crop --patch-size 8 --depth 2 --threads 1 \\
-        --out runs/length --operator softmax G3B G3B:order=elementwise \\
+        --out runs/length --operator softmax G3B G3B:base=softmax softconv \\
             G3B:order=generated,reach=none,prefix=1,features=10 \\
+            G3B:order=elementwise G3B:order=elementwise,normalise=count \\
+            G3B:order=elementwise,base=softmax \\
+            G3B:order=elementwise,normalise=count,base=softmax \\
             G3B:order=by_distance,reach=64,inside=true
     python -m studies.resolution runs/length --sizes 48 64
 
