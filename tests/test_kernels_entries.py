@@ -200,3 +200,24 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"cannot run engine='cpp' here: .* float32 alone"):
         kernels.entry_attention(basis, units, q, k, v, engine="cpp")
     assert entries.ENGINES[0] == "auto"
+
+
+@pytest.mark.parametrize("rows", [1, 16, 37, 70])
+def test_a_table_of_every_query_and_key_meets_softmax_in_one_pass(rows):
+    if reason := kernels.engines()["cpp"].replace("ready", ""):
+        pytest.skip(reason)
+    (q, k, v), _ = drawn(None, rows, 41, dtype=torch.float32)
+    table = torch.randn(HEADS, rows, 41, generator=source(5))
+    probe = torch.randn(2, HEADS, rows, VALUES, generator=source(3))
+
+    def with_gradients(attention, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v.expand(2, *v.shape), table)]
+        out = attention(*leaves[:3], None, None, leaves[3])
+        return [out, *torch.autograd.grad((out * probe.to(dtype)).sum(), leaves)]
+
+    found = with_gradients(kernels.softmax_attention, torch.float32)
+    for x, wanted in zip(
+        found, with_gradients(plain.softmax_attention, torch.float64), strict=True
+    ):
+        bound = 3e-5 * (1 + wanted.abs().max().item())
+        assert_close(x.double(), wanted, rtol=3e-5, atol=bound)

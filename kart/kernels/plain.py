@@ -180,10 +180,14 @@ def entry_attention(
     form: str,
     scale: float,
     place: Tensor | None = None,
+    matrix: Tensor | None = None,
 ) -> Tensor:
-    """`weigh(form, entries(...), ...) v`, `(..., H, N, e)`."""
+    """`weigh(form, entries(...), ...) v`, `(..., H, N, e)`; with `matrix (.., H, N, M)` it is the
+    entries.
+    """
     x = scores(q, k, scale)
     # hidden scores may be NaN
     x = x if mask is None else torch.where(mask, x, 0)
-    y = weigh(form, entries(basis, units, x, place), x, mask, factor)
+    y = entries(basis, units, x, place) if matrix is None else matrix
+    y = weigh(form, y, x, mask, factor)
     return (y @ wide(v)).to(v.dtype)

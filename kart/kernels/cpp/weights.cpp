@@ -1,6 +1,6 @@
 // Attention whose weights are functions of one score, or of it and of the place of its key, in float32, forward
 // and backward. With scores s = scale q_n . k_m and entries y = phi(s) of the head's one function, or y = table[n -
-// m] where PLACES is defined,
+// m] where PLACES is defined, or y = table[n, m] where MATRIX is,
 //   out[n] = sum_m w[n, m] v[m],
 // where w is, by FORM, 0: c y; 1: y / sum |y|; 2: softmax(y); 3: softmax(s + y); 4: c y + softmax(s); 5: y projected
 // onto the simplex; with a factor c of each query. The family's `struct Unit` and the constants come before this file.
@@ -16,18 +16,43 @@ constexpr int KEYS = 4 * ROWS;
 
 // --- entries ---------------------------------------------------------------------------------------
 
-#ifdef PLACES
+// `at(n, m)` says where an entry of a table is; `sum` is what all samples of the head add their gradient to.
+
+#if defined(MATRIX)
+
+// Entries of every query and key, (keys, row) with a row of whole blocks of queries.
+struct Entry {
+  static constexpr int P = 1;
+  const float* table;
+  float* gradient;
+  long row;
+  Entry(const float*, const float* theta, float*, long size, long keys, float* sum)
+      : table(theta), gradient(sum), row(size / keys) {}
+  static long room(long) { return 0; }
+  INLINE long at(long n, long m) const { return m * row + n; }
+  INLINE vec value(vec, long at) const { return load(table + at); }
+  INLINE vec slope(vec, vec dy, vec*, long at) const {
+    store(gradient + at, load(gradient + at) + dy);
+    return vec{};
+  }
+  void finish(const vec*, float*, long) const {}
+};
+
+#elif defined(PLACES)
 
 // Entries of every offset, with room for a block of queries beyond the last.
 struct Entry {
   static constexpr int P = 1;
   const float* table;
   float* gradient;
-  Entry(const float*, const float* theta, float* room, long size) : table(room), gradient(room + size + QUERIES) {
+  long last;
+  Entry(const float*, const float* theta, float* room, long size, long keys, float*)
+      : table(room), gradient(room + size + QUERIES), last(keys - 1) {
     std::copy(theta, theta + size, room);
     std::fill(room + size, room + 2 * (size + QUERIES), 0.0f);
   }
   static long room(long size) { return 2 * (size + QUERIES); }
+  INLINE long at(long n, long m) const { return n + last - m; }
   INLINE vec value(vec, long at) const { return load(table + at); }
   INLINE vec slope(vec, vec dy, vec*, long at) const {
     store(gradient + at, load(gradient + at) + dy);
@@ -42,12 +67,13 @@ struct Entry {
 
 #include "unit.h"
 
-// A function of the score. `at`, of the offset from key to query, is for tables.
+// A function of the score.
 struct Entry {
   static constexpr int P = Based::P;
   Based unit;
-  Entry(const float* options, const float* theta, float*, long) : unit(options, theta) {}
+  Entry(const float* options, const float* theta, float*, long, long, float*) : unit(options, theta) {}
   static long room(long) { return 0; }
+  INLINE long at(long, long) const { return 0; }
   INLINE vec value(vec x, long) const { return unit.value(x); }
   INLINE vec slope(vec x, vec dy, vec* sums, long) const { return unit.slope(x, dy, sums); }
   void finish(const vec* sums, float* gradient, long) const {
@@ -173,7 +199,7 @@ static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const 
         const int i = m * QUERIES + v * W;
         vec x = load(at + i);
         if (mask.data) x = keep(x, mask_of(w, i));
-        vec y = entry.value(x, n + v * W + s.keys - 1 - first - m);
+        vec y = entry.value(x, entry.at(n + v * W, first + m));
         if (FORM == 3) y += x;
         if (SIMPLEX) bad[v] += mask.data ? keep(y * 0.0f, mask_of(w, i)) : y * 0.0f;
         if (mask.data) {
@@ -226,7 +252,7 @@ static void backward_block(const Entry& entry, const Shape& s, Scratch& w, vec* 
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
         const int i = m * QUERIES + v * W;
-        const long place = n + v * W + s.keys - 1 - first - m;
+        const long place = entry.at(n + v * W, first + m);
         const vec row = load(w.rows + v * W), pull = load(w.weights + i);
         vec x = load(w.scores + i);
         if (mask.data) x = keep(x, mask_of(w, i));
@@ -296,7 +322,8 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
       Scratch w(s, extra->size, false);
       for (long task = begin; task < end; ++task) {
         const long b = order.b(task), h = order.h(task);
-        const Entry entry(options, extra->theta + order.head(task) * extra->size, w.room, extra->size);
+        const float* theta = extra->theta + order.head(task) * extra->size;
+        const Entry entry(options, theta, w.room, extra->size, s.keys, nullptr);
         w.take_keys(*k, *v, b, h, s, false);
         for (long n = 0; n < s.queries; n += QUERIES) {
           const long queries = std::min<long>(QUERIES, s.queries - n), row = (b * s.heads + h) * s.queries + n;
@@ -358,7 +385,7 @@ int kart_backward(const Shape* shape, const float* options, const Strided* q, co
           sum = found + slots.slot(thread, head) * size;
           std::fill(sum, sum + size, 0.0f);
         }
-        const Entry entry(options, extra->theta + head * size, w.room, size);
+        const Entry entry(options, extra->theta + head * size, w.room, size, s.keys, sum);
         vec sums[Entry::P];
         for (int i = 0; i < Entry::P; ++i) sums[i] = vec{};
         w.take_keys(*k, *v, b, h, s, true);

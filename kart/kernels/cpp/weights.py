@@ -1,4 +1,5 @@
-"""The compiled attention of `kart.kernels.entries`: weights.cpp behind a family, or a table.
+"""The compiled attention of `kart.kernels.entries`: weights.cpp behind a family, a table of
+offsets, or one of every query and key.
 
 As the engine of products it is held against the plain expression before its first use, and where
 anything fails the reason is logged once and torch runs instead.
@@ -20,9 +21,9 @@ from kart.kernels.transforms import untransformed
 
 class Weighted(NamedTuple):
     """The arguments of raw attention: `q (B, H, N, d)`, `k (B, H, M, d)`, `v (B, H, M, e)`, `theta
-    (B or 1, H, P)` of the functions of a family or, without one, the entries of every offset;
-    `mask` None or boolean `(B or 1, H or 1, N or 1, M or 1)`, `factor` None or `(B or 1, H or 1, N
-    or 1, 1)`; `form` is one of `plain.FORMS`.
+    (B or 1, H, P)` of the functions of a family or, without one, the entries of every offset, or,
+    where it is `matrix`, those that `of_matrix` packs; `mask` None or boolean `(B or 1, H or 1, N
+    or 1, M or 1)`, `factor` None or `(B or 1, H or 1, N or 1, 1)`; `form` is one of `plain.FORMS`.
     """
 
     family: Family | None
@@ -34,6 +35,26 @@ class Weighted(NamedTuple):
     mask: Tensor | None
     factor: Tensor | None
     scale: float
+    matrix: bool = False
+
+
+# rows of a packed matrix are of whole blocks of queries, 32 or fewer
+BLOCK = 32
+
+
+def of_matrix(matrix: Tensor) -> Tensor:
+    """`(B or 1, H, N, M)` as the kernels take it, `(B or 1, H, M N')`: keys first, N' a multiple of
+    `BLOCK`.
+    """
+    *lead, rows, keys = matrix.shape
+    packed = matrix.new_zeros(*lead, keys, -(-rows // BLOCK) * BLOCK)
+    packed[..., :rows] = matrix.mT
+    return packed.flatten(-2)
+
+
+def as_matrix(packed: Tensor, rows: int, keys: int) -> Tensor:
+    """The matrix of `of_matrix`."""
+    return packed.unflatten(-1, (keys, -1))[..., :rows].mT
 
 
 class _Extra(ctypes.Structure):
@@ -96,11 +117,11 @@ class Engine:
         return *gradients, dtheta
 
 
-def source(family: Family | None, form: str) -> str:
+def source(family: Family | None, form: str, matrix: bool) -> str:
     """The C++ of a family in a form."""
     lines = ['#include "vector.h"', f"constexpr int FORM = {plain.FORMS.index(form)};"]
     if family is None:
-        lines.append("#define PLACES")
+        lines.append("#define MATRIX" if matrix else "#define PLACES")
     else:
         cpp = family.pieces.cpp
         constants = {**cpp.sizes, "BASE": BASES.index(family.base)}
@@ -111,7 +132,9 @@ def source(family: Family | None, form: str) -> str:
     return "\n".join([*lines, '#include "weights.cpp"', ""])
 
 
-def _cases(family: Family | None) -> list[tuple[dict[str, Tensor], Tensor | None, Tensor, Tensor]]:
+def _cases(
+    family: Family | None, matrix: bool
+) -> list[tuple[dict[str, Tensor], Tensor | None, Tensor, Tensor]]:
     """Leaves, mask, factor and the gradient of the output: odd sizes and strides, a rest of every
     block, a query without keys.
     """
@@ -126,7 +149,9 @@ def _cases(family: Family | None) -> list[tuple[dict[str, Tensor], Tensor | None
         leaves = {"q": draw(batch, queries, heads, width).transpose(1, 2)}
         leaves |= {"k": draw(batch, heads, width, keys).mT}
         leaves |= {"v": draw(batch, keys, heads, value_width).transpose(1, 2)}
-        if family is None:
+        if matrix:
+            leaves["matrix"] = draw(own, heads, queries, keys)
+        elif family is None:
             leaves["theta"] = draw(own, heads, queries + keys - 1)
         elif family.basis.features is not None:
             leaves["theta"] = draw(own, heads, family.width)
@@ -141,20 +166,22 @@ def _cases(family: Family | None) -> list[tuple[dict[str, Tensor], Tensor | None
 
 
 def _theta(family: Family | None, leaves: dict[str, Tensor]) -> Tensor:
+    if "matrix" in leaves:
+        return of_matrix(leaves["matrix"])
     if "theta" in leaves:
         return leaves["theta"]
     assert family is not None  # for the type checker
     return family.pieces.leaves({n: x for n, x in leaves.items() if n not in ("q", "k", "v")})
 
 
-def _check(engine: Engine, family: Family | None, form: str) -> None:
+def _check(engine: Engine, family: Family | None, form: str, matrix: bool) -> None:
     """RuntimeError unless the kernels agree with the plain expression in float64."""
-    for drawn, mask, factor, dout in _cases(family):
+    for drawn, mask, factor, dout in _cases(family, matrix):
         with untransformed(), torch.enable_grad():
             leaves = {name: x.clone().requires_grad_() for name, x in drawn.items()}
             q, k, v = (leaves[name].detach() for name in "qkv")
             theta = _theta(family, leaves)
-            x = Weighted(family, form, q, k, v, theta.detach(), mask, factor, 0.4)
+            x = Weighted(family, form, q, k, v, theta.detach(), mask, factor, 0.4, matrix)
             results = engine.forward(x)
             *found, dtheta = engine.backward(x, dout, *results)
             units = [y for name, y in leaves.items() if name not in ("q", "k", "v")]
@@ -163,8 +190,9 @@ def _check(engine: Engine, family: Family | None, form: str) -> None:
             leaves = {name: x.double().requires_grad_() for name, x in drawn.items()}
             q, k, v = (leaves[name] for name in "qkv")
             units = {name: y for name, y in leaves.items() if name not in ("q", "k", "v")}
+            basis = family and family.basis
             out = plain.entry_attention(
-                family and family.basis, units, q, k, v, mask, factor.double(), form, 0.4
+                basis, units, q, k, v, mask, factor.double(), form, 0.4, matrix=units.get("matrix")
             )
             wanted = torch.autograd.grad(
                 out, [*leaves.values()], dout.double(), materialize_grads=True
@@ -184,36 +212,39 @@ def _check(engine: Engine, family: Family | None, form: str) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _engine(name: str, source: str, options: tuple[float, ...], form: str, of: FamilyOf):
+def _engine(
+    name: str, source: str, options: tuple[float, ...], form: str, matrix: bool, of: FamilyOf
+):
     """The checked kernels of a family in a form and "", or None and why; logged once."""
     label = re.sub(r"[^\w]+", "-", name.partition("?")[0].partition(":")[2] or name) + "-" + form
     try:
         with untransformed():
             engine = Engine(build.library(label, source), options)
-            _check(engine, of.family, form)
+            _check(engine, of.family, form, matrix)
     except Exception as error:
         log.warning("kart's C++ engine is off for %s, torch runs instead: %s", label, error)
         return None, str(error)
     return engine, ""
 
 
-def engine_of(family: Family | None, form: str) -> tuple[Engine | None, str]:
+def engine_of(family: Family | None, form: str, matrix: bool = False) -> tuple[Engine | None, str]:
     """The checked kernels and "", or None and why there are none."""
-    if family is None:
-        return _engine("table", source(None, form), (), form, FamilyOf(family))  # type: ignore[arg-type]
-    if getattr(family.pieces, "cpp", None) is None:
-        return None, f"the C++ engine has no piece of the {family.basis.family!r} basis"
-    if family.width > MAX_WIDTH:
-        return None, f"the C++ engine takes {MAX_WIDTH} features at most, not {family.width}"
-    options = family.pieces.cpp.options
-    return _engine(family.name, source(family, form), options, form, FamilyOf(family))
+    options, name = (), "matrix" if matrix else "table"
+    if family is not None:
+        if getattr(family.pieces, "cpp", None) is None:
+            return None, f"the C++ engine has no piece of the {family.basis.family!r} basis"
+        if family.width > MAX_WIDTH:
+            return None, f"the C++ engine takes {MAX_WIDTH} features at most, not {family.width}"
+        options, name = family.pieces.cpp.options, family.name
+    text = source(family, form, matrix)
+    return _engine(name, text, options, form, matrix, FamilyOf(family))  # type: ignore[arg-type]
 
 
 def refuses(x: Weighted) -> str:
     """Why this engine cannot run; "" if it can."""
     if any(y.dtype not in DTYPES for y in (x.q, x.theta)):
         return "the C++ engine computes in float32 alone"
-    return engine_of(x.family, x.form)[1]
+    return engine_of(x.family, x.form, x.matrix)[1]
 
 
 def _widened(x: Weighted) -> Weighted:
@@ -224,7 +255,7 @@ def _widened(x: Weighted) -> Weighted:
 
 def forward(x: Weighted) -> tuple[Tensor, ...]:
     """The output in the dtype of v, and what the backward needs besides."""
-    engine = engine_of(x.family, x.form)[0]
+    engine = engine_of(x.family, x.form, x.matrix)[0]
     assert engine is not None  # `refuses` was asked
     out, *rest = engine.forward(_widened(x))
     return out.to(x.v.dtype), *rest
@@ -232,7 +263,7 @@ def forward(x: Weighted) -> tuple[Tensor, ...]:
 
 def backward(x: Weighted, dout: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
     """The gradients of q, k, v and theta."""
-    engine = engine_of(x.family, x.form)[0]
+    engine = engine_of(x.family, x.form, x.matrix)[0]
     assert engine is not None  # `refuses` was asked
     out, *rest = results
     found = engine.backward(_widened(x), dout.float(), out.float(), *rest)
