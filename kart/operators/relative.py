@@ -95,7 +95,9 @@ def flatten_table(table: Params) -> Tensor:
 def expand_table(table: Params) -> Tensor:
     """The matrix `(H, N, M)` of a table: `T[n, m] = offsets[place of m - place of n]`."""
     entries, lattice = flatten_table(table), lattice_in(table)
-    index = entry_index(lattice.prefix or 0, lattice.rows, lattice.columns).to(entries.device)
+    # torch.compile traces what is cached, and warns that it does
+    made = entry_index.__wrapped__ if torch.compiler.is_compiling() else entry_index
+    index = made(lattice.prefix or 0, lattice.rows, lattice.columns).to(entries.device)
     return entries.index_select(1, index.flatten()).unflatten(1, index.shape)
 
 
