@@ -1,7 +1,7 @@
 """What does learnable attention cost beside softmax? Time and peak memory, side by side in one run.
 
-    kart bench                  # this machine's CPU, one thread, about fifteen minutes
-    kart bench --quick          # G = 3 and G = 1 at operator level only, one minute
+    kart bench                  # this machine's CPU, one thread, about seven minutes
+    kart bench --quick          # G = 3 and G = 1 at operator level only, ten seconds
     kart bench --device cuda    # a GPU: times by events, memory by its allocator
 
 Every figure is a ratio to `scaled_dot_product_attention` (its backend is named) measured in the
@@ -208,9 +208,8 @@ def op_flops(name: str, op: operators.Operator, tokens: int, pairs: int) -> floa
     kind = op.options.get("kind")
     if name == "softmax" or kind == "elementwise":
         return square * 2 * WIDTH * 7
-    if op.basis is None:  # the table takes one product forward, two backward
-        return square * 2 * WIDTH * 10
-    assert op.basis is not None
+    if op.basis is None:  # a table beside softmax: in one pass 3 products forward, 5 backward
+        return square * 2 * WIDTH * 8
     if kind == "by_distance":
         # without softmax there are no scores: a product forward, two backward
         return square * 2 * WIDTH * (7 if op.traits.get("softmax_base") else 3)
@@ -592,6 +591,28 @@ def verdict(row: dict[str, Any]) -> str:
     return "; ".join(goals)
 
 
+def _ratio(row: dict[str, Any]) -> float:
+    return row["ratio"] if row["what"] == "memory" else row["both"]["ratio"]
+
+
+def _bars(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """A bar for each row, a little room between one setting and the next."""
+    places, place, before = [], 0.0, None
+    for row in rows:
+        place += 1.0 if before in (None, row["what"]) else 1.5
+        places.append(place)
+        before = row["what"]
+    kinds = ["#b3533b" if row["variant"] == "naive" else "#2f6f8f" for row in rows]
+    values = [_ratio(row) for row in rows]
+    axes.barh(places, [value - 1 for value in values], left=1, color=kinds)
+    axes.set_yticks(places, [f"{row['what']}, {row['variant']}" for row in rows], fontsize=8)
+    axes.set_ylim(place + 0.8, 0.2)
+    axes.axvline(1.0, color="0.2", linewidth=1)
+    axes.spines[["top", "right"]].set_visible(False)
+    for value, y in zip(values, places, strict=True):
+        axes.text(max(value, 1) * 1.02, y, f"{value:.2f}", va="center", fontsize=8)
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Bars of the ratios to softmax."""
     from matplotlib.figure import Figure
@@ -602,29 +623,29 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         if row["what"] not in ("table 13", "sizes")
         and row["variant"] not in ("softmax", *FULL_RANK)
     ]
-    values = [row["ratio"] if row["what"] == "memory" else row["both"]["ratio"] for row in chosen]
-    figure = Figure(figsize=(8, 0.24 * len(chosen) + 1), layout="constrained")
-    axes = figure.add_subplot()
-    # a little room between one setting and the next
-    places, place, before = [], 0.0, None
-    for row in chosen:
-        place += 1.0 if before in (None, row["what"]) else 1.5
-        places.append(place)
-        before = row["what"]
-    kinds = ["#b3533b" if row["variant"] == "naive" else "#2f6f8f" for row in chosen]
-    axes.barh(places, [value - 1 for value in values], left=1, color=kinds)
-    axes.set_xscale("log")
-    axes.set_yticks(places, [f"{row['what']}, {row['variant']}" for row in chosen], fontsize=8)
-    axes.set_ylim(place + 0.8, 0.2)
-    axes.axvline(1.0, color="0.2", linewidth=1)
-    axes.set_xlim(min(0.7, *values), 1.5 * max(values))
-    ticks = [x for x in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if x <= 1.5 * max(values)]
-    axes.set_xticks(ticks, [f"{x:g} x" for x in ticks])
-    axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("time or memory, forward + backward, as a ratio to softmax attention")
-    for value, y in zip(values, places, strict=True):
-        axes.text(max(value, 1) * 1.02, y, f"{value:.2f}", va="center", fontsize=8)
+    # two columns of settings, cut where one begins
+    half = next(
+        (
+            i
+            for i in range(len(chosen) // 2, len(chosen))
+            if chosen[i - 1]["what"] != chosen[i]["what"]
+        ),
+        len(chosen),
+    )
+    columns = [part for part in (chosen[:half], chosen[half:]) if part]
+    most = 1.5 * max(map(_ratio, chosen))
+    least = min(0.7, *map(_ratio, chosen))
+    figure = Figure(figsize=(7 * len(columns), 0.24 * half + 1), layout="constrained")
+    for axes, part in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
+        _bars(axes, part)
+        axes.set_xscale("log")
+        axes.set_xlim(least, most)
+        ticks = [x for x in (0.5, 1, 2, 5, 10, 20, 50, 100, 200) if least <= x <= most]
+        axes.set_xticks(ticks, [f"{x:g} x" for x in ticks])
+        axes.minorticks_off()
+    figure.supxlabel(
+        "time or memory, forward + backward, as a ratio to softmax attention", fontsize=10
+    )
     figure.savefig(path, dpi=150)
 
 
