@@ -2,8 +2,10 @@
 
     kart study run basis_family --data uoft-cs/cifar10 --out runs/basis_family
 
-Every family gets the same number of trials over its size, its initialisation ("scaled" or as the
-paper prints it), the rank and the learning rate. The paper's order on CIFAR-10 with ViT-Tiny:
+Every family gets the same eight trials over its size, its initialisation ("scaled" or as the
+paper prints it), the rank and the learning rate; the best of each is trained again with five fresh
+seeds and scored on the test split. A small setting, an hour for two processes of one thread
+(`kart study work` beside it). The paper's order on CIFAR-10 with ViT-Tiny:
 Fourier 76.69, DOG 73.89, Shannon 71.41, Meyer 71.13, Morlet 70.84, Mexican hat 69.62, rational
 69.22; it trained no B-spline attention.
 """
@@ -17,6 +19,16 @@ from kart import bases, search
 from kart.cli import main
 from kart.search import Arm
 from kart.train import Config
+
+# two blocks, 17 tokens, 4,000 images: half a minute a run
+CONFIG = dataclasses.replace(
+    search.SMALL_CIFAR,
+    train_limit=4000,
+    patch_size=8,
+    embed_dim=64,
+    depth=2,
+    epochs=10,
+)
 
 
 def softmax(trial: optuna.Trial, config: Config) -> Config:
@@ -45,11 +57,11 @@ def arm(family: str) -> Arm:
 
 
 STUDY = search.Study(
-    config=search.SMALL_CIFAR,
+    config=CONFIG,
     arms={"softmax": softmax, **{family: arm(family) for family in bases.FAMILIES}},
     trials=8 * (1 + len(bases.FAMILIES)),
     seeds=1,
-    confirm=3,
+    confirm=5,
     tiny={**search.TINY, "trials": 1 + len(bases.FAMILIES)},
 )
 
