@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sqlite3
+import subprocess
 import sys
 import textwrap
 
@@ -130,6 +131,25 @@ def test_a_lost_database_is_noticed_and_rebuilt(how, sampler, asked, tmp_path, c
         assert sorted(map(repr, found.values())) == sorted(map(repr, expected.values()))
     else:
         assert found == expected
+
+
+def test_a_reader_that_leaves_takes_nothing_from_a_worker(asked, tmp_path, capsys):
+    # the worker looks after its file, another process reads it and leaves: the log must stay
+    assert cli.main(asked("grid", "out")) == 0
+    out = tmp_path / "out"
+    settings = storage.read_settings(out)
+    database = storage.open_database(storage.directory_url(out))
+    arms = storage.studies(database, settings)
+    before = arms["one"].get_trials()
+    journal.check(out, work.names(settings))
+    status = "import sys; from kart import cli; sys.exit(cli.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", status, "study", "status", "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True)
+    arms["one"].add_trial(before[0])
+    journal.check(out, work.names(settings))
+    database.engine.dispose()
+    database.remove_session()
+    assert len(trials(out)) == 7
 
 
 def test_a_journal_cut_by_a_kill_is_read(tmp_path):

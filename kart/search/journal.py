@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import sqlite3
@@ -70,6 +71,19 @@ def append(directory: Path, arms: Mapping[str, optuna.Study]) -> None:
         os.fsync(file.fileno())
 
 
+@functools.cache
+def _held(path: Path, device: int, inode: int) -> int:
+    """A descriptor of a file that stays open: closing any one drops all locks that the process has
+    on the file (POSIX), SQLite's too, and the next process that leaves takes the log away.
+    """
+    return os.open(path, os.O_RDONLY)
+
+
+def _beginning(path: Path) -> bytes:
+    found = path.stat()
+    return os.pread(_held(path, found.st_dev, found.st_ino), len(HEADER), 0)
+
+
 def problem(directory: Path, names: Sequence[str], known: Mapping[tuple[str, int], Any]) -> str:
     """What is wrong with the SQLite file of a directory, which must hold the Optuna studies `names`
     and all trials that are `known`; empty if nothing is.
@@ -80,9 +94,8 @@ def problem(directory: Path, names: Sequence[str], known: Mapping[tuple[str, int
     if not path.is_file():
         return "is gone"
     try:
-        with open(path, "rb") as file:
-            if file.read(16) != HEADER:
-                return "is no SQLite file any more"
+        if _beginning(path) != HEADER:
+            return "is no SQLite file any more"
         url = f"{path.resolve().as_uri()}?mode=ro"
         with contextlib.closing(sqlite3.connect(url, uri=True)) as db:
             rows = db.execute(
