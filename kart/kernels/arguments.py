@@ -84,14 +84,18 @@ def check_mask(
 
 def broadcast_leading(function: str, **shapes: Sequence[int]) -> tuple[int, ...]:
     """The common shape of the leading axes, or ValueError."""
-    try:
-        return torch.broadcast_shapes(*shapes.values())
-    except RuntimeError:
-        raise ValueError(
-            f"`{function}` needs leading axes that broadcast, got "
-            f"{', '.join(f'`{name}` {tuple(shape)}' for name, shape in shapes.items())}. "
-            "They are all axes up to and including the heads."
-        ) from None
+    common = [1] * max(len(shape) for shape in shapes.values())
+    for shape in shapes.values():
+        for i, size in enumerate(shape, len(common) - len(shape)):
+            if common[i] == 1:
+                common[i] = size
+            elif size not in (1, common[i]):
+                raise ValueError(
+                    f"`{function}` needs leading axes that broadcast, got "
+                    f"{', '.join(f'`{name}` {tuple(x)}' for name, x in shapes.items())}. "
+                    "They are all axes up to and including the heads."
+                )
+    return tuple(common)
 
 
 def flat_mask(mask: Tensor, lead: Sequence[int]) -> Tensor:

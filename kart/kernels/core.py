@@ -19,7 +19,7 @@ from torch.autograd import Function
 from kart.kernels import chunked, cpp, plain, triton
 from kart.kernels.arguments import broadcast_leading, check, flat_mask
 from kart.kernels.family import Family, Product, family_named, family_of, pin, recordable
-from kart.kernels.transforms import forward_levels, front, no_autocast
+from kart.kernels.transforms import forward_levels, front, no_autocast, signed
 
 ENGINES = ("auto", "torch", "cpp", "triton", "plain")
 
@@ -171,6 +171,7 @@ class _Forward(Function):
     """`(family, engine, scale, q, k, coefs, mask) -> y`, in the raw layout."""
 
     @staticmethod
+    @signed
     def forward(family, engine, scale, q, k, coefs, mask):
         name = recordable(family)
         return torch.ops.kart.contract_forward(q, k, coefs, mask, scale, name, engine)
@@ -234,6 +235,7 @@ class _Backward(Function):
     """`(family, engine, scale, dy, q, k, coefs, mask) -> dq, dk, dcoefs`, in the raw layout."""
 
     @staticmethod
+    @signed
     def forward(family, engine, scale, dy, q, k, coefs, mask):
         name = recordable(family)
         return torch.ops.kart.contract_backward(dy, q, k, coefs, mask, scale, name, engine)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from kart.kernels import plain
-from kart.kernels.transforms import forward_levels, front
+from kart.kernels.transforms import forward_levels, front, signed
 
 
 class Fused(NamedTuple):
@@ -72,6 +72,7 @@ class _Forward(Function):
     """`(op, *inputs) -> (*outputs, *rest)`."""
 
     @staticmethod
+    @signed
     def forward(op, *inputs):
         return tuple(op.forward(*inputs))
 
@@ -115,6 +116,7 @@ class _Backward(Function):
     """`(op, number of inputs, *gradients, *inputs, *results) -> gradients of what is learned`."""
 
     @staticmethod
+    @signed
     def forward(op, size, *tensors):
         gradients, rest = tensors[: op.count], tensors[op.count :]
         return tuple(op.backward(gradients, rest[:size], rest[size:]))

@@ -18,7 +18,7 @@ from kart.kernels import chunked, fused, plain
 from kart.kernels.arguments import broadcast_leading, check, check_mask, flat_mask
 from kart.kernels.core import choose, contract, engine_for
 from kart.kernels.family import Product, family_of
-from kart.kernels.transforms import forward_levels, no_autocast
+from kart.kernels.transforms import forward_levels, no_autocast, signed
 
 # scores in a chunk: 4 MiB of float32, a few of which are alive at a time
 CHUNK = 2**20
@@ -31,6 +31,7 @@ class _Recompute(Function):
     generate_vmap_rule = True
 
     @staticmethod
+    @signed
     def forward(fn, *tensors):
         return fn(*tensors)
 

@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,6 +11,14 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]  # no stubs
 from torch.autograd import forward_ad
+
+
+def signed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps the signature of the `forward` of a Function, which every `apply` asks for: to find it
+    anew costs more than a small product.
+    """
+    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return forward
 
 
 def _levels(kind: Any) -> int:

@@ -1,6 +1,6 @@
 // What the compiled products share: matrix products of a tile, packing, threads.
 //
-// Vector lanes are queries. A tile of KEYS keys by QUERIES queries goes through scores, features and
+// Vector lanes are queries. A tile of KEYS keys by LANES queries goes through scores, features and
 // products without leaving the level-1 cache; every product is one `gemm` with its sums in registers, so
 // block sizes follow the number of registers: with those of AVX-512, AVX2 spills and is 26 x slower.
 
@@ -27,7 +27,7 @@ constexpr int ROWS = 6;
 constexpr int WIDE = 2;
 constexpr int WIDE_ROWS = 6;
 #endif
-constexpr int QUERIES = 2 * W;
+constexpr int LANES = 2 * W;
 
 static long round_up(long x, long step) { return (x + step - 1) / step * step; }
 
@@ -174,10 +174,10 @@ static void transpose_matrix(const float* in, long row, long rows, long columns,
     for (long c = r < whole_rows ? whole : 0; c < columns; ++c) out[c * column + r] = in[r * row + c];
 }
 
-// packed rows of QUERIES queries as columns of lanes
+// packed rows of LANES queries as columns of lanes
 static void pack_lanes(const float* rows, long width, float* out) {
   for (long c = 0; c < width; c += W)
-    for (long i = 0; i < QUERIES; i += W) transpose(rows + i * width + c, width, out + c * QUERIES + i, QUERIES);
+    for (long i = 0; i < LANES; i += W) transpose(rows + i * width + c, width, out + c * LANES + i, LANES);
 }
 
 // packed rows of keys in panels of ROWS keys: element c of a panel's keys side by side, W apart from element c + 1
@@ -186,9 +186,10 @@ static void pack_panels(const float* rows, long width, long keys, float* out) {
     for (long c = 0; c < width; c += W) transpose(rows + m * width + c, width, out + c * W, W);
 }
 
-static void pack_mask(const uint8_t* x, const Mask& mask, long keys, long queries, int32_t* out) {
-  for (long m = 0; m < keys; ++m, out += QUERIES)
-    for (long i = 0; i < QUERIES; ++i) out[i] = i < queries && x[i * mask.n + m * mask.m] ? -1 : 0;
+// rows of LANES integers, -1 where x[row * row_step + lane * lane_step] is not 0
+static void pack_mask(const uint8_t* x, int64_t row_step, int64_t lane_step, long rows, long lanes, int32_t* out) {
+  for (long r = 0; r < rows; ++r, x += row_step, out += LANES)
+    for (long l = 0; l < LANES; ++l) out[l] = l < lanes && x[l * lane_step] ? -1 : 0;
 }
 
 // --- all heads of all samples ----------------------------------------------------------------------

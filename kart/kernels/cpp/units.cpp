@@ -9,7 +9,7 @@
 
 constexpr int P = Based::P;
 // queries whose scores with ROWS keys stay in the level-1 cache
-constexpr long SPAN = 8 * QUERIES;
+constexpr long SPAN = 8 * LANES;
 
 struct Scratch {
   long width, blocks;
@@ -17,40 +17,40 @@ struct Scratch {
   std::vector<int32_t> mask;
   Scratch(const Shape& s, bool backward)
       : width(round_up(s.width, W)),
-        blocks(round_up(std::min<long>(SPAN, s.queries), QUERIES) / QUERIES),
+        blocks(round_up(std::min<long>(SPAN, s.queries), LANES) / LANES),
         panels(round_up(s.keys, ROWS) / ROWS * width * W),
         keys((s.keys + W) * width),
-        query_lanes(blocks * width * QUERIES),
-        query_rows(blocks * QUERIES * width),
-        dy(backward ? s.rank * blocks * QUERIES : 0),
-        scores(blocks * ROWS * QUERIES),
-        gradient(blocks * ROWS * QUERIES),
-        y(backward ? 0 : s.rank * blocks * QUERIES),
-        dq(backward ? blocks * QUERIES * width : 0),
+        query_lanes(blocks * width * LANES),
+        query_rows(blocks * LANES * width),
+        dy(backward ? s.rank * blocks * LANES : 0),
+        scores(blocks * ROWS * LANES),
+        gradient(blocks * ROWS * LANES),
+        y(backward ? 0 : s.rank * blocks * LANES),
+        dq(backward ? blocks * LANES * width : 0),
         dk(backward ? s.keys * width : 0),
-        mask(blocks * ROWS * QUERIES) {}
+        mask(blocks * ROWS * LANES) {}
 
   void take_keys(const Strided& k, const float* x, const Shape& s) {
     pack_rows(x, k.n, k.d, s.keys, s.keys + W, s.width, width, 1.0f, keys);
     pack_panels(keys, width, s.keys, panels);
   }
   void take_queries(const Strided& q, const float* x, long count, float scale, const Shape& s) {
-    for (long i = 0; i < count; i += QUERIES, x += QUERIES * q.n) {
-      const long rows = std::min<long>(QUERIES, count - i);
-      pack_rows(x, q.n, q.d, rows, QUERIES, s.width, width, scale, query_rows + i * width);
+    for (long i = 0; i < count; i += LANES, x += LANES * q.n) {
+      const long rows = std::min<long>(LANES, count - i);
+      pack_rows(x, q.n, q.d, rows, LANES, s.width, width, scale, query_rows + i * width);
       pack_lanes(query_rows + i * width, width, query_lanes + i * width);
     }
   }
-  // scores of `keys` keys from `first` on, (block, key, QUERIES), hidden ones 0; the mask beside them
+  // scores of `keys` keys from `first` on, (block, key, LANES), hidden ones 0; the mask beside them
   void take_scores(const Shape& s, long first, int count, long queries, const uint8_t* mask_at, const Mask& m) {
-    for (long i = 0; i < queries; i += QUERIES) {
+    for (long i = 0; i < queries; i += LANES) {
       float* out = scores + i * ROWS;
-      gemm<ROWS, 2, 1>(count, s.width, panels + first / ROWS * width * W, W, query_lanes + i * width, QUERIES, out,
-                       QUERIES, false);
+      gemm<ROWS, 2, 1>(count, s.width, panels + first / ROWS * width * W, W, query_lanes + i * width, LANES, out,
+                       LANES, false);
       if (!m.data) continue;
       int32_t* kept = mask.data() + i * ROWS;
-      pack_mask(mask_at + i * m.n + first * m.m, m, count, std::min<long>(QUERIES, queries - i), kept);
-      for (long at = 0; at < count * QUERIES; at += W)
+      pack_mask(mask_at + i * m.n + first * m.m, m.m, m.n, count, std::min<long>(LANES, queries - i), kept);
+      for (long at = 0; at < count * LANES; at += W)
         store(out + at, keep(load(out + at), *reinterpret_cast<const iloose*>(kept + at)));
     }
   }
@@ -73,7 +73,7 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
         const float* theta = coefs_at(*units, order, task);
         w.take_keys(*k, k->at(b, h), s);
         for (long n = 0; n < s.queries; n += SPAN) {
-          const long queries = std::min(SPAN, s.queries - n), stride = w.blocks * QUERIES;
+          const long queries = std::min(SPAN, s.queries - n), stride = w.blocks * LANES;
           w.take_queries(*q, q->at(b, h) + n * q->n, queries, scale, s);
           const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + n * mask->n : nullptr;
           std::fill(w.y.data, w.y.data + s.rank * stride, 0.0f);
@@ -86,10 +86,10 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
                 for (int i = 0; i < P; ++i) own_theta[i] = theta[p * units->p + (first + m) * units->m + i * units->j];
                 const Based unit(options, own_theta);
                 float* sum = w.y + p * stride;
-                for (long i = 0; i < queries; i += QUERIES)
+                for (long i = 0; i < queries; i += LANES)
 #pragma GCC unroll 2
                   for (int v = 0; v < 2; ++v) {
-                    const long at = i * ROWS + m * QUERIES + v * W;
+                    const long at = i * ROWS + m * LANES + v * W;
                     vec value = unit.value(load(w.scores + at));
                     if (mask->data) value = keep(value, *reinterpret_cast<const iloose*>(w.mask.data() + at));
                     store(sum + i + v * W, load(sum + i + v * W) + value);
@@ -135,7 +135,7 @@ int kart_backward(const Shape* shape, const float* options, const Strided* dy, c
         w.take_keys(*k, k->at(b, h), s);
         std::fill(w.dk.data, w.dk.data + s.keys * w.width, 0.0f);
         for (long n = 0; n < s.queries; n += SPAN) {
-          const long queries = std::min(SPAN, s.queries - n), stride = w.blocks * QUERIES;
+          const long queries = std::min(SPAN, s.queries - n), stride = w.blocks * LANES;
           w.take_queries(*q, q->at(b, h) + n * q->n, queries, scale, s);
           const float* dy_at = dy->at(b, h) + n * dy->n;
           for (long p = 0; p < s.rank; ++p)
@@ -155,10 +155,10 @@ int kart_backward(const Shape* shape, const float* options, const Strided* dy, c
                 const float* pull = w.dy + p * stride;
                 vec part[P];
                 UNROLL for (int i = 0; i < P; ++i) part[i] = vec{};
-                for (long i = 0; i < queries; i += QUERIES)
+                for (long i = 0; i < queries; i += LANES)
 #pragma GCC unroll 2
                   for (int v = 0; v < 2; ++v) {
-                    const long at = i * ROWS + m * QUERIES + v * W;
+                    const long at = i * ROWS + m * LANES + v * W;
                     vec g = load(pull + i + v * W);
                     if (mask->data) g = keep(g, *reinterpret_cast<const iloose*>(w.mask.data() + at));
                     const vec slope = unit.slope(load(w.scores + at), g, part);
@@ -169,11 +169,11 @@ int kart_backward(const Shape* shape, const float* options, const Strided* dy, c
                 float* out = sum + (p * s.keys + first + m) * P;
                 for (int i = 0; i < P; ++i) out[i] += gradient[i];
               }
-            for (long i = 0; i < queries; i += QUERIES) {
-              const long count = std::min<long>(QUERIES, queries - i);
-              wide_gemm<WIDE_ROWS, QUERIES>(keys, w.width, count, w.gradient + i * ROWS, 1, w.query_rows + i * w.width,
+            for (long i = 0; i < queries; i += LANES) {
+              const long count = std::min<long>(LANES, queries - i);
+              wide_gemm<WIDE_ROWS, LANES>(keys, w.width, count, w.gradient + i * ROWS, 1, w.query_rows + i * w.width,
                                             w.width, w.dk + first * w.width, w.width);
-              wide_gemm<4, 1>(count, w.width, keys, w.gradient + i * ROWS, QUERIES, w.keys + first * w.width, w.width,
+              wide_gemm<4, 1>(count, w.width, keys, w.gradient + i * ROWS, LANES, w.keys + first * w.width, w.width,
                               w.dq + i * w.width, w.width);
             }
           }

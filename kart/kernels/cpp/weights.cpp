@@ -47,11 +47,11 @@ struct Entry {
   float* gradient;
   long last;
   Entry(const float*, const float* theta, float* room, long size, long keys, float*)
-      : table(room), gradient(room + size + QUERIES), last(keys - 1) {
+      : table(room), gradient(room + size + LANES), last(keys - 1) {
     std::copy(theta, theta + size, room);
-    std::fill(room + size, room + 2 * (size + QUERIES), 0.0f);
+    std::fill(room + size, room + 2 * (size + LANES), 0.0f);
   }
-  static long room(long size) { return 2 * (size + QUERIES); }
+  static long room(long size) { return 2 * (size + LANES); }
   INLINE long at(long n, long m) const { return n + last - m; }
   INLINE vec value(vec, long at) const { return load(table + at); }
   INLINE vec slope(vec, vec dy, vec*, long at) const {
@@ -100,21 +100,21 @@ struct Scratch {
         keys((s.keys + W) * width),
         values((s.keys + W) * value_width),
         value_panels(backward ? round_up(s.keys, ROWS) / ROWS * value_width * W : 0),
-        query_lanes(width * QUERIES),
-        query_rows(QUERIES * width),
-        dout_lanes(backward ? value_width * QUERIES : 0),
-        dout_rows(backward ? QUERIES * value_width : 0),
-        weights((backward ? KEYS : s.keys) * QUERIES),
-        soft(TWO && !backward ? s.keys * QUERIES : 0),
-        scores(backward ? KEYS * QUERIES : 0),
-        out(value_width * QUERIES),
-        soft_out(TWO ? value_width * QUERIES : 0),
-        dq(backward ? QUERIES * width : 0),
+        query_lanes(width * LANES),
+        query_rows(LANES * width),
+        dout_lanes(backward ? value_width * LANES : 0),
+        dout_rows(backward ? LANES * value_width : 0),
+        weights((backward ? KEYS : s.keys) * LANES),
+        soft(TWO && !backward ? s.keys * LANES : 0),
+        scores(backward ? KEYS * LANES : 0),
+        out(value_width * LANES),
+        soft_out(TWO ? value_width * LANES : 0),
+        dq(backward ? LANES * width : 0),
         dk(backward ? s.keys * width : 0),
         dv(backward ? s.keys * value_width : 0),
-        rows(3 * QUERIES),
+        rows(3 * LANES),
         room(Entry::room(size)),
-        mask(KEYS * QUERIES) {}
+        mask(KEYS * LANES) {}
 
   void take_keys(const Strided& k, const Strided& v, long b, long h, const Shape& s, bool backward) {
     pack_rows(k.at(b, h), k.n, k.d, s.keys, s.keys + W, s.width, width, 1.0f, keys);
@@ -123,17 +123,17 @@ struct Scratch {
     if (backward) pack_panels(values, value_width, s.keys, value_panels);
   }
   void take_queries(const Strided& q, const float* x, long count, float scale, const Shape& s) {
-    pack_rows(x, q.n, q.d, count, QUERIES, s.width, width, scale, query_rows);
+    pack_rows(x, q.n, q.d, count, LANES, s.width, width, scale, query_rows);
     pack_lanes(query_rows, width, query_lanes);
   }
 };
 
-// scores of the keys from `first` on, (key, QUERIES)
+// scores of the keys from `first` on, (key, LANES)
 template <int V>
 static void take_scores(const Shape& s, const Scratch& w, long first, int keys, float* out) {
   for (int m = 0; m < keys; m += ROWS)
     gemm<ROWS, V, 1>(std::min(ROWS, keys - m), s.width, w.panels + (first + m) / ROWS * w.width * W, W, w.query_lanes,
-                     QUERIES, out + m * QUERIES, QUERIES, false);
+                     LANES, out + m * LANES, LANES, false);
 }
 
 static INLINE ivec mask_of(const Scratch& w, int at) { return *reinterpret_cast<const iloose*>(w.mask.data() + at); }
@@ -148,7 +148,7 @@ static void project(const Shape& s, Scratch& w, const vec* bad, vec* greatest, v
   for (long m = 0; m < s.keys; ++m)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      const long i = m * QUERIES + v * W;
+      const long i = m * LANES + v * W;
       store(w.weights + i, load(w.weights + i) - greatest[v]);
     }
   for (bool moved = true; moved;) {
@@ -156,7 +156,7 @@ static void project(const Shape& s, Scratch& w, const vec* bad, vec* greatest, v
     for (long m = 0; m < s.keys; ++m)
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
-        const vec x = load(w.weights + m * QUERIES + v * W);
+        const vec x = load(w.weights + m * LANES + v * W);
         const ivec in = x > low[v];
         sum[v] += keep(x, in);
         count[v] += keep(splat(1.0f), in);
@@ -173,7 +173,7 @@ static void project(const Shape& s, Scratch& w, const vec* bad, vec* greatest, v
   for (long m = 0; m < s.keys; ++m)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      const long i = m * QUERIES + v * W;
+      const long i = m * LANES + v * W;
       const vec x = load(w.weights + i);
       const ivec in = x > low[v];
       store(w.weights + i, keep(x - low[v], in) + bad[v]);
@@ -190,13 +190,13 @@ static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const 
   vec greatest[2] = {splat(-INFINITY), splat(-INFINITY)}, total[2] = {vec{}, vec{}}, bad[2] = {vec{}, vec{}};
   for (long first = 0; first < s.keys; first += KEYS) {
     const int keys = std::min<long>(KEYS, s.keys - first);
-    float* at = w.weights + first * QUERIES;
+    float* at = w.weights + first * LANES;
     take_scores<V>(s, w, first, keys, at);
-    if (mask.data) pack_mask(mask_at + first * mask.m, mask, keys, queries, w.mask.data());
+    if (mask.data) pack_mask(mask_at + first * mask.m, mask.m, mask.n, keys, queries, w.mask.data());
     for (int m = 0; m < keys; ++m)
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
-        const int i = m * QUERIES + v * W;
+        const int i = m * LANES + v * W;
         vec x = load(at + i);
         if (mask.data) x = keep(x, mask_of(w, i));
         vec y = entry.value(x, entry.at(n + v * W, first + m));
@@ -210,7 +210,7 @@ static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const 
         if (FORM == 1) total[v] += magnitude(y);
         if (SOFT || SIMPLEX) greatest[v] = clamp_above(greatest[v], FORM == 4 ? x : y);
         store(at + i, y);
-        if (FORM == 4) store(w.soft + first * QUERIES + i, x);
+        if (FORM == 4) store(w.soft + first * LANES + i, x);
       }
   }
   if (SIMPLEX) project<V>(s, w, bad, greatest, total);
@@ -221,17 +221,17 @@ static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const 
     for (long m = 0; m < s.keys; ++m)
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
-        const vec e = exponential(load(at + m * QUERIES + v * W) - greatest[v]);
+        const vec e = exponential(load(at + m * LANES + v * W) - greatest[v]);
         total[v] += e;
-        store(at + m * QUERIES + v * W, e);
+        store(at + m * LANES + v * W, e);
       }
   }
-  gemm<ROWS, V, 1>(s.value_width, s.keys, w.values, w.value_width, w.weights, QUERIES, w.out, QUERIES, false);
+  gemm<ROWS, V, 1>(s.value_width, s.keys, w.values, w.value_width, w.weights, LANES, w.out, LANES, false);
   if (TWO)
-    gemm<ROWS, V, 1>(s.value_width, s.keys, w.values, w.value_width, w.soft, QUERIES, w.soft_out, QUERIES, false);
+    gemm<ROWS, V, 1>(s.value_width, s.keys, w.values, w.value_width, w.soft, LANES, w.soft_out, LANES, false);
   for (int v = 0; v < V; ++v) {
     store(w.rows + v * W, total[v]);
-    store(w.rows + QUERIES + v * W, greatest[v]);
+    store(w.rows + LANES + v * W, greatest[v]);
   }
 }
 
@@ -245,13 +245,13 @@ static void backward_block(const Entry& entry, const Shape& s, Scratch& w, vec* 
     take_scores<V>(s, w, first, keys, w.scores);
     for (int m = 0; m < keys; m += ROWS)
       gemm<ROWS, V, 1>(std::min(ROWS, keys - m), s.value_width,
-                       w.value_panels + (first + m) / ROWS * w.value_width * W, W, w.dout_lanes, QUERIES,
-                       w.weights + m * QUERIES, QUERIES, false);
-    if (mask.data) pack_mask(mask_at + first * mask.m, mask, keys, queries, w.mask.data());
+                       w.value_panels + (first + m) / ROWS * w.value_width * W, W, w.dout_lanes, LANES,
+                       w.weights + m * LANES, LANES, false);
+    if (mask.data) pack_mask(mask_at + first * mask.m, mask.m, mask.n, keys, queries, w.mask.data());
     for (int m = 0; m < keys; ++m)
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
-        const int i = m * QUERIES + v * W;
+        const int i = m * LANES + v * W;
         const long place = entry.at(n + v * W, first + m);
         const vec row = load(w.rows + v * W), pull = load(w.weights + i);
         vec x = load(w.scores + i);
@@ -264,20 +264,20 @@ static void backward_block(const Entry& entry, const Shape& s, Scratch& w, vec* 
           g = row * pull;
         } else if constexpr (FORM == 1) {
           weight = row * y;
-          g = row * (pull - sign(y) * load(w.rows + QUERIES + v * W));
+          g = row * (pull - sign(y) * load(w.rows + LANES + v * W));
         } else if constexpr (SIMPLEX) {
           const vec over = y - row;
           const ivec in = over > 0.0f;
           weight = keep(over, in) + keep(row, row != row);
-          g = keep(pull - load(w.rows + QUERIES + v * W), in);
+          g = keep(pull - load(w.rows + LANES + v * W), in);
         } else if constexpr (FORM == 4) {
-          const vec p = exponential(x - row), c = load(w.rows + 2 * QUERIES + v * W);
+          const vec p = exponential(x - row), c = load(w.rows + 2 * LANES + v * W);
           weight = c * y + p;
           g = c * pull;
-          beside = p * (pull - load(w.rows + QUERIES + v * W));
+          beside = p * (pull - load(w.rows + LANES + v * W));
         } else {
           weight = exponential((FORM == 3 ? x + y : y) - row);
-          g = weight * (pull - load(w.rows + QUERIES + v * W));
+          g = weight * (pull - load(w.rows + LANES + v * W));
         }
         if (mask.data) {
           const ivec kept = mask_of(w, i);
@@ -289,11 +289,11 @@ static void backward_block(const Entry& entry, const Shape& s, Scratch& w, vec* 
         store(w.weights + i, weight);
         store(w.scores + i, entry.slope(x, g, sums, place) * g + beside);
       }
-    wide_gemm<WIDE_ROWS, QUERIES>(keys, w.value_width, queries, w.weights, 1, w.dout_rows, w.value_width,
+    wide_gemm<WIDE_ROWS, LANES>(keys, w.value_width, queries, w.weights, 1, w.dout_rows, w.value_width,
                                   w.dv + first * w.value_width, w.value_width);
-    wide_gemm<WIDE_ROWS, QUERIES>(keys, w.width, queries, w.scores, 1, w.query_rows, w.width, w.dk + first * w.width,
+    wide_gemm<WIDE_ROWS, LANES>(keys, w.width, queries, w.scores, 1, w.query_rows, w.width, w.dk + first * w.width,
                                   w.width);
-    wide_gemm<4, 1>(queries, w.width, keys, w.scores, QUERIES, w.keys + first * w.width, w.width, w.dq, w.width);
+    wide_gemm<4, 1>(queries, w.width, keys, w.scores, LANES, w.keys + first * w.width, w.width, w.dq, w.width);
   }
 }
 
@@ -325,8 +325,8 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
         const float* theta = extra->theta + order.head(task) * extra->size;
         const Entry entry(options, theta, w.room, extra->size, s.keys, nullptr);
         w.take_keys(*k, *v, b, h, s, false);
-        for (long n = 0; n < s.queries; n += QUERIES) {
-          const long queries = std::min<long>(QUERIES, s.queries - n), row = (b * s.heads + h) * s.queries + n;
+        for (long n = 0; n < s.queries; n += LANES) {
+          const long queries = std::min<long>(LANES, s.queries - n), row = (b * s.heads + h) * s.queries + n;
           w.take_queries(*q, q->at(b, h) + n * q->n, queries, scale, s);
           const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + n * mask->n : nullptr;
           if (queries > W)
@@ -334,7 +334,7 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
           else
             forward_block<1>(entry, s, w, mask_at, *mask, n, queries);
           for (long i = 0; i < queries; ++i) {
-            const float total = w.rows[i], greatest = w.rows[QUERIES + i];
+            const float total = w.rows[i], greatest = w.rows[LANES + i];
             const float c = extra->factor ? extra->factor[row + i] : 1.0f;
             // of a query without keys: e^(score - inf) is 0
             if (SOFT) extra->statistic[row + i] = total == 0 ? INFINITY : greatest + std::log(total);
@@ -344,10 +344,10 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
             if (FORM == 1) extra->statistic[row + i] = inverse;
             const float times = SIMPLEX ? 1.0f : FORM == 0 || FORM == 4 ? c : inverse;
             float* at = out + (row + i) * s.value_width;
-            for (long e = 0; e < s.value_width; ++e) at[e] = w.out[e * QUERIES + i] * times;
+            for (long e = 0; e < s.value_width; ++e) at[e] = w.out[e * LANES + i] * times;
             if (TWO) {
               float* beside = extra->soft + (row + i) * s.value_width;
-              for (long e = 0; e < s.value_width; ++e) beside[e] = w.soft_out[e * QUERIES + i] * inverse;
+              for (long e = 0; e < s.value_width; ++e) beside[e] = w.soft_out[e * LANES + i] * inverse;
               if (FORM == 4)
                 for (long e = 0; e < s.value_width; ++e) at[e] += beside[e];
             }
@@ -391,22 +391,22 @@ int kart_backward(const Shape* shape, const float* options, const Strided* q, co
         w.take_keys(*k, *v, b, h, s, true);
         std::fill(w.dk.data, w.dk.data + s.keys * w.width, 0.0f);
         std::fill(w.dv.data, w.dv.data + s.keys * w.value_width, 0.0f);
-        for (long n = 0; n < s.queries; n += QUERIES) {
-          const long queries = std::min<long>(QUERIES, s.queries - n), row = (b * s.heads + h) * s.queries + n;
+        for (long n = 0; n < s.queries; n += LANES) {
+          const long queries = std::min<long>(LANES, s.queries - n), row = (b * s.heads + h) * s.queries + n;
           w.take_queries(*q, q->at(b, h) + n * q->n, queries, scale, s);
-          pack_rows(dout->at(b, h) + n * dout->n, dout->n, dout->d, queries, QUERIES, s.value_width, w.value_width,
+          pack_rows(dout->at(b, h) + n * dout->n, dout->n, dout->d, queries, LANES, s.value_width, w.value_width,
                     1.0f, w.dout_rows);
           pack_lanes(w.dout_rows, w.value_width, w.dout_lanes);
           const float* out = FORM > 0 ? result->at(b, h) + n * result->n : nullptr;
-          for (long i = 0; i < QUERIES; ++i) {
+          for (long i = 0; i < LANES; ++i) {
             float dot = 0;
             if (FORM > 0 && i < queries)
               for (long e = 0; e < s.value_width; ++e)
                 dot += w.dout_rows[i * w.value_width + e] * out[i * result->n + e * result->d];
             const float c = i < queries && extra->factor ? extra->factor[row + i] : 1.0f;
             w.rows[i] = FORM == 0 ? c : i < queries ? extra->statistic[row + i] : SOFT || SIMPLEX ? INFINITY : 1.0f;
-            w.rows[QUERIES + i] = dot;
-            w.rows[2 * QUERIES + i] = c;
+            w.rows[LANES + i] = dot;
+            w.rows[2 * LANES + i] = c;
           }
           std::fill(w.dq.data, w.dq.data + queries * w.width, 0.0f);
           const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + n * mask->n : nullptr;
