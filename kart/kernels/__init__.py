@@ -4,6 +4,7 @@ from kart.kernels.base import contract_softmax
 from kart.kernels.core import ENGINES, contract, engines
 from kart.kernels.entries import entry_attention
 from kart.kernels.family import keep
+from kart.kernels.mixed import factored_values
 from kart.kernels.plain import transforming
 from kart.kernels.softmax import softmax_attention
 from kart.kernels.stream import by_queries, contract_units, contract_values, mix_values
@@ -17,6 +18,7 @@ __all__ = [
     "contract_values",
     "engines",
     "entry_attention",
+    "factored_values",
     "keep",
     "mix_values",
     "softmax_attention",

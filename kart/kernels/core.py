@@ -19,7 +19,7 @@ from torch.autograd import Function
 from kart.kernels import chunked, cpp, plain, triton
 from kart.kernels.arguments import broadcast_leading, check, flat_mask
 from kart.kernels.family import Family, Product, family_named, family_of, pin, recordable
-from kart.kernels.transforms import forward_levels, front, no_autocast, signed
+from kart.kernels.transforms import forward_levels, front, no_autocast, recorded, signed
 
 ENGINES = ("auto", "torch", "cpp", "triton", "plain")
 
@@ -192,7 +192,8 @@ class _Forward(Function):
                 *(q, k, coefs),
             )(dy)
         else:
-            gradients = _Backward.apply(ctx.family, ctx.engine, ctx.scale, dy, q, k, coefs, mask)
+            backward = _Backward.apply if recorded() else _Backward.forward
+            gradients = backward(ctx.family, ctx.engine, ctx.scale, dy, q, k, coefs, mask)
         return None, None, None, *gradients, None
 
     @staticmethod

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from kart.kernels import plain
-from kart.kernels.transforms import forward_levels, front, signed
+from kart.kernels.transforms import forward_levels, front, recorded, signed
 
 
 class Fused(NamedTuple):
@@ -87,16 +87,18 @@ class _Forward(Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        op = ctx.op
-        inputs, results = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
+        op, saved = ctx.op, ctx.saved_tensors  # asked for once: each time all are unpacked
+        inputs, results = saved[: ctx.inputs], saved[ctx.inputs :]
         gradients = tuple(
             torch.zeros_like(y) if g is None else g
             for g, y in zip(gradients[: op.count], results, strict=False)
         )
         if forward_levels():
             pulled = _pulled(op, inputs, gradients)
-        else:
+        elif recorded():
             pulled = _Backward.apply(op, len(inputs), *gradients, *inputs, *results)
+        else:
+            pulled = op.backward(gradients, inputs, results)
         found = dict(zip(op.learned, pulled, strict=True))
         return None, *(found.get(i) for i in range(len(inputs)))
 
@@ -129,8 +131,8 @@ class _Backward(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        op, count = ctx.op, ctx.op.count
-        gradients, inputs = ctx.saved_tensors[:count], list(ctx.saved_tensors[count:])
+        op, count, saved = ctx.op, ctx.op.count, ctx.saved_tensors
+        gradients, inputs = saved[:count], list(saved[count:])
 
         # the results of the forward are functions of the inputs: their share is in those gradients
         def first(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -36,6 +36,17 @@ def grad_levels() -> int:
     return _levels(_functorch.TransformType.Grad)
 
 
+def recorded() -> bool:
+    """Whether what is called now is differentiated or transformed further; the backward of a plain
+    loss is not, and may call what it needs without an autograd.Function around it.
+    """
+    return (
+        torch.is_grad_enabled()
+        or bool(_functorch.get_interpreter_stack())
+        or forward_ad._current_level >= 0
+    )
+
+
 def front(x: Tensor, dim: int | None, size: int) -> Tensor:
     """The mapped axis first; a view that repeats `x` where it is not mapped."""
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)

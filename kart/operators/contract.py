@@ -373,14 +373,14 @@ class Streamed:
         return kernels.contract(bases.polynomial(1), coefs, q, k, self.mask, engine=self.engine)
 
 
-def values_of(logits: Logits, v: Tensor, mask: Tensor | None) -> Tensor:
+def values_of(logits: Logits, v: Tensor, mask: Tensor | None, engine: str = "auto") -> Tensor:
     """The logits, zero where they are masked, times `v (..., H, M, e)`, at least in float32."""
     v = wide(v)
     if isinstance(logits, Factored):
         # r cancelling terms: rounding each factor to half precision would show in the sum
         left, right = wide(logits.left), logits.right.to(v.dtype)
         if same_for_all_queries(mask):
-            return left @ (right.mT @ v)
+            return kernels.factored_values(left, right, v, engine)
         # a mask that differs between queries cannot move into right^T V
         return kernels.mix_values(left, right, v, mask)  # type: ignore[arg-type]
     return only(wide(logits), mask) @ v
@@ -466,7 +466,7 @@ def from_logits(
             if product is not None and same_for_all_queries(mask):
                 out = product(params, source, v)
             else:
-                out = values_of(logits(params, source), v, mask)
+                out = values_of(logits(params, source), v, mask, engine)
             if base is not None and source.attended is not None:
                 out = out + source.attended
             elif base is not None:

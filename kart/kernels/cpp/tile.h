@@ -33,10 +33,12 @@ static long round_up(long x, long step) { return (x + step - 1) / step * step; }
 
 // --- products --------------------------------------------------------------------------------------
 
-// out[i][..] (+)= sum_t a[i * AI + t * at] * b[t * bt + ..] for R rows of V vectors, all sums in registers
+// out[i][..] (+)= sum_t a[i * AI + t * at] * b[t * bt + ..] for R rows of V vectors, all sums in registers;
+// where AI is 0, of rows that `ai` tells
 template <int R, int V, int AI>
 static inline __attribute__((always_inline)) void block(long steps, const float* a, long at, const float* b,
-                                                         long bt, float* out, long row, bool add) {
+                                                         long bt, float* out, long row, bool add, long ai) {
+  const long next = AI ? AI : ai;
   vec sum[R][V];
 #pragma GCC unroll 24
   for (int i = 0; i < R; ++i)
@@ -48,7 +50,7 @@ static inline __attribute__((always_inline)) void block(long steps, const float*
     for (int v = 0; v < V; ++v) x[v] = load(b + v * W);
 #pragma GCC unroll 24
     for (int i = 0; i < R; ++i) {
-      const vec s = splat(a[i * AI]);
+      const vec s = splat(a[i * next]);
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[i][v] += s * x[v];
     }
@@ -61,30 +63,32 @@ static inline __attribute__((always_inline)) void block(long steps, const float*
 
 template <int R, int V, int AI>
 static __attribute__((noinline)) void rest(int rows, long steps, const float* a, long at, const float* b, long bt,
-                                           float* out, long row, bool add) {
+                                           float* out, long row, bool add, long ai) {
   if constexpr (R > 0) {
     if (rows == R)
-      block<R, V, AI>(steps, a, at, b, bt, out, row, add);
+      block<R, V, AI>(steps, a, at, b, bt, out, row, add, ai);
     else
-      rest<R - 1, V, AI>(rows, steps, a, at, b, bt, out, row, add);
+      rest<R - 1, V, AI>(rows, steps, a, at, b, bt, out, row, add, ai);
   }
 }
 
 // any number of rows, in blocks of R
 template <int R, int V, int AI>
 static __attribute__((noinline)) void gemm(int rows, long steps, const float* a, long at, const float* b, long bt,
-                                           float* out, long row, bool add) {
-  for (; rows >= R; rows -= R, a += R * AI, out += R * row) block<R, V, AI>(steps, a, at, b, bt, out, row, add);
-  if (rows) rest<R - 1, V, AI>(rows, steps, a, at, b, bt, out, row, add);
+                                           float* out, long row, bool add, long ai = AI) {
+  for (; rows >= R; rows -= R, a += R * ai, out += R * row)
+    block<R, V, AI>(steps, a, at, b, bt, out, row, add, ai);
+  if (rows) rest<R - 1, V, AI>(rows, steps, a, at, b, bt, out, row, add, ai);
 }
 
-// as `gemm`, adding to rows of `width` floats, a multiple of W
+// as `gemm`, for rows of `width` floats, a multiple of W
 template <int R, int AI>
 static void wide_gemm(int rows, long width, long steps, const float* a, long at, const float* b, long bt, float* out,
-                      long row) {
+                      long row, bool add = true, long ai = AI) {
   long c = 0;
-  for (; c + WIDE * W <= width; c += WIDE * W) gemm<R, WIDE, AI>(rows, steps, a, at, b + c, bt, out + c, row, true);
-  for (; c < width; c += W) gemm<ROWS, 1, AI>(rows, steps, a, at, b + c, bt, out + c, row, true);
+  for (; c + WIDE * W <= width; c += WIDE * W)
+    gemm<R, WIDE, AI>(rows, steps, a, at, b + c, bt, out + c, row, add, ai);
+  for (; c < width; c += W) gemm<ROWS, 1, AI>(rows, steps, a, at, b + c, bt, out + c, row, add, ai);
 }
 
 // --- packing ---------------------------------------------------------------------------------------

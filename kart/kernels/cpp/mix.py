@@ -1,0 +1,112 @@
+"""The compiled `y (mix^T v)` of `kart.kernels.mixed`: mix.cpp.
+
+As the other kernels it is held against the plain expression before its first use, and where
+anything fails the reason is logged once and torch runs instead.
+"""
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kart.kernels.cpp import Shape, array_of, build, log
+from kart.kernels.transforms import untransformed
+
+
+def _room(like: Tensor, rows: int) -> Tensor:
+    """Room for `(B, H, rows, e)`, the heads of a row side by side, as a model has them."""
+    batch, heads, _, width = like.shape
+    return like.new_empty(batch, rows, heads, width).transpose(1, 2)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class Engine:
+    """The compiled kernels."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self.library = library
+
+    def _call(self, function: Any, v: Tensor, y: Tensor, *arguments: Any) -> None:
+        rank = y.shape[3]
+        shape = Shape(*y.shape[:3], v.shape[2], v.shape[3], rank, 0)
+        threads = min(torch.get_num_threads(), v.shape[0] * v.shape[1])
+        if function(ctypes.byref(shape), *arguments, threads):
+            raise MemoryError("the C++ engine of the values could not allocate its buffers.")
+
+    def forward(self, v: Tensor, y: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
+        """`y (mix^T v)`, and `mix^T v (B, H, r, e)`, for `v (B, H, M, e)`, `y (B, H, N, r)` and
+        `mix (B or 1, H, M, r)`, all float32.
+        """
+        y, mix = _flat(y), _flat(mix)
+        out = _room(v, y.shape[2])
+        hidden = v.new_empty(*v.shape[:2], mix.shape[3], v.shape[3])
+        inputs = [ctypes.byref(array_of(x)) for x in (v, y, mix)]
+        own = int(mix.shape[0] > 1)
+        results = ctypes.byref(array_of(out)), ctypes.c_void_p(hidden.data_ptr())
+        self._call(self.library.kart_mix, v, y, *inputs, own, *results)
+        return out, hidden
+
+    def backward(
+        self, dout: Tensor, v: Tensor, y: Tensor, mix: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dv, dy and dmix."""
+        y, mix, hidden = _flat(y), _flat(mix), hidden.contiguous()
+        dv, dy, dmix = _room(v, v.shape[2]), y.new_empty(y.shape), mix.new_empty(mix.shape)
+        inputs = [ctypes.byref(array_of(x)) for x in (dout, v, y, mix)]
+        own = int(mix.shape[0] > 1)
+        results = [ctypes.byref(array_of(dv)), *(ctypes.c_void_p(x.data_ptr()) for x in (dy, dmix))]
+        self._call(
+            self.library.kart_unmix,
+            v,
+            y,
+            *(*inputs, own, ctypes.c_void_p(hidden.data_ptr()), *results),
+        )
+        return dv, dy, dmix
+
+
+def _check(engine: Engine) -> None:
+    """RuntimeError unless the kernels agree with the plain expression in float64: odd sizes and
+    strides, one mix for all samples and one for each.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    for own, width, rank in ((1, 5, 13), (2, 64, 12), (2, 48, 1)):
+        v, dout = (draw(2, n, 2, width).transpose(1, 2) for n in (53, 37))
+        y, mix = draw(2, 2, rank, 37).mT, draw(own, 2, 53, rank)
+        with untransformed():
+            out, hidden = engine.forward(v, y, mix)
+            found = (out, *engine.backward(dout, v, y, mix, hidden))
+        v, y, mix, dout = (x.double() for x in (v, y, mix, dout))
+        dhidden = y.mT @ dout
+        dmix = v @ dhidden.mT
+        dmix = dmix if own > 1 else dmix.sum(0, keepdim=True)
+        wanted = y @ (mix.mT @ v), mix @ dhidden, dout @ (mix.mT @ v).mT, dmix
+        for name, got, expected in zip(("out", "dv", "dy", "dmix"), found, wanted, strict=True):
+            tolerance = 1e-5 * expected.abs().max().item()
+            difference = (got.double() - expected).abs().max().item()
+            if not difference <= tolerance:
+                raise RuntimeError(
+                    f"its self-check failed: {name} differs by {difference:.1e}, more than "
+                    f"{tolerance:.1e}"
+                )
+
+
+@functools.cache
+def engine() -> Engine | None:
+    """The checked kernels, or None, which is logged once."""
+    try:
+        with untransformed():
+            found = Engine(build.library("mix", '#include "mix.cpp"\n'))
+            _check(found)
+    except Exception as error:
+        log.warning("kart's C++ engine is off for the values, torch runs instead: %s", error)
+        return None
+    return found

@@ -1,0 +1,59 @@
+"""`y (mix^T v)` with the values as they lie in memory, and nothing kept but its inputs.
+
+The values of a model are a view of the projection's output, whose samples and heads cannot be
+joined into the one batch axis of a matrix product: torch copies them, forward and backward, and
+keeps the copy. The compiled kernel reads them in place; so does it the gradient of the output.
+"""
+
+import torch
+from torch import Tensor
+
+from kart.kernels import fused
+from kart.kernels.cpp import mix as compiled
+from kart.kernels.fused import Fused
+from kart.kernels.transforms import forward_levels
+
+
+def _expression(v: Tensor, y: Tensor, mix: Tensor) -> tuple[Tensor]:
+    return (y @ (mix.mT @ v),)
+
+
+def _engine() -> compiled.Engine:
+    found = compiled.engine()
+    assert found is not None  # `factored_values` asked
+    return found
+
+
+def _forward(v: Tensor, y: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
+    return _engine().forward(v, y, mix)
+
+
+def _backward(gradients, inputs, results) -> tuple[Tensor, Tensor, Tensor]:
+    return _engine().backward(*gradients, *inputs, results[1])
+
+
+# the last input may be one for all samples
+PRODUCT = Fused(_forward, _backward, _expression, 1, (0, 1, 2), (2,))
+
+
+def factored_values(y: Tensor, mix: Tensor, v: Tensor, engine: str = "auto") -> Tensor:
+    """`y (mix^T v)`, `(..., H, N, e)`, for `y (..., H, N, r)`, `mix (..., H, M, r)` and `v (..., H,
+    M, e)`: `mix_values` without a mask. Compiled on a CPU in float32 for four axes, unless `engine`
+    is another than "auto" or "cpp".
+    """
+    tensors = (y, mix, v)
+    in_place = (
+        engine in ("auto", "cpp")
+        and not torch.compiler.is_compiling()
+        and all(x.device.type == "cpu" and x.dtype is torch.float32 for x in tensors)
+        and v.dim() == y.dim() == 4
+        and mix.dim() in (3, 4)
+        and y.shape[:2] == v.shape[:2]
+        and mix.shape[-3] == v.shape[1]
+        and not forward_levels()
+        and all(x.numel() for x in tensors)
+        and compiled.engine() is not None
+    )
+    if not in_place:
+        return _expression(v, y, mix)[0]
+    return fused.apply(PRODUCT, v, y, mix if mix.dim() == 4 else mix[None])[0]
