@@ -256,31 +256,19 @@ def _check(engine: Engine, family: Family, softmax: bool) -> None:
             found = _found(engine, family, case, softmax)
         with untransformed():
             wanted = _wanted(family, case, softmax)
-        for name, expected in wanted.items():
-            # a few hundred roundings of terms whose error grows with the number of features
-            tolerance = 1e-5 * (1 + family.width) * expected.abs().max().item()
-            difference = (found[name].double() - expected).abs().max().item()
-            if not difference <= tolerance:
-                raise RuntimeError(
-                    f"its self-check failed: {name} differs by {difference:.1e}, more than "
-                    f"{tolerance:.1e}"
-                )
+        build.compare(found, wanted, family.width)
 
 
 @functools.lru_cache(maxsize=256)
 def _engine(name: str, source: str, options: tuple[float, ...], softmax: bool, of: "FamilyOf"):
     """The checked kernels of a family and "", or None and why there are none; logged once."""
-    family = of.family
-    label = re.sub(r"[^\w]+", "-", family.basis.family)
-    try:
-        # asked under any transform or dispatch mode; the check is on plain tensors
-        with untransformed():
-            engine = Engine(build.library(label, source), options)
-            _check(engine, family, softmax)
-    except Exception as error:
-        log.warning("kart's C++ engine is off for %s, torch runs instead: %s", label, error)
-        return None, str(error)
-    return engine, ""
+
+    def make(library: ctypes.CDLL) -> Engine:
+        engine = Engine(library, options)
+        _check(engine, of.family, softmax)
+        return engine
+
+    return build.checked(re.sub(r"[^\w]+", "-", of.family.basis.family), source, make)
 
 
 class FamilyOf(NamedTuple):

@@ -19,8 +19,13 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kart.kernels.transforms import untransformed
 
 try:
     import fcntl
@@ -164,3 +169,30 @@ def library(name: str, source: str) -> ctypes.CDLL:
     if not path.exists():
         _compile(command, source, path)
     return ctypes.CDLL(str(path))
+
+
+def checked(label: str, source: str, make: Callable[[ctypes.CDLL], Any]) -> tuple[Any, str]:
+    """What `make` makes of the library of a source and has held against the plain expression, and
+    "", or None and why, which is logged.
+    """
+    try:
+        # asked under any transform or dispatch mode; the check is on plain tensors
+        with untransformed():
+            return make(library(label, source)), ""
+    except Exception as error:
+        log.warning("kart's C++ engine is off for %s, torch runs instead: %s", label, error)
+        return None, str(error)
+
+
+def compare(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], width: int = 1) -> None:
+    """RuntimeError unless results agree with those in float64 up to a few hundred roundings, of
+    terms whose error grows with the number of features, `width`.
+    """
+    for name, expected in wanted.items():
+        tolerance = 1e-5 * (1 + width) * expected.abs().max().item()
+        difference = (found[name].double() - expected).abs().max().item()
+        if not difference <= tolerance:
+            raise RuntimeError(
+                f"its self-check failed: {name} differs by {difference:.1e}, more than "
+                f"{tolerance:.1e}"
+            )

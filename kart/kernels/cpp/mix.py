@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kart.kernels.cpp import Shape, array_of, build, log
+from kart.kernels.cpp import Shape, array_of, build
 from kart.kernels.transforms import untransformed
 
 
@@ -89,24 +89,17 @@ def _check(engine: Engine) -> None:
         dmix = v @ dhidden.mT
         dmix = dmix if own > 1 else dmix.sum(0, keepdim=True)
         wanted = y @ (mix.mT @ v), mix @ dhidden, dout @ (mix.mT @ v).mT, dmix
-        for name, got, expected in zip(("out", "dv", "dy", "dmix"), found, wanted, strict=True):
-            tolerance = 1e-5 * expected.abs().max().item()
-            difference = (got.double() - expected).abs().max().item()
-            if not difference <= tolerance:
-                raise RuntimeError(
-                    f"its self-check failed: {name} differs by {difference:.1e}, more than "
-                    f"{tolerance:.1e}"
-                )
+        names = ("out", "dv", "dy", "dmix")
+        build.compare(*(dict(zip(names, x, strict=True)) for x in (found, wanted)))
 
 
 @functools.cache
 def engine() -> Engine | None:
     """The checked kernels, or None, which is logged once."""
-    try:
-        with untransformed():
-            found = Engine(build.library("mix", '#include "mix.cpp"\n'))
-            _check(found)
-    except Exception as error:
-        log.warning("kart's C++ engine is off for the values, torch runs instead: %s", error)
-        return None
-    return found
+
+    def make(library: ctypes.CDLL) -> Engine:
+        found = Engine(library)
+        _check(found)
+        return found
+
+    return build.checked("values", '#include "mix.cpp"\n', make)[0]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kart.kernels import plain
-from kart.kernels.cpp import BASES, DTYPES, MAX_WIDTH, FamilyOf, Shape, array_of, build, log
+from kart.kernels.cpp import BASES, DTYPES, MAX_WIDTH, FamilyOf, Shape, array_of, build
 from kart.kernels.family import Family
 from kart.kernels.transforms import untransformed
 
@@ -199,16 +199,11 @@ def _check(engine: Engine, family: Family | None, form: str, matrix: bool) -> No
             )
         width = 1 if family is None else family.width
         names = ["out", *(f"d{name}" for name in leaves)]
-        pairs = zip(names, (results[0], *found, *pulled), (out, *wanted), strict=True)
-        for name, got, expected in pairs:
-            # a few hundred roundings of terms whose error grows with the number of features
-            tolerance = 1e-5 * (1 + width) * expected.abs().max().item()
-            difference = (got.double() - expected).abs().max().item()
-            if not difference <= tolerance:
-                raise RuntimeError(
-                    f"its self-check failed: {name} differs by {difference:.1e}, more than "
-                    f"{tolerance:.1e}"
-                )
+        build.compare(
+            dict(zip(names, (results[0], *found, *pulled), strict=True)),
+            dict(zip(names, (out, *wanted), strict=True)),
+            width,
+        )
 
 
 @functools.lru_cache(maxsize=256)
@@ -217,14 +212,13 @@ def _engine(
 ):
     """The checked kernels of a family in a form and "", or None and why; logged once."""
     label = re.sub(r"[^\w]+", "-", name.partition("?")[0].partition(":")[2] or name) + "-" + form
-    try:
-        with untransformed():
-            engine = Engine(build.library(label, source), options)
-            _check(engine, of.family, form, matrix)
-    except Exception as error:
-        log.warning("kart's C++ engine is off for %s, torch runs instead: %s", label, error)
-        return None, str(error)
-    return engine, ""
+
+    def make(library: ctypes.CDLL) -> Engine:
+        engine = Engine(library, options)
+        _check(engine, of.family, form, matrix)
+        return engine
+
+    return build.checked(label, source, make)
 
 
 def engine_of(family: Family | None, form: str, matrix: bool = False) -> tuple[Engine | None, str]:
