@@ -29,7 +29,8 @@ def _forward(v: Tensor, y: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _backward(gradients, inputs, results) -> tuple[Tensor, Tensor, Tensor]:
-    return _engine().backward(*gradients, *inputs, results[1])
+    (dout,), (v, y, mix), (_, hidden) = gradients, inputs, results
+    return _engine().backward(dout, v, y, mix, hidden)
 
 
 # the last input may be one for all samples

@@ -184,7 +184,7 @@ def checked(label: str, source: str, make: Callable[[ctypes.CDLL], Any]) -> tupl
         return None, str(error)
 
 
-def compare(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], width: int = 1) -> None:
+def compare(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], width: int) -> None:
     """RuntimeError unless results agree with those in float64 up to a few hundred roundings, of
     terms whose error grows with the number of features, `width`.
     """

@@ -89,8 +89,10 @@ def _check(engine: Engine) -> None:
         dmix = v @ dhidden.mT
         dmix = dmix if own > 1 else dmix.sum(0, keepdim=True)
         wanted = y @ (mix.mT @ v), mix @ dhidden, dout @ (mix.mT @ v).mT, dmix
-        names = ("out", "dv", "dy", "dmix")
-        build.compare(*(dict(zip(names, x, strict=True)) for x in (found, wanted)))
+        names: list[str] = ["out", "dv", "dy", "dmix"]
+        build.compare(
+            dict(zip(names, found, strict=True)), dict(zip(names, wanted, strict=True)), 1
+        )
 
 
 @functools.cache
