@@ -193,8 +193,13 @@ def test_transparent_ground_is_white(run, tmp_path, capsys):
     Image.fromarray(np.full((16, 16), 255, np.uint8)).save(tmp_path / "white.png")
     argv = ["predict", str(run), str(tmp_path / "clear.png"), str(tmp_path / "white.png")]
     assert cli.main(argv) == 0
-    one, two = (line.split()[1:] for line in capsys.readouterr().out.splitlines()[-2:])
+    printed = capsys.readouterr()
+    one, two = (line.split()[1:] for line in printed.out.splitlines()[-2:])
     assert one == two
+    # what was changed in them is named and counted
+    assert printed.err.startswith("converted: ")
+    for changed in ("1 resized to 8 x 8, the middle square", "1 transparency composited on white"):
+        assert changed in printed.err
     (tmp_path / "text.png").write_text("no image")
     assert cli.main(["predict", str(run), str(tmp_path / "text.png")]) == 2
     assert capsys.readouterr().err.count("\n") == 1

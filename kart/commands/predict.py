@@ -1,8 +1,8 @@
 """`kart predict`: the classes of images, by the model of a run."""
 
 import argparse
+import sys
 
-import numpy as np
 import torch
 
 from kart import data, runs, tables, train
@@ -25,7 +25,10 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     one = runs.only(args.run, args.checkpoint, args.seed)
     own = one.identity.data
-    pixels = np.stack([data.read_image(name, tuple(own["image"])) for name in args.images])
+    pixels, converted = data.read_images(args.images, tuple(own["image"]))
+    if converted:
+        changed = "; ".join(f"{item.count} {item.what}" for item in converted)
+        print(f"converted: {changed}", file=sys.stderr)
     dataset = owned.empty(own)
     images = train.prepare(data.as_float(torch.from_numpy(pixels)), dataset, one.config)
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from kart.data.batches import as_float, batch_indices, generator_for, normalise, take
 from kart.data.dataset import SPLITS, Converted, Dataset, Unused
-from kart.data.loading import load, notes, read_image
+from kart.data.loading import load, notes, read_images
 from kart.data.names import SHORT
 from kart.data.overview import Description, SplitDescription, contact_sheet, describe, summary
 from kart.data.pictures import Pictures
@@ -29,7 +29,7 @@ __all__ = [
     "load",
     "normalise",
     "notes",
-    "read_image",
+    "read_images",
     "reader",
     "summary",
     "take",

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,19 +128,31 @@ def load(
     )
 
 
-def read_image(path: str | Path, shape: tuple[int, ...]) -> np.ndarray:
-    """One image file as uint8 `shape`, (channels, height, width), read as `load` reads it."""
+def read_images(
+    paths: Sequence[str | Path], shape: tuple[int, ...]
+) -> tuple[np.ndarray, tuple[Converted, ...]]:
+    """Image files as uint8 `(n, *shape)`, shape (channels, height, width), read as `load` reads
+    them, and what was changed in them.
+    """
     channels, height, width = shape
-    image, _ = images.decode(path, repr(str(path)))
-    if image.size != (width, height):
-        if width != height:
-            raise ValueError(
-                f"`read_image` needs images of {width} x {height}, got {str(path)!r} of "
-                f"{image.width} x {image.height}. Cut it to that size."
-            )
-        image = images.resize(image, height)
-    pixels = np.asarray(image)
-    return images.luminance(pixels)[None] if channels == 1 else pixels.transpose(2, 0, 1)
+    pixels, told, grey = [], [], []
+    for path in paths:
+        image, header = images.decode(path, repr(str(path)))
+        changed = header.changes
+        if image.size != (width, height):
+            if width != height:
+                raise ValueError(
+                    f"`read_images` needs images of {width} x {height}, got {str(path)!r} of "
+                    f"{image.width} x {image.height}. Cut it to that size."
+                )
+            image = images.resize(image, height)
+            changed = (*changed, f"resized to {width} x {height}, the middle square")
+        found = np.asarray(image)
+        pixels.append(images.luminance(found)[None] if channels == 1 else found.transpose(2, 0, 1))
+        told.append(changed)
+        grey.append(header.grey)
+    index = np.arange(len(pixels))
+    return np.stack(pixels), changes.tally(told, np.array(grey, bool), index, channels)
 
 
 def check_options(source: Any, image_size: Any, *options: Any) -> None:
