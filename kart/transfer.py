@@ -151,10 +151,13 @@ def teach(
         ValueError: for a donor that is not such a model, or has other operators.
     """
     rest = {name: node for name, node in donor.items() if name.split(".")[0] != "head"}
-    found = begin(teacher, {**rest, "head": params[TEACHER]["head"]}, Generator(), like)
+    wrong = "`attention_from` needs a teacher with the operators of `operator`, got one"
+    try:
+        found = begin(teacher, {**rest, "head": params[TEACHER]["head"]}, Generator(), like)
+    except ValueError as error:
+        raise ValueError(f"{wrong} that does not fit: {error}") from None
     if found.drawn:
         raise ValueError(
-            f"`attention_from` needs a teacher with the operators of `operator`, got one without "
-            f"{found.drawn[0]!r}. Give the teacher's operator, model and sizes."
+            f"{wrong} without {found.drawn[0]!r}. Give the teacher's operator, model and sizes."
         )
     return {**params, TEACHER: found.params}
