@@ -64,7 +64,8 @@ def test_causal_attention_does_not_see_what_comes_later(spec):
     changed = x.clone()
     changed[:, 4:] += 1
     assert_close(module(changed, is_causal=True)[:, :4], y[:, :4])
-    assert (module(changed, is_causal=True)[:, 4:] - y[:, 4:]).abs().min() > 1e-6
+    # every later token feels it, whatever becomes of one number
+    assert (module(changed, is_causal=True) - y)[:, 4:].norm(dim=-1).min() > 1e-4
     lower = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
     assert_close(module(x, mask=lower), y)
     # a mask of keys beside it
