@@ -175,9 +175,14 @@ def called(argv: list[str], found: Found) -> tuple[int, str]:
             status = cli.main(argv)
         except SystemExit as stop:
             status = int(stop.code or 0)
-    found["crashed"] += status not in (0, 2)
+    found["crashed"] += status not in (0, 2) and not diverged(status, error.getvalue())
     found["traceback"] += "Traceback" in error.getvalue() or "unforeseen" in error.getvalue()
     return status, error.getvalue()
+
+
+def diverged(status: int, error: str) -> bool:
+    """Whether training stopped, in one line, at a loss that is not finite, and kept its state."""
+    return status == 1 and "training stopped at step" in error and error.count("\n") == 1
 
 
 def command_lines(draw: random.Random, count: int, folder: Path) -> Found:
@@ -192,7 +197,8 @@ def command_lines(draw: random.Random, count: int, folder: Path) -> Found:
             status, error = called(argv, found)
             found["silent"] += status == 2 and error.count("\n") != 1
             if argv[0] == "train":
-                found["silent"] += Path("out").exists() != (status == 0)
+                kept = status == 0 or diverged(status, error)
+                found["silent"] += Path("out").exists() != kept
             shutil.rmtree("out", ignore_errors=True)
     return found
 
