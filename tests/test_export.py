@@ -188,6 +188,12 @@ def test_predictions_are_those_of_the_run_on_its_own_pixels(run, expected, tmp_p
         assert line.split("  ", 1)[1].split() == " ".join(wanted).split()
 
 
+@pytest.mark.parametrize("paths", ["image.png", []])
+def test_images_to_read_are_a_list(paths):
+    with pytest.raises(ValueError, match="`read_images` needs a list of one path or more"):
+        data.read_images(paths, (1, 8, 8))
+
+
 def test_transparent_ground_is_white(run, tmp_path, capsys):
     clear = np.zeros((8, 8, 4), np.uint8)
     Image.fromarray(clear).save(tmp_path / "clear.png")

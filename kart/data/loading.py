@@ -134,6 +134,8 @@ def read_images(
     """Image files as uint8 `(n, *shape)`, shape (channels, height, width), read as `load` reads
     them, and what was changed in them.
     """
+    if isinstance(paths, str | Path) or not len(paths):
+        raise ValueError(f"`read_images` needs a list of one path or more, got {paths!r}.")
     channels, height, width = shape
     pixels, told, grey = [], [], []
     for path in paths:

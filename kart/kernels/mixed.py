@@ -1,8 +1,8 @@
-"""`y (mix^T v)` with the values as they lie in memory, and nothing kept but its inputs.
+"""`y (mix^T v)` with the values as they lie in memory; kept are its inputs and `mix^T v`.
 
 The values of a model are a view of the projection's output, whose samples and heads cannot be
 joined into the one batch axis of a matrix product: torch copies them, forward and backward, and
-keeps the copy. The compiled kernel reads them in place; so does it the gradient of the output.
+keeps the copy. The compiled kernel reads them, and the gradient of the output, in place.
 """
 
 import torch

@@ -12,7 +12,6 @@ rounded.
 
 import ctypes
 import functools
-import logging
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,8 +23,6 @@ from kart.kernels import plain
 from kart.kernels.cpp import build
 from kart.kernels.family import Family, Product, family_named
 from kart.kernels.transforms import untransformed
-
-log = logging.getLogger("kart.kernels")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BASES = ("zero", "identity", "silu", "gelu")
