@@ -2,8 +2,9 @@
 
 A family's piece (`kart.bases.basis.Cpp`) is compiled together with product.cpp, or units.cpp for
 units that are not linear in their parameters, with the machine's own compiler for its own
-instruction set (AVX-512 or AVX2); see `build`. Before its first use in a process it is held against
-the plain expression. Where anything fails, no compiler, another processor, a failed build or check,
+instruction set (AVX-512 or AVX2); see `build`. Where the processor has a tile unit (AMX-BF16) the
+long sums of long sequences are its own, as exact; see amx.h. Before its first use in a process a
+library is held against the plain expression. Where anything fails, no compiler, another processor, a failed build or check,
 the reason is logged once and the torch engine runs instead.
 
 The kernels compute in float32; half types are widened on their way in, and only the results are
@@ -163,16 +164,20 @@ class _Case(NamedTuple):
 
 def _cases(family: Family) -> list[_Case]:
     """Odd sizes, strides and masks: more than one block of queries and of keys, and a rest of each;
-    widths of no whole vector.
+    widths and ranks of no whole vector, below and above those that the tile unit takes.
     """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    batch, heads, queries, keys, width, rank, value_width = 2, 2, 37, 29, 7, 13, 5
+    batch, heads = 2, 2
+    small, large = (37, 45, 7, 13, 5), (135, 147, 70, 13, 66)
+    # units that are not linear are never on the tile unit, and amplify the roundings of a score
+    second = (small, 1.5) if family.basis.features is None else (large, 0.6)
     cases = []
-    for own in (1, batch):
+    for own, sizes, scale in ((1, small, 0.4), (batch, *second)):
+        queries, keys, width, rank, value_width = sizes
         q = draw(batch, queries, heads, width).transpose(1, 2)
         k, v = draw(batch, heads, width, keys).mT, draw(batch, keys, heads, value_width)
         if family.basis.features is None:
@@ -183,7 +188,7 @@ def _cases(family: Family) -> list[_Case]:
         mask = torch.rand(1, heads, queries, keys, generator=generator) < 0.7
         dy, dout = draw(batch, heads, queries, rank), draw(batch, heads, queries, value_width)
         leaves = {"q": q, "k": k, "v": v.transpose(1, 2), **units}
-        cases.append(_Case(leaves, mask if own > 1 else None, dy, dout, 1.5 if own > 1 else 0.4))
+        cases.append(_Case(leaves, mask if own > 1 else None, dy, dout, scale))
     return cases
 
 

@@ -35,7 +35,7 @@ except ImportError:  # no such locks, and no such compiler flags, on Windows
 log = logging.getLogger("kart.kernels")
 
 ROOT = Path(__file__).parent
-HEADERS = ("vector.h", "tile.h", "unit.h", "linear.h")
+HEADERS = ("vector.h", "amx.h", "tile.h", "operands.h", "unit.h", "linear.h")
 SOURCES = (*HEADERS, "product.cpp", "units.cpp", "weights.cpp", "mix.cpp")
 # no -ffast-math: it deletes the rounding by a magic number and gives wrong sines
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")

@@ -4,7 +4,7 @@
 // family's `struct Piece` and the constants BASE and SOFTMAX before this file; what it computes is held
 // against kart/kernels/chunked.py.
 
-#include "tile.h"
+#include "operands.h"
 
 // --- features --------------------------------------------------------------------------------------
 
@@ -35,8 +35,11 @@ struct Features : Piece {
 };
 
 constexpr int K = Features::K;
-constexpr int KEYS = K <= 6 ? 2 * ROWS : ROWS;     // of a forward tile
-constexpr int TILE = KEYS;                          // queries of a backward tile
+// rows whose features stay in the level-1 cache, and those whose scores are taken at once: the tile unit reads its
+// operands three pieces at a time, which would drive out everything else if it took turns with the vector unit
+constexpr int TILE = K <= 6 ? 2 * ROWS : ROWS;
+constexpr int LONGEST = TILES ? 256 : TILE;
+static int span(bool unit) { return unit ? LONGEST : TILE; }
 
 // scores (keys x LANES) to features (keys * K x LANES); `mask`, where given, has -1 or 0 for each score
 template <int V>
@@ -138,51 +141,31 @@ static void pack_blocks(const Coefs& c, const float* x, const Shape& s, float* o
         for (long m = first; m < first + LANES; ++m) *out++ = m < s.keys ? x[p * c.p + m * c.m + j * c.j] : 0.0f;
 }
 
+static bool on_unit(const Shape& s, long width) { return worth(s.queries, s.keys, width); }
+
 // --- one head of one sample ------------------------------------------------------------------------
 
 // Forward: lanes are queries, so that the sum over keys and features stays in registers.
 struct Forward {
-  long width, value_width;  // padded to whole vectors
-  Buffer panels, keys, query_lanes, query_rows, scores, features, y, value_rows, weights, out, statistics;
+  Rows keys, values;
+  Lanes queries;
+  Between between;
+  Buffer scores, features, y, weights, out, statistics, rows;
   std::vector<int32_t> mask;
   explicit Forward(const Shape& s)
-      : width(round_up(s.width, W)),
-        value_width(SOFTMAX ? round_up(s.value_width, W) : 0),
-        panels(round_up(s.keys, ROWS) / ROWS * width * W),
-        keys((s.keys + W) * width),  // a panel is read as W rows
-        query_lanes(width * LANES),
-        query_rows(LANES * width),
-        scores(KEYS * LANES),
-        features(KEYS * K * LANES),
+      : keys(s.keys, s.width, false, on_unit(s, s.width)),
+        values(SOFTMAX ? s.keys : 0, s.value_width, true, SOFTMAX && on_unit(s, s.value_width)),
+        queries(s.width, false, keys.unit),
+        between(SOFTMAX ? s.keys : 0, values.unit),
+        scores(span(keys.unit) * LANES),
+        features(TILE * K * LANES),
         y(s.rank * LANES),
-        value_rows(s.keys * value_width),
-        weights(SOFTMAX ? round_up(s.keys, KEYS) * LANES : 0),
-        out(value_width * LANES),
+        weights(SOFTMAX ? s.keys * LANES : 0),
+        out(SOFTMAX ? values.padded * LANES : 0),
         statistics(2 * LANES),
-        mask(KEYS * LANES) {}
-
-  void take_keys(const Strided& k, const float* x, const Shape& s) {
-    pack_rows(x, k.n, k.d, s.keys, s.keys + W, s.width, width, 1.0f, keys);
-    pack_panels(keys, width, s.keys, panels);
-  }
-  void take_values(const Strided& v, const float* x, const Shape& s) {
-    pack_rows(x, v.n, v.d, s.keys, s.keys, s.value_width, value_width, 1.0f, value_rows);
-  }
-  void take_queries(const Strided& q, const float* x, long count, float scale, const Shape& s) {
-    pack_rows(x, q.n, q.d, count, LANES, s.width, width, scale, query_rows);
-    pack_lanes(query_rows, width, query_lanes);
-  }
+        rows(SOFTMAX ? LANES * values.padded : 0),
+        mask(span(keys.unit) * LANES) {}
 };
-
-template <int V>
-static void tile(const Features& family, const Shape& s, Forward& w, long first, int keys, const uint8_t* mask_at,
-                 const Mask& mask, long queries) {
-  for (int m = 0; m < keys; m += ROWS)
-    gemm<ROWS, V, 1>(std::min(ROWS, keys - m), s.width, w.panels + (first + m) / ROWS * w.width * W, W, w.query_lanes,
-                     LANES, w.scores + m * LANES, LANES, false);
-  if (mask.data) pack_mask(mask_at + first * mask.m, mask.m, mask.n, keys, queries, w.mask.data());
-  fill_features<V>(family, keys, w.scores, mask.data ? w.mask.data() : nullptr, w.features);
-}
 
 // the scores of a tile in place of hidden ones -inf, and their greatest so far
 template <int V>
@@ -202,13 +185,19 @@ static void forward_block(const Features& family, const Shape& s, Forward& w, co
                           const uint8_t* mask_at, const Mask& mask, long queries) {
   std::fill(w.y.data, w.y.data + s.rank * LANES, 0.0f);
   vec greatest[2] = {splat(-INFINITY), splat(-INFINITY)};
-  for (long first = 0; first < s.keys; first += KEYS) {
-    const int keys = std::min<long>(KEYS, s.keys - first);
-    tile<V>(family, s, w, first, keys, mask_at, mask, queries);
-    gemm<ROWS, V, 1>(s.rank, (long)keys * K, coefs + first * K * s.rank, s.rank, w.features, LANES, w.y, LANES,
-                     true);
-    if constexpr (SOFTMAX)
-      take_weights<V>(keys, w.scores, mask.data ? w.mask.data() : nullptr, w.weights + first * LANES, greatest);
+  const int32_t* kept = mask.data ? w.mask.data() : nullptr;
+  const int most = span(w.keys.unit);
+  for (long first = 0; first < s.keys; first += most) {
+    const int keys = std::min<long>(most, s.keys - first);
+    w.keys.dots<V>(w.queries, first, keys, w.scores);
+    if (kept) pack_mask(mask_at + first * mask.m, mask.m, mask.n, keys, queries, w.mask.data());
+    for (int m = 0; m < keys; m += TILE) {
+      const int some = std::min(TILE, keys - m);
+      fill_features<V>(family, some, w.scores + m * LANES, kept ? kept + m * LANES : nullptr, w.features);
+      gemm<ROWS, V, 1>(s.rank, (long)some * K, coefs + (first + m) * K * s.rank, s.rank, w.features, LANES, w.y, LANES,
+                       true);
+    }
+    if constexpr (SOFTMAX) take_weights<V>(keys, w.scores, kept, w.weights + first * LANES, greatest);
   }
   if constexpr (SOFTMAX) {
     vec total[V];
@@ -226,7 +215,8 @@ static void forward_block(const Features& family, const Shape& s, Forward& w, co
         total[v] += e;
         store(at, e);
       }
-    gemm<ROWS, V, 1>(s.value_width, s.keys, w.value_rows, w.value_width, w.weights, LANES, w.out, LANES, false);
+    w.between.take<V, false>(w.weights, s.keys);
+    w.values.sum<V>(w.between, w.weights, 0, s.keys, queries, w.out, false);
     for (int v = 0; v < V; ++v) {
       store(w.statistics + v * W, total[v]);
       store(w.statistics + LANES + v * W, greatest[v]);
@@ -237,106 +227,86 @@ static void forward_block(const Features& family, const Shape& s, Forward& w, co
 // Backward: lanes are keys, so that the sums over queries, of dC and dk, run over rows; a block of keys meets
 // all queries before the next.
 struct Backward {
-  long width, value_width;  // padded to whole vectors
-  Buffer query_rows, query_panels, dy, key_rows, key_lanes, scores, features, gradient, dq, dk;
-  Buffer dout_rows, dout_panels, value_rows, value_lanes, weights, dv, logsumexp, dots;
+  int most;
+  Rows queries, douts;
+  Lanes keys, values;
+  Between between;
+  Buffer dy, scores, features, gradient, dq, dk, weights, dv, rows, logsumexp, dots;
   std::vector<int32_t> mask;
   explicit Backward(const Shape& s)
-      : width(round_up(s.width, W)),
-        value_width(SOFTMAX ? round_up(s.value_width, W) : 0),
-        query_rows((s.queries + W) * width),  // a panel is read as W rows
-        query_panels(round_up(s.queries, ROWS) / ROWS * width * W),
+      : most(span(on_unit(s, s.width) || (SOFTMAX && on_unit(s, s.value_width)))),
+        queries(s.queries, s.width, true, on_unit(s, s.width)),
+        douts(SOFTMAX ? s.queries : 0, s.value_width, true, SOFTMAX && on_unit(s, s.value_width)),
+        keys(s.width, true, queries.unit),
+        values(SOFTMAX ? s.value_width : 0, false, douts.unit),
+        between(most, queries.unit || douts.unit),
         dy(s.queries * s.rank),
-        key_rows(LANES * width),
-        key_lanes(width * LANES),
-        scores(TILE * LANES),
+        scores(most * LANES),
         features(TILE * K * LANES),
-        gradient(TILE * LANES),
-        dq(s.queries * width),
-        dk(LANES * width),
-        dout_rows((s.queries + W) * value_width),
-        dout_panels(round_up(s.queries, ROWS) / ROWS * value_width * W),
-        value_rows(LANES * value_width),
-        value_lanes(value_width * LANES),
-        weights(SOFTMAX ? TILE * LANES : 0),
-        dv(LANES * value_width),
+        gradient(most * LANES),
+        dq(queries.whole * queries.padded),
+        dk(queries.padded * LANES),
+        weights(SOFTMAX ? most * LANES : 0),
+        dv(SOFTMAX ? douts.padded * LANES : 0),
+        rows(LANES * std::max(queries.padded, douts.padded)),
         logsumexp(SOFTMAX ? s.queries : 0),
         dots(SOFTMAX ? s.queries : 0),
-        mask(TILE * LANES) {}
+        mask(most * LANES) {}
 
-  void take_queries(const Strided& q, const float* x, float scale, const Strided& pulled, const float* y,
-                    const Shape& s) {
-    pack_rows(x, q.n, q.d, s.queries, s.queries + W, s.width, width, scale, query_rows);
-    pack_panels(query_rows, width, s.queries, query_panels);
-    pack_rows(y, pulled.n, pulled.d, s.queries, s.queries, s.rank, s.rank, 1.0f, dy);
-    std::fill(dq.data, dq.data + s.queries * width, 0.0f);
+  void take_queries(const Strided& q, const float* x, float scale, const Strided& d, const float* y, const Shape& s) {
+    queries.take(q, x, scale);
+    pack_rows(y, d.n, d.d, s.queries, s.queries, s.rank, s.rank, 1.0f, dy);
+    std::fill(dq.data, dq.data + queries.whole * queries.padded, 0.0f);
   }
   void take_outputs(const Strided& d, const float* x, const Strided& o, const float* out, const float* sums,
                     const Shape& s) {
-    pack_rows(x, d.n, d.d, s.queries, s.queries + W, s.value_width, value_width, 1.0f, dout_rows);
-    pack_panels(dout_rows, value_width, s.queries, dout_panels);
+    douts.take(d, x, 1.0f);
     for (long n = 0; n < s.queries; ++n, out += o.n) {
       float dot = 0;
-      for (long c = 0; c < s.value_width; ++c) dot += dout_rows[n * value_width + c] * out[c * o.d];
+      for (long c = 0; c < s.value_width; ++c) dot += douts.rows[n * douts.padded + c] * out[c * o.d];
       logsumexp[n] = sums[n];
       dots[n] = dot;
     }
   }
-  void take_keys(const Strided& k, const float* x, long count, const Shape& s) {
-    pack_rows(x, k.n, k.d, count, LANES, s.width, width, 1.0f, key_rows);
-    pack_lanes(key_rows, width, key_lanes);
-    std::fill(dk.data, dk.data + count * width, 0.0f);
-  }
-  void take_values(const Strided& v, const float* x, long count, const Shape& s) {
-    pack_rows(x, v.n, v.d, count, LANES, s.value_width, value_width, 1.0f, value_rows);
-    pack_lanes(value_rows, value_width, value_lanes);
-    std::fill(dv.data, dv.data + count * value_width, 0.0f);
-  }
 };
 
-// rows of panels times lanes: out[n][..] = sum_c panels[n][c] lanes[c][..]
-template <int V>
-static void by_panels(int rows, long width, long padded, const float* panels, const float* lanes, float* out) {
-  for (int n = 0; n < rows; n += ROWS)
-    gemm<ROWS, V, 1>(std::min(ROWS, rows - n), width, panels + n / ROWS * padded * W, W, lanes, LANES,
-                     out + n * LANES, LANES, false);
-}
-
-// one block of `keys` keys; `mask_at` is at its first
+// one block of `keys` keys; `mask_at` is at its first.
 template <int V>
 static void backward_block(const Features& family, const Shape& s, Backward& w, int keys, const float* coefs,
                            float* dcoefs, const uint8_t* mask_at, const Mask& mask) {
-  for (long first = 0; first < s.queries; first += TILE) {
-    const int queries = std::min<long>(TILE, s.queries - first);
-    const int32_t* kept = mask.data ? w.mask.data() : nullptr;
-    by_panels<V>(queries, s.width, w.width, w.query_panels + first / ROWS * w.width * W, w.key_lanes, w.scores);
+  const int32_t* kept = mask.data ? w.mask.data() : nullptr;
+  for (long first = 0; first < s.queries; first += w.most) {
+    const int queries = std::min<long>(w.most, s.queries - first);
+    w.queries.dots<V>(w.keys, first, queries, w.scores);
     if (kept) pack_mask(mask_at + first * mask.n, mask.n, mask.m, queries, keys, w.mask.data());
-    fill_features<V>(family, queries, w.scores, kept, w.features);
-    const float* dy = w.dy + first * s.rank;
-    score_gradient<V>(family, queries, s.rank, coefs, dy, w.scores, kept, w.features, w.gradient);
-    for (int j = 0; j < K; ++j)
-      gemm<ROWS, V, 1>(s.rank, queries, dy, s.rank, w.features + j * LANES, K * LANES, dcoefs + j * LANES, K * LANES,
-                       true);
+    for (int n = 0; n < queries; n += TILE) {
+      const int some = std::min(TILE, queries - n), at = n * LANES;
+      fill_features<V>(family, some, w.scores + at, kept ? kept + at : nullptr, w.features);
+      const float* dy = w.dy + (first + n) * s.rank;
+      score_gradient<V>(family, some, s.rank, coefs, dy, w.scores + at, kept ? kept + at : nullptr, w.features,
+                        w.gradient + at);
+      for (int j = 0; j < K; ++j)
+        gemm<ROWS, V, 1>(s.rank, some, dy, s.rank, w.features + j * LANES, K * LANES, dcoefs + j * LANES, K * LANES,
+                         true);
+    }
     if constexpr (SOFTMAX) {
-      // the features have been used: their room is for dL/dweights
-      by_panels<V>(queries, s.value_width, w.value_width, w.dout_panels + first / ROWS * w.value_width * W,
-                   w.value_lanes, w.features);
+      // dL/dweights, then the weights
+      w.douts.dots<V>(w.values, first, queries, w.weights);
       for (int n = 0; n < queries; ++n)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
-          const long at = n * LANES + v * W;
-          vec p = exponential(load(w.scores + at) - w.logsumexp[first + n]);
+          const long at = n * LANES + v * W, row = first + n;
+          vec p = exponential(load(w.scores + at) - w.logsumexp[row]);
           if (kept) p = keep(p, *reinterpret_cast<const iloose*>(kept + at));
+          store(w.gradient + at, load(w.gradient + at) + p * (load(w.weights + at) - w.dots[row]));
           store(w.weights + at, p);
-          store(w.gradient + at, load(w.gradient + at) + p * (load(w.features + at) - w.dots[first + n]));
         }
-      wide_gemm<WIDE_ROWS, 1>(keys, w.value_width, queries, w.weights, LANES, w.dout_rows + first * w.value_width,
-                              w.value_width, w.dv, w.value_width);
+      w.between.take<V, false>(w.weights, queries);
+      w.douts.sum<V>(w.between, w.weights, first, queries, keys, w.dv, true);
     }
-    wide_gemm<WIDE_ROWS, 1>(keys, w.width, queries, w.gradient, LANES, w.query_rows + first * w.width, w.width, w.dk,
-                            w.width);
-    wide_gemm<WIDE_ROWS, LANES>(queries, w.width, keys, w.gradient, 1, w.key_rows, w.width, w.dq + first * w.width,
-                                w.width);
+    w.between.take<V, true>(w.gradient, queries);
+    w.queries.sum<V>(w.between, w.gradient, first, queries, keys, w.dk, true);
+    sum_lanes(w.keys, w.between, w.gradient, queries, w.dq + first * w.queries.padded);
   }
 }
 
@@ -360,6 +330,7 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
   std::atomic<bool> failed{false};
   spread(order.count(), threads, [&](int, long begin, long end) {
     try {
+      const Tiles tiles;
       Forward w(s);
       Buffer packed(s.keys * K * s.rank);
       long head = -1;
@@ -369,11 +340,11 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
           head = order.head(task);
           pack_coefs(*coefs, coefs_at(*coefs, order, task), s, packed);
         }
-        w.take_keys(*k, k->at(b, h), s);
-        if (SOFTMAX) w.take_values(soft->v, soft->v.at(b, h), s);
+        w.keys.take(*k, k->at(b, h), 1.0f);
+        if (SOFTMAX) w.values.take(soft->v, soft->v.at(b, h), 1.0f);
         for (long n = 0; n < s.queries; n += LANES) {
           const long queries = std::min<long>(LANES, s.queries - n);
-          w.take_queries(*q, q->at(b, h) + n * q->n, queries, scale, s);
+          w.queries.take(*q, q->at(b, h) + n * q->n, queries, scale);
           const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + n * mask->n : nullptr;
           if (queries > W)
             forward_block<2>(family, s, w, packed, mask_at, *mask, queries);
@@ -385,12 +356,13 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
             for (long p = 0; p < s.rank; ++p) *out++ = w.y[p * LANES + i];
           if (SOFTMAX) {
             out = soft->result + row * s.value_width;
+            const float* own = w.values.lane_rows(w.out, w.rows);
             for (long i = 0; i < queries; ++i) {
               const float total = w.statistics[i];
-              const float inverse = total > 0 ? 1 / total : 0;
-              for (long c = 0; c < s.value_width; ++c) *out++ = w.out[c * LANES + i] * inverse;
+              const float inverse = total == 0 ? 0 : 1 / total;
+              for (long c = 0; c < s.value_width; ++c) *out++ = own[i * w.values.padded + c] * inverse;
               // of a query without keys: e^(score - inf) is 0
-              soft->logsumexp[row + i] = total > 0 ? w.statistics[LANES + i] + std::log(total) : INFINITY;
+              soft->logsumexp[row + i] = total == 0 ? INFINITY : w.statistics[LANES + i] + std::log(total);
             }
           }
         }
@@ -417,6 +389,7 @@ int kart_backward(const Shape* shape, const float* options, const Strided* dy, c
   std::atomic<bool> failed{false};
   spread(order.count(), threads, [&](int thread, long begin, long end) {
     try {
+      const Tiles tiles;
       Backward w(s);
       Buffer packed(size);
       long head = -1;
@@ -436,19 +409,27 @@ int kart_backward(const Shape* shape, const float* options, const Strided* dy, c
         for (long i = 0; i < blocks; ++i) {
           const long first = i * LANES, row = (b * s.heads + h) * s.keys + first;
           const int keys = std::min<long>(LANES, s.keys - first);
-          w.take_keys(*k, k->at(b, h) + first * k->n, keys, s);
-          if (SOFTMAX) w.take_values(soft->v, soft->v.at(b, h) + first * soft->v.n, keys, s);
+          w.keys.take(*k, k->at(b, h) + first * k->n, keys, 1.0f);
+          std::fill(w.dk.data, w.dk.data + w.keys.padded * LANES, 0.0f);
+          if (SOFTMAX) {
+            w.values.take(soft->v, soft->v.at(b, h) + first * soft->v.n, keys, 1.0f);
+            std::fill(w.dv.data, w.dv.data + w.values.padded * LANES, 0.0f);
+          }
           const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + first * mask->m : nullptr;
           (keys > W ? backward_block<2> : backward_block<1>)(family, s, w, keys, packed + i * block, sum + i * block,
                                                              mask_at, *mask);
-          for (int m = 0; m < keys; ++m) std::memcpy(dk + (row + m) * s.width, w.dk + m * w.width, 4 * s.width);
-          if (SOFTMAX)
+          const float* own = w.queries.lane_rows(w.dk, w.rows);
+          for (int m = 0; m < keys; ++m)
+            std::memcpy(dk + (row + m) * s.width, own + m * w.queries.padded, 4 * s.width);
+          if (SOFTMAX) {
+            own = w.douts.lane_rows(w.dv, w.rows);
             for (int m = 0; m < keys; ++m)
-              std::memcpy(soft->dv + (row + m) * s.value_width, w.dv + m * w.value_width, 4 * s.value_width);
+              std::memcpy(soft->dv + (row + m) * s.value_width, own + m * w.douts.padded, 4 * s.value_width);
+          }
         }
         float* out = dq + (b * s.heads + h) * s.queries * s.width;
         for (long n = 0; n < s.queries; ++n)
-          for (long c = 0; c < s.width; ++c) *out++ = scale * w.dq[n * w.width + c];
+          for (long c = 0; c < s.width; ++c) *out++ = scale * w.dq[n * w.queries.padded + c];
       }
     } catch (const std::bad_alloc&) {
       failed = true;
@@ -458,11 +439,11 @@ int kart_backward(const Shape* shape, const float* options, const Strided* dy, c
   slots.collect(sums, size, [&](long head, const float* sum, bool fresh) {
     float* out = dcoefs + head * s.rank * s.keys * K;
     for (long p = 0; p < s.rank; ++p)
-      for (long m = 0; m < s.keys; ++m)
-        for (long j = 0; j < K; ++j, ++out) {
-          const float x = sum[m / LANES * block + (p * K + j) * LANES + m % LANES];
-          *out = fresh ? x : *out + x;
-        }
+      for (long first = 0; first < s.keys; first += LANES) {
+        const float* x = sum + first / LANES * block + p * K * LANES;
+        for (long m = 0; m < std::min<long>(LANES, s.keys - first); ++m)
+          for (long j = 0; j < K; ++j, ++out) *out = fresh ? x[j * LANES + m] : *out + x[j * LANES + m];
+      }
   });
   return 0;
 } catch (...) {

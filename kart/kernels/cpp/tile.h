@@ -115,9 +115,15 @@ struct Shape {
 
 struct Buffer {
   float* data = nullptr;
-  explicit Buffer(long size) {
-    data = static_cast<float*>(std::aligned_alloc(64, round_up(4 * std::max(size, 1L), 64)));
+  long size = 0;
+  explicit Buffer(long floats) { need(floats); }
+  // room for so many; what was there is lost if there was less
+  void need(long floats) {
+    if (data && floats <= size) return;
+    std::free(data);
+    data = static_cast<float*>(std::aligned_alloc(64, round_up(4 * std::max(floats, 1L), 64)));
     if (!data) throw std::bad_alloc();
+    size = floats;
   }
   Buffer(const Buffer&) = delete;
   ~Buffer() { std::free(data); }

@@ -7,12 +7,12 @@
 
 #include <cfloat>
 
-#include "tile.h"
+#include "operands.h"
 
 constexpr bool SOFT = 2 <= FORM && FORM <= 4, SIMPLEX = FORM == 5;
 // a second output, that of softmax alone or the mean of the values that the simplex keeps
 constexpr bool TWO = FORM >= 4;
-constexpr int KEYS = 4 * ROWS;
+constexpr int KEYS = 4 * ROWS, LONGEST = TILES ? 128 : KEYS;
 
 // --- entries ---------------------------------------------------------------------------------------
 
@@ -89,52 +89,31 @@ struct Entry {
 // --- one block of queries --------------------------------------------------------------------------
 
 struct Scratch {
-  long width, value_width;  // padded to whole vectors
-  Buffer panels, keys, values, value_panels, query_lanes, query_rows, dout_lanes, dout_rows;
-  Buffer weights, soft, scores, out, soft_out, dq, dk, dv, rows, room;
+  Rows keys, values;
+  Lanes queries, douts;
+  Between between;
+  Buffer weights, soft, scores, out, soft_out, dq, dk, dv, turned, rows, room;
   std::vector<int32_t> mask;
   Scratch(const Shape& s, long size, bool backward)
-      : width(round_up(s.width, W)),
-        value_width(round_up(s.value_width, W)),
-        panels(round_up(s.keys, ROWS) / ROWS * width * W),
-        keys((s.keys + W) * width),
-        values((s.keys + W) * value_width),
-        value_panels(backward ? round_up(s.keys, ROWS) / ROWS * value_width * W : 0),
-        query_lanes(width * LANES),
-        query_rows(LANES * width),
-        dout_lanes(backward ? value_width * LANES : 0),
-        dout_rows(backward ? LANES * value_width : 0),
-        weights((backward ? KEYS : s.keys) * LANES),
+      : keys(s.keys, s.width, backward, worth(s.queries, s.keys, s.width)),
+        values(s.keys, s.value_width, !backward, worth(s.queries, s.keys, s.value_width)),
+        queries(s.width, backward, keys.unit),
+        douts(backward ? s.value_width : 0, true, values.unit),
+        between(backward ? LONGEST : s.keys, keys.unit || values.unit),
+        weights((backward ? LONGEST : round_up(s.keys, SIDE)) * LANES),
         soft(TWO && !backward ? s.keys * LANES : 0),
-        scores(backward ? KEYS * LANES : 0),
-        out(value_width * LANES),
-        soft_out(TWO ? value_width * LANES : 0),
-        dq(backward ? LANES * width : 0),
-        dk(backward ? s.keys * width : 0),
-        dv(backward ? s.keys * value_width : 0),
+        scores(backward ? LONGEST * LANES : 0),
+        out(values.padded * LANES),
+        soft_out(TWO ? values.padded * LANES : 0),
+        dq(backward ? keys.padded * LANES : 0),
+        dk(backward ? keys.whole * keys.padded : 0),
+        dv(backward ? values.whole * values.padded : 0),
+        turned(2 * LANES * std::max(keys.padded, values.padded)),
         rows(3 * LANES),
         room(Entry::room(size)),
-        mask(KEYS * LANES) {}
-
-  void take_keys(const Strided& k, const Strided& v, long b, long h, const Shape& s, bool backward) {
-    pack_rows(k.at(b, h), k.n, k.d, s.keys, s.keys + W, s.width, width, 1.0f, keys);
-    pack_panels(keys, width, s.keys, panels);
-    pack_rows(v.at(b, h), v.n, v.d, s.keys, s.keys + W, s.value_width, value_width, 1.0f, values);
-    if (backward) pack_panels(values, value_width, s.keys, value_panels);
-  }
-  void take_queries(const Strided& q, const float* x, long count, float scale, const Shape& s) {
-    pack_rows(x, q.n, q.d, count, LANES, s.width, width, scale, query_rows);
-    pack_lanes(query_rows, width, query_lanes);
-  }
+        mask(LONGEST * LANES) {}
+  int span() const { return keys.unit || values.unit ? LONGEST : KEYS; }
 };
-
-// scores of the keys from `first` on, (key, LANES)
-template <int V>
-static void take_scores(const Shape& s, const Scratch& w, long first, int keys, float* out) {
-  for (int m = 0; m < keys; m += ROWS)
-    gemm<ROWS, V, 1>(std::min(ROWS, keys - m), s.width, w.panels + (first + m) / ROWS * w.width * W, W, w.query_lanes,
-                     LANES, out + m * LANES, LANES, false);
-}
 
 static INLINE ivec mask_of(const Scratch& w, int at) { return *reinterpret_cast<const iloose*>(w.mask.data() + at); }
 
@@ -188,10 +167,10 @@ static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const 
                           long n, long queries) {
   // `bad` is zero, or NaN where an entry is not finite
   vec greatest[2] = {splat(-INFINITY), splat(-INFINITY)}, total[2] = {vec{}, vec{}}, bad[2] = {vec{}, vec{}};
-  for (long first = 0; first < s.keys; first += KEYS) {
-    const int keys = std::min<long>(KEYS, s.keys - first);
+  for (long first = 0; first < s.keys; first += w.span()) {
+    const int keys = std::min<long>(w.span(), s.keys - first);
     float* at = w.weights + first * LANES;
-    take_scores<V>(s, w, first, keys, at);
+    w.keys.dots<V>(w.queries, first, keys, at);
     if (mask.data) pack_mask(mask_at + first * mask.m, mask.m, mask.n, keys, queries, w.mask.data());
     for (int m = 0; m < keys; ++m)
 #pragma GCC unroll 2
@@ -226,9 +205,12 @@ static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const 
         store(at + m * LANES + v * W, e);
       }
   }
-  gemm<ROWS, V, 1>(s.value_width, s.keys, w.values, w.value_width, w.weights, LANES, w.out, LANES, false);
-  if (TWO)
-    gemm<ROWS, V, 1>(s.value_width, s.keys, w.values, w.value_width, w.soft, LANES, w.soft_out, LANES, false);
+  w.between.take<V, false>(w.weights, s.keys);
+  w.values.sum<V>(w.between, w.weights, 0, s.keys, queries, w.out, false);
+  if (TWO) {
+    w.between.take<V, false>(w.soft, s.keys);
+    w.values.sum<V>(w.between, w.soft, 0, s.keys, queries, w.soft_out, false);
+  }
   for (int v = 0; v < V; ++v) {
     store(w.rows + v * W, total[v]);
     store(w.rows + LANES + v * W, greatest[v]);
@@ -240,13 +222,10 @@ static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const 
 template <int V>
 static void backward_block(const Entry& entry, const Shape& s, Scratch& w, vec* sums, const uint8_t* mask_at,
                            const Mask& mask, long n, long queries) {
-  for (long first = 0; first < s.keys; first += KEYS) {
-    const int keys = std::min<long>(KEYS, s.keys - first);
-    take_scores<V>(s, w, first, keys, w.scores);
-    for (int m = 0; m < keys; m += ROWS)
-      gemm<ROWS, V, 1>(std::min(ROWS, keys - m), s.value_width,
-                       w.value_panels + (first + m) / ROWS * w.value_width * W, W, w.dout_lanes, LANES,
-                       w.weights + m * LANES, LANES, false);
+  for (long first = 0; first < s.keys; first += w.span()) {
+    const int keys = std::min<long>(w.span(), s.keys - first);
+    w.keys.dots<V>(w.queries, first, keys, w.scores);
+    w.values.dots<V>(w.douts, first, keys, w.weights);
     if (mask.data) pack_mask(mask_at + first * mask.m, mask.m, mask.n, keys, queries, w.mask.data());
     for (int m = 0; m < keys; ++m)
 #pragma GCC unroll 2
@@ -289,11 +268,11 @@ static void backward_block(const Entry& entry, const Shape& s, Scratch& w, vec* 
         store(w.weights + i, weight);
         store(w.scores + i, entry.slope(x, g, sums, place) * g + beside);
       }
-    wide_gemm<WIDE_ROWS, LANES>(keys, w.value_width, queries, w.weights, 1, w.dout_rows, w.value_width,
-                                  w.dv + first * w.value_width, w.value_width);
-    wide_gemm<WIDE_ROWS, LANES>(keys, w.width, queries, w.scores, 1, w.query_rows, w.width, w.dk + first * w.width,
-                                  w.width);
-    wide_gemm<4, 1>(queries, w.width, keys, w.scores, LANES, w.keys + first * w.width, w.width, w.dq, w.width);
+    w.between.take<V, true>(w.weights, keys);
+    sum_lanes(w.douts, w.between, w.weights, keys, w.dv + first * w.values.padded);
+    w.between.take<V, true>(w.scores, keys);
+    sum_lanes(w.queries, w.between, w.scores, keys, w.dk + first * w.keys.padded);
+    w.keys.sum<V>(w.between, w.scores, first, keys, queries, w.dq, true);
   }
 }
 
@@ -319,20 +298,24 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
   std::atomic<bool> failed{false};
   spread(order.count(), threads, [&](int, long begin, long end) {
     try {
+      const Tiles tiles;
       Scratch w(s, extra->size, false);
       for (long task = begin; task < end; ++task) {
         const long b = order.b(task), h = order.h(task);
         const float* theta = extra->theta + order.head(task) * extra->size;
         const Entry entry(options, theta, w.room, extra->size, s.keys, nullptr);
-        w.take_keys(*k, *v, b, h, s, false);
+        w.keys.take(*k, k->at(b, h), 1.0f);
+        w.values.take(*v, v->at(b, h), 1.0f);
         for (long n = 0; n < s.queries; n += LANES) {
           const long queries = std::min<long>(LANES, s.queries - n), row = (b * s.heads + h) * s.queries + n;
-          w.take_queries(*q, q->at(b, h) + n * q->n, queries, scale, s);
+          w.queries.take(*q, q->at(b, h) + n * q->n, queries, scale);
           const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + n * mask->n : nullptr;
           if (queries > W)
             forward_block<2>(entry, s, w, mask_at, *mask, n, queries);
           else
             forward_block<1>(entry, s, w, mask_at, *mask, n, queries);
+          const float *found = w.values.lane_rows(w.out, w.turned), *apart = nullptr;
+          if (TWO) apart = w.values.lane_rows(w.soft_out, w.turned + LANES * w.values.padded);
           for (long i = 0; i < queries; ++i) {
             const float total = w.rows[i], greatest = w.rows[LANES + i];
             const float c = extra->factor ? extra->factor[row + i] : 1.0f;
@@ -344,10 +327,10 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
             if (FORM == 1) extra->statistic[row + i] = inverse;
             const float times = SIMPLEX ? 1.0f : FORM == 0 || FORM == 4 ? c : inverse;
             float* at = out + (row + i) * s.value_width;
-            for (long e = 0; e < s.value_width; ++e) at[e] = w.out[e * LANES + i] * times;
+            for (long e = 0; e < s.value_width; ++e) at[e] = found[i * w.values.padded + e] * times;
             if (TWO) {
               float* beside = extra->soft + (row + i) * s.value_width;
-              for (long e = 0; e < s.value_width; ++e) beside[e] = w.soft_out[e * LANES + i] * inverse;
+              for (long e = 0; e < s.value_width; ++e) beside[e] = apart[i * w.values.padded + e] * inverse;
               if (FORM == 4)
                 for (long e = 0; e < s.value_width; ++e) at[e] += beside[e];
             }
@@ -375,6 +358,7 @@ int kart_backward(const Shape* shape, const float* options, const Strided* q, co
   std::atomic<bool> failed{false};
   spread(order.count(), threads, [&](int thread, long begin, long end) {
     try {
+      const Tiles tiles;
       Scratch w(s, size, true);
       long head = -1;
       float* sum = nullptr;
@@ -388,42 +372,42 @@ int kart_backward(const Shape* shape, const float* options, const Strided* q, co
         const Entry entry(options, extra->theta + head * size, w.room, size, s.keys, sum);
         vec sums[Entry::P];
         for (int i = 0; i < Entry::P; ++i) sums[i] = vec{};
-        w.take_keys(*k, *v, b, h, s, true);
-        std::fill(w.dk.data, w.dk.data + s.keys * w.width, 0.0f);
-        std::fill(w.dv.data, w.dv.data + s.keys * w.value_width, 0.0f);
+        w.keys.take(*k, k->at(b, h), 1.0f);
+        w.values.take(*v, v->at(b, h), 1.0f);
+        std::fill(w.dk.data, w.dk.data + w.keys.whole * w.keys.padded, 0.0f);
+        std::fill(w.dv.data, w.dv.data + w.values.whole * w.values.padded, 0.0f);
         for (long n = 0; n < s.queries; n += LANES) {
           const long queries = std::min<long>(LANES, s.queries - n), row = (b * s.heads + h) * s.queries + n;
-          w.take_queries(*q, q->at(b, h) + n * q->n, queries, scale, s);
-          pack_rows(dout->at(b, h) + n * dout->n, dout->n, dout->d, queries, LANES, s.value_width, w.value_width,
-                    1.0f, w.dout_rows);
-          pack_lanes(w.dout_rows, w.value_width, w.dout_lanes);
+          w.queries.take(*q, q->at(b, h) + n * q->n, queries, scale);
+          w.douts.take(*dout, dout->at(b, h) + n * dout->n, queries, 1.0f);
           const float* out = FORM > 0 ? result->at(b, h) + n * result->n : nullptr;
           for (long i = 0; i < LANES; ++i) {
             float dot = 0;
             if (FORM > 0 && i < queries)
               for (long e = 0; e < s.value_width; ++e)
-                dot += w.dout_rows[i * w.value_width + e] * out[i * result->n + e * result->d];
+                dot += w.douts.rows[i * w.douts.padded + e] * out[i * result->n + e * result->d];
             const float c = i < queries && extra->factor ? extra->factor[row + i] : 1.0f;
             w.rows[i] = FORM == 0 ? c : i < queries ? extra->statistic[row + i] : SOFT || SIMPLEX ? INFINITY : 1.0f;
             w.rows[LANES + i] = dot;
             w.rows[2 * LANES + i] = c;
           }
-          std::fill(w.dq.data, w.dq.data + queries * w.width, 0.0f);
+          std::fill(w.dq.data, w.dq.data + w.keys.padded * LANES, 0.0f);
           const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + n * mask->n : nullptr;
           if (queries > W)
             backward_block<2>(entry, s, w, sums, mask_at, *mask, n, queries);
           else
             backward_block<1>(entry, s, w, sums, mask_at, *mask, n, queries);
+          const float* own = w.keys.lane_rows(w.dq, w.turned);
           float* at = dq + row * s.width;
           for (long i = 0; i < queries; ++i)
-            for (long c = 0; c < s.width; ++c) *at++ = scale * w.dq[i * w.width + c];
+            for (long c = 0; c < s.width; ++c) *at++ = scale * own[i * w.keys.padded + c];
         }
         entry.finish(sums, sum, size);
         float* at = dk + (b * s.heads + h) * s.keys * s.width;
-        for (long m = 0; m < s.keys; ++m, at += s.width) std::memcpy(at, w.dk + m * w.width, 4 * s.width);
+        for (long m = 0; m < s.keys; ++m, at += s.width) std::memcpy(at, w.dk + m * w.keys.padded, 4 * s.width);
         at = dv + (b * s.heads + h) * s.keys * s.value_width;
         for (long m = 0; m < s.keys; ++m, at += s.value_width)
-          std::memcpy(at, w.dv + m * w.value_width, 4 * s.value_width);
+          std::memcpy(at, w.dv + m * w.values.padded, 4 * s.value_width);
       }
     } catch (const std::bad_alloc&) {
       failed = true;

@@ -136,16 +136,17 @@ def _cases(
     family: Family | None, matrix: bool
 ) -> list[tuple[dict[str, Tensor], Tensor | None, Tensor, Tensor]]:
     """Leaves, mask, factor and the gradient of the output: odd sizes and strides, a rest of every
-    block, a query without keys.
+    block, a query without keys; widths below and above those that the tile unit takes.
     """
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    batch, heads, queries, keys, width, value_width = 2, 2, 37, 53, 7, 5
+    batch, heads = 2, 2
     cases = []
-    for own in (1, batch):
+    small, large = (37, 53, 7, 5), (135, 147, 70, 66)
+    for own, (queries, keys, width, value_width) in ((1, small), (batch, large)):
         leaves = {"q": draw(batch, queries, heads, width).transpose(1, 2)}
         leaves |= {"k": draw(batch, heads, width, keys).mT}
         leaves |= {"v": draw(batch, keys, heads, value_width).transpose(1, 2)}
@@ -161,7 +162,8 @@ def _cases(
         mask = torch.rand(1, heads, queries, keys, generator=generator) < 0.7
         mask[:, :, 3] = False
         factor = draw(1, 1, queries, 1)
-        cases.append((leaves, mask if own > 1 else None, factor, draw(*leaves["q"].shape[:3], 5)))
+        dout = draw(batch, heads, queries, value_width)
+        cases.append((leaves, mask if own > 1 else None, factor, dout))
     return cases
 
 
