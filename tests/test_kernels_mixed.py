@@ -107,6 +107,32 @@ def test_vmap_of_values_and_gradients(dims):
             torch.testing.assert_close(a[i], b)
 
 
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_beside_is_added_in_every_derivative(own, shape):
+    more = torch.randn(*shape[:3], shape[5], generator=torch.Generator().manual_seed(3))
+    tensors = (*drawn(shape, own), more.transpose(1, 2).contiguous().transpose(1, 2))
+
+    def fast(y, mix, v, x):
+        return factored_values(y, mix, v, beside=x)
+
+    def derivatives(product):
+        def loss(*tensors):
+            return product(*tensors).sin().sum()
+
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        first = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(x.sin().sum() for x in first), leaves)
+        pushed = torch.func.jvp(product, tensors, tensors)[1]
+        stacked = [torch.stack([x, 2 * x]) for x in tensors]
+        mapped = torch.func.vmap(torch.func.grad(loss, (0, 1, 2, 3)))(*stacked)
+        return product(*tensors), *first, *second, pushed, *mapped
+
+    wanted = derivatives(lambda y, mix, v, x: plain(y, mix, v) + x)
+    for a, b in zip(derivatives(fast), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.detach().abs().max()))
+
+
 def test_nothing_but_the_inputs_is_kept():
     y, mix, v = (x.detach().requires_grad_() for x in drawn(SHAPES[2]))
     kept: list[int] = []

@@ -1,4 +1,4 @@
-"""`y (mix^T v)` with the values as they lie in memory; kept are its inputs and `mix^T v`.
+"""`y (mix^T v) + beside` with the values as they lie in memory; kept are its inputs and `mix^T v`.
 
 The values of a model are a view of the projection's output, whose samples and heads cannot be
 joined into the one batch axis of a matrix product: torch copies them, forward and backward, and
@@ -14,8 +14,8 @@ from kart.kernels.fused import Fused
 from kart.kernels.transforms import forward_levels
 
 
-def _expression(v: Tensor, y: Tensor, mix: Tensor) -> tuple[Tensor]:
-    return (y @ (mix.mT @ v),)
+def _expression(v: Tensor, y: Tensor, mix: Tensor, *beside: Tensor) -> tuple[Tensor]:
+    return (sum(beside, start=y @ (mix.mT @ v)),)
 
 
 def _engine() -> compiled.Engine:
@@ -24,25 +24,30 @@ def _engine() -> compiled.Engine:
     return found
 
 
-def _forward(v: Tensor, y: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
-    return _engine().forward(v, y, mix)
+def _forward(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    return _engine().forward(*inputs)
 
 
-def _backward(gradients, inputs, results) -> tuple[Tensor, Tensor, Tensor]:
-    (dout,), (v, y, mix), (_, hidden) = gradients, inputs, results
-    return _engine().backward(dout, v, y, mix, hidden)
+def _backward(gradients, inputs, results) -> tuple[Tensor, ...]:
+    (dout,), (v, y, mix, *beside), (_, hidden) = gradients, inputs, results
+    # a view: autograd keeps no input of a function that is its output, too
+    return *_engine().backward(dout, v, y, mix, hidden), *(dout.view_as(dout) for _ in beside)
 
 
-# the last input may be one for all samples
+# the mix may be one for all samples
 PRODUCT = Fused(_forward, _backward, _expression, 1, (0, 1, 2), (2,))
+BESIDE = PRODUCT._replace(learned=(0, 1, 2, 3))
 
 
-def factored_values(y: Tensor, mix: Tensor, v: Tensor, engine: str = "auto") -> Tensor:
+def factored_values(
+    y: Tensor, mix: Tensor, v: Tensor, engine: str = "auto", beside: Tensor | None = None
+) -> Tensor:
     """`y (mix^T v)`, `(..., H, N, e)`, for `y (..., H, N, r)`, `mix (..., H, M, r)` and `v (..., H,
-    M, e)`: `mix_values` without a mask. Compiled on a CPU in float32 for four axes, unless `engine`
-    is another than "auto" or "cpp".
+    M, e)`, plus `beside (..., H, N, e)` where given: `mix_values` without a mask. Compiled on a CPU
+    in float32 for four axes, unless `engine` is another than "auto" or "cpp".
     """
-    tensors = (y, mix, v)
+    more = () if beside is None else (beside,)
+    tensors = (y, mix, v, *more)
     in_place = (
         engine in ("auto", "cpp")
         and not torch.compiler.is_compiling()
@@ -51,10 +56,12 @@ def factored_values(y: Tensor, mix: Tensor, v: Tensor, engine: str = "auto") -> 
         and mix.dim() in (3, 4)
         and y.shape[:2] == v.shape[:2]
         and mix.shape[-3] == v.shape[1]
+        and all(x.shape == (*y.shape[:3], v.shape[3]) for x in more)
         and not forward_levels()
         and all(x.numel() for x in tensors)
         and compiled.engine() is not None
     )
     if not in_place:
-        return _expression(v, y, mix)[0]
-    return fused.apply(PRODUCT, v, y, mix if mix.dim() == 4 else mix[None])[0]
+        return _expression(v, y, mix, *more)[0]
+    op = BESIDE if more else PRODUCT
+    return fused.apply(op, v, y, mix if mix.dim() == 4 else mix[None], *more)[0]

@@ -373,17 +373,28 @@ class Streamed:
         return kernels.contract(bases.polynomial(1), coefs, q, k, self.mask, engine=self.engine)
 
 
-def values_of(logits: Logits, v: Tensor, mask: Tensor | None, engine: str = "auto") -> Tensor:
-    """The logits, zero where they are masked, times `v (..., H, M, e)`, at least in float32."""
+def values_of(
+    logits: Logits,
+    v: Tensor,
+    mask: Tensor | None,
+    engine: str = "auto",
+    beside: Tensor | None = None,
+) -> Tensor:
+    """The logits, zero where they are masked, times `v (..., H, M, e)`, plus `beside` where given,
+    at least in float32.
+    """
     v = wide(v)
+    beside = None if beside is None else wide(beside)
     if isinstance(logits, Factored):
         # r cancelling terms: rounding each factor to half precision would show in the sum
         left, right = wide(logits.left), logits.right.to(v.dtype)
         if same_for_all_queries(mask):
-            return kernels.factored_values(left, right, v, engine)
+            return kernels.factored_values(left, right, v, engine, beside)
         # a mask that differs between queries cannot move into right^T V
-        return kernels.mix_values(left, right, v, mask)  # type: ignore[arg-type]
-    return only(wide(logits), mask) @ v
+        out = kernels.mix_values(left, right, v, mask)  # type: ignore[arg-type]
+    else:
+        out = only(wide(logits), mask) @ v
+    return out if beside is None else out + beside
 
 
 def from_logits(
@@ -465,11 +476,11 @@ def from_logits(
             source = Streamed(q, k, mask, engine, v if base else None)
             if product is not None and same_for_all_queries(mask):
                 out = product(params, source, v)
+                out = out if source.attended is None else out + source.attended
             else:
-                out = values_of(logits(params, source), v, mask, engine)
-            if base is not None and source.attended is not None:
-                out = out + source.attended
-            elif base is not None:
+                y = logits(params, source)  # which takes the softmax along, or does not
+                out = values_of(y, v, mask, engine, source.attended)
+            if base is not None and source.attended is None:
                 out = out + kernels.softmax_attention(q, k, v, mask)
             return out.to(dtype)
 

@@ -1,5 +1,5 @@
 // y (mix^T v) of every head, values and gradients read and written as they lie in memory:
-//   hidden[p, c] = sum_m mix[m, p] v[m, c],   out[n, c] = sum_p y[n, p] hidden[p, c].
+//   hidden[p, c] = sum_m mix[m, p] v[m, c],   out[n, c] = beside[n, c] + sum_p y[n, p] hidden[p, c].
 // What it computes is held against kart/kernels/mixed.py.
 
 #include "tile.h"
@@ -16,12 +16,15 @@ struct Rows {
   }
 };
 
-// out[i][..] = sum_p a[i * row + p] * hidden[p][..], to where the rows belong
+// out[i][..] = sum_p a[i * row + p] * hidden[p][..], to where the rows belong; where given, plus the rows at `from`
 static void product(int rows, long width, long padded, long rank, const float* a, long row, const float* hidden,
-                    const Strided& to, float* out, float* room) {
+                    const Strided& to, float* out, float* room, const Strided& beside = {}, const float* from = nullptr) {
   const bool there = to.d == 1 && width == padded;
-  wide_gemm<WIDE_ROWS, 0>(rows, padded, rank, a, 1, hidden, padded, there ? out : room, there ? to.n : padded, false,
-                          row);
+  float* sums = there ? out : room;
+  const long step = there ? to.n : padded;
+  if (from)
+    for (int i = 0; i < rows; ++i) pack_rows(from + i * beside.n, 0, beside.d, 1, 1, width, padded, 1.0f, sums + i * step);
+  wide_gemm<WIDE_ROWS, 0>(rows, padded, rank, a, 1, hidden, padded, sums, step, from != nullptr, row);
   if (there) return;
   for (int i = 0; i < rows; ++i)
     for (long c = 0; c < width; ++c) out[i * to.n + c * to.d] = room[i * padded + c];
@@ -53,9 +56,9 @@ struct Scratch {
 
 extern "C" {
 
-// hidden is contiguous (batch, heads, rank, width); returns 0, or 1 without memory
-int kart_mix(const Shape* shape, const Strided* v, const Strided* y, const Strided* mix, int own, const Strided* out,
-             float* hidden, int threads) try {
+// hidden is contiguous (batch, heads, rank, width), `beside` may have no data; returns 0, or 1 without memory
+int kart_mix(const Shape* shape, const Strided* v, const Strided* y, const Strided* mix, const Strided* beside, int own,
+             const Strided* out, float* hidden, int threads) try {
   const Shape& s = *shape;
   const Order order(s, own);
   std::atomic<bool> failed{false};
@@ -70,7 +73,7 @@ int kart_mix(const Shape* shape, const Strided* v, const Strided* y, const Strid
         float* to = hidden + (b * s.heads + h) * s.rank * s.width;
         for (long p = 0; p < s.rank; ++p) std::memcpy(to + p * s.width, w.hidden + p * w.padded, 4 * s.width);
         product(s.queries, s.width, w.padded, s.rank, y->at(b, h), y->n, w.hidden, *out,
-                const_cast<float*>(out->at(b, h)), w.room);
+                const_cast<float*>(out->at(b, h)), w.room, *beside, beside->data ? beside->at(b, h) : nullptr);
       }
     } catch (const std::bad_alloc&) {
       failed = true;

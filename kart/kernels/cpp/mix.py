@@ -1,4 +1,4 @@
-"""The compiled `y (mix^T v)` of `kart.kernels.mixed`: mix.cpp.
+"""The compiled `y (mix^T v) + beside` of `kart.kernels.mixed`: mix.cpp.
 
 As the other kernels it is held against the plain expression before its first use, and where
 anything fails the reason is logged once and torch runs instead.
@@ -38,14 +38,16 @@ class Engine:
         if function(ctypes.byref(shape), *arguments, threads):
             raise MemoryError("the C++ engine of the values could not allocate its buffers.")
 
-    def forward(self, v: Tensor, y: Tensor, mix: Tensor) -> tuple[Tensor, Tensor]:
-        """`y (mix^T v)`, and `mix^T v (B, H, r, e)`, for `v (B, H, M, e)`, `y (B, H, N, r)` and
-        `mix (B or 1, H, M, r)`, all float32.
+    def forward(
+        self, v: Tensor, y: Tensor, mix: Tensor, beside: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`y (mix^T v) + beside`, and `mix^T v (B, H, r, e)`, for `v (B, H, M, e)`, `y (B, H, N,
+        r)`, `mix (B or 1, H, M, r)` and `beside (B, H, N, e)`, all float32.
         """
         y, mix = _flat(y), _flat(mix)
         out = _room(v, y.shape[2])
         hidden = v.new_empty(*v.shape[:2], mix.shape[3], v.shape[3])
-        inputs = [ctypes.byref(array_of(x)) for x in (v, y, mix)]
+        inputs = [ctypes.byref(array_of(x)) for x in (v, y, mix, beside)]
         own = int(mix.shape[0] > 1)
         results = ctypes.byref(array_of(out)), ctypes.c_void_p(hidden.data_ptr())
         self._call(self.library.kart_mix, v, y, *inputs, own, *results)
@@ -81,14 +83,16 @@ def _check(engine: Engine) -> None:
     for own, width, rank in ((1, 5, 13), (2, 64, 12), (2, 48, 1)):
         v, dout = (draw(2, n, 2, width).transpose(1, 2) for n in (53, 37))
         y, mix = draw(2, 2, rank, 37).mT, draw(own, 2, 53, rank)
+        beside = draw(2, 37, 2, width).transpose(1, 2) if own > 1 else None
         with untransformed():
-            out, hidden = engine.forward(v, y, mix)
+            out, hidden = engine.forward(v, y, mix, beside)
             found = (out, *engine.backward(dout, v, y, mix, hidden))
         v, y, mix, dout = (x.double() for x in (v, y, mix, dout))
         dhidden = y.mT @ dout
         dmix = v @ dhidden.mT
         dmix = dmix if own > 1 else dmix.sum(0, keepdim=True)
-        wanted = y @ (mix.mT @ v), mix @ dhidden, dout @ (mix.mT @ v).mT, dmix
+        plus = 0 if beside is None else beside.double()
+        wanted = y @ (mix.mT @ v) + plus, mix @ dhidden, dout @ (mix.mT @ v).mT, dmix
         names: list[str] = ["out", "dv", "dy", "dmix"]
         build.compare(
             dict(zip(names, found, strict=True)), dict(zip(names, wanted, strict=True)), 1

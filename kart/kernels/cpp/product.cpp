@@ -262,10 +262,8 @@ struct Backward {
                     const Shape& s) {
     douts.take(d, x, 1.0f);
     for (long n = 0; n < s.queries; ++n, out += o.n) {
-      float dot = 0;
-      for (long c = 0; c < s.value_width; ++c) dot += douts.rows[n * douts.padded + c] * out[c * o.d];
       logsumexp[n] = sums[n];
-      dots[n] = dot;
+      dots[n] = dot(douts.rows + n * douts.padded, out, o.d, s.value_width);
     }
   }
 };

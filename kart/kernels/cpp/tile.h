@@ -145,6 +145,19 @@ static void pack_rows(const float* x, int64_t sn, int64_t sd, long count, long t
   std::fill(out, out + (total - count) * width, 0.0f);
 }
 
+// sum_c a[c] b[c * step]
+static float dot(const float* a, const float* b, int64_t step, long count) {
+  float sum = 0;
+  long c = 0;
+  if (step == 1) {
+    vec part = vec{};
+    for (; c + W <= count; c += W) part += load(a + c) * load(b + c);
+    for (int i = 0; i < W; ++i) sum += part[i];
+  }
+  for (; c < count; ++c) sum += a[c] * b[c * step];
+  return sum;
+}
+
 // swaps the blocks of S x S off the diagonal of every block of 2S x 2S
 template <int S>
 static inline __attribute__((always_inline)) void transpose_blocks(vec (&x)[W]) {

@@ -382,13 +382,11 @@ int kart_backward(const Shape* shape, const float* options, const Strided* q, co
           w.douts.take(*dout, dout->at(b, h) + n * dout->n, queries, 1.0f);
           const float* out = FORM > 0 ? result->at(b, h) + n * result->n : nullptr;
           for (long i = 0; i < LANES; ++i) {
-            float dot = 0;
-            if (FORM > 0 && i < queries)
-              for (long e = 0; e < s.value_width; ++e)
-                dot += w.douts.rows[i * w.douts.padded + e] * out[i * result->n + e * result->d];
+            const bool wanted = FORM > 0 && i < queries;
             const float c = i < queries && extra->factor ? extra->factor[row + i] : 1.0f;
             w.rows[i] = FORM == 0 ? c : i < queries ? extra->statistic[row + i] : SOFT || SIMPLEX ? INFINITY : 1.0f;
-            w.rows[LANES + i] = dot;
+            w.rows[LANES + i] =
+                wanted ? dot(w.douts.rows + i * w.douts.padded, out + i * result->n, result->d, s.value_width) : 0.0f;
             w.rows[2 * LANES + i] = c;
           }
           std::fill(w.dq.data, w.dq.data + w.keys.padded * LANES, 0.0f);
