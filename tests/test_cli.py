@@ -52,6 +52,19 @@ def test_train_then_eval(capsys, tmp_path):
     assert report["images"] == 360 and [one["seed"] for one in report["members"]] == [0, 1]
 
 
+def test_an_operator_for_each_block(capsys, tmp_path):
+    out = tmp_path / "runs"
+    argv = ["train", "--operator", "softmax|...|G2B", "softmax", *TINY, "--out", out]
+    code, text, _ = run(capsys, *argv, "--depth", 3)
+    assert code == 0 and "softmax|softmax|G2B" in text
+    found = json.loads((out / "softmax-softmax-G2B" / "config.json").read_text())
+    assert found["config"]["operator"] == ["softmax", "softmax", "G2B"]
+    code, text, _ = run(capsys, "eval", out)
+    assert code == 0 and "softmax|softmax|G2B" in text
+    code, text, _ = run(capsys, "info", "--operator", "softmax|...|G3U", "--model", "swin_tiny")
+    assert code == 0 and "swin_tiny, softmax|...|G3U" in text
+
+
 def test_a_recipe_stands_below_what_is_given_and_both_are_recorded(capsys, tmp_path):
     out = tmp_path / "run"
     flags = ["--recipe", "small", "--image-size", 8, "--warmup-epochs", 0.5, "--no-ema-warmup"]
@@ -138,6 +151,7 @@ def test_seeds_one_by_one_go_into_directories_of_their_own(capsys, tmp_path):
     [
         (["train", "--operator", "G3X"], "Near matches"),
         (["train", "--operator", "G3B", "G3B"], "different operators"),
+        (["train", "--operator", "softmax|G3B"], "names 2 blocks, and the model has 4"),
         (["train", "--data", "nowhere"], "nowhere"),
         (["train", "--rank", "0", "--operator", "G3B"], "`rank` >= 1"),
         (["train", "--rank", "3", "--operator", "softmax"], "'rank' has no effect on softmax"),

@@ -1,5 +1,7 @@
 """Spec strings: what they name, and that nothing in one is accepted without effect."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -195,3 +197,39 @@ def test_a_new_operator_is_read_off_its_signature(spec, monkeypatch):
         operators.parse("entmax:alhpa=2")
     with pytest.raises(ValueError, match="Near matches: entmax"):
         operators.parse("entmx")
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks", "specs"),
+    [
+        ("G3B", 4, "G3B"),
+        ("softmax|G3B", 2, ("softmax", "G3B")),
+        ("softmax|...|G3B", 4, ("softmax", "softmax", "softmax", "G3B")),
+        ("softmax | G3B:rank=8 | ...", 3, ("softmax", "G3B:rank=8", "G3B:rank=8")),
+        ("softmax|...|G3B", 2, ("softmax", "G3B")),
+        ("G1B|softmax|...|G3U|G3U", 4, ("G1B", "softmax", "G3U", "G3U")),
+    ],
+)
+def test_specs_of_all_blocks(text, blocks, specs):
+    assert operators.each_block(text, blocks) == specs
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("softmax|G3B", "names 2 blocks, and the model has 3"),
+        ("a|b|...|c|d", "names 4 blocks, and the model has 3"),
+        ("softmax|", "a block between two | has none"),
+        ("|softmax|G3B", "a block between two | has none"),
+        ("...|softmax|G3B", "stands once, and behind what it repeats"),
+        ("softmax|...|...", "stands once, and behind what it repeats"),
+    ],
+)
+def test_bad_specs_of_all_blocks(text, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        operators.each_block(text, 3)
+
+
+@given(st.lists(st.sampled_from(["softmax", "G3B", "2*softmax+G1U"]), min_size=2, max_size=9))
+def test_what_is_shown_of_all_blocks_is_read_back(specs):
+    assert operators.each_block(operators.shown(specs), len(specs)) == tuple(specs)

@@ -19,7 +19,8 @@ OPERATORS_HELP = (
         "operators: by name, or FAMILY-NUMBERS followed by B (blockwise) or U (universal), such as "
         + ", ".join(operators.EXAMPLES)
         + ". Options follow a colon: G3B:rank=24,base=softmax. Heads that differ are joined by +: "
-        "2*softmax+G3B. A basis or operator of your own: my_module:sinc-B, sinc.py:sinc-8U:rank=4 "
+        "2*softmax+G3B; blocks by |: 'softmax|...|G3B', where ... repeats what is before it. "
+        "A basis or operator of your own: my_module:sinc-B, sinc.py:sinc-8U:rank=4 "
         "(numbers are the first arguments of its factory). Naming it runs that code.",
         96,
     )
@@ -173,10 +174,12 @@ def configs_of(args: argparse.Namespace) -> list[Config]:
     """One Config for each of the operators; each option of operators is for those that leave it
     open.
     """
-    some = set[str]().union(*map(runs.options_of, args.operator))
+    shape = config_of(args, operator="softmax")
+    specs = [models.each_block(x, shape.model, depth=shape.depth) for x in args.operator]
+    some = set[str]().union(*map(runs.options_of, specs))
     return [
         config_of(args, operator=spec, **dict.fromkeys(some - runs.options_of(spec)))
-        for spec in args.operator
+        for spec in specs
     ]
 
 

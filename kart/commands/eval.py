@@ -5,7 +5,7 @@ import dataclasses
 
 import torch
 
-from kart import runs, tables, train, tree
+from kart import operators, runs, tables, train, tree
 from kart.commands.command import Command
 from kart.commands.config import check_device
 from kart.runs import owned
@@ -45,7 +45,7 @@ def _run(args: argparse.Namespace) -> int:
                 {"seed": member.seed, **{name: float(value) for name, value in values.items()}}
             )
         runs.write_scores(directory, args.split, args.checkpoint, scores, len(dataset.labels))
-        by_operator.setdefault(str(config.operator), []).extend(scores)
+        by_operator.setdefault(operators.shown(config.operator), []).extend(scores)
     rows = [
         [
             operator,

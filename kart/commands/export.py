@@ -2,7 +2,7 @@
 
 import argparse
 
-from kart import runs
+from kart import operators, runs
 from kart.commands.command import Command, file, integer
 
 
@@ -28,7 +28,7 @@ def _run(args: argparse.Namespace) -> int:
     one = runs.only(args.run, args.checkpoint, args.seed)
     about = {
         "run": one.identity.id,
-        "operator": str(one.config.operator),
+        "operator": operators.shown(one.config.operator),
         "seed": one.config.seed,
         "checkpoint": args.checkpoint,
         "classes": one.identity.data["classes"],
@@ -38,7 +38,7 @@ def _run(args: argparse.Namespace) -> int:
         "std": one.identity.data["std"],
     }
     export.write(args.out, one.model, one.params, about, args.format)
-    print(f"{one.config.operator} seed {one.config.seed} written to {args.out}")
+    print(f"{operators.shown(one.config.operator)} seed {one.config.seed} written to {args.out}")
     return 0
 
 

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from kart import kernels, models, train
+from kart import kernels, models, operators, train
 from kart.commands.command import Command, integer
 from kart.commands.config import OPERATORS_HELP, add_config_flags, config_of
 
@@ -120,7 +120,7 @@ def _run(args: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))
         return 0
     rows = [
-        ("model", f"{config.model}, {args.operator}, {model.config.sharing}"),
+        ("model", f"{config.model}, {operators.shown(args.operator)}, {model.config.sharing}"),
         ("tokens", f"{found['tokens']}"),
         ("parameters", f"{counted.total:,}, {counted.operator:,} of them in the operators"),
     ]

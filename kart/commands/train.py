@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kart import distributed, population, recipes, runs, tables, train, tree
+from kart import distributed, operators, population, recipes, runs, tables, train, tree
 from kart.analysis import cost
 from kart.commands.command import Command, integer, number, place
 from kart.commands.config import OPERATORS_HELP, add_config_flags, check_device, configs_of
@@ -107,7 +107,7 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
             "".join(f"{one}\n" for one in {donors.told(home) for _, home in parts} if one), end=""
         )
         parameters = tree.size(runs.load_weights(parts[0][1])[0])
-        results.append((str(config.operator), parameters, last))
+        results.append((operators.shown(config.operator), parameters, last))
     if ranks.rank:
         return 0
     rows = [
@@ -161,7 +161,8 @@ def _group_size(configs: Sequence[Config], splits: train.Splits, asked: int | st
         return asked
     size, seconds = population.fastest_group(configs, splits)
     shown = ", ".join(f"{k}: {1000 * s:.1f} ms" for k, s in seconds.items())
-    print(f"{configs[0].operator}: {size} at a time (ms per member and step: {shown})")
+    name = operators.shown(configs[0].operator)
+    print(f"{name}: {size} at a time (ms per member and step: {shown})")
     return size
 
 
@@ -174,7 +175,7 @@ def _train(
     ranks: train.Ranks,
 ) -> list[Record]:
     seeds = ",".join(str(config.seed) for config in configs)
-    label = f"{configs[0].operator} seed {seeds}"
+    label = f"{operators.shown(configs[0].operator)} seed {seeds}"
     record: Record = {}
     marks: list[float] = []
     with tables.bar(desc=label, unit="step", disable=quiet) as bar:

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kart import code, schema
+from kart import code, operators, schema
 from kart.models import resize as resizing
 from kart.models.convit import FAMILY as CONVIT
 from kart.models.convit import ConViTConfig
@@ -36,16 +36,17 @@ MODELS: dict[str, Mapping[str, Any]] = {
 def create(name: str, operator: Choice = "softmax", **overrides: Any) -> Model:
     """A model by name, one of MODELS: "vit_tiny", "vit_small", ...
 
-    `operator` is a spec string (see `kart.operators.parse`), an Operator, or one of either per
-    block. `overrides` are the fields of the model's config, of `ViTConfig` for "vit_tiny":
-    image_size, patch_size, in_channels, num_classes, embed_dim, depth, num_heads, mlp_ratio,
-    sharing ("blockwise" or "universal"), and the options that a spec leaves open: rank, project,
-    base.
+    `operator` is a spec string (see `kart.operators.parse`), an Operator, one of either per block,
+    or those of all blocks as "softmax|...|G3B". `overrides` are the fields of the model's config,
+    of `ViTConfig` for "vit_tiny": image_size, patch_size, in_channels, num_classes, embed_dim,
+    depth, num_heads, mlp_ratio, sharing ("blockwise" or "universal"), and the options that a spec
+    leaves open: rank, project, base.
 
     >>> model = create("vit_tiny", operator="G3B", image_size=32, patch_size=4, depth=2)
     >>> model.config.tokens, model.config.sharing
     (65, 'blockwise')
     """
+    operator = each_block(operator, name, **overrides)
     each = operator if isinstance(operator, list | tuple) else [operator]
     # an Operator is a tuple itself
     if not isinstance(operator, Operator) and not all(isinstance(x, str | Operator) for x in each):
@@ -77,6 +78,17 @@ def create(name: str, operator: Choice = "softmax", **overrides: Any) -> Model:
                 f"{value!r:.100}. Change it."
             )
     return found[0].build(operator, **{**found[0].sizes[name], **overrides})
+
+
+def each_block(operator: Any, name: str, **sizes: Any) -> Any:
+    """`operator` as the model `name` of `sizes` takes it: a spec of all blocks, "softmax|...|G3B",
+    as one a block (see `operators.each_block`), anything else as it is.
+    """
+    if not isinstance(operator, str) or name not in MODELS:
+        return operator
+    found = [sizes.get(field) or MODELS[name].get(field) for field in ("depth", "depths")]
+    depth = next(size for size in found if size)
+    return operators.each_block(operator, depth if isinstance(depth, int) else sum(depth))
 
 
 def from_config(config: Mapping[str, Any]) -> Model:

@@ -44,7 +44,7 @@ from kart.operators.mixtures import hybrid
 from kart.operators.offset import beside_relative, by_offset, softconv
 from kart.operators.relative import relative
 from kart.operators.resize import resize
-from kart.operators.spec import Spec, sources
+from kart.operators.spec import Spec, each_block, shown, sources
 from kart.operators.static import static
 from kart.operators.sums import added
 
@@ -59,9 +59,19 @@ OPERATORS: tuple[Callable[..., Operator], ...] = (
 EXAMPLES = language.examples(OPERATORS)
 
 __all__ = ["Cache", "EXAMPLES", "Factored", "OPERATORS", "Operator", "Source", "Spec", "added"]
-__all__ += ["beside_relative", "by_distance", "by_offset", "cosformer", "elementwise", "entmax"]
+__all__ += ["beside_relative", "by_distance", "by_offset", "cosformer", "each_block", "elementwise"]
+__all__ += ["entmax"]
 __all__ += ["from_logits", "from_rows", "full_rank", "gated", "generated", "hybrid", "linformer"]
-__all__ += ["low_rank", "options", "parse", "performer", "project_first", "relative", "relu"]
+__all__ += [
+    "low_rank",
+    "options",
+    "parse",
+    "performer",
+    "project_first",
+    "relative",
+    "relu",
+    "shown",
+]
 __all__ += ["resize", "sigmoid", "softconv", "softmax", "sources", "sparsemax", "static", "step"]
 __all__ += ["synthesizer", "tempered", "two_stage"]
 

@@ -8,6 +8,7 @@ an operator of the user's own stands behind the module or file that holds it: `m
 """
 
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ SHARING = {"B": "blockwise", "U": "universal", None: None}
 WORDS = {"none": None, "None": None, "true": True, "True": True, "false": False, "False": False}
 # more digits name nothing that could be computed with, and are caught before anything is allocated
 DIGITS = 6
+DOTS = "..."
 HEAD = re.compile(
     r"(?:(?P<name>[a-z][a-z_]*)(?:-|$))?(?P<numbers>G?[0-9]+(?:/[0-9]+)*)?(?P<sharing>[BU])?"
 )
@@ -104,6 +106,40 @@ def refusal(spec: str, why: str, near: Sequence[str] = ()) -> ValueError:
         f"`operator` needs a spec such as G3B, softmax or bspline-G8U:rank=24, got {spec!r}: "
         f"{why}.{advice}"
     )
+
+
+def each_block(text: str, blocks: int) -> str | tuple[str, ...]:
+    """The specs of all blocks, "softmax|...|G3B", where ... stands for as many more of what is
+    before it as make up `blocks`; without | the text itself, one spec for all.
+
+    Raises:
+        ValueError: names what is empty, twice or too much.
+    """
+    if "|" not in text:
+        return text
+    parts = [part.strip() for part in text.split("|")]
+    if not all(parts):
+        raise refusal(text, "a block between two | has none")
+    if DOTS in parts:
+        at = parts.index(DOTS)
+        if parts.count(DOTS) > 1 or at == 0:
+            raise refusal(text, f"{DOTS} stands once, and behind what it repeats")
+        parts[at : at + 1] = [parts[at - 1]] * max(0, blocks - len(parts) + 1)
+    if len(parts) != blocks:
+        raise refusal(text, f"it names {len(parts)} blocks, and the model has {blocks}")
+    return tuple(parts)
+
+
+def shown(operator: Any) -> str:
+    """One spec, or those of all blocks as `each_block` reads them, the longest repeat shortened."""
+    if not isinstance(operator, list | tuple) or not all(isinstance(x, str) for x in operator):
+        return str(operator)
+    runs = [(spec, len(list(same))) for spec, same in itertools.groupby(operator)]
+    longest = max(range(len(runs)), key=lambda i: runs[i][1])
+    parts: list[str] = []
+    for i, (spec, count) in enumerate(runs):
+        parts += [spec, DOTS] if i == longest and count > 2 else [spec] * count
+    return "|".join(parts)
 
 
 def read_value(spec: str, text: str) -> Any:

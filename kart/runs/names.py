@@ -41,6 +41,6 @@ def homes(configs: Sequence[Config], out: Path) -> list[Path]:
     if len(set(found)) < len(found):
         raise ValueError(
             "`operator` needs different operators, got "
-            f"{[str(config.operator) for config in configs]}. Drop the repeats."
+            f"{[operators.shown(config.operator) for config in configs]}. Drop the repeats."
         )
     return found

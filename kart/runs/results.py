@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kart import population, train
+from kart import operators, population, train
 from kart.runs import identity, records, weights
 from kart.runs.names import OPTIONS, options_of
 from kart.train import Config, Record
@@ -46,9 +46,10 @@ def distinct(*paths: str) -> list[Path]:
                 own.data["fingerprint"]["train"],
             )
             if name in seen:
+                spec = operators.shown(config.operator)
                 raise ValueError(
-                    f"`run` needs different runs, got the same one, {config.operator} seed "
-                    f"{config.seed}, in {str(seen[name])!r} and {str(directory)!r}. Remove the "
+                    f"`run` needs different runs, got the same one, {spec} seed {config.seed}, in "
+                    f"{str(seen[name])!r} and {str(directory)!r}. Remove the "
                     "copy: it would be counted twice."
                 )
             seen[name] = directory

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import optuna
 from optuna.trial import TrialState
 
-from kart import checkpoint, pages, statistics
+from kart import checkpoint, operators, pages, statistics
 from kart.analysis import figures
 from kart.search import plots
 from kart.search.plots import Arms
@@ -119,9 +119,7 @@ def _outcome(view: View) -> pages.Section:
     header += ["search - fresh", "parameters", "best found"]
     cells = []
     for row in rows:
-        operator = row.best.config["operator"]
-        if not isinstance(operator, str):  # one a block
-            operator = " | ".join(operator)
+        operator = operators.shown(row.best.config["operator"])
         params = describe(row.best.trial.params)
         n = f"{row.search.n}, {row.test.n}" if row.test else f"{row.search.n}"
         bad = pages.Markup(f"<br>{row.diverged} diverged") if row.diverged else ""
