@@ -61,8 +61,8 @@ def test_an_operator_for_each_block(capsys, tmp_path):
     assert found["config"]["operator"] == ["softmax", "softmax", "G2B"]
     code, text, _ = run(capsys, "eval", out)
     assert code == 0 and "softmax|softmax|G2B" in text
-    code, text, _ = run(capsys, "info", "--operator", "softmax|...|G3U", "--model", "swin_tiny")
-    assert code == 0 and "swin_tiny, softmax|...|G3U" in text
+    code, text, _ = run(capsys, "info", "--operator", "softmax|...|G3B", "--model", "swin_tiny")
+    assert code == 0 and "swin_tiny, softmax|...|G3B" in text
 
 
 def test_a_recipe_stands_below_what_is_given_and_both_are_recorded(capsys, tmp_path):
