@@ -232,4 +232,5 @@ def test_bad_specs_of_all_blocks(text, words):
 
 @given(st.lists(st.sampled_from(["softmax", "G3B", "2*softmax+G1U"]), min_size=2, max_size=9))
 def test_what_is_shown_of_all_blocks_is_read_back(specs):
-    assert operators.each_block(operators.shown(specs), len(specs)) == tuple(specs)
+    wanted = tuple(specs) if len(set(specs)) > 1 else specs[0]
+    assert operators.each_block(operators.shown(specs), len(specs)) == wanted

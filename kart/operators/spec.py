@@ -131,10 +131,14 @@ def each_block(text: str, blocks: int) -> str | tuple[str, ...]:
 
 
 def shown(operator: Any) -> str:
-    """One spec, or those of all blocks as `each_block` reads them, the longest repeat shortened."""
+    """One spec, also where all blocks have it, or those of the blocks as `each_block` reads them,
+    the longest repeat shortened.
+    """
     if not isinstance(operator, list | tuple) or not all(isinstance(x, str) for x in operator):
         return str(operator)
     runs = [(spec, len(list(same))) for spec, same in itertools.groupby(operator)]
+    if len(runs) == 1:
+        return operator[0]
     longest = max(range(len(runs)), key=lambda i: runs[i][1])
     parts: list[str] = []
     for i, (spec, count) in enumerate(runs):

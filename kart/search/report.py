@@ -134,7 +134,11 @@ def _outcome(view: View) -> pages.Section:
                 pages.Markup(n + bad),
                 optimism,
                 f"{row.best.trial.user_attrs['cost']['parameters']:,.0f}",
-                pages.Markup(f"{pages.tag('code', operator)}<br>{pages.escape(params)}"),
+                # long ones break between blocks, and are copied as they are
+                pages.Markup(
+                    pages.tag("code", operator).replace("|", "|<wbr>")
+                    + f"<br>{pages.escape(params)}"
+                ),
             ]
         )
     blocks: list[str] = []
