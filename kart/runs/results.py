@@ -78,7 +78,7 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
             images.add(stored["images"])
         for i, params in enumerate(weights.load_weights(directory, which)):
             own = [epoch[i] for epoch in epochs]
-            found.setdefault(str(configs[i].operator), []).append(
+            found.setdefault(operators.shown(configs[i].operator), []).append(
                 (configs[i], own, params, scores[i], directory)
             )
     every = [one for members in found.values() for one in members]
