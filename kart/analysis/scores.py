@@ -6,6 +6,7 @@ from kart import pages, statistics, tables
 from kart.analysis import cost
 from kart.analysis.section import Analysis, Context, Result, mean_number
 from kart.models import Model
+from kart.operators import Operator
 
 
 def verdicts(results: Sequence[Result]) -> list[str]:
@@ -19,18 +20,29 @@ def verdicts(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def described(name: str, model: Model) -> str:
-    """What the operator of a model is, in words."""
-    op, sharing = model.operators[0], model.config.sharing
+def _words(op: Operator, name: str) -> str:
     if op.basis is None:
-        return f"{name}: {'a fixed function' if op.options.get('kind') == name else op.name}"
+        return "a fixed function" if op.options.get("kind") == name else op.name
     options = {k: v for k, v in op.basis.options.items() if k not in ("init", "scales")}
     units = ", ".join(f"{key} {value}" for key, value in options.items() if value != "zero")
     kind = str(op.options.get("kind", op.name)).replace("_", " ")
     rank = f" {op.options['rank']}" if "rank" in op.options else ""
-    shared = "one for all blocks" if sharing == "universal" else "one a block"
     extra = "".join(f", {k} {op.options[k]}" for k in ("project", "base") if op.options.get(k))
-    return f"{name}: {kind}{rank} of {op.basis.family} units ({units}){extra}, {shared}"
+    return f"{kind}{rank} of {op.basis.family} units ({units}){extra}"
+
+
+def described(name: str, model: Model) -> str:
+    """What the operator of a model is, in words, or those of its blocks."""
+    blocks: dict[str, list[str]] = {}
+    for i, op in enumerate(model.operators, 1):
+        blocks.setdefault(_words(op, name), []).append(str(i))
+    if len(blocks) > 1:
+        return f"{name}: " + "; ".join(
+            f"{words} in block{'s' * (len(where) > 1)} {', '.join(where)}"
+            for words, where in blocks.items()
+        )
+    shared = "one for all blocks" if model.config.sharing == "universal" else "one a block"
+    return f"{name}: {next(iter(blocks))}" + f", {shared}" * bool(model.operators[0].basis)
 
 
 def section(context: Context) -> pages.Section:
