@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kart import data, train, tree
+from kart import data, models, train, tree
 from kart.analysis import (
     attention,
     cost,
@@ -16,6 +16,7 @@ from kart.analysis import (
     landscape,
     report,
     scenes,
+    scores,
     section,
     spectra,
     weights,
@@ -328,3 +329,11 @@ def test_a_model_whose_blocks_differ_has_the_sections_that_can_be(tmp_path):
     for name in ("functions", "attention", "mechanism", "spectra"):
         assert "needs blocks of equal heads and tokens" in told[name]
     assert "not counted" in page.read_text()
+
+
+def test_operators_of_blocks_that_differ_are_described_apart():
+    model = models.create("vit_nano", "softmax|...|G2B|G3B", image_size=8, patch_size=4)
+    assert scores.described("mine", model) == (
+        "mine: softmax in blocks 1, 2; low rank 12 of fourier units (grid 2) in block 3; low rank "
+        "12 of fourier units (grid 3) in block 4"
+    )
