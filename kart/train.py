@@ -97,6 +97,9 @@ class Config:
 
         for name, kind in typing.get_type_hints(Config).items():
             need(schema.fits(getattr(self, name), kind), name, f"of type {schema.name(kind)}")
+        # "softmax|...|G3B" is one spec a block
+        blocks = models.each_block(self.operator, self.model, depth=self.depth)
+        object.__setattr__(self, "operator", blocks)
         for name in ("epochs", "batch_size", "accumulate"):
             value = getattr(self, name)
             need(isinstance(value, int) and value >= 1, name, "an integer >= 1")

@@ -54,6 +54,7 @@ def test_train_then_eval(capsys, tmp_path):
 
 def test_an_operator_for_each_block(capsys, tmp_path):
     out = tmp_path / "runs"
+    assert Config(operator="softmax|...|G2B", depth=2).operator == ("softmax", "G2B")
     argv = ["train", "--operator", "softmax|...|G2B", "softmax", *TINY, "--out", out]
     code, text, _ = run(capsys, *argv, "--depth", 3)
     assert code == 0 and "softmax|softmax|G2B" in text

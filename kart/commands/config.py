@@ -174,8 +174,7 @@ def configs_of(args: argparse.Namespace) -> list[Config]:
     """One Config for each of the operators; each option of operators is for those that leave it
     open.
     """
-    shape = config_of(args, operator="softmax")
-    specs = [models.each_block(x, shape.model, depth=shape.depth) for x in args.operator]
+    specs = [config_of(args, operator=text).operator for text in args.operator]
     some = set[str]().union(*map(runs.options_of, specs))
     return [
         config_of(args, operator=spec, **dict.fromkeys(some - runs.options_of(spec)))
