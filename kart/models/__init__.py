@@ -84,11 +84,15 @@ def each_block(operator: Any, name: str, **sizes: Any) -> Any:
     """`operator` as the model `name` of `sizes` takes it: a spec of all blocks, "softmax|...|G3B",
     as one a block (see `operators.each_block`), anything else as it is.
     """
-    if not isinstance(operator, str) or name not in MODELS:
+    if not isinstance(operator, str) or not isinstance(name, str) or name not in MODELS:
         return operator
-    found = [sizes.get(field) or MODELS[name].get(field) for field in ("depth", "depths")]
-    depth = next(size for size in found if size)
-    return operators.each_block(operator, depth if isinstance(depth, int) else sum(depth))
+    field = "depths" if "depths" in MODELS[name] else "depth"
+    given = sizes.get(field)
+    size = MODELS[name][field] if given is None else given
+    parts = size if isinstance(size, list | tuple) else [size]
+    if not all(isinstance(x, int) for x in parts):
+        return operator  # the config says what is wrong with it
+    return operators.each_block(operator, sum(parts))
 
 
 def from_config(config: Mapping[str, Any]) -> Model:
