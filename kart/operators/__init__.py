@@ -60,20 +60,10 @@ EXAMPLES = language.examples(OPERATORS)
 
 __all__ = ["Cache", "EXAMPLES", "Factored", "OPERATORS", "Operator", "Source", "Spec", "added"]
 __all__ += ["beside_relative", "by_distance", "by_offset", "cosformer", "each_block", "elementwise"]
-__all__ += ["entmax"]
-__all__ += ["from_logits", "from_rows", "full_rank", "gated", "generated", "hybrid", "linformer"]
-__all__ += [
-    "low_rank",
-    "options",
-    "parse",
-    "performer",
-    "project_first",
-    "relative",
-    "relu",
-    "shown",
-]
-__all__ += ["resize", "sigmoid", "softconv", "softmax", "sources", "sparsemax", "static", "step"]
-__all__ += ["synthesizer", "tempered", "two_stage"]
+__all__ += ["entmax", "from_logits", "from_rows", "full_rank", "gated", "generated", "hybrid"]
+__all__ += ["linformer", "low_rank", "options", "parse", "performer", "project_first", "relative"]
+__all__ += ["relu", "resize", "shown", "sigmoid", "softconv", "softmax", "sources", "sparsemax"]
+__all__ += ["static", "step", "synthesizer", "tempered", "two_stage"]
 
 
 def parse(spec: str, **overrides: Any) -> Spec:
