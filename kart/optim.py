@@ -440,12 +440,17 @@ def _packed(state: State, names: list[str]) -> State:
     return state._make(parts) if hasattr(state, "_make") else tuple(parts)  # type: ignore
 
 
+def _chosen(fine: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    # reading a number waits for a GPU, not for a CPU
+    return (new if fine else old) if fine.device.type == "cpu" else torch.where(fine, new, old)
+
+
 def _settle(old: State, part: State, new: State, fine: Tensor, names: list[str]) -> State:
     """Writes the entries of `new`, the next state of `part = _packed(old, names)`, into the tensors
     of `old` where `fine`; the result has the dicts of `old` and the other tensors of `new`.
     """
     if isinstance(old, dict):
-        chosen = torch.where(fine, new[names[0]], part[names[0]])
+        chosen = _chosen(fine, new[names[0]], part[names[0]])
         if len(names) == 1:
             old[names[0]].copy_(chosen)
             return old
@@ -455,7 +460,7 @@ def _settle(old: State, part: State, new: State, fine: Tensor, names: list[str])
             leaf.copy_(entries.view(leaf.shape))
         return old
     if isinstance(old, Tensor):
-        return torch.where(fine, new, old)
+        return _chosen(fine, new, old)
     parts = [_settle(*three, fine, names) for three in zip(old, part, new, strict=True)]
     return old._make(parts) if hasattr(old, "_make") else tuple(parts)  # type: ignore
 

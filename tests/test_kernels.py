@@ -11,8 +11,9 @@ import torch
 from torch import func
 from torch.testing import assert_close
 
-from kart import bases, kernels
+from kart import bases, kernels, operators
 from kart.kernels import chunked, plain
+from kart.kernels.arguments import laid_like, room_like
 
 # torch's own: the first forward-mode call compiles its decompositions, `linearize` folds constants
 pytestmark = [
@@ -725,3 +726,44 @@ def test_plain_softmax_attention_is_the_fused_kernel():
     q, k, v = (draw(2, 3, 33, 8, dtype=torch.float32, seed=i) for i in range(3))
     fused = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     assert torch.equal(kernels.softmax_attention(q, k, v), fused)
+
+
+# --- where gradients lie --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["torch", "cpp"])
+@pytest.mark.parametrize(
+    "spec", ["G2B", "G2B:base=softmax", "mexican_hat-B", "G2B:order=elementwise"]
+)
+def test_gradients_of_views_lie_as_the_projection_has_them(engine, spec):
+    """Rows of all heads side by side, so that joining them copies nothing; the numbers are those of
+    tensors that lie by themselves.
+    """
+    needs(engine)
+    op = operators.parse(f"{spec}{',' if ':' in spec else ':'}engine={engine}").operator
+    heads, tokens, width = 2, 17, 5
+    generator = torch.Generator().manual_seed(0)
+    params = op.init(generator, heads, tokens)
+    qkv = torch.randn(2, tokens, 3 * heads * width, generator=generator)
+    probe = torch.randn(2, heads, tokens, width, generator=generator)
+    views = [x.unflatten(-1, (heads, width)).transpose(1, 2) for x in qkv.chunk(3, -1)]
+    found = []
+    for inputs in (views, [x.contiguous() for x in views]):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = op.attend(params, *leaves)
+        found.append((out, *torch.autograd.grad(out, leaves, probe)))
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b, rtol=0, atol=0 if engine == "cpp" else 1e-5)
+    if spec in ("G2B", "mexican_hat-B"):
+        assert all(x.transpose(1, 2).is_contiguous() for x in found[0][1:3])
+        assert all(x.is_contiguous() for x in found[1][1:3])
+
+
+def test_room_like_is_as_wide_as_it_is_read():
+    rows = torch.randn(2, 5, 3, 4).transpose(1, 2)  # (B, H, N, d), heads side by side
+    assert room_like(rows).stride() == rows.stride() and room_like(rows, 7).shape == (2, 3, 7, 4)
+    alone, shared = torch.randn(2, 3, 5, 4), torch.randn(2, 1, 5, 4).expand(2, 3, 5, 4)
+    assert room_like(alone).is_contiguous() and room_like(shared).is_contiguous()
+    for x in (rows, alone, shared, torch.randn(2, 3, 4, 5).mT):
+        assert laid_like(alone, x).stride() == room_like(x).stride()
+        assert torch.equal(laid_like(alone, x), alone)

@@ -171,3 +171,24 @@ def test_inductor_has_the_plain_value(case, engine, dtype):
     if kernels.engines()[engine] != "ready":
         pytest.skip(kernels.engines()[engine])
     compare(case, BASES["fourier"], engine, dtype, "inductor", None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_compiled_step_knows_where_gradients_of_views_lie(dtype):
+    """By the default backend, which takes the strides that the recorded operation declares."""
+    basis = BASES["fourier"]
+    _, _, coefs = example(basis, dtype)
+    generator = torch.Generator().manual_seed(1)
+    qk = torch.randn(2, 4, 12, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(12, 5, generator=generator, dtype=torch.float64).to(dtype)
+
+    def whole(x, weight):
+        q, k = (y.unflatten(-1, (2, 3)).transpose(1, 2) for y in (x @ weight).chunk(2, -1))
+        return (kernels.contract(basis, coefs, q, k) ** 2).sum()
+
+    leaves = [qk @ weight, weight.mT.contiguous()]
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    wanted = torch.autograd.grad(whole(*leaves), leaves)
+    found = torch.autograd.grad(torch.compile(whole, fullgraph=True)(*leaves), leaves)
+    for a, b in zip(found, wanted, strict=True):
+        assert_close(a, b)

@@ -104,3 +104,24 @@ def flat_mask(mask: Tensor, lead: Sequence[int]) -> Tensor:
     if any(size != 1 for size in mask.shape[: len(lead)]):
         mask = mask.expand(*lead, *mask.shape[len(lead) :])
     return mask.reshape(-1, *mask.shape[len(lead) :])
+
+
+def side_by_side(x: Tensor) -> bool:
+    """Whether rows of heads of `x (B, H, N, d)` lie side by side, as a projection leaves them."""
+    return x.shape[1] > 1 and x.shape[2] > 1 and 0 < x.stride(1) < x.stride(2)
+
+
+def room_like(x: Tensor, rows: int | None = None) -> Tensor:
+    """An empty tensor for the gradient of `x (B, H, N, d)`, or for `rows` rows of its kind: where
+    those of its heads lie side by side they do so here, and joining the heads is a view.
+    """
+    batch, heads, own, width = x.shape
+    rows = own if rows is None else rows
+    if side_by_side(x):
+        return x.new_empty(batch, rows, heads, width).transpose(1, 2)
+    return x.new_empty(batch, heads, rows, width)
+
+
+def laid_like(y: Tensor, x: Tensor) -> Tensor:
+    """`y` in the layout of `room_like(x)`, a copy where it has another."""
+    return y.transpose(1, 2).contiguous().transpose(1, 2) if side_by_side(x) else y.contiguous()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from kart.kernels import chunked, cpp, plain, triton
-from kart.kernels.arguments import broadcast_leading, check, flat_mask
+from kart.kernels.arguments import broadcast_leading, check, flat_mask, laid_like, room_like
 from kart.kernels.family import Family, Product, family_named, family_of, pin, recordable
 from kart.kernels.transforms import forward_levels, front, no_autocast, recorded, signed
 
@@ -91,7 +91,9 @@ def _raw_forward(q, k, coefs, mask, scale, basis, engine):
 def _raw_backward(dy, q, k, coefs, mask, scale, basis, engine):
     product = Product(family_named(basis), q, k, coefs, mask, scale)
     with no_autocast(q), torch.no_grad():
-        return engine_for(engine, product).backward(product, dy)
+        dq, dk, dcoefs = engine_for(engine, product).backward(product, dy)
+    # one layout whatever the engine, that recorded graphs know
+    return laid_like(dq, q), laid_like(dk, k), dcoefs
 
 
 for _name, _implementation in (
@@ -110,7 +112,7 @@ def _fake_forward(q, k, coefs, mask, scale, basis, engine):
 
 @torch.library.register_fake("kart::contract_backward", lib=_library)
 def _fake_backward(dy, q, k, coefs, mask, scale, basis, engine):
-    return q.new_empty(q.shape), k.new_empty(k.shape), coefs.new_empty(coefs.shape)
+    return room_like(q), room_like(k), coefs.new_empty(coefs.shape)
 
 
 # --- folding a vmapped axis into the raw layout ---------------------------------------------------

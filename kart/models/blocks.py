@@ -4,6 +4,7 @@ Parameters carry timm's names. The residual stream keeps the precision of the pa
 and MLP compute in the dtype of the images.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Generator, Tensor
 
 from kart import layers
 from kart.models.model import Model, Site, find
+from kart.operators.contract import Factors
+from kart.operators.projected import pays, projected
 
 Params = dict[str, Any]
 Attend = Callable[..., Tensor]  # (q, k, v, mask=None) to (..., H, N, d)
@@ -50,8 +53,8 @@ def prepend_class(params: Params, x: Tensor) -> Tensor:
 
 def split_heads(qkv: Tensor, heads: int, parts: int = 3) -> tuple[Tensor, ...]:
     """`(..., N, parts D)` to `parts` tensors `(..., H, N, d)`."""
-    split = qkv.unflatten(-1, (parts, heads, qkv.shape[-1] // (parts * heads)))
-    return split.movedim(-3, 0).transpose(-3, -2).unbind(0)
+    split = qkv.split(qkv.shape[-1] // parts, -1)
+    return tuple(x.unflatten(-1, (heads, -1)).transpose(-3, -2) for x in split)
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -67,8 +70,18 @@ def attention_init(generator: Generator, size: int, bias: bool = True) -> Params
     }
 
 
-def attention(params: Params, x: Tensor, heads: int, attend: Attend) -> Tensor:
-    """Multi-head self-attention, `(..., N, D)` to `(..., N, D)`."""
+def attention(
+    params: Params, x: Tensor, heads: int, attend: Attend, factors: Factors | None = None
+) -> Tensor:
+    """Multi-head self-attention, `(..., N, D)` to `(..., N, D)`.
+
+    `factors` are those of the weights of (q, k), where they are a product (see
+    `kart.operators.projected`).
+    """
+    if factors is not None and pays(factors, x, heads):
+        queries_keys, value = layers.split_outputs(params["qkv"], [2, 1])
+        q, k = split_heads(layers.linear(queries_keys, x), heads, 2)
+        return projected(factors.of(q, k), x, value, params["proj"])
     q, k, v = split_heads(layers.linear(params["qkv"], x), heads)
     return layers.linear(params["proj"], merge_heads(attend(q, k, v)))
 
@@ -93,6 +106,16 @@ def attend_at(site: Site, params: Params, look: dict[str, Tensor] | None, name: 
         return weights @ v
 
     return streamed if look is None else looked_at
+
+
+def factors_at(site: Site, params: Params, look: dict[str, Tensor] | None) -> Factors | None:
+    """Factors of the weights at `site` for `attention`, None where they are no product or looked
+    at.
+    """
+    found = site.operator.factors
+    if found is None or look is not None:
+        return None
+    return found._replace(of=functools.partial(found.of, find(params, site.path)))
 
 
 def block_init(generator: Generator, size: int, hidden: int, attn: Callable[..., Params]) -> Params:

@@ -91,7 +91,10 @@ def convit(operator: Choice = "softmax", **fields: Any) -> Model:
             if i < gated:
                 attn = functools.partial(gated_attention, heads=heads, side=side, attend=attend)
             else:
-                attn = functools.partial(blocks.attention, heads=heads, attend=attend)
+                factors = blocks.factors_at(site, params, look)
+                attn = functools.partial(
+                    blocks.attention, heads=heads, attend=attend, factors=factors
+                )
             x = blocks.block(own, x, attn, images.dtype)
             if look is not None:
                 if i < gated:

@@ -72,7 +72,10 @@ def vit(operator: Choice = "softmax", **fields: Any) -> Model:
 
             def block(own: Params, x: Tensor, site: Site = site, name: str = name) -> Tensor:
                 attend = blocks.attend_at(site, own, look, name)
-                attn = functools.partial(blocks.attention, heads=heads, attend=attend)
+                factors = blocks.factors_at(site, own, look)
+                attn = functools.partial(
+                    blocks.attention, heads=heads, attend=attend, factors=factors
+                )
                 return blocks.block(find(own, name), x, attn, images.dtype)
 
             own: Params = {"blocks": {str(i): params["blocks"][str(i)]}}

@@ -39,7 +39,8 @@ class Operator(NamedTuple):
     to weights if a unit costs `unit` a score, for those whose cost `kart.analysis.cost` is to know.
     `resize(params, old, new)` moves parameters to another lattice of keys (see
     `kart.operators.resize`), None where there is nothing to move. `call` is the call that made the
-    tuple, by which it pickles.
+    tuple, by which it pickles. `factors` gives weights that are a product of few columns as that
+    product (see `kart.operators.projected`), None where they are none.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Operator(NamedTuple):
     traits: Mapping[str, Any] = {}
     resize: Callable[..., Params] | None = None
     call: factories.Call | None = None
+    factors: "Factors | None" = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return factories.reduce(self)
@@ -276,6 +278,15 @@ class Factored(NamedTuple):
 Logits = Tensor | Factored
 
 
+class Factors(NamedTuple):
+    """Weights as a product: `of(params, q, k)` are its factors, of `rank` columns, where nothing is
+    masked.
+    """
+
+    rank: int
+    of: Callable[..., Factored]
+
+
 class Source(Protocol):
     """The scores as the logits of an operator see them: held, or streamed from q and k."""
 
@@ -411,6 +422,7 @@ def from_logits(
     resize: Callable[..., Params] | None = None,
     options: Mapping[str, Any] | None = None,
     traits: Mapping[str, Any] | None = None,
+    rank: int | None = None,
 ) -> Operator:
     """An operator with parameters from its logits, whose rows it may project or add softmax to.
 
@@ -426,6 +438,7 @@ def from_logits(
         product: `logits @ v` for a mask of keys, where that has a better order than the factors'.
         resize: see `Operator`.
         options, traits: recorded in the result.
+        rank: the number of columns of factored logits, where it is below the width of a head.
     """
     check_choice(name, "project", project, ["simplex"])
     check_choice(name, "base", base, ["softmax"])
@@ -484,6 +497,16 @@ def from_logits(
                 out = out + kernels.softmax_attention(q, k, v, mask)
             return out.to(dtype)
 
+    def factors(params: Params, q: Tensor, k: Tensor) -> Factored:
+        check_qkv(name, q, k, k, None)
+        check_length(params, k.shape[-2])
+        with no_autocast(q):
+            found = logits(params, Streamed(q, k, None, engine))
+        assert isinstance(found, Factored)  # by `rank`
+        return Factored(wide(found.left), found.right)
+
+    product_of = Factors(rank, factors) if rank and project is None and base is None else None
     options = {"kind": name, **(options or {}), "project": project, "base": base}
     traits = {"learned": True, "length_free": False, **(traits or {})}
-    return Operator(name, checked_init, weights, attend, basis, options, traits, resize)
+    made = Operator(name, checked_init, weights, attend, basis, options, traits, resize)
+    return made._replace(factors=product_of)

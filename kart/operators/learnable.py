@@ -71,10 +71,11 @@ def order(
     axes: Mapping[str, Sequence[int]],
     shared: tuple[Basis, str | None, str | None, str],
     product: Callable[[Params, Streamed, Tensor], Tensor] | None = None,
+    columns: int | None = None,
     **options: Any,
 ) -> Operator:
     """The operator of `logits`, whose parameters `name` have keys at `axes[name]`; `shared` are
-    basis, project, base and engine.
+    basis, project, base and engine; `columns` is the `rank` of `from_logits`.
     """
     basis, project, base, engine = shared
 
@@ -97,6 +98,7 @@ def order(
         product=product,
         resize=moving(axes, basis),
         options=options,
+        rank=columns,
     )
 
 
@@ -146,9 +148,8 @@ def low_rank(
         return Factored(scores.units(basis, params["units"]), params["mix"])
 
     shared = (basis, project, base, engine)
-    return order(
-        "low_rank", init, logits, {"units": (2,), "mix": (1,)}, shared, rank=rank, mix=start
-    )
+    axes = {"units": (2,), "mix": (1,)}
+    return order("low_rank", init, logits, axes, shared, columns=rank, rank=rank, mix=start)
 
 
 @remember

@@ -58,6 +58,7 @@ def linformer(rank: int = 16) -> Operator:
         lambda params: params["keys"].shape[-1],
         resize=resize,
         options={"rank": rank},
+        rank=rank,
         traits={
             "rank": rank,
             "product_flops": lambda tokens, width: 4 * tokens * rank * width,

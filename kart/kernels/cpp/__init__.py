@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kart.kernels import plain
+from kart.kernels.arguments import room_like
 from kart.kernels.cpp import build
 from kart.kernels.family import Family, Product, family_named
 from kart.kernels.transforms import untransformed
@@ -31,7 +32,7 @@ BASES = ("zero", "identity", "silu", "gelu")
 MAX_WIDTH = 33
 
 
-class _Array(ctypes.Structure):
+class Array(ctypes.Structure):
     """A tensor of four axes for C: address and strides."""
 
     _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in "bhnd"]
@@ -49,8 +50,8 @@ class Shape(ctypes.Structure):
 
 
 class _Soft(ctypes.Structure):
-    _fields_ = [("v", _Array), ("dout", _Array), ("out", _Array)] + [
-        (name, ctypes.c_void_p) for name in ("result", "logsumexp", "dv")
+    _fields_ = [(name, Array) for name in ("v", "dout", "out", "result", "dv")] + [
+        ("logsumexp", ctypes.c_void_p)
     ]
 
 
@@ -89,7 +90,7 @@ class Engine:
             ctypes.byref(array_of(mask)),
             ctypes.c_float(scale),
             None if soft is None else ctypes.byref(soft[0]),
-            *(ctypes.c_void_p(x.data_ptr()) for x in results),
+            *results,
             # at most one for each task, a head of a sample
             min(torch.get_num_threads(), q.shape[0] * q.shape[1]),
         )
@@ -102,40 +103,47 @@ class Engine:
         y = q.new_empty(*q.shape[:3], product.coefs.shape[2])
         if soft is None:
             if y.numel():
-                self._call(self.library.kart_forward, product, None, [y])
+                self._call(self.library.kart_forward, product, None, [address_of(y)])
             return (y,)
         v = soft.v
-        out, logsumexp = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3])
-        extra = _Soft(
-            array_of(v), array_of(None), array_of(None), out.data_ptr(), logsumexp.data_ptr()
-        )
+        out, logsumexp = room_like(v, q.shape[2]), q.new_empty(q.shape[:3])
+        extra = _Soft(v=array_of(v), result=array_of(out), logsumexp=logsumexp.data_ptr())
         if y.numel():
-            self._call(self.library.kart_forward, product, (extra, v.shape[3]), [y])
+            self._call(self.library.kart_forward, product, (extra, v.shape[3]), [address_of(y)])
         return y, out, logsumexp
 
     def backward(
         self, product: Product, dy: Tensor, soft: Softmax | None = None
     ) -> tuple[Tensor, ...]:
-        """dq, dk, dcoefs, and with `soft` dv; contiguous, float32."""
+        """dq, dk, dcoefs, and with `soft` dv; float32."""
         _, q, k, coefs, _, _ = product
-        gradients = [x.new_empty(x.shape) for x in (q, k, coefs)]
+        gradients = [room_like(q), room_like(k), coefs.new_empty(coefs.shape)]
         extra = None
         if soft is not None:
-            dv = soft.v.new_empty(soft.v.shape)
+            dv = room_like(soft.v)
             gradients.append(dv)
             assert soft.logsumexp is not None  # for the type checker
-            arrays = (array_of(x) for x in (soft.v, soft.dout, soft.out))
             sums = soft.logsumexp.contiguous()
-            extra = _Soft(*arrays, None, sums.data_ptr(), dv.data_ptr()), soft.v.shape[3]
+            arrays = {"v": soft.v, "dout": soft.dout, "out": soft.out, "dv": dv}
+            held = {name: array_of(x) for name, x in arrays.items()}
+            extra = _Soft(**held, logsumexp=sums.data_ptr()), soft.v.shape[3]
         if not dy.numel():
             return tuple(x.zero_() for x in gradients)
-        self._call(self.library.kart_backward, product, dy, extra, gradients[:3])
+        rooms = (ctypes.byref(array_of(x)) for x in gradients[:2])
+        self._call(
+            self.library.kart_backward, product, dy, extra, [*rooms, address_of(gradients[2])]
+        )
         return tuple(gradients)
 
 
-def array_of(x: Tensor | None, kind: type[ctypes.Structure] = _Array) -> ctypes.Structure:
+def array_of(x: Tensor | None, kind: type[ctypes.Structure] = Array) -> ctypes.Structure:
     """Address and strides of a tensor as the kernels take them; zeros for None."""
     return kind() if x is None else kind(x.data_ptr(), *x.stride())
+
+
+def address_of(x: Tensor) -> ctypes.c_void_p:
+    """Address of a contiguous tensor."""
+    return ctypes.c_void_p(x.data_ptr())
 
 
 # --- build and check ------------------------------------------------------------------------------

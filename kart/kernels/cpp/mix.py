@@ -11,14 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kart.kernels.arguments import room_like
 from kart.kernels.cpp import Shape, array_of, build
 from kart.kernels.transforms import untransformed
-
-
-def _room(like: Tensor, rows: int) -> Tensor:
-    """Room for `(B, H, rows, e)`, the heads of a row side by side, as a model has them."""
-    batch, heads, _, width = like.shape
-    return like.new_empty(batch, rows, heads, width).transpose(1, 2)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -45,7 +40,7 @@ class Engine:
         r)`, `mix (B or 1, H, M, r)` and `beside (B, H, N, e)`, all float32.
         """
         y, mix = _flat(y), _flat(mix)
-        out = _room(v, y.shape[2])
+        out = room_like(v, y.shape[2])
         hidden = v.new_empty(*v.shape[:2], mix.shape[3], v.shape[3])
         inputs = [ctypes.byref(array_of(x)) for x in (v, y, mix, beside)]
         own = int(mix.shape[0] > 1)
@@ -58,7 +53,7 @@ class Engine:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dv, dy and dmix."""
         y, mix, hidden = _flat(y), _flat(mix), hidden.contiguous()
-        dv, dy, dmix = _room(v, v.shape[2]), y.new_empty(y.shape), mix.new_empty(mix.shape)
+        dv, dy, dmix = room_like(v), y.new_empty(y.shape), mix.new_empty(mix.shape)
         inputs = [ctypes.byref(array_of(x)) for x in (dout, v, y, mix)]
         own = int(mix.shape[0] > 1)
         results = [ctypes.byref(array_of(dv)), *(ctypes.c_void_p(x.data_ptr()) for x in (dy, dmix))]

@@ -308,11 +308,12 @@ static void backward_block(const Features& family, const Shape& s, Backward& w, 
   }
 }
 
-// What softmax adds: its values, its output (batch, heads, queries, value_width) and the logarithm of its
-// sums, contiguous; the gradients of the output and of the values.
+// What softmax adds: its values, the gradient of its output and that output, which `result` is in the forward;
+// the logarithm of its sums, contiguous; the gradient of the values.
 struct Soft {
   Strided v, dout, out;
-  float *result, *logsumexp, *dv;
+  Room result, dv;
+  float* logsumexp;
 };
 
 extern "C" {
@@ -353,12 +354,12 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
           for (long i = 0; i < queries; ++i)
             for (long p = 0; p < s.rank; ++p) *out++ = w.y[p * LANES + i];
           if (SOFTMAX) {
-            out = soft->result + row * s.value_width;
+            out = soft->result.at(b, h) + n * soft->result.n;
             const float* own = w.values.lane_rows(w.out, w.rows);
             for (long i = 0; i < queries; ++i) {
               const float total = w.statistics[i];
               const float inverse = total == 0 ? 0 : 1 / total;
-              for (long c = 0; c < s.value_width; ++c) *out++ = own[i * w.values.padded + c] * inverse;
+              for (long c = 0; c < s.value_width; ++c) out[i * soft->result.n + c] = own[i * w.values.padded + c] * inverse;
               // of a query without keys: e^(score - inf) is 0
               soft->logsumexp[row + i] = total == 0 ? INFINITY : w.statistics[LANES + i] + std::log(total);
             }
@@ -374,10 +375,10 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
   return 1;
 }
 
-// dq, dk are contiguous like q and k; dcoefs is contiguous (samples with coefficients, heads, rank, keys, K)
+// dcoefs is contiguous (samples with coefficients, heads, rank, keys, K)
 int kart_backward(const Shape* shape, const float* options, const Strided* dy, const Strided* q, const Strided* k,
-                  const Coefs* coefs, int own, const Mask* mask, float scale, const Soft* soft, float* dq, float* dk,
-                  float* dcoefs, int threads) try {
+                  const Coefs* coefs, int own, const Mask* mask, float scale, const Soft* soft, const Room* dq,
+                  const Room* dk, float* dcoefs, int threads) try {
   const Shape& s = *shape;
   const Order order(s, own);
   const Features family(options);
@@ -405,7 +406,7 @@ int kart_backward(const Shape* shape, const float* options, const Strided* dy, c
           w.take_outputs(soft->dout, soft->dout.at(b, h), soft->out, soft->out.at(b, h),
                          soft->logsumexp + (b * s.heads + h) * s.queries, s);
         for (long i = 0; i < blocks; ++i) {
-          const long first = i * LANES, row = (b * s.heads + h) * s.keys + first;
+          const long first = i * LANES;
           const int keys = std::min<long>(LANES, s.keys - first);
           w.keys.take(*k, k->at(b, h) + first * k->n, keys, 1.0f);
           std::fill(w.dk.data, w.dk.data + w.keys.padded * LANES, 0.0f);
@@ -418,16 +419,17 @@ int kart_backward(const Shape* shape, const float* options, const Strided* dy, c
                                                              mask_at, *mask);
           const float* own = w.queries.lane_rows(w.dk, w.rows);
           for (int m = 0; m < keys; ++m)
-            std::memcpy(dk + (row + m) * s.width, own + m * w.queries.padded, 4 * s.width);
+            std::memcpy(dk->at(b, h) + (first + m) * dk->n, own + m * w.queries.padded, 4 * s.width);
           if (SOFTMAX) {
             own = w.douts.lane_rows(w.dv, w.rows);
             for (int m = 0; m < keys; ++m)
-              std::memcpy(soft->dv + (row + m) * s.value_width, own + m * w.douts.padded, 4 * s.value_width);
+              std::memcpy(soft->dv.at(b, h) + (first + m) * soft->dv.n, own + m * w.douts.padded,
+                          4 * s.value_width);
           }
         }
-        float* out = dq + (b * s.heads + h) * s.queries * s.width;
-        for (long n = 0; n < s.queries; ++n)
-          for (long c = 0; c < s.width; ++c) *out++ = scale * w.dq[n * w.queries.padded + c];
+        float* out = dq->at(b, h);
+        for (long n = 0; n < s.queries; ++n, out += dq->n)
+          for (long c = 0; c < s.width; ++c) out[c] = scale * w.dq[n * w.queries.padded + c];
       }
     } catch (const std::bad_alloc&) {
       failed = true;

@@ -99,6 +99,13 @@ struct Strided {
   const float* at(long i, long j) const { return data + i * b + j * h; }
 };
 
+// where rows of a result go, each one piece of memory
+struct Room {
+  float* data;
+  int64_t b, h, n, d;
+  float* at(long i, long j) const { return data + i * b + j * h; }
+};
+
 struct Coefs {
   const float* data;
   int64_t b, h, p, m, j;

@@ -111,7 +111,7 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
 }
 
 int kart_backward(const Shape* shape, const float* options, const Strided* dy, const Strided* q, const Strided* k,
-                  const Coefs* units, int own, const Mask* mask, float scale, const void*, float* dq, float* dk,
+                  const Coefs* units, int own, const Mask* mask, float scale, const void*, const Room* dq, const Room* dk,
                   float* dunits, int threads) try {
   const Shape& s = *shape;
   const Order order(s, own);
@@ -177,12 +177,12 @@ int kart_backward(const Shape* shape, const float* options, const Strided* dy, c
                               w.dq + i * w.width, w.width);
             }
           }
-          float* out = dq + ((b * s.heads + h) * s.queries + n) * s.width;
-          for (long i = 0; i < queries; ++i)
-            for (long c = 0; c < s.width; ++c) *out++ = scale * w.dq[i * w.width + c];
+          float* out = dq->at(b, h) + n * dq->n;
+          for (long i = 0; i < queries; ++i, out += dq->n)
+            for (long c = 0; c < s.width; ++c) out[c] = scale * w.dq[i * w.width + c];
         }
-        float* out = dk + (b * s.heads + h) * s.keys * s.width;
-        for (long m = 0; m < s.keys; ++m, out += s.width) std::memcpy(out, w.dk + m * w.width, 4 * s.width);
+        float* out = dk->at(b, h);
+        for (long m = 0; m < s.keys; ++m, out += dk->n) std::memcpy(out, w.dk + m * w.width, 4 * s.width);
       }
     } catch (const std::bad_alloc&) {
       failed = true;

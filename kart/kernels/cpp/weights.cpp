@@ -278,21 +278,22 @@ static void backward_block(const Entry& entry, const Shape& s, Scratch& w, vec* 
 
 // --- all heads of all samples ----------------------------------------------------------------------
 
-// Contiguous: theta (samples with their own or 1, heads, size), factor and statistic (batch, heads, queries), soft,
-// the second output, and dtheta.
+// Contiguous: theta (samples with their own or 1, heads, size), factor and statistic (batch, heads, queries), and
+// dtheta; soft is the second output.
 struct Extra {
   const float *theta, *factor;
-  float *statistic, *soft, *dtheta;
+  float *statistic, *dtheta;
   int64_t size;
+  Room soft;
 };
 
 extern "C" {
 
 int kart_lanes() { return W; }
 
-// out is contiguous (batch, heads, queries, value_width); returns 0, or 1 without memory
+// returns 0, or 1 without memory
 int kart_forward(const Shape* shape, const float* options, const Strided* q, const Strided* k, const Strided* v,
-                 const Mask* mask, const Extra* extra, int own, float scale, float* out, int threads) try {
+                 const Mask* mask, const Extra* extra, int own, float scale, const Room* out, int threads) try {
   const Shape& s = *shape;
   const Order order(s, own);
   std::atomic<bool> failed{false};
@@ -326,10 +327,10 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
             const float inverse = FORM == 1 ? 1 / std::max(total, FLT_MIN) : total > 0 ? 1 / total : total;
             if (FORM == 1) extra->statistic[row + i] = inverse;
             const float times = SIMPLEX ? 1.0f : FORM == 0 || FORM == 4 ? c : inverse;
-            float* at = out + (row + i) * s.value_width;
+            float* at = out->at(b, h) + (n + i) * out->n;
             for (long e = 0; e < s.value_width; ++e) at[e] = found[i * w.values.padded + e] * times;
             if (TWO) {
-              float* beside = extra->soft + (row + i) * s.value_width;
+              float* beside = extra->soft.at(b, h) + (n + i) * extra->soft.n;
               for (long e = 0; e < s.value_width; ++e) beside[e] = apart[i * w.values.padded + e] * inverse;
               if (FORM == 4)
                 for (long e = 0; e < s.value_width; ++e) at[e] += beside[e];
@@ -346,10 +347,10 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
   return 1;
 }
 
-// `result` is the output, or the second one; dq, dk, dv are contiguous
+// `result` is the output, or the second one
 int kart_backward(const Shape* shape, const float* options, const Strided* q, const Strided* k, const Strided* v,
                   const Mask* mask, const Extra* extra, int own, float scale, const Strided* dout,
-                  const Strided* result, float* dq, float* dk, float* dv, int threads) try {
+                  const Strided* result, const Room* dq, const Room* dk, const Room* dv, int threads) try {
   const Shape& s = *shape;
   const Order order(s, own);
   const Slots slots(order, threads);
@@ -396,15 +397,15 @@ int kart_backward(const Shape* shape, const float* options, const Strided* q, co
           else
             backward_block<1>(entry, s, w, sums, mask_at, *mask, n, queries);
           const float* own = w.keys.lane_rows(w.dq, w.turned);
-          float* at = dq + row * s.width;
-          for (long i = 0; i < queries; ++i)
-            for (long c = 0; c < s.width; ++c) *at++ = scale * own[i * w.keys.padded + c];
+          float* at = dq->at(b, h) + n * dq->n;
+          for (long i = 0; i < queries; ++i, at += dq->n)
+            for (long c = 0; c < s.width; ++c) at[c] = scale * own[i * w.keys.padded + c];
         }
         entry.finish(sums, sum, size);
-        float* at = dk + (b * s.heads + h) * s.keys * s.width;
-        for (long m = 0; m < s.keys; ++m, at += s.width) std::memcpy(at, w.dk + m * w.keys.padded, 4 * s.width);
-        at = dv + (b * s.heads + h) * s.keys * s.value_width;
-        for (long m = 0; m < s.keys; ++m, at += s.value_width)
+        float* at = dk->at(b, h);
+        for (long m = 0; m < s.keys; ++m, at += dk->n) std::memcpy(at, w.dk + m * w.keys.padded, 4 * s.width);
+        at = dv->at(b, h);
+        for (long m = 0; m < s.keys; ++m, at += dv->n)
           std::memcpy(at, w.dv + m * w.values.padded, 4 * s.value_width);
       }
     } catch (const std::bad_alloc&) {

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from kart.kernels import plain
-from kart.kernels.cpp import BASES, DTYPES, MAX_WIDTH, FamilyOf, Shape, array_of, build
+from kart.kernels.arguments import room_like
+from kart.kernels.cpp import BASES, DTYPES, MAX_WIDTH, Array, FamilyOf, Shape, array_of, build
 from kart.kernels.family import Family
 from kart.kernels.transforms import untransformed
 
@@ -58,9 +59,10 @@ def as_matrix(packed: Tensor, rows: int, keys: int) -> Tensor:
 
 
 class _Extra(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_void_p) for name in ("theta", "factor", "statistic", "soft", "dtheta")
-    ] + [("size", ctypes.c_int64)]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("theta", "factor", "statistic", "dtheta")] + [
+        ("size", ctypes.c_int64),
+        ("soft", Array),
+    ]
 
 
 class Engine:
@@ -70,7 +72,15 @@ class Engine:
         self.library = library
         self.options = (ctypes.c_float * max(1, len(options)))(*options)
 
-    def _call(self, function: Any, x: Weighted, *tensors: Any, **held: Tensor | None) -> None:
+    def _call(
+        self,
+        function: Any,
+        x: Weighted,
+        inputs: list[Tensor],
+        results: list[Tensor],
+        soft: Tensor | None = None,
+        **held: Tensor | None,
+    ) -> None:
         theta, mask, factor = x.theta.contiguous(), x.mask, x.factor
         if mask is not None:
             mask = mask.expand(*x.q.shape[:3], x.k.shape[2])
@@ -78,9 +88,8 @@ class Engine:
             factor = factor.expand(*x.q.shape[:3], 1).contiguous()
         held |= {"theta": theta, "factor": factor}
         addresses = {name: None if y is None else y.data_ptr() for name, y in held.items()}
-        extra = _Extra(size=theta.shape[2], **addresses)
+        extra = _Extra(size=theta.shape[2], soft=array_of(soft), **addresses)
         shape = Shape(*x.q.shape[:3], x.k.shape[2], x.q.shape[3], 1, x.v.shape[3])
-        inputs, results = tensors
         code = function(
             ctypes.byref(shape),
             self.options,
@@ -88,8 +97,7 @@ class Engine:
             ctypes.byref(extra),
             int(theta.shape[0] > 1),
             ctypes.c_float(x.scale),
-            *(ctypes.byref(array_of(y)) for y in inputs),
-            *(ctypes.c_void_p(y.data_ptr()) for y in results),
+            *(ctypes.byref(array_of(y)) for y in (*inputs, *results)),
             min(torch.get_num_threads(), x.q.shape[0] * x.q.shape[1]),
         )
         if code:
@@ -100,16 +108,16 @@ class Engine:
         the logarithm of that, or its threshold; and `(B, H, N, e)`, in the form "beside" the output
         of softmax alone, in "simplex" the mean of the values that have a weight; float32.
         """
-        out = x.q.new_empty(*x.q.shape[:3], x.v.shape[3])
+        out = room_like(x.v, x.q.shape[2])
         statistic = x.q.new_empty(x.q.shape[:3])
         soft = torch.empty_like(out) if x.form in ("beside", "simplex") else None
         self._call(self.library.kart_forward, x, [], [out], statistic=statistic, soft=soft)
         return (out, statistic) if soft is None else (out, statistic, soft)
 
     def backward(self, x: Weighted, dout: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
-        """dq, dk, dv and dtheta, contiguous, float32."""
+        """dq, dk, dv and dtheta, float32."""
         out, statistic, *soft = results
-        gradients = [y.new_empty(y.shape) for y in (x.q, x.k, x.v)]
+        gradients = [room_like(y) for y in (x.q, x.k, x.v)]
         dtheta = x.theta.new_empty(x.theta.shape)
         inputs = [dout, soft[0] if soft else out]
         held = {"statistic": statistic.contiguous(), "dtheta": dtheta}
