@@ -17,11 +17,14 @@ from torch.autograd import Function
 from kart.kernels import chunked, fused, plain
 from kart.kernels.arguments import broadcast_leading, check, check_mask, flat_mask
 from kart.kernels.core import choose, contract, engine_for
+from kart.kernels.cpp import dense
 from kart.kernels.family import Product, family_of
 from kart.kernels.transforms import forward_levels, no_autocast, signed
 
 # scores in a chunk: 4 MiB of float32, a few of which are alive at a time
 CHUNK = 2**20
+# numbers of C V at a time, 8 MiB of float32
+VALUES = 2**21
 
 
 class _Recompute(Function):
@@ -148,7 +151,7 @@ def _queries(numbers: int, rows: int) -> int:
 
 def _step(v: Tensor, coefs: Tensor) -> int:
     """Samples whose C V are held at a time."""
-    return max(1, CHUNK // (v.shape[-1] * coefs.shape[3:].numel() * v.shape[1]))
+    return max(1, VALUES // (v.shape[-1] * coefs.shape[3:].numel() * v.shape[1]))
 
 
 def _mixed(coefs: Tensor, v: Tensor) -> Tensor:
@@ -158,8 +161,21 @@ def _mixed(coefs: Tensor, v: Tensor) -> Tensor:
     return torch.einsum(f"{heads}pmj,bhpe->bhemj", own.to(v.dtype), v).to(coefs.dtype)
 
 
-def _unmixed(coefs: Tensor, v: Tensor, dmixed: Tensor) -> tuple[Tensor, Tensor]:
+def _raw_mixed(coefs: Tensor, v: Tensor, engine: str) -> Tensor:
+    """`_mixed` on plain tensors, compiled where that is faster."""
+    matrix = coefs.flatten(-2)
+    unit = dense.engine() if engine in ("auto", "cpp") else None
+    found = unit.mixed(matrix, v) if unit is not None and unit.takes(matrix, v) else None
+    return _mixed(coefs, v) if found is None else found.unflatten(-1, coefs.shape[-2:])
+
+
+def _unmixed(coefs: Tensor, v: Tensor, dmixed: Tensor, engine: str) -> tuple[Tensor, Tensor]:
     """The gradients of coefs and v from that of `_mixed`."""
+    matrix, unit = coefs.flatten(-2), dense.engine() if engine in ("auto", "cpp") else None
+    if unit is not None and unit.takes(matrix, v, dmixed):
+        found = unit.unmixed(matrix, v, dmixed.flatten(-2))
+        if found is not None:
+            return found[0].view(coefs.shape), found[1]
     flat, pulled = coefs.to(v.dtype).flatten(-2), dmixed.to(v.dtype).flatten(-2)
     if coefs.shape[0] != 1:
         dcoefs, dv = v @ pulled, flat @ pulled.mT
@@ -181,16 +197,16 @@ def _values(basis: Any, scale: float, engine: str) -> fused.Fused:
     def forward(q, k, v, coefs, mask):
         parts = []
         for qs, ks, vs, cs, ms in _split(_step(v, coefs), q, k, v, coefs, mask):
-            product = Product(family, qs, ks, _mixed(cs, vs), ms, scale)
+            product = Product(family, qs, ks, _raw_mixed(cs, vs, engine), ms, scale)
             parts.append(engine_for(engine, product).forward(product))
         return (torch.cat(parts),)
 
     def backward(gradients, inputs, results):
         found = []
         for dy, q, k, v, coefs, mask in _split(_step(*inputs[2:4]), *gradients, *inputs):
-            product = Product(family, q, k, _mixed(coefs, v), mask, scale)
+            product = Product(family, q, k, _raw_mixed(coefs, v, engine), mask, scale)
             dq, dk, dmixed = engine_for(engine, product).backward(product, dy)
-            found.append((dq, dk, *_unmixed(coefs, v, dmixed)))
+            found.append((dq, dk, *_unmixed(coefs, v, dmixed, engine)))
         dq, dk, dcoefs, dv = zip(*found, strict=True)
         shared = inputs[3].shape[0] == 1
         total = reduce(torch.add, dcoefs) if shared else torch.cat(dcoefs)

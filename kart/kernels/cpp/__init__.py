@@ -38,7 +38,7 @@ class Array(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in "bhnd"]
 
 
-class _Coefs(ctypes.Structure):
+class Coefs(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in "bhpmj"]
 
 
@@ -85,7 +85,7 @@ class Engine:
             ctypes.byref(shape),
             self.options,
             *(ctypes.byref(array_of(x)) for x in (*inputs, q, k)),
-            ctypes.byref(array_of(coefs, _Coefs)),
+            ctypes.byref(array_of(coefs, Coefs)),
             int(product.own),
             ctypes.byref(array_of(mask)),
             ctypes.c_float(scale),

@@ -36,7 +36,7 @@ log = logging.getLogger("kart.kernels")
 
 ROOT = Path(__file__).parent
 HEADERS = ("vector.h", "amx.h", "tile.h", "operands.h", "unit.h", "linear.h")
-SOURCES = (*HEADERS, "product.cpp", "units.cpp", "weights.cpp", "mix.cpp")
+SOURCES = (*HEADERS, "product.cpp", "units.cpp", "weights.cpp", "mix.cpp", "dense.cpp")
 # no -ffast-math: it deletes the rounding by a magic number and gives wrong sines
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 # comparisons of vectors of another size than the registers' warn of their calling convention
@@ -51,6 +51,11 @@ def _processor() -> str:
             if line.startswith(("flags", "Features")):
                 return line
     return platform.processor() + platform.machine()
+
+
+def has_tiles() -> bool:
+    """Whether the processor has a tile unit for bfloat16."""
+    return "amx_bf16" in _processor().split()
 
 
 def _trusted(path: Path) -> str:

@@ -45,17 +45,17 @@ static void turn(float* operand) {
   for (int p = 0; p < PIECES; ++p) transpose(operand + p * PIECE, SIDE, operand + p * PIECE, SIDE);
 }
 
-// A matrix as operands: (block of 16 rows, step of 32 columns) for sums over its columns, and (block of 16 columns, step of
-// 32 rows) for sums over its rows, these where `sums`. RIGHT where it is the right side of its products.
+// A matrix as operands: (block of 16 rows, step of 32 columns) for sums over its columns, these where `dots`, and (block of
+// 16 columns, step of 32 rows) for sums over its rows, these where `sums`. RIGHT where it is the right side of its products.
 template <bool RIGHT>
 struct Matrix {
   long width, padded, whole;
-  bool sums, unit, tiles = false, exact = false;
+  bool sums, dots, unit, tiles = false, exact = false;
   Buffer rows, columns, pairs;
-  Matrix(long count, long columns_, bool sums_, bool unit_)
-      : width(columns_), padded(padded_to(columns_, unit_)), whole(padded_to(count, unit_)), sums(sums_), unit(unit_),
-        rows((whole + W) * padded),  // a panel is read as W rows
-        columns(unit ? operands() : 0), pairs(unit && sums ? operands() : 0) {}
+  Matrix(long count, long columns_, bool sums_, bool unit_, bool dots_ = true)
+      : width(columns_), padded(padded_to(columns_, unit_)), whole(padded_to(count, unit_)), sums(sums_), dots(dots_),
+        unit(unit_), rows((whole + W) * padded),  // a panel is read as W rows
+        columns(unit && dots ? operands() : 0), pairs(unit && sums ? operands() : 0) {}
   // floats of either kind
   long operands() const { return whole / SIDE * (padded / PAIRED) * OPERAND; }
   // floats from one block to the next
@@ -67,17 +67,34 @@ struct Matrix {
     if (!unit) return;
     Extent extent;
     for (long r = 0; r < whole / PAIRED; ++r)
+      for (long t = 0; t < padded / PAIRED; ++t) take_block(r, t, rows + r * PAIRED * padded + t * PAIRED, padded, extent);
+    tiles = extent.fits();
+    exact = extent.whole();
+  }
+  // the operands alone, for the tile unit: from where the rows lie
+  void take_operands(const Strided& x, const float* at, long count) {
+    Extent extent;
+    for (long r = 0; r < whole / PAIRED; ++r)
       for (long t = 0; t < padded / PAIRED; ++t) {
-        float *across = columns + 2 * r * row_step() + t * OPERAND, *along = pairs + 2 * t * column_step() + r * OPERAND;
-        split_block<2>(rows + r * PAIRED * padded + t * PAIRED, padded, PAIRED, extent, across, row_step(),
-                       sums ? along : nullptr, column_step());
-        for (int i = 0; i < 2; ++i) {
-          if (RIGHT) turn(across + i * row_step());
-          if (!RIGHT && sums) turn(along + i * column_step());
+        const long some = std::min(PAIRED, count - r * PAIRED), wide = std::min(PAIRED, width - t * PAIRED);
+        const float* from = at + r * PAIRED * x.n + t * PAIRED * x.d;
+        if (some == PAIRED && wide == PAIRED && x.d == 1) {
+          take_block(r, t, from, x.n, extent);
+        } else {
+          pack_rows(from, x.n, x.d, std::max(some, 0L), PAIRED, std::max(wide, 0L), PAIRED, 1.0f, rows);
+          take_block(r, t, rows, PAIRED, extent);
         }
       }
     tiles = extent.fits();
     exact = extent.whole();
+  }
+  void take_block(long r, long t, const float* from, long step, Extent& extent) {
+    float *across = columns + 2 * r * row_step() + t * OPERAND, *along = pairs + 2 * t * column_step() + r * OPERAND;
+    split_block<2>(from, step, PAIRED, extent, dots ? across : nullptr, row_step(), sums ? along : nullptr, column_step());
+    for (int i = 0; i < 2; ++i) {
+      if (RIGHT && dots) turn(across + i * row_step());
+      if (!RIGHT && sums) turn(along + i * column_step());
+    }
   }
 };
 

@@ -384,7 +384,18 @@ int kart_backward(const Shape* shape, const float* options, const Strided* dy, c
   const Features family(options);
   const Slots slots(order, threads);
   const long blocks = round_up(s.keys, LANES) / LANES, block = s.rank * K * LANES, size = blocks * block;
-  Buffer sums(slots.count * size);
+  // of a head that one sample has the sum is done with it, and the room is the next one's
+  const bool alone = order.batch == 1;
+  Buffer sums((alone ? threads : slots.count) * size);
+  const auto collect = [&](long head, const float* sum, bool fresh) {
+    float* out = dcoefs + head * s.rank * s.keys * K;
+    for (long p = 0; p < s.rank; ++p)
+      for (long first = 0; first < s.keys; first += LANES) {
+        const float* x = sum + first / LANES * block + p * K * LANES;
+        for (long m = 0; m < std::min<long>(LANES, s.keys - first); ++m)
+          for (long j = 0; j < K; ++j, ++out) *out = fresh ? x[j * LANES + m] : *out + x[j * LANES + m];
+      }
+  };
   std::atomic<bool> failed{false};
   spread(order.count(), threads, [&](int thread, long begin, long end) {
     try {
@@ -398,7 +409,7 @@ int kart_backward(const Shape* shape, const float* options, const Strided* dy, c
         if (order.head(task) != head) {
           head = order.head(task);
           pack_blocks(*coefs, coefs_at(*coefs, order, task), s, packed);
-          sum = sums + slots.slot(thread, head) * size;
+          sum = sums + (alone ? thread : slots.slot(thread, head)) * size;
           std::fill(sum, sum + size, 0.0f);
         }
         w.take_queries(*q, q->at(b, h), scale, *dy, dy->at(b, h), s);
@@ -430,21 +441,14 @@ int kart_backward(const Shape* shape, const float* options, const Strided* dy, c
         float* out = dq->at(b, h);
         for (long n = 0; n < s.queries; ++n, out += dq->n)
           for (long c = 0; c < s.width; ++c) out[c] = scale * w.dq[n * w.queries.padded + c];
+        if (alone) collect(head, sum, true);
       }
     } catch (const std::bad_alloc&) {
       failed = true;
     }
   });
   if (failed) return 1;
-  slots.collect(sums, size, [&](long head, const float* sum, bool fresh) {
-    float* out = dcoefs + head * s.rank * s.keys * K;
-    for (long p = 0; p < s.rank; ++p)
-      for (long first = 0; first < s.keys; first += LANES) {
-        const float* x = sum + first / LANES * block + p * K * LANES;
-        for (long m = 0; m < std::min<long>(LANES, s.keys - first); ++m)
-          for (long j = 0; j < K; ++j, ++out) *out = fresh ? x[j * LANES + m] : *out + x[j * LANES + m];
-      }
-  });
+  if (!alone) slots.collect(sums, size, collect);
   return 0;
 } catch (...) {
   return 1;
