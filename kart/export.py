@@ -4,11 +4,13 @@ Each form maps images, standardised as `kart.data.normalise` does it, to logits;
 and what the classes are called stands in a JSON file beside it.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
+import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,20 @@ def _torch(model: Model, params: Params, path: Path) -> None:
     torch.export.save(program(model, params), path)
 
 
+@contextlib.contextmanager
+def _errors_alone(*names: str) -> Iterator[None]:
+    """A block in which loggers say what failed, not what they skipped."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 PRODUCT = torch.ops.kart.contract_forward.default
 
 
@@ -84,7 +100,7 @@ def _onnx(model: Model, params: Params, path: Path) -> None:
         raise ValueError(
             f"`export` needs {' and '.join(missing)} for ONNX. Run `pip install onnx onnxscript`."
         )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _errors_alone("onnxscript", "torch.onnx"):
         # of torch's own use of what it has deprecated
         warnings.simplefilter("ignore")
         # the streamed product is an operation of kart's own, which ONNX has not

@@ -10,6 +10,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from kart import checkpoint, cli, data, export, models, operators, runs, tree
+from kart.models import blocks
 
 FLAGS = [
     *("--epochs", "1", "--batch-size", "64", "--embed-dim", "8", "--depth", "2", "--num-heads"),
@@ -98,6 +99,29 @@ def test_onnx_gives_the_runs_logits(run, expected, tmp_path, session):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.json", "m.onnx"]
     images, logits = expected
     for count in (1, 2, 5):
+        found = session(tmp_path / "m.onnx", images[:count])
+        assert_close(found, logits[:count], rtol=0, atol=1e-5)
+
+
+def test_attention_that_meets_its_projections_first_says_nothing_and_is_right(
+    tmp_path, session, capfd, monkeypatch
+):
+    taken = []
+    way = blocks.projected
+    monkeypatch.setattr(blocks, "projected", lambda *x: (taken.append(0), way(*x))[1])
+    sizes = {"image_size": 8, "patch_size": 2, "in_channels": 1, "num_classes": 3}
+    model = models.create("vit_nano", "G1B", embed_dim=32, depth=1, num_heads=2, rank=2, **sizes)
+    params = tree.map(lambda x: x + 0.02, model.init(torch.Generator().manual_seed(0)))
+    images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    logits = model.apply(params, images)
+    assert len(taken) == 1
+    export.write(tmp_path / "m.pt2", model, params, {}, "torch")
+    export.write(tmp_path / "m.onnx", model, params, {}, "onnx")
+    assert len(taken) > 2
+    assert capfd.readouterr().err == ""
+    module = torch.export.load(tmp_path / "m.pt2").module()
+    for count in (1, 3):
+        assert_close(module(images[:count]), logits[:count], rtol=0, atol=1e-5)
         found = session(tmp_path / "m.onnx", images[:count])
         assert_close(found, logits[:count], rtol=0, atol=1e-5)
 
