@@ -1,8 +1,29 @@
 """Windows of a grid of tokens: partition, shift masks, relative positions, padding."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class Cut(NamedTuple):
+    """How a grid of `side` x `side` tokens is cut into windows of `window` x `window`: rolled by
+    `-shift` before, and padded below and at the right where windows do not divide it.
+    """
+
+    side: int
+    window: int
+    shift: int = 0
+
+    @property
+    def count(self) -> int:
+        """The windows of an image.
+
+        >>> Cut(8, 4).count, Cut(9, 4).count
+        (4, 9)
+        """
+        return (-(-self.side // self.window)) ** 2
 
 
 def partition(x: Tensor, window: int) -> Tensor:
