@@ -1,6 +1,7 @@
 """Counts of parameters, FLOPs and kept memory against the paper, real models and measurement."""
 
 import functools
+import json
 
 import pytest
 import torch
@@ -300,3 +301,25 @@ def test_info_of_other_families_says_what_is_not_counted(capsys):
     assert "not counted: swin" in text and "parameters" in text
     assert "GFLOPs an image                  0.004, 0.000 of them in the activation" in text
     assert cli.main(["info", "--learning-rate", "1e-3"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("vit_nano", "65"),
+        ("swin_nano", "16 in 4 windows, 16"),
+        ("convit_nano", "64, 65"),
+        ("vitdet_tiny", "196, 16"),
+    ],
+)
+def test_info_counts_every_family(name, tokens, capsys):
+    sizes = {"image_size": 32, "patch_size": 8 if name == "vitdet_tiny" else 4}
+    argv = ["info", "--model", name, "--image-size", "32", "--patch-size", f"{sizes['patch_size']}"]
+    classes = {"num_classes": 10} if models.classifies(name) else {}
+    total = cost.flops(models.create(name, operator="softmax", **sizes, **classes)).total
+    assert cli.main(argv) == 0
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert rows["tokens"].strip() == tokens
+    assert rows["GFLOPs an image"].split()[0] == f"{total / 1e9:.3f},"
+    assert cli.main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["gflops"] == total / 1e9
