@@ -25,6 +25,18 @@ class Cut(NamedTuple):
         """
         return (-(-self.side // self.window)) ** 2
 
+    @property
+    def whole(self) -> list[int]:
+        """The windows, counted in reading order, in which no pair is masked: those at the lower and
+        the right end hold tokens from both ends of a rolled grid, or padding.
+
+        >>> Cut(12, 4, 2).whole, Cut(8, 4).whole
+        ([0, 1, 3, 4], [0, 1, 2, 3])
+        """
+        across = -(-self.side // self.window)
+        last = across - 1 if self.shift or self.side % self.window else across
+        return [row * across + column for row in range(last) for column in range(last)]
+
 
 def partition(x: Tensor, window: int) -> Tensor:
     """A grid `(..., h, w, D)` to its windows in reading order, `(..., n, window^2, D)`."""
