@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kart import operators, pages
+from kart import models, operators, pages
 from kart.analysis import attention
+from kart.models import windows
+from kart.models.model import place
 
 SCORES = [attention.pointing_game, attention.mass_inside, attention.best_iou]
 
@@ -97,6 +99,45 @@ def brightness(images):
     """A model that sees the left half: its brightness is the probability of class 1."""
     p = images[..., : images.shape[-1] // 2].mean((1, 2, 3))
     return torch.stack([1 - p, p], dim=-1)
+
+
+@pytest.mark.parametrize(("side", "window", "shift"), [(4, 2, 0), (6, 3, 1), (8, 4, 2), (7, 3, 0)])
+def test_weights_of_windows_return_to_their_places(side, window, shift):
+    cut = windows.Cut(side, window, shift)
+    weights = torch.randn(2, cut.count, 3, window**2, window**2, generator=seeded())
+    # the place of each key in the image; padding has none
+    places = torch.arange(side**2).view(side, side, 1).roll((-shift, -shift), (0, 1)) + 1
+    keys = windows.partition(windows.pad(places, window), window)[..., 0] - 1
+    expected = torch.zeros(2, 3, side**2)
+    for n, window_keys in enumerate(keys.tolist()):
+        for m, key in enumerate(window_keys):
+            if key >= 0:
+                expected[:, :, key] = weights[:, n, :, :, m].clamp(min=0).mean(-1)
+    found = attention.window_maps(weights, cut)
+    assert_close(found, expected.unflatten(-1, (side, side)))
+    with pytest.raises(ValueError, match=f"needs weights .*{cut.count}, H, {window**2}"):
+        attention.window_maps(weights[:, :, :, :, 1:], cut)
+
+
+def test_a_patch_is_found_where_it_is_in_the_image():
+    sizes = {"image_size": 16, "patch_size": 2, "num_classes": 3, "embed_dim": 8}
+    model = models.create("swin_nano", depths=(2,), num_heads=(2,), **sizes)
+    params = model.init(seeded())
+    # the first block hands on what it is given
+    for path in ("attn.proj", "mlp.fc2"):
+        at = f"layers.0.blocks.0.{path}.weight"
+        params = place(params, at, torch.zeros(8, 32 if "mlp" in path else 8))
+    images = torch.randn(1, 3, 16, 16, generator=seeded(1))
+    for row, column in ((0, 0), (1, 6), (5, 2), (7, 7)):
+        other = images.clone()
+        other[..., 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] += 1
+        values = [model.intermediates(params, x)["blocks.1.values"] for x in (images, other)]
+        changed = (values[1] - values[0]).abs().sum(-1)  # (1, n, H, M)
+        weights = changed[..., None, :].expand(-1, -1, -1, 16, -1)
+        maps = attention.window_maps(weights, model.sites[1].cut)
+        assert model.sites[1].cut.shift == 2 and maps.shape == (1, 2, 8, 8)
+        for head in maps[0]:
+            assert head.nonzero().tolist() == [[row, column]]
 
 
 def test_curves_of_a_model_that_sees_one_half():

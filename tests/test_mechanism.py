@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from kart import bases, models, operators, pages, train, tree
 from kart.analysis import attention, mechanism, report, section
+from kart.models.model import find, place
 from kart.train import Config
 
 SIZE = {"embed_dim": 8, "depth": 2, "num_heads": 2, "image_size": 8, "patch_size": 4}
@@ -102,6 +103,18 @@ def test_other_families_lose_nothing_either(name):
         mechanism.swap(model, params, "position", aux)
     new, fitted = mechanism.swap(model, params, "position", aux, [1])
     assert new.apply(fitted, images).shape == aux["logits"].shape
+
+
+def test_the_mean_matrix_of_windows_is_that_of_whole_ones():
+    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "num_heads": (2, 2)}
+    model = models.create("swin_nano", "G2B:rank=2", **sizes)
+    params = grown(model.init(seeded()))
+    _, aux = looked_at(model, params, 3)
+    _, fitted = mechanism.swap(model, params, "position", aux)
+    own = fitted["layers"]["0"]["blocks"]
+    assert_close(own["0"]["operator"]["matrix"], aux["blocks.0.weights"].mean((0, 1)))
+    # of the four windows of a shifted grid the first has no mask
+    assert_close(own["1"]["operator"]["matrix"], aux["blocks.1.weights"][:, 0].mean(0))
 
 
 def test_an_exp_is_found_again():
@@ -294,6 +307,27 @@ def test_gradient_norms_of_softmax_by_hand():
     loss = torch.nn.functional.cross_entropy(twin.apply(params, images), labels, reduction="sum")
     for value, grad in zip(found[0], torch.autograd.grad(loss, kept), strict=True):
         assert_close(value, grad.double().square().sum((1, 2, 3)).mean().sqrt(), rtol=1e-4, atol=0)
+
+
+def test_gradient_norms_under_position_biases_by_hand():
+    # one token an image, so that the gradient of the bias of qkv is that of q, k and v
+    sizes = {"image_size": 2, "patch_size": 2, "embed_dim": 8, "num_classes": 3}
+    model = models.create("swin_nano", "G2B:rank=2", depths=(1,), num_heads=(2,), **sizes)
+    params = grown(model.init(seeded()))
+    images, labels = looked_at(model, params, 4)[0], torch.tensor([0, 2, 1, 1])
+    bias = "layers.0.blocks.0.attn.qkv.bias"
+    squares = torch.zeros(3, dtype=torch.float64)
+    for image, label in zip(images, labels, strict=True):
+
+        def loss(leaf, image=image, label=label):
+            logits = model.apply(place(params, bias, leaf), image)
+            return torch.nn.functional.cross_entropy(logits, label)
+
+        gradient = torch.func.grad(loss)(find(params, bias))
+        squares += gradient.double().view(3, 8).square().sum(1) / 4
+    found = mechanism.gradient_norms(model, params, images, labels)
+    assert (squares > 0).all()
+    assert_close(found[0], squares.sqrt(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("spec", ["softconv", "G2B:base=softmax", "G2B:order=beside_relative"])

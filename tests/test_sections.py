@@ -21,6 +21,7 @@ from kart.analysis import (
     spectra,
     weights,
 )
+from kart.models import windows
 from kart.train import Config
 
 TINY = Config(
@@ -314,21 +315,80 @@ def test_what_cannot_be_is_one_line_and_the_others_are_shown(change, limit, word
     assert "Not shown" in (tmp_path / "page.html").read_text()
 
 
-def test_a_model_whose_blocks_differ_has_the_sections_that_can_be(tmp_path):
-    sizes = {"model": "swin_nano", "image_size": 16, "patch_size": 2}
-    own = [
-        result(operator, embed_dim=None, depth=None, num_heads=None, **sizes)
-        for operator in OPERATORS
-    ]
+SIZES = {"image_size": 16, "patch_size": 2, "embed_dim": None, "depth": None, "num_heads": None}
+ALL = ["scores", "training", "functions", "attention", "mechanism", "spectra", "weights"]
+
+
+@pytest.mark.parametrize("name", ["swin_nano", "convit_nano"])
+def test_models_whose_blocks_differ_have_every_section(name, tmp_path):
+    own = [result(operator, model=name, **SIZES) for operator in OPERATORS]
     page = tmp_path / "report.html"
-    chosen = ["scores", "training", "functions", "attention", "mechanism", "spectra", "weights"]
-    options = {"title": "runs", "command": "kart analyse runs", "examples": 4}
-    done = report.analyse(own, SPLITS, report.select(chosen), out=page, **options)
-    told = {one.name: one.problem for one in done}
-    assert [name for name in told if not told[name]] == ["scores", "training", "weights"]
-    for name in ("functions", "attention", "mechanism", "spectra"):
-        assert "needs blocks of equal heads and tokens" in told[name]
-    assert "not counted" in page.read_text()
+    options = {"title": "runs", "command": "kart analyse runs", "examples": 4, "retrain": 1}
+    done = report.analyse(own, SPLITS, report.select(ALL), out=page, **options)
+    assert {one.name: one.problem for one in done} == dict.fromkeys(ALL, "")
+    text = page.read_text()
+    assert "not counted" not in text and "No rollout" in text and "rollout, mass" not in text
+    windowed = name == "swin_nano"
+    assert ("each window of an image is a sample" in text) == windowed
+    assert ("Windows that the mask of a shift cuts are left out" in text) == windowed
+    assert ("class token" in text) != windowed
+    # weights of gated blocks are mixed with those of positions, whose rank nothing bounds
+    assert ("G2B cannot have a rank above r = 12" in text) == windowed
+
+
+def test_windows_are_samples_of_their_block():
+    one = result("G2B", seeds=(0,), model="swin_nano", **SIZES)
+    own = context([one], spectra.ANALYSIS)
+    member = next(own.members())
+    images, _ = own.images(member.config, 5)
+    model, aux = aux_of(member, images)
+    # a grid of 8 in windows of 4: four, of which the roll leaves the first whole; then one of 4
+    chosen = [[0, 1, 2, 3], [0], [0], [0]]
+    weights = [
+        torch.cat([aux[f"blocks.{i}.weights"][:, n] for n in whole])
+        for i, whole in enumerate(chosen)
+    ]
+    found = spectra.measure(own, member)
+    expected = torch.stack([spectra.effective_rank(block).mean() for block in weights])
+    assert_close(found["weights_by_block"], expected)
+    assert_close(found["weights_effective"], expected.mean())
+    # a masked window's weights are of higher rank than r
+    ranks = spectra.numerical_rank(aux["blocks.1.weights"][:, 3], spectra.CUT)
+    assert int(found["weights_most"]) <= 12 < int(ranks.max())
+
+    own = context([one], functions.ANALYSIS)
+    with torch.no_grad():
+        aux = model.intermediates(member.params, own.images(member.config, own.few(model))[0])
+    shares = []
+    for i, whole in enumerate(chosen):
+        block = [
+            torch.stack([aux[f"blocks.{i}.{kind}"][:, n] for n in whole], 1).flatten(0, 1)
+            for kind in ("weights", "values")
+        ]
+        shares.append(attention.score_share(*block))
+    found = functions.measure(own, member)
+    assert_close(found["by_block"], torch.stack([share.mean() for share in shares]))
+    assert_close(found["score_share"], torch.cat(shares).mean())
+
+    own = context([one], attention.ANALYSIS)
+    look = own.look(one)
+    assert_close(look.seen("scores", 1), look.aux["blocks.1.scores"][:, 0], rtol=0, atol=0)
+    assert look.seen("weights", 0).shape == (4 * len(look.pixels), 1, 16, 16)
+    with pytest.raises(ValueError, match="needs windows that no mask cuts.*grid of 3"):
+        cut = windows.Cut(3, 4)
+        section.samples(model.sites[0]._replace(cut=cut), torch.zeros(1, 1, 1, 16, 16))
+
+
+def test_blocks_that_share_an_operator_share_a_panel():
+    one = result("G2U", seeds=(0,), model="swin_nano", **SIZES)
+    found = functions.section(context([one], functions.ANALYSIS))
+    text = "".join(found.blocks)
+    for words in ("blocks 1, 2 (shared)", "blocks 3, 4 (shared)"):
+        assert f"G2U, {words}. Change" in text
+    model = context([one], scores.ANALYSIS).model(one.configs[0])
+    assert scores.described("G2U", model).endswith(", 2 that blocks share")
+    pruned = functions.prune(model, one.params[0], 0.1)
+    assert list(pruned.dropped) == ["operator.0", "operator.1"]
 
 
 def test_operators_of_blocks_that_differ_are_described_apart():

@@ -54,6 +54,31 @@ def test_padding_is_no_key():
     assert windows.pad(torch.ones(3, 2, 1), 2)[..., 0].tolist() == [[1, 1]] * 3 + [[0, 0]]
 
 
+@pytest.mark.parametrize(("side", "window", "shift"), [(4, 2, 0), (4, 2, 1), (6, 3, 1), (7, 3, 0)])
+def test_whole_windows_are_those_without_a_mask(side, window, shift):
+    cut = windows.Cut(side, window, shift)
+    device = torch.device("cpu")
+    mask = windows.padding_mask(side, side, window, device)
+    if shift:
+        mask = windows.shift_mask(side, window, shift, device)
+    whole = [True] * cut.count if mask is None else mask.flatten(1).all(1).tolist()
+    assert len(whole) == cut.count
+    assert cut.whole == [i for i, one in enumerate(whole) if one]
+
+
+def test_sites_say_how_the_grid_is_cut():
+    model = small()
+    cuts = [(16, 4, 0), (16, 4, 2), (8, 4, 0), (8, 4, 2)]
+    assert [site.cut for site in model.sites] == cuts
+    _, images = params_and_images = drawn(model)
+    aux = model.intermediates(*params_and_images)
+    for i, site in enumerate(model.sites):
+        assert site.windows == (site.cut.side // site.cut.window) ** 2
+        shape = (len(images), site.windows, site.heads, site.tokens)
+        assert aux[f"blocks.{i}.weights"].shape == (*shape, site.tokens)
+        assert aux[f"blocks.{i}.values"].shape == (*shape, site.width)
+
+
 def test_biased_scores_are_scores_plus_the_bias():
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 5, 3, 4, 6, generator=generator).double()

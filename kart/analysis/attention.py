@@ -21,10 +21,13 @@ from kart.analysis.section import (
     Member,
     differences,
     percent,
+    samples,
     scalars,
     seeds_table,
     some_blocks,
+    windowed,
 )
+from kart.models import Model, windows
 
 HEAT = "#ff7a1a"  # seen on black and on white
 OUTLINE = "#22d3ee"  # beside it
@@ -47,6 +50,39 @@ def class_maps(weights: Tensor) -> Tensor:
             f"{tuple(weights.shape)}. The first token is the class token, the others the patches."
         )
     return weights[..., 0, 1:].clamp(min=0).unflatten(-1, (side, side))
+
+
+def window_maps(weights: Tensor, cut: windows.Cut) -> Tensor:
+    """Weights `(..., n, H, N, M)` of windows as maps `(..., H, rows, columns)` over the grid before
+    it was rolled and cut: the weight that each token is given, mean over the queries of its window;
+    negative values dropped as in `class_maps`.
+
+    A model without a class token averages what its tokens are at the end, so that the mean over
+    queries is what the class token's row is elsewhere. Every window has weights of its own: where
+    there are several, a map compares places within one.
+
+    >>> weights = torch.tensor([[[0.0, 1.0, 0.0, 0.0]] * 4]).expand(4, 1, 4, 4)  # the upper right
+    >>> window_maps(weights, windows.Cut(4, 2))[0].int().tolist()
+    [[0, 1, 0, 1], [0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]]
+    """
+    if weights.dim() < 4 or weights.shape[-4] != cut.count or weights.shape[-1] != cut.window**2:
+        raise ValueError(
+            f"`window_maps` needs weights (..., {cut.count}, H, {cut.window**2}, {cut.window**2}) "
+            f"for this cut, got shape {tuple(weights.shape)}. Take those of "
+            'intermediates(params, images)["blocks.<i>.weights"] and the `cut` of the same site.'
+        )
+    given = weights.clamp(min=0).mean(-2).mT  # (..., n, M, H)
+    padded = cut.side + -cut.side % cut.window
+    grid = windows.merge(given, padded, padded).roll((cut.shift, cut.shift), (-3, -2))
+    return grid[..., : cut.side, : cut.side, :].movedim(-1, -3)
+
+
+def last_maps(model: Model, aux: Mapping[str, Tensor]) -> Tensor:
+    """The maps `(..., H, rows, columns)` of the last block from `model.intermediates`: those of the
+    class token, or in windows `window_maps`.
+    """
+    weights, cut = aux[f"blocks.{len(model.sites) - 1}.weights"], model.sites[-1].cut
+    return class_maps(weights) if cut is None else window_maps(weights, cut)
 
 
 def dominant_head(maps: Tensor) -> Tensor:
@@ -561,9 +597,10 @@ def _scenes(context: Context) -> Scenes:
     return Scenes(*scenes.pasted(context.generator("scenes"), pixels), labels, False)
 
 
-def _summed(weights: Tensor) -> Tensor:
-    """The class token's map, summed over heads."""
-    return class_maps(weights).sum(-3)
+def _one_row(model: Model) -> bool:
+    """Whether all blocks have the same tokens, uncut, as `rollout` needs it."""
+    whole = all(site.cut is None for site in model.sites)
+    return whole and len({site.tokens for site in model.sites}) == 1
 
 
 def measure(context: Context, member: Member) -> dict[str, Tensor]:
@@ -582,22 +619,23 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
         with torch.no_grad():
             seen = model.intermediates(member.params, shown)
             aux = model.intermediates(member.params, images)
-        last = f"blocks.{depth - 1}.weights"
-        heads = enlarge(class_maps(seen[last]), *size)
-        flow = rollout([seen[f"blocks.{i}.weights"] for i in range(depth)])
-        rolled = enlarge(class_maps(flow[..., None, :, :])[..., 0, :, :], *size)
+        heads = enlarge(last_maps(model, seen), *size)
         found = {"scene_top1": (seen["logits"].argmax(-1) == own.labels).double().mean()}
         scores = {"pointing": pointing_game, "mass": mass_inside, "iou": best_iou}
         for name, score in scores.items():
             by_head = score(heads, own.masks[:, None]).mean(0)
             found |= {name: by_head.mean(), f"{name}_best": by_head.max()}
-            found[f"rollout_{name}"] = score(rolled, own.masks).mean()
+        if _one_row(model):
+            flow = rollout([seen[f"blocks.{i}.weights"] for i in range(depth)])
+            rolled = enlarge(class_maps(flow[..., None, :, :])[..., 0, :, :], *size)
+            for name, score in scores.items():
+                found[f"rollout_{name}"] = score(rolled, own.masks).mean()
         found["covered"] = own.masks.double().mean()
 
         def predict(batch: Tensor) -> Tensor:
             return model.apply(member.params, batch).softmax(-1)
 
-        maps = _summed(aux[last])
+        maps = last_maps(model, aux).sum(-3)
         noise = torch.rand(maps.shape, generator=context.generator("random"))
         steps = min(STEPS, maps[0].numel())
         for name, curve in (("deletion", deletion), ("insertion", insertion)):
@@ -606,14 +644,14 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
                 found[f"{name}{which}"] = drawn.area.mean()
                 found[f"{name}{which}_shares"] = drawn.shares
                 found[f"{name}{which}_values"] = drawn.values
-        every = [aux[f"blocks.{i}.weights"] for i in range(depth)]
+        every = [samples(site, aux[f"blocks.{i}.weights"]) for i, site in enumerate(model.sites)]
         found["keys"] = torch.stack([entropy(block).exp().mean() for block in every]).mean()
         found["negative"] = torch.stack([negative_share(block).mean() for block in every]).mean()
         sums = torch.stack([row_sums(block).abs().mean() for block in every])
         found["row_sums"] = sums.mean()
         found["static"] = torch.stack([static_share(block).mean() for block in every]).mean()
-        if model.config.num_heads > 1:
-            apart = [head_diversity(block).mean() for block in every]
+        apart = [head_diversity(block).mean() for block in every if block.shape[-3] > 1]
+        if apart:
             found["diversity"] = torch.stack(apart).mean()
         return found
 
@@ -636,6 +674,8 @@ def section(context: Context) -> pages.Section:
         percent("rollout_mass", "rollout, mass %"),
         percent("scene_top1", "top-1 here %"),
     ]
+    if not any("rollout_mass" in own for seeds in found.values() for own in seeds.values()):
+        columns = [column for column in columns if column.measure != "rollout_mass"]
     origin = (
         "validation images and the masks that came with them"
         if own.own
@@ -646,7 +686,7 @@ def section(context: Context) -> pages.Section:
         found,
         columns,
         f"On {len(own.labels)} {origin}. The mask covers {covered} % of the image, which is what a "
-        "map that knows nothing scores. Class token's row of the last block, mean over heads. "
+        f"map that knows nothing scores. {_row(context)} of the last block, mean over heads. "
         "Top-1 here: how often the model still knows the object. Mean, 95 % interval over seeds.",
     )
     areas = [
@@ -687,7 +727,7 @@ def section(context: Context) -> pages.Section:
         ready = data.normalise(shown, context.splits.val.mean, context.splits.val.std)
         with torch.no_grad():
             aux = look.model.intermediates(look.params, ready)
-        maps = class_maps(aux[f"blocks.{len(look.model.sites) - 1}.weights"])
+        maps = last_maps(look.model, aux)
         if context.shown:
             fig = plot(shown, maps, masks=own.masks[: context.shown])
             alt = f"Attention maps of {result.name} over images with known objects"
@@ -710,8 +750,9 @@ def section(context: Context) -> pages.Section:
         f"Seed {context.results[0].configs[0].seed}: mean over images, band of a standard error.",
     )
     pictured, statics = _maps(context)
-    told = "Outlined: the object. Orange: the weight of the class token's row, as above."
+    told = "Outlined: the object. Orange: the weight, as above."
     blocks = [
+        *_notes(context),
         *pictured,
         scored,
         pages.items(lines),
@@ -723,18 +764,38 @@ def section(context: Context) -> pages.Section:
     return pages.Section(blocks, [*numbers, *more, *rest, *statics])
 
 
+def _row(context: Context) -> str:
+    """What maps show, the start of a sentence."""
+    models = [context.model(result.configs[0]) for result in context.results]
+    if all(model.sites[-1].cut is None for model in models):
+        return "The class token's row"
+    return "The weight that each token is given, mean over the queries of its window,"
+
+
+def _notes(context: Context) -> list[pages.Markup]:
+    """What has no meaning, or another one, in the models of the page."""
+    models = [context.model(result.configs[0]) for result in context.results]
+    lines = []
+    if not all(map(_one_row, models)):
+        lines.append("No rollout: it multiplies the weights of blocks that have the same tokens.")
+    if any(model.sites[-1].windows > 1 for model in models):
+        lines.append("The last block has several windows: a map compares places within one.")
+    notes = windowed(context, " ".join(lines))
+    return notes or [pages.note(line) for line in lines]
+
+
 def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:
     """Maps of the class token's attention, and how much of it is the same for all images."""
     looks = [context.look(result) for result in context.results]
     pictures, rows, numbers = [], [], []
     blocks = some_blocks(max(look.model.config.depth for look in looks))
     for i, look in enumerate(looks):
-        name, last = look.result.name, look.model.config.depth - 1
-        maps = class_maps(look.aux[f"blocks.{last}.weights"][: context.shown])
+        name = look.result.name
+        maps = last_maps(look.model, look.aux)[: context.shown]
         alt = f"Attention maps of {name}, last block, over {len(maps)} images"
         fig = plot(look.pixels[: context.shown], maps)
         pictures.append(pages.figure(fig, f"attention-{i}", alt, name))
-        shares = [static_share(look.aux[f"blocks.{b}.weights"]) for b in blocks]
+        shares = [static_share(look.seen("weights", b)) for b in blocks]
         rows.append([name, *(", ".join(f"{100 * s:.0f}" for s in share) for share in shares)])
         numbers += [
             pages.Number(name, f"static_share_block_{b + 1}_head_{h + 1}", s, "", look.seed)
@@ -748,7 +809,7 @@ def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:
         "100 would be attention that ignores the image."
     )
     told = (
-        f"The class token's row of the last block over the first {min(context.shown, count)} "
+        f"{_row(context)} of the last block over the first {min(context.shown, count)} "
         f"validation images, seed {looks[0].seed}; negative weights count as none, and "
         "every map is scaled to its own maximum. Region: the fewest patches that hold half of the "
         "weight of the head with the most."

@@ -3,7 +3,10 @@
 Counts follow the paper's convention (Table 13): "FLOPs" are multiply-accumulates of the matrix
 products, plus 5 N D a layer norm and 3 N^2 a head for softmax. For Fourier units they are those
 that reproduce its column, 3G + 1 a pair of unit and score: 2G products with the coefficients, G for
-the harmonics, 1 for W.
+the harmonics, 1 for W. Every family of models is counted by it: its sites say what the operators
+do, its `work` what is beside them. In windows all pairs count, those with padding and those that a
+mask takes out, too, since all are computed; biases that are added are not counted, and neither is
+what a matrix of low rank takes more where a mask needs it whole.
 
     cost.parameters(model).operator
     cost.flops(model).total
@@ -21,7 +24,7 @@ from torch.nn import functional as F
 from kart import models, pages, tables, train, tree
 from kart.analysis import curvature
 from kart.analysis.section import Analysis, Context
-from kart.models import Model
+from kart.models import Model, Site, work
 from kart.operators import Operator
 
 
@@ -33,7 +36,12 @@ class Parameters(NamedTuple):
 
 
 class Flops(NamedTuple):
-    """Multiply-accumulates of one image's forward pass, by part; `activation` is the operators'."""
+    """Multiply-accumulates of one image's forward pass, by part.
+
+    `activation` is the operators', from scores to weights; `attention` the products with q, k and v
+    and the attention of positions that a ConViT has besides; `head` all behind the blocks, the
+    pyramid of a ViTDet, too.
+    """
 
     embed: int
     linear: int
@@ -51,14 +59,6 @@ class Flops(NamedTuple):
 def _distinct(model: Model) -> tuple[Operator, ...]:
     universal = model.config.sharing == "universal"
     return model.operators[:1] if universal else model.operators
-
-
-def _check_vit(function: str, model: Model) -> None:
-    if not counted(model):
-        raise ValueError(
-            f"`{function}` needs a ViT, whose operations it knows, got a model of the family "
-            f"{model.config.family!r}. Count its parameters with `parameters`."
-        )
 
 
 def parameters(model: Model) -> Parameters:
@@ -135,25 +135,44 @@ def product_flops(op: Operator, heads: int, tokens: int, width: int) -> int:
     return heads * (declared(tokens, width) if declared else 2 * tokens * tokens * width)
 
 
-def counted(model: Model) -> bool:
-    """Whether `flops` and `activation_memory` know the operations of `model`."""
-    return model.config.family == "vit"
+def uncounted(model: Model) -> str | None:
+    """Why `flops` does not know the operations of `model`, or None."""
+    for site in model.sites:
+        if site.biased and not site.operator.traits.get("of_scores", True):
+            return f"{site.operator.name} takes queries and keys, which position biases make wider"
+    return None
 
 
 def flops(model: Model) -> Flops:
-    """Operations of a forward pass of one image, in the paper's convention; of ViTs alone."""
-    _check_vit("flops", model)
-    c = model.config
-    size, n = c.embed_dim, c.tokens
-    hidden, width = int(size * c.mlp_ratio), size // c.num_heads
-    return Flops(
-        embed=(n - 1) * c.in_channels * c.patch_size**2 * size,
-        linear=c.depth * n * (4 * size * size + 2 * size * hidden),
-        attention=sum(product_flops(op, c.num_heads, n, width) for op in model.operators),
-        activation=sum(activation_flops(op, c.num_heads, n) for op in model.operators),
-        norms=(2 * c.depth * n + n) * size * 5,
-        head=size * c.num_classes,
-    )
+    """Operations of a forward pass of one image, in the paper's convention.
+
+    >>> f"{flops(models.create('swin_tiny')).total / 1e9:.2f} G"
+    '4.52 G'
+    """
+    if why := uncounted(model):
+        raise ValueError(
+            f"`flops` needs operators whose operations it knows, got one it does not: {why}. "
+            "Take an operator of the scores."
+        )
+    parts = dict.fromkeys(Flops._fields, 0)
+    for layer in models.FAMILIES[model.config.family].work(model.config):
+        if isinstance(layer, work.Product):
+            parts[layer.part] += layer.rows * layer.inputs * layer.outputs
+        elif isinstance(layer, work.Norm):
+            parts["norms"] += 5 * layer.rows * layer.width
+        else:
+            parts["attention"] += FIXED["softmax"] * layer.rows * layer.keys
+    for site in model.sites:
+        products, activation = _site_flops(site)
+        parts["attention"] += site.windows * products
+        parts["activation"] += site.windows * activation
+    return Flops(**parts)
+
+
+def _site_flops(site: Site) -> tuple[int, int]:
+    """Products and activation of the operator of a block, on one window where there are some."""
+    products = product_flops(site.operator, site.heads, site.tokens, site.width)
+    return products, activation_flops(site.operator, site.heads, site.tokens)
 
 
 def streamed_flops(op: Operator, heads: int, tokens: int, width: int) -> int:
@@ -211,6 +230,11 @@ def _kept_by_heads(op: Operator, heads: int, tokens: int, width: int, form: str)
     return three - two, max(0, 3 * two - 2 * three - own)
 
 
+def weighed(model: Model) -> bool:
+    """Whether `activation_memory` knows what `model` keeps."""
+    return model.config.family == "vit"
+
+
 def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_each: int = 4) -> int:
     """Bytes that a training step keeps from the forward for the backward.
 
@@ -228,8 +252,12 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
         )
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"`activation_memory` needs an integer `batch` >= 1, got {batch!r}.")
-    _check_vit("activation_memory", model)
     c = model.config
+    if not weighed(model):
+        raise ValueError(
+            f"`activation_memory` needs a ViT, got a model of the family {c.family!r}. Measure a "
+            "call with `kept_bytes`."
+        )
     n, hidden = c.tokens, int(c.embed_dim * c.mlp_ratio)
     block = n * (5 * c.embed_dim + 2 * hidden)
     images = (n - 1) * c.in_channels * c.patch_size**2
@@ -337,7 +365,7 @@ def section(context: Context) -> pages.Section:
             "hvp": functools.partial(curvature.hvp, loss, params, params),
         }
         steps[name], forwards[name] = step, forward
-        kept[name] = activation_memory(model, batch) if counted(model) else None
+        kept[name] = activation_memory(model, batch) if weighed(model) else None
     clock = bench.Clock("cpu")
     stepped = bench.interleave(steps, REPEATS, clock)
     passed = bench.interleave(forwards, REPEATS, clock)

@@ -25,12 +25,15 @@ from kart.analysis.section import (
     Result,
     differences,
     percent,
+    samples,
     scalars,
     seeds_table,
     some_blocks,
+    windowed,
 )
 from kart.bases import Params
 from kart.models import Model
+from kart.models.model import find
 from kart.operators import Operator
 from kart.operators.resize import amplitudes
 
@@ -336,16 +339,10 @@ def prune(model: Model, params: Params, threshold: float) -> Pruned:
             f"`prune` needs 0 <= `threshold` < 1, got {threshold!r}. 0.1 drops what is below a "
             "tenth of the largest of its head."
         )
-    if model.config.sharing == "universal":
-        places = [("operator", model.operators[0], params["operator"])]
-    else:
-        places = [
-            (f"blocks.{i}.operator", op, params["blocks"][str(i)]["operator"])
-            for i, op in enumerate(model.operators)
-        ]
+    places = {site.path: (site.operator, find(params, site.path)) for site in model.sites}
     changed: dict[str, Tensor] = {}
     dropped: dict[str, Dropped] = {}
-    for path, whole, given in places:
+    for path, (whole, given) in places.items():
         for group in learned_groups(whole, given):
             at = f"{path}.{group.path}" if group.path else path
             counts = Dropped(0, 0, 0, 0)
@@ -539,29 +536,31 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
 
     def compute() -> dict[str, Tensor]:
         model = context.model(member.config)
-        c = model.config
         # as many as the fit of a constant operator asks for, twice
-        few, site = context.few(model), model.sites[0]
-        width = c.embed_dim // site.heads
-        count = max(few, math.ceil(8 * site.tokens / width))
+        count = context.few(model)
+        for site in model.sites:
+            alike = 1 if site.cut is None else len(site.cut.whole)
+            count = max(count, math.ceil(8 * site.tokens / (site.width * alike)))
+        pairs = sum(site.windows * site.heads * site.tokens**2 for site in model.sites)
         context.holds(
-            f"the attention of {count} images in {member.name}",
-            3 * 4 * c.depth * count * site.heads * site.tokens**2 / 2**20,
+            f"the attention of {count} images in {member.name}", 3 * 4 * count * pairs / 2**20
         )
         with torch.no_grad():
             aux = model.intermediates(member.params, context.images(member.config, count)[0])
         shares, near = [], []
-        for i, operator in enumerate(model.operators):
-            scores = aux[f"blocks.{i}.scores"]
-            shares.append(score_share(aux[f"blocks.{i}.weights"], aux[f"blocks.{i}.values"]))
-            for group in learned_groups(operator, model.operator_params(member.params, i)):
+        for i, site in enumerate(model.sites):
+            scores, weights, values = (
+                samples(site, aux[f"blocks.{i}.{kind}"]) for kind in ("scores", "weights", "values")
+            )
+            shares.append(score_share(weights, values))
+            for group in learned_groups(site.operator, model.operator_params(member.params, i)):
                 x = score_range(scores, group.operator)
                 values = curves(group.operator, group.params, x)
                 near.append(
                     torch.stack([fit.mean() for fit in fits(values, x, density(scores, x))])
                 )
-        share = torch.stack(shares)
-        found = {"score_share": share.mean(), "by_block": share.mean(1)}
+        by_block = torch.stack([share.mean() for share in shares])
+        found = {"score_share": torch.cat(shares).mean(), "by_block": by_block}
         if near:
             means = torch.stack(near).mean(0)
             found |= {f"r2_{name}": means[i] for i, name in enumerate(Fits._fields)}
@@ -617,6 +616,7 @@ def section(context: Context) -> pages.Section:
         "seeds.",
     )
     lines = differences(found, "score_share", "The share of the scores (%)", column)
+    notes = windowed(context, "The best constant operator is one for all windows of a block.")
     learned = [
         result
         for result in context.results
@@ -624,8 +624,8 @@ def section(context: Context) -> pages.Section:
     ]
     if not learned:
         nothing = pages.note("No operator here learns functions.")
-        return pages.Section([table, pages.items(lines), nothing], numbers)
-    blocks = [table, pages.items(lines), *_dropped(context, learned, numbers)]
+        return pages.Section([*notes, table, pages.items(lines), nothing], numbers)
+    blocks = [*notes, table, pages.items(lines), *_dropped(context, learned, numbers)]
     shown = _shapes(context, learned, numbers)
     pictures, changes = _pictures([context.look(result) for result in learned])
     numbers += changes
@@ -689,7 +689,7 @@ def _shapes(
     for result in learned:
         look = context.look(result)
         block = len(look.model.operators) - 1
-        scores = look.aux[f"blocks.{block}.scores"]
+        scores = look.seen("scores", block)
         params = look.operator_params(look.params, block)
         for group in learned_groups(look.model.operators[block], params):
             assert group.operator.basis is not None
@@ -719,27 +719,39 @@ def _shapes(
     return shown
 
 
+def _blocks(names: Sequence[int], depth: int) -> str:
+    """The words for blocks that share an operator."""
+    if len(names) == 1:
+        return f"block {names[0] + 1}"
+    if len(names) == depth:
+        return "all blocks (shared)"
+    return f"blocks {', '.join(str(i + 1) for i in names)} (shared)"
+
+
 def _pictures(looks: Sequence[Look]) -> tuple[list[pages.Markup], list[pages.Number]]:
     """The functions of some blocks as curves, and how far training moved them."""
     shown, numbers = [], []
     for look in looks:
-        universal = look.model.config.sharing == "universal"
-        depth = look.model.config.depth
-        for block in [0] if universal else some_blocks(depth):
+        # blocks that share an operator share a panel
+        paths: dict[str, list[int]] = {}
+        for i, site in enumerate(look.model.sites):
+            paths.setdefault(site.path, []).append(i)
+        together = list(paths.values())
+        for names in [together[i] for i in some_blocks(len(together))]:
+            block = names[0]
             operator = look.model.operators[block]
             now, then = (look.operator_params(p, block) for p in (look.params, look.initial))
             groups = list(learned_groups(operator, now))
             if not groups:
                 continue
-            names = range(depth) if universal else [block]
-            scores = torch.cat([look.aux[f"blocks.{i}.scores"] for i in names])
+            scores = torch.cat([look.seen("scores", i) for i in names])
             x = score_range(scores, groups[0].operator)
             distances = [
                 100 * float(value)
                 for a, b in zip(groups, learned_groups(operator, then), strict=True)
                 for value in moved(curves(a.operator, a.params, x), curves(b.operator, b.params, x))
             ]
-            where = "all blocks (shared)" if universal else f"block {block + 1}"
+            where = _blocks(names, len(look.model.sites))
             far = ", ".join(f"{value:.0f}\N{NO-BREAK SPACE}%" for value in distances)
             numbers += [
                 pages.Number(

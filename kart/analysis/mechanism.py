@@ -25,9 +25,11 @@ from kart.analysis.section import (
     Measured,
     Member,
     mean_number,
+    samples,
     scalars,
     seeds_table,
     some_blocks,
+    windowed,
 )
 from kart.bases import Basis, Params
 from kart.models import Model
@@ -84,7 +86,8 @@ def swap(
     a exp(x) + c that has the least mean square distance from it over the scores that it really saw,
     those of its own head and key. What is beside the functions stays: W, softmax, tables,
     projections. "position" replaces the whole operator, of any kind, by the mean over images of its
-    attention matrix, which ignores the scores. Blocks that shared an operator get one each.
+    attention matrix, which ignores the scores. Blocks that shared an operator get one each. Windows
+    count as images, but for those that the mask of a shift cuts.
 
     Args:
         model, params: a trained model.
@@ -128,8 +131,7 @@ def swap(
     pairs = [(op, model.operator_params(params, i)) for i, op in enumerate(model.operators)]
     with torch.no_grad():
         for i in chosen:
-            tensor = aux[f"blocks.{i}.{seen}"].detach()
-            tensor = tensor.reshape(-1, *tensor.shape[-3:])
+            tensor = samples(model.sites[i], aux[f"blocks.{i}.{seen}"].detach())
             if kind == "position":
                 pairs[i] = operators.static(), {"matrix": tensor.mean(0)}
             else:
@@ -348,7 +350,8 @@ def gradient_norms(model: Model, params: Params, images: Tensor, labels: Tensor)
     """How large the gradients are that reach queries, keys and values: `(L, 3)`, float64.
 
     The norm of the gradient of an image's cross-entropy in q, k and v of each block, all heads and
-    tokens together, as the root mean square over images.
+    tokens together, as the root mean square over images. Of queries and keys that position biases
+    make wider it is that of their own d numbers, before q is scaled for the bias.
 
     >>> model = models.create("vit_nano", "polynomial-0B", image_size=8, patch_size=4)
     >>> params = model.init(torch.Generator().manual_seed(0))
@@ -378,7 +381,12 @@ def gradient_norms(model: Model, params: Params, images: Tensor, labels: Tensor)
         targets = torch.nn.functional.one_hot(labels, model.config.num_classes)
         loss = train.cross_entropy(twin.apply(leaves, images), targets).sum()
     # an operator that ignores its scores sends nothing to q and k
-    found = torch.autograd.grad(loss, seen, allow_unused=True, materialize_grads=True)
+    found = list(torch.autograd.grad(loss, seen, allow_unused=True, materialize_grads=True))
+    for i, site in enumerate(model.sites):
+        if site.biased:
+            wide = found[3 * i].shape[-1]
+            found[3 * i] = found[3 * i][..., : site.width] * (wide / site.width) ** 0.5
+            found[3 * i + 1] = found[3 * i + 1][..., : site.width]
     norms = [one.double().reshape(len(images), -1).norm(dim=1).square().mean() for one in found]
     return torch.stack(norms).sqrt().reshape(-1, 3)
 
@@ -494,13 +502,14 @@ def plot(found: Sequence[Layout], names: Sequence[str] | None = None) -> Any:
     blue, orange = figures.COLOURS[:2]
     colours = LinearSegmentedColormap.from_list("signed", [blue, "#ffffff", orange])
     heads = max(len(one.offsets) for one in found)
-    fig, axes = figures.grid(len(found), 2 * heads, 1.05, 1.2)
+    each = 2 if any(one.own is not None for one in found) else 1
+    fig, axes = figures.grid(len(found), each * heads, 1.05, 1.2)
     for i, (row, one) in enumerate(zip(axes, found, strict=True)):
         for ax in row:
             ax.set_axis_off()
         for h, offsets in enumerate(one.offsets):
             maps = [("by offset", offsets), ("class", None if one.own is None else one.own[h])]
-            for ax, (what, values) in zip(row[2 * h : 2 * h + 2], maps, strict=True):
+            for ax, (what, values) in zip(row[each * h : each * (h + 1)], maps, strict=False):
                 if values is None:
                     continue
                 most = float(values.abs().max())
@@ -539,7 +548,8 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
     """
     model, config = context.model(member.config), member.config
     few, steps, shown = context.few(model), context.retrain, some_blocks(len(model.sites))
-    held = 5 * 4 * len(model.sites) * few * max(site.heads * site.tokens**2 for site in model.sites)
+    most = max(site.windows * site.heads * site.tokens**2 for site in model.sites)
+    held = 5 * 4 * len(model.sites) * few * most
     context.holds(f"the attention of {few} images in {member.name}", held / 2**20)
     known: dict[str, Any] = {}
 
@@ -571,10 +581,9 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
         with torch.no_grad():
             seen = model.intermediates(member.params, context.images(config, few)[0])
         found = {}
-        for i in range(len(model.sites)):
+        for i, site in enumerate(model.sites):
             weights, values = (
-                seen[f"blocks.{i}.{name}"].reshape(-1, *seen[f"blocks.{i}.{name}"].shape[-3:])
-                for name in ("weights", "values")
+                samples(site, seen[f"blocks.{i}.{name}"]) for name in ("weights", "values")
             )
             found[f"share_{i}"] = static_share(weights, values, fitted=False)
             found[f"mean_{i}"] = weights.mean(0)
@@ -640,7 +649,8 @@ def section(context: Context) -> pages.Section:
     """
     found = scalars(context, measure)
     shown, numbers = _costs(context, found)
-    blocks: list[pages.Markup] = shown
+    place = "Position is the place in a window, and a mean matrix that of all windows of a block."
+    blocks: list[pages.Markup] = [*windowed(context, place), *shown]
     for part in (_gradients(context), _shares(context, found), _layouts(context)):
         blocks += part[0]
         numbers += part[1]
@@ -751,7 +761,7 @@ def _shares(context: Context, found: Measured) -> Part:
 
 def _layouts(context: Context) -> Part:
     rows, numbers, pictures = [], [], []
-    chance = (0.0, 0.0)
+    chance, classes = (0.0, 0.0), False
     for k, result in enumerate(context.results):
         sites = context.model(result.configs[0]).sites
         names: dict[str, int] = {}
@@ -763,7 +773,7 @@ def _layouts(context: Context) -> Part:
             first = first or layouts
             seed = result.configs[index].seed
             for i, one in enumerate(layouts):
-                chance = one.chance
+                chance, classes = one.chance, classes or one.own is not None
                 for h, name in enumerate(verdict(one)):
                     names[name] = names.get(name, 0) + 1
                     for key in ("level", "by_offset", "by_key", "near"):
@@ -782,7 +792,8 @@ def _layouts(context: Context) -> Part:
         )
         chosen = some_blocks(len(first))
         fig = plot([first[i] for i in chosen], [f"block {i + 1}" for i in chosen])
-        alt = f"Mean attention of {result.name} by offset, and of its class token"
+        alt = f"Mean attention of {result.name} by offset"
+        alt += ", and of its class token" if classes else ""
         caption = f"{result.name}, seed {result.configs[0].seed}"
         pictures.append(pages.figure(fig, f"mechanism-{k}", alt, caption))
     header = ["operator", "one weight %", "by offset %", "by key %", "near"]
@@ -798,9 +809,9 @@ def _layouts(context: Context) -> Part:
         "neither."
     )
     told = (
-        "Mean signed weight between patches by relative offset, the query in the middle, and of "
-        "the class token for each patch. Orange is positive, blue negative, each map on its own "
-        "scale."
+        "Mean signed weight between patches by relative offset, the query in the middle"
+        + (", and of the class token for each patch" if classes else "")
+        + ". Orange is positive, blue negative, each map on its own scale."
     )
     return [pages.table(header, rows, caption), pages.text(told), pages.beside(*pictures)], numbers
 

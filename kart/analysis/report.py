@@ -234,10 +234,11 @@ def _setting(context: Context) -> str:
     config, seeds = result.configs[0], len(result.configs)
     model = context.model(config)
     c, heads = model.config, ", ".join(dict.fromkeys(str(site.heads) for site in model.sites))
+    window = "" if model.sites[0].cut is None else " a window"
     return (
         f"{os.path.basename(config.data)}, {len(context.splits.train.labels):,} training images of "
         f"{c.image_size} x {c.image_size}. {config.model}: {c.depth} blocks, {heads} heads, "
-        f"width {c.embed_dim}, patches of {c.patch_size}, {c.tokens} tokens. "
+        f"width {c.embed_dim}, patches of {c.patch_size}, {c.tokens} tokens{window}. "
         f"{config.epochs} epochs in batches of {config.batch_size}, AdamW at "
         f"{config.peak_learning_rate:g} with warm-up and cosine, weight decay "
         f"{config.weight_decay:g}. {seeds} seed{'s' if seeds > 1 else ''} each; all operators with "

@@ -41,7 +41,11 @@ def described(name: str, model: Model) -> str:
             f"{words} in block{'s' * (len(where) > 1)} {', '.join(where)}"
             for words, where in blocks.items()
         )
-    shared = "one for all blocks" if model.config.sharing == "universal" else "one a block"
+    count = len({site.path for site in model.sites})
+    shared = {1: "one for all blocks", len(model.sites): "one a block"}.get(
+        count if model.config.sharing == "universal" else len(model.sites),
+        f"{count} that blocks share",
+    )
     return f"{name}: {next(iter(blocks))}" + f", {shared}" * bool(model.operators[0].basis)
 
 
@@ -67,7 +71,7 @@ def section(context: Context) -> pages.Section:
             ", ".join(f"{100 * value:.2f}" for value in result.top1),
             f"{counted.total:,}",
             f"{counted.operator:,}",
-            f"{cost.flops(model).total / 1e6:.2f}" if cost.counted(model) else "not counted",
+            "not counted" if cost.uncounted(model) else f"{cost.flops(model).total / 1e6:.2f}",
         ]
         rows.append(row + ([f"{result.step_ms:.1f}"] if timed else []))
         numbers += [
@@ -84,7 +88,7 @@ def section(context: Context) -> pages.Section:
         caption += " The test split was read once, after the last epoch, with the last weights."
     if timed:
         caption += " Step: one training step a member, CPU time; it alone varies between runs."
-    caption += " MACs by the paper's count, for the materialised form, of ViTs. "
+    caption += " MACs by the paper's count, for the materialised form. "
     caption += "; ".join(words) + "."
     known = results[0].test_images if tested else len(context.splits.val.labels)
     chosen = f" and the choice of the {known:,} images" if known else ""

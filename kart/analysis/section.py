@@ -31,7 +31,7 @@ import torch
 from torch import Generator, Tensor
 
 from kart import augment, checkpoint, data, pages, statistics, train, tree
-from kart.models import Model
+from kart.models import Model, Site
 from kart.train import Config, Params, Record, Splits
 
 
@@ -137,6 +137,29 @@ class Look(NamedTuple):
         """The operator's part of `params`, of the model, in `block`."""
         return self.model.operator_params(params, block)
 
+    def seen(self, kind: str, block: int) -> Tensor:
+        """The "scores", "weights" or "values" of `block`, as `samples` has them."""
+        return samples(self.model.sites[block], self.aux[f"blocks.{block}.{kind}"])
+
+
+def samples(site: Site, tensor: Tensor) -> Tensor:
+    """Scores or weights of the block at `site`, `(..., H, N, M)`, or values, as those of one batch
+    `(B, H, N, M)`.
+
+    Windows of an image are samples as images are, `B` of them together, since they share their
+    operator and do not know their place. Those that a mask cuts, as a shifted grid's last, are left
+    out: scores there are of tokens that do not see each other, and the weights of them are zero.
+    """
+    if site.cut is not None:
+        if not site.cut.whole:
+            raise ValueError(
+                f"`samples` needs windows that no mask cuts, got a grid of {site.cut.side} in "
+                f"windows of {site.cut.window}. Take smaller windows."
+            )
+        chosen = torch.tensor(site.cut.whole, device=tensor.device)
+        tensor = tensor.index_select(-4, chosen)
+    return tensor.reshape(-1, *tensor.shape[-3:])
+
 
 class OutOfTime(Exception):
     """A section has used up its minutes; what it has kept is there for the next call."""
@@ -212,17 +235,11 @@ class Context:
             )
 
     def few(self, model: Model) -> int:
-        """On how many images weights and scores, N x N a head and block, stay small.
-
-        Raises ValueError for models whose blocks differ in them, as Swin's windows do.
+        """On how many images weights and scores, N x N a head and window, stay small in every
+        block.
         """
-        sizes = {site.heads * site.tokens**2 for site in model.sites}
-        if len(sizes) > 1:
-            raise ValueError(
-                f"`{self.name}` needs blocks of equal heads and tokens, got a model of the family "
-                f"{model.config.family!r}. Take its `intermediates` block by block, in a script."
-            )
-        return max(self.shown, min(64, 2**22 // sizes.pop()))
+        most = max(site.windows * site.heads * site.tokens**2 for site in model.sites)
+        return max(self.shown, min(64, 2**22 // most))
 
     def look(self, result: Result) -> Look:
         """The first member of `result` on the first validation images, computed once a page."""
@@ -443,6 +460,18 @@ def mean_number(
     """The mean of an interval as a number of a page; without bounds where there are none."""
     low, high = (None, None) if found.why else (found.low, found.high)
     return pages.Number(operator, measure, found.mean, unit, None, low, high, found.n)
+
+
+def windowed(context: Context, what: str) -> list[pages.Markup]:
+    """A line for pages of models with windows: what their samples are, and `what` besides."""
+    models = [context.model(result.configs[0]) for result in context.results]
+    cuts = [site.cut for model in models for site in model.sites if site.cut is not None]
+    if not cuts:
+        return []
+    line = "Attention is in windows here: each window of an image is a sample."
+    if any(len(cut.whole) < cut.count for cut in cuts):
+        line += " Windows that the mask of a shift cuts are left out."
+    return [pages.note(f"{line} {what}".strip())]
 
 
 def some_blocks(depth: int) -> list[int]:

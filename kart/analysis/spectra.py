@@ -19,8 +19,10 @@ from kart.analysis.section import (
     Context,
     Member,
     differences,
+    samples,
     scalars,
     seeds_table,
+    windowed,
 )
 
 IMAGES = 5  # of the section, as in the paper
@@ -171,14 +173,14 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
 
     def compute() -> dict[str, Tensor]:
         model = context.model(member.config)
-        context.few(model)  # blocks that can be put together
         images, _ = context.images(member.config, IMAGES)
         with torch.no_grad():
             aux = model.intermediates(member.params, images)
-        depth = len(model.sites)
         found: dict[str, Tensor] = {}
         for kind in ("scores", "weights"):
-            blocks = [aux[f"blocks.{i}.{kind}"] for i in range(depth)]
+            blocks = [
+                samples(site, aux[f"blocks.{i}.{kind}"]) for i, site in enumerate(model.sites)
+            ]
             found[f"{kind}_values"] = singular_values(blocks[-1])
             ranks = torch.stack([effective_rank(block).mean() for block in blocks])
             found[f"{kind}_effective"], found[f"{kind}_by_block"] = ranks.mean(), ranks
@@ -197,7 +199,10 @@ def section(context: Context) -> pages.Section:
     first = {one.name: measure(context, Member(one, 0)) for one in context.results}
     bounds = {}
     for result in context.results:
-        ranks = {rank_of(op) for op in context.model(result.configs[0]).operators}
+        model = context.model(result.configs[0])
+        ranks = {rank_of(op) for op in model.operators}
+        if getattr(model.config, "gated_blocks", 0):
+            ranks.add(None)  # their weights are mixed with those of positions
         bounds[result.name] = max(ranks) if None not in ranks else None  # type: ignore[type-var]
     known = {rank for rank in bounds.values() if rank is not None}
     titles = {"before the operator": "scores_values", "after it": "weights_values"}
@@ -233,7 +238,8 @@ def section(context: Context) -> pages.Section:
     ]
     lines += differences(found, "weights_effective", "Effective rank of the weights", columns[1])
     told = "How many directions the attention of a head really uses."
-    return pages.Section([pages.text(told), fig, table, pages.items(lines)], numbers)
+    notes = windowed(context, "A rank is at most the number of keys of its window.")
+    return pages.Section([pages.text(told), *notes, fig, table, pages.items(lines)], numbers)
 
 
 ANALYSIS = Analysis("spectra", "Spectra of attention", section, minutes=0.5, measure=measure)

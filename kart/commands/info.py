@@ -63,6 +63,11 @@ def _check_used(args: argparse.Namespace) -> None:
             )
 
 
+def _tokens(site: models.Site) -> str:
+    """Over how many keys the rows of a block go, and in how many windows."""
+    return f"{site.tokens}" + (f" in {site.windows} windows" if site.windows > 1 else "")
+
+
 def _run(args: argparse.Namespace) -> int:
     from kart.analysis import cost
 
@@ -70,6 +75,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.paper:
         print(cost.paper_table())
         return 0
+    classes = "num_classes" in vars(args)
     for name, value in DEFAULTS.items():
         if name not in vars(args):
             setattr(args, name, value)
@@ -82,12 +88,14 @@ def _run(args: argparse.Namespace) -> int:
     given = {name: getattr(config, name) for name in train.MODEL_FIELDS}
     given = {name: value for name, value in given.items() if value is not None}
     given.setdefault("patch_size", train.default_patch_size(args.image_size, config.model))
+    # a backbone of detectors has no classes, and refuses those that it is given
+    if classes or models.classifies(config.model):
+        given["num_classes"] = args.num_classes
     model = models.create(
         config.model,
         operator=args.operator,
         image_size=args.image_size,
         in_channels=args.in_channels,
-        num_classes=args.num_classes,
         **given,
     )
     counted, batch = cost.parameters(model), config.batch_size
@@ -100,14 +108,18 @@ def _run(args: argparse.Namespace) -> int:
         "operator_parameters": counted.operator,
         "batch": batch,
     }
-    if cost.counted(model):
+    unknown = cost.uncounted(model)
+    if not unknown:
         operations = cost.flops(model)
+        found |= {
+            "gflops": operations.total / 1e9,
+            "activation_gflops": operations.activation / 1e9,
+        }
+    if cost.weighed(model):
         width = 2 if config.precision == "bfloat16" else 4
         kept = cost.activation_memory(model, batch, bytes_each=width)
         naive = cost.activation_memory(model, batch, "naive", bytes_each=width)
         found |= {
-            "gflops": operations.total / 1e9,
-            "activation_gflops": operations.activation / 1e9,
             "kept_for_backward_mib": kept / 2**20,
             "kept_by_the_naive_form_mib": naive / 2**20,
             # float32 weights, gradients and two moments, and what the backward needs
@@ -121,19 +133,24 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     rows = [
         ("model", f"{config.model}, {operators.shown(args.operator)}, {model.config.sharing}"),
-        ("tokens", f"{found['tokens']}"),
+        ("tokens", ", ".join(dict.fromkeys(map(_tokens, model.sites)))),
         ("parameters", f"{counted.total:,}, {counted.operator:,} of them in the operators"),
     ]
-    if cost.counted(model):
-        rows += [
+    if unknown:
+        rows.append(("GFLOPs an image", f"not counted: {unknown}"))
+    else:
+        rows.append(
             ("GFLOPs an image", f"{found['gflops']:.3f}, {found['activation_gflops']:.3f} of them "
-             "in the activation (the paper's count: multiply-accumulates)"),
+             "in the activation (the paper's count: multiply-accumulates)")
+        )  # fmt: skip
+    if cost.weighed(model):
+        rows += [
             (f"kept for backward, batch {batch}", f"{found['kept_for_backward_mib']:.0f} MiB "
              f"(materialised as in the paper: {found['kept_by_the_naive_form_mib']:.0f} MiB)"),
             ("training memory, AdamW", f"{found['training_memory_mib']:.0f} MiB"),
         ]  # fmt: skip
     else:
-        rows.append(("GFLOPs, memory", f"not counted: {model.config.family} is not a ViT"))
+        rows.append(("memory", f"not counted: {model.config.family} is not a ViT"))
     rows += [(f"engine {name}", state) for name, state in found["engines"].items()]
     print("\n".join(f"{name:32} {value}" for name, value in rows))
     return 0

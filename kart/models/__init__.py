@@ -23,7 +23,15 @@ from kart.models.vitdet import ViTDetConfig
 from kart.operators import Operator
 
 __all__ = ["FAMILIES", "MODELS", "ConViTConfig", "Model", "Site", "SwinConfig", "ViTConfig"]
-__all__ += ["ViTDetConfig", "create", "from_config", "resize", "vit", "with_operators"]
+__all__ += [
+    "ViTDetConfig",
+    "classifies",
+    "create",
+    "from_config",
+    "resize",
+    "vit",
+    "with_operators",
+]
 
 FAMILIES: dict[str, Family] = {
     family.config.family: family for family in (VIT, SWIN, CONVIT, VITDET)
@@ -78,6 +86,15 @@ def create(name: str, operator: Choice = "softmax", **overrides: Any) -> Model:
                 f"{value!r:.100}. Change it."
             )
     return found[0].build(operator, **{**found[0].sizes[name], **overrides})
+
+
+def classifies(name: str) -> bool:
+    """Whether models called `name` give logits of classes, and not maps as detectors take them.
+
+    >>> classifies("swin_tiny"), classifies("vitdet_tiny")
+    (True, False)
+    """
+    return any(hasattr(f.config, "num_classes") for f in FAMILIES.values() if name in f.sizes)
 
 
 def each_block(operator: Any, name: str, **sizes: Any) -> Any:

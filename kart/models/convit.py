@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 
 from kart import layers
 from kart.factories import remember
-from kart.models import blocks, checks
+from kart.models import blocks, checks, work
 from kart.models.model import Choice, Columnar, Family, Model, Params, Site, add_operators, choose
 
 
@@ -59,7 +59,7 @@ def convit(operator: Choice = "softmax", **fields: Any) -> Model:
     def site(i: int) -> Site:
         shared = f"operator.{'gated' if i < gated else 'plain'}"
         path = shared if config.sharing == "universal" else f"blocks.{i}.operator"
-        return Site(path, chosen.operators[i], heads, side * side + (i >= gated))
+        return Site(path, chosen.operators[i], heads, side * side + (i >= gated), size // heads)
 
     sites = [site(i) for i in range(config.depth)]
 
@@ -158,6 +158,25 @@ def gated_attention(
     return layers.linear(params["proj"], blocks.merge_heads(out))
 
 
+def work_of(config: ConViTConfig) -> work.Layers:
+    """The layers of a ConViT. The attention of positions, which no operator has a part in, is
+    computed once a batch whatever its images, and counted for each.
+    """
+    size, heads, patches = config.embed_dim, config.num_heads, config.tokens - 1
+    hidden = int(size * config.mlp_ratio)
+    yield work.Product("embed", patches, config.in_channels * config.patch_size**2, size)
+    for i in range(config.depth):
+        gated = i < config.gated_blocks
+        yield from work.block(patches if gated else config.tokens, size, hidden)
+        if gated:
+            yield work.Product("attention", patches**2, 3, heads)
+            yield work.Softmax(heads * patches, patches)
+            # beside the operator's: outputs are mixed, not weights
+            yield work.Product("attention", heads * patches, patches, size // heads)
+    yield work.Norm(config.tokens, size)
+    yield work.Product("head", 1, size, config.num_classes)
+
+
 # "convit_nano" is kart's own size for small images
 FAMILY = Family(
     convit,
@@ -166,4 +185,5 @@ FAMILY = Family(
         "convit_nano": {"embed_dim": 64, "depth": 4, "num_heads": 4, "gated_blocks": 3},
         "convit_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 4},
     },
+    work_of,
 )

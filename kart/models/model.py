@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from torch import Generator, Tensor
 
 from kart import factories, operators
+from kart.models.windows import Cut
+from kart.models.work import Layers
 from kart.operators import Operator
 
 Params = dict[str, Any]
@@ -51,15 +53,25 @@ class Columnar(Config):
 
 
 class Site(NamedTuple):
-    """The row operator of one block: the dotted path of its parameters, its heads and its keys.
+    """The row operator of one block: the dotted path of its parameters, its heads, its keys, and
+    the width d of a head.
 
-    Blocks that share an operator name the same path.
+    Blocks that share an operator name the same path. `cut` says of blocks with windows how they
+    lie on the grid of tokens; `biased`, whether position biases are added to the scores.
     """
 
     path: str
     operator: Operator
     heads: int
     tokens: int
+    width: int
+    cut: Cut | None = None
+    biased: bool = False
+
+    @property
+    def windows(self) -> int:
+        """How often the operator acts on an image."""
+        return 1 if self.cut is None else self.cut.count
 
 
 class Model(NamedTuple):
@@ -93,11 +105,14 @@ class Model(NamedTuple):
 
 
 class Family(NamedTuple):
-    """Models of one kind: `build(operator, **fields of config)`, and the sizes that have names."""
+    """Models of one kind: `build(operator, **fields of config)`, the sizes that have names, and the
+    layers that `work(config)` says they compute beside their row operators.
+    """
 
     build: Callable[..., Model]
     config: type
     sizes: Mapping[str, Mapping[str, Any]]
+    work: Callable[[Any], Layers]
 
 
 def find(params: Params, path: str) -> Params:

@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from kart import layers
+from kart.models import work
 
 Params = dict[str, Any]
 SCALES = (4.0, 2.0, 1.0, 0.5)  # of a level's sides, to those of the map
@@ -84,3 +85,17 @@ def pyramid(params: Params, x: Tensor) -> list[Tensor]:
             y = double(step, F.gelu(layers.layer_norm(step["norm"], y)) if "norm" in step else y)
         levels.append(conv(own["smooth"], conv(own["lateral"], y)).movedim(-1, -3))
     return levels
+
+
+def work_of(side: int, size: int, out_size: int) -> work.Layers:
+    """The layers of `pyramid` on a map of `side` x `side` tokens of width `size`."""
+    for scale in SCALES:
+        here, width = side if scale >= 1 else side // 2, size
+        for step in range(int(math.log2(scale)) if scale > 1 else 0):
+            if step:
+                yield work.Norm(here**2, width)
+            yield work.Product("head", here**2, width, 4 * (width // 2))
+            here, width = 2 * here, width // 2
+        for inputs, kernel in ((width, 1), (out_size, 3)):
+            yield work.Product("head", here**2, kernel**2 * inputs, out_size)
+            yield work.Norm(here**2, out_size)

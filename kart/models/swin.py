@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from kart import layers
 from kart.factories import remember
-from kart.models import blocks, checks, windows
+from kart.models import blocks, checks, windows, work
 from kart.models.model import Choice, Config, Family, Model, Params, Site, add_operators, choose
 
 EPS = 1e-5  # of Swin's layer norms; ViTs have 1e-6
@@ -122,7 +122,9 @@ def swin(operator: Choice = "softmax", **fields: Any) -> Model:
     sites = [
         Site(
             f"operator.{s.index}" if universal else f"layers.{s.index}.blocks.{b}.operator",
-            *(op, s.heads, s.window**2),
+            *(op, s.heads, s.window**2, s.width // s.heads),
+            cut=windows.Cut(s.side, s.window, s.shift(b)),
+            biased=True,
         )
         for (s, b), op in zip(places, chosen.operators, strict=True)
     ]
@@ -208,6 +210,23 @@ def downsample(params: Params, x: Tensor, dtype: torch.dtype) -> Tensor:
     return layers.linear(params["reduction"], four.to(dtype)).to(x.dtype)
 
 
+def work_of(config: SwinConfig) -> work.Layers:
+    """The layers of a Swin, those of patch merging among the linear ones."""
+    stages = config.stages
+    patches, first = stages[0].side ** 2, config.embed_dim
+    yield work.Product("embed", patches, config.in_channels * config.patch_size**2, first)
+    yield work.Norm(patches, first)
+    for stage in stages:
+        tokens = stage.side**2
+        if stage.index:
+            yield work.Norm(tokens, 2 * stage.width)
+            yield work.Product("linear", tokens, 2 * stage.width, stage.width)
+        for _ in range(stage.depth):
+            yield from work.block(tokens, stage.width, int(stage.width * config.mlp_ratio))
+    yield work.Norm(stages[-1].side ** 2, stages[-1].width)
+    yield work.Product("head", 1, stages[-1].width, config.num_classes)
+
+
 # "swin_nano" is kart's own size for small images
 FAMILY = Family(
     swin,
@@ -216,4 +235,5 @@ FAMILY = Family(
         "swin_nano": {"embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4},
         "swin_tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
     },
+    work_of,
 )

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from kart import layers
 from kart.factories import remember
-from kart.models import blocks, checks
+from kart.models import blocks, checks, work
 from kart.models.model import (
     Choice,
     Columnar,
@@ -46,7 +46,7 @@ def vit(operator: Choice = "softmax", **fields: Any) -> Model:
     size, heads, tokens = config.embed_dim, config.num_heads, config.tokens
     universal = config.sharing == "universal"
     sites = [
-        Site("operator" if universal else f"blocks.{i}.operator", op, heads, tokens)
+        Site("operator" if universal else f"blocks.{i}.operator", op, heads, tokens, size // heads)
         for i, op in enumerate(chosen.operators)
     ]
 
@@ -89,6 +89,16 @@ def vit(operator: Choice = "softmax", **fields: Any) -> Model:
     return blocks.model(config, init, forward, sites)
 
 
+def work_of(config: ViTConfig) -> work.Layers:
+    """The layers of a vision transformer; its last norm takes all tokens, as the paper counts."""
+    size, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+    yield work.Product("embed", config.tokens - 1, config.in_channels * config.patch_size**2, size)
+    for _ in range(config.depth):
+        yield from work.block(config.tokens, size, hidden)
+    yield work.Norm(config.tokens, size)
+    yield work.Product("head", 1, size, config.num_classes)
+
+
 # "vit_nano" is kart's own size for laptops and studies on small images; the others have the
 # widths of Dosovitskiy et al. 2021 and Touvron et al. 2021, as the paper uses them (Table 1)
 FAMILY = Family(
@@ -100,4 +110,5 @@ FAMILY = Family(
         "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
         "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     },
+    work_of,
 )

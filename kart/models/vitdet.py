@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from kart import layers
 from kart.factories import remember
-from kart.models import blocks, checks, pyramid, windows
+from kart.models import blocks, checks, pyramid, windows, work
 from kart.models.model import Choice, Config, Family, Model, Params, Site, add_operators, choose
 
 
@@ -42,6 +42,11 @@ class ViTDetConfig(Config):
         """Pixels a step of each level, by its name: level p is one of 2^p pixels."""
         strides = [int(self.patch_size / scale) for scale in pyramid.SCALES]
         return {f"p{stride.bit_length() - 1}": stride for stride in strides}
+
+    def cut(self, block: int) -> windows.Cut:
+        """The windows of a block; one of the whole grid where it is global."""
+        side = self.image_size // self.patch_size
+        return windows.Cut(side, side if block in self.global_blocks else self.window_size)
 
 
 def _check(config: ViTDetConfig) -> None:
@@ -72,14 +77,15 @@ def vitdet(operator: Choice = "softmax", **fields: Any) -> Model:
     _check(config)
     chosen = choose("vitdet", operator, config.depth, fields)
     config = dataclasses.replace(config, operator=chosen.names, sharing=chosen.sharing)
-    size, heads, window = config.embed_dim, config.num_heads, config.window_size
+    size, heads = config.embed_dim, config.num_heads
     side = config.image_size // config.patch_size
 
     def site(i: int) -> Site:
         whole = i in config.global_blocks
         shared = f"operator.{'whole' if whole else 'windows'}"
         path = shared if config.sharing == "universal" else f"blocks.{i}.operator"
-        return Site(path, chosen.operators[i], heads, config.tokens if whole else window**2)
+        cut = config.cut(i)
+        return Site(path, chosen.operators[i], heads, cut.window**2, size // heads, cut)
 
     sites = tuple(site(i) for i in range(config.depth))
 
@@ -104,8 +110,8 @@ def vitdet(operator: Choice = "softmax", **fields: Any) -> Model:
         x = x.unflatten(-2, (side, side))
         for i, site in enumerate(sites):
             attend = blocks.attend_at(site, params, look, f"blocks.{i}")
-            cut = side if i in config.global_blocks else window
-            attn = functools.partial(windowed_attention, heads=heads, window=cut, attend=attend)
+            shape = {"heads": heads, "window": config.cut(i).window}
+            attn = functools.partial(windowed_attention, **shape, attend=attend)
             x = blocks.block(params["blocks"][str(i)], x, attn, images.dtype)
             if look is not None:
                 look[f"blocks.{i}.tokens"] = x.flatten(-3, -2)
@@ -134,6 +140,19 @@ def windowed_attention(
     return windows.merge(out, *padded.shape[-3:-1])[..., :rows, :columns, :]
 
 
+def work_of(config: ViTDetConfig) -> work.Layers:
+    """The layers of a ViTDet, on padded windows where there are some, and of its pyramid."""
+    size, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+    yield work.Product("embed", config.tokens, config.in_channels * config.patch_size**2, size)
+    for i in range(config.depth):
+        cut = config.cut(i)
+        yield from work.block(config.tokens, size, hidden, cut.count * cut.window**2)
+    yield from pyramid.work_of(config.image_size // config.patch_size, size, config.pyramid_dim)
+
+
 FAMILY = Family(
-    vitdet, ViTDetConfig, {"vitdet_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3}}
+    vitdet,
+    ViTDetConfig,
+    {"vitdet_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3}},
+    work_of,
 )

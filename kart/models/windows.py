@@ -1,8 +1,41 @@
 """Windows of a grid of tokens: partition, shift masks, relative positions, padding."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class Cut(NamedTuple):
+    """How a grid of `side` x `side` tokens is cut into windows of `window` x `window`: rolled by
+    `-shift` before, and padded below and at the right where windows do not divide it.
+    """
+
+    side: int
+    window: int
+    shift: int = 0
+
+    @property
+    def count(self) -> int:
+        """The windows of an image.
+
+        >>> Cut(8, 4).count, Cut(9, 4).count
+        (4, 9)
+        """
+        return (-(-self.side // self.window)) ** 2
+
+    @property
+    def whole(self) -> list[int]:
+        """The windows, counted in reading order, in which no pair is masked: those at the lower and
+        the right end hold tokens from both ends of a rolled grid, or padding.
+
+        >>> Cut(12, 4, 2).whole, Cut(8, 4).whole
+        ([0, 1, 3, 4], [0, 1, 2, 3])
+        """
+        across = -(-self.side // self.window)
+        last = across - 1 if self.shift or self.side % self.window else across
+        return [row * across + column for row in range(last) for column in range(last)]
 
 
 def partition(x: Tensor, window: int) -> Tensor:
