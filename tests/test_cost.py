@@ -236,6 +236,8 @@ KEPT = [
     *("softmax", "sparsemax", "G3B", "G3U", "G1B:rank=24", "G2B:scales=true", "bspline-G4B"),
     *("rational-2/1B", "G3B:base=softmax", "G3B:project=simplex", "G2B:order=full_rank"),
     *("G2B:order=project_first", "G2B:order=two_stage", "softmax+2*G3B"),
+    # where attention meets its projections first
+    *("G1B:rank=3", "G1U:rank=3"),
 ]
 
 

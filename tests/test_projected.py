@@ -143,6 +143,19 @@ def test_weights_that_are_no_product_keep_to_values(spec, taken):
     assert not taken
 
 
+def test_an_attend_of_ones_own_is_used(taken):
+    op = operators.parse("G2B:rank=2").operator
+    own = op._replace(attend=lambda params, q, k, v, mask=None: torch.zeros_like(v))
+    fields = {**SHORT, "rank": None}
+    model, plain = (models.create("vit_nano", operator=x, **fields) for x in (own, op))
+    params, images = drawn(plain)
+    assert not torch.equal(model.apply(params, images), plain.apply(params, images))
+    assert len(taken) == 2
+    materialised = models.create("vit_nano", operator="G2B:rank=2,engine=plain", **fields)
+    assert_close(materialised.apply(params, images), plain.apply(params, images))
+    assert len(taken) == 4
+
+
 def test_a_wrong_number_of_tokens_is_said_as_elsewhere():
     model, other = model_of("G2B"), model_of("G2B", image_size=12)
     params, images = drawn(model)

@@ -21,11 +21,12 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from kart import models, pages, tables, train, tree
+from kart import layers, models, pages, tables, train, tree
 from kart.analysis import curvature
 from kart.analysis.section import Analysis, Context
 from kart.models import Model, Site, work
 from kart.operators import Operator
+from kart.operators.projected import factors_of, pays, projected
 
 
 class Parameters(NamedTuple):
@@ -207,13 +208,35 @@ def kept_bytes(call: Callable[[], Any]) -> int:
     return sum(storages.values())
 
 
-def _kept_by_heads(op: Operator, heads: int, tokens: int, width: int, form: str) -> tuple[int, int]:
-    """Bytes that `heads` keep from q, k and v (included) to their output: an image, and once."""
+def _kept_by_heads(
+    op: Operator, heads: int, tokens: int, width: int, form: str, size: int
+) -> tuple[int, int]:
+    """Bytes that `heads` keep from q, k and v (included) to their output: an image, and once.
+    `form` "projected" is from q and k to the output of the block, of width `size`.
+    """
     generator = Generator().manual_seed(0)
     params = tree.map(lambda x: x.requires_grad_(), op.init(generator, heads, tokens))
+    projections = [layers.linear_init(generator, size, heads * width)]
+    projections.append(layers.linear_init(generator, heads * width, size))
+    projections = tree.map(lambda x: x.requires_grad_(), projections)
     own = 4 * tree.size(params)
 
+    def projected_kept(images: int) -> int:
+        qk = torch.randn(images, tokens, 2, heads, width, generator=generator, requires_grad=True)
+        x = torch.randn(images, tokens, size, generator=generator, requires_grad=True)
+
+        def attend() -> Tensor:
+            assert op.factors is not None  # as `pays` says
+            q, k = qk.permute(2, 0, 3, 1, 4).unbind(0)
+            return projected(op.factors.of(params, q, k), x, *projections)
+
+        # the tokens are the input of the projections, and these are parameters
+        weights = sum(x.numel() for layer in projections for x in layer.values() if x.dim() > 1)
+        return kept_bytes(attend) - 4 * (x.numel() + weights)
+
     def kept(images: int) -> int:
+        if form == "projected":
+            return projected_kept(images)
         # all three in one storage, as the projection to them leaves them
         qkv = torch.randn(images, tokens, 3, heads, width, generator=generator, requires_grad=True)
 
@@ -242,9 +265,10 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
     linear layers (1 + 1 + 1 + 4), and the GELU's input (4). From q, k and v (3) to the output of
     the heads the operator is asked: `kept_bytes` of two heads on two and three random images, at
     the model's N and d. `form` "streamed" is kart's `attend`: KArAt keeps q, k, v, its hidden
-    values (N r a head), W^T V and the batch's copies of W. "naive" is the materialised form of the
-    paper: for KArAt scores, features, what their derivatives need and weights, each N^2 a head; for
-    softmax the weights.
+    values (N r a head), W^T V and the batch's copies of W; in float32, where attention meets its
+    projections first (see `kart.operators.projected`), neither v nor the output of the heads.
+    "naive" is the materialised form of the paper: for KArAt scores, features, what their
+    derivatives need and weights, each N^2 a head; for softmax the weights.
     """
     if form not in ("streamed", "naive"):
         raise ValueError(
@@ -263,12 +287,16 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
     images = (n - 1) * c.in_channels * c.patch_size**2
     floats = float(batch * (c.depth * block + images + n * c.embed_dim))
     known: dict[tuple[int, int], tuple[int, int]] = {}
+    width, like = c.embed_dim // c.num_heads, torch.empty(n, c.embed_dim)
     for operator in model.operators:
-        hybrid = operator.options.get("kind") == "hybrid"
+        hybrid, way = operator.options.get("kind") == "hybrid", form
+        if form == "streamed" and bytes_each == 4 and pays(factors_of(operator), like, c.num_heads):
+            way = "projected"
+            floats -= batch * like.numel()  # the output of the heads
         for op, count in operator.options["groups"] if hybrid else [(operator, c.num_heads)]:
             few = min(2, count)  # a single head is laid out otherwise
             if (id(op), few) not in known:
-                known[id(op), few] = _kept_by_heads(op, few, n, c.embed_dim // c.num_heads, form)
+                known[id(op), few] = _kept_by_heads(op, few, n, width, way, c.embed_dim)
             each, once = known[id(op), few]
             floats += count / few * (batch * each + once) / 4
     return int(floats * bytes_each)

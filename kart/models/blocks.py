@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from kart import layers
 from kart.models.model import Model, Site, find
 from kart.operators.contract import Factors
-from kart.operators.projected import pays, projected
+from kart.operators.projected import factors_of, pays, projected
 
 Params = dict[str, Any]
 Attend = Callable[..., Tensor]  # (q, k, v, mask=None) to (..., H, N, d)
@@ -112,7 +112,7 @@ def factors_at(site: Site, params: Params, look: dict[str, Tensor] | None) -> Fa
     """Factors of the weights at `site` for `attention`, None where they are no product or looked
     at.
     """
-    found = site.operator.factors
+    found = factors_of(site.operator)
     if found is None or look is not None:
         return None
     return found._replace(of=functools.partial(found.of, find(params, site.path)))

@@ -40,7 +40,8 @@ class Operator(NamedTuple):
     `resize(params, old, new)` moves parameters to another lattice of keys (see
     `kart.operators.resize`), None where there is nothing to move. `call` is the call that made the
     tuple, by which it pickles. `factors` gives weights that are a product of few columns as that
-    product (see `kart.operators.projected`), None where they are none.
+    product (see `kart.operators.projected`), None where they are none; an operator with another
+    `attend` put in its place has none.
     """
 
     name: str
@@ -280,11 +281,12 @@ Logits = Tensor | Factored
 
 class Factors(NamedTuple):
     """Weights as a product: `of(params, q, k)` are its factors, of `rank` columns, where nothing is
-    masked.
+    masked; those of an operator whose `attend` is this one still.
     """
 
     rank: int
     of: Callable[..., Factored]
+    attend: Callable[..., Tensor]
 
 
 class Source(Protocol):
@@ -505,7 +507,8 @@ def from_logits(
         assert isinstance(found, Factored)  # by `rank`
         return Factored(wide(found.left), found.right)
 
-    product_of = Factors(rank, factors) if rank and project is None and base is None else None
+    apart = rank and project is None and base is None and engine != "plain"
+    product_of = Factors(rank, factors, attend) if rank and apart else None
     options = {"kind": name, **(options or {}), "project": project, "base": base}
     traits = {"learned": True, "length_free": False, **(traits or {})}
     made = Operator(name, checked_init, weights, attend, basis, options, traits, resize)

@@ -15,9 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kart.operators.contract import Factored, Factors
+from kart.operators.contract import Factored, Factors, Operator
 
 GAIN = 2  # multiply-adds saved over those left, from which on smaller products are faster
+
+
+def factors_of(operator: Operator) -> Factors | None:
+    """The factors of the weights of an operator, None where they are no product of few columns, or
+    `attend` was replaced.
+    """
+    found = operator.factors
+    return found if found is not None and found.attend is operator.attend else None
 
 
 def pays(factors: Factors | None, x: Tensor, heads: int) -> bool:
