@@ -205,3 +205,17 @@ def test_nothing_of_the_size_of_the_tokens_is_kept_but_them_and_their_queries_an
     long = kept(lambda: blocks.attention(params, x, heads, attend))
     assert short == [1, 2]  # x; queries and keys
     assert long == [1, 1, 3]  # and values, and what the heads found
+
+
+def test_windows_take_it_but_for_those_with_padding(taken):
+    """Of a ViTDet: windows of 4 on a grid of 8, one padded to 9, and blocks of the whole grid."""
+    fields = {"in_channels": 2, "embed_dim": 32, "num_heads": 1, "depth": 2, "pyramid_dim": 4}
+    fields |= {"patch_size": 4, "global_blocks": (1,), "operator": "G2B", "rank": 2}
+    for window, count in ((4, 2), (3, 1)):
+        taken.clear()
+        model = models.create("vitdet_tiny", image_size=32, window_size=window, **fields)
+        params, images = drawn(model)
+        found, looked = model.apply(params, images), model.intermediates(params, images)
+        assert len(taken) == count
+        for stride, level in found.items():
+            assert_close(level, looked[stride], rtol=1e-9, atol=1e-9)

@@ -1,6 +1,7 @@
 """The ViTDet backbone: windows beside whole images, padding, levels by hand."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from kart import models, tree
-from kart.models import pyramid, vitdet
+from kart.models import blocks, pyramid, vitdet
 from tests.tiny import drawn
 
 SMALL = {"image_size": 32, "patch_size": 4, "in_channels": 2, "embed_dim": 8} | {
@@ -79,10 +80,11 @@ def test_windows_do_not_see_each_other_but_global_blocks_do():
     def attend(q, k, v, mask=None):
         return softmax.attend({}, q, k, v, mask)
 
+    attention = functools.partial(blocks.attention, heads=2, attend=attend)
     other = x.clone()
     other[:4, :4] += 1.0  # the first window
     for window, seen in ((4, False), (8, True)):
-        before, after = (vitdet.windowed_attention(attn, y, 2, window, attend) for y in (x, other))
+        before, after = (vitdet.windowed_attention(attn, y, window, attention) for y in (x, other))
         assert bool((before[4:] != after[4:]).any()) is seen
         assert bool((before[:4, :4] != after[:4, :4]).any())
 

@@ -71,19 +71,24 @@ def attention_init(generator: Generator, size: int, bias: bool = True) -> Params
 
 
 def attention(
-    params: Params, x: Tensor, heads: int, attend: Attend, factors: Factors | None = None
+    params: Params,
+    x: Tensor,
+    heads: int,
+    attend: Attend,
+    factors: Factors | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Multi-head self-attention, `(..., N, D)` to `(..., N, D)`.
 
     `factors` are those of the weights of (q, k), where they are a product (see
-    `kart.operators.projected`).
+    `kart.operators.projected`) and nothing is masked; `mask` is as `attend` takes it.
     """
-    if factors is not None and pays(factors, x, heads):
+    if factors is not None and mask is None and pays(factors, x, heads):
         queries_keys, value = layers.split_outputs(params["qkv"], [2, 1])
         q, k = split_heads(layers.linear(queries_keys, x), heads, 2)
         return projected(factors.of(q, k), x, value, params["proj"])
     q, k, v = split_heads(layers.linear(params["qkv"], x), heads)
-    return layers.linear(params["proj"], merge_heads(attend(q, k, v)))
+    return layers.linear(params["proj"], merge_heads(attend(q, k, v, mask)))
 
 
 def attend_at(site: Site, params: Params, look: dict[str, Tensor] | None, name: str) -> Attend:
@@ -108,14 +113,15 @@ def attend_at(site: Site, params: Params, look: dict[str, Tensor] | None, name: 
     return streamed if look is None else looked_at
 
 
-def factors_at(site: Site, params: Params, look: dict[str, Tensor] | None) -> Factors | None:
-    """Factors of the weights at `site` for `attention`, None where they are no product or looked
-    at.
-    """
-    found = factors_of(site.operator)
-    if found is None or look is not None:
-        return None
-    return found._replace(of=functools.partial(found.of, find(params, site.path)))
+def attention_at(
+    site: Site, params: Params, look: dict[str, Tensor] | None, name: str
+) -> Callable[..., Tensor]:
+    """`attention` (parameters of its projections, x, mask=None) with the operator at `site`."""
+    factors = factors_of(site.operator) if look is None else None
+    if factors is not None:
+        factors = factors._replace(of=functools.partial(factors.of, find(params, site.path)))
+    attend = attend_at(site, params, look, name)
+    return functools.partial(attention, heads=site.heads, attend=attend, factors=factors)
 
 
 def block_init(generator: Generator, size: int, hidden: int, attn: Callable[..., Params]) -> Params:

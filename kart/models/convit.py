@@ -87,14 +87,11 @@ def convit(operator: Choice = "softmax", **fields: Any) -> Model:
             own, name = params["blocks"][str(i)], f"blocks.{i}"
             if i == gated:
                 x = blocks.prepend_class(params, x)
-            attend = blocks.attend_at(site, params, look, name)
             if i < gated:
+                attend = blocks.attend_at(site, params, look, name)
                 attn = functools.partial(gated_attention, heads=heads, side=side, attend=attend)
             else:
-                factors = blocks.factors_at(site, params, look)
-                attn = functools.partial(
-                    blocks.attention, heads=heads, attend=attend, factors=factors
-                )
+                attn = blocks.attention_at(site, params, look, name)
             x = blocks.block(own, x, attn, images.dtype)
             if look is not None:
                 if i < gated:

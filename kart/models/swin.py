@@ -193,11 +193,13 @@ def window_attention(
     mask = windows.shift_mask(side, window, shift, x.device) if shift else None
     bias = windows.position_bias(params["relative_position_bias_table"], window)
 
-    def attend_biased(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_biased(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return attend(*windows.biased(q, k, bias), v, mask)
 
     cut = windows.partition(x.roll((-shift, -shift), (-3, -2)) if shift else x, window)
-    whole = windows.merge(blocks.attention(params, cut, heads, attend_biased), side, side)
+    whole = windows.merge(
+        blocks.attention(params, cut, heads, attend_biased, mask=mask), side, side
+    )
     return whole.roll((shift, shift), (-3, -2)) if shift else whole
 
 

@@ -5,7 +5,6 @@ ways; the row operator adds `blocks.<i>.operator` (blockwise) or one `operator` 
 """
 
 import dataclasses
-import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,11 +70,7 @@ def vit(operator: Choice = "softmax", **fields: Any) -> Model:
             name = f"blocks.{i}"
 
             def block(own: Params, x: Tensor, site: Site = site, name: str = name) -> Tensor:
-                attend = blocks.attend_at(site, own, look, name)
-                factors = blocks.factors_at(site, own, look)
-                attn = functools.partial(
-                    blocks.attention, heads=heads, attend=attend, factors=factors
-                )
+                attn = blocks.attention_at(site, own, look, name)
                 return blocks.block(find(own, name), x, attn, images.dtype)
 
             own: Params = {"blocks": {str(i): params["blocks"][str(i)]}}

@@ -8,6 +8,7 @@ the paper adds are left out. There is no class token and no classifier.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,9 +110,9 @@ def vitdet(operator: Choice = "softmax", **fields: Any) -> Model:
         x = layers.patch_embed(params["patch_embed"], images) + params["pos_embed"][0]
         x = x.unflatten(-2, (side, side))
         for i, site in enumerate(sites):
-            attend = blocks.attend_at(site, params, look, f"blocks.{i}")
-            shape = {"heads": heads, "window": config.cut(i).window}
-            attn = functools.partial(windowed_attention, **shape, attend=attend)
+            attention = blocks.attention_at(site, params, look, f"blocks.{i}")
+            window = config.cut(i).window
+            attn = functools.partial(windowed_attention, window=window, attention=attention)
             x = blocks.block(params["blocks"][str(i)], x, attn, images.dtype)
             if look is not None:
                 look[f"blocks.{i}.tokens"] = x.flatten(-3, -2)
@@ -129,14 +130,13 @@ def vitdet(operator: Choice = "softmax", **fields: Any) -> Model:
 
 
 def windowed_attention(
-    params: Params, x: Tensor, heads: int, window: int, attend: blocks.Attend
+    params: Params, x: Tensor, window: int, attention: Callable[..., Tensor]
 ) -> Tensor:
     """Self-attention inside the windows of a grid `(..., h, w, D)`, padded where it must be."""
     rows, columns = x.shape[-3:-1]
     mask = windows.padding_mask(rows, columns, window, x.device)
     padded = windows.pad(x, window)
-    attn = functools.partial(attend, mask=mask)
-    out = blocks.attention(params, windows.partition(padded, window), heads, attn)
+    out = attention(params, windows.partition(padded, window), mask=mask)
     return windows.merge(out, *padded.shape[-3:-1])[..., :rows, :columns, :]
 
 
