@@ -4,9 +4,12 @@ import argparse
 import json
 
 import pytest
+import torch
+from torch.testing import assert_close
 
-from kart import cli
+from kart import cli, layers, models
 from kart.analysis import bench
+from kart.models import blocks
 
 
 def quiet(what):
@@ -58,6 +61,22 @@ def test_a_token_more_is_measured_beside_softmax():
     # every one of them has its goal
     assert all("reach 1.5" in bench.verdict(row) for row in rows[1:])
     assert all("KV step" in line for line in bench.show(rows).splitlines() if "G=3" in line)
+
+
+def test_attention_is_measured_with_its_projections(monkeypatch):
+    monkeypatch.setattr(bench, "BLOCKS", {"vit_nano": 1})
+    args = argparse.Namespace(device="cpu", precision="float32", repeats=1)
+    rows = list(bench.block_level(args, bench.Clock("cpu"), quiet))
+    assert [row["variant"] for row in rows] == ["softmax", "auto", "auto G=1"]
+    assert all(row["what"] == "attention of vit_nano, projections too" for row in rows)
+    # what is timed is the attention of the model
+    model = models.create("vit_nano", operator="G1B", num_classes=10, depth=1)
+    block = model.init(torch.Generator().manual_seed(0))["blocks"]["0"]
+    x = torch.randn(1, model.config.tokens, 64, generator=torch.Generator().manual_seed(1))
+    q, k, v = blocks.split_heads(layers.linear(block["attn"]["qkv"], x), 2)
+    out = model.operators[0].attend(block["operator"], q, k, v)
+    wanted = layers.linear(block["attn"]["proj"], blocks.merge_heads(out))
+    assert_close(bench._attention(model, block, x), wanted)
 
 
 def test_a_cliff_at_some_size_is_seen(monkeypatch):

@@ -38,6 +38,7 @@ from torch.nn import functional as F
 
 from kart import checkpoint, kernels, models, operators, tables, train, tree
 from kart.analysis import cost
+from kart.models import blocks
 from kart.train import Config
 
 Timed = dict[str, list[float]]
@@ -207,6 +208,8 @@ CACHE = {
 TARGETS |= {(setting.what, x): (2.0, None) for setting in LENGTH_FREE for x in ("torch", "cpp")}
 TARGETS |= {(STEP, variant): (1.5, None) for variant in CACHE}
 HEADS, WIDTH = 3, 64
+# models and batches whose attention is taken with its projections
+BLOCKS = {"vit_tiny": 8, "vit_small": 8, "vit_base": 2}
 
 
 def op_flops(name: str, op: operators.Operator, tokens: int, pairs: int) -> float:
@@ -336,6 +339,36 @@ def cache_level(
     for name, values in seconds.items():
         both = summary(values, seconds["softmax"])
         yield {"what": STEP, "variant": name, "batch": 1, "both": both}
+
+
+def block_level(
+    args: argparse.Namespace, clock: Clock, progress: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Attention with the projections before and after it, of one block of the paper's ViTs."""
+    dtype = getattr(torch, args.precision)
+    for model_name, batch in BLOCKS.items():
+        what = f"attention of {model_name}, projections too"
+        progress(what)
+        calls: dict[str, Callable[[], Any]] = {}
+        for name, spec in {"softmax": "softmax", "auto": "G3B", "auto G=1": "G1B"}.items():
+            model = models.create(model_name, operator=spec, num_classes=10, depth=1)
+            generator = torch.Generator().manual_seed(0)
+            block, c = model.init(generator)["blocks"]["0"], model.config
+            own = {part: block[part] for part in ("attn", "operator") if part in block}
+            shape = (batch, c.tokens, c.embed_dim)
+            x, probe = (torch.randn(shape, generator=generator) for _ in range(2))
+            inputs = (tree.to(own, args.device), x.to(args.device, dtype))
+            call = functools.partial(_attention, model)
+            calls[name] = functools.partial(gradients, call, inputs, probe.to(args.device, dtype))
+        seconds = interleave(calls, args.repeats, clock)
+        for name, values in seconds.items():
+            both = summary(values, seconds["softmax"])
+            yield {"what": what, "variant": name, "batch": batch, "both": both}
+
+
+def _attention(model: models.Model, own: Any, x: Tensor) -> Tensor:
+    attn = blocks.attention_at(model.sites[0], {"blocks": {"0": own}}, None, "")
+    return attn(own["attn"], x)
 
 
 def drawn_sizes(count: int) -> list[tuple[int, int, int]]:
@@ -694,7 +727,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.quick and args.sizes > 0:
         levels.append(size_level(args, clock, progress))
     if not args.quick:
-        levels += [cache_level(args, clock, progress), step_level(args, clock, progress)]
+        levels += [level(args, clock, progress) for level in (cache_level, block_level, step_level)]
         levels.append(memory_level(args, progress))
     if gpu and not args.quick:
         levels.append(paper_level(args, progress))
