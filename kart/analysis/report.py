@@ -230,8 +230,9 @@ def _key(context: Context) -> str:
 
 
 def _setting(context: Context) -> str:
-    result = context.results[0]
-    config, seeds = result.configs[0], len(result.configs)
+    config = context.results[0].configs[0]
+    counts = sorted({len(result.configs) for result in context.results})
+    seeds = " to ".join(dict.fromkeys(str(count) for count in (counts[0], counts[-1])))
     model = context.model(config)
     c, heads = model.config, ", ".join(dict.fromkeys(str(site.heads) for site in model.sites))
     return (
@@ -240,7 +241,7 @@ def _setting(context: Context) -> str:
         f"width {c.embed_dim}, patches of {c.patch_size}, {c.tokens} tokens. "
         f"{config.epochs} epochs in batches of {config.batch_size}, AdamW at "
         f"{config.peak_learning_rate:g} with warm-up and cosine, weight decay "
-        f"{config.weight_decay:g}. {seeds} seed{'s' if seeds > 1 else ''} each; all operators with "
+        f"{config.weight_decay:g}. {seeds} seed{'s' if counts[-1] > 1 else ''} each; all operators with "
         "the same recipe."
     )
 
