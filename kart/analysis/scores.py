@@ -97,8 +97,12 @@ def section(context: Context) -> pages.Section:
             pages.Number(result.name, "operator_parameters", counted.operator),
         ]
     caption = "Mean and standard deviation over seeds, below them the 95 % interval."
+    chosen = any(result.epochs is not None for result in results)
+    weights = "weights of the best epoch, which validation chose" if chosen else "last weights"
     if tested:
-        caption += " The test split was read once, after the last epoch, with the last weights."
+        caption += f" The test split was read once, after the last epoch, with the {weights}."
+    elif chosen:
+        caption += f" Of the {weights}: by the same images, so these top-1 err to the high side."
     if timed:
         caption += " Step: one training step a member, CPU time; it alone varies between runs."
     caption += " MACs by the paper's count, for the materialised form, of ViTs. "
