@@ -56,8 +56,9 @@ def _distinct(model: Model) -> tuple[Operator, ...]:
 def _check_vit(function: str, model: Model) -> None:
     if not counted(model):
         raise ValueError(
-            f"`{function}` needs a ViT, whose operations it knows, got a model of the family "
-            f"{model.config.family!r}. Count its parameters with `parameters`."
+            f"`{function}` needs a ViT with attention of its own, whose operations it knows, got a "
+            f"model of the family {model.config.family!r} with {model.operators[0].name!r}. Count "
+            "its parameters with `parameters`."
         )
 
 
@@ -137,7 +138,8 @@ def product_flops(op: Operator, heads: int, tokens: int, width: int) -> int:
 
 def counted(model: Model) -> bool:
     """Whether `flops` and `activation_memory` know the operations of `model`."""
-    return model.config.family == "vit"
+    given = any(op.options.get("kind") == "given" for op in model.operators)
+    return model.config.family == "vit" and not given  # a teacher's pass is no part of the config
 
 
 def flops(model: Model) -> Flops:
