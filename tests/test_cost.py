@@ -1,6 +1,7 @@
 """Counts of parameters, FLOPs and kept memory against the paper, real models and measurement."""
 
 import functools
+import json
 
 import pytest
 import torch
@@ -172,3 +173,12 @@ def test_info_of_other_families_says_what_is_not_counted(capsys):
     text = capsys.readouterr().out
     assert "not counted: swin" in text and "parameters" in text
     assert cli.main(["info", "--learning-rate", "1e-3"]) == 2
+
+
+def test_the_help_of_info_names_the_defaults_it_has(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["info", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "(default vit_tiny)" in told and "resized to it (default 224)" in told
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "vit_tiny"
