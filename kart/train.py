@@ -230,8 +230,8 @@ def build(config: Config, dataset: Dataset) -> Model:
     if height != width:
         raise ValueError(
             f"`build` needs square images, got {dataset.name!r} of {width} x {height} (width, "
-            f"height). Cut them when reading: `decode_size`, say `--decode-size "
-            f"{min(height, width)}`."
+            f"height). Cut them when they are read: `decode_size` (kart train: `--decode-size "
+            f"{min(height, width)}`)."
         )
     image_size = config.image_size or width
     given.setdefault("patch_size", default_patch_size(image_size, config.model))

@@ -160,7 +160,7 @@ def _shape(seen: dict[str, Seen], image_size: int | None) -> tuple[int, int]:
         raise ValueError(
             f"`load` needs `image_size` where images differ in size, got {len(shapes)} sizes, "
             f"{shapes[0]} to {shapes[-1]} (height, width). Pass `image_size`, say {min(shapes[0])} "
-            "(on the command line `--decode-size`)."
+            "(kart train: `--decode-size`)."
         )
     return shapes[0]
 
