@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from kart import checkpoint, tree
+from kart import checkpoint, transfer, tree
 from kart.kernels import family, plain
 from kart.models import Model
 
@@ -143,6 +143,11 @@ def write(
     if path.suffix != SUFFIXES[form]:
         raise ValueError(
             f"`export` needs a file that ends in {SUFFIXES[form]} for {form}, got {str(path)!r}."
+        )
+    if form in ("safetensors", "timm") and transfer.TEACHER in params:
+        raise ValueError(
+            f"`export` needs a model with attention of its own for {form}, got one that attends as "
+            "its teacher does, which neither a config nor timm can say. Choose torch or onnx."
         )
     if not path.absolute().parent.is_dir():
         raise ValueError(

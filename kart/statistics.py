@@ -144,6 +144,14 @@ def verdict(name: str, ours: Sequence[float], other: str, theirs: Sequence[float
     return f"{name} is {points} (95 % interval {bounds}, paired by seed): {what}."
 
 
+def left_out(name: str, diverged: Mapping[int, int]) -> list[str]:
+    """A sentence on each seed of `name` that `diverged` has, with the step."""
+    return [
+        f"{name}, seed {seed}, diverged at step {step} and is left out of the means."
+        for seed, step in diverged.items()
+    ]
+
+
 def _mean(values: Sequence[float], function: str) -> tuple[float, str]:
     """The mean, and why there is no interval, "" where there is one."""
     if not values or not all(math.isfinite(value) for value in values):

@@ -1,5 +1,6 @@
 """Plain text tables, numbers with their spread, progress bars."""
 
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -22,11 +23,15 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
 
 
 def spread(values: Sequence[float], digits: int = 2, scale: float = 100.0) -> str:
-    """Mean and standard deviation (n - 1) of `values`, in per cent by default."""
+    """Mean and standard deviation (n - 1) of `values`, in per cent by default; nan where a value is
+    not finite.
+    """
     mean = statistics.fmean(values) * scale
     if len(values) == 1:
         return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {statistics.stdev(values) * scale:.{digits}f}"
+    # `stdev` has an error of its own for values that are not finite
+    deviation = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+    return f"{mean:.{digits}f} ± {deviation * scale:.{digits}f}"
 
 
 def bar(*args: Any, **options: Any) -> Any:

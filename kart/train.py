@@ -226,7 +226,14 @@ def build(config: Config, dataset: Dataset) -> Model:
     given = {name: value for name, value in given.items() if value is not None}
     if config.recompute:  # models without it name it as no field of theirs
         given["recompute"] = True
-    image_size = config.image_size or dataset.images.shape[-1]
+    height, width = dataset.images.shape[-2:]
+    if height != width:
+        raise ValueError(
+            f"`build` needs square images, got {dataset.name!r} of {width} x {height} (width, "
+            f"height). Cut them when they are read: `decode_size` (kart train: `--decode-size "
+            f"{min(height, width)}`)."
+        )
+    image_size = config.image_size or width
     given.setdefault("patch_size", default_patch_size(image_size, config.model))
     shape = {
         "image_size": image_size,

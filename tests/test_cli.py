@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -139,6 +140,54 @@ def test_analyse_refuses_what_cannot_be_compared(capsys, tmp_path):
     assert code == 2 and "config.json" in error
 
 
+def test_a_seed_that_diverged_is_named_and_in_no_mean(capsys, tmp_path):
+    out = tmp_path / "run"
+    argv = ["train", *TINY, "--seeds", 0, 1, 2, "--group", 3, "--out", out]
+    assert run(capsys, *argv)[0] == 0
+    log = out / "group-0" / "metrics.jsonl"
+    record = json.loads(log.read_text())
+    record["diverged"][1], record["val_loss"][1], record["val_top1"][1] = 5, math.nan, 1.0
+    log.write_text(json.dumps(record) + "\n")
+    mean = tables.spread([record["val_top1"][0], record["val_top1"][2]])
+    line = "softmax, seed 1, diverged at step 5 and is left out of the means."
+    code, text, _ = run(capsys, *argv)
+    assert code == 0 and mean in text and line in text and "nan" not in text
+    for command in (["analyse", out, "--sections", "scores,training"], ["eval", out]):
+        code, text, _ = run(capsys, *command)
+        assert code == 0 and line in text and text.splitlines()[2].endswith(" 2")
+    assert "seed 1, diverged" in (out / "report.html").read_text()
+
+
+def test_runs_that_are_no_seeds_of_one_another_have_means_of_their_own(capsys, tmp_path):
+    for name, rate in (("a", "0.001"), ("b", "0.0002")):
+        argv = ["train", *TINY, "--learning-rate", rate, "--out", tmp_path / name]
+        assert run(capsys, *argv)[0] == 0
+    argv = ["train", *TINY, "--seeds", 1, "--out", tmp_path / "c"]
+    assert run(capsys, *argv)[0] == 0
+    code, text, _ = run(capsys, "eval", tmp_path)
+    rows = text.splitlines()[2:]
+    assert code == 0 and len(rows) == 2
+    assert rows[0].startswith("softmax, learning_rate 0.001") and rows[0].endswith(" 2")
+    assert rows[1].startswith("softmax, learning_rate 0.0002") and rows[1].endswith(" 1")
+
+
+def test_the_best_weights_have_the_scores_of_their_own_epoch(capsys, tmp_path):
+    out = tmp_path / "run"
+    argv = ["train", *TINY, "--epochs", 3, "--learning-rate", 1, "--warmup-epochs", 0]
+    assert run(capsys, *argv, "--out", out)[0] == 0
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    top1 = [json.loads(line)["val_top1"] for line in lines]
+    assert max(top1) != top1[-1]
+    for which, value in (("best", max(top1)), ("last", top1[-1])):
+        argv = ["analyse", out, "--sections", "scores", "--checkpoint", which]
+        code, text, _ = run(capsys, *argv)
+        assert code == 0 and text.splitlines()[2].split()[1] == f"{100 * value:.2f}"
+        assert run(capsys, "eval", out, "--checkpoint", which)[0] == 0
+        assert run(capsys, *argv)[0] == 0
+        told = "which validation chose" in (out / "report.html").read_text()
+        assert told == (which == "best")
+
+
 def test_seeds_one_by_one_go_into_directories_of_their_own(capsys, tmp_path):
     argv = ["train", "--seeds", 0, 1, "--group", 1, "--out", tmp_path / "run", *TINY]
     assert run(capsys, *argv)[0] == 0
@@ -215,6 +264,7 @@ def test_divergence_is_status_1_and_says_where(capsys, tmp_path):
 def test_tables_and_spreads():
     assert tables.spread([0.5]) == "50.00"
     assert tables.spread([0.5, 0.7]) == "60.00 ± 14.14"
+    assert tables.spread([0.5, math.nan]) == "nan ± nan"
     text = tables.table([["a", "1"], ["long", "23"]], ["name", "n"])
     assert text.splitlines() == ["name   n", "----  --", "a      1", "long  23"]
     assert runs.slug("G3B:rank=24,base=softmax") == "G3B-rank-24-base-softmax"

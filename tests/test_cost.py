@@ -325,3 +325,12 @@ def test_info_counts_every_family(name, tokens, capsys):
     assert rows["GFLOPs an image"].split()[0] == f"{total / 1e9:.3f},"
     assert cli.main([*argv, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["gflops"] == total / 1e9
+
+
+def test_the_help_of_info_names_the_defaults_it_has(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["info", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "(default vit_tiny)" in told and "resized to it (default 224)" in told
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "vit_tiny"

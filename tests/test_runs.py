@@ -237,6 +237,19 @@ def test_nothing_is_claimed_before_all_is_in_order(capsys, tmp_path):
     assert call(capsys, "train", *FLAGS, "--out", out)[0] == 0
 
 
+def test_images_that_are_not_square_are_refused_before_training(splits, tmp_path):
+    wide = train.Splits(*(one._replace(images=one.images[:, :, :6]) for one in splits))
+    with pytest.raises(ValueError, match="square images, got 'digits' of 8 x 6 .*--decode-size 6"):
+        list(runs.execute(tmp_path / "run", [TINY], wide))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_of_several_runs_names_them(home, capsys):
+    code, _, error = call(capsys, "predict", home, "image.png")
+    assert code == 2 and error.count("\n") == 1
+    assert "directory of one run" in error and f"holds 3: {home / '0'}, {home / '1'}" in error
+
+
 def test_the_layout_does_not_depend_on_the_size_of_groups(splits, tmp_path):
     configs = population.seeds(TINY, [0, 1, 2])
     for size, names in ((1, 3), (2, 2), (3, 1)):

@@ -275,6 +275,21 @@ def test_differences_are_paired_by_seed():
     assert "not clear of the noise" in second
 
 
+def test_accuracies_are_paired_by_seed_and_never_by_place():
+    def scored(operator, by_seed):
+        top1 = [{"val_top1": value} for value in by_seed.values()]
+        return result(operator, tuple(by_seed))._replace(records=[top1])
+
+    base = scored("softmax", {0: 0.4, 1: 0.6, 2: 0.5})
+    (told,) = scores.verdicts([base, scored("G2B", {1: 0.7, 2: 0.6, 3: 0.1})])
+    assert "10.00 points above softmax with each of 2 seeds" in told
+    assert told.endswith("Left out, as one of the two has no such seed: 0, 3.")
+    (told,) = scores.verdicts([base, scored("G2B", {0: 0.5, 1: 0.7})])
+    assert "10.00 points above softmax" in told and told.endswith("seed: 2.")
+    (told,) = scores.verdicts([base, scored("G2B", {7: 0.5, 8: 0.7, 9: 0.1})])
+    assert "no seed in common" in told and "points" not in told
+
+
 def test_what_several_processes_measured_is_not_measured_again(results, tmp_path, monkeypatch):
     chosen = report.select(["spectra", "landscape"])
     for part in (0, 1):

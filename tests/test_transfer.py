@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch.testing import assert_close
 
-from kart import export, models, runs, train, transfer, tree
+from kart import cli, export, models, runs, train, transfer, tree
 from kart.train import Config
 
 SHAPE = {"embed_dim": 8, "depth": 2, "num_heads": 2, "patch_size": 4}
@@ -250,6 +250,25 @@ def test_a_student_learns_all_but_where_to_look(batching, teacher_run, splits, t
     assert not any(leaf.any() for leaf in tree.leaves(grads["teacher"]))
     told = json.loads((tmp_path / "run" / "start.json").read_text())
     assert told == {"attention_from": str(teacher_run)}
+
+
+def test_a_student_is_analysed_and_exported_where_it_can_be(
+    teacher_run, splits, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(train, "load_data", lambda config, **options: splits)
+    config = change(operator="G2B", attention_from=str(teacher_run), ema=0.0)
+    list(runs.execute(tmp_path / "run", [config], splits))
+    argv = ["analyse", str(tmp_path / "run"), "--sections", "scores,attention,mechanism,cost"]
+    assert cli.main([*argv, "--retrain", "0", "--examples", "16"]) == 0
+    text = capsys.readouterr().out
+    assert "`swap` needs a model with attention of its own" in text
+    assert text.count("not shown") == 1
+    assert "not counted" in (tmp_path / "run" / "report.html").read_text()
+    for form in ("safetensors", "timm"):
+        path = tmp_path / "student.safetensors"
+        command = ["export", str(tmp_path / "run"), "--out", str(path), "--format", form]
+        assert cli.main(command) == 2 and not path.exists()
+        assert f"attention of its own for {form}" in capsys.readouterr().err
 
 
 def test_a_student_needs_its_teacher_once(teacher_run, splits, tmp_path):

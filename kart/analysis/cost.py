@@ -136,8 +136,14 @@ def product_flops(op: Operator, heads: int, tokens: int, width: int) -> int:
     return heads * (declared(tokens, width) if declared else 2 * tokens * tokens * width)
 
 
+def _attends_as_a_teacher(model: Model) -> bool:
+    return any(op.options.get("kind") == "given" for op in model.operators)
+
+
 def uncounted(model: Model) -> str | None:
     """Why `flops` does not know the operations of `model`, or None."""
+    if _attends_as_a_teacher(model):
+        return "it attends as its teacher does, whose pass is no part of its configuration"
     for site in model.sites:
         if site.biased and not site.operator.traits.get("of_scores", True):
             return f"{site.operator.name} takes queries and keys, which position biases make wider"
@@ -255,7 +261,7 @@ def _kept_by_heads(
 
 def weighed(model: Model) -> bool:
     """Whether `activation_memory` knows what `model` keeps."""
-    return model.config.family == "vit"
+    return model.config.family == "vit" and not _attends_as_a_teacher(model)
 
 
 def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_each: int = 4) -> int:
@@ -279,8 +285,8 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
     c = model.config
     if not weighed(model):
         raise ValueError(
-            f"`activation_memory` needs a ViT, got a model of the family {c.family!r}. Measure a "
-            "call with `kept_bytes`."
+            "`activation_memory` needs a ViT with attention of its own, got a model of the family "
+            f"{c.family!r} with {model.operators[0].name!r}. Measure a call with `kept_bytes`."
         )
     n, hidden = c.tokens, int(c.embed_dim * c.mlp_ratio)
     block = n * (5 * c.embed_dim + 2 * hidden)

@@ -110,6 +110,11 @@ def swap(
         raise ValueError(
             f"`swap` needs `blocks` from 0 to {depth - 1}, got {list(chosen)}. Count from 0."
         )
+    if any(op.options.get("kind") == "given" for op in model.operators):
+        raise ValueError(
+            "`swap` needs a model with attention of its own, got one that attends as its teacher "
+            "does. Take the teacher."
+        )
     seen = "weights" if kind == "position" else "scores"
     missing = [f"blocks.{i}.{seen}" for i in chosen if f"blocks.{i}.{seen}" not in aux]
     if missing:

@@ -220,6 +220,7 @@ def _key(context: Context) -> str:
     digest = hashlib.sha256()
     for result in context.results:
         parts = [result.name, result.records, result.test, result.test_images, result.step_ms]
+        parts += [result.epochs, result.diverged]
         digest.update(json.dumps(parts).encode())
         members = [Member(result, i).key for i in range(len(result.configs))]
         digest.update(json.dumps(members).encode())
@@ -230,8 +231,9 @@ def _key(context: Context) -> str:
 
 
 def _setting(context: Context) -> str:
-    result = context.results[0]
-    config, seeds = result.configs[0], len(result.configs)
+    config = context.results[0].configs[0]
+    counts = sorted({len(result.configs) for result in context.results})
+    seeds = " to ".join(dict.fromkeys(str(count) for count in (counts[0], counts[-1])))
     model = context.model(config)
     c, heads = model.config, ", ".join(dict.fromkeys(str(site.heads) for site in model.sites))
     window = "" if model.sites[0].cut is None else " a window"
@@ -241,8 +243,8 @@ def _setting(context: Context) -> str:
         f"width {c.embed_dim}, patches of {c.patch_size}, {c.tokens} tokens{window}. "
         f"{config.epochs} epochs in batches of {config.batch_size}, AdamW at "
         f"{config.peak_learning_rate:g} with warm-up and cosine, weight decay "
-        f"{config.weight_decay:g}. {seeds} seed{'s' if seeds > 1 else ''} each; all operators with "
-        "the same recipe."
+        f"{config.weight_decay:g}. {seeds} seed{'s' if counts[-1] > 1 else ''} each; all "
+        "operators with the same recipe."
     )
 
 
@@ -256,13 +258,15 @@ def _making(results: Sequence[Result], command: str, settings: dict) -> pages.Se
             *([f"{100 * result.test[i]['top1']:.2f}"] if result.test else []),
         ]
         for result in results
-        for i, (config, last) in enumerate(zip(result.configs, result.records[-1], strict=True))
+        for i, (config, last) in enumerate(zip(result.configs, result.own_records, strict=True))
     ]
+    last = all(result.epochs is None for result in results)
+    caption = "After the last epoch." if last else "After the epoch whose weights are shown."
     header = ["run", "val top-1 %", "val loss", "train loss"]
     header += ["test top-1 %"] * (results[0].test is not None)
     blocks = [
         pages.code(command),
-        pages.details("Every run", pages.table(header, rows, "After the last epoch.")),
+        pages.details("Every run", pages.table(header, rows, caption)),
         pages.details("Configuration and versions", pages.code(json.dumps(settings, indent=1))),
     ]
     return pages.Section(blocks, title="How this was made")

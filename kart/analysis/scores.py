@@ -10,14 +10,31 @@ from kart.operators import Operator
 
 
 def verdicts(results: Sequence[Result]) -> list[str]:
-    """What the differences to softmax mean (to the first result, where softmax is not there)."""
+    """What the differences to softmax mean (to the first result, where softmax is not there), over
+    the seeds that both have.
+    """
     names = [result.name for result in results]
     base = results[names.index("softmax") if "softmax" in names else 0]
-    return [
-        statistics.verdict(result.name, result.top1, base.name, base.top1)
-        for result in results
-        if result is not base
-    ]
+    return [_verdict(result, base) for result in results if result is not base]
+
+
+def _verdict(one: Result, base: Result) -> str:
+    ours, theirs = (
+        {config.seed: top1 for config, top1 in zip(result.configs, result.top1, strict=True)}
+        for result in (one, base)
+    )
+    shared = sorted(ours.keys() & theirs.keys())
+    if not shared:
+        return (
+            f"{one.name} and {base.name} have no seed in common, so that their difference has no "
+            "interval. Train both with the same seeds."
+        )
+    pairs = [ours[seed] for seed in shared], [theirs[seed] for seed in shared]
+    told = statistics.verdict(one.name, pairs[0], base.name, pairs[1])
+    alone = sorted(ours.keys() ^ theirs.keys())
+    if alone:
+        told += f" Left out, as one of the two has no such seed: {', '.join(map(str, alone))}."
+    return told
 
 
 def _words(op: Operator, name: str) -> str:
@@ -84,8 +101,12 @@ def section(context: Context) -> pages.Section:
             pages.Number(result.name, "operator_parameters", counted.operator),
         ]
     caption = "Mean and standard deviation over seeds, below them the 95 % interval."
+    chosen = any(result.epochs is not None for result in results)
+    weights = "weights of the best epoch, which validation chose" if chosen else "last weights"
     if tested:
-        caption += " The test split was read once, after the last epoch, with the last weights."
+        caption += f" The test split was read once, after the last epoch, with the {weights}."
+    elif chosen:
+        caption += f" Of the {weights}: by the same images, so these top-1 err to the high side."
     if timed:
         caption += " Step: one training step a member, CPU time; it alone varies between runs."
     caption += " MACs by the paper's count, for the materialised form. "

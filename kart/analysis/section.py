@@ -42,7 +42,9 @@ class Result(NamedTuple):
     `test` its scores on the test split, {"top1", "top5", "loss"}, where they were read, on
     `test_images` images; `step_ms` the time of a training step a member, where it was measured;
     `homes` the run directory of each member, where it has one; `snapshots(member)` reads the
-    trajectory of a member, (step, weights) in order, where it kept one.
+    trajectory of a member, (step, weights) in order, where it kept one; `epochs` which of the
+    records is that of the weights of each member, where it is not the last; `diverged` the seeds
+    that are no members because they diverged, with the step.
     """
 
     name: str
@@ -54,13 +56,22 @@ class Result(NamedTuple):
     test_images: int | None = None
     homes: Sequence[Path] | None = None
     snapshots: Callable[[int], list[tuple[int, Params]]] | None = None
+    epochs: Sequence[int] | None = None
+    diverged: Mapping[int, int] | None = None
+
+    @property
+    def own_records(self) -> list[Record]:
+        """Of each member the record of the epoch that its weights are of."""
+        if self.epochs is None:
+            return list(self.records[-1])
+        return [self.records[epoch][i] for i, epoch in enumerate(self.epochs)]
 
     @property
     def top1(self) -> list[float]:
         """Top-1 fraction of each member, on the test split if it was read, else validation."""
         if self.test is not None:
             return [scores["top1"] for scores in self.test]
-        return [record["val_top1"] for record in self.records[-1]]
+        return [record["val_top1"] for record in self.own_records]
 
 
 class Member(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kart import pages
+from kart import pages, statistics
 from kart.analysis import figures
 from kart.analysis.section import Analysis, Context, Result
 from kart.train import Record
@@ -62,7 +62,7 @@ def trend(curves: Tensor) -> Trend:
 
 def warnings(results: Sequence[Result]) -> list[str]:
     """A sentence for each operator whose validation top-1 had not come to rest, the first being the
-    baseline; one for all where the epochs are too few.
+    baseline; one for all where the epochs are too few; one for each seed that diverged.
     """
     trends = {one.name: trend(history(one.records, "val_top1")) for one in results}
     short = {name: one.epochs for name, one in trends.items() if one.epochs < LEAST_EPOCHS}
@@ -81,6 +81,8 @@ def warnings(results: Sequence[Result]) -> list[str]:
         if i == 0 and len(results) > 1:
             line += " Differences to it are about how fast each learns, too. Train it longer."
         lines.append(line)
+    for one in results:
+        lines += statistics.left_out(one.name, one.diverged or {})
     return lines
 
 

@@ -5,7 +5,8 @@ import dataclasses
 import os
 import re
 import textwrap
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -140,17 +141,19 @@ def add_config_flags(
     parser: argparse.ArgumentParser,
     groups: Sequence[str] = tuple(FLAGS),
     fields: Collection[str] | None = None,
+    shown_defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Adds the flags of `Config` in `groups` to `parser`, or those of `fields` alone; what is not
-    given is not in its result, so that a recipe can stand below what is.
+    given is not in its result, so that a recipe can stand below what is. The help names
+    `shown_defaults` over those of `Config`.
     """
-    defaults = Config()
+    defaults = {**vars(Config()), **shown_defaults}
     for title in groups:
         group = parser.add_argument_group(title)
         for name, (kind, text) in FLAGS[title].items():
             if fields is not None and name not in fields:
                 continue
-            default = getattr(defaults, name)
+            default = defaults[name]
             shown = "" if default in (None, ()) else f" (default {default})"
             flag = f"--{NAMES.get(name, name).replace('_', '-')}"
             options: dict[str, Any] = {"type": kind, "metavar": METAVARS.get(kind)}

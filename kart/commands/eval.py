@@ -2,13 +2,16 @@
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from kart import operators, runs, tables, train, tree
+from kart import operators, runs, statistics, tables, train, tree
 from kart.commands.command import Command
 from kart.commands.config import check_device
 from kart.runs import owned
+from kart.train import Config
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +24,8 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     check_device(args.device)
-    by_operator: dict[str, list[dict[str, float]]] = {}
+    by_setting: dict[tuple[Config, str], list[dict[str, float]]] = {}
+    told: list[str] = []
     found = runs.distinct(args.run)
     for directory in found:
         # the test split is read once, at the end
@@ -45,20 +49,47 @@ def _run(args: argparse.Namespace) -> int:
                 {"seed": member.seed, **{name: float(value) for name, value in values.items()}}
             )
         runs.write_scores(directory, args.split, args.checkpoint, scores, len(dataset.labels))
-        by_operator.setdefault(operators.shown(config.operator), []).extend(scores)
+        bad = runs.diverged(directory)
+        told += statistics.left_out(operators.shown(config.operator), bad)
+        for member, score in zip(own.configs, scores, strict=True):
+            if member.seed not in bad:
+                by_setting.setdefault(_setting(member, own.data), []).append(score)
     rows = [
         [
-            operator,
+            name,
             tables.spread([score["top1"] for score in scores]),
             tables.spread([score["top5"] for score in scores]),
             tables.spread([score["loss"] for score in scores], 3, 1.0),
             str(len(scores)),
         ]
-        for operator, scores in by_operator.items()
+        for name, scores in zip(_names(list(by_setting)), by_setting.values(), strict=True)
     ]
     names = ["operator", *(f"{args.split} {what}" for what in ("top-1 %", "top-5 %", "loss")), "n"]
-    print(tables.table(rows, names))
+    print("\n".join([tables.table(rows, names), *told]))
     return 0
+
+
+def _setting(config: Config, data: dict[str, Any]) -> tuple[Config, str]:
+    """What runs that are seeds of one another have in common, wherever they were trained."""
+    place = {"data": data["name"], "threads": None, "device": "cpu"}
+    return dataclasses.replace(config, seed=0, **place), data["fingerprint"]["train"]
+
+
+def _names(settings: Sequence[tuple[Config, str]]) -> list[str]:
+    """A name for each of several settings: the operator, and what sets it apart from others with
+    the same one.
+    """
+    names = []
+    for config, data in settings:
+        alike = [one for one in settings if one[0].operator == config.operator]
+        facts = [{**config.asdict(), "images": data[:8]} for config, data in alike]
+        own = {**config.asdict(), "images": data[:8]}
+        odd = [key for key in own if any(one[key] != own[key] for one in facts)]
+        if "data" in odd:  # of two data sets of one name the fingerprints differ alone
+            odd.remove("images")
+        shown = [operators.shown(config.operator), *(f"{key} {own[key]}" for key in odd)]
+        names.append(", ".join(shown))
+    return names
 
 
 COMMAND = Command(

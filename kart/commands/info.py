@@ -42,7 +42,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
         "tokens; cpu: the same counts beside this machine's clock",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    add_config_flags(parser, ("model", "optimisation", "execution"), FIELDS)
+    add_config_flags(parser, ("model", "optimisation", "execution"), FIELDS, DEFAULTS)
 
 
 def _check_used(args: argparse.Namespace) -> None:

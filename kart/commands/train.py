@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kart import distributed, operators, population, recipes, runs, tables, train, tree
+from kart import distributed, operators, population, recipes, runs, statistics, tables, train, tree
 from kart.analysis import cost
 from kart.commands.command import Command, integer, number, place
 from kart.commands.config import OPERATORS_HELP, add_config_flags, check_device, configs_of
@@ -92,6 +92,7 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
         shown = ", ".join(f"{name} {value}" for name, value in changes.items())
         print(f"recipe {named[0].recipe}{', but ' if shown else ''}{shown}")
     results: list[tuple[str, int, list[Record]]] = []
+    told: list[str] = []
     for config, home in zip(named, homes, strict=True):
         configs = population.seeds(config, seeds)
         if ranks.rank:
@@ -101,13 +102,17 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
         size = runs.group_size(home) or _group_size(configs, splits, args.group)
         parts = runs.parts(configs, size, home)
         last: list[Record] = []
+        name, bad = operators.shown(config.operator), dict[int, int]()
         for part, directory in parts:
-            last += _train(part, splits, directory, args.quiet, args.space_timeout, ranks)
+            found = _train(part, splits, directory, args.quiet, args.space_timeout, ranks)
+            last += [one for one in found if one["diverged"] < 0]
+            bad |= runs.diverged(directory)
         print(
             "".join(f"{one}\n" for one in {donors.told(home) for _, home in parts} if one), end=""
         )
+        told += statistics.left_out(name, bad)
         parameters = tree.size(runs.load_weights(parts[0][1])[0])
-        results.append((operators.shown(config.operator), parameters, last))
+        results.append((name, parameters, last))
     if ranks.rank:
         return 0
     rows = [
@@ -122,7 +127,7 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
         for operator, parameters, last in results
     ]
     header = ["operator", "val top-1 %", "val top-5 %", "val loss", "parameters", "n"]
-    print(tables.table(rows, header))
+    print("\n".join([tables.table(rows, header), *told]))
     print(f"written to {out}; score it on the test split with: kart eval {out}")
     return 0
 

@@ -304,7 +304,8 @@ def fill(work: Path, source: Source, image_size: int | None, like: Manifest | No
         if (height, width) != shape[1:]:
             raise ValueError(
                 f"`load` needs `image_size` where splits differ in size, got {[height, width]} for "
-                f"{split!r} and {list(shape[1:])} for 'train' (height, width)."
+                f"{split!r} and {list(shape[1:])} for 'train' (height, width). Pass it (kart "
+                "train: `--decode-size`)."
             )
         parts = {split: np.arange(len(labels))}
         if split == "train":
@@ -352,7 +353,7 @@ def _decode(
             raise ValueError(
                 f"`load` needs `image_size` where images differ in size: {row.where} is "
                 f"{image.size}, those before are {shape} (width, height). "
-                f"Pass `image_size`, say {min(shape)}."
+                f"Pass `image_size`, say {min(shape)} (kart train: `--decode-size`)."
             )
         if row.label < 0 or (classes is not None and row.label >= len(classes)):
             raise ValueError(

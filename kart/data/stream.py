@@ -159,7 +159,8 @@ def _shape(seen: dict[str, Seen], image_size: int | None) -> tuple[int, int]:
     if len(shapes) > 1:
         raise ValueError(
             f"`load` needs `image_size` where images differ in size, got {len(shapes)} sizes, "
-            f"{shapes[0]} to {shapes[-1]} (height, width). Pass `image_size`, say {min(shapes[0])}."
+            f"{shapes[0]} to {shapes[-1]} (height, width). Pass `image_size`, say {min(shapes[0])} "
+            "(kart train: `--decode-size`)."
         )
     return shapes[0]
 

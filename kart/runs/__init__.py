@@ -25,7 +25,7 @@ result. Every record and checkpoint carries the id of its run, and is checked wh
 
 from kart.runs.identity import check_place, claim, describe, locked, members, read, read_config
 from kart.runs.names import OPTIONS, default_directory, homes, options_of, slug
-from kart.runs.records import check_finished, read_metrics, read_scores, write_scores
+from kart.runs.records import check_finished, diverged, read_metrics, read_scores, write_scores
 from kart.runs.results import compare, distinct, find, group_size, parts
 from kart.runs.training import execute, restore, snapshot_steps
 from kart.runs.weights import Trained, load_trajectory, load_weights, only
@@ -40,6 +40,7 @@ __all__ = [
     "default_directory",
     "describe",
     "distinct",
+    "diverged",
     "execute",
     "find",
     "group_size",

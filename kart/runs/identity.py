@@ -145,6 +145,12 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError:
+        below = sorted(str(one.parent) for one in path.parent.glob("*/config.json"))
+        if below:
+            raise ValueError(
+                f"`run` needs the directory of one run, got {str(directory)!r:.200}, which holds "
+                f"{len(below)}: {', '.join(below[:5])}{', ...' if below[5:] else ''}. Name one."
+            ) from None
         raise ValueError(
             f"`run` needs a directory that `kart train` wrote, got {str(directory)!r:.200} "
             "without config.json. Check the path."

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import kart
-from kart import checkpoint
+from kart import checkpoint, population
 from kart.runs import identity
 from kart.train import Record
 
@@ -60,6 +60,16 @@ def check_finished(directory: Path, records: list[Record]) -> None:
             f"`run` needs finished runs, got {str(directory)!r} after epoch {len(records)} of "
             f"{epochs}. Train it further with the same command."
         )
+
+
+def diverged(directory: str | os.PathLike) -> dict[int, int]:
+    """The seeds of a run directory that diverged while others went on, each with the step at which
+    it has stood still since.
+    """
+    seeds = [config.seed for config in identity.members(directory)]
+    last = read_metrics(directory)[-1:]
+    steps = [one["diverged"] for one in last for one in population.split_record(one, len(seeds))]
+    return {seed: step for seed, step in zip(seeds, steps, strict=False) if step >= 0}
 
 
 def _scores_path(directory: Path, split: str, which: str) -> Path:

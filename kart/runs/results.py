@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kart import operators, population, train
-from kart.runs import identity, records, weights
+from kart.runs import identity, records, training, weights
 from kart.runs.names import OPTIONS, options_of
 from kart.train import Config, Record
 
@@ -58,13 +58,14 @@ def distinct(*paths: str) -> list[Path]:
 
 def compare(*paths: str, which: str = "last") -> "list[report.Result]":
     """The runs at or below `paths` as results, one an operator, with test scores where all have
-    been scored by `kart eval`.
+    been scored by `kart eval`. Seeds that diverged are left out of them, and named.
 
     Raises ValueError for runs that differ in more than operator and seed, or are unfinished.
     """
     from kart.analysis import report
 
-    found: dict[str, list[tuple[Config, list[Record], train.Params, Any, Path]]] = {}
+    found: dict[str, list[tuple[Config, list[Record], train.Params, Any, Path, int]]] = {}
+    diverged: dict[str, dict[int, int]] = {}
     images: set[int] = set()
     for directory in distinct(*paths):
         configs = identity.members(directory)
@@ -76,11 +77,14 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
         if stored is not None:
             scores = stored["members"]
             images.add(stored["images"])
+        name, bad = operators.shown(configs[0].operator), records.diverged(directory)
+        diverged.setdefault(name, {}).update(bad)
+        at = len(metrics) - 1 if which == "last" else _best(metrics)
         for i, params in enumerate(weights.load_weights(directory, which)):
-            own = [epoch[i] for epoch in epochs]
-            found.setdefault(operators.shown(configs[i].operator), []).append(
-                (configs[i], own, params, scores[i], directory)
-            )
+            if configs[i].seed not in bad:
+                own = [epoch[i] for epoch in epochs]
+                one = (configs[i], own, params, scores[i], directory, at)
+                found.setdefault(name, []).append(one)
     every = [one for members in found.values() for one in members]
     unset = dict.fromkeys(OPTIONS)
     settings = {dataclasses.replace(one[0], operator="softmax", seed=0, **unset) for one in every}
@@ -94,7 +98,7 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
     results = []
     for operator, members in found.items():
         members.sort(key=lambda one: one[0].seed)
-        configs, series, params, scores, homes = (list(c) for c in zip(*members, strict=True))
+        configs, series, params, scores, homes, at = (list(c) for c in zip(*members, strict=True))
         by_epoch = [list(epoch) for epoch in zip(*series, strict=True)]
         results.append(
             report.Result(
@@ -106,9 +110,17 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
                 test_images=next(iter(images)) if len(images) == 1 and tested else None,
                 homes=homes,
                 snapshots=functools.partial(_snapshots, homes, [c.seed for c in configs]),
+                epochs=at if which == "best" else None,
+                diverged=diverged[operator],
             )
         )
     return sorted(results, key=lambda one: one.name != "softmax")
+
+
+def _best(metrics: Sequence[Record]) -> int:
+    """Which of the records is that of best.safetensors, the first with the best top-1."""
+    scores = [training.mean(one["val_top1"]) for one in metrics]
+    return scores.index(max(scores))
 
 
 def _snapshots(

@@ -37,7 +37,8 @@ def _bytes(node: Any) -> int:
     return sum(leaf.nbytes for leaf in tree.leaves(node))
 
 
-def _mean(value: float | list[float]) -> float:
+def mean(value: float | list[float]) -> float:
+    """The mean over members of a value of a record."""
     return sum(value) / len(value) if isinstance(value, list) else value
 
 
@@ -140,7 +141,7 @@ def execute(
         try:
             for current, record in train.loop(run, state, donate=True, on_step=stepped):
                 record["seconds"] = round(record["seconds"] + spent, 3)
-                top1 = _mean(record["val_top1"])
+                top1 = mean(record["val_top1"])
                 line = records.line(owner, record)
                 write(lambda line=line: room.append(log, line))
                 if top1 > best:
