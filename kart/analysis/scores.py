@@ -58,11 +58,10 @@ def described(name: str, model: Model) -> str:
             f"{words} in block{'s' * (len(where) > 1)} {', '.join(where)}"
             for words, where in blocks.items()
         )
-    count = len({site.path for site in model.sites})
-    shared = {1: "one for all blocks", len(model.sites): "one a block"}.get(
-        count if model.config.sharing == "universal" else len(model.sites),
-        f"{count} that blocks share",
-    )
+    shared = "one a block"
+    if model.config.sharing == "universal":
+        count = len({site.path for site in model.sites})
+        shared = "one for all blocks" if count == 1 else f"{count} that blocks share"
     return f"{name}: {next(iter(blocks))}" + f", {shared}" * bool(model.operators[0].basis)
 
 

@@ -239,6 +239,9 @@ def section(context: Context) -> pages.Section:
     lines += differences(found, "weights_effective", "Effective rank of the weights", columns[1])
     told = "How many directions the attention of a head really uses."
     notes = windowed(context, "A rank is at most the number of keys of its window.")
+    configs = [context.model(one.configs[0]).config for one in context.results]
+    if any(getattr(config, "gated_blocks", 0) for config in configs):
+        notes.append(pages.note("Weights of gated blocks are mixed with those of positions."))
     return pages.Section([pages.text(told), *notes, fig, table, pages.items(lines)], numbers)
 
 
