@@ -272,15 +272,37 @@ def test_the_naive_form_keeps_what_the_paper_complains_of():
         cost.activation_memory(model, 1, "other")
 
 
-def test_other_families_are_counted_by_drawing_and_their_memory_refused():
+def test_other_families_are_counted_by_drawing():
     blockwise, plain = (
         models.create("swin_nano", operator=o, image_size=32) for o in ("G3B", "softmax")
     )
     counted, bare = cost.parameters(blockwise), cost.parameters(plain)
     # 7 numbers a pair of unit and key at rank 12, 16 keys, and 1 + 1 + 2 + 2 heads
     assert counted.operator == 7 * 12 * 16 * 6 == counted.total - bare.total
-    with pytest.raises(ValueError, match="needs a ViT.*family 'swin'"):
-        cost.activation_memory(blockwise, 2)
+    with pytest.raises(ValueError, match="needs a ViT.*\"naive\", got .* family 'swin'"):
+        cost.activation_memory(blockwise, 2, "naive")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "operator"),
+    [
+        ("swin_nano", "softmax"),
+        ("swin_nano", "G3B"),
+        ("convit_nano", "G1B"),
+        ("vitdet_tiny", "G1B"),
+    ],
+)
+def test_memory_of_other_families_is_what_a_step_keeps(name, operator, dtype):
+    sizes = {"image_size": 32, "patch_size": 4}
+    sizes |= {"embed_dim": 48, "depth": 2, "window_size": 4} if name == "vitdet_tiny" else {}
+    sizes |= {"global_blocks": (1,)} if name == "vitdet_tiny" else {}
+    model = models.create(name, operator=operator, **sizes)
+    params = tree.map(lambda x: x.requires_grad_(), model.init(torch.Generator().manual_seed(0)))
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    kept = cost.kept_bytes(lambda: model.apply(params, images), params)
+    width = 4 if dtype is torch.float32 else 2
+    assert cost.activation_memory(model, 8, bytes_each=width) == pytest.approx(kept, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -297,10 +319,10 @@ def test_a_table_of_fixed_models_takes_no_option_that_it_ignores(argv, named, ca
     assert f"stand without {named}," in capsys.readouterr().err
 
 
-def test_info_of_other_families_says_what_is_not_counted(capsys):
+def test_info_of_other_families(capsys):
     assert cli.main(["info", "--model", "swin_nano", "--image-size", "32"]) == 0
     text = capsys.readouterr().out
-    assert "not counted: swin" in text and "parameters" in text
+    assert "training memory" in text and "materialised" not in text and "parameters" in text
     assert "GFLOPs an image                  0.004, 0.000 of them in the activation" in text
     assert cli.main(["info", "--learning-rate", "1e-3"]) == 2
 

@@ -115,19 +115,17 @@ def _run(args: argparse.Namespace) -> int:
             "gflops": operations.total / 1e9,
             "activation_gflops": operations.activation / 1e9,
         }
+    width = 2 if config.precision == "bfloat16" else 4
+    kept = cost.activation_memory(model, batch, bytes_each=width)
+    found["kept_for_backward_mib"] = kept / 2**20
+    materialised = ""
     if cost.weighed(model):
-        width = 2 if config.precision == "bfloat16" else 4
-        kept = cost.activation_memory(model, batch, bytes_each=width)
-        naive = cost.activation_memory(model, batch, "naive", bytes_each=width)
-        found |= {
-            "kept_for_backward_mib": kept / 2**20,
-            "kept_by_the_naive_form_mib": naive / 2**20,
-            # float32 weights, gradients and two moments, and what the backward needs
-            "training_memory_mib": (16 * counted.total + kept) / 2**20,
-        }
-    found |= {
-        "engines": kernels.engines(),
-    }
+        naive = cost.activation_memory(model, batch, "naive", bytes_each=width) / 2**20
+        found["kept_by_the_naive_form_mib"] = naive
+        materialised = f" (materialised as in the paper: {naive:.0f} MiB)"
+    # float32 weights, gradients and two moments, and what the backward needs
+    found["training_memory_mib"] = (16 * counted.total + kept) / 2**20
+    found["engines"] = kernels.engines()
     if args.json:
         print(json.dumps(found, indent=1))
         return 0
@@ -143,14 +141,11 @@ def _run(args: argparse.Namespace) -> int:
             ("GFLOPs an image", f"{found['gflops']:.3f}, {found['activation_gflops']:.3f} of them "
              "in the activation (the paper's count: multiply-accumulates)")
         )  # fmt: skip
-    if cost.weighed(model):
-        rows += [
-            (f"kept for backward, batch {batch}", f"{found['kept_for_backward_mib']:.0f} MiB "
-             f"(materialised as in the paper: {found['kept_by_the_naive_form_mib']:.0f} MiB)"),
-            ("training memory, AdamW", f"{found['training_memory_mib']:.0f} MiB"),
-        ]  # fmt: skip
-    else:
-        rows.append(("memory", f"not counted: {model.config.family} is not a ViT"))
+    held = f"{found['kept_for_backward_mib']:.0f} MiB{materialised}"
+    rows += [
+        (f"kept for backward, batch {batch}", held),
+        ("training memory, AdamW", f"{found['training_memory_mib']:.0f} MiB"),
+    ]
     rows += [(f"engine {name}", state) for name, state in found["engines"].items()]
     print("\n".join(f"{name:32} {value}" for name, value in rows))
     return 0
