@@ -61,6 +61,21 @@ def test_missing_label_column(tmp_path):
         data.load(tmp_path / "set")
 
 
+@pytest.mark.parametrize("name", ["label", "fine_label", "labels"])
+def test_integers_are_labels_where_a_column_is_called_so(tmp_path, name):
+    values = {"img": [encoded(picture(i)) for i in range(30)], "size": [7] * 30}
+    values[name] = [i % 3 for i in range(30)]
+    plain = datasets.Value("int64")
+    features = datasets.Features({"img": datasets.Image(), "size": plain, name: plain})
+    (tmp_path / "set").mkdir()
+    table = datasets.Dataset.from_dict(values, features=features)
+    table.to_parquet(tmp_path / "set" / "train.parquet")
+    dataset = data.load(tmp_path / "set")
+    assert dataset.classes == tuple("012")
+    assert [n % 3 for n in numbers(dataset)] == dataset.labels.tolist()
+    assert any("'size'" in one.what for one in dataset.unused)
+
+
 def test_raw_bytes_as_images(tmp_path):
     raw = ([encoded(picture(i))["bytes"] for i in range(30)], datasets.Value("binary"))
     root = save_table(tmp_path / "set", extra={"raw": raw})

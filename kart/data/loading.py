@@ -71,7 +71,8 @@ def load(
             directory is decoded again when its files change, a public name only under another
             `revision`.
         image_column, label_column: column names, where types do not tell (an `Image` and a
-            `ClassLabel`; of several labels `fine_label` or `label`). Labels may be integers.
+            `ClassLabel`; of several labels `fine_label` or `label`). Labels may be integers, which
+            are found by these names.
         config, revision: configuration and git revision of a public name.
         stream: whether images stay compressed in their files, as `Pictures`, and are decoded when
             they are drawn (those of parquet files and public names are copied to the cache as files

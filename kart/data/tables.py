@@ -58,8 +58,10 @@ def _choose(
     elif len(found) == 1:
         return found[0]
     else:
+        # labels may be integers, which tell by their name alone
+        kinds = [kind, "integer"] if kind == "classes" and not found else [kind]
         for name in preferred:
-            if name in found:
+            if name in columns and columns[name].kind in kinds:
                 return name
         problem = f"found {len(found)} columns of type {title}"
     types = {name: column.text for name, column in columns.items()}
