@@ -240,6 +240,11 @@ def build(config: Config, dataset: Dataset) -> Model:
         "in_channels": dataset.images.shape[1],
         "num_classes": len(dataset.classes),
     }
+    if config.model in models.MODELS and not models.classifies(config.model):
+        raise ValueError(
+            f"`build` needs a model that classifies, got {config.model!r}, a backbone of "
+            f"detectors. Choose one of {', '.join(filter(models.classifies, models.MODELS))}."
+        )
     model = models.create(config.model, operator=config.operator, **shape, **given)
     if config.attention_from is None:
         return model

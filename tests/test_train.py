@@ -587,3 +587,8 @@ def test_patterns_that_freeze_nothing_or_all_are_refused(splits):
         train.solo(change(freeze=("bloks",)), splits).init()
     with pytest.raises(ValueError, match="matches all of them"):
         train.solo(change(freeze=("*",)), splits).init()
+
+
+def test_a_backbone_without_classes_is_refused_by_its_name(splits):
+    with pytest.raises(ValueError, match="needs a model that classifies, got 'vitdet_tiny'.*swin"):
+        train.build(Config(model="vitdet_tiny"), splits.train)

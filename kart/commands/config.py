@@ -66,7 +66,10 @@ FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
         "eval_crop": (REAL, "share of the side that evaluation sees, the centre (paper: 0.9)"),
     },
     "model": {
-        "model": (str, ", ".join(models.MODELS)),
+        "model": (
+            str,
+            f"{', '.join(filter(models.classifies, models.MODELS))}; of `kart info` all models",
+        ),
         "sharing": (str, "blockwise or universal, where the operator's letter is left out"),
         "rank": (WHOLE, "rank r of the operators (12)"),
         "project": (str, "simplex: project rows of weights onto the probability simplex"),
