@@ -1,6 +1,6 @@
 """What does learnable attention cost beside softmax? Time and peak memory, side by side in one run.
 
-    kart bench                  # this machine's CPU, one thread, about eight minutes
+    kart bench                  # this machine's CPU, one thread, about nine minutes
     kart bench --quick          # G = 3 and G = 1 at operator level only, ten seconds
     kart bench --device cuda    # a GPU: times by events, memory by its allocator
 
