@@ -23,6 +23,7 @@ SCORES = [
     "G2:order=elementwise,inside=true,start=scaled",
     "G2:order=elementwise,normalise=count,base=softmax,start=scaled",
     "rational-3/2:order=elementwise,normalise=count",
+    "mexican_hat:order=elementwise,base=softmax,start=scaled",
 ]
 OFFSETS = [
     f"bspline-4:{DISTANCE}",
