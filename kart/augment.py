@@ -65,6 +65,8 @@ def random_resized_crop(
     """
     _check("random_resized_crop", generator, images)
     height, width = images.shape[-2:]
+    if size is not None and size < 1:
+        raise ValueError(f"`random_resized_crop` needs `size` >= 1 or None, got {size}.")
     rows, columns = (height, width) if size is None else (size, size)
     flat = images.flatten(0, -4)
     corner, box = _boxes(generator, len(flat), height, width, scale, ratio)
@@ -162,9 +164,9 @@ def rand_augment(
     """
     _check("rand_augment", generator, images)
     _check_probability("rand_augment", "p", p)
-    if layers < 0 or std < 0 or magnitude < 0:
+    if layers < 0 or not 0 <= std < math.inf or not 0 <= magnitude < math.inf:
         raise ValueError(
-            "`rand_augment` needs `magnitude`, `layers` and `std` >= 0, got "
+            "`rand_augment` needs finite `magnitude`, `layers` and `std` >= 0, got "
             f"{magnitude}, {layers} and {std}."
         )
     flat = images.flatten(0, -4).clone()
@@ -326,11 +328,13 @@ def resize(images: Tensor, size: int) -> Tensor:
         )
     if images.shape[-2:] == (size, size):
         return images
+    # the CPU has no half precision here; along a side that grows antialiasing changes nothing
     flat = images.reshape(-1, *images.shape[-3:])
+    flat = flat.to(torch.promote_types(images.dtype, torch.float32))
     out = F.interpolate(
-        flat, size=(size, size), mode="bilinear", antialias=size < min(flat.shape[-2:])
+        flat, size=(size, size), mode="bilinear", antialias=size < max(flat.shape[-2:])
     )
-    return out.reshape(*images.shape[:-2], size, size)
+    return out.reshape(*images.shape[:-2], size, size).to(images.dtype)
 
 
 def center_crop(images: Tensor, size: int, ratio: float = 0.9) -> Tensor:
@@ -558,8 +562,8 @@ def _uniform(generator: Generator, shape: Sequence[int]) -> Tensor:
 
 def _beta(name: str, generator: Generator, alpha: float, shape: Sequence[int]) -> Tensor:
     """Beta(alpha, alpha): torch's own sampler takes no generator, NumPy's is seeded from it."""
-    if not alpha > 0:
-        raise ValueError(f"`{name}` needs `alpha` > 0, got {alpha}.")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"`{name}` needs a finite `alpha` > 0, got {alpha}.")
     seed = int(torch.randint(2**62, (), generator=generator))
     return torch.as_tensor(np.random.Generator(np.random.PCG64(seed)).beta(alpha, alpha, shape))
 

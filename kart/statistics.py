@@ -59,10 +59,10 @@ def accuracy(values: Sequence[float], images: int | None = None, level: float = 
     `images` and none without. Degrees of freedom by Welch and Satterthwaite, half an image is added
     on either side for the logit of 0 and 1 (Anscombe, 1956).
     """
-    if any(not 0 <= value <= 1 for value in values):
+    _check_fractions("accuracy", values)
+    if images is not None and images < 1:
         raise ValueError(
-            f"`accuracy` needs fractions in [0, 1], got {min(values)!r} to {max(values)!r}. "
-            "Divide per cents by 100."
+            f"`accuracy` needs `images` >= 1, got {images!r}. Pass how many were scored, or None."
         )
     mean, why = _mean(values, "accuracy")
     n = len(values)
@@ -96,6 +96,7 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
             f"`difference` needs as many values on both sides, one a seed, got {len(ours)} and "
             f"{len(theirs)}. Train both with the same seeds."
         )
+    _check_fractions("difference", [*ours, *theirs])
     return interval([a - b for a, b in zip(ours, theirs, strict=True)], low=-1.0, high=1.0)
 
 
@@ -111,7 +112,7 @@ def ratio(part: Sequence[float], whole: Sequence[float], level: float = 0.95) ->
             f"`ratio` needs two or more pairs, got {n} and {len(whole)} values. "
             "Confirm with the same seeds, at least two."
         )
-    a, b = statistics.fmean(part), statistics.fmean(whole)
+    (a, _), (b, _) = _mean(part, "ratio"), _mean(whole, "ratio")
     found = a / b if b else math.nan
     if _equal(part) and _equal(whole):
         return Interval(found, -math.inf, math.inf, n, f"{n} equal seeds")
@@ -152,6 +153,14 @@ def left_out(name: str, diverged: Mapping[int, int]) -> list[str]:
     ]
 
 
+def _check_fractions(function: str, values: Sequence[float]) -> None:
+    if any(not 0 <= value <= 1 for value in values):
+        raise ValueError(
+            f"`{function}` needs fractions in [0, 1], got {min(values)!r} to {max(values)!r}. "
+            "Divide per cents by 100."
+        )
+
+
 def _mean(values: Sequence[float], function: str) -> tuple[float, str]:
     """The mean, and why there is no interval, "" where there is one."""
     if not values or not all(math.isfinite(value) for value in values):
@@ -170,6 +179,10 @@ def _equal(values: Sequence[float]) -> bool:
 
 
 def _student(level: float, freedom: float) -> float:
+    if not 0 < level < 1:
+        raise ValueError(
+            f"an interval needs 0 < `level` < 1, got {level!r}. Pass 0.95 for 95 per cent."
+        )
     try:
         from scipy import stats
     except ImportError as error:

@@ -485,6 +485,21 @@ def test_resize_by_hand():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_resize_of_other_dtypes_is_that_of_float32(dtype):
+    image = images_of((2, 3, 20, 20)).to(dtype)
+    for size in (8, 31):
+        out = augment.resize(image, size)
+        assert out.dtype == dtype
+        assert_close(out.float(), augment.resize(image.float(), size), atol=4e-3, rtol=0)
+
+
+def test_resize_is_antialiased_along_the_side_that_shrinks_alone():
+    rows = images_of((2, 3, 100, 1))
+    narrow, wide = (rows.expand(-1, -1, -1, width) for width in (32, 100))
+    assert_close(augment.resize(narrow, 40), augment.resize(wide, 40))
+
+
 def test_center_crop_is_timms_resize_and_cut():
     images = images_of((2, 3, 32, 32))
     scaled = augment.resize(images, 248)  # floor(224 / 0.9)
@@ -510,12 +525,15 @@ def test_center_crop_is_timms_resize_and_cut():
         (lambda g, x: augment.crop(g, x, mode="wrap"), "'zero' or 'reflect', got 'wrap'"),
         (lambda g, x: augment.random_resized_crop(g, x, (0.0, 1.0)), "`scale`"),
         (lambda g, x: augment.random_resized_crop(g, x, ratio=(2.0, 1.0)), "`ratio`"),
+        (lambda g, x: augment.random_resized_crop(g, x, size=0), "`size` >= 1 or None, got 0"),
+        (lambda g, x: augment.rand_augment(g, x, magnitude=math.nan), "finite `magnitude`"),
         (lambda g, x: augment.color_jitter(g, x, 2.0), "`strength` in \\[0, 1\\], got 2.0"),
         (lambda g, x: augment.rand_augment(g, x, layers=-1), "`layers`"),
         (lambda g, x: augment.mixup(g, x, torch.arange(4)), "needs soft labels .* torch.int64"),
         (lambda g, x: augment.mixup(g, x, torch.eye(3)), "soft labels \\(4, 'classes'\\)"),
         (lambda g, x: augment.mixup(g, x, torch.eye(4), alpha=0.0), "`alpha` > 0, got 0.0"),
         (lambda g, x: augment.cutmix(g, x, torch.eye(4), alpha=math.nan), "`alpha` > 0, got nan"),
+        (lambda g, x: augment.cutmix(g, x, torch.eye(4), alpha=math.inf), "finite `alpha` > 0"),
         (lambda g, x: augment.mixup_or_cutmix(g, x, torch.eye(4), switch=2), "`switch`"),
         (lambda g, x: augment.one_hot(torch.tensor([3]), 3), "labels in 0..2, got 3..3"),
         (lambda g, x: augment.one_hot(torch.tensor([-1]), 3), "labels in 0..2, got -1..-1"),

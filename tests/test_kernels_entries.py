@@ -14,6 +14,7 @@ FAMILIES = {
     "bspline": bases.bspline(3),
     "silu": bases.fourier(1, base="silu"),
     "rational": bases.rational(2, 1),
+    "dog": bases.dog(),
     "table": None,
 }
 # of a table weights without softmax of the scores are no matter of scores
@@ -128,11 +129,11 @@ def test_the_simplex_by_hand(engine):
 def test_transforms_go_through_it(family, form):
     basis = FAMILIES[family]
     inputs, units = drawn(basis, 4, 5)
-    mask = masks(4, 5)["each"]
+    mask, factor = masks(4, 5)["each"], torch.rand(4, 1, generator=source(4)).double()
 
     def call(engine):
         return lambda units, q, k, v: kernels.entry_attention(
-            basis, units, q, k, v, mask, form=form, engine=engine
+            basis, units, q, k, v, mask, form=form, factor=factor, engine=engine
         )
 
     streamed, wanted = call("torch"), call("plain")

@@ -124,6 +124,28 @@ def test_dtype_and_any_leading_axes_are_kept(spec, dtype):
     assert weights.dtype == dtype and weights.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "op",
+    [
+        operators.softmax(),
+        operators.static(),
+        operators.static(rank=2, normalise="softmax"),
+        operators.relative(prefix=0, rows=1),
+        operators.by_distance(bases.fourier(2)),
+        operators.by_distance(bases.fourier(2), normalise="count"),
+    ],
+    ids=lambda op: op.name,
+)
+@pytest.mark.parametrize("axes", ["q", "k", "v"])
+def test_leading_axes_of_any_are_those_of_the_output(op, axes):
+    draw = torch.Generator().manual_seed(0)
+    params = op.init(draw, 2, 5)
+    shapes = ((*[3] * (name in axes), 2, 5, 4) for name in "qkv")
+    q, k, v = (torch.randn(shape, generator=draw) for shape in shapes)
+    wanted = op.attend(params, *(x.expand(3, 2, 5, 4) for x in (q, k, v)))
+    assert_close(op.attend(params, q, k, v), wanted)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_vmap_over_examples_and_over_populations_equals_a_loop(spec):
     op, params, q, k, v = setting(spec, 3, 4)

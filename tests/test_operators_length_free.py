@@ -23,6 +23,7 @@ SCORES = [
     "G2:order=elementwise,inside=true,start=scaled",
     "G2:order=elementwise,normalise=count,base=softmax,start=scaled",
     "rational-3/2:order=elementwise,normalise=count",
+    "mexican_hat:order=elementwise,base=softmax,start=scaled",
 ]
 OFFSETS = [
     f"bspline-4:{DISTANCE}",
@@ -347,6 +348,10 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"`generated` needs units linear in their coefficients"):
         operators.generated(bases.mexican_hat())
     q, k, v = inputs(2, 3)
+    cosformer = operators.cosformer()
+    for op in (cosformer, operators.added([cosformer]), operators.hybrid([cosformer] * 3)):
+        with pytest.raises(ValueError, match=r"`step` needs weights that later tokens leave as"):
+            operators.step(op, op.init(source(), 3, 5), k, k, v)
     with pytest.raises(ValueError, match=r"`step` needs queries and keys of the same tokens"):
         operators.step(operators.softmax(), {}, q, k, v)
     assert kernels.by_queries.__doc__

@@ -247,6 +247,17 @@ def test_several_objectives(splits):
     assert work.winners(study)
 
 
+def test_a_study_of_other_directions_trains_nothing(splits, monkeypatch):
+    monkeypatch.setattr(trials, "train_members", None)
+    for study, names in (
+        (optuna.create_study(), ("accuracy",)),  # would take the worst for the best
+        (optuna.create_study(directions=["maximize", "minimize"]), ("accuracy",)),
+        (optuna.create_study(direction="maximize"), ("accuracy", "flops")),
+    ):
+        with pytest.raises(ValueError, match=r"`objective` needs a study of directions .*, got"):
+            study.optimize(objective(karat, splits, objectives=names), n_trials=1)
+
+
 @pytest.mark.parametrize(
     "options", [{"seeds": 0}, {"objectives": ["speed"]}, {"limits": {"step_time": 1.0}}]
 )

@@ -4,6 +4,7 @@ import math
 import random
 import subprocess
 import sys
+from functools import partial
 from statistics import stdev
 
 import numpy as np
@@ -120,6 +121,25 @@ def test_fiellers_interval_covers_and_opens():
     )
     with pytest.raises(ValueError, match="pairs"):
         statistics.ratio([1.0], [1.0])
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, 95, math.nan])
+def test_a_level_is_a_probability(level):
+    # which used to give bounds that are infinite or nan
+    values = [0.5, 0.6, 0.7]
+    for call in (statistics.interval, statistics.accuracy, partial(statistics.ratio, values)):
+        with pytest.raises(ValueError, match=r"needs 0 < `level` < 1, got .* Pass 0.95"):
+            call(values, level=level)
+
+
+def test_what_no_interval_can_be_of_is_refused():
+    with pytest.raises(ValueError, match=r"`difference` needs fractions in \[0, 1\], got 90"):
+        statistics.difference([95.0, 93.0], [90.0, 91.0])  # cut to [-1, 1], below its mean of 3.5
+    with pytest.raises(ValueError, match=r"`accuracy` needs `images` >= 1, got 0"):
+        statistics.accuracy([0.5, 0.6], images=0)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="`ratio` needs one finite value a seed"):
+            statistics.ratio([1.0, 2.0], [1.0, bad])
 
 
 def test_texts():

@@ -230,11 +230,12 @@ def _in_blocks(
 
     def some(q: Tensor, place: Tensor, factor: Tensor | None, *rest: Any) -> Tensor:
         k, v, *leaves, mask = rest
-        own = [x.squeeze(2).unflatten(2, shape) for x, shape in zip(leaves, shapes, strict=True)]
+        own = [x.reshape(*x.shape[:2], *shape) for x, shape in zip(leaves, shapes, strict=True)]
         return reference(q, k, v, mask, factor, *own, place=place)
 
-    # leading axes as those of q: what a block holds is counted by them
-    flat = [leaf.flatten(2).unsqueeze(2) for leaf in leaves]
+    # leading axes as those of q: what a block holds is counted by them; a wavelet's leaves have
+    # none after the heads
+    flat = [leaf[:, :, None, None].flatten(3) for leaf in leaves]
     # features, their sum, and what derivatives need of them
     return stream.by_queries(some, [q, place, factor], [k, v, *flat], mask, 2 * (numbers + 2))
 

@@ -46,7 +46,8 @@ class _Recompute(Function):
     @staticmethod
     def backward(ctx, gradient):
         tensors = list(ctx.saved_tensors)
-        learned = [i for i, x in enumerate(tensors) if x is not None and x.is_floating_point()]
+        # no others: torch.func cannot give a gradient to a constant of a level that has ended
+        learned = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
 
         def fn(*values):
             inputs = list(tensors)

@@ -39,6 +39,11 @@ def step(
         tokens: the number of keys that `params` are for, None where they fit any.
     """
     check_qkv(op.name, q, k, v, None)
+    if op.traits.get("by_length"):
+        raise ValueError(
+            f"`step` needs weights that later tokens leave as they are, got {op.name!r}, whose "
+            "weights are by the number of all tokens. Attend with all of them."
+        )
     if q.shape[-2] != k.shape[-2]:
         raise ValueError(
             f"`step` needs queries and keys of the same tokens, got {q.shape[-2]} and "

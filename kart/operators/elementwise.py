@@ -162,6 +162,9 @@ def from_entries(
 
         place, _ = places(q.shape[-2], k.shape[-2], q.device)
         out = kernels.by_queries(block, [place], [v, *leaves], mask, 2)
+        # the axes of q and k, which have no other part
+        lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], out.shape[:-2])
+        out = out.expand(*lead, *out.shape[-2:])
         return out if factor is None else out * factor
 
     options = {

@@ -157,7 +157,7 @@ def cosformer() -> Operator:
     The cosine of a difference is a sum of two products, so that the cost is O(N d^2). Tokens stand
     in a row: class token first, then the patches. Scores do not determine the weights: `weights` is
     an error. Masks that differ between queries take the quadratic form, a block of queries at a
-    time.
+    time. As L is known when all tokens are, they cannot come in parts.
     """
 
     def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -192,6 +192,7 @@ def cosformer() -> Operator:
     traits = {
         "learned": False,
         "length_free": True,
+        "by_length": True,
         "of_scores": False,
         # features of 2 d; two operations for each
         "product_flops": lambda tokens, width: 4 * tokens * width**2 + 8 * tokens * width,

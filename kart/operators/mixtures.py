@@ -84,6 +84,7 @@ def hybrid(operators: Sequence[Operator]) -> Operator:
         "learned": any(op.traits.get("learned", True) for op, _ in groups),
         "length_free": all(op.traits.get("length_free", False) for op, _ in groups),
         "self_attention": any(op.traits.get("self_attention", False) for op, _ in groups),
+        "by_length": any(op.traits.get("by_length", False) for op, _ in groups),
         "of_scores": all(op.traits.get("of_scores", True) for op, _ in groups),
     }
     options = {"kind": "hybrid", "groups": groups}

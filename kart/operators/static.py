@@ -179,6 +179,9 @@ def from_matrix(
                 return kernels.softmax_attention(q, k, v, table=t).to(dtype)
             if not inside:
                 out = product(params, wide(v), mask)
+                # the axes of q and k, which have no other part
+                lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], out.shape[:-2])
+                out = out.expand(*lead, *out.shape[-2:])
                 if base:
                     out = out + kernels.softmax_attention(q, k, v, mask)
                 return out.to(dtype)

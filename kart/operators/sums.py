@@ -50,6 +50,7 @@ def added(operators: Sequence[Operator]) -> Operator:
         "learned": any(op.traits.get("learned", True) for op in parts),
         "length_free": all(op.traits.get("length_free", False) for op in parts),
         "self_attention": any(op.traits.get("self_attention", False) for op in parts),
+        "by_length": any(op.traits.get("by_length", False) for op in parts),
         "of_scores": all(op.traits.get("of_scores", True) for op in parts),
     }
     options = {"kind": "added", "parts": parts}

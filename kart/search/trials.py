@@ -335,7 +335,15 @@ def objective(
         space, load, seeds=seeds, objectives=objectives, limits=limits, group=group
     )
 
+    wanted = [OBJECTIVES[name] for name in objectives]
+
     def call(trial: optuna.Trial) -> float | tuple[float, ...]:
+        found = [direction.name.lower() for direction in trial.study.directions]
+        if found != wanted:
+            raise ValueError(
+                f"`objective` needs a study of directions {wanted} for {list(objectives)}, got "
+                f"{found}. Pass them to `optuna.create_study`, whose default is to minimize."
+            )
         ready = prepare(trial)
         outcome = ready if isinstance(ready, Outcome) else run([ready])[0]
         if outcome.values is None:
