@@ -70,6 +70,7 @@ class Tree(torch.nn.Module):
 
     def __init__(self, params: Mapping[str, Any]):
         super().__init__()
+        self._names: list[str] = []
         self.register(params)
 
     def register(self, params: Mapping[str, Any]) -> None:
@@ -84,14 +85,15 @@ class Tree(torch.nn.Module):
                 self.add_module(name, Tree(value))
             else:
                 self.register_parameter(name, torch.nn.Parameter(value))
+            self._names.append(name)
 
     def tree(self) -> Params:
-        """The parameters as nested dicts, as the pure functions take them."""
-        found: Params = {name: leaf for name, leaf in self._parameters.items()}
-        for name, child in self._modules.items():
-            assert isinstance(child, Tree)
-            found[name] = child.tree()
-        return found
+        """The parameters as nested dicts, as the pure functions take them; those that torch
+        computes, as of `torch.nn.utils.parametrize` and `prune`, as they are now.
+        """
+        # by name: a parametrisation has parameters and modules of its own beside these
+        found = {name: getattr(self, name) for name in self._names}
+        return {name: x.tree() if isinstance(x, Tree) else x for name, x in found.items()}
 
 
 def check_device(name: str, module: torch.nn.Module, x: Tensor) -> None:
@@ -103,6 +105,19 @@ def check_device(name: str, module: torch.nn.Module, x: Tensor) -> None:
                 f"{leaf.device} and an input on {x.device}. Move the whole module with "
                 f"`.to({str(x.device)!r})`."
             )
+
+
+def check_dtype(name: str, argument: str, module: torch.nn.Module, x: Tensor) -> None:
+    """Raises ValueError where a linear layer of torch's own has another dtype than its input, and
+    no autocast makes them one.
+    """
+    if type(module) is not torch.nn.Linear or torch.is_autocast_enabled(x.device.type):
+        return
+    if module.weight.is_floating_point() and module.weight.dtype != x.dtype:
+        raise ValueError(
+            f"`{name}` needs `{argument}` in the dtype of its parameters, {module.weight.dtype}, "
+            f"got {x.dtype}. Convert either with `.to`."
+        )
 
 
 def seeded(generator: Generator | None) -> Generator:
@@ -210,6 +225,7 @@ class Operator(Tree):
         moved = operators.resize(self.op, found, old_tokens, new_tokens)
         for name in moved:
             delattr(self, name)
+        self._names.clear()
         self.register(moved)
         if self.tokens is not None:
             before, after = (lattice("tokens", one) for one in (old_tokens, new_tokens))
@@ -277,6 +293,10 @@ class Attention(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
+            raise ValueError(f"`Attention` needs an integer `dim` >= 1, got {dim!r}.")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"`Attention` needs a floating-point `dtype`, got {dtype}.")
         groups = heads if kv_heads is None else kv_heads
         for name, whole, part in (("heads", dim, heads), ("kv_heads", heads, groups)):
             if isinstance(part, bool) or not isinstance(part, int) or part < 1 or whole % part:
@@ -305,6 +325,7 @@ class Attention(torch.nn.Module):
                     "Project it to this width."
                 )
             check_device("Attention", self, given)
+            check_dtype("Attention", name, self.qkv, given)
         width = self.dim // self.heads
         parts = [self.heads * width, 2 * self.kv_heads * width]
         if context is None:

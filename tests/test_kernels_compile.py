@@ -192,3 +192,17 @@ def test_a_compiled_step_knows_where_gradients_of_views_lie(dtype):
     found = torch.autograd.grad(torch.compile(whole, fullgraph=True)(*leaves), leaves)
     for a, b in zip(found, wanted, strict=True):
         assert_close(a, b)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("spec", ["sparsemax", "G2B:project=simplex", "G2B:order=project_first"])
+def test_operators_that_take_scores_as_a_basis_are_one_graph(spec, masked):
+    op = operators.parse(spec).operator
+    generator = torch.Generator().manual_seed(0)
+    params = op.init(generator, 2, 4)
+    q, k, v = (torch.randn(2, 2, 4, 3, generator=generator) for _ in range(3))
+    mask = torch.rand(4, 4, generator=generator) < 0.7 if masked else None
+    attend = torch.compile(
+        lambda q, k, v: op.attend(params, q, k, v, mask), backend="aot_eager", fullgraph=True
+    )
+    assert_close(attend(q, k, v), op.attend(params, q, k, v, mask))

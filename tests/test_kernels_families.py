@@ -458,3 +458,28 @@ def test_an_engine_first_asked_inside_a_transform_passes_its_check():
             return (x**2).sum()
 
         assert_close(torch.func.grad(ask)(x), 2 * x)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        # parameters that do not reach the coefficients at the base "zero"
+        "cpp.engine_of(family_of(bases.morlet(scales=True)))",
+        "cpp.engine_of(family_of(bases.rational(2, 2, scales=True)))",
+        # a gradient that is zero: the sum of a row does not change with the size of a weight
+        "weights.engine_of(family_of(bases.dog()), 'l1')",
+    ],
+)
+def test_the_check_of_a_library_holds_for_gradients_of_zero(what):
+    """In a process of its own: which of a family's bases comes first is the one that is checked."""
+    lines = (
+        "from kart import bases",
+        "from kart.kernels import cpp",
+        "from kart.kernels.cpp import weights",
+        "from kart.kernels.family import family_of",
+        f"engine, why = {what}",
+        "assert engine is not None, why",
+    )
+    command = [sys.executable, "-c", "\n".join(lines)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stderr, result.stderr

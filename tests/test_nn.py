@@ -6,6 +6,7 @@ import socket
 
 import pytest
 import torch
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
 from kart import bases, nn, operators, tree
@@ -324,3 +325,55 @@ def test_two_processes_of_ddp_and_fsdp_equal_one(tmp_path):
         assert found.keys() == expected.keys(), kind
         for name, p in expected.items():
             assert_close(found[name], p, rtol=1e-4, atol=1e-6)
+
+
+def test_parametrised_and_pruned_operators_are_what_torch_makes_of_them():
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+
+    def made():
+        return nn.Attention(32, 4, 9, "G2B:rank=3", generator=torch.Generator().manual_seed(1))
+
+    class Twice(torch.nn.Module):
+        def forward(self, x):
+            return 2 * x
+
+    plain, twice = made(), made()
+    torch.nn.utils.parametrize.register_parametrization(twice.operator, "mix", Twice())
+    with torch.no_grad():
+        plain.operator.mix.mul_(2)
+    assert_close(twice(x), plain(x))
+    twice(x).sum().backward()
+    assert twice.operator.parametrizations.mix.original.grad is not None
+
+    normed, before = made(), made()
+    torch.nn.utils.parametrizations.weight_norm(normed.operator.units, "coefs")
+    assert_close(normed(x), before(x))
+
+    pruned, zeroed = made(), made()
+    prune.l1_unstructured(pruned.operator, "mix", amount=0.5)
+    with torch.no_grad():
+        zeroed.operator.mix.mul_(pruned.operator.mix_mask)
+    assert_close(pruned(x), zeroed(x))
+    assert set(pruned.operator.tree()) == {"units", "mix"}
+
+
+def test_what_does_not_fit_is_named():
+    def made(*arguments, **more):
+        return lambda: nn.Attention(*arguments, **more)
+
+    layer, x = nn.Attention(32, 4, 9), torch.randn(2, 9, 32)
+    cache = tuple(layer.step(x[:, :1])[1])
+    mask = torch.ones(3, 1, 1, 9, dtype=torch.bool)
+    for call, words in (
+        (made(32.0, 4, 9), "integer `dim` >= 1, got 32.0"),
+        (made(0, 4, 9), "integer `dim` >= 1, got 0"),
+        (made(32, 4, 9, dtype=torch.int64), "floating-point `dtype`, got torch.int64"),
+        (lambda: layer(x.double()), "`x` in the dtype of its parameters, torch.float32, got"),
+        (lambda: layer(x, context=x.double()), "`context` in the dtype of its parameters"),
+        (lambda: layer.step(x[:, :1], cache), "`cache` as it returned it, got tuple"),
+        (lambda: layer(x, mask), r"broadcast with those of the other tensors, \(2, 4\), got shape"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16

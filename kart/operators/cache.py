@@ -49,6 +49,11 @@ def step(
             f"`step` needs queries and keys of the same tokens, got {q.shape[-2]} and "
             f"{k.shape[-2]}. Pass those of the new tokens."
         )
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(
+            f"`step` needs `cache` as it returned it, got {type(cache).__name__}. Pass None first, "
+            "or make a `kart.operators.Cache(keys, values)`."
+        )
     if cache is not None:
         k, v = torch.cat([cache.keys, k], -2), torch.cat([cache.values, v], -2)
     new, count = q.shape[-2], k.shape[-2]

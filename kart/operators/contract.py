@@ -59,6 +59,9 @@ class Operator(NamedTuple):
         return factories.reduce(self)
 
 
+# the basis in which scores stand for themselves
+SCORES = bases.polynomial(1)
+
 # --- checks ---------------------------------------------------------------------------------------
 
 
@@ -112,7 +115,8 @@ def check_scores(name: str, scores: Tensor, mask: Tensor | None) -> None:
             f"`{name}.weights` needs floating-point `scores` (..., H, N, M) with N, M >= 1, got "
             f"{scores.dtype} of shape {tuple(scores.shape)}. Pass q @ k.mT / sqrt(d)."
         )
-    check_mask(f"{name}.weights", mask, *scores.shape[-2:])
+    *lead, queries, keys = scores.shape
+    check_mask(f"{name}.weights", mask, queries, keys, lead)
 
 
 def check_qkv(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
@@ -135,11 +139,15 @@ def check_qkv(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -
             f"`{name}.attend` needs `q`, `k` and `v` of one floating-point dtype on one device, "
             f"got {[f'{t.dtype} on {t.device}' for t in (q, k, v)]}. Convert them with `.to`."
         )
-    check_mask(f"{name}.attend", mask, q.shape[-2], k.shape[-2])
+    check_mask(f"{name}.attend", mask, q.shape[-2], k.shape[-2], *(x.shape[:-2] for x in (q, k, v)))
 
 
-def check_mask(name: str, mask: Tensor | None, queries: int, keys: int) -> None:
-    """Raises ValueError unless the mask is boolean and broadcasts to `(..., queries, keys)`."""
+def check_mask(
+    name: str, mask: Tensor | None, queries: int, keys: int, *leads: Sequence[int]
+) -> None:
+    """Raises ValueError unless the mask is boolean and broadcasts to `(..., queries, keys)`, with
+    leading axes `leads` of the other tensors.
+    """
     if mask is None:
         return
     shape = tuple(mask.shape)
@@ -150,6 +158,16 @@ def check_mask(name: str, mask: Tensor | None, queries: int, keys: int) -> None:
             f"`{name}` needs a boolean `mask` (True = attend) broadcasting to (..., H, {queries}, "
             f"{keys}), got {mask.dtype} of shape {shape}. A mask of keys is (..., 1, 1, {keys})."
         )
+    if leads and len(shape) > 2:
+        try:
+            torch.broadcast_shapes(shape[:-2], *leads)
+        except RuntimeError:
+            others = " and ".join(dict.fromkeys(str(tuple(lead)) for lead in leads))
+            raise ValueError(
+                f"`{name}` needs a `mask` whose axes before the last two broadcast with those of "
+                f"the other tensors, {others}, got shape {shape}. A mask of keys is (B, 1, 1, "
+                f"{keys})."
+            ) from None
 
 
 def check_keys(name: str, expected: int, keys: int) -> None:
@@ -214,7 +232,7 @@ def simplex_values(
     score = torch.tensor([0.0, 1.0], dtype=wide(q[..., :0]).dtype, device=q.device)
     units = {"coefs": score.expand(v.shape[-3], 2)}
     return kernels.entry_attention(
-        bases.polynomial(1), units, q, k, v, mask, form="simplex", scale=scale, engine=engine
+        SCORES, units, q, k, v, mask, form="simplex", scale=scale, engine=engine
     )
 
 
@@ -383,7 +401,7 @@ class Streamed:
             # W S^T is q (W K)^T: r keys instead of M; masked ones are zero
             return scores_of(q, mix @ k, None)
         coefs = torch.stack([torch.zeros_like(mix), mix], dim=-1)
-        return kernels.contract(bases.polynomial(1), coefs, q, k, self.mask, engine=self.engine)
+        return kernels.contract(SCORES, coefs, q, k, self.mask, engine=self.engine)
 
 
 def values_of(

@@ -254,7 +254,7 @@ def _found(engine: Engine, family: Family, case: _Case, softmax: bool) -> dict[s
         soft = Softmax(v, case.dout, found["out"], sums)
     dq, dk, dcoefs, *rest = engine.backward(product, case.dy, soft)
     found |= {"dq": dq, "dk": dk} | ({"dv": rest[0]} if softmax else {})
-    pulled = torch.autograd.grad(coefs, [*units.values()], dcoefs, allow_unused=True)
+    pulled = torch.autograd.grad(coefs, [*units.values()], dcoefs, materialize_grads=True)
     return found | {f"d{name}": x for name, x in zip(units, pulled, strict=True)}
 
 
