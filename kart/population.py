@@ -142,6 +142,8 @@ def groups(configs: Sequence[Config], size: int) -> list[list[Config]]:
     """
     if size < 1:
         raise ValueError(f"`groups` needs `size` >= 1, got {size}. Use 1 to train one by one.")
+    if not configs:
+        raise ValueError("`groups` needs one config or more, got none.")
     count = -(-len(configs) // size)
     base, extra = divmod(len(configs), count)
     cuts = [i * base + min(i, extra) for i in range(count + 1)]

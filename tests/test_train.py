@@ -294,6 +294,8 @@ def test_populations_of_different_shapes_are_refused(splits):
         population.seeds(TINY, [1, 1])
     with pytest.raises(ValueError, match="`size` >= 1"):
         population.groups([TINY], 0)
+    with pytest.raises(ValueError, match="one config or more, got none"):
+        population.groups([], 2)
 
 
 # run directories

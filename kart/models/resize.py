@@ -17,8 +17,8 @@ def move(old: Model, new: Model, params: Params) -> Params:
     if before != after:
         raise ValueError(
             f"`resize` needs an `image_size` that keeps the windows, got {new.config.image_size} "
-            f"with windows of {after} by stage, which were {before}. Take a multiple of "
-            f"{old.config.image_size}, or create and train a model of this size."
+            f"with windows of {after} by stage, which were {before}: a window is no larger than "
+            "the grid of its stage. Create and train a model of this size."
         )
     if "pos_embed" in params:
         sides = [c.image_size // c.patch_size for c in (old.config, new.config)]
