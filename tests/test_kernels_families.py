@@ -483,3 +483,25 @@ def test_the_check_of_a_library_holds_for_gradients_of_zero(what):
     command = [sys.executable, "-c", "\n".join(lines)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and not result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("make", [bases.dog, bases.rational, bases.morlet])
+@pytest.mark.parametrize("first", [False, True])
+def test_units_with_scales_are_others_than_those_without(make, first):
+    """Each by its own leaves, whichever of the two the engines have met before."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, 5, 4, generator=generator)
+    for scales in (first, not first):
+        basis = make(scales=scales)
+        units = basis.init(generator, (2, 3, 5))
+        units = {name: leaf * (3 if name == "scale_basis" else 1) for name, leaf in units.items()}
+        wide = {name: leaf.double() for name, leaf in units.items()}
+        found = kernels.contract_units(basis, units, x, x)
+        assert_close(
+            found.double(),
+            plain.contract_units(basis, wide, x.double(), x.double(), None, 0.5),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+    names = {family_of(make(scales=scales)).name for scales in (False, True)}
+    assert len(names) == 2

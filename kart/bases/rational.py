@@ -154,7 +154,7 @@ def rational(
         {**degrees, "init": init},
         {"smooth": 0, "amplitude": "numerator", "points": (0.0, 1.0, -1.0)},
         (rational, {**degrees, **shared}),
-        names.builtin(rational, {**degrees, "base": base}),
+        names.builtin(rational, {**degrees, "base": base, "scales": scales}),
         cpp=Cpp(CPP, sizes),
         triton=Triton(TRITON, sizes=sizes),
         leaves=leaves,

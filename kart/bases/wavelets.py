@@ -316,7 +316,7 @@ def _wavelet(
         {**options, "init": init},
         {"amplitude": "weight", **traits},
         (factory, {**options, "base": base, "init": init, "scales": scales}),
-        names.builtin(factory, {**options, "base": base}),
+        names.builtin(factory, {**options, "base": base, "scales": scales}),
         cpp=cpp._replace(text=cpp.text + UNIT),
         triton=triton._replace(text=triton.text + UNIT_TRITON),
         leaves=leaves,
