@@ -145,7 +145,9 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError:
-        below = sorted(str(one.parent) for one in path.parent.glob("*/config.json"))
+        below: list[str] = []
+        with contextlib.suppress(OSError):  # as of a name that is too long
+            below = sorted(str(one.parent) for one in path.parent.glob("*/config.json"))
         if below:
             raise ValueError(
                 f"`run` needs the directory of one run, got {str(directory)!r:.200}, which holds "
