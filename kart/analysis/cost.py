@@ -226,14 +226,14 @@ def _kept_by_heads(
     """
     generator = Generator().manual_seed(0)
     params = tree.map(lambda x: x.requires_grad_(), op.init(generator, heads, tokens))
-    projections = [layers.linear_init(generator, size, heads * width)]
-    projections.append(layers.linear_init(generator, heads * width, size))
-    projections = tree.map(lambda x: x.requires_grad_(), projections)
     own = 4 * tree.size(params)
 
     def projected_kept(images: int) -> int:
         qk = torch.randn(images, tokens, 2, heads, width, generator=generator, requires_grad=True)
         x = torch.randn(images, tokens, size, generator=generator, requires_grad=True)
+        inner = heads * width
+        drawn = (layers.linear_init(generator, *sides) for sides in ((size, inner), (inner, size)))
+        projections = [tree.map(lambda x: x.requires_grad_(), layer) for layer in drawn]
 
         def attend() -> Tensor:
             assert op.factors is not None  # as `pays` says
@@ -241,8 +241,7 @@ def _kept_by_heads(
             return projected(op.factors.of(params, q, k), x, *projections)
 
         # the tokens are the input of the projections, and these are parameters
-        weights = sum(x.numel() for layer in projections for x in layer.values() if x.dim() > 1)
-        return kept_bytes(attend) - 4 * (x.numel() + weights)
+        return kept_bytes(attend, (x, projections))
 
     def kept(images: int) -> int:
         if form == "projected":
