@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kart import kernels, operators, tree
+from kart import kernels, models, operators, tree
 from kart.kernels import stream
 from kart.testing import operator_suite
 
@@ -220,6 +220,28 @@ def test_alone_a_head_puts_out_something_of_the_size_of_its_values(kind):
     assert 0.7 < float(op.attend(params, q, k, v).std()) < 1.4
 
 
+@pytest.mark.parametrize(
+    "spec", ["relative", "softconv", "gated", "G1:order=by_offset", "G1:order=beside_relative"]
+)
+def test_one_spec_fits_windows_and_pictures_with_a_class_token(spec):
+    for tokens, prefix in ((17, 1), (16, 0), (2, 1), (1, 0)):
+        op = operators.parse(spec).operator
+        explicit = {"order": spec.partition("order=")[2]} if "order" in spec else {}
+        named = ",".join([f"{a}={b}" for a, b in {**explicit, "prefix": prefix}.items()])
+        other = operators.parse(f"{spec.partition(':')[0]}:{named}").operator
+        a, b = (one.init(torch.Generator().manual_seed(0), 2, tokens) for one in (op, other))
+        assert tree.named(a).keys() == tree.named(b).keys()
+        q, k, v = (torch.randn(1, 2, tokens, 4) for _ in range(3))
+        assert torch.equal(op.attend(a, q, k, v), other.attend(b, q, k, v))
+
+
+@pytest.mark.parametrize("model", ["swin_nano", "convit_nano", "vit_nano"])
+def test_what_is_recommended_runs_in_every_model(model):
+    built = models.create(model, operator="softconv", image_size=32, num_classes=3)
+    params = built.init(torch.Generator().manual_seed(0))
+    assert built.apply(params, torch.randn(2, 3, 32, 32)).shape == (2, 3)
+
+
 def test_parameters_are_counted_as_the_issue_has_them():
     # vit_nano at patch 4: 4 blocks of 2 heads over a class token and 8 x 8 patches
     counts = {"static": 33800, "static:rank=12": 12480, "relative": 2832, "relative:prefix=1": 2832}
@@ -367,7 +389,14 @@ def test_a_senseless_order_is_one_line(spec, words):
 
 @pytest.mark.parametrize(
     ("spec", "tokens"),
-    [("relative", 1), ("relative", 16), ("relative:prefix=0", 17), ("relative:rows=3", 17)],
+    [
+        ("relative", 18),
+        ("relative:prefix=1", 1),
+        ("relative:prefix=1", 16),
+        ("relative:prefix=0", 17),
+        ("relative:rows=3", 17),
+        ("relative:rows=4", 16),
+    ],
 )
 def test_tokens_that_are_no_lattice_are_named(spec, tokens):
     with pytest.raises(ValueError, match=f"got {tokens}. Set `prefix` and `rows`"):

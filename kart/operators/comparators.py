@@ -131,7 +131,7 @@ def squared_offsets(lattice: Lattice, like: Tensor) -> Tensor:
 
 
 @remember
-def gated(prefix: int = 1, rows: int | None = None, locality: float = 1.0) -> Operator:
+def gated(prefix: int | None = None, rows: int | None = None, locality: float = 1.0) -> Operator:
     """(1 - g) softmax(S) + g softmax(P), P a quadratic in the offset and g a gate per head: the
     gated positional attention of ConViT (d'Ascoli et al. 2021, arXiv:2103.10697, eq. 7).
 

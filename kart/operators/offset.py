@@ -45,7 +45,7 @@ from kart.operators.sums import added
 
 
 @remember
-def softconv(prefix: int = 1, rows: int | None = None) -> Operator:
+def softconv(prefix: int | None = None, rows: int | None = None) -> Operator:
     """softmax(S) + T with a signed T by offset, a learned convolution beside attention (ours).
 
     It is `relative(base="softmax")` and starts as exactly softmax; prefix and rows as there.
@@ -55,7 +55,7 @@ def softconv(prefix: int = 1, rows: int | None = None) -> Operator:
 
 @remember
 def beside_relative(
-    basis: Basis, rank: int = 12, prefix: int = 1, rows: int | None = None
+    basis: Basis, rank: int = 12, prefix: int | None = None, rows: int | None = None
 ) -> Operator:
     """softmax(S) + T + W Phi(S): low-rank KArAt on top of `softconv`, W zero at the start (ours).
 
@@ -84,7 +84,7 @@ def beside_relative(
 def by_offset(
     basis: Basis,
     base: str | None = None,
-    prefix: int = 1,
+    prefix: int | None = None,
     rows: int | None = None,
     start: str | None = None,
 ) -> Operator:

@@ -19,20 +19,25 @@ from kart.operators.resize import Lattice, interpolate
 from kart.operators.static import default_start, from_matrix
 
 
-def check_geometry(name: str, prefix: int, rows: int | None) -> None:
+def check_geometry(name: str, prefix: int | None, rows: int | None) -> None:
     """Raises ValueError unless `prefix` and `rows` can describe tokens."""
     for argument, value, least in (("prefix", prefix, 0), ("rows", rows, 1)):
-        if value is None and argument == "rows":
+        if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(
-                f"`{name}` needs an integer `{argument}` >= {least}, got {value!r}. A ViT has "
-                "prefix=1 and leaves `rows` out; windows have prefix=0, a sequence rows=1, too."
+                f"`{name}` needs an integer `{argument}` >= {least}, got {value!r}. A ViT and "
+                "square windows leave both out; a sequence has prefix=0 and rows=1."
             )
 
 
-def lattice_of(name: str, tokens: int, prefix: int, rows: int | None) -> Lattice:
-    """The lattice of `tokens` tokens: a square of patches, or `rows` rows of them."""
+def lattice_of(name: str, tokens: int, prefix: int | None, rows: int | None) -> Lattice:
+    """The lattice of `tokens` tokens: a square of patches, or `rows` rows of them. Without a
+    `prefix` there is one token before them, as in a ViT, or none where all are a square.
+    """
+    if prefix is None:
+        # no square is the one after another, but for 0 and 1
+        prefix = 0 if rows is None and math.isqrt(max(tokens, 0)) ** 2 == tokens else 1
     patches = tokens - prefix
     side = math.isqrt(max(patches, 0)) if rows is None else rows
     if patches < 1 or patches % max(side, 1) or (rows is None and side * side != patches):
@@ -163,7 +168,7 @@ def relative(
     signed: bool = True,
     normalise: str | None = None,
     inside: bool = False,
-    prefix: int = 1,
+    prefix: int | None = None,
     rows: int | None = None,
     start: str | None = None,
 ) -> Operator:
@@ -184,7 +189,8 @@ def relative(
         signed: False for softplus(T) / N, weights of one sign.
         normalise: None, or "softmax" by rows.
         inside: T is added to the scores instead.
-        prefix: tokens before the patches, which have no place.
+        prefix: tokens before the patches, which have no place; None for one, or for none where
+            the tokens are a square, as those of a window are, and `rows` is left out.
         rows: rows of the lattice; None for a square one, 1 for a sequence.
         start: "scaled", entries of variance 1 / N, or "zero"; default "zero" with softmax, else
             "scaled".
