@@ -263,6 +263,20 @@ def test_a_table_counts_what_is_not_finite_and_shows_what_is_missing():
     assert [one.value for one in own] == [1.0, 1.0]
 
 
+def test_a_difference_that_is_clear_of_zero_does_not_read_as_zero():
+    column = section.Column("x", "height", 1)
+    found = {
+        "softmax": {0: {"x": 0.0}, 1: {"x": 0.0}},
+        "G3B": {0: {"x": 0.0011}, 1: {"x": 0.0012}},
+        "G3U": {0: {"x": 0.0}, 1: {"x": 1e-7}},
+        "same": {0: {"x": 0.0}, 1: {"x": 0.0}},
+    }
+    clear, unclear, equal = section.differences(found, "x", "Height", column)
+    assert "+0.001 [+0.001, +0.002], more than" in clear
+    assert "+0.0 [-0.0, +0.0], not clear" in unclear
+    assert "+0.0 (2 equal seeds), not clear" in equal
+
+
 def test_differences_are_paired_by_seed():
     column = section.Column("x", "x", 2)
     found = {

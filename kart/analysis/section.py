@@ -458,8 +458,11 @@ def differences(found: Measured, measure: str, what: str, column: Column) -> lis
         if not apart:
             continue
         mean = statistics.interval(apart)
-        text = mean.text(column.scale, column.digits, "+")
         clear = not mean.why and not mean.low <= 0 <= mean.high
+        nearest, digits = column.scale * min(abs(mean.low), abs(mean.high)), column.digits
+        while clear and round(nearest, digits) == 0:  # or it would read as zero
+            digits += 1
+        text = mean.text(column.scale, digits, "+")
         verdict = "more than seeds explain" if clear else "not clear of the noise of seeds"
         lines.append(f"{what} of {name} less that of {names[0]}: {text}, {verdict}.")
     return lines
