@@ -107,6 +107,16 @@ def test_eigenvalues_of_a_vit_are_those_of_the_dense_hessian(spec):
     assert_close(found, exact[:4].float(), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_both_ends_of_the_spectrum_of_a_vit(spec):
+    exact = torch.linalg.eigvalsh(dense(spec))
+    loss, params = vit(spec)
+    for which, wanted in (("smallest", exact[:3]), ("largest", exact.flip(0)[:3])):
+        found = curvature.top_eigenvalues(loss, params, 3, seeded(), which=which)
+        assert_close(found, wanted, rtol=0, atol=1e-7 * float(exact.abs().max()))
+    assert float(exact[0]) < 0 < float(exact[-1])
+
+
 @pytest.mark.parametrize("spec", ["softmax", "G3B:rank=2"])
 def test_trace_and_density_of_a_vit(spec):
     loss, params = vit(spec)
@@ -285,6 +295,7 @@ LOSS, PARAMS = quadratic(symmetric([1.0, 2.0]))
         (lambda: curvature.subset(LOSS, PARAMS, "*.operator.*"), r"2 paths are a, b\."),
         (lambda: curvature.top_eigenvalues(LOSS, PARAMS, 3, seeded()), "`count` <= 2"),
         (lambda: curvature.top_eigenvalues(LOSS, PARAMS, 0, seeded()), "got 0"),
+        (lambda: curvature.top_eigenvalues(LOSS, PARAMS, 1, seeded(), which="LM"), "'LM'"),
         (lambda: curvature.top_eigenvalues(LOSS, PARAMS, 2, seeded(), vectors=1), "`vectors` >= 2"),
         (lambda: curvature.trace(LOSS, PARAMS, 1, seeded()), "`samples` >= 2"),
         (lambda: curvature.spectral_density(LOSS, PARAMS, 0, seeded()), "`samples` >= 1"),

@@ -37,6 +37,12 @@ OPERATOR = "*.operator.*"
 SAMPLES = 8  # products that the trace is estimated from
 STEPS = 24  # products that the density is from
 TOLERANCE = 0.02  # of the largest eigenvalue
+# what `top_eigenvalues` sorts by
+WHICH: dict[str, Callable[[Tensor], Tensor]] = {
+    "magnitude": torch.abs,
+    "largest": torch.clone,
+    "smallest": torch.neg,
+}
 
 
 def hvp(loss: Loss, params: Params, vector: Params) -> Params:
@@ -152,17 +158,21 @@ def top_eigenvalues(
     count: int,
     generator: Generator,
     *,
+    which: str = "magnitude",
     vectors: int | None = None,
     tolerance: float | None = None,
     limit: int = 1000,
 ) -> Tensor:
-    """The `count` eigenvalues of the Hessian of largest magnitude, `(count,)`, descending by it.
+    """The `count` eigenvalues of the Hessian of largest magnitude, `(count,)`, descending by it, or
+    of another end of the spectrum.
 
     Lanczos with full orthogonalisation and thick restarts (Wu and Simon 2000), in the dtype of
     `params`. A multiple eigenvalue is counted as often as it occurs where `vectors` reaches P, and
     may be counted once otherwise, as by every method that starts from one vector.
 
     Args:
+        which: "magnitude", "largest" (descending; the first is the sharpness) or "smallest"
+            (ascending; negative where the weights are no minimum).
         vectors: how many vectors of P are held; default 2 `count` + 20, at most P.
         tolerance: residual over the largest magnitude at which an eigenvalue counts as found;
             default the square root of the dtype's precision. Its error is below that, and about
@@ -174,7 +184,13 @@ def top_eigenvalues(
     >>> loss = lambda w: (torch.tensor([1.0, -4.0, 2.0]) * w**2).sum()
     >>> top_eigenvalues(loss, torch.ones(3), 2, torch.Generator())
     tensor([-8.,  4.])
+    >>> top_eigenvalues(loss, torch.ones(3), 2, torch.Generator(), which="largest")
+    tensor([4., 2.])
     """
+    if which not in WHICH:
+        raise ValueError(
+            f"`top_eigenvalues` needs `which` in {list(WHICH)}, got {which!r}. Choose one of them."
+        )
     size = tree.size(params)
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= size:
         raise ValueError(
@@ -197,7 +213,7 @@ def top_eigenvalues(
         filled, left = space.grow(kept, steps, generator)
         used += filled - kept
         values, directions = torch.linalg.eigh(space.projected)
-        order = values.abs().argsort(descending=True)
+        order = WHICH[which](values).argsort(descending=True)
         largest = float(values.abs().max())
         residuals = left * directions[-1, order[:count]].abs()
         if filled == size or bool((residuals <= close * largest).all()):
@@ -429,12 +445,12 @@ def _curvature(context: Context, member: Member, pattern: str) -> dict[str, Tens
 
     def compute() -> dict[str, Tensor]:
         draws = context.generator(pattern, member.seed)
-        top = top_eigenvalues(part, some, 1, draws, tolerance=TOLERANCE)[0]
+        top = top_eigenvalues(part, some, 1, draws, which="largest", tolerance=TOLERANCE)[0]
         context.check()
         found = trace(part, some, SAMPLES, draws)
         return {"top": top, "trace": found.estimate, "trace_error": found.error}
 
-    what = f"{pattern} images={len(labels)} samples={SAMPLES}"
+    what = f"{pattern} largest images={len(labels)} samples={SAMPLES}"
     found = context.kept(what, member, compute)
     return {**found, "mean": found["trace"] / size}
 
@@ -494,7 +510,8 @@ def section(context: Context) -> pages.Section:
     ]
     told = (
         f"The Hessian of the loss on {count} validation images at the final weights, by products "
-        f"alone: its largest eigenvalue to {100 * TOLERANCE:g} %, its trace from {SAMPLES} "
+        "alone: its largest eigenvalue (negative ones, however large, are in the picture below), "
+        f"to {100 * TOLERANCE:g} % of the largest magnitude, its trace from {SAMPLES} "
         "products (the more curved in all directions, the larger), over all weights and over "
         "those of the operators alone, the others held. Noise scale: the batch at which the "
         f"noise of the gradient is as large as the gradient, from {noise} images one by one; "
