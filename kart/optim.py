@@ -199,6 +199,8 @@ def _clipping(max_norm: float, updates: Updates) -> tuple[Tensor, Tensor]:
 def clip_in_place(max_norm: float, updates: Updates) -> tuple[Updates, ClipState]:
     """`clip_by_global_norm`, written into the tensors of `updates`."""
     factor, norm = _clipping(max_norm, updates)
+    if factor.device.type == "cpu" and factor == 1:  # see `_chosen`
+        return updates, ClipState(norm)
     return tree.map(lambda u: u.mul_(factor.to(u.dtype)), updates), ClipState(norm)
 
 
@@ -401,12 +403,12 @@ PACK = 1 << 18
 
 
 def _packs(params: Mapping[str, Tensor], alike: Mask) -> list[list[str]]:
-    """The paths of `params`, those of one kind, rank and dtype together up to `PACK` entries."""
+    """The paths of `params`, those of one kind and dtype together up to `PACK` entries."""
     packs: list[list[str]] = []
     # the last pack of a kind, and the entries it has room for
     last: dict[Any, tuple[list[str], int]] = {}
     for name, leaf in params.items():
-        kind, size = (alike(name, leaf), leaf.ndim, leaf.dtype), leaf.numel()
+        kind, size = (alike(name, leaf), leaf.dtype), leaf.numel()
         pack, room = last.get(kind, ([], 0))
         if size > room or not leaf.ndim:
             pack, room = [], PACK
@@ -492,9 +494,9 @@ def apply_in_place(
     all do but `clip_by_global_norm`.
 
     Args:
-        alike: `(dotted path, leaf) -> key`; leaves of one key, rank and dtype may be packed into
-            one, which the optimizer sees under the path and with the rank of the first: the mask of
-            its decay is such a key.
+        alike: `(dotted path, leaf) -> key`; leaves of one key and dtype may be packed into one,
+            which the optimizer sees under the path and with the rank of the first: the mask of its
+            decay is such a key.
     """
     flat_params, flat_updates, flat_state = _flat(params), _flat(updates), _flat(state)
     after = flat_state

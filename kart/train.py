@@ -494,9 +494,9 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
 
     def step(state: State, hyper: Hyper, images: Tensor, targets: Tensor) -> tuple[State, Metrics]:
         grads, value = gradients(state, images, targets)
-        norm = tree.norm(grads)
         optimizer = optim.chain(clip, adamw(hyper, state.params))
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+        norm = opt_state[0].norm
         params = optim.apply_updates(state.params, updates)
         mean = average.update(state.average, params) if config.ema else state.average
         # a step that is not finite changes nothing, and no later one does: the state stays the last
@@ -520,9 +520,9 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
         state: State, hyper: Hyper, images: Tensor, targets: Tensor
     ) -> tuple[State, Metrics]:
         grads, value = gradients(state, images, targets)
-        norm = tree.norm(grads)
-        fine = value.isfinite() & norm.isfinite() & (state.bad_step < 0)
         grads, clip_state = optim.clip_in_place(config.max_norm, grads)
+        norm = clip_state.norm
+        fine = value.isfinite() & norm.isfinite() & (state.bad_step < 0)
         after = optim.apply_in_place(
             adamw(hyper, state.params),
             grads,
