@@ -142,7 +142,7 @@ def test_softmax_beside_the_product_has_the_plain_values_and_gradients(name, siz
     if masked == "pairs":
         mask[0] = False  # a query without keys
     coefs = draw(heads, rank, keys, basis.pieces.width, seed=2) / keys**0.5
-    assert cpp.engine_of(family_of(basis), softmax=True)[1] == ""
+    assert cpp.engine_of(family_of(basis), True)[1] == ""
 
     def reference(q, k, v, c):
         return plain.contract(basis, c, q, k, mask), plain.softmax_attention(q, k, v, mask)

@@ -46,7 +46,7 @@ def check(
                 f"`{name}` on {x.device}. Move them with `.to`."
             )
         # parameters may stay float32 beside narrower activations
-        if x.dtype != q.dtype and (name == second or x.dtype != plain.wide(q.new_empty(0)).dtype):
+        if x.dtype != q.dtype and (name == second or x.dtype != plain.wide_dtype(q)):
             raise ValueError(
                 f"`{function}` needs `{name}` in the dtype of `{first}`, {q.dtype}, got {x.dtype}. "
                 "Convert it with `.to`."

@@ -46,7 +46,7 @@ def contract_softmax(
     keys = k.shape[-2]
     narrow = all(x.dtype in cpp.DTYPES for x in (q, coefs)) and v.dtype == q.dtype
     fits = v.dim() >= 3 and v.shape[-2] == keys and coefs.shape[-2:] == (keys, family.width)
-    if not narrow or not fits or coefs.dim() < 4 or cpp.engine_of(family, softmax=True)[0] is None:
+    if not narrow or not fits or coefs.dim() < 4 or cpp.engine_of(family, True)[0] is None:
         return apart(coefs, q, k, v)
     *lead, heads = broadcast_leading(
         "contract_softmax",

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from kart.kernels import chunked, cpp, plain, triton
 from kart.kernels.arguments import broadcast_leading, check, flat_mask, laid_like, room_like
 from kart.kernels.family import Family, Product, family_named, family_of, pin, recordable
-from kart.kernels.transforms import forward_levels, front, no_autocast, recorded, signed
+from kart.kernels.transforms import Quick, forward_levels, front, no_autocast, recorded
 
 ENGINES = ("auto", "torch", "cpp", "triton", "plain")
 
@@ -169,11 +168,10 @@ def _plain(family: Family, q, k, coefs, mask, scale) -> Tensor:
         return plain.contract(family.basis, coefs, q, k, mask, scale)
 
 
-class _Forward(Function):
+class _Forward(Quick):
     """`(family, engine, scale, q, k, coefs, mask) -> y`, in the raw layout."""
 
     @staticmethod
-    @signed
     def forward(family, engine, scale, q, k, coefs, mask):
         name = recordable(family)
         return torch.ops.kart.contract_forward(q, k, coefs, mask, scale, name, engine)
@@ -234,11 +232,10 @@ class _Forward(Function):
         return fold.out(y), fold.axis
 
 
-class _Backward(Function):
+class _Backward(Quick):
     """`(family, engine, scale, dy, q, k, coefs, mask) -> dq, dk, dcoefs`, in the raw layout."""
 
     @staticmethod
-    @signed
     def forward(family, engine, scale, dy, q, k, coefs, mask):
         name = recordable(family)
         return torch.ops.kart.contract_backward(dy, q, k, coefs, mask, scale, name, engine)
@@ -367,6 +364,11 @@ def contract(
             return plain.contract(basis, coefs, q, k, mask, factor)
 
     rows, keys, units = q.shape[-2], k.shape[-2], coefs.shape[-3]
+    same = q.shape[:-2] == k.shape[:-2] == (*lead, heads) and coefs.shape[:-3] == (heads,)
+    if same and len(lead) == 1:
+        # as a model has them: eight views that change nothing cost as much as a small product
+        mask = None if mask is None else flat_mask(mask, lead)
+        return _apply(name, engine, factor, q, k, coefs[None], mask)
     q = q.expand(*lead, heads, *q.shape[-2:])
     k = k.expand(*lead, heads, *k.shape[-2:])
     # leading axes along which the coefficients differ, and those along which they are shared

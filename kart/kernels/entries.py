@@ -20,7 +20,7 @@ from kart.kernels.arguments import broadcast_leading, check, flat_mask
 from kart.kernels.cpp import weights as compiled
 from kart.kernels.cpp.weights import Weighted
 from kart.kernels.family import family_of
-from kart.kernels.plain import wide
+from kart.kernels.plain import wide, wide_dtype
 from kart.kernels.transforms import forward_levels, no_autocast
 
 ENGINES = ("auto", "torch", "cpp", "plain")
@@ -91,7 +91,7 @@ def entry_attention(
         x.expand(*lead, heads, *x.shape[-2:]).reshape(batch, heads, *x.shape[-2:])
         for x in (q, k, v)
     )
-    own = wide(q[..., :0]).dtype
+    own = wide_dtype(q)
     values = [x.to(own).expand(heads, *x.shape[1:])[None] for x in leaves.values()]
     mask, factor = (None if x is None else flat_mask(x, lead) for x in (mask, factor))
     factor_of_scores = q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
 import sys
@@ -109,6 +110,23 @@ def family_named(name: str) -> Family:
     factory, _, options = call.partition("?")
     families = importlib.import_module(module).FAMILIES
     return pin(family_of(families[factory](**json.loads(options))))
+
+
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(family or None, *rest)`, asked once for each while the family lives: to look up
+    what is built by its whole text would cost as much as a small product.
+    """
+    known: weakref.WeakKeyDictionary[Family, dict[Any, Any]] = weakref.WeakKeyDictionary()
+    of_none: dict[Any, Any] = {}
+
+    @functools.wraps(function)
+    def asked(family: Family | None, *rest: Any) -> Any:
+        own = of_none if family is None else known.setdefault(family, {})
+        if rest not in own:
+            own[rest] = function(family, *rest)
+        return own[rest]
+
+    return asked
 
 
 def pin(family: Family) -> Family:

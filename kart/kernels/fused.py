@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from kart.kernels import plain
-from kart.kernels.transforms import forward_levels, front, recorded, signed
+from kart.kernels.transforms import Quick, forward_levels, front, recorded
 
 
 class Fused(NamedTuple):
@@ -68,11 +67,10 @@ class _Fold:
         return x.unflatten(0, (self.members, self.batch))
 
 
-class _Forward(Function):
+class _Forward(Quick):
     """`(op, *inputs) -> (*outputs, *rest)`."""
 
     @staticmethod
-    @signed
     def forward(op, *inputs):
         return tuple(op.forward(*inputs))
 
@@ -114,11 +112,10 @@ class _Forward(Function):
         return tuple(fold.out(x) for x in results), (0,) * len(results)
 
 
-class _Backward(Function):
+class _Backward(Quick):
     """`(op, number of inputs, *gradients, *inputs, *results) -> gradients of what is learned`."""
 
     @staticmethod
-    @signed
     def forward(op, size, *tensors):
         gradients, rest = tensors[: op.count], tensors[op.count :]
         return tuple(op.backward(gradients, rest[:size], rest[size:]))

@@ -20,6 +20,11 @@ def wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of `wide(x)`."""
+    return torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+
+
 def transforming() -> bool:
     """Whether a transform of `torch.func` is running."""
     return bool(_functorch.get_interpreter_stack())

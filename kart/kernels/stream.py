@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from kart.kernels import chunked, fused, plain
 from kart.kernels.arguments import broadcast_leading, check, check_mask, flat_mask
 from kart.kernels.core import choose, contract, engine_for
 from kart.kernels.cpp import dense
 from kart.kernels.family import Product, family_of
-from kart.kernels.transforms import forward_levels, no_autocast, signed
+from kart.kernels.transforms import Quick, forward_levels, no_autocast
 
 # scores in a chunk: 4 MiB of float32, a few of which are alive at a time
 CHUNK = 2**20
@@ -27,14 +26,13 @@ CHUNK = 2**20
 VALUES = 2**21
 
 
-class _Recompute(Function):
+class _Recompute(Quick):
     """`fn(*tensors)`, of which only the tensors are kept for the backward."""
 
     # only torch operations inside, so that torch can derive the rule
     generate_vmap_rule = True
 
     @staticmethod
-    @signed
     def forward(fn, *tensors):
         return fn(*tensors)
 

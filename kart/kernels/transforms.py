@@ -2,23 +2,28 @@
 
 import contextlib
 import functools
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]  # no stubs
-from torch.autograd import forward_ad
+from torch._functorch.autograd_function import custom_function_call
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import Function, forward_ad
 
 
-def signed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps the signature of the `forward` of a Function, which every `apply` asks for: to find it
-    anew costs more than a small product.
+class Quick(Function):
+    """A Function whose `apply` takes all arguments of its `forward` in their order: torch binds
+    those of every call to a signature, which costs as much as a small product.
     """
-    forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    return forward
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return custom_function_call(cls, *args)  # type: ignore[call-arg]
+        return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
 def _levels(kind: Any) -> int:

@@ -18,7 +18,7 @@ from kart.bases import Basis, Params
 from kart.kernels.core import no_autocast
 from kart.kernels.entries import ENGINES as ENTRIES
 from kart.kernels.plain import scores as scores_of
-from kart.kernels.plain import simplex_rows, softmax_rows, wide
+from kart.kernels.plain import simplex_rows, softmax_rows, wide, wide_dtype
 
 
 class Operator(NamedTuple):
@@ -229,7 +229,7 @@ def simplex_values(
     engine: str = "auto",
 ) -> Tensor:
     """`simplex_rows(scale q k^T) v`, streamed, `(..., H, N, e)`."""
-    score = torch.tensor([0.0, 1.0], dtype=wide(q[..., :0]).dtype, device=q.device)
+    score = torch.tensor([0.0, 1.0], dtype=wide_dtype(q), device=q.device)
     units = {"coefs": score.expand(v.shape[-3], 2)}
     return kernels.entry_attention(
         SCORES, units, q, k, v, mask, form="simplex", scale=scale, engine=engine
@@ -384,9 +384,9 @@ class Streamed:
         q, k = (wide(self.q), wide(self.k)) if exact else (self.q, self.k)
         if basis.coefficients is None:
             # half types keep float32 parameters: the scores they meet are float32, too
-            units = {name: leaf.to(wide(q[..., :0]).dtype) for name, leaf in units.items()}
+            units = {name: leaf.to(wide_dtype(q)) for name, leaf in units.items()}
             return kernels.contract_units(basis, units, q, k, self.mask)
-        coefs = basis.coefficients(units).to(wide(q[..., :0]).dtype)
+        coefs = basis.coefficients(units).to(wide_dtype(q))
         if self.values is not None and not exact:
             y, self.attended = kernels.contract_softmax(
                 basis, coefs, q, k, self.values, self.mask, engine=self.engine

@@ -23,7 +23,7 @@ from torch import Tensor
 from kart.kernels import plain
 from kart.kernels.arguments import room_like
 from kart.kernels.cpp import build
-from kart.kernels.family import Family, Product, family_named
+from kart.kernels.family import Family, Product, family_named, once
 from kart.kernels.transforms import untransformed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -293,6 +293,7 @@ class FamilyOf(NamedTuple):
         return isinstance(other, FamilyOf)
 
 
+@once
 def engine_of(family: Family, softmax: bool = False) -> tuple[Engine | None, str]:
     """The checked kernels of a family and "", or None and why there are none."""
     if getattr(family.pieces, "cpp", None) is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from kart.kernels import plain
 from kart.kernels.arguments import room_like
 from kart.kernels.cpp import BASES, DTYPES, MAX_WIDTH, Array, FamilyOf, Shape, array_of, build
-from kart.kernels.family import Family
+from kart.kernels.family import Family, once
 from kart.kernels.transforms import untransformed
 
 
@@ -231,6 +231,7 @@ def _engine(
     return build.checked(label, source, make)
 
 
+@once
 def engine_of(family: Family | None, form: str, matrix: bool = False) -> tuple[Engine | None, str]:
     """The checked kernels and "", or None and why there are none."""
     options, name = (), "matrix" if matrix else "table"
