@@ -32,7 +32,7 @@ struct Groups {
   void take(Matrix<RIGHT>& to, const Shape& s, long task) const {
     to.width = std::min(GROUP, s.keys - first(task));
     const float* at = coefs_at(coefs, order, head(task) * order.batch) + first(task);
-    to.take_operands({coefs.data, coefs.b, coefs.h, coefs.p, 1}, at, s.queries);
+    to.take({coefs.data, coefs.b, coefs.h, coefs.p, 1}, at, s.queries, 1.0f);
   }
 };
 
@@ -47,7 +47,7 @@ struct Values {
   void take(const Groups& groups, long head, const Strided& v, const Shape& s) {
     tiles = true;
     for (size_t i = 0; i < of.size(); ++i) {
-      of[i]->take_operands(v, v.at(groups.b(head, i), groups.h(head)), s.queries);
+      of[i]->take(v, v.at(groups.b(head, i), groups.h(head)), s.queries, 1.0f);
       tiles = tiles && of[i]->tiles;
     }
   }
@@ -131,7 +131,7 @@ int kart_unmixed(const Shape* shape, const Coefs* coefs, int own, const Strided*
         for (long i = 0; i < samples; ++i) {
           const Matrix<false>& x = *values.of[i];
           const float* at = dmixed->at(groups.b(head, i), groups.h(head)) + groups.first(task) * dmixed->d;
-          pulled.take_operands(*dmixed, at, s.value_width);
+          pulled.take(*dmixed, at, s.value_width, 1.0f);
           if (!matrix.tiles || !values.tiles || !pulled.tiles) {
             failed = UNFIT;
             return;

@@ -15,12 +15,12 @@ static bool worth(long rows, long others, long width) {
 // to whole vectors, or pairs of tiles
 static long padded_to(long x, bool unit) { return round_up(x, unit ? PAIRED : W); }
 
-// The pieces of `rows` rows, up to 32, of the first COLUMNS of two vectors, `step` apart. Where given, `across` are the
+// The pieces of `rows` rows, up to 32, of the first COLUMNS of two vectors, `step` apart, times scale. Where given, `across` are the
 // operands of sums over columns, of the first 16 rows and, `next_row` further, of the others, and `along` those of sums over
 // rows, of the first 16 columns and, `next_column` further, of the others.
 template <int COLUMNS>
-static INLINE void split_block(const float* x, long step, long rows, Extent& extent, float* across, long next_row,
-                               float* along, long next_column) {
+static INLINE void split_block(const float* x, long step, long rows, float scale, Extent& extent, float* across,
+                               long next_row, float* along, long next_column) {
   for (long n = 0; n < SIDE; ++n) {
     ivec piece[2][2][PIECES];
 #pragma GCC unroll 2
@@ -29,7 +29,7 @@ static INLINE void split_block(const float* x, long step, long rows, Extent& ext
       for (int v = 0; v < 2; ++v) {
         const long row = n + i * SIDE;
         // what lies beyond is what was there before
-        const vec y = row < rows && v < COLUMNS ? load(x + row * step + v * SIDE) : vec{};
+        const vec y = row < rows && v < COLUMNS ? load(x + row * step + v * SIDE) * scale : vec{};
         extent.see(y);
         split(y, piece[i][v]);
       }
@@ -51,51 +51,70 @@ template <bool RIGHT>
 struct Matrix {
   long width, padded, whole;
   bool sums, dots, unit, tiles = false, exact = false;
-  Buffer rows, columns, pairs;
+  Buffer corner, columns, pairs;
   Matrix(long count, long columns_, bool sums_, bool unit_, bool dots_ = true)
       : width(columns_), padded(padded_to(columns_, unit_)), whole(padded_to(count, unit_)), sums(sums_), dots(dots_),
-        unit(unit_), rows((whole + W) * padded),  // a panel is read as W rows
-        columns(unit && dots ? operands() : 0), pairs(unit && sums ? operands() : 0) {}
+        unit(unit_), corner(unit ? PAIRED * PAIRED : 0), columns(unit && dots ? operands() : 0),
+        pairs(unit && sums ? operands() : 0), packed(0) {}
   // floats of either kind
   long operands() const { return whole / SIDE * (padded / PAIRED) * OPERAND; }
   // floats from one block to the next
   long row_step() const { return padded / PAIRED * OPERAND; }
   long column_step() const { return whole / PAIRED * OPERAND; }
 
+  // `count` rows times scale, which stay where they are until the next are taken
   void take(const Strided& x, const float* at, long count, float scale) {
-    pack_rows(at, x.n, x.d, count, whole + W, width, padded, scale, rows);
+    source = x;
+    source.data = at;
+    source_rows = count;
+    source_scale = scale;
+    ready = false;
     if (!unit) return;
-    Extent extent;
-    for (long r = 0; r < whole / PAIRED; ++r)
-      for (long t = 0; t < padded / PAIRED; ++t) take_block(r, t, rows + r * PAIRED * padded + t * PAIRED, padded, extent);
-    tiles = extent.fits();
-    exact = extent.whole();
-  }
-  // the operands alone, for the tile unit: from where the rows lie
-  void take_operands(const Strided& x, const float* at, long count) {
     Extent extent;
     for (long r = 0; r < whole / PAIRED; ++r)
       for (long t = 0; t < padded / PAIRED; ++t) {
         const long some = std::min(PAIRED, count - r * PAIRED), wide = std::min(PAIRED, width - t * PAIRED);
         const float* from = at + r * PAIRED * x.n + t * PAIRED * x.d;
         if (some == PAIRED && wide == PAIRED && x.d == 1) {
-          take_block(r, t, from, x.n, extent);
+          // rows lie far apart: the hardware sees no stream
+          for (long i = 0; i < PAIRED; ++i) {
+            __builtin_prefetch(from + (PAIRED + i) * x.n);
+            __builtin_prefetch(from + (PAIRED + i) * x.n + SIDE);
+          }
+          take_block(r, t, from, x.n, scale, extent);
         } else {
-          pack_rows(from, x.n, x.d, std::max(some, 0L), PAIRED, std::max(wide, 0L), PAIRED, 1.0f, rows);
-          take_block(r, t, rows, PAIRED, extent);
+          pack_rows(from, x.n, x.d, std::max(some, 0L), PAIRED, std::max(wide, 0L), PAIRED, scale, corner);
+          take_block(r, t, corner, PAIRED, 1.0f, extent);
         }
       }
     tiles = extent.fits();
     exact = extent.whole();
   }
-  void take_block(long r, long t, const float* from, long step, Extent& extent) {
+  void take_block(long r, long t, const float* from, long step, float scale, Extent& extent) {
     float *across = columns + 2 * r * row_step() + t * OPERAND, *along = pairs + 2 * t * column_step() + r * OPERAND;
-    split_block<2>(from, step, PAIRED, extent, dots ? across : nullptr, row_step(), sums ? along : nullptr, column_step());
+    split_block<2>(from, step, PAIRED, scale, extent, dots ? across : nullptr, row_step(), sums ? along : nullptr,
+                   column_step());
     for (int i = 0; i < 2; ++i) {
       if (RIGHT && dots) turn(across + i * row_step());
       if (!RIGHT && sums) turn(along + i * column_step());
     }
   }
+  // the rows, `padded` floats each, zero beyond the last, for the vector unit
+  const float* rows() {
+    if (!ready) {
+      packed.need((whole + W) * padded);  // a panel is read as W rows
+      pack_rows(source.data, source.n, source.d, source_rows, whole + W, width, padded, source_scale, packed);
+      ready = true;
+    }
+    return packed;
+  }
+
+ private:
+  Strided source;
+  long source_rows;
+  float source_scale;
+  bool ready = false;
+  Buffer packed;
 };
 
 // A block of up to LANES rows, in whose lanes the other matrix is met.
@@ -113,7 +132,7 @@ struct Lanes : Matrix<true> {
   const float* as_lanes() {
     if (!turned) {
       lanes.need(padded * LANES);
-      pack_lanes(rows, padded, lanes);
+      pack_lanes(rows(), padded, lanes);
       turned = true;
     }
     return lanes;
@@ -135,7 +154,7 @@ struct Between {
     if (!unit) return;
     Extent extent;
     for (long t = 0; t < round_up(rows, PAIRED) / PAIRED; ++t)
-      split_block<V>(entries + t * PAIRED * LANES, LANES, rows - t * PAIRED, extent,
+      split_block<V>(entries + t * PAIRED * LANES, LANES, rows - t * PAIRED, 1.0f, extent,
                      LANEWISE ? columns + 2 * t * OPERAND : nullptr, OPERAND, pairs + t * OPERAND, steps * OPERAND);
     fit = extent.fits();
   }
@@ -144,13 +163,13 @@ struct Between {
 // A matrix whose rows all pass.
 struct Rows : Matrix<false> {
   long count;
-  bool ready = false;
+  bool in_panels = false;
   Buffer panels;
   Rows(long count_, long columns_, bool sums_, bool unit_)
       : Matrix<false>(count_, columns_, sums_, unit_), count(count_), panels(0) {}
   void take(const Strided& x, const float* at, float scale) {
     Matrix<false>::take(x, at, count, scale);
-    ready = false;
+    in_panels = false;
   }
   // out[row][lane] = the product of rows from `first` on, a multiple of 16 or of ROWS, and lanes; of tiles whole ones
   template <int V>
@@ -160,10 +179,10 @@ struct Rows : Matrix<false> {
                 {x.columns, x.row_step(), x.exact}, out, LANES, false);
       return;
     }
-    if (!ready) {
+    if (!in_panels) {
       panels.need(round_up(count, ROWS) / ROWS * padded * W);
-      pack_panels(rows, padded, count, panels);
-      ready = true;
+      pack_panels(rows(), padded, count, panels);
+      in_panels = true;
     }
     const float* lanes = x.as_lanes();
     for (int n = 0; n < rows_;) {
@@ -177,13 +196,15 @@ struct Rows : Matrix<false> {
   // The sum over `rows_` rows from `first` on, a multiple of 32, of entries[row][lane] and the row, for the first `lanes` of V
   // vectors: out[column][lane] on the tile unit, out[lane][column] elsewhere; see `lane_rows`.
   template <int V>
-  void sum(const Between& between, const float* entries, long first, long rows_, int lanes, float* out, bool add) const {
-    const float* from = rows + first * padded;
-    if (tiles && between.fit)
+  void sum(const Between& between, const float* entries, long first, long rows_, int lanes, float* out, bool add) {
+    if (tiles && between.fit) {
       tile_gemm(padded / SIDE, V, round_up(rows_, PAIRED) / PAIRED,
                 {pairs + first / PAIRED * OPERAND, column_step(), exact},
                 {between.pairs, between.steps * OPERAND, false}, out, LANES, add);
-    else if (unit)
+      return;
+    }
+    const float* from = rows() + first * padded;
+    if (unit)
       gemm<ROWS, V, 1>(width, rows_, from, padded, entries, LANES, out, LANES, add);
     else
       wide_gemm<WIDE_ROWS, 1>(lanes, padded, rows_, entries, LANES, from, padded, out, padded, add);
@@ -198,11 +219,11 @@ struct Rows : Matrix<false> {
 };
 
 // out[row][column] += sum over the lanes of entries[row][lane] and the lane's row
-static void sum_lanes(const Lanes& x, const Between& between, const float* entries, int rows, float* out) {
+static void sum_lanes(Lanes& x, const Between& between, const float* entries, int rows, float* out) {
   if (x.tiles && between.fit) {
     tile_gemm(round_up(rows, SIDE) / SIDE, x.padded / SIDE, 1, {between.columns, OPERAND, false},
               {x.pairs, x.column_step(), x.exact}, out, x.padded, true);
     return;
   }
-  wide_gemm<WIDE_ROWS, LANES>(rows, x.padded, x.count, entries, 1, x.rows, x.padded, out, x.padded);
+  wide_gemm<WIDE_ROWS, LANES>(rows, x.padded, x.count, entries, 1, x.rows(), x.padded, out, x.padded);
 }

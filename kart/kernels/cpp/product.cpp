@@ -263,7 +263,7 @@ struct Backward {
     douts.take(d, x, 1.0f);
     for (long n = 0; n < s.queries; ++n, out += o.n) {
       logsumexp[n] = sums[n];
-      dots[n] = dot(douts.rows + n * douts.padded, out, o.d, s.value_width);
+      dots[n] = dot(douts.rows() + n * douts.padded, out, o.d, s.value_width);
     }
   }
 };

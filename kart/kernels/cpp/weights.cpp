@@ -387,7 +387,7 @@ int kart_backward(const Shape* shape, const float* options, const Strided* q, co
             const float c = i < queries && extra->factor ? extra->factor[row + i] : 1.0f;
             w.rows[i] = FORM == 0 ? c : i < queries ? extra->statistic[row + i] : SOFT || SIMPLEX ? INFINITY : 1.0f;
             w.rows[LANES + i] =
-                wanted ? dot(w.douts.rows + i * w.douts.padded, out + i * result->n, result->d, s.value_width) : 0.0f;
+                wanted ? dot(w.douts.rows() + i * w.douts.padded, out + i * result->n, result->d, s.value_width) : 0.0f;
             w.rows[2 * LANES + i] = c;
           }
           std::fill(w.dq.data, w.dq.data + w.keys.padded * LANES, 0.0f);
