@@ -253,8 +253,6 @@ FACTORS = {
     "epochs": "epochs",
     "patch_size": "side of a patch",
 }
-# factors whose trend is fitted, in doublings
-TRENDS = {name: FACTORS[name] for name in ("train_limit", "embed_dim")}
 
 
 def by_factor(cells: Sequence[str]) -> dict[str, list[str]]:
@@ -310,11 +308,11 @@ def trends(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Trend], list
     scores = tested(records)
     rows: list[tuple[str, str, float, list[float]]] = []
     for (cell, arm), own in scores.items():
-        if arm == "softmax" or not set(CELLS[cell]) <= set(TRENDS):
+        if arm == "softmax":
             continue
         fields = {**dataclasses.asdict(CENTRE), **CELLS[cell]}
         base = scores.get((cell, "softmax"), {})
-        doublings = [float(np.log2(fields[f] / getattr(CENTRE, f))) for f in TRENDS]
+        doublings = [float(np.log2(fields[f] / getattr(CENTRE, f))) for f in FACTORS]
         for seed in sorted(set(own) & set(base)):
             rows.append((arm, f"{cell}/{seed}", 100 * (own[seed] - base[seed]), doublings))
     cells = {arm: {row[1].partition("/")[0] for row in rows if row[0] == arm} for arm in ARMS}
@@ -322,7 +320,7 @@ def trends(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Trend], list
     rows = [row for row in rows if row[0] in arms]
     if not rows:
         return {}, []
-    width = 1 + len(TRENDS)
+    width = 1 + len(FACTORS)
     design = np.zeros((len(rows), width * len(arms)))
     for i, (arm, _, _, doublings) in enumerate(rows):
         at = width * arms.index(arm)
@@ -343,7 +341,7 @@ def trends(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Trend], list
             found[width * a],
             {
                 name: found[width * a + 1 + f]
-                for f, name in enumerate(TRENDS)
+                for f, name in enumerate(FACTORS)
                 if width * a + 1 + f in found
             },
             sum(row[0] == arm for row in rows),
@@ -531,7 +529,7 @@ def report(out: Path) -> list[str]:
             f"{one.centre[0]:+.2f} [{one.centre[1]:+.2f}, {one.centre[2]:+.2f}]",
             *(
                 f"{s[0]:+.2f} [{s[1]:+.2f}, {s[2]:+.2f}]" if (s := one.slopes.get(f)) else ""
-                for f in TRENDS
+                for f in FACTORS
             ),
             crossing(one),
             str(one.runs),
@@ -607,14 +605,14 @@ def report(out: Path) -> list[str]:
                     [
                         "arm",
                         "at the centre",
-                        *(f"a doubling of {word}" for word in TRENDS.values()),
+                        *(f"a doubling of {word}" for word in FACTORS.values()),
                         "would cross 0",
                         "runs",
                     ],
                     trend_rows,
                 ),
             ],
-            title="Trend in size and data",
+            title="Trends",
         ),
         pages.Section(
             [pages.items(undecided_ones or ["nothing: every interval is clear of 0"])],
@@ -640,7 +638,7 @@ def report(out: Path) -> list[str]:
         f"share of G3's gain that is a function of the scores, {cell}: {shown(found, 1.0)}"
         for cell, found in shares_found.items()
     ]
-    said += [tables.table(trend_rows, ["arm", "centre", *TRENDS.values(), "crosses 0", "runs"])]
+    said += [tables.table(trend_rows, ["arm", "centre", *FACTORS.values(), "crosses 0", "runs"])]
     return said
 
 
@@ -653,7 +651,7 @@ def crossing(trend: Trend) -> str:
             if doublings < 20:
                 at = getattr(CENTRE, field) * 2**doublings
                 sure = "" if high < 0 else " (slope not clear of 0)"
-                words.append(f"{TRENDS[field]} {at:,.0f}{sure}")
+                words.append(f"{FACTORS[field]} {at:,.0f}{sure}")
     return "; ".join(words) or "not on these lines"
 
 
