@@ -62,6 +62,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "16,000 images": {"train_limit": 16000},
     "depth 4": {"depth": 4},
     "30 epochs": {"epochs": 30},
+    "60 epochs": {"epochs": 60},
     "patch 4": {"patch_size": 4},
 }
 
