@@ -146,6 +146,58 @@ def test_leading_axes_of_any_are_those_of_the_output(op, axes):
     assert_close(op.attend(params, q, k, v), wanted)
 
 
+EMPTY = [
+    "tempered",
+    "static:base=softmax",
+    "static:rank=2,inside=true",
+    "softconv:prefix=0,rows=1",
+    "G3:order=elementwise",
+    "rational:order=elementwise,inside=true,start=scaled",
+    "G3:order=by_distance,inside=true",
+    "G2:order=full_rank,base=softmax",
+]
+
+
+@pytest.mark.parametrize("mask_shape", [None, (1, 1, "N", "M")], ids=["none", "full"])
+@pytest.mark.parametrize("spec", [*SPECS, *EMPTY])
+def test_no_samples_give_gradients_of_zero_like_those_of_some(spec, mask_shape):
+    mask = draw_mask(mask_shape, 5, 5)
+
+    def pulled(batch):
+        op, params, *qkv = setting(spec, 5, 5, dtype=torch.float32, batch=batch)
+        leaves = [x.requires_grad_() for x in (*qkv, *tree.leaves(params))]
+        out = op.attend(params, *qkv, mask)
+        found = torch.autograd.grad(out, leaves, torch.ones_like(out), allow_unused=True)
+        return out, leaves, found
+
+    out, leaves, found = pulled(0)
+    assert out.shape == (0, HEADS, 5, 4)
+    for leaf, gradient, wanted in zip(leaves, found, pulled(2)[2], strict=True):
+        assert (gradient is None) == (wanted is None)
+        if gradient is not None:
+            assert_close(gradient, torch.zeros_like(leaf))
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *EMPTY])
+def test_vmap_over_nothing_gives_nothing(spec):
+    op, params, q, k, v = setting(spec, 5, 5, dtype=torch.float32, batch=0)
+    mask = torch.ones(0, 1, 5, 5, dtype=torch.bool)
+    for masks in (None, mask):
+        per_sample = vmap(
+            grad(lambda params, q, *rest: op.attend(params, q, *rest).sum(), argnums=(0, 1)),
+            in_dims=(None, 0, 0, 0, None if masks is None else 0),
+        )
+        of_params, of_q = per_sample(params, q, k, v, masks)
+        assert of_q.shape == q.shape
+        for x, leaf in zip(tree.leaves(of_params), tree.leaves(params), strict=True):
+            assert x.shape == (0, *leaf.shape)
+    if params:
+        none = tree.map(lambda x: x.new_zeros(0, *x.shape), params)
+        qkv = (torch.ones(2, HEADS, 5, 4) for _ in range(3))
+        out = vmap(op.attend, in_dims=(0, None, None, None))(none, *qkv)
+        assert out.shape == (0, 2, HEADS, 5, 4)
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_vmap_over_examples_and_over_populations_equals_a_loop(spec):
     op, params, q, k, v = setting(spec, 3, 4)

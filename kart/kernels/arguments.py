@@ -103,7 +103,7 @@ def flat_mask(mask: Tensor, lead: Sequence[int]) -> Tensor:
     mask = mask.reshape((1,) * (len(lead) + 3 - mask.dim()) + mask.shape)
     if any(size != 1 for size in mask.shape[: len(lead)]):
         mask = mask.expand(*lead, *mask.shape[len(lead) :])
-    return mask.reshape(-1, *mask.shape[len(lead) :])
+    return mask.reshape(math.prod(mask.shape[: len(lead)]), *mask.shape[len(lead) :])
 
 
 def side_by_side(x: Tensor) -> bool:

@@ -65,12 +65,13 @@ def contract_softmax(
     )
     shared = all(size == 1 for size in coefs.shape[:-4])
     coefs = coefs.expand(*([1] * len(lead) if shared else lead), heads, *coefs.shape[-3:])
-    coefs = coefs.reshape(-1, heads, *coefs.shape[-3:])
+    coefs = coefs.reshape(math.prod(coefs.shape[:-4]), heads, *coefs.shape[-3:])
     mask = None if mask is None else flat_mask(mask, lead)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     with no_autocast(q):
         y, out = fused.apply(_both(family, factor), q, k, v, coefs, mask)
-    return y.reshape(*lead, heads, rows, -1), out.reshape(*lead, heads, rows, -1)
+    y, out = (x.reshape(*lead, heads, rows, x.shape[-1]) for x in (y, out))
+    return y, out
 
 
 def _apart(basis, coefs, q, k, v, mask, scale, engine) -> tuple[Tensor, Tensor]:

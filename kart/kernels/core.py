@@ -125,26 +125,26 @@ class _Fold:
     sample has its own already.
     """
 
-    def __init__(self, members: int, batch: int, own: bool):
+    def __init__(self, members: int, shape: Sequence[int], coefs_batch: int, own: bool):
         self.members = members
-        self.axis = 1 if own and batch != 1 else 0
-        self.own = own
+        self.axis = 1 if own and coefs_batch == 1 != shape[0] else 0
+        self.size = shape[self.axis]
 
     def tensor(self, x: Tensor, dim: int | None) -> Tensor:
         """`(B, H, ...)` with its mapped axis at `dim`, to `(P B, H, ...)` or `(B, P H, ...)`."""
         x = front(x, dim, self.members)
         return x.movedim(0, self.axis).flatten(self.axis, self.axis + 1)
 
-    def mask(self, mask: Tensor | None, dim: int | None, shape: Sequence[int]) -> Tensor | None:
+    def mask(self, mask: Tensor | None, dim: int | None) -> Tensor | None:
         if mask is None or (dim is None and mask.shape[self.axis] == 1):
             return mask
         mapped = front(mask, dim, self.members)
         sizes = list(mapped.shape)
-        sizes[self.axis + 1] = shape[self.axis]
+        sizes[self.axis + 1] = self.size
         return mapped.expand(sizes).movedim(0, self.axis).flatten(self.axis, self.axis + 1)
 
     def out(self, x: Tensor) -> Tensor:
-        return x.unflatten(self.axis, (self.members, -1 if x.shape[self.axis] else 0))
+        return x.unflatten(self.axis, (self.members, self.size))
 
 
 def _logical(x: Tensor, dim: int | None) -> list[int]:
@@ -216,10 +216,10 @@ class _Forward(Quick):
             # more units on the same scores, which are computed once
             stacked = coefs.movedim(coefs_dim, 2).flatten(2, 3)
             y = _Forward.apply(family, engine, scale, q, k, stacked, mask)
-            return y.unflatten(-1, (members, -1)), 3
+            return y.unflatten(-1, (members, _logical(coefs, coefs_dim)[2])), 3
         shape = _logical(q, q_dim)
         own = coefs_dim is not None or coefs.shape[0] != 1
-        fold = _Fold(members, shape[0] if _logical(coefs, coefs_dim)[0] == 1 else 1, own)
+        fold = _Fold(members, shape, _logical(coefs, coefs_dim)[0], own)
         y = _Forward.apply(
             family,
             engine,
@@ -227,7 +227,7 @@ class _Forward(Quick):
             fold.tensor(q, q_dim),
             fold.tensor(k, k_dim),
             fold.tensor(coefs, coefs_dim) if own else coefs,
-            fold.mask(mask, mask_dim, shape),
+            fold.mask(mask, mask_dim),
         )
         return fold.out(y), fold.axis
 
@@ -276,7 +276,7 @@ class _Backward(Quick):
         _, _, _, dy_dim, q_dim, k_dim, coefs_dim, mask_dim = in_dims
         shape = _logical(q, q_dim)
         # every member wants its own gradient of the coefficients, so each gets its own coefficients
-        fold = _Fold(info.batch_size, shape[0] if _logical(coefs, coefs_dim)[0] == 1 else 1, True)
+        fold = _Fold(info.batch_size, shape, _logical(coefs, coefs_dim)[0], True)
         gradients = _Backward.apply(
             family,
             engine,
@@ -285,7 +285,7 @@ class _Backward(Quick):
             fold.tensor(q, q_dim),
             fold.tensor(k, k_dim),
             fold.tensor(coefs, coefs_dim),
-            fold.mask(mask, mask_dim, shape),
+            fold.mask(mask, mask_dim),
         )
         return tuple(fold.out(x) for x in gradients), (fold.axis,) * 3
 
@@ -380,7 +380,7 @@ def contract(
         batch = math.prod(lead)
         q, k = (x.reshape(batch, heads, *x.shape[-2:]) for x in (q, k))
         coefs = coefs.expand(*coefs.shape[:count], heads, units, keys, width)
-        coefs = coefs.reshape(-1, heads, units, keys, width)
+        coefs = coefs.reshape(math.prod(coefs.shape[:count]), heads, units, keys, width)
         mask = None if mask is None else flat_mask(mask, lead)
         y = _apply(name, engine, factor, q, k, coefs, mask)
         return y.reshape(*lead, heads, rows, units)

@@ -35,10 +35,16 @@ class Fused(NamedTuple):
 
 def apply(op: Fused, *inputs: Tensor | None) -> tuple[Tensor, ...]:
     """The outputs of a fused product."""
-    return _Forward.apply(op, *inputs)[: op.count]
+    return _run(op, inputs)[: op.count]
 
 
-def _pulled(op: Fused, inputs: Sequence[Any], gradients: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _run(op: Fused, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The results of the forward; of no samples the outputs alone, for which no kernel is called."""
+    some = inputs[0] is not None and inputs[0].shape[0]
+    return _Forward.apply(op, *inputs) if some else tuple(op.expression(*inputs))
+
+
+def _pulled(op: Fused, inputs: Sequence[Any], gradients: Sequence[Any]) -> tuple[Tensor, ...]:
     """The gradients of the learned inputs, to be differentiated further."""
 
     def expression(*learned: Tensor) -> tuple[Tensor, ...]:
@@ -108,7 +114,7 @@ class _Forward(Quick):
             fold.tensor(x, dim, i in op.shared)
             for i, (x, dim) in enumerate(zip(inputs, dims, strict=True))
         ]
-        results = _Forward.apply(op, *folded)
+        results = _run(op, folded)
         return tuple(fold.out(x) for x in results), (0,) * len(results)
 
 
@@ -154,7 +160,11 @@ class _Backward(Quick):
             fold.tensor(x, dim, i in shared)
             for i, (x, dim) in enumerate(zip(tensors, dims, strict=True))
         ]
-        pulled = [fold.out(x) for x in _Backward.apply(op, size, *folded)]
+        if folded[count].shape[0]:
+            pulled = _Backward.apply(op, size, *folded)
+        else:
+            pulled = _pulled(op, folded[count : count + size], folded[:count])
+        pulled = [fold.out(x) for x in pulled]
         for at, i in enumerate(op.learned):
             x, dim = tensors[count + i], dims[count + i]
             batch = x.shape[0] if dim is None else x.movedim(dim, 0).shape[1]

@@ -137,7 +137,9 @@ def _apply(
         # one product for all samples: a matmul would repeat the table a sample
         added = torch.einsum("bhnm,chme->chne", table, v)
         return _apply(q, k, v, mask, scale) + added.to(v.dtype)
-    if forward_levels() or (q.device.type != "cpu" and grad_levels() > 1):
+    # fused kernels of other devices refuse no samples, or leave them without a graph
+    elsewhere = q.device.type != "cpu" and (grad_levels() > 1 or not q.shape[0])
+    if forward_levels() or elsewhere:
         return plain.softmax_attention(q, k, v, mask, scale)
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
@@ -214,14 +216,12 @@ def softmax_attention(
         mask = mask | ~some
     if torch.compiler.is_compiling():
         _keep_whole()
-    out = v.new_zeros(0, heads, rows, v.shape[-1])
-    if batch:
-        # without a table the call has no other arguments, as torch.compile sees it
-        if table is None:
-            out = _apply(q, k, v, mask, factor)
-        else:
-            own = table[None].to(plain.wide(v[:0]).dtype)
-            out = _apply(q, k, v, mask, factor, own, torch.compiler.is_compiling())
+    # without a table the call has no other arguments, as torch.compile sees it
+    if table is None:
+        out = _apply(q, k, v, mask, factor)
+    else:
+        own = table[None].to(plain.wide(v[:0]).dtype)
+        out = _apply(q, k, v, mask, factor, own, torch.compiler.is_compiling())
     if some is not None:
         out = torch.where(some, out, 0)
     return out.reshape(*lead, heads, rows, v.shape[-1])

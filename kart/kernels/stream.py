@@ -70,7 +70,8 @@ def _recompute(fn: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
 
 def _flat(lead: list[int], *tensors: Tensor) -> list[Tensor]:
     """Tensors `(..., a, b)` as `(B, heads, a, b)`, for the common leading axes and heads."""
-    return [x.expand(*lead, *x.shape[-2:]).reshape(-1, lead[-1], *x.shape[-2:]) for x in tensors]
+    batch, heads = math.prod(lead[:-1]), lead[-1]
+    return [x.expand(*lead, *x.shape[-2:]).reshape(batch, heads, *x.shape[-2:]) for x in tensors]
 
 
 def _split(step: int, first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
@@ -82,9 +83,10 @@ def _split(step: int, first: Tensor, *others: Tensor | None) -> Iterator[tuple[A
     def parts(x: Tensor | None) -> Sequence[Any]:
         # split, not sliced: the gradient of a slice is a tensor of the size of the whole, each
         whole = x is None or (x.shape[0] == 1 != batch)
-        return [x] * -(-batch // step) if whole else x.split(step)  # type: ignore[union-attr]
+        return [x] * len(firsts) if whole else x.split(step)  # type: ignore[union-attr]
 
-    return zip(first.split(step), *(parts(x) for x in others), strict=True)
+    firsts = first.split(step)  # one of no samples, too
+    return zip(firsts, *(parts(x) for x in others), strict=True)
 
 
 def contract_values(
@@ -127,9 +129,7 @@ def contract_values(
         mask=() if mask is None else mask.shape[:-2],
     )
     qs, ks, vs = _flat([*lead], q, k, v)
-    batch, heads = qs.shape[:2]
-    if not batch:
-        return q.new_zeros(*lead, q.shape[-2], v.shape[-1])
+    heads = qs.shape[1]
     coefs = coefs.expand(heads, *coefs.shape[1:])[None]
     mask = None if mask is None else flat_mask(mask, lead[:-1])
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -335,8 +335,7 @@ def _units_in_chunks(
     *leaves: Tensor,
 ) -> Tensor:
     """`_units` in torch, one unit and a few samples at a time, recomputed in the backward."""
-    batch, heads, rows, _ = q.shape
-    step = max(1, CHUNK // (heads * rows * k.shape[-2]))
+    step = max(1, CHUNK // (q.shape[1] * q.shape[2] * k.shape[2]))
 
     def one(q: Tensor, k: Tensor, mask: Tensor | None, *leaves: Tensor) -> Tensor:
         lifted = {name: leaf.unsqueeze(2) for name, leaf in zip(names, leaves, strict=True)}
@@ -345,8 +344,6 @@ def _units_in_chunks(
             values = torch.where(mask, values, 0)
         return values.sum(-1)
 
-    if not batch:
-        return q.new_zeros(0, heads, rows, leaves[0].shape[2])
     parts = []
     for qs, ks, ms, *units in _split(step, q, k, mask, *leaves):
         single = zip(*(leaf.unbind(2) for leaf in units), strict=True)

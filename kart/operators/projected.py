@@ -10,6 +10,7 @@ and both projections act on J rows a head instead of on every token. Nothing of 
 kept for the backward but X.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -55,8 +56,8 @@ def projected(factors: Factored, x: Tensor, value: dict[str, Any], out: dict[str
     left, right = factors
     lead, (heads, queries, rank) = left.shape[:-3], left.shape[-3:]
     tokens, size = x.shape[-2:]
-    x = x.reshape(-1, tokens, size)
-    batch, right = x.shape[0], right.to(x.dtype)
+    batch, right = math.prod(x.shape[:-2]), right.to(x.dtype)
+    x = x.reshape(batch, tokens, size)
     # R^T X, (H, B J, D): one product a head and sample, then one a head
     sums = torch.bmm(right.mT.flatten(0, 1).expand(batch, -1, -1), x)
     sums = sums.unflatten(1, (heads, rank)).transpose(0, 1).flatten(1, 2)
@@ -69,6 +70,6 @@ def projected(factors: Factored, x: Tensor, value: dict[str, Any], out: dict[str
         hidden = (hidden.unflatten(1, (batch, rank)) + share).flatten(1, 2)
     weight = out["weight"].to(x.dtype).unflatten(1, (heads, -1)).permute(1, 2, 0)
     found = torch.bmm(hidden, weight).unflatten(1, (batch, rank)).transpose(0, 1).flatten(1, 2)
-    left = left.reshape(-1, heads, queries, rank).transpose(1, 2).flatten(2)
+    left = left.reshape(batch, heads, queries, rank).transpose(1, 2).flatten(2)
     y = torch.baddbmm(out["bias"].to(x.dtype), left, found) if "bias" in out else left @ found
     return y.reshape(*lead, queries, size)
