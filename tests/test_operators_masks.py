@@ -112,6 +112,22 @@ def test_poison_passes_where_it_is_attended_to(spec):
     assert op.attend(params, q, k, v, mask).isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("keys", [1, 7, 15, 16])
+@pytest.mark.parametrize(
+    "spec", [*FIXED, "tempered", "G2", "G2:base=softmax", "dog", "G2:project=simplex", "softmax+G2"]
+)
+def test_a_query_of_nan_has_an_output_of_nan_and_the_others_have_theirs(spec, keys, dtype):
+    op, params, q, k, v = drawn(spec, 0, dtype, m=keys)
+    wanted = op.attend(params, q, k, v)
+    q[1, 0, 2, 1] = math.nan
+    out = op.attend(params, q, k, v)
+    assert out[1, 0, 2].isnan().all()
+    others = torch.ones(q.shape[:-1], dtype=torch.bool)
+    others[1, 0, 2] = False
+    assert_close(out[others], wanted[others])
+
+
 @pytest.mark.parametrize("show", [True, False])
 @pytest.mark.parametrize(
     "spec", [*FIXED, *(spec_of(*x) for x in itertools.product(["G2", "dog"], ORDERS, ROWS))]

@@ -18,6 +18,8 @@ from kart.kernels.cpp.weights import Weighted
 from kart.kernels.transforms import forward_levels, grad_levels
 
 _FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
+# of fewer keys than a vector register holds, and no bias, the kernel makes zeros of a query of NaN
+_LANES = 16
 
 
 def _bias(mask: Tensor | None, like: Tensor, rows: int, keys: int) -> Tensor | None:
@@ -33,7 +35,10 @@ def _dense(*tensors: Tensor) -> list[Tensor]:
 
 
 def _flash_forward(scale, q, k, v, mask):
-    bias = _bias(mask, q, q.shape[-2], k.shape[-2])
+    keys = k.shape[-2]
+    if mask is None and keys < _LANES:
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
+    bias = _bias(mask, q, q.shape[-2], keys)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *_dense(q, k, v), 0.0, False, attn_mask=bias, scale=scale
     )
