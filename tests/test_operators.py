@@ -146,7 +146,7 @@ def test_leading_axes_of_any_are_those_of_the_output(op, axes):
     assert_close(op.attend(params, q, k, v), wanted)
 
 
-EMPTY = [
+MORE = [
     "tempered",
     "static:base=softmax",
     "static:rank=2,inside=true",
@@ -159,7 +159,7 @@ EMPTY = [
 
 
 @pytest.mark.parametrize("mask_shape", [None, (1, 1, "N", "M")], ids=["none", "full"])
-@pytest.mark.parametrize("spec", [*SPECS, *EMPTY])
+@pytest.mark.parametrize("spec", [*SPECS, *MORE])
 def test_no_samples_give_gradients_of_zero_like_those_of_some(spec, mask_shape):
     mask = draw_mask(mask_shape, 5, 5)
 
@@ -178,7 +178,7 @@ def test_no_samples_give_gradients_of_zero_like_those_of_some(spec, mask_shape):
             assert_close(gradient, torch.zeros_like(leaf))
 
 
-@pytest.mark.parametrize("spec", [*SPECS, *EMPTY])
+@pytest.mark.parametrize("spec", [*SPECS, *MORE])
 def test_vmap_over_nothing_gives_nothing(spec):
     op, params, q, k, v = setting(spec, 5, 5, dtype=torch.float32, batch=0)
     mask = torch.ones(0, 1, 5, 5, dtype=torch.bool)
@@ -196,6 +196,23 @@ def test_vmap_over_nothing_gives_nothing(spec):
         qkv = (torch.ones(2, HEADS, 5, 4) for _ in range(3))
         out = vmap(op.attend, in_dims=(0, None, None, None))(none, *qkv)
         assert out.shape == (0, 2, HEADS, 5, 4)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *MORE])
+def test_batched_gradients_of_autograd_are_those_of_a_loop(spec):
+    op, params, *qkv = setting(spec, 5, 5, dtype=torch.float32)
+    leaves = [x.requires_grad_() for x in (*qkv, *tree.leaves(params))]
+    for mask in (None, draw_mask(("N", "M"), 5, 5)):
+        out = op.attend(params, *qkv, mask)
+        probes = torch.randn(3, *out.shape, generator=torch.Generator().manual_seed(2))
+
+        def pull(probe, out=out, **options):
+            options = {"retain_graph": True, "allow_unused": True, **options}
+            return torch.autograd.grad(out, leaves, probe, **options, materialize_grads=True)
+
+        loop = zip(*(pull(probe) for probe in probes), strict=True)
+        for got, wanted in zip(pull(probes, is_grads_batched=True), loop, strict=True):
+            assert_close(got, torch.stack(wanted).expand(got.shape), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -18,7 +18,7 @@ from torch import Tensor
 from kart.kernels import chunked, cpp, plain, triton
 from kart.kernels.arguments import broadcast_leading, check, flat_mask, laid_like, room_like
 from kart.kernels.family import Family, Product, family_named, family_of, pin, recordable
-from kart.kernels.transforms import Quick, forward_levels, front, no_autocast, recorded
+from kart.kernels.transforms import Quick, batchable, forward_levels, front, no_autocast, recorded
 
 ENGINES = ("auto", "torch", "cpp", "triton", "plain")
 
@@ -183,6 +183,7 @@ class _Forward(Quick):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
+    @batchable
     def backward(ctx, dy):
         q, k, coefs, mask = ctx.saved_tensors
         if forward_levels() > 1:
@@ -247,6 +248,7 @@ class _Backward(Quick):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
+    @batchable
     def backward(ctx, *cotangents):
         # <u, dq> + <v, dk> + <w, dcoefs> is <dy, tangent of y along (u, v, w)>
         dy, *primals, mask = ctx.saved_tensors

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kart.kernels import plain
-from kart.kernels.transforms import Quick, forward_levels, front, recorded
+from kart.kernels.transforms import Quick, batchable, forward_levels, front, recorded
 
 
 class Fused(NamedTuple):
@@ -39,7 +39,7 @@ def apply(op: Fused, *inputs: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _run(op: Fused, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """The results of the forward; of no samples the outputs alone, for which no kernel is called."""
+    """The results of the forward; of no samples the outputs alone, without a kernel."""
     some = inputs[0] is not None and inputs[0].shape[0]
     return _Forward.apply(op, *inputs) if some else tuple(op.expression(*inputs))
 
@@ -90,6 +90,7 @@ class _Forward(Quick):
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
+    @batchable
     def backward(ctx, *gradients):
         op, saved = ctx.op, ctx.saved_tensors  # asked for once: each time all are unpacked
         inputs, results = saved[: ctx.inputs], saved[ctx.inputs :]
@@ -133,6 +134,7 @@ class _Backward(Quick):
         ctx.save_for_backward(*tensors[: ctx.op.count + ctx.size])
 
     @staticmethod
+    @batchable
     def backward(ctx, *cotangents):
         op, count, saved = ctx.op, ctx.op.count, ctx.saved_tensors
         gradients, inputs = saved[:count], list(saved[count:])

@@ -18,7 +18,7 @@ from kart.kernels.arguments import broadcast_leading, check, check_mask, flat_ma
 from kart.kernels.core import choose, contract, engine_for
 from kart.kernels.cpp import dense
 from kart.kernels.family import Product, family_of
-from kart.kernels.transforms import Quick, forward_levels, no_autocast
+from kart.kernels.transforms import Quick, batchable, forward_levels, no_autocast
 
 # scores in a chunk: 4 MiB of float32, a few of which are alive at a time
 CHUNK = 2**20
@@ -42,6 +42,7 @@ class _Recompute(Quick):
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
+    @batchable
     def backward(ctx, gradient):
         tensors = list(ctx.saved_tensors)
         # no others: torch.func cannot give a gradient to a constant of a level that has ended

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +24,37 @@ class Quick(Function):
         if torch._C._are_functorch_transforms_active():
             return custom_function_call(cls, *args)  # type: ignore[call-arg]
         return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+
+
+def batchable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A `backward` of a Function for `torch.autograd.grad(is_grads_batched=True)` too, which maps
+    by a vmap older than that of torch.func: that one's rules are followed instead.
+    """
+
+    @functools.wraps(backward)
+    def mapped(ctx: Any, *gradients: Tensor | None) -> Any:
+        old = [g is not None and _functorch.is_legacy_batchedtensor(g) for g in gradients]
+        if not any(old):
+            return backward(ctx, *gradients)
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        some: list[bool] = []
+
+        def pull(*gradients: Tensor | None) -> tuple[Tensor, ...]:
+            found = backward(ctx, *gradients)
+            some.extend(x is not None for x in found)
+            return tuple(x for x in found if x is not None)
+
+        # the size is asked of tensors without the axis alone
+        whole = [
+            torch._remove_batch_dim(g, level, 0, 0) if own else g  # type: ignore[arg-type]
+            for g, own in zip(gradients, old, strict=True)
+        ]
+        pulled = iter(torch.func.vmap(pull, tuple(0 if own else None for own in old))(*whole))
+        add = torch._add_batch_dim  # type: ignore[attr-defined]
+        return tuple(add(next(pulled), 0, level) if x else None for x in some)
+
+    return mapped
 
 
 def _levels(kind: Any) -> int:

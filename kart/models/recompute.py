@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from kart import tree
-from kart.kernels.core import forward_levels
 from kart.kernels.plain import pullback
+from kart.kernels.transforms import batchable, forward_levels
 
 Params = Any
 Part = Callable[[Params, Tensor], Tensor]
@@ -39,6 +39,7 @@ class _Again(Function):
         ctx.autocast = (device, torch.get_autocast_dtype(device)) if on else None
 
     @staticmethod
+    @batchable
     def backward(ctx, gradient):
         again = contextlib.nullcontext()
         if ctx.autocast is not None:
