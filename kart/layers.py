@@ -12,20 +12,21 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from kart import kernels
+from kart.bases import DRAWN
 
 Params = dict[str, Any]
 
 
 def truncated_normal(generator: Generator, *shape: int, std: float = 0.02) -> Tensor:
     """N(0, std^2) cut at two standard deviations, as ViTs are initialised, `shape`, on the CPU."""
-    weight = torch.empty(shape)
+    weight = torch.empty(shape, **DRAWN)
     return torch.nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std, generator=generator)
 
 
 def linear_init(generator: Generator, in_size: int, out_size: int, bias: bool = True) -> Params:
     """Parameters of `linear`, `weight (out, in)` and, unless it has none, a zero `bias (out,)`."""
     weight = {"weight": truncated_normal(generator, out_size, in_size)}
-    return {**weight, "bias": torch.zeros(out_size)} if bias else weight
+    return {**weight, "bias": torch.zeros(out_size, **DRAWN)} if bias else weight
 
 
 def linear(params: Params, x: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ def split_outputs(params: Params, shares: Sequence[int]) -> list[Params]:
 
 def layer_norm_init(size: int) -> Params:
     """Parameters of `layer_norm`, ones and zeros."""
-    return {"weight": torch.ones(size), "bias": torch.zeros(size)}
+    return {"weight": torch.ones(size, **DRAWN), "bias": torch.zeros(size, **DRAWN)}
 
 
 def layer_norm(params: Params, x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -81,7 +82,7 @@ def mlp(params: Params, x: Tensor) -> Tensor:
 def patch_embed_init(generator: Generator, channels: int, patch_size: int, size: int) -> Params:
     """Parameters of `patch_embed`: those of the equivalent convolution, `weight (D, C, p, p)`."""
     weight = truncated_normal(generator, size, channels, patch_size, patch_size)
-    return {"proj": {"weight": weight, "bias": torch.zeros(size)}}
+    return {"proj": {"weight": weight, "bias": torch.zeros(size, **DRAWN)}}
 
 
 def patch_embed(params: Params, images: Tensor) -> Tensor:

@@ -91,6 +91,62 @@ assert not os.listdir("."), os.listdir(".")
     assert result.returncode == 0, result.stderr
 
 
+def test_the_defaults_of_torch_change_nothing_and_first_use_may_be_under_any():
+    program = """
+import logging, torch
+from kart import models, operators, tree
+
+specs = ["softmax", "G2", "rational", "static:base=softmax", "G2:order=full_rank", "tempered"]
+specs += ["G2:order=elementwise", "sparsemax", "relative:inside=true", "gated", "linformer"]
+specs += ["G2:order=by_offset", "G2:base=softmax,mix=linear", "synthesizer:width=3", "dog"]
+
+
+def draw(generator, *shape):
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def found():
+    for spec in specs:
+        op, generator = operators.parse(spec).operator, torch.Generator().manual_seed(0)
+        params = op.init(generator, 2, 5)
+        q, k, v = (draw(generator, 2, 2, 5, 3) for _ in range(3))
+        yield params, op.attend(params, q, k, v)
+    for name in ("vit_nano", "convit_tiny", "swin_tiny", "vitdet_tiny"):
+        sizes = {"image_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 8, "num_heads": 4}
+        sizes |= {"depth": 2, "gated_blocks": 1} if name == "convit_tiny" else {}
+        sizes |= {"global_blocks": (0,)} if name == "vitdet_tiny" else {}
+        if name == "swin_tiny":
+            sizes = {"image_size": 32, "patch_size": 4, "depths": (1,), "num_heads": (4,)}
+            sizes |= {"embed_dim": 8, "window_size": 4}
+        model = models.create(name, operator="G2B", **sizes)
+        yield model.init(torch.Generator().manual_seed(0)), draw(torch.Generator(), 0)
+
+
+class Heard(logging.Handler):
+    def emit(self, record):
+        raise AssertionError(record.getMessage())
+
+
+logging.getLogger("kart").addHandler(Heard())
+torch.set_default_dtype(torch.float64)
+with torch.inference_mode(), torch.device("meta"):
+    odd = list(found())
+torch.set_default_dtype(torch.float32)
+for one, other in zip(odd, found(), strict=True):
+    for x, y in zip(tree.leaves(one[0]), tree.leaves(other[0]), strict=True):
+        assert x.dtype == y.dtype and torch.equal(x, y)
+    assert torch.equal(one[1], other[1])
+# what was kept from then can be differentiated
+for spec in specs:
+    op = operators.parse(spec).operator
+    params = tree.map(lambda x: x.requires_grad_(), op.init(torch.Generator(), 2, 5))
+    q = torch.ones(2, 2, 5, 3, requires_grad=True)
+    op.attend(params, q, q, q).sum().backward()
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_every_module_and_public_function_has_a_docstring():
     for info in pkgutil.walk_packages(kart.__path__, "kart."):
         if "triton" in info.name.split(".")[-1] or ".triton" in info.name:

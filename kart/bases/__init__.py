@@ -20,7 +20,7 @@ Triton, a family declares beside its features, in one file.
 
 from collections.abc import Callable
 
-from kart.bases.basis import BASES, Basis, Cpp, Params, linear, normal
+from kart.bases.basis import BASES, DRAWN, Basis, Cpp, Params, linear, normal
 from kart.bases.bspline import bspline
 from kart.bases.fourier import fourier, harmonics
 from kart.bases.polynomial import chebyshev, polynomial
@@ -54,6 +54,7 @@ NUMBERS: dict[str, tuple[str, ...]] = {
 
 __all__ = [
     "BASES",
+    "DRAWN",
     "FAMILIES",
     "NUMBERS",
     "Basis",

@@ -153,6 +153,9 @@ def _again(factory: Callable[..., Basis], arguments: Mapping[str, Any]) -> Basis
 # the largest grid or degree: a feature each, of which a unit has that many parameters
 MOST = 4096
 
+# parameters as they are drawn, whatever torch's defaults are
+DRAWN: Any = {"dtype": torch.float32, "device": "cpu"}
+
 BASES = {"zero": None, "identity": lambda x: x, "silu": F.silu, "gelu": F.gelu}
 
 
@@ -211,7 +214,7 @@ def normal(generator: Generator, shape: Sequence[int]) -> Tensor:
             f"`init` needs a `torch.Generator` on the CPU first, got {generator!r}. "
             "Draw with torch.Generator().manual_seed(seed), then move with tree.to(params, device)."
         )
-    return torch.randn(tuple(shape), generator=generator)
+    return torch.randn(tuple(shape), generator=generator, **DRAWN)
 
 
 def assemble(
@@ -241,8 +244,8 @@ def assemble(
         shape = tuple(shape)
         params = draw(generator, shape)
         if scales:
-            params["scale_base"] = torch.ones(shape)
-            params["scale_basis"] = torch.ones(shape)
+            params["scale_base"] = torch.ones(shape, **DRAWN)
+            params["scale_basis"] = torch.ones(shape, **DRAWN)
         return params
 
     def features(x: Tensor) -> Tensor:
@@ -388,7 +391,7 @@ def _expansion(
     grid = size if grid is None else grid
     smooth = None
     if init == "smooth" and orders is not None:
-        falling = torch.tensor([1.0 / k for k in orders])
+        falling = torch.tensor([1.0 / k for k in orders], **DRAWN)
         # phi has at a typical x the variance that "scaled" gives it, size / grid / keys
         smooth = falling * math.sqrt(size / grid) / falling.square().sum().sqrt()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from kart.bases import names
-from kart.bases.basis import Basis, Cpp, Params, Triton, assemble, check_choice, normal
+from kart.bases.basis import DRAWN, Basis, Cpp, Params, Triton, assemble, check_choice, normal
 
 # of every wavelet, after a `struct Psi` with the mother function and its slope
 UNIT = """
@@ -287,7 +287,8 @@ def _wavelet(
         weight = normal(generator, shape)
         if init == "scaled":
             weight = weight / math.sqrt(shape[-1] if shape else 1)
-        return {"weight": weight, "shift": torch.zeros(shape), "scale": torch.ones(shape)}
+        shift, scale = torch.zeros(shape, **DRAWN), torch.ones(shape, **DRAWN)
+        return {"weight": weight, "shift": shift, "scale": scale}
 
     def core(params: Params, x: Tensor) -> Tensor:
         scale = params["scale"]

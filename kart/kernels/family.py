@@ -86,7 +86,7 @@ def family_of(basis: Any) -> Family:
         if basis.features is not None:
             # asked on plain tensors, whatever transform is running
             with torch._C._DisableFuncTorch(), torch.no_grad():
-                width = basis.features(torch.zeros(1)).shape[-1]
+                width = basis.features(torch.zeros(1, dtype=torch.float32, device="cpu")).shape[-1]
     known = _families.get(name)
     if known is None:
         known = Family(name, basis, width, pieces)

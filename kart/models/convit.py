@@ -21,6 +21,7 @@ import torch
 from torch import Generator, Tensor
 
 from kart import layers
+from kart.bases import DRAWN
 from kart.factories import remember
 from kart.models import blocks, checks, work
 from kart.models.model import Choice, Columnar, Family, Model, Params, Site, add_operators, choose
@@ -113,16 +114,16 @@ def gated_attention_init(generator: Generator, size: int, heads: int, locality: 
     """
     params = {
         "qk": layers.linear_init(generator, size, 2 * size, bias=False),
-        "v": {"weight": torch.eye(size)},
+        "v": {"weight": torch.eye(size, **DRAWN)},
         "proj": layers.linear_init(generator, size, size),
         "pos_proj": layers.linear_init(generator, 3, heads),
-        "gating_param": torch.ones(heads),
+        "gating_param": torch.ones(heads, **DRAWN),
     }
     kernel = math.isqrt(heads)
-    offset = torch.arange(kernel) - (kernel - 1) / 2
+    offset = torch.arange(kernel, **DRAWN) - (kernel - 1) / 2
     # down first, as timm counts the heads
     down, right = offset.repeat(kernel), offset.repeat_interleave(kernel)
-    nearest = torch.stack([2 * right, 2 * down, -torch.ones(kernel**2)], dim=-1)
+    nearest = torch.stack([2 * right, 2 * down, -torch.ones_like(right)], dim=-1)
     drawn = params["pos_proj"]["weight"]
     params["pos_proj"]["weight"] = locality * torch.cat([nearest, drawn[kernel**2 :]])
     return params

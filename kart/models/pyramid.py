@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from kart import layers
+from kart.bases import DRAWN
 from kart.models import work
 
 Params = dict[str, Any]
@@ -35,7 +36,7 @@ def double_init(generator: Generator, in_size: int, out_size: int) -> Params:
     """Parameters of `double`, those of the transposed convolution: `weight (in, out, 2, 2)`."""
     return {
         "weight": layers.truncated_normal(generator, in_size, out_size, 2, 2),
-        "bias": torch.zeros(out_size),
+        "bias": torch.zeros(out_size, **DRAWN),
     }
 
 

@@ -91,7 +91,7 @@ def tempered() -> Operator:
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
         check_sizes(heads, tokens)
-        return {"sharpness": torch.zeros(heads)}
+        return {"sharpness": torch.zeros(heads, **bases.DRAWN)}
 
     def factor(params: Params, like: Tensor) -> Tensor:
         return params["sharpness"].to(like.dtype).exp()[:, None, None]
@@ -150,12 +150,13 @@ def gated(prefix: int | None = None, rows: int | None = None, locality: float = 
         check_sizes(heads, tokens)
         lattice_of("gated", tokens, prefix, rows)
         side = math.isqrt(heads)
-        offset = torch.arange(side) - (side - 1) / 2
+        offset = torch.arange(side, **bases.DRAWN) - (side - 1) / 2
         right, down = offset.repeat_interleave(side), offset.repeat(side)
-        nearest = torch.stack([2 * right, 2 * down, -torch.ones(side**2)], -1)
+        nearest = torch.stack([2 * right, 2 * down, -torch.ones_like(right)], -1)
         # heads beyond a square look at no neighbour
         others = bases.normal(generator, (heads - side**2, 3)) * 3**-0.5
-        return {"gate": torch.ones(heads), "position": locality * torch.cat([nearest, others])}
+        gate = torch.ones(heads, **bases.DRAWN)
+        return {"gate": gate, "position": locality * torch.cat([nearest, others])}
 
     def parts(params: Params, keys: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """g, `(H, 1, 1)`, and P, `(H, N, N)`."""
@@ -254,8 +255,8 @@ def synthesizer(
         second = bases.normal(generator, (heads, width, tokens)) * width**-0.5
         # weights without softmax keep the output of a head at the size of its values
         scale = 0.0 if from_softmax else 1.0 if normalise else tokens**-0.5
-        zeros = torch.zeros(heads, width), torch.zeros(heads, tokens)
-        return {"first": first, "bias": zeros[0], "second": second * scale, "shift": zeros[1]}
+        bias, shift = (torch.zeros(heads, n, **bases.DRAWN) for n in (width, tokens))
+        return {"first": first, "bias": bias, "second": second * scale, "shift": shift}
 
     def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
         raise not_of_scores("synthesizer", "the queries alone")

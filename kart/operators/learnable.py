@@ -136,11 +136,11 @@ def low_rank(
         check_units("low_rank", basis, (heads, rank, tokens), mix=heads * rank * tokens)
         units = basis.init(generator, (heads, rank, tokens))
         if start == "zero":
-            drawn = torch.zeros(heads, tokens, rank)
+            drawn = torch.zeros(heads, tokens, rank, **bases.DRAWN)
         elif start == "scaled":
             drawn = bases.normal(generator, (heads, tokens, rank)) / math.sqrt(rank * tokens)
         else:
-            uniform = torch.rand(heads, tokens, rank, generator=generator)
+            uniform = torch.rand(heads, tokens, rank, generator=generator, **bases.DRAWN)
             drawn = (2 * uniform - 1) / math.sqrt(rank)
         return {"units": units, "mix": drawn}
 

@@ -177,7 +177,7 @@ def _cases(family: Family) -> list[_Case]:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
 
     batch, heads = 2, 2
     small, large = (37, 45, 7, 13, 5), (135, 147, 70, 13, 66)

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kart.kernels.transforms import untransformed
@@ -181,8 +182,8 @@ def checked(label: str, source: str, make: Callable[[ctypes.CDLL], Any]) -> tupl
     "", or None and why, which is logged.
     """
     try:
-        # asked under any transform or dispatch mode; the check is on plain tensors
-        with untransformed():
+        # asked under any transform, mode or default device; the check is on plain tensors
+        with untransformed(), torch.inference_mode(False), torch.device("cpu"):
             return make(library(label, source)), ""
     except Exception as error:
         log.warning("kart's C++ engine is off for %s, torch runs instead: %s", label, error)

@@ -73,7 +73,7 @@ def _check(engine: Engine) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
 
     for own, width, rank in ((1, 5, 13), (2, 64, 12), (2, 48, 1)):
         v, dout = (draw(2, n, 2, width).transpose(1, 2) for n in (53, 37))

@@ -149,7 +149,7 @@ def _cases(
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
 
     batch, heads = 2, 2
     cases = []
