@@ -215,6 +215,16 @@ def test_entmax_is_the_bisected_one(row, shift):
     assert_close(got, wanted, rtol=1e-3, atol=2e-5)
 
 
+def test_a_row_with_nan_is_nan_in_entmax():
+    op, scores = operators.entmax(), torch.randn(2, 1, 3, 4, generator=torch.Generator())
+    wanted = op.weights({}, scores)
+    scores[1, 0, 2, 1] = math.nan
+    got = op.weights({}, scores)
+    assert got[1, 0, 2].isnan().all()
+    got[1, 0, 2] = wanted[1, 0, 2]
+    assert_close(got, wanted)
+
+
 def test_entmax_has_the_published_jacobian():
     # diag(s) - s s^T / sum(s) with s = sqrt(p) (Peters et al. 2019, proposition 2, alpha = 1.5)
     x = torch.randn(40, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2

@@ -62,7 +62,8 @@ def entmax_rows(scores: Tensor, mask: Tensor | None) -> Tensor:
     deviations = ordered.square().cumsum(-1) - count * mean.square()
     tau = mean - ((1 - deviations) / count).clamp(min=0).sqrt()
     last = ((tau <= ordered).sum(-1, keepdim=True) - 1).clamp(min=0)
-    support = x.detach() > tau.gather(-1, last)
+    # a row with NaN is all NaN, not outside
+    support = ~(x.detach() <= tau.gather(-1, last))
     # written out on the support, where it is smooth, so that every derivative comes out right
     size = support.sum(-1, keepdim=True)
     mean = torch.where(support, x, 0).sum(-1, keepdim=True) / size
