@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from kart import layers, operators, tree
+from kart.kernels.transforms import autocasting
 from kart.operators import Cache
 from kart.operators.resize import Tokens, lattice
 
@@ -111,7 +112,7 @@ def check_dtype(name: str, argument: str, module: torch.nn.Module, x: Tensor) ->
     """Raises ValueError where a linear layer of torch's own has another dtype than its input, and
     no autocast makes them one.
     """
-    if type(module) is not torch.nn.Linear or torch.is_autocast_enabled(x.device.type):
+    if type(module) is not torch.nn.Linear or autocasting(x):
         return
     if module.weight.is_floating_point() and module.weight.dtype != x.dtype:
         raise ValueError(

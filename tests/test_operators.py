@@ -199,6 +199,16 @@ def test_vmap_over_nothing_gives_nothing(spec):
 
 
 @pytest.mark.parametrize("spec", [*SPECS, *MORE])
+def test_tensors_without_numbers_have_the_shapes_of_those_with(spec):
+    op, params, *qkv = setting(spec, 5, 5, dtype=torch.float32)
+    leaves = [x.to("meta").requires_grad_() for x in qkv]
+    out = op.attend(tree.to(params, "meta"), *leaves, torch.ones(5, 5, device="meta").bool())
+    assert out.is_meta and out.shape == qkv[2].shape
+    gradients = torch.autograd.grad(out.sum(), leaves, allow_unused=True, materialize_grads=True)
+    assert [x.shape for x in gradients] == [x.shape for x in qkv]
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *MORE])
 def test_batched_gradients_of_autograd_are_those_of_a_loop(spec):
     op, params, *qkv = setting(spec, 5, 5, dtype=torch.float32)
     leaves = [x.requires_grad_() for x in (*qkv, *tree.leaves(params))]

@@ -88,9 +88,14 @@ def front(x: Tensor, dim: int | None, size: int) -> Tensor:
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`; for "meta" torch has none, and no answer."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """A block without autocast, which would round the scores to bfloat16."""
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasting(x):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
 

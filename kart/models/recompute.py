@@ -10,7 +10,7 @@ from torch.autograd import Function
 
 from kart import tree
 from kart.kernels.plain import pullback
-from kart.kernels.transforms import batchable, forward_levels
+from kart.kernels.transforms import autocasting, batchable, forward_levels
 
 Params = Any
 Part = Callable[[Params, Tensor], Tensor]
@@ -35,7 +35,7 @@ class _Again(Function):
         ctx.save_for_backward(*inputs[1:])
         # the backward runs outside of the caller's autocast
         device = output.device.type
-        on = torch.is_autocast_enabled(device)
+        on = autocasting(output)
         ctx.autocast = (device, torch.get_autocast_dtype(device)) if on else None
 
     @staticmethod

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kart.kernels.transforms import autocasting
 from kart.operators.contract import Factored, Factors, Operator
 
 GAIN = 2  # multiply-adds saved over those left, from which on smaller products are faster
@@ -35,7 +36,7 @@ def pays(factors: Factors | None, x: Tensor, heads: int) -> bool:
     """
     if factors is None or x.dtype not in (torch.float32, torch.float64):
         return False
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasting(x):
         return False
     tokens, size = x.shape[-2:]
     rank, width = factors.rank, size // heads
