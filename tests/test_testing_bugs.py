@@ -1867,6 +1867,16 @@ def test_the_suite_catches_the_planted_bug(name):
     print(result.message)
 
 
+def test_features_kept_by_their_shape_have_a_gradient_once():
+    kept = {}
+
+    def keeping(x):
+        return kept.setdefault((x.shape, x.dtype), torch.cat(harmonics(x), -1))
+
+    (result,) = CHECKS["basis"](plain(keeping, 4), only=["compiles"])
+    assert "has no gradient in x where" in result.message
+
+
 @pytest.mark.parametrize("kind", SUITES)
 def test_every_property_of_a_suite_has_a_bug_that_it_catches(kind):
     planted = {bug.caught_by for bug in BUGS.values() if bug.kind == kind}
