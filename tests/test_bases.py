@@ -306,3 +306,20 @@ def test_bad_tensors_are_refused_with_the_words():
     wrong = bases.linear(lambda x: x[..., None], 2, family="mine")
     with pytest.raises(ValueError, match=r"`mine` needs `expand` to map \(3,\) to \(3, 2\)"):
         wrong.expand(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("expand", "got"),
+    [
+        (lambda x: [x, x.square()], "a list"),
+        (lambda x: None, "a NoneType"),
+        (lambda x: torch.stack([x, x.square()]), r"\(2, 3\)"),
+        (lambda x: x[..., None], r"\(3, 1\)"),
+    ],
+)
+def test_features_that_are_not_stacked_on_a_last_axis_are_named(expand, got):
+    basis = bases.linear(expand, 2, family="mine")
+    with pytest.raises(
+        ValueError, match=rf"`mine` needs `expand` to .*\(3, 2\), got {got}\. Stack"
+    ):
+        basis.expand(torch.ones(3))

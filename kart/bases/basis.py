@@ -406,10 +406,11 @@ def _expansion(
 
     def checked(x: Tensor) -> Tensor:
         values = expand(x)
-        if values.shape != (*x.shape, size):
+        found = tuple(values.shape) if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        if found != (*x.shape, size):
             raise ValueError(
                 f"`{family}` needs `expand` to map {tuple(x.shape)} to {(*x.shape, size)}, got "
-                f"{tuple(values.shape)}. Stack the K = {size} features along a new last axis."
+                f"{found}. Stack the K = {size} features along a new last axis."
             )
         return values
 
