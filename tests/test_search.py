@@ -266,6 +266,14 @@ def test_bad_options_of_an_objective_name_themselves(options):
         objective(karat, **options)
 
 
+def test_what_is_no_config_and_no_trial_of_a_study_is_named(splits):
+    study = optuna.create_study(direction="maximize")
+    with pytest.raises(ValueError, match="`space` that returns a kart.train.Config, got dict"):
+        study.optimize(objective(lambda trial: {"operator": "G3B"}, splits), n_trials=1)
+    with pytest.raises(ValueError, match="trial of a study, .*, got a FixedTrial"):
+        objective(karat, splits)(optuna.trial.FixedTrial({"grid": 1}))
+
+
 def test_a_pool_trains_trials_of_one_shape_together(splits, monkeypatch):
     calls = []
 

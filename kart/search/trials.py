@@ -214,6 +214,11 @@ def evaluation(
 
     def prepare(trial: optuna.Trial) -> Task | Outcome:
         chosen = space(trial)
+        if not isinstance(chosen, Config):
+            raise ValueError(
+                f"`objective` needs a `space` that returns a kart.train.Config, got "
+                f"{type(chosen).__name__} of a trial. Return `Config(...)`."
+            )
         name = key(chosen)
         trial.set_user_attr("config", chosen.asdict())
         trial.set_user_attr("key", name)
@@ -338,7 +343,13 @@ def objective(
     wanted = [OBJECTIVES[name] for name in objectives]
 
     def call(trial: optuna.Trial) -> float | tuple[float, ...]:
-        found = [direction.name.lower() for direction in trial.study.directions]
+        study = getattr(trial, "study", None)
+        if study is None:
+            raise ValueError(
+                f"`objective` needs a trial of a study, whose other trials it counts, got a "
+                f"{type(trial).__name__}. Call `study.enqueue_trial(params)`, then optimize."
+            )
+        found = [direction.name.lower() for direction in study.directions]
         if found != wanted:
             raise ValueError(
                 f"`objective` needs a study of directions {wanted} for {list(objectives)}, got "
