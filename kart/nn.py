@@ -126,6 +126,14 @@ def seeded(generator: Generator | None) -> Generator:
     return torch.Generator().manual_seed(0) if generator is None else generator
 
 
+def placed(device: Any, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Where and in what parameters of a module are kept, by default as those of torch's modules."""
+    return {
+        "device": torch.get_default_device() if device is None else device,
+        "dtype": torch.get_default_dtype() if dtype is None else dtype,
+    }
+
+
 def linear(
     generator: Generator,
     in_size: int,
@@ -139,7 +147,7 @@ def linear(
     # on the meta device torch's own initialisation draws nothing
     made = torch.nn.Linear(in_size, out_size, bias=bias, device="meta")
     for name in ("weight", "bias") if bias else ("weight",):
-        setattr(made, name, torch.nn.Parameter(drawn[name].to(device=device, dtype=dtype)))
+        setattr(made, name, torch.nn.Parameter(drawn[name].to(**placed(device, dtype))))
     return made
 
 
@@ -185,7 +193,7 @@ class Operator(Tree):
         self.heads = heads
         self.tokens = tokens
         drawn = op.init(seeded(generator), heads, 1 if tokens is None else tokens)
-        self.register(tree.to(drawn, device=device, dtype=dtype))
+        self.register(tree.to(drawn, **placed(device, dtype)))
 
     def extra_repr(self) -> str:
         return f"{self.op.name}, heads={self.heads}, tokens={self.tokens}"
@@ -252,7 +260,7 @@ def operator(
         heads: H.
         tokens: M, the number of keys; None for operators of any length.
         generator: draws the parameters; None is a fresh one of seed 0.
-        device, dtype: of the parameters.
+        device, dtype: of the parameters; None is torch's default.
     """
     return Operator(named_operator(op, shared=True), heads, tokens, generator, device, dtype)
 
@@ -272,7 +280,7 @@ class Attention(torch.nn.Module):
         kv_heads: heads of keys and values, a divisor of H (grouped-query attention); default H.
         bias, proj_bias: whether the projections have one.
         generator: draws the parameters; None is a fresh one of seed 0.
-        device, dtype: of the parameters.
+        device, dtype: of the parameters; None is torch's default.
 
     >>> attend = Attention(64, heads=4, tokens=17, operator="G3B")
     >>> attend(torch.ones(2, 17, 64)).shape

@@ -377,3 +377,22 @@ def test_what_does_not_fit_is_named():
             call()
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
+
+
+def test_a_module_is_kept_where_and_in_what_torch_keeps_its_own():
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            made = nn.Attention(8, heads=2, tokens=5, operator="G2B")
+        module = nn.Attention(8, heads=2, tokens=5, operator="G2B")
+        assert module(torch.randn(2, 5, 8)).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {(x.device.type, x.dtype) for x in made.parameters()} == {("meta", torch.float64)}
+    made.load_state_dict(module.state_dict(), assign=True)
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    assert torch.equal(made(x), module(x))
+    # the numbers are those of any dtype
+    single = nn.Attention(8, heads=2, tokens=5, operator="G2B")
+    for one, other in zip(single.parameters(), module.parameters(), strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one, other.float())
