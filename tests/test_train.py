@@ -332,6 +332,23 @@ def test_resuming_after_every_epoch_gives_the_uninterrupted_run(splits, tmp_path
             assert (tmp_path / f"part{at}" / name).read_bytes() == wanted
 
 
+def test_each_member_keeps_the_weights_of_its_own_best_epoch(splits, tmp_path):
+    configs = [dataclasses.replace(one, epochs=6, learning_rate=0.05) for one in members(0, 1, 2)]
+    epochs = list(train.loop(population.run(configs, splits)))
+    top1 = torch.tensor([record["val_top1"] for _, record in epochs])
+    at = top1.argmax(0).tolist()
+    assert len(set(at)) > 1
+    list(runs.execute(tmp_path / "whole", configs, splits))
+    part = runs.execute(tmp_path / "part", configs, splits)
+    for _ in range(max(at)):
+        next(part)
+    part.close()
+    list(runs.execute(tmp_path / "part", configs, splits))
+    for name in ("whole", "part"):
+        for i, params in enumerate(runs.load_weights(tmp_path / name, "best")):
+            same(params, population.member(epochs[at[i]][0].params, i))
+
+
 PROGRAM = """
 import sys
 from kart import runs, train, data

@@ -3,7 +3,7 @@
     config.json       config of the run and its members, its data, versions; written once
     metrics.jsonl     one record an epoch, in order
     last.safetensors  weights and the whole state after the last finished epoch
-    best.safetensors  weights of the epoch with the best validation top-1
+    best.safetensors  weights of the epoch with the best validation top-1, each member's own
     start.json        what was taken of the weights that it began with, if it did
     trajectory/       `Config.trajectory` snapshots of the weights, evenly spaced over the steps
 

@@ -19,6 +19,15 @@ def line(run: str, record: Record) -> str:
     return json.dumps({OWNER: run, **record}) + "\n"
 
 
+def by_member(value: float | list[float]) -> list[float]:
+    """A value of a record for each member; a run of one has the value itself.
+
+    >>> by_member(0.5), by_member([0.5, 0.25])
+    ([0.5], [0.5, 0.25])
+    """
+    return value if isinstance(value, list) else [value]
+
+
 def read_metrics(directory: str | os.PathLike) -> list[Record]:
     """The records of a run directory so far; a last line that a kill cut short is left out.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kart import operators, population, train
-from kart.runs import identity, records, training, weights
+from kart.runs import identity, records, weights
 from kart.runs.names import OPTIONS, options_of
 from kart.train import Config, Record
 
@@ -79,10 +79,10 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
             images.add(stored["images"])
         name, bad = operators.shown(configs[0].operator), records.diverged(directory)
         diverged.setdefault(name, {}).update(bad)
-        at = len(metrics) - 1 if which == "last" else _best(metrics)
         for i, params in enumerate(weights.load_weights(directory, which)):
             if configs[i].seed not in bad:
                 own = [epoch[i] for epoch in epochs]
+                at = len(own) - 1 if which == "last" else _best(own)
                 one = (configs[i], own, params, scores[i], directory, at)
                 found.setdefault(name, []).append(one)
     every = [one for members in found.values() for one in members]
@@ -117,9 +117,9 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
     return sorted(results, key=lambda one: one.name != "softmax")
 
 
-def _best(metrics: Sequence[Record]) -> int:
-    """Which of the records is that of best.safetensors, the first with the best top-1."""
-    scores = [training.mean(one["val_top1"]) for one in metrics]
+def _best(own: Sequence[Record]) -> int:
+    """Which of a member's records is that of best.safetensors, the first with the best top-1."""
+    scores = [one["val_top1"] for one in own]
     return scores.index(max(scores))
 
 

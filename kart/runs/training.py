@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kart import checkpoint, population, train, tree
@@ -13,15 +14,20 @@ from kart.runs import donors, identity, records, room, weights
 from kart.train import Config, Record, Run, Splits, State
 
 
-def _save(path: Path, owner: str, state: State, best: float) -> None:
+def _about(owner: str, best: list[float]) -> dict[str, Any]:
+    # as in a record: of a run of one the value itself
+    return {"run": owner, "best_val_top1": best[0] if len(best) == 1 else best}
+
+
+def _save(path: Path, owner: str, state: State, best: list[float]) -> None:
     # without averaging the weights are the state's own: stored once
     slim = state if state.average else state._replace(params={})
-    about = {"run": owner, "step": int(state.step.max()), "best_val_top1": best}
+    about = {**_about(owner, best), "step": int(state.step.max())}
     checkpoint.save(path, train.weights_for_evaluation(state), about, state=slim)
 
 
-def restore(path: Path, run: Run, owner: str) -> tuple[State, float]:
-    """The state in a checkpoint of `run`, and the best validation top-1 until then.
+def restore(path: Path, run: Run, owner: str) -> tuple[State, list[float]]:
+    """The state in a checkpoint of `run`, and the best validation top-1 of each member until then.
 
     Raises ValueError for a checkpoint of another run than the one whose id is `owner`.
     """
@@ -30,16 +36,29 @@ def restore(path: Path, run: Run, owner: str) -> tuple[State, float]:
     identity.check_owner(path, config, owner)
     slim = like if like.average else like._replace(params={})
     state = checkpoint.load_state(path, state=slim)["state"]
-    return (state if like.average else state._replace(params=params)), config["best_val_top1"]
+    best = weights.best_by_member(path, config, run.size)
+    return (state if like.average else state._replace(params=params)), best
 
 
 def _bytes(node: Any) -> int:
     return sum(leaf.nbytes for leaf in tree.leaves(node))
 
 
-def mean(value: float | list[float]) -> float:
-    """The mean over members of a value of a record."""
-    return sum(value) / len(value) if isinstance(value, list) else value
+def _best(path: Path, owner: str, state: State, ahead: list[bool]) -> train.Params:
+    """The weights of the members that are `ahead` of their best epoch in `path`, and those of that
+    epoch of the others: each member has its own, as it would alone.
+    """
+    new = train.weights_for_evaluation(state)
+    if all(ahead):
+        return new
+    old, config = checkpoint.load(path)
+    identity.check_owner(path, config, owner)
+
+    def choose(a: Tensor, b: Tensor) -> Tensor:
+        flags = torch.tensor(ahead).reshape(-1, *[1] * (a.dim() - 1))
+        return torch.where(flags, a.cpu(), b)
+
+    return tree.map(choose, new, old)
 
 
 def snapshot_steps(count: int, total: int) -> list[int]:
@@ -96,7 +115,7 @@ def execute(
 
     with identity.locked(directory):
         owner = identity.claim(directory, configs, splits).id
-        state, best = restore(last, run, owner) if last.exists() else (None, -1.0)
+        state, best = restore(last, run, owner) if last.exists() else (None, [])
         done = 0 if state is None else int(state.step.max())
         # a kill between record and checkpoint leaves a record that will be made again
         earlier = [one for one in records.read_metrics(directory) if one["step"] <= done]
@@ -141,12 +160,14 @@ def execute(
         try:
             for current, record in train.loop(run, state, donate=True, on_step=stepped):
                 record["seconds"] = round(record["seconds"] + spent, 3)
-                top1 = mean(record["val_top1"])
+                top1 = records.by_member(record["val_top1"])
                 line = records.line(owner, record)
                 write(lambda line=line: room.append(log, line))
-                if top1 > best:
-                    best = top1
-                    write(lambda now=current, best=best: _save(better, owner, now, best))
+                ahead = [a > b for a, b in zip(top1, best or [-1.0] * run.size, strict=True)]
+                if any(ahead):
+                    best = [max(pair) for pair in zip(top1, best or top1, strict=True)]
+                    own, about = _best(better, owner, current, ahead), _about(owner, best)
+                    write(lambda own=own, about=about: checkpoint.save(better, own, about))
                 write(lambda now=current, best=best: _save(last, owner, now, best))
                 yield record
         except train.Diverged:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kart import checkpoint, train, tree
 from kart.models import Model
@@ -15,8 +15,21 @@ def snapshot(directory: Path, step: int) -> Path:
     return directory / "trajectory" / f"step-{step:09d}.safetensors"
 
 
+def best_by_member(path: Path, config: dict[str, Any], members: int) -> list[float]:
+    """The best validation top-1 of each member, by the config of a checkpoint of their run."""
+    found = records.by_member(config["best_val_top1"])
+    if len(found) != members:
+        raise ValueError(
+            f"`run` needs the best epoch of each of its {members} members, got {str(path)!r} with "
+            "one for all, by an earlier kart. Take the last weights, or train it again."
+        )
+    return found
+
+
 def load_weights(directory: str | os.PathLike, which: str = "last") -> list[train.Params]:
-    """The weights of each member of a run directory, from its "last" or "best" checkpoint."""
+    """The weights of each member of a run directory, from its "last" or "best" checkpoint; each
+    member has its own best epoch.
+    """
     if which not in ("last", "best"):
         raise ValueError(
             f'`which` needs to be "last" or "best", got {which!r}. Choose one of them.'
@@ -30,6 +43,8 @@ def load_weights(directory: str | os.PathLike, which: str = "last") -> list[trai
         )
     params, config = checkpoint.load(path)
     identity.check_owner(path, config, own.id)
+    if which == "best":
+        best_by_member(path, config, len(own.configs))
     return [params] if len(own.configs) == 1 else tree.unstack(params)
 
 
