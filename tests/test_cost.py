@@ -356,3 +356,22 @@ def test_the_help_of_info_names_the_defaults_it_has(capsys):
     assert "(default vit_tiny)" in told and "resized to it (default 224)" in told
     assert cli.main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model"] == "vit_tiny"
+
+
+def test_an_operator_that_does_not_tell_its_operations_is_not_counted():
+    sizes = {"image_size": 32, "num_classes": 10, "depth": 1, "num_heads": 2, "embed_dim": 16}
+    untold = {f"G3B:order={name}" for name in ("elementwise", "by_distance", "generated")}
+    for spec in operators.EXAMPLES:
+        told = cost.uncounted(models.create("vit_nano", spec, **sizes))
+        assert (told is not None) == (spec in untold), spec
+    own = operators.from_rows("halved", lambda scores, mask: 0.5 * scores.softmax(-1))
+    bare = own._replace(options={})
+    for op in (own, bare, operators.parse("softmax").operator):
+        told = cost.uncounted(models.create("vit_nano", op, **sizes))
+        assert (told == "halved has no trait `activation_flops`") == (op.name == "halved")
+    counted = own._replace(traits={**own.traits, "activation_flops": lambda n, unit: 4 * n * n})
+    model = models.create("vit_nano", counted, **sizes)
+    tokens = model.sites[0].tokens
+    assert cost.flops(model).activation == 2 * 4 * tokens**2
+    for spec in sorted(untold):
+        assert cli.main(["info", "--operator", spec, "--image-size", "32"]) == 0

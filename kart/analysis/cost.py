@@ -83,6 +83,7 @@ def parameters(model: Model) -> Parameters:
 
 # operations of a fixed function on one score
 FIXED = {"softmax": 3, "sigmoid": 3, "relu": 2, "sparsemax": 5}
+ORDERS = ("low_rank", "full_rank", "project_first", "two_stage")
 # operations of a unit on one score where they are not its number of features
 UNIT = {"mexican_hat": 6, "morlet": 6, "dog": 5, "meyer": 14, "shannon": 7}
 
@@ -127,7 +128,7 @@ def product_flops(op: Operator, heads: int, tokens: int, width: int) -> int:
     """Multiply-accumulates with q, k and v of `heads` heads: for weights of scores q k^T and the
     product with the values, fewer for those that ignore the scores or never make N x M weights.
     """
-    kind = op.options["kind"]
+    kind = op.options.get("kind")
     if kind == "hybrid":
         return sum(product_flops(one, n, tokens, width) for one, n in op.options["groups"])
     if kind == "added":
@@ -140,6 +141,16 @@ def _attends_as_a_teacher(model: Model) -> bool:
     return any(op.options.get("kind") == "given" for op in model.operators)
 
 
+def _tells(op: Operator) -> bool:
+    """Whether the operations of an operator, or of all that it is made of, are known."""
+    kind = op.options.get("kind")
+    if kind == "hybrid":
+        return all(_tells(one) for one, _ in op.options["groups"])
+    if kind == "added":
+        return all(map(_tells, op.options["parts"]))
+    return kind in (*FIXED, *ORDERS) or "activation_flops" in op.traits
+
+
 def uncounted(model: Model) -> str | None:
     """Why `flops` does not know the operations of `model`, or None."""
     if _attends_as_a_teacher(model):
@@ -147,6 +158,8 @@ def uncounted(model: Model) -> str | None:
     for site in model.sites:
         if site.biased and not site.operator.traits.get("of_scores", True):
             return f"{site.operator.name} takes queries and keys, which position biases make wider"
+        if not _tells(site.operator):
+            return f"{site.operator.name} has no trait `activation_flops`"
     return None
 
 
@@ -159,7 +172,7 @@ def flops(model: Model) -> Flops:
     if why := uncounted(model):
         raise ValueError(
             f"`flops` needs operators whose operations it knows, got one it does not: {why}. "
-            "Take an operator of the scores."
+            "Take another, or give it what it lacks."
         )
     parts = dict.fromkeys(Flops._fields, 0)
     for layer in models.FAMILIES[model.config.family].work(model.config):

@@ -19,7 +19,7 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from kart import population, train, tree
+from kart import operators, population, train, tree
 from kart.search.space import Space, key, shape
 from kart.train import Config, Record, Splits, State
 
@@ -104,7 +104,7 @@ def train_members(
 
 def costs(config: Config, splits: Splits, members: int = 1) -> dict[str, float]:
     """What a configuration costs, before it is trained: `parameters`, `flops` of one image forward,
-    and `memory`, the MiB in which `members` of it train.
+    where its operators tell them, and `memory`, the MiB in which `members` of it train.
     """
     from kart.analysis import cost
 
@@ -112,11 +112,9 @@ def costs(config: Config, splits: Splits, members: int = 1) -> dict[str, float]:
     parameters = cost.parameters(model).total
     # weights, gradients and AdamW's two moments stay; activations come and go
     held = 4 * 4 * parameters + cost.activation_memory(model, config.batch_size)
-    return {
-        "parameters": float(parameters),
-        "flops": float(cost.flops(model).total),
-        "memory": members * held / 2**20,
-    }
+    counted = {} if cost.uncounted(model) else {"flops": float(cost.flops(model).total)}
+    memory = members * held / 2**20
+    return {"parameters": float(parameters), **counted, "memory": memory}
 
 
 class Outcome(NamedTuple):
@@ -225,6 +223,11 @@ def evaluation(
         here = dataclasses.replace(chosen, **(place or {}))
         cost = costs(here, load(here), min(size, seeds))
         trial.set_user_attr("cost", cost)
+        if "flops" in (*limits, *objectives) and "flops" not in cost:
+            raise ValueError(
+                "`objective` needs operators whose operations are known for `flops`, got "
+                f"{operators.shown(chosen.operator)}, whose are not. Leave `flops` out."
+            )
         over = []
         for limited, limit in limits.items():
             if limited not in trial.constraints:  # a retried trial brings its own
