@@ -7,7 +7,6 @@ and what the classes are called stands in a JSON file beside it.
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from kart import checkpoint, transfer, tree
+from kart import checkpoint, schema, transfer, tree
 from kart.kernels import family, plain
 from kart.models import Model
 
@@ -168,4 +167,4 @@ def write(
     finally:
         temporary.unlink(missing_ok=True)
     told = {"format": form, **about, "versions": checkpoint.versions()}
-    checkpoint.write_text(path.with_suffix(".json"), json.dumps(told, indent=1) + "\n")
+    checkpoint.write_text(path.with_suffix(".json"), schema.dumps(told, indent=1) + "\n")

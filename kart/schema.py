@@ -1,5 +1,7 @@
-"""Whether values are of annotated types, for configs from files and from callers."""
+"""Values from files and callers: whether they are of annotated types, and JSON that all read."""
 
+import json
+import math
 import types
 import typing
 from typing import Any
@@ -29,3 +31,20 @@ def name(kind: Any) -> str:
     ('int', 'tuple[int, ...]')
     """
     return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON, as whose null stands a number that is not finite: JSON has no other word.
+
+    >>> dumps({"loss": [0.5, float("nan")]})
+    '{"loss": [0.5, null]}'
+    """
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

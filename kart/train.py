@@ -106,7 +106,7 @@ class Config:
         for name in ("start_learning_rate", "end_learning_rate", "warmup_epochs", "weight_decay"):
             need(0 <= getattr(self, name) < math.inf, name, ">= 0 and finite")
         for name in ("adam_eps", "max_norm"):
-            need(getattr(self, name) > 0, name, "> 0")
+            need(0 < getattr(self, name) < math.inf, name, "> 0 and finite")
         rate = self.learning_rate
         need(rate is None or 0 <= rate < math.inf, "learning_rate", ">= 0, or None")
         peak = self.peak_learning_rate

@@ -27,10 +27,20 @@ def _run(args: argparse.Namespace) -> int:
     by_setting: dict[tuple[Config, str], list[dict[str, float]]] = {}
     told: list[str] = []
     found = runs.distinct(args.run)
+    ended = []
     for directory in found:
-        # the test split is read once, at the end
-        runs.check_finished(directory, runs.read_metrics(directory))
-    for directory in found:
+        configs, bad = runs.members(directory), runs.diverged(directory)
+        told += statistics.left_out(operators.shown(configs[0].operator), bad)
+        if len(bad) < len(configs):
+            # the test split is read once, at the end
+            runs.check_finished(directory, runs.read_metrics(directory))
+            ended.append(directory)
+    if not ended:
+        raise ValueError(
+            f"`kart eval` needs runs that did not diverge, got {args.run!r}: {' '.join(told)} "
+            "Train with a lower learning rate."
+        )
+    for directory in ended:
         own = runs.read(directory)
         config = own.configs[0]
         if config.threads is not None:
@@ -40,17 +50,19 @@ def _run(args: argparse.Namespace) -> int:
         )
         dataset = owned.load_split(str(directory), own.data, config, args.split)
         model = train.build(config, dataset)
-        scores = []
+        scores, bad = [], runs.diverged(directory)
         weights = runs.load_weights(directory, args.checkpoint)
         for member, params in zip(own.configs, weights, strict=True):
             params = tree.to(params, config.device)
             values = train.evaluate(model.apply, params, dataset, config)
             scores.append(
-                {"seed": member.seed, **{name: float(value) for name, value in values.items()}}
+                {
+                    "seed": member.seed,
+                    **{name: float(value) for name, value in values.items()},
+                    "diverged": bad.get(member.seed, -1),
+                }
             )
         runs.write_scores(directory, args.split, args.checkpoint, scores, len(dataset.labels))
-        bad = runs.diverged(directory)
-        told += statistics.left_out(operators.shown(config.operator), bad)
         for member, score in zip(own.configs, scores, strict=True):
             if member.seed not in bad:
                 by_setting.setdefault(_setting(member, own.data), []).append(score)

@@ -34,6 +34,7 @@ def _run(args: argparse.Namespace) -> int:
         "classes": one.identity.data["classes"],
         "image_size": one.model.config.image_size,
         "eval_crop": one.config.eval_crop,
+        "precision": one.config.precision,
         "mean": one.identity.data["mean"],
         "std": one.identity.data["std"],
     }
@@ -49,5 +50,6 @@ COMMAND = Command(
     _run,
     reads=True,
     description="Writes the weights of one finished run. The file maps standardised images to "
-    "logits; mean, deviation, size and classes stand in the JSON file beside it.",
+    "logits; mean, deviation, size and classes stand in the JSON file beside it. Weights are "
+    "float32, those of bfloat16 runs too; so are the logits of a file for torch or onnx.",
 )

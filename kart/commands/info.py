@@ -1,9 +1,8 @@
 """`kart info`: what a configuration costs, before it is trained."""
 
 import argparse
-import json
 
-from kart import kernels, models, operators, train
+from kart import kernels, models, operators, schema, train
 from kart.commands.command import Command, integer
 from kart.commands.config import OPERATORS_HELP, add_config_flags, config_of
 
@@ -127,7 +126,7 @@ def _run(args: argparse.Namespace) -> int:
     found["training_memory_mib"] = (16 * counted.total + kept) / 2**20
     found["engines"] = kernels.engines()
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(schema.dumps(found, indent=1))
         return 0
     rows = [
         ("model", f"{config.model}, {operators.shown(args.operator)}, {model.config.sharing}"),

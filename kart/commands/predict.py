@@ -31,6 +31,8 @@ def _run(args: argparse.Namespace) -> int:
         print(f"converted: {changed}", file=sys.stderr)
     dataset = owned.empty(own)
     images = train.prepare(data.as_float(torch.from_numpy(pixels)), dataset, one.config)
+    # as `kart eval` computes its scores
+    images = images.to(getattr(torch, one.config.precision))
     with torch.no_grad():
         shares = one.model.apply(one.params, images).float().softmax(-1)
     best = shares.topk(min(args.top, shares.shape[-1]), dim=-1)

@@ -1,6 +1,7 @@
 """`kart train`: one or several operators on one or several seeds."""
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -97,22 +98,30 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
         configs = population.seeds(config, seeds)
         if ranks.rank:
             for one in configs:
-                distributed.follow(ranks, one, splits)
+                with contextlib.suppress(train.Diverged):  # which rank 0 tells
+                    distributed.follow(ranks, one, splits)
             continue
-        size = runs.group_size(home) or _group_size(configs, splits, args.group)
+        size = _group_size(configs, splits, args.group, home)
         parts = runs.parts(configs, size, home)
         last: list[Record] = []
-        name, bad = operators.shown(config.operator), dict[int, int]()
+        name, bad, parameters = operators.shown(config.operator), dict[int, int](), 0
         for part, directory in parts:
-            found = _train(part, splits, directory, args.quiet, args.space_timeout, ranks)
+            try:
+                found = _train(part, splits, directory, args.quiet, args.space_timeout, ranks)
+            except train.Diverged as error:
+                # the seeds of other parts go on, as those of this one would
+                found, shown = [], ", ".join(str(one.seed) for one in part)
+                print(f"kart: {name} seed {shown}: {error}", file=sys.stderr)
+            if found:
+                parameters = tree.size(runs.load_weights(directory)[0])
             last += [one for one in found if one["diverged"] < 0]
             bad |= runs.diverged(directory)
         print(
             "".join(f"{one}\n" for one in {donors.told(home) for _, home in parts} if one), end=""
         )
         told += statistics.left_out(name, bad)
-        parameters = tree.size(runs.load_weights(parts[0][1])[0])
-        results.append((name, parameters, last))
+        if last:
+            results.append((name, parameters, last))
     if ranks.rank:
         return 0
     rows = [
@@ -127,9 +136,10 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
         for operator, parameters, last in results
     ]
     header = ["operator", "val top-1 %", "val top-5 %", "val loss", "parameters", "n"]
-    print("\n".join([tables.table(rows, header), *told]))
-    print(f"written to {out}; score it on the test split with: kart eval {out}")
-    return 0
+    print("\n".join([tables.table(rows, header)] * bool(rows) + told))
+    if rows:
+        print(f"written to {out}; score it on the test split with: kart eval {out}")
+    return 0 if len(rows) == len(named) else 1
 
 
 def _check(config: Config, splits: train.Splits, ranks: train.Ranks) -> None:
@@ -157,13 +167,23 @@ def _group(text: str) -> int | str:
     return text if text == "auto" else integer(1)(text)
 
 
-def _group_size(configs: Sequence[Config], splits: train.Splits, asked: int | str) -> int:
+def _group_size(
+    configs: Sequence[Config], splits: train.Splits, asked: int | str, home: Path
+) -> int:
     if len(configs) == 1:
         return 1
+    begun = runs.group_size(home)
     if isinstance(asked, int):
         if asked > len(configs):
             raise ValueError(f"`--group` needs at most the {len(configs)} seeds, got {asked}.")
+        if begun not in (None, len(population.groups(configs, asked)[0])):
+            raise ValueError(
+                f"`--group` needs to be that of the run that was begun in {str(home)!r}, {begun}, "
+                f"got {asked}. Leave it out, or choose another directory."
+            )
         return asked
+    if begun is not None:
+        return begun
     size, seconds = population.fastest_group(configs, splits)
     shown = ", ".join(f"{k}: {1000 * s:.1f} ms" for k, s in seconds.items())
     name = operators.shown(configs[0].operator)

@@ -13,7 +13,7 @@ import torch
 
 from kart import checkpoint, models, train, transfer, tree
 from kart.models import Model
-from kart.runs import identity, weights
+from kart.runs import weights
 from kart.train import Config, Run, Splits, State
 
 
@@ -31,7 +31,7 @@ def read(path: str, seed: int, argument: str = "start") -> Donor:
     """
     place = Path(path)
     if place.is_dir():
-        several = len(identity.read(place).configs) > 1
+        several = len(weights.below(place)) > 1
         found = weights.only(place, seed=seed if several else None)
         return Donor(found.params, found.model, list(found.identity.data["classes"]))
     if not place.is_file():

@@ -111,12 +111,16 @@ def claim(directory: Path, configs: Sequence[Config], splits: Splits) -> Identit
     path = directory / "config.json"
     wanted = describe(configs, splits)
     if not path.exists():
-        checkpoint.write_text(path, json.dumps(wanted, indent=1) + "\n")
+        checkpoint.write_text(path, schema.dumps(wanted, indent=1) + "\n")
         return read(directory)
     found = read_config(directory)
     old, new = {**Config().asdict(), **found["config"]}, dict(wanted["config"])
     if found["members"] != wanted["members"] or old != new:
-        keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k)) or ["members"]
+        there, asked = found["members"], wanted["members"]
+        if len(there) + len(asked) > 2:
+            for fields, members in ((old, there), (new, asked)):
+                fields |= {k: [member[k] for member in members] for k in population.FREE}
+        keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
         shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} asked" for k in keys)
         raise ValueError(
             f"`out` needs a new directory or one with the same configuration, got "
@@ -147,7 +151,7 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     except OSError:
         below: list[str] = []
         with contextlib.suppress(OSError):  # as of a name that is too long
-            below = sorted(str(one.parent) for one in path.parent.glob("*/config.json"))
+            below = sorted(str(one.parent) for one in path.parent.glob("**/config.json"))
         if below:
             raise ValueError(
                 f"`run` needs the directory of one run, got {str(directory)!r:.200}, which holds "

@@ -1,25 +1,35 @@
 """The records of a run directory: metrics by epoch, scores of `kart eval`."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import kart
-from kart import checkpoint, population
+from kart import checkpoint, schema
 from kart.runs import identity
 from kart.train import Record
 
 # what every record says of where it belongs, beside what it records
 OWNER = "run"
+# the last good weights of a run of which no member was left
+DIVERGED = "diverged.safetensors"
 
 
 def line(run: str, record: Record) -> str:
     """A record as it stands in metrics.jsonl."""
-    return json.dumps({OWNER: run, **record}) + "\n"
+    return schema.dumps({OWNER: run, **record}) + "\n"
 
 
-def by_member(value: float | list[float]) -> list[float]:
+def _number(value: Any) -> Any:
+    """A value of a record as it was before it was written: null is no number."""
+    if isinstance(value, list):
+        return [_number(one) for one in value]
+    return math.nan if value is None else value
+
+
+def by_member(value: Any) -> list[Any]:
     """A value of a record for each member; a run of one has the value itself.
 
     >>> by_member(0.5), by_member([0.5, 0.25])
@@ -50,7 +60,7 @@ def read_metrics(directory: str | os.PathLike) -> list[Record]:
         identity.check_owner(path, found, own)
         if found.get("epoch") != number:
             raise _damaged(path, f"line {number} is of epoch {found.get('epoch')}")
-        records.append({name: value for name, value in found.items() if name != OWNER})
+        records.append({name: _number(value) for name, value in found.items() if name != OWNER})
     return records
 
 
@@ -65,6 +75,11 @@ def check_finished(directory: Path, records: list[Record]) -> None:
     """Raises ValueError unless `records` are those of a run that has come to its end."""
     epochs = identity.read(directory).configs[0].epochs
     if len(records) < epochs:
+        for seed, step in diverged(directory).items():
+            raise ValueError(
+                f"`run` needs finished runs, got {str(directory)!r}, which diverged: seed {seed} "
+                f"at step {step}. Train it into a new directory with a lower learning rate."
+            )
         raise ValueError(
             f"`run` needs finished runs, got {str(directory)!r} after epoch {len(records)} of "
             f"{epochs}. Train it further with the same command."
@@ -72,12 +87,19 @@ def check_finished(directory: Path, records: list[Record]) -> None:
 
 
 def diverged(directory: str | os.PathLike) -> dict[int, int]:
-    """The seeds of a run directory that diverged while others went on, each with the step at which
-    it has stood still since.
+    """The seeds of a run directory that diverged, each with the step at which it has stood still
+    since: those that did while others went on, or all, which ends a run.
     """
-    seeds = [config.seed for config in identity.members(directory)]
-    last = read_metrics(directory)[-1:]
-    steps = [one["diverged"] for one in last for one in population.split_record(one, len(seeds))]
+    own = identity.read(directory)
+    seeds = [config.seed for config in own.configs]
+    found = read_metrics(directory)
+    last, path = found[-1:], Path(directory) / DIVERGED
+    steps = by_member(last[0]["diverged"]) if last else []
+    # one that was trained to its end after all has left the file behind
+    if len(found) < own.configs[0].epochs and path.exists():
+        about = checkpoint.describe(path)["config"]
+        identity.check_owner(path, about, own.id)
+        steps = by_member(about["diverged"])
     return {seed: step for seed, step in zip(seeds, steps, strict=False) if step >= 0}
 
 
@@ -102,7 +124,7 @@ def write_scores(
         "versions": checkpoint.versions(),
     }
     checkpoint.write_text(
-        _scores_path(directory, split, which), json.dumps(report, indent=1) + "\n"
+        _scores_path(directory, split, which), schema.dumps(report, indent=1) + "\n"
     )
 
 
@@ -121,6 +143,8 @@ def read_scores(directory: Path, split: str, which: str) -> dict[str, Any] | Non
         identity.check_owner(path, found, own.id)
         members, images = found["members"], found["images"]
         seeds = [member["seed"] for member in members]
+        for member in members:
+            member["loss"] = _number(member["loss"])
         numbers = [member[name] for member in members for name in ("top1", "top5", "loss")]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(

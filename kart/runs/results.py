@@ -70,6 +70,10 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
     for directory in distinct(*paths):
         configs = identity.members(directory)
         metrics = records.read_metrics(directory)
+        name, bad = operators.shown(configs[0].operator), records.diverged(directory)
+        diverged.setdefault(name, {}).update(bad)
+        if len(bad) == len(configs):
+            continue
         records.check_finished(directory, metrics)
         epochs = [population.split_record(one, len(configs)) for one in metrics]
         stored = records.read_scores(directory, "test", which)
@@ -77,8 +81,6 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
         if stored is not None:
             scores = stored["members"]
             images.add(stored["images"])
-        name, bad = operators.shown(configs[0].operator), records.diverged(directory)
-        diverged.setdefault(name, {}).update(bad)
         for i, params in enumerate(weights.load_weights(directory, which)):
             if configs[i].seed not in bad:
                 own = [epoch[i] for epoch in epochs]
@@ -86,6 +88,11 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
                 one = (configs[i], own, params, scores[i], directory, at)
                 found.setdefault(name, []).append(one)
     every = [one for members in found.values() for one in members]
+    if not every:
+        raise ValueError(
+            f"`run` needs runs that did not diverge, got {', '.join(map(repr, paths))}, of which "
+            "none is left. Train with a lower learning rate."
+        )
     unset = dict.fromkeys(OPTIONS)
     settings = {dataclasses.replace(one[0], operator="softmax", seed=0, **unset) for one in every}
     given = {(name, getattr(one[0], name)) for one in every for name in options_of(one[0].operator)}

@@ -1,6 +1,5 @@
 """Training in a run directory, so that it can be killed at any moment."""
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kart import checkpoint, population, train, tree
+from kart import checkpoint, population, schema, train, tree
 from kart.runs import donors, identity, records, room, weights
 from kart.train import Config, Record, Run, Splits, State
 
@@ -23,6 +22,7 @@ def _save(path: Path, owner: str, state: State, best: list[float]) -> None:
     # without averaging the weights are the state's own: stored once
     slim = state if state.average else state._replace(params={})
     about = {**_about(owner, best), "step": int(state.step.max())}
+    about["diverged"] = state.bad_step.tolist()
     checkpoint.save(path, train.weights_for_evaluation(state), about, state=slim)
 
 
@@ -132,7 +132,7 @@ def execute(
         if state is None:
             state, told = fresh or donors.begin(run, configs, splits)
             if told:
-                text = json.dumps(told, indent=1) + "\n"
+                text = schema.dumps(told, indent=1) + "\n"
                 checkpoint.write_text(directory / "start.json", text)
         state = ranks.share(state)
         yield from earlier
@@ -172,5 +172,5 @@ def execute(
                 yield record
         except train.Diverged:
             if latest:
-                _save(directory / "diverged.safetensors", owner, latest[0], best)
+                _save(directory / records.DIVERGED, owner, latest[0], best or [-1.0] * run.size)
             raise

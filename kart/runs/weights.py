@@ -86,17 +86,41 @@ class Trained(NamedTuple):
     params: train.Params
 
 
+def below(directory: str | os.PathLike) -> list[tuple[Path, int]]:
+    """The members of the runs at or below a directory: the directory of the run, and the seed."""
+    top = identity.place_of(directory)
+    homes = [top]
+    if not (top / "config.json").is_file():
+        homes = sorted(path.parent for path in top.glob("**/config.json"))
+    return [(home, config.seed) for home in homes for config in identity.members(home)]
+
+
 def only(directory: str | os.PathLike, which: str = "last", seed: int | None = None) -> Trained:
-    """The one member of a finished run directory, or that of `seed` where it has several."""
-    own = identity.read(directory)
-    records.check_finished(Path(directory), records.read_metrics(directory))
+    """The one member of the finished runs at or below a directory, or that of `seed` where there
+    are several.
+
+    Raises ValueError where it is not finished or has diverged.
+    """
+    home, known = identity.place_of(directory), below(directory)
+    found = [one for one, own in known if seed in (None, own)]
+    if len(found) == 1:
+        home = found[0]
+    own = identity.read(home)
     seeds = [config.seed for config in own.configs]
     if seed not in seeds and (seed is not None or len(seeds) > 1):
         raise ValueError(
-            f"`seed` needs to be one of {seeds}, those of {str(directory)!r}, got {seed}. "
+            f"`seed` needs to be one of {seeds}, those of {str(home)!r}, got {seed}. "
             "Name it with `--seed`."
         )
     index = 0 if seed is None else seeds.index(seed)
-    params = load_weights(directory, which)[index]
+    gone = records.diverged(home)
+    if seeds[index] in gone:
+        raise ValueError(
+            f"`seed` needs a member that did not diverge, got {seeds[index]} of {str(home)!r}, "
+            f"which did at step {gone[seeds[index]]}. Choose another of "
+            f"{[one for one in seeds if one not in gone]}, or train with a lower learning rate."
+        )
+    records.check_finished(home, records.read_metrics(home))
+    params = load_weights(home, which)[index]
     config = own.configs[index]
     return Trained(own, config, train.build(config, owned.empty(own.data)), params)

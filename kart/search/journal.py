@@ -16,6 +16,8 @@ import optuna
 from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState
 
+from kart import schema
+
 NAME = "study.jsonl"
 HEADER = b"SQLite format 3\0"
 
@@ -55,7 +57,7 @@ def append(directory: Path, arms: Mapping[str, optuna.Study]) -> None:
     """Adds the finished trials that the journal has not yet."""
     known = read(directory)
     lines = [
-        json.dumps(entry(arm, trial))
+        schema.dumps(entry(arm, trial))
         for arm, study in arms.items()
         for trial in study.get_trials(deepcopy=False)
         if trial.state.is_finished() and (arm, trial.number) not in known
@@ -184,7 +186,7 @@ def restore(
     # the numbers are those of the new file from here on
     path = directory / NAME
     lines = [
-        json.dumps(entry(arm, trial))
+        schema.dumps(entry(arm, trial))
         for arm, study in arms.items()
         for trial in study.get_trials(deepcopy=False)
         if trial.state.is_finished()
