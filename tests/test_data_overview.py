@@ -1,6 +1,7 @@
 """`describe`, its text and contact sheet; short names; the masked digits; arguments."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import datasets
@@ -145,6 +146,29 @@ def test_what_is_left_out_is_logged_with_the_training_split(tmp_path, caplog):
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert record.message == "set: not used: *.csv (1): neither an image nor a parquet file"
+
+
+def test_classes_that_a_split_lacks_are_logged_with_it(tmp_path, caplog):
+    root = save_folder(tmp_path / "set" / "train", 12).parent
+    save_folder(root / "test", 6)
+    shutil.rmtree(root / "test" / "bee")
+    for split in data.SPLITS:
+        caplog.clear()
+        dataset = data.load(root, split)
+        absent = [name for name, n in zip(dataset.classes, dataset.counts, strict=True) if not n]
+        told = [record.message for record in caplog.records]
+        every = len(dataset.classes)
+        line = f"set: {split!r} has no image of {len(absent)} of {every} classes: "
+        assert told == [line + ", ".join(absent)] * (split == "test")
+        assert split != "test" or absent == ["bee"]
+
+
+def test_sizes_that_differ_are_told_with_what_to_do(tmp_path):
+    root = save_folder(tmp_path / "set", 12)
+    assert "sizes differ" not in data.summary(data.describe(root))
+    picture(0).resize((9, 5)).save(root / "ant" / "wide.png")
+    text = data.summary(data.describe(root))
+    assert "sizes differ: to train, cut them with `--decode-size`, say 5" in text
 
 
 # names

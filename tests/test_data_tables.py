@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pictures import CLASSES, encoded, entries, numbers, picture, same, save_folder, save_table
 
-from kart import data
+from kart import cli, data, runs
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +50,38 @@ def test_columns_by_type_and_by_name(tmp_path):
         data.load(root, label_column="text")
 
 
+def test_options_behind_a_question_mark_are_those_of_load(tmp_path, capsys):
+    coarse = ([i % 2 for i in range(30)], datasets.ClassLabel(names=["small", "large"]))
+    other = ([encoded(picture(200))] * 30, datasets.Image())
+    root = str(save_table(tmp_path / "set", extra={"coarse_label": coarse, "other": other}))
+    address = f"{root}?label_column=coarse_label&image_column=other"
+    found, wanted = data.load(address), data.load(root, label_column="coarse_label")
+    assert found.classes == ("small", "large") and numbers(found) == [200] * 18
+    assert found.labels.tolist() == wanted.labels.tolist()
+    assert data.describe(address).classes == ("small", "large")
+    for text in ("label=y", "label_column", "label_column=", "label_column=a&label_column=b", ""):
+        with pytest.raises(ValueError, match="each of image_column, .* once at most, got"):
+            data.load(f"{root}?{text}")
+    with pytest.raises(ValueError, match="each option once, got `label_column`"):
+        data.load(address, label_column="label")
+    with pytest.raises(ValueError, match="no columns, `config` or `revision` for 'digits'"):
+        data.load("digits?label_column=y")
+    # a directory may have the name
+    (tmp_path / "what?").mkdir()
+    with pytest.raises(ValueError, match="parquet files or images, got '.*what\\?' with none"):
+        data.load(tmp_path / "what?")
+    # from the command line to the scores
+    flags = ["--epochs", "1", "--batch-size", "4", "--embed-dim", "4", "--depth", "1", "--quiet"]
+    flags += ["--num-heads", "1", "--threads", "1", "--decode-size", "4"]
+    flags += ["--out", str(tmp_path / "run")]
+    code = cli.main(["train", "--data", address, *flags])
+    assert code == 0, capsys.readouterr().err
+    assert cli.main(["eval", str(tmp_path / "run")]) == 0
+    assert runs.read(tmp_path / "run").data["classes"] == ["small", "large"]
+    assert cli.main(["train", "--data", f"{root}?label_column=img", *flags]) == 2
+    assert "integer or ClassLabel labels" in capsys.readouterr().err
+
+
 def test_missing_label_column(tmp_path):
     table = datasets.Dataset.from_dict(
         {"img": [encoded(picture(0))], "y": [0]},
@@ -57,7 +89,9 @@ def test_missing_label_column(tmp_path):
     )
     (tmp_path / "set").mkdir()
     table.to_parquet(tmp_path / "set" / "train.parquet")
-    with pytest.raises(ValueError, match="needs `label_column`, found 0 columns .*'y'"):
+    with pytest.raises(
+        ValueError, match="needs `label_column`, found 0 columns .*'y'.*label_column=COLUMN"
+    ):
         data.load(tmp_path / "set")
 
 

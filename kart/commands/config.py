@@ -57,7 +57,8 @@ FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
     "data": {
         "data": (
             str,
-            'digits, a directory (parquet or images), or a public name "uoft-cs/cifar10"',
+            'digits, a directory (parquet or images), or a public name "uoft-cs/cifar10"; behind a '
+            "? what kart data has as flags: 'NAME?label_column=fine_label&revision=main'",
         ),
         "train_limit": (COUNT, "train on the first so many images"),
         "decode_size": (COUNT, "side to cut images to when reading, where they differ"),

@@ -2,6 +2,7 @@
 
 import os
 import re
+import urllib.parse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,39 @@ class Options(NamedTuple):
     label_column: str | None = None
     config: str | None = None
     revision: str | None = None
+
+
+def address(source: str | Path, options: Options) -> tuple[str | Path, Options]:
+    """A source without the options that it names behind a question mark, and all options.
+
+    >>> address("uoft-cs/cifar100?label_column=coarse_label", Options(config="cifar100"))[0]
+    'uoft-cs/cifar100'
+    """
+    name, mark, text = str(source).partition("?")
+    # a directory may be called so
+    if not mark or Path(os.path.expanduser(str(source))).exists():
+        return source, options
+    try:
+        pairs = urllib.parse.parse_qsl(text, keep_blank_values=True, strict_parsing=True)
+    except ValueError:
+        pairs = []
+    given = dict(pairs)
+    if (
+        not given
+        or len(given) < len(pairs)
+        or not all(given.values())
+        or set(given) - {*Options._fields}
+    ):
+        raise ValueError(
+            f"`load` needs NAME?OPTION=VALUE&..., each of {', '.join(Options._fields)} once at "
+            f"most, got {str(source)!r}. Correct what is behind the question mark."
+        )
+    twice = [option for option in given if getattr(options, option) is not None]
+    if twice:
+        raise ValueError(
+            f"`load` needs each option once, got `{twice[0]}` and {str(source)!r}. Drop one."
+        )
+    return name, options._replace(**given)
 
 
 class Finding(NamedTuple):

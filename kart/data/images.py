@@ -163,6 +163,11 @@ def _to_8_bits(image: Any) -> Any:
 def _damaged(where: str, err: Exception) -> ValueError:
     if isinstance(err, ValueError) and str(err).startswith("`load` needs Pillow"):
         return err
+    if isinstance(err, OSError) and err.errno is not None:
+        return ValueError(
+            f"`load` could not read the image {where}: {err.strerror}. Check the path and its "
+            "permissions."
+        )
     return ValueError(
         f"`load` needs whole 8- or 16-bit images, got {where}: {first_line(err)} "
         "Replace or remove it."

@@ -53,16 +53,17 @@ def load(
 
     Nothing is left out or changed in silence: `Dataset.unused` and `Dataset.converted` have it, and
     the logger "kart.data" warns of it (on standard error, unless logging is set up otherwise) when
-    the training split is loaded, and of what was changed whenever a split is. `describe` tells it
-    beforehand.
+    the training split is loaded, and of what was changed whenever a split is, or where it has no
+    image of a class. `describe` tells it beforehand.
 
     Args:
         source: "digits" (scikit-learn's 1797 handwritten digits of 8 x 8, no network);
             "masked_digits" (those digits on photographs, with masks); a directory of parquet files
             or of images, one sub-folder per class, below `train` and `test` where there are such;
             a short name (`kart.data.SHORT`: "cifar10", "svhn", ...) or another public Hugging Face
-            name such as "uoft-cs/cifar10". Of a directory nothing is read but images and parquet
-            files below it; links that lead elsewhere are refused.
+            name such as "uoft-cs/cifar10"; options may follow it, as in
+            "uoft-cs/cifar100?label_column=coarse_label&revision=main". Of a directory nothing is
+            read but images and parquet files below it; links that lead elsewhere are refused.
         split: "train", "val" or "test".
         image_size: side in pixels; shorter sides are scaled to it and the centre is cropped. Needed
             where images differ in size.
@@ -88,13 +89,15 @@ def load(
     """
     if not isinstance(split, str) or split not in SPLITS:
         raise ValueError(f"`load` needs `split` in {SPLITS}, got {split!r}.{near(split, SPLITS)}")
-    check_options(source, image_size, image_column, label_column, config, revision)
+    options = Options(image_column, label_column, config, revision)
+    check_source(source)
+    source, options = finding.address(source, options)
+    check_options(source, image_size, *options)
     if train_limit is not None and (type(train_limit) is not int or train_limit < 1):
         raise ValueError(f"`load` needs `train_limit` >= 1 or None, got {train_limit!r}.")
     if cache is not None and not isinstance(cache, str | Path):
         raise ValueError(f"`load` needs `cache` to be a path or None, got {cache!r}.")
     streaming.check(stream, workers)
-    options = Options(image_column, label_column, config, revision)
     if str(source) in finding.BUILT_IN:
         if stream:
             raise ValueError(
@@ -113,7 +116,7 @@ def load(
                 streams = streaming.chosen(found, image_size, stream, base)
         if streams:
             dataset = streaming.load(found, split, image_size, base, workers)
-    for line in notes(dataset, unused=split == "train"):
+    for line in [*notes(dataset, unused=split == "train"), *_absent(dataset, split)]:
         _LOG.warning("%s", line)
     if split != "train" or train_limit is None:
         return dataset
@@ -158,8 +161,8 @@ def read_images(
     return np.stack(pixels), changes.tally(told, np.array(grey, bool), index, channels)
 
 
-def check_options(source: Any, image_size: Any, *options: Any) -> None:
-    """Refuses a source, a size, columns, a `config` or a `revision` of a wrong type or range."""
+def check_source(source: Any) -> None:
+    """Refuses what is no name or path of a source."""
     if not isinstance(source, str | Path) or not str(source):
         raise ValueError(f"`load` needs `source` to be a name or a path, got {source!r}.")
     if "\0" in str(source):
@@ -171,6 +174,11 @@ def check_options(source: Any, image_size: Any, *options: Any) -> None:
             f"`load` needs `source` to be a name or a path, got {str(source)!r:.100} "
             f"({err.strerror})."
         ) from err
+
+
+def check_options(source: Any, image_size: Any, *options: Any) -> None:
+    """Refuses a source, a size, columns, a `config` or a `revision` of a wrong type or range."""
+    check_source(source)
     names = ("image_column", "label_column", "config", "revision")
     for name, value in zip(names, options, strict=True):
         if value is not None and (not isinstance(value, str) or not value):
@@ -200,6 +208,16 @@ def notes(dataset: Dataset, unused: bool = True) -> list[str]:
         changed = "; ".join(f"{item.count} {item.what}" for item in dataset.converted)
         lines.append(f"{dataset.name}: converted: {changed}")
     return lines
+
+
+def _absent(dataset: Dataset, split: str) -> list[str]:
+    """A line that names the classes of which a split has no image, though it has as many images."""
+    absent = [name for name, n in zip(dataset.classes, dataset.counts, strict=True) if not n]
+    if not absent or len(dataset.labels) < len(dataset.classes):
+        return []
+    shown = ", ".join(absent[:5]) + ", ..." * (len(absent) > 5)
+    every = len(dataset.classes)
+    return [f"{dataset.name}: {split!r} has no image of {len(absent)} of {every} classes: {shown}"]
 
 
 def _left_out(item: Any) -> str:

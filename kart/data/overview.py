@@ -13,7 +13,7 @@ from tqdm import tqdm
 from kart.data import changes, digits, finding, images, splits
 from kart.data.dataset import SPLITS, Converted, Unused
 from kart.data.finding import Options
-from kart.data.loading import check_options, load
+from kart.data.loading import check_options, check_source, load
 from kart.data.source import Source, check_labels
 
 _FEW = 8  # kinds of a thing that the text names before it counts the rest
@@ -66,7 +66,8 @@ def describe(
     Raises:
         ValueError: where `load` would refuse the source, other than for an image that is damaged.
     """
-    options = Options(image_column, label_column, config, revision)
+    check_source(source)
+    source, options = finding.address(source, Options(image_column, label_column, config, revision))
     check_options(source, None, *options)
     if str(source) in finding.BUILT_IN:
         return _built_in(str(source))
@@ -97,6 +98,10 @@ def summary(description: Description) -> str:
         sizes = {f"{width} x {height}": count for (width, height), count in split.sizes.items()}
         kinds = ", ".join(_few(kind) for kind in (sizes, split.modes, split.formats))
         lines.append(f"{name}: from {split.origin}: {kinds}")
+    every = {size for split in description.splits.values() for size in split.sizes}
+    if len(every) > 1:
+        side = min(min(size) for size in every)
+        lines.append(f"sizes differ: to train, cut them with `--decode-size`, say {side}")
     lines.append(f"read as: {'grey' if description.channels == 1 else 'colour'}")
     lines += [f"converted: {item.count} {item.what}" for item in description.converted]
     lines += [
@@ -133,7 +138,8 @@ def contact_sheet(
     for name, value in (("per_class", per_class), ("side", side), ("classes", classes)):
         if type(value) is not int or not 1 <= value <= 512:
             raise ValueError(f"`contact_sheet` needs `{name}` in 1..512, got {value!r}.")
-    options = Options(image_column, label_column, config, revision)
+    check_source(source)
+    source, options = finding.address(source, Options(image_column, label_column, config, revision))
     check_options(source, None, *options)
     pillow = images.pillow()
     built_in = str(source) in finding.BUILT_IN

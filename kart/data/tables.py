@@ -65,7 +65,10 @@ def _choose(
                 return name
         problem = f"found {len(found)} columns of type {title}"
     types = {name: column.text for name, column in columns.items()}
-    raise ValueError(f"`load` needs `{argument}`, {problem}. Name one of the columns {types}.")
+    raise ValueError(
+        f"`load` needs `{argument}`, {problem}. Name one of the columns {types} (kart train: "
+        f"`--data 'NAME?{argument}=COLUMN'`)."
+    )
 
 
 def unused_columns(
