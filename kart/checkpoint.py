@@ -588,10 +588,14 @@ def _hints(own: Mapping[str, Tensor], donors: Mapping[str, Tensor]) -> list[str]
         if theirs.shape[1] != ours.shape[1]:
             hints.append(
                 f"The donor reads images of {theirs.shape[1]} channels, the model of "
-                f"{ours.shape[1]}: create the model with in_channels={theirs.shape[1]}."
+                f"{ours.shape[1]}: create the model with in_channels={theirs.shape[1]} (kart "
+                "train: take data with as many)."
             )
         if theirs.shape[2:] != ours.shape[2:] and theirs.shape[2] == theirs.shape[3]:
-            hints.append(f"Create the model with the donor's patch_size={theirs.shape[2]}.")
+            hints.append(
+                f"Create the model with the donor's patch_size={theirs.shape[2]} (kart train: "
+                f"--patch-size {theirs.shape[2]})."
+            )
     return hints
 
 

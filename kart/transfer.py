@@ -32,7 +32,9 @@ def begin(
 ) -> Begun:
     """Parameters of `model` with those of a donor, named as timm's or kart's.
 
-    Positions, and the donor's operators, are resized to the images of `model`. The classifier is
+    Positions, and the donor's operators, are resized to the images of `model`. Filters of grey
+    images on colour ones see the mean of the channels; those of colour on grey ones see the grey in
+    every channel. The classifier is
     drawn anew where the donor's has other classes, or none. Operators that the donor lacks are
     drawn; low-rank ones with `base=softmax` start with a mix of zero, so that on a donor with
     softmax the logits are the donor's.
@@ -54,10 +56,29 @@ def begin(
     named = tree.named(params)
     if not same_classes:
         named = {name: leaf for name, leaf in named.items() if name.split(".")[0] != "head"}
+    named = _with_channels(named, model.config.in_channels)
     found = checkpoint.from_timm(model, named, strict_head=False, generator=generator, resize=True)
     mine = tree.named(found)
     fits = {name for name, leaf in mine.items() if _shape(named.get(name)) == leaf.shape}
     return Begun(found, [name for name in mine if name not in fits and name != "pos_embed"])
+
+
+FILTERS = "patch_embed.proj.weight"
+
+
+def channels_of(donor: Mapping[str, Any]) -> int | None:
+    """The channels of a donor's images, by its first filters; None where they are not found."""
+    shape = _shape(tree.named(dict(donor)).get(FILTERS))
+    return shape[1] if shape is not None and len(shape) == 4 else None
+
+
+def _with_channels(named: Mapping[str, Any], channels: int) -> Mapping[str, Any]:
+    """The donor with its first filters made for grey or colour images."""
+    if {channels_of(named), channels} != {1, 3}:
+        return named
+    filters = named[FILTERS]
+    spread = filters.expand(-1, 3, -1, -1) / 3
+    return {**named, FILTERS: spread if channels == 3 else filters.sum(1, keepdim=True)}
 
 
 def _shape(leaf: Any) -> Any:
@@ -152,6 +173,11 @@ def teach(
     """
     rest = {name: node for name, node in donor.items() if name.split(".")[0] != "head"}
     wrong = "`attention_from` needs a teacher with the operators of `operator`, got one"
+    channels = channels_of(donor)
+    if channels not in (None, teacher.config.in_channels):
+        raise ValueError(
+            f"{wrong} for images of {channels} channels. Give one of as many as the data's."
+        )
     try:
         found = begin(teacher, {**rest, "head": params[TEACHER]["head"]}, Generator(), like)
     except ValueError as error:

@@ -313,3 +313,36 @@ def test_students_and_teachers_that_do_not_match_are_refused():
         transfer.with_attention(student, teacher)
     with pytest.raises(ValueError, match="Match the two models"):
         transfer.with_attention(vit(transfer.given(), depth=1), teacher)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_filters_of_grey_and_colour_images_fit_each_other(channels):
+    donor, model = vit(in_channels=channels), vit(in_channels=4 - channels)
+    theirs = donor.init(seeded(1))
+    begun = transfer.begin(model, theirs, seeded(), donor)
+    assert transfer.channels_of(theirs) == channels and begun.drawn == []
+    grey = images()
+    colour = grey.expand(-1, 3, -1, -1)
+    ours, wanted = (grey, colour) if channels == 3 else (colour, grey)
+    # a grey image is the same in each channel
+    found = model.apply(begun.params, ours)
+    assert_close(found, donor.apply(theirs, wanted), rtol=1e-5, atol=1e-5)
+    student = transfer.with_attention(vit(transfer.given(), in_channels=4 - channels), model)
+    with pytest.raises(ValueError, match=f"for images of {channels} channels"):
+        transfer.teach(student.init(seeded()), model, theirs, donor)
+
+
+def test_training_says_that_a_donors_filters_were_made_to_fit(tmp_path, capsys):
+    from PIL import Image
+
+    for name in ("cat", "dog"):
+        (tmp_path / "colour" / name).mkdir(parents=True)
+        for i in range(8):
+            picture = Image.new("RGB", (8, 8), (20 * i, 10 * len(name), 99))
+            picture.save(tmp_path / "colour" / name / f"{i}.png")
+    flags = ["--epochs", "1", "--batch-size", "4", "--embed-dim", "8", "--depth", "1", "--quiet"]
+    flags += ["--num-heads", "2", "--patch-size", "4", "--threads", "1", "--train-limit", "8"]
+    assert cli.main(["train", *flags, "--out", str(tmp_path / "grey")]) == 0
+    argv = ["train", *flags, "--data", str(tmp_path / "colour"), "--from", str(tmp_path / "grey")]
+    assert cli.main([*argv, "--out", str(tmp_path / "run")]) == 0
+    assert "its filters, for images of 1 channels, made to fit" in capsys.readouterr().out

@@ -95,18 +95,21 @@ def _begun(
 ) -> tuple[State, dict[str, Any]]:
     model = train.build(run.config, splits.train)
     ours = list(splits.train.classes)
-    members, drawn = [], []
+    members, drawn, channels = [], [], None
     for config in configs:
         assert config.start is not None
         donor = read(config.start, config.seed)
         # names are known of runs and exports alone; else their number decides
         same = donor.classes is None or donor.classes == ours
         generator = torch.Generator().manual_seed(config.seed)
+        channels = transfer.channels_of(donor.params)
         params, drawn = transfer.begin(model, donor.params, generator, donor.model, same)
         members.append(params)
     params = members[0] if len(members) == 1 else tree.stack(members)
     leaves = len(tree.leaves(params))
     told = {"start": run.config.start, "taken": leaves - len(drawn), "drawn": drawn}
+    if channels not in (None, model.config.in_channels):
+        told["channels"] = channels
     return train.begin_with(state, tree.to(params, run.config.device)), told
 
 
@@ -122,4 +125,6 @@ def told(directory: Path) -> str:
     drawn = sorted({name.rpartition(".")[0] for name in found["drawn"]})
     rest = f"; drawn: {', '.join(drawn[:4])}{', ...' if len(drawn) > 4 else ''}" if drawn else ""
     began = f"began with {found['start']}, {found['taken']} tensors of it{rest}"
+    if "channels" in found:
+        began += f"; its filters, for images of {found['channels']} channels, made to fit"
     return f"{began}; {looks}" if looks else began
