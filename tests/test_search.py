@@ -17,6 +17,7 @@ import optuna
 import pytest
 import torch
 from optuna.trial import TrialState
+from pictures import save_folder
 
 from kart import bases, cli, operators, population, train, tree
 from kart.search import plots, question, report, space, storage, trials, work
@@ -685,3 +686,36 @@ def test_a_database_whose_settings_do_not_fit_it_is_refused(change, words, tmp_p
         for settings in storage.read_database(database).values():
             storage.studies(database, settings)
     database.engine.dispose()
+
+
+# what is searched on, and what is said where nothing was found
+
+
+def test_a_limit_of_validation_images_leaves_out_no_class(tmp_path, monkeypatch):
+    monkeypatch.setenv("KART_CACHE", str(tmp_path / "cache"))
+    root = save_folder(tmp_path / "set" / "train", 30).parent
+    save_folder(root / "val", 30, start=100)
+    save_folder(root / "test", 6, start=200)
+    config = change(data=str(root))
+    whole = train.load_data(config).val
+    read = train.load_data
+    for streams in (False, True):
+        with monkeypatch.context() as patched:
+            patched.setattr(train, "load_data", lambda one, s=streams: read(one, stream=s))
+            val = trials.loader(9)(config).val
+        assert val.counts == (3, 3, 3)
+        pixels = {image.tobytes() for image in np.asarray(whole.images)}
+        assert {image.tobytes() for image in np.asarray(val.images)} < pixels
+    # where classes are mixed the first are as good as any
+    mixed = train.load_data(TINY).val
+    first = trials.loader(20)(TINY).val
+    assert np.array_equal(first.images, mixed.images[:20])
+    with pytest.raises(ValueError, match="`val_limit` needs at most the 30 validation images"):
+        trials.loader(31)(config)
+
+
+def test_an_arm_without_a_value_says_why(asked, capsys):
+    path, flags = asked
+    assert kart_study([*flags, "--trials", "2", "--max-params", "10"]) == 0
+    text = capsys.readouterr().out
+    assert ": no value yet, of its trials 1 pruned; the last over the limit: parameters " in text

@@ -58,6 +58,15 @@ class Dataset(NamedTuple):
         """Number of images of each class, in the order of `classes`."""
         return tuple(np.bincount(self.labels, minlength=len(self.classes)).tolist())
 
+    def part(self, index: np.ndarray) -> "Dataset":
+        """The images at `index`, in its order; those that stay in their files do so."""
+        images = self.images
+        return self._replace(
+            images=images[index] if isinstance(images, np.ndarray) else images.part(index),
+            labels=self.labels[index],
+            masks=None if self.masks is None else self.masks[index],
+        )
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 over classes, shape, labels and pixels, in order: equal where the data are.

@@ -92,13 +92,24 @@ def result_rows(arms: Arms, settings: Settings) -> list[Row]:
 
 
 def lines(arms: Arms, settings: Settings) -> list[str]:
-    """The best of each arm in a line of text."""
-    found = []
+    """The best of each arm in a line of text, or why it has none."""
+    found: dict[str, list[str]] = {arm: [] for arm in arms}
     for row in result_rows(arms, settings):
         parts = {"search": row.search, "fresh seeds": row.val, "test": row.test}
         shown = ", ".join(f"{name} {one.text()}" for name, one in parts.items() if one)
-        found.append(f"{row.arm}: {describe(row.best.trial.params)}: {shown} %")
-    return found
+        found[row.arm].append(f"{row.arm}: {describe(row.best.trial.params)}: {shown} %")
+    for arm, study in arms.items():
+        if not found[arm]:
+            found[arm].append(f"{arm}: no value yet, {_why_none(study)}")
+    return [line for of_arm in found.values() for line in of_arm]
+
+
+def _why_none(study: optuna.Study) -> str:
+    trials = study.get_trials(deepcopy=False)
+    states = collections.Counter(trial.state.name.lower() for trial in trials)
+    told = ", ".join(f"{n} {state}" for state, n in sorted(states.items())) or "none"
+    reasons = [trial.user_attrs["reason"] for trial in trials if "reason" in trial.user_attrs]
+    return f"of its trials {told}" + (f"; the last {reasons[-1]}" if reasons else "")
 
 
 # the sections

@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from kart import operators, population, train, tree
+from kart import data, operators, population, train, tree
 from kart.search.space import Space, key, shape
 from kart.train import Config, Record, Splits, State
 
@@ -167,8 +168,24 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
+def _limited(val: data.Dataset, count: int) -> data.Dataset:
+    whole = len(val.labels)
+    if count > whole:
+        raise ValueError(
+            f"`val_limit` needs at most the {whole} validation images, got {count}. Leave it out "
+            "to use them all."
+        )
+    index = np.arange(count)
+    if (np.diff(val.labels) >= 0).all():
+        # the first ones would be of the first classes
+        index = (2 * index + 1) * whole // (2 * count)
+    return val.part(index)
+
+
 def loader(val_limit: int | None = None) -> Callable[[Config], Splits]:
-    """Loads training and validation data of configs, each once; `val_limit` images to validate."""
+    """Loads training and validation data of configs, each once; `val_limit` images to validate: the
+    first, or where they lie class by class evenly from all of them.
+    """
 
     @functools.lru_cache
     def load(source: str, train_limit: int | None, decode_size: int | None) -> Splits:
@@ -176,9 +193,7 @@ def loader(val_limit: int | None = None) -> Callable[[Config], Splits]:
         splits = train.load_data(config)
         if val_limit is None:
             return splits
-        val = splits.val
-        val = val._replace(images=val.images[:val_limit], labels=val.labels[:val_limit])
-        return splits._replace(val=val)
+        return splits._replace(val=_limited(splits.val, val_limit))
 
     return lambda config: load(config.data, config.train_limit, config.decode_size)
 
