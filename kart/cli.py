@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args, rest = parser().parse_known_args(argv)
         if rest:
             args.parser.refuse(rest)
+        args.parser.check_once(argv)
         args.given = argv
         for name in getattr(args, "code", ()):
             code.use(name)

@@ -628,6 +628,11 @@ def test_several_objectives_have_a_front_in_the_report(asked, tmp_path):
         (["run", "grid_rank_sharing", "--out", "x", "--set", "epoch=3"], "epochs"),
         (["run", "grid_rank_sharing", "--out", "x", "--trials", "0"], "at least 2"),
         (["run", "grid_rank_sharing", "--out", "x", "--storage", "sqlite:///a.db"], "`--out DIR`"),
+        (
+            ["run", "grid_rank_sharing", "--out", "x", "--pruner", "asha"]
+            + ["--objectives", "accuracy,flops"],
+            "`--pruner` needs one objective",
+        ),
         (["work", "grid_rank_sharing", "--out", "nowhere"], "without study.json"),
         (["work", "grid_rank_sharing", "--storage", "not a url"], "postgresql://"),
     ],

@@ -37,6 +37,15 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, allow_abbrev=False, **options)
 
+    def check_once(self, argv: Sequence[str]) -> None:
+        """Raises for a flag that takes several values and stands there twice: the last one would
+        hold alone.
+        """
+        before = list(argv[: argv.index("--")] if "--" in argv else argv)
+        for flag, action in self._option_string_actions.items():
+            if action.nargs in ("+", "*") and before.count(flag) > 1:
+                self.error(f"`{flag}` is there {before.count(flag)} times: give all values to one")
+
     def error(self, message: str) -> NoReturn:
         """Raises what argparse would print over its usage."""
         raise ValueError(f"{message}. See `{self.prog} --help`.")

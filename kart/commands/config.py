@@ -137,6 +137,8 @@ METAVARS: dict[Parse, str] = {
 }
 
 
+FIELDS = frozenset(name for group in FLAGS.values() for name in group)
+
 # fields that the command line calls otherwise
 NAMES = {"start": "from"}
 
@@ -183,10 +185,34 @@ def configs_of(args: argparse.Namespace) -> list[Config]:
     """
     specs = [config_of(args, operator=text).operator for text in args.operator]
     some = set[str]().union(*map(runs.options_of, specs))
-    return [
+    configs = [
         config_of(args, operator=spec, **dict.fromkeys(some - runs.options_of(spec)))
         for spec in specs
     ]
+    _check_effects({name for name in vars(args) if name in FIELDS}, configs)
+    return configs
+
+
+def _learned(spec: str | tuple[str, ...]) -> bool:
+    ones = [spec] if isinstance(spec, str) else spec
+    return any(operators.parse(one).operator.traits.get("learned") for one in ones)
+
+
+def _check_effects(given: Collection[str], configs: Sequence[Config]) -> None:
+    """Refuses flags that change nothing in what `configs` do."""
+    one = configs[0]
+    idle = {
+        "ema_warmup": ("`--ema`", not one.ema),
+        "start_learning_rate": ("a warm-up (`--warmup-epochs`)", one.warmup_epochs == 0),
+        "sharing": (
+            "an operator that learns",
+            not any(_learned(config.operator) for config in configs),
+        ),
+    }
+    for name, (needed, is_idle) in idle.items():
+        if name in given and is_idle:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"`{flag}` has no effect without {needed}. Leave it out.")
 
 
 def check_device(name: str | None) -> None:

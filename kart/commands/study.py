@@ -274,6 +274,11 @@ def _set_up(args: argparse.Namespace) -> Opened:
     if len(set(objectives)) < len(objectives):
         raise ValueError(f"`--objectives` needs different ones, got {objectives}. Drop one.")
     if len(objectives) > 1:
+        if args.pruner not in (None, "none"):
+            raise ValueError(
+                f"`--pruner` needs one objective, got {args.pruner} with {len(objectives)}: Optuna "
+                "prunes by one value. Leave it out."
+            )
         study = question.with_changes(study, {"pruner": "none"})
     options = {
         "objectives": objectives,

@@ -11,7 +11,18 @@ from typing import Any
 
 import torch
 
-from kart import distributed, operators, population, recipes, runs, statistics, tables, train, tree
+from kart import (
+    data,
+    distributed,
+    operators,
+    population,
+    recipes,
+    runs,
+    statistics,
+    tables,
+    train,
+    tree,
+)
 from kart.analysis import cost
 from kart.commands.command import Command, integer, number, place
 from kart.commands.config import OPERATORS_HELP, add_config_flags, check_device, configs_of
@@ -69,6 +80,11 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
     named = configs_of(args)
     seeds = [config.seed for config in population.seeds(named[0], args.seeds)]
     splits = train.load_data(named[0], workers=args.workers)
+    if args.workers is not None and not isinstance(splits.train.images, data.Pictures):
+        raise ValueError(
+            f"`--workers` has no effect on {splits.train.name!r}, whose images are decoded: "
+            "leave it out, or let them stream with `--stream yes`."
+        )
     out = Path(args.out) if args.out else runs.default_directory(named, seeds)
     args.out = str(out)  # where the traceback of what nobody foresaw goes
     homes = runs.homes(named, out)
