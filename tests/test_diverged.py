@@ -64,6 +64,7 @@ def test_a_seed_that_diverges_stops_no_other_whatever_the_groups(coin, capsys, t
         status, text, error = call(capsys, *argv, "--out", out)
         assert status == 0 and line in text
         assert error.count("seed 1: training stopped at step 0") == (group == 1)
+        assert text.splitlines()[-1].endswith(f"kart eval {out} --code coin.py")
         scored = call(capsys, "eval", out, "--code", "coin.py")
         assert scored[0] == 0 and line in scored[1]
         sections = ["--sections", "scores,training", "--code", "coin.py"]
@@ -144,6 +145,8 @@ def test_one_run_is_found_by_its_seed_below_a_directory(capsys, tmp_path):
         wanted = wanted if member is None else wanted[member]
         assert torch.equal(found["params.cls_token"], wanted)
     status, _, error = call(capsys, "export", out, "--seed", 7, "--out", name)
+    assert status == 2 and "one of [0, 1, 2], those of" in error and "got 7" in error
+    status, _, error = call(capsys, "export", out, "--out", name)
     assert status == 2 and "directory of one run" in error
     # a donor's member is that of the seed
     argv = ["train", *TINY, "--from", out, "--learning-rate", 0, "--start-learning-rate", 0]

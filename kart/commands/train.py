@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -154,8 +155,17 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
     header = ["operator", "val top-1 %", "val top-5 %", "val loss", "parameters", "n"]
     print("\n".join([tables.table(rows, header)] * bool(rows) + told))
     if rows:
-        print(f"written to {out}; score it on the test split with: kart eval {out}")
+        score = shlex.join(["kart", "eval", str(out), *_code_flags(named)])
+        print(f"written to {out}; score it on the test split with: {score}")
     return 0 if len(rows) == len(named) else 1
+
+
+def _code_flags(configs: Sequence[Config]) -> list[str]:
+    """What other commands must be told to run of the code that the operators name."""
+    chosen = [config.operator for config in configs]
+    specs = [spec for one in chosen for spec in ([one] if isinstance(one, str) else one)]
+    names = sorted(set[str]().union(*map(operators.sources, specs)))
+    return [word for name in names for word in ("--code", name)]
 
 
 def _check(config: Config, splits: train.Splits, ranks: train.Ranks) -> None:

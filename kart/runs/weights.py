@@ -105,9 +105,14 @@ def only(directory: str | os.PathLike, which: str = "last", seed: int | None = N
     found = [one for one, own in known if seed in (None, own)]
     if len(found) == 1:
         home = found[0]
+    elif known and not found:
+        raise ValueError(
+            f"`seed` needs to be one of {sorted({own for _, own in known})}, those of "
+            f"{str(directory)!r}, got {seed}. Name one of them."
+        )
     own = identity.read(home)
     seeds = [config.seed for config in own.configs]
-    if seed not in seeds and (seed is not None or len(seeds) > 1):
+    if seed is None and len(seeds) > 1:
         raise ValueError(
             f"`seed` needs to be one of {seeds}, those of {str(home)!r}, got {seed}. "
             "Name it with `--seed`."
