@@ -1,14 +1,22 @@
 """kart's own operators, projections, kernels, models and training step through their suites."""
 
+import doctest
+import types
+
 import pytest
 import torch
 from hypothesis import settings
 
-from kart import bases, kernels, models, operators, optim, projections, train
+import kart.testing
+from kart import bases, kernels, layers, models, operators, optim, projections, train
+from kart.guides import write_a_basis_from_zero
 from kart.kernels import plain
+from kart.models import blocks
 from kart.testing import (
     AdamW,
     Training,
+    basis_suite,
+    check_model,
     formulas,
     kernel_suite,
     model_suite,
@@ -25,6 +33,26 @@ WINDOW = "the printed window runs over the keys"
 def of(spec, **expected):
     op = operators.parse(spec).operator
     return operator_suite(op, expected_failures=expected, max_examples=FEW)
+
+
+def hats():
+    """The basis that the guide writes."""
+    scope = {}
+    for example in doctest.DocTestParser().get_examples(write_a_basis_from_zero.__doc__ or ""):
+        exec(example.source, scope)
+        if "hats" in scope:
+            return scope["hats"]
+    raise AssertionError("the guide defines no `hats`")
+
+
+@basis_suite(hats()(grid=7), expected_failures={})
+def test_the_basis_of_the_guide(): ...
+
+
+def test_the_package_shows_the_basis_of_the_guide():
+    lines = (write_a_basis_from_zero.__doc__ or "").split("def expand(x):\n")[1].splitlines()[:4]
+    assert lines[-1].endswith("(t < 1))")
+    assert all(line.removeprefix("...").strip() in (kart.testing.__doc__ or "") for line in lines)
 
 
 @of("softmax")
@@ -267,6 +295,30 @@ def test_vit_blockwise(): ...
 
 @model_suite(tiny("G2U:rank=3"), tied=tiny("G2B:rank=3"), max_examples=FEW)
 def test_vit_universal(): ...
+
+
+def test_patches_permute_without_a_class_token():
+    base = tiny("softmax")
+    config = base.config
+
+    def init(generator):
+        params = base.init(generator)
+        del params["cls_token"]
+        return {**params, "pos_embed": params["pos_embed"][:, 1:]}
+
+    def apply(params, images):
+        x = layers.patch_embed(params["patch_embed"], images) + params["pos_embed"][0]
+        for i, site in enumerate(base.sites):
+            attend = blocks.attention_at(site, params, None, f"blocks.{i}")
+            x = blocks.block(params["blocks"][str(i)], x, attend, images.dtype)
+        return layers.linear(params["head"], layers.layer_norm(params["norm"], x.mean(-2)))
+
+    names = ("image_size", "patch_size", "in_channels")
+    told = {name: getattr(config, name) for name in names}
+    told["tokens"] = (config.image_size // config.patch_size) ** 2
+    model = base._replace(config=types.SimpleNamespace(**told), init=init, apply=apply)
+    [result] = check_model(model, only=["patches_permute"], max_examples=FEW)
+    assert result.passed, result
 
 
 def training(operator, rate=1e-3, decay=0.05, **fields):

@@ -11,8 +11,10 @@ by its features: an elementwise function that maps `(...)` to `(..., K)`. Hats o
 ...     step = (high - low) / (grid - 1)
 ...
 ...     def expand(x):
-...         centres = low + step * torch.arange(grid, dtype=x.dtype, device=x.device)
-...         return (1 - ((x[..., None] - centres) / step).abs()).relu()
+...         places = torch.arange(grid, dtype=x.dtype, device=x.device)
+...         t = ((x[..., None] - low) / step - places).clamp(-2, 2)
+...         # at a knot all hats have the slope of their right side: abs and relu would have none
+...         return torch.where(t < 0, 1 + t, 1 - t) * ((t >= -1) & (t < 1))
 ...
 ...     knots = [low + j * step for j in range(-1, grid + 1)]
 ...     traits = {"partition_of_unity": (low, high), "nonnegative": True, "smooth": 0}

@@ -261,13 +261,14 @@ def patches_permute(s: Subject, seed: int) -> None:
     position embeddings and the operators' axes of keys along.
 
     A patch is known by something else than its embedding: tokens are flattened in another order
-    than positions, or the class token is not first.
+    than positions, or a class token is not first.
     """
     params, images = s.params(seed, torch.float64), s.batch(seed, 2, torch.float64)
     config = s.model.config
     side, patch = config.image_size // config.patch_size, config.patch_size
     order = torch.randperm(side * side, generator=draw.generator(seed))
-    tokens = torch.cat([torch.zeros(1, dtype=torch.int64), order + 1])
+    prefix = params["pos_embed"].shape[-2] - side * side
+    tokens = torch.cat([torch.arange(prefix), order + prefix])
     # (B, C, height, width) to (B, patches, C, p, p) and back
     cells = images.unflatten(-1, (side, patch)).unflatten(-3, (side, patch))
     cells = cells.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)[:, order].unflatten(1, (side, side))
