@@ -24,8 +24,9 @@
 
 `contract.py` is what an operator is and what all of them share (checks, masks, precision, base,
 projection), `spec.py` the language of spec strings, `resize.py` other numbers of keys, `cache.py`
-tokens that come in parts. A new operator is a factory in a file of its own (from `from_rows` or
-`from_logits`) and its name in `OPERATORS`: its signature says what a spec may set.
+tokens that come in parts. A new operator is a factory in a file of its own (from `from_rows`,
+`from_logits` or, of any two forms, `from_forms`) and its name in `OPERATORS`: its signature says
+what a spec may set.
 """
 
 from collections.abc import Callable

@@ -15,21 +15,16 @@ from torch import Generator, Tensor
 from kart import bases, kernels
 from kart.bases import Params
 from kart.factories import remember
-from kart.kernels.core import no_autocast
 from kart.kernels.plain import wide
 from kart.operators.contract import (
     Factored,
     Operator,
     check_choice,
     check_keys,
-    check_qkv,
-    check_scores,
-    check_sizes,
+    from_forms,
     from_rows,
     only,
-    silence,
     softmax_rows,
-    two_axes,
     values_of,
 )
 from kart.operators.relative import check_geometry, lattice_of
@@ -91,32 +86,21 @@ def tempered() -> Operator:
     """
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
-        check_sizes(heads, tokens)
         return {"sharpness": torch.zeros(heads, **bases.DRAWN)}
 
     def factor(params: Params, like: Tensor) -> Tensor:
         return params["sharpness"].to(like.dtype).exp()[:, None, None]
 
-    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        check_scores("tempered", scores, mask)
-        mask = two_axes(mask)
-        with no_autocast(scores):
-            held = only(wide(scores), mask)
-            return softmax_rows(held * factor(params, held), mask).to(scores.dtype)
+    def weights(params: Params, scores: Tensor, mask: Tensor | None) -> Tensor:
+        return softmax_rows(scores * factor(params, scores), mask)
 
-    def attend(
-        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        check_qkv("tempered", q, k, v, mask)
-        mask, dtype = two_axes(mask), v.dtype
-        with no_autocast(q):
-            q, k, v = (wide(x) for x in silence(q, k, v, mask))
-            return kernels.softmax_attention(q * factor(params, q), k, v, mask).to(dtype)
+    def attend(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = wide(q), wide(k), wide(v)
+        return kernels.softmax_attention(q * factor(params, q), k, v, mask)
 
-    traits: dict[str, Any] = {"learned": True, "length_free": True}
-    traits |= {"simplex": True, "shift_invariant": True}
+    traits: dict[str, Any] = {"length_free": True, "simplex": True, "shift_invariant": True}
     traits |= {"softmax_base": True, "softmax_start": True, **scored(4)}
-    return Operator("tempered", init, weights, attend, None, {"kind": "tempered"}, traits)
+    return from_forms("tempered", init, weights, attend, traits=traits)
 
 
 def squared_offsets(lattice: Lattice, like: Tensor) -> Tensor:
@@ -148,7 +132,6 @@ def gated(prefix: int | None = None, rows: int | None = None, locality: float = 
     check_geometry("gated", prefix, rows)
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
-        check_sizes(heads, tokens)
         lattice_of("gated", tokens, prefix, rows)
         side = math.isqrt(heads)
         offset = torch.arange(side, **bases.DRAWN) - (side - 1) / 2
@@ -166,28 +149,18 @@ def gated(prefix: int | None = None, rows: int | None = None, locality: float = 
         gate = params["gate"].to(dtype).sigmoid()[:, None, None]
         return gate, torch.einsum("nmj,hj->hnm", offsets, position)
 
-    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        check_scores("gated", scores, mask)
-        check_square("gated", scores.shape[-1], *scores.shape[-2:])
-        mask = two_axes(mask)
-        with no_autocast(scores):
-            held = only(wide(scores), mask)
-            gate, p = parts(params, held.shape[-1], held.dtype)
-            y = (1 - gate) * softmax_rows(held, mask) + gate * softmax_rows(p, mask)
-        return y.to(scores.dtype)
+    def fits(params: Params, queries: int, keys: int) -> None:
+        check_square("gated", keys, queries, keys)
 
-    def attend(
-        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        check_qkv("gated", q, k, v, mask)
-        check_square("gated", k.shape[-2], q.shape[-2], k.shape[-2])
-        mask, dtype = two_axes(mask), v.dtype
-        with no_autocast(q):
-            q, k, v = (wide(x) for x in silence(q, k, v, mask))
-            gate, p = parts(params, k.shape[-2], v.dtype)
-            content = kernels.softmax_attention(q, k, v, mask)
-            out = (1 - gate) * content + gate * matrix_values(p, v, mask, normalise=True)
-        return out.to(dtype)
+    def weights(params: Params, scores: Tensor, mask: Tensor | None) -> Tensor:
+        gate, p = parts(params, scores.shape[-1], scores.dtype)
+        return (1 - gate) * softmax_rows(scores, mask) + gate * softmax_rows(p, mask)
+
+    def attend(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = wide(q), wide(k), wide(v)
+        gate, p = parts(params, k.shape[-2], v.dtype)
+        content = kernels.softmax_attention(q, k, v, mask)
+        return (1 - gate) * content + gate * matrix_values(p, v, mask, normalise=True)
 
     def resize(params: Params, old: Lattice, new: Lattice) -> Params:
         # offsets in patches: those of a finer lattice are longer
@@ -195,18 +168,11 @@ def gated(prefix: int | None = None, rows: int | None = None, locality: float = 
         scale = params["position"].new_tensor([right, down, right * down])
         return {**params, "position": params["position"] * scale}
 
-    options = {"kind": "gated", "prefix": prefix, "rows": rows, "locality": locality}
-    traits: dict[str, Any] = {"learned": True, "length_free": False, "self_attention": True}
+    options = {"prefix": prefix, "rows": rows, "locality": locality}
     # two softmaxes, the quadratic in between, the mixture
-    traits |= {"simplex": True, **scored(3 + 3 + 3 + 2)}
-    return Operator("gated", init, weights, attend, None, options, traits, resize)
-
-
-def not_of_scores(name: str, why: str) -> ValueError:
-    """The error of `weights` where scores do not determine them."""
-    return ValueError(
-        f"`{name}.weights` needs an operator of the scores, got one of {why}. Pass the identity "
-        "(M, M) as `v` to `attend`, which gives them."
+    traits = {"self_attention": True, "simplex": True, **scored(3 + 3 + 3 + 2)}
+    return from_forms(
+        "gated", init, weights, attend, fits=fits, resize=resize, options=options, traits=traits
     )
 
 
@@ -251,16 +217,12 @@ def synthesizer(
     from_softmax = base is not None and normalise is None
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
-        check_sizes(heads, tokens)
         first = bases.normal(generator, (heads, width, width)) * width**-0.5
         second = bases.normal(generator, (heads, width, tokens)) * width**-0.5
         # weights without softmax keep the output of a head at the size of its values
         scale = 0.0 if from_softmax else 1.0 if normalise else tokens**-0.5
         bias, shift = (torch.zeros(heads, n, **bases.DRAWN) for n in (width, tokens))
         return {"first": first, "bias": bias, "second": second * scale, "shift": shift}
-
-    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        raise not_of_scores("synthesizer", "the queries alone")
 
     def hidden(q: Tensor, first: Tensor, bias: Tensor) -> Tensor:
         return (mixed_right(q, first) + bias[:, None]).relu()
@@ -270,27 +232,20 @@ def synthesizer(
         logits = mixed_right(hidden(q, first, bias), second) + shift[:, None]
         return softmax_rows(logits, mask) @ v
 
-    def attend(
-        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        check_qkv("synthesizer", q, k, v, mask)
+    def attend(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         check_head("synthesizer", params["first"].shape[-2], q)
         check_keys("synthesizer", params["shift"].shape[-1], k.shape[-2])
-        mask, dtype = two_axes(mask), v.dtype
-        with no_autocast(q):
-            q, k, v = (wide(x) for x in silence(q, k, v, mask))
-            leaves = [params[x].to(q.dtype) for x in ("first", "bias", "second", "shift")]
-            first, bias, second, shift = leaves
-            if normalise:
-                out = kernels.by_queries(block, [q], [v, *leaves], mask)
-            else:
-                left = hidden(q, first, bias)
-                left = torch.cat([left, torch.ones_like(left[..., :1])], -1)
-                right = torch.cat([second.mT, shift[..., None]], -1)
-                out = values_of(Factored(left, right), v, mask)
-            if base:
-                out = out + kernels.softmax_attention(q, k, v, mask)
-        return out.to(dtype)
+        q, k, v = wide(q), wide(k), wide(v)
+        leaves = [params[x].to(q.dtype) for x in ("first", "bias", "second", "shift")]
+        first, bias, second, shift = leaves
+        if normalise:
+            out = kernels.by_queries(block, [q], [v, *leaves], mask)
+        else:
+            left = hidden(q, first, bias)
+            left = torch.cat([left, torch.ones_like(left[..., :1])], -1)
+            right = torch.cat([second.mT, shift[..., None]], -1)
+            out = values_of(Factored(left, right), v, mask)
+        return out + kernels.softmax_attention(q, k, v, mask) if base else out
 
     def resize(params: Params, old: Lattice, new: Lattice) -> Params:
         amplitude = normalise is None
@@ -300,18 +255,25 @@ def synthesizer(
         }
         return {**params, **moved}
 
-    options = {"kind": "synthesizer", "width": width, "normalise": normalise, "base": base}
-    traits: dict[str, Any] = {"learned": True, "length_free": False, "of_scores": False}
-    traits |= {"width": width, "softmax_start": from_softmax}
-
     def product_flops(tokens: int, width: int) -> int:
         scores = tokens**2 * width if base else 0
         return tokens * width**2 + 2 * tokens**2 * width + scores
 
     each = 3 * (normalise is not None) + 4 * (base is not None)
-    traits["product_flops"] = product_flops
-    traits["activation_flops"] = lambda tokens, unit: each * tokens**2
-    return Operator("synthesizer", init, weights, attend, None, options, traits, resize)
+    return from_forms(
+        "synthesizer",
+        init,
+        "the queries alone",
+        attend,
+        resize=resize,
+        options={"width": width, "normalise": normalise, "base": base},
+        traits={
+            "width": width,
+            "softmax_start": from_softmax,
+            "product_flops": product_flops,
+            "activation_flops": lambda tokens, unit: each * tokens**2,
+        },
+    )
 
 
 def mixed_right(x: Tensor, matrix: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """What a row operator is, and what all of them share: checks, masks, precision, base, projection.
 
-An operator of one's own starts at `from_rows` (a function of scores alone) or `from_logits`
-(parameters and logits): both check arguments, silence what is masked, and compute in float32 where
-the input is half precision.
+An operator of one's own starts at `from_rows` (a function of scores alone), `from_logits`
+(parameters and logits) or `from_forms` (any two forms): all check arguments and silence what is
+masked; the first two compute in float32 where the input is half precision.
 """
 
 import difflib
@@ -236,13 +236,69 @@ def simplex_values(
     )
 
 
-# --- operators that have no parameters ------------------------------------------------------------
+# --- operators ------------------------------------------------------------------------------------
 
 
-def no_parameters(generator: Generator, heads: int, tokens: int) -> Params:
-    """The empty parameters of a fixed operator."""
-    check_sizes(heads, tokens)
-    return {}
+def from_forms(
+    name: str,
+    init: Callable[[Generator, int, int], Params] | None,
+    weights: Callable[[Params, Tensor, Tensor | None], Tensor] | str,
+    attend: Callable[[Params, Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    *,
+    fits: Callable[[Params, int, int], None] | None = None,
+    basis: Basis | None = None,
+    resize: Callable[..., Params] | None = None,
+    options: Mapping[str, Any] | None = None,
+    traits: Mapping[str, Any] | None = None,
+) -> Operator:
+    """An operator from its two forms, which see checked arguments outside of autocast; what they
+    give is brought to the dtype of the input.
+
+    Args:
+        init: draws the parameters, after the sizes are checked; None where there are none.
+        weights: of the parameters, float32 or float64 scores, zero where they are masked, and a
+            mask of at least two axes; or, where scores do not determine the weights, what does.
+        attend: of the parameters, q, k and v in their own dtype, zero where nothing attends or is
+            attended to, and such a mask.
+        fits: `fits(params, queries, keys)` raises ValueError unless parameters are for these.
+        basis, resize: see `Operator`.
+        options, traits: recorded in the result.
+    """
+
+    def checked_init(generator: Generator, heads: int, tokens: int) -> Params:
+        check_sizes(heads, tokens)
+        return {} if init is None else init(generator, heads, tokens)
+
+    def checked_weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        if isinstance(weights, str):
+            raise ValueError(
+                f"`{name}.weights` needs an operator of the scores, got one of {weights}. Pass the "
+                "identity (M, M) as `v` to `attend`, which gives them."
+            )
+        check_scores(name, scores, mask)
+        if fits is not None:
+            fits(params, *scores.shape[-2:])
+        mask = two_axes(mask)
+        with no_autocast(scores):
+            return weights(params, only(wide(scores), mask), mask).to(scores.dtype)
+
+    def checked_attend(
+        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        check_qkv(name, q, k, v, mask)
+        if fits is not None:
+            fits(params, q.shape[-2], k.shape[-2])
+        mask, dtype = two_axes(mask), v.dtype
+        with no_autocast(q):
+            return attend(params, *silence(q, k, v, mask), mask).to(dtype)
+
+    options = {"kind": name, **(options or {})}
+    traits = {"learned": init is not None, "length_free": False, **(traits or {})}
+    if isinstance(weights, str):
+        traits["of_scores"] = False
+    return Operator(
+        name, checked_init, checked_weights, checked_attend, basis, options, traits, resize
+    )
 
 
 def from_rows(
@@ -258,29 +314,16 @@ def from_rows(
     can be; q, k and v come in their own dtype.
     """
 
-    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        check_scores(name, scores, mask)
-        mask = two_axes(mask)
-        with no_autocast(scores):
-            return rows(only(wide(scores), mask), mask).to(scores.dtype)
+    def weights(params: Params, scores: Tensor, mask: Tensor | None) -> Tensor:
+        return rows(scores, mask)
 
-    def attend(
-        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        check_qkv(name, q, k, v, mask)
-        mask = two_axes(mask)
-        with no_autocast(q):
-            q, k, v = silence(q, k, v, mask)
-            if product is not None:
-                return product(q, k, v, mask).to(v.dtype)
-            return (rows(scores_of(q, k, None), mask) @ wide(v)).to(v.dtype)
+    def attend(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if product is not None:
+            return product(q, k, v, mask)
+        return rows(scores_of(q, k, None), mask) @ wide(v)
 
-    options = {"kind": name, **(options or {})}
-    traits = {"learned": False, "length_free": True}
-    return Operator(name, no_parameters, weights, attend, None, options, traits)
-
-
-# --- learnable operators --------------------------------------------------------------------------
+    traits = {"length_free": True}
+    return from_forms(name, None, weights, attend, options=options, traits=traits)
 
 
 class Factored(NamedTuple):
@@ -469,65 +512,55 @@ def from_logits(
         y = y if scores is None else y + softmax_rows(scores, mask)
         return only(y, mask) if project is None else simplex_rows(y, mask)
 
-    def checked_init(generator: Generator, heads: int, tokens: int) -> Params:
-        check_sizes(heads, tokens)
-        return init(generator, heads, tokens)
-
-    def check_length(params: Params, found: int) -> None:
+    def fits(params: Params, queries: int, found: int) -> None:
         expected = keys(params)
         if expected is not None:
             check_keys(name, expected, found)
 
-    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        check_scores(name, scores, mask)
-        check_length(params, scores.shape[-1])
-        mask = two_axes(mask)
-        with no_autocast(scores):
-            held = only(wide(scores), mask)
-            y = rows(logits(params, Held(held, mask)), held if base else None, mask)
-        return y.to(scores.dtype)
+    def weights(params: Params, scores: Tensor, mask: Tensor | None) -> Tensor:
+        return rows(logits(params, Held(scores, mask)), scores if base else None, mask)
 
-    def attend(
-        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        check_qkv(name, q, k, v, mask)
-        check_length(params, k.shape[-2])
-        mask, dtype = two_axes(mask), v.dtype
-        with no_autocast(q):
-            q, k, v = silence(q, k, v, mask)
-            if project is not None:
-                q, k, v = wide(q), wide(k), wide(v)
-                y = logits(params, Streamed(q, k, mask, engine))
-                if isinstance(y, Factored) and base is None:
-                    # logits of r numbers a query and a key are scores again
-                    known = engine if engine in ENTRIES else "auto"
-                    left, right = y.left, y.right.to(v.dtype)
-                    return simplex_values(left, right, v, mask, 1.0, known).to(dtype)
-                # the projection sees whole rows: here alone the N x M weights are held
-                scores = scores_of(q, k, None) if base else None
-                return (rows(y, scores, mask) @ v).to(dtype)
-            source = Streamed(q, k, mask, engine, v if base else None)
-            if product is not None and same_for_all_queries(mask):
-                out = product(params, source, v)
-                out = out if source.attended is None else out + source.attended
-            else:
-                y = logits(params, source)  # which takes the softmax along, or does not
-                out = values_of(y, v, mask, engine, source.attended)
-            if base is not None and source.attended is None:
-                out = out + kernels.softmax_attention(q, k, v, mask)
-            return out.to(dtype)
+    def attend(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if project is not None:
+            q, k, v = wide(q), wide(k), wide(v)
+            y = logits(params, Streamed(q, k, mask, engine))
+            if isinstance(y, Factored) and base is None:
+                # logits of r numbers a query and a key are scores again
+                known = engine if engine in ENTRIES else "auto"
+                return simplex_values(y.left, y.right.to(v.dtype), v, mask, 1.0, known)
+            # the projection sees whole rows: here alone the N x M weights are held
+            scores = scores_of(q, k, None) if base else None
+            return rows(y, scores, mask) @ v
+        source = Streamed(q, k, mask, engine, v if base else None)
+        if product is not None and same_for_all_queries(mask):
+            out = product(params, source, v)
+            out = out if source.attended is None else out + source.attended
+        else:
+            y = logits(params, source)  # which takes the softmax along, or does not
+            out = values_of(y, v, mask, engine, source.attended)
+        if base is not None and source.attended is None:
+            out = out + kernels.softmax_attention(q, k, v, mask)
+        return out
 
     def factors(params: Params, q: Tensor, k: Tensor) -> Factored:
         check_qkv(name, q, k, k, None)
-        check_length(params, k.shape[-2])
+        fits(params, q.shape[-2], k.shape[-2])
         with no_autocast(q):
             found = logits(params, Streamed(q, k, None, engine))
         assert isinstance(found, Factored)  # by `rank`
         return Factored(wide(found.left), found.right)
 
+    made = from_forms(
+        name,
+        init,
+        weights,
+        attend,
+        fits=fits,
+        basis=basis,
+        resize=resize,
+        options={**(options or {}), "project": project, "base": base},
+        traits=traits,
+    )
     apart = rank and project is None and base is None and engine != "plain"
-    product_of = Factors(rank, factors, attend) if rank and apart else None
-    options = {"kind": name, **(options or {}), "project": project, "base": base}
-    traits = {"learned": True, "length_free": False, **(traits or {})}
-    made = Operator(name, checked_init, weights, attend, basis, options, traits, resize)
+    product_of = Factors(rank, factors, made.attend) if rank and apart else None
     return made._replace(factors=product_of)

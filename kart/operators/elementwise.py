@@ -16,18 +16,13 @@ from torch import Generator, Tensor
 from kart import kernels
 from kart.bases import Basis, Params
 from kart.factories import remember
-from kart.kernels.core import no_autocast
 from kart.kernels.entries import ENGINES
 from kart.kernels.plain import softmax_rows, weigh, wide
 from kart.operators.contract import (
     Operator,
     attended_keys,
     check_choice,
-    check_qkv,
-    check_scores,
-    check_sizes,
-    only,
-    silence,
+    from_forms,
     two_axes,
 )
 from kart.operators.resize import amplitudes
@@ -105,38 +100,22 @@ def from_entries(
     def factor_of(mask: Tensor | None, keys: int, like: Tensor) -> Tensor | None:
         return two_axes(1 / attended_keys(mask, keys, like)) if normalise == "count" else None
 
-    def checked_init(generator: Generator, heads: int, tokens: int) -> Params:
-        check_sizes(heads, tokens)
-        return init(generator, heads, tokens)
+    def weights(params: Params, scores: Tensor, mask: Tensor | None) -> Tensor:
+        place, keys = places(scores.shape[-2], scores.shape[-1], scores.device)
+        y = entries(params, scores if of_scores else None, place, keys)
+        y = weigh(alone, y, scores, mask, factor_of(mask, scores.shape[-1], scores))
+        return y + softmax_rows(scores, mask) if base else y.expand(scores.shape)
 
-    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        check_scores(name, scores, mask)
-        mask, dtype = two_axes(mask), scores.dtype
-        with no_autocast(scores):
-            scores = only(wide(scores), mask)
-            place, keys = places(scores.shape[-2], scores.shape[-1], scores.device)
-            y = entries(params, scores if of_scores else None, place, keys)
-            y = weigh(alone, y, scores, mask, factor_of(mask, scores.shape[-1], scores))
-            y = y + softmax_rows(scores, mask) if base else y.expand(scores.shape)
-        return y.to(dtype)
-
-    def attend(
-        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        check_qkv(name, q, k, v, mask)
-        mask, dtype = two_axes(mask), v.dtype
-        with no_autocast(q):
-            q, k, v = silence(q, k, v, mask)
-            apart = base and form != "beside"
-            added = kernels.softmax_attention(q, k, v, mask) if apart else None
-            q, k, v = wide(q), wide(k), wide(v)
-            factor = factor_of(mask, k.shape[-2], v)
-            if of_scores or form in ("inside", "beside"):
-                out = of_each(params, q, k, v, mask, factor)
-            else:
-                out = of_places(params, q, k, v, mask, factor)
-            out = out if added is None else out + added
-            return out.to(dtype)
+    def attend(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        apart = base and form != "beside"
+        added = kernels.softmax_attention(q, k, v, mask) if apart else None
+        q, k, v = wide(q), wide(k), wide(v)
+        factor = factor_of(mask, k.shape[-2], v)
+        if of_scores or form in ("inside", "beside"):
+            out = of_each(params, q, k, v, mask, factor)
+        else:
+            out = of_places(params, q, k, v, mask, factor)
+        return out if added is None else out + added
 
     def of_each(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Any, factor: Any) -> Tensor:
         units, of = params["units"], basis if of_scores else None
@@ -168,20 +147,19 @@ def from_entries(
         return out if factor is None else out * factor
 
     options = {
-        "kind": name,
         **(options or {}),
         "normalise": normalise,
         "base": base,
         "inside": inside,
         "start": start,
     }
-    found: dict[str, Any] = {"learned": True, "length_free": True, **(traits or {})}
+    found: dict[str, Any] = {"length_free": True, **(traits or {})}
     if inside or (normalise == "softmax" and not base):
         found["simplex"] = True
     if inside or (base and normalise in (None, "count")):
         found["softmax_base"] = True
         found["softmax_start"] = start == "zero"
-    return Operator(name, checked_init, weights, attend, basis, options, found)
+    return from_forms(name, init, weights, attend, basis=basis, options=options, traits=found)
 
 
 def default_start(

@@ -8,25 +8,22 @@ from torch import Generator, Tensor
 from kart import bases, kernels
 from kart.bases import Params
 from kart.factories import remember
-from kart.kernels.core import no_autocast
 from kart.kernels.plain import wide
-from kart.operators.comparators import check_head, check_width, mixed_right, not_of_scores
+from kart.operators.comparators import check_head, check_width, mixed_right
 from kart.operators.contract import (
     Factored,
     Operator,
     Source,
-    check_qkv,
     check_rank,
-    check_sizes,
+    from_forms,
     from_logits,
-    no_parameters,
     only,
     same_for_all_queries,
-    silence,
     softmax_rows,
-    two_axes,
 )
 from kart.operators.resize import Lattice, interpolate
+
+ALONE = "queries and keys by themselves"  # what determines weights that scores do not
 
 
 @remember
@@ -92,57 +89,45 @@ def performer(width: int = 64, features: int = 64) -> Operator:
     check_rank("performer", features)
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
-        check_sizes(heads, tokens)
         blocks = -(-features // width)
         drawn = bases.normal(generator, (heads, blocks, width, width))
         directions = torch.linalg.qr(drawn).Q.mT.flatten(1, 2)[:, :features]
         return {"directions": directions.contiguous()}
 
-    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        raise not_of_scores("performer", "queries and keys by themselves")
-
     def block(a: Tensor, b: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         logits = torch.logsumexp(a[..., :, None, :] + b[..., None, :, :], -1)
         return softmax_rows(logits, mask) @ v
 
-    def attend(
-        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        check_qkv("performer", q, k, v, mask)
+    def attend(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         check_head("performer", params["directions"].shape[-1], q)
-        mask, dtype = two_axes(mask), v.dtype
-        with no_autocast(q):
-            q, k, v = (wide(x) for x in silence(q, k, v, mask))
-            directions = params["directions"].detach().to(q.dtype)
-            length = torch.linalg.vector_norm(directions, dim=-1, keepdim=True)
-            w = (directions * (math.sqrt(width) / length)).mT  # (H, d, m)
-            q, k = q * width**-0.25, k * width**-0.25
-            # the term of |q| is the same for all keys: it cancels
-            a, b = mixed_right(q, w), mixed_right(k, w) - k.square().sum(-1, keepdim=True) / 2
-            # one query costs the same in either form, and is then rounded as it is among others
-            if not same_for_all_queries(mask) or (mask is not None and q.shape[-2] == 1):
-                return kernels.by_queries(block, [a], [b, v], mask, features).to(dtype)
-            seen = None if mask is None else mask.mT
-            b = b if seen is None else torch.where(seen, b, torch.finfo(b.dtype).min)
-            highest = b.detach().amax(-2, keepdim=True)
-            keys = only((b - highest).exp(), seen)
-            a = a + highest
-            queries = (a - a.detach().amax(-1, keepdim=True)).exp()
-            total = queries @ keys.sum(-2)[..., None]
-            # at least 1 where there is any key
-            out = queries @ (keys.mT @ v) / torch.where(total == 0, 1, total)
-        return out.to(dtype)
+        q, k, v = wide(q), wide(k), wide(v)
+        directions = params["directions"].detach().to(q.dtype)
+        length = torch.linalg.vector_norm(directions, dim=-1, keepdim=True)
+        w = (directions * (math.sqrt(width) / length)).mT  # (H, d, m)
+        q, k = q * width**-0.25, k * width**-0.25
+        # the term of |q| is the same for all keys: it cancels
+        a, b = mixed_right(q, w), mixed_right(k, w) - k.square().sum(-1, keepdim=True) / 2
+        # one query costs the same in either form, and is then rounded as it is among others
+        if not same_for_all_queries(mask) or (mask is not None and q.shape[-2] == 1):
+            return kernels.by_queries(block, [a], [b, v], mask, features)
+        seen = None if mask is None else mask.mT
+        b = b if seen is None else torch.where(seen, b, torch.finfo(b.dtype).min)
+        highest = b.detach().amax(-2, keepdim=True)
+        keys = only((b - highest).exp(), seen)
+        a = a + highest
+        queries = (a - a.detach().amax(-1, keepdim=True)).exp()
+        total = queries @ keys.sum(-2)[..., None]
+        # at least 1 where there is any key
+        return queries @ (keys.mT @ v) / torch.where(total == 0, 1, total)
 
-    options = {"kind": "performer", "width": width, "features": features}
+    options = {"width": width, "features": features}
     traits = {
-        "learned": True,
         "length_free": True,
-        "of_scores": False,
         "width": width,
         "product_flops": lambda tokens, width: 4 * tokens * features * width,
         "activation_flops": lambda tokens, unit: 3 * 2 * tokens * features,
     }
-    return Operator("performer", init, weights, attend, None, options, traits)
+    return from_forms("performer", init, ALONE, attend, options=options, traits=traits)
 
 
 # a sum of relu products may be zero: the floor of the published code
@@ -160,9 +145,6 @@ def cosformer() -> Operator:
     time. As L is known when all tokens are, they cannot come in parts.
     """
 
-    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        raise not_of_scores("cosformer", "queries and keys by themselves")
-
     def turned(x: Tensor, longest: int) -> Tensor:
         """`relu(x)` times cosine and sine of its place, `(..., N, 2 d)`."""
         place = torch.arange(x.shape[-2], dtype=x.dtype, device=x.device)[:, None]
@@ -173,30 +155,21 @@ def cosformer() -> Operator:
         y = only(q @ k.mT, mask)
         return y @ v / y.sum(-1, keepdim=True).clamp(min=FLOOR)
 
-    def attend(
-        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        check_qkv("cosformer", q, k, v, mask)
-        mask, dtype = two_axes(mask), v.dtype
-        with no_autocast(q):
-            q, k, v = (wide(x) for x in silence(q, k, v, mask))
-            longest = max(q.shape[-2], k.shape[-2])
-            queries, keys = turned(q, longest), turned(k, longest)
-            if not same_for_all_queries(mask):
-                return kernels.by_queries(block, [queries], [keys, v], mask).to(dtype)
-            # masked keys are zero
-            total = queries @ keys.sum(-2)[..., None]
-            out = queries @ (keys.mT @ v) / total.clamp(min=FLOOR)
-        return out.to(dtype)
+    def attend(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = wide(q), wide(k), wide(v)
+        longest = max(q.shape[-2], k.shape[-2])
+        queries, keys = turned(q, longest), turned(k, longest)
+        if not same_for_all_queries(mask):
+            return kernels.by_queries(block, [queries], [keys, v], mask)
+        # masked keys are zero
+        total = queries @ keys.sum(-2)[..., None]
+        return queries @ (keys.mT @ v) / total.clamp(min=FLOOR)
 
     traits = {
-        "learned": False,
         "length_free": True,
         "by_length": True,
-        "of_scores": False,
         # features of 2 d; two operations for each
         "product_flops": lambda tokens, width: 4 * tokens * width**2 + 8 * tokens * width,
         "activation_flops": lambda tokens, unit: 0,
     }
-    options = {"kind": "cosformer"}
-    return Operator("cosformer", no_parameters, weights, attend, None, options, traits)
+    return from_forms("cosformer", None, ALONE, attend, traits=traits)

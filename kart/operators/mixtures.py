@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 from kart.bases import Params
 from kart.factories import remember
 from kart.operators.contract import Operator, check_sizes
-from kart.operators.resize import Lattice
+from kart.operators.sums import of_parts
 
 
 @remember
@@ -72,21 +72,8 @@ def hybrid(operators: Sequence[Operator]) -> Operator:
             mask=mask,
         )
 
-    def resize(params: Params, old: Lattice, new: Lattice) -> Params:
-        return {
-            str(i): params[str(i)] if op.resize is None else op.resize(params[str(i)], old, new)
-            for i, (op, _) in enumerate(groups)
-        }
-
-    # one that cannot move its parameters is not skipped: then the whole has no `resize`
-    movable = all(op.resize or op.traits.get("length_free") for op, _ in groups)
-    traits = {
-        "learned": any(op.traits.get("learned", True) for op, _ in groups),
-        "length_free": all(op.traits.get("length_free", False) for op, _ in groups),
-        "self_attention": any(op.traits.get("self_attention", False) for op, _ in groups),
-        "by_length": any(op.traits.get("by_length", False) for op, _ in groups),
-        "of_scores": all(op.traits.get("of_scores", True) for op, _ in groups),
-    }
     options = {"kind": "hybrid", "groups": groups}
     name = "+".join(f"{count}*{op.name}" for op, count in groups)
-    return Operator(name, init, weights, attend, None, options, traits, resize if movable else None)
+    return Operator(
+        name, init, weights, attend, None, options, **of_parts([op for op, _ in groups])
+    )

@@ -11,20 +11,15 @@ from torch import Generator, Tensor
 from kart import kernels
 from kart.bases import Basis, Params
 from kart.factories import remember
-from kart.kernels.core import no_autocast
 from kart.kernels.plain import scores as scores_of
 from kart.kernels.plain import wide
 from kart.operators.contract import (
     Operator,
     check_choice,
     check_fits_memory,
-    check_qkv,
-    check_scores,
-    check_sizes,
+    from_forms,
     only,
-    silence,
     softmax_rows,
-    two_axes,
 )
 from kart.operators.learnable import low_rank
 from kart.operators.relative import (
@@ -115,7 +110,6 @@ def by_offset(
     scaled = set(amplitudes(basis))
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
-        check_sizes(heads, tokens)
         lattice = lattice_of("by_offset", tokens, prefix, rows)
         count = heads * 4 * tokens * (basis.size + 1)
         check_fits_memory("by_offset", count, f"{heads} x {4 * tokens:,} units")
@@ -152,33 +146,24 @@ def by_offset(
         y = only(y, mask)
         return y + softmax_rows(scores, mask) if base else y
 
-    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        check_scores("by_offset", scores, mask)
-        check_square("by_offset", tokens_in(params["table"]), *scores.shape[-2:])
-        mask = two_axes(mask)
-        with no_autocast(scores):
-            held = wide(scores)
-            names, leaves, index = rows_of(params, held.dtype)
-            return block(names, index, held, mask, leaves).to(scores.dtype)
+    def fits(params: Params, queries: int, keys: int) -> None:
+        check_square("by_offset", tokens_in(params["table"]), queries, keys)
 
-    def attend(
-        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        check_qkv("by_offset", q, k, v, mask)
-        check_square("by_offset", tokens_in(params["table"]), q.shape[-2], k.shape[-2])
-        mask, dtype = two_axes(mask), v.dtype
-        with no_autocast(q):
-            q, k, v = (wide(x) for x in silence(q, k, v, mask))
-            names, leaves, index = rows_of(params, q.dtype)
+    def weights(params: Params, scores: Tensor, mask: Tensor | None) -> Tensor:
+        names, leaves, index = rows_of(params, scores.dtype)
+        return block(names, index, scores, mask, leaves)
 
-            def some(index: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
-                *leaves, mask = rest
-                return block(names, index, scores_of(q, k, None), mask, leaves) @ v
+    def attend(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = wide(q), wide(k), wide(v)
+        names, leaves, index = rows_of(params, q.dtype)
 
-            # the features, their products with the coefficients, and what derivatives need
-            numbers = 2 * (basis.size + 2)
-            out = kernels.by_queries(some, [index, q], [k, v, *leaves], mask, numbers)
-        return out.to(dtype)
+        def some(index: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+            *leaves, mask = rest
+            return block(names, index, scores_of(q, k, None), mask, leaves) @ v
+
+        # the features, their products with the coefficients, and what derivatives need
+        numbers = 2 * (basis.size + 2)
+        return kernels.by_queries(some, [index, q], [k, v, *leaves], mask, numbers)
 
     def resize(params: Params, old: Lattice, new: Lattice) -> Params:
         units = params["units"]
@@ -193,15 +178,23 @@ def by_offset(
             "units": {part: {leaf: one[part] for leaf, one in moved.items()} for part in units},
         }
 
-    options = {"kind": "by_offset", "base": base, "prefix": prefix, "rows": rows, "start": begin}
+    options = {"base": base, "prefix": prefix, "rows": rows, "start": begin}
     each = 4 if base else 0
     traits = {
-        "learned": True,
-        "length_free": False,
         "self_attention": True,
         "product_flops": lambda tokens, width: 2 * tokens**2 * width,
         "activation_flops": lambda tokens, unit: tokens**2 * (unit + 1 + each),
     }
     if base:
         traits |= {"softmax_base": True, "softmax_start": begin == "zero"}
-    return Operator("by_offset", init, weights, attend, basis, options, traits, resize)
+    return from_forms(
+        "by_offset",
+        init,
+        weights,
+        attend,
+        fits=fits,
+        basis=basis,
+        resize=resize,
+        options=options,
+        traits=traits,
+    )

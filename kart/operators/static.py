@@ -14,7 +14,6 @@ from torch.nn import functional
 from kart import bases, kernels
 from kart.bases import Params
 from kart.factories import remember
-from kart.kernels.core import no_autocast
 from kart.kernels.plain import scores as scores_of
 from kart.kernels.plain import wide
 from kart.operators.contract import (
@@ -23,15 +22,11 @@ from kart.operators.contract import (
     check_choice,
     check_fits_memory,
     check_keys,
-    check_qkv,
     check_rank,
-    check_scores,
-    check_sizes,
+    from_forms,
     only,
     same_for_all_queries,
-    silence,
     softmax_rows,
-    two_axes,
 )
 from kart.operators.resize import Lattice, interpolate
 
@@ -133,26 +128,19 @@ def from_matrix(
         # the rows of T, of q and of the mask for some of the queries
         return softmax_rows(scores_of(q, k, None) + t, mask) @ v
 
-    def checked_init(generator: Generator, heads: int, count: int) -> Params:
-        check_sizes(heads, count)
-        return init(generator, heads, count)
+    def fits(params: Params, queries: int, keys: int) -> None:
+        check_square(name, tokens(params), queries, keys)
 
     def dense(params: Params, dtype: torch.dtype) -> Tensor:
         t = matrix(params)
         return (t.dense() if isinstance(t, Factored) else t).to(dtype)
 
-    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        check_scores(name, scores, mask)
-        check_square(name, tokens(params), *scores.shape[-2:])
-        mask, dtype = two_axes(mask), scores.dtype
-        with no_autocast(scores):
-            scores = only(wide(scores), mask)
-            t = dense(params, scores.dtype)
-            if inside:
-                return softmax_rows(scores + t, mask).to(dtype)
-            y = softmax_rows(t, mask) if normalise else only(entries(t), mask)
-            y = y + softmax_rows(scores, mask) if base else y.expand(scores.shape)
-        return y.to(dtype)
+    def weights(params: Params, scores: Tensor, mask: Tensor | None) -> Tensor:
+        t = dense(params, scores.dtype)
+        if inside:
+            return softmax_rows(scores + t, mask)
+        y = softmax_rows(t, mask) if normalise else only(entries(t), mask)
+        return y + softmax_rows(scores, mask) if base else y.expand(scores.shape)
 
     def product(params: Params, v: Tensor, mask: Tensor | None) -> Tensor:
         t = matrix(params)
@@ -165,35 +153,26 @@ def from_matrix(
         t = dense(params, v.dtype)
         return matrix_values(t if normalise else entries(t), v, mask, normalise is not None)
 
-    def attend(
-        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        check_qkv(name, q, k, v, mask)
-        check_square(name, tokens(params), q.shape[-2], k.shape[-2])
-        mask, dtype = two_axes(mask), v.dtype
-        with no_autocast(q):
-            q, k, v = silence(q, k, v, mask)
-            if base and mask is None and rank is None:
-                t = dense(params, wide(v).dtype)
-                t = t.softmax(-1) if normalise else entries(t)
-                return kernels.softmax_attention(q, k, v, table=t).to(dtype)
-            if not inside:
-                out = product(params, wide(v), mask)
-                # the axes of q and k, which have no other part
-                lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], out.shape[:-2])
-                out = out.expand(*lead, *out.shape[-2:])
-                if base:
-                    out = out + kernels.softmax_attention(q, k, v, mask)
-                return out.to(dtype)
-            t, q, k, v = matrix(params), wide(q), wide(k), wide(v)
-            if isinstance(t, Factored):
-                # q k^T / sqrt(d) + L R^T is one product of longer vectors
-                left = t.left.to(q.dtype).expand(*q.shape[:-1], -1)
-                right = t.right.to(q.dtype).expand(*k.shape[:-1], -1)
-                q = torch.cat([q * q.shape[-1] ** -0.5, left], -1)
-                k = torch.cat([k, right], -1)
-                return kernels.softmax_attention(q, k, v, mask, 1.0).to(dtype)
-            return kernels.by_queries(block, [t.to(q.dtype), q], [k, v], mask).to(dtype)
+    def attend(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if base and mask is None and rank is None:
+            t = dense(params, wide(v).dtype)
+            t = t.softmax(-1) if normalise else entries(t)
+            return kernels.softmax_attention(q, k, v, table=t)
+        if not inside:
+            out = product(params, wide(v), mask)
+            # the axes of q and k, which have no other part
+            lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], out.shape[:-2])
+            out = out.expand(*lead, *out.shape[-2:])
+            return out + kernels.softmax_attention(q, k, v, mask) if base else out
+        t, q, k, v = matrix(params), wide(q), wide(k), wide(v)
+        if isinstance(t, Factored):
+            # q k^T / sqrt(d) + L R^T is one product of longer vectors
+            left = t.left.to(q.dtype).expand(*q.shape[:-1], -1)
+            right = t.right.to(q.dtype).expand(*k.shape[:-1], -1)
+            q = torch.cat([q * q.shape[-1] ** -0.5, left], -1)
+            k = torch.cat([k, right], -1)
+            return kernels.softmax_attention(q, k, v, mask, 1.0)
+        return kernels.by_queries(block, [t.to(q.dtype), q], [k, v], mask)
 
     def product_flops(tokens: int, width: int) -> int:
         low = rank is not None and signed and not normalise and not inside
@@ -206,7 +185,6 @@ def from_matrix(
         return tokens**2 * (each + (rank if built and rank else 0))
 
     options = {
-        "kind": name,
         **(options or {}),
         "signed": signed,
         "normalise": normalise,
@@ -214,7 +192,7 @@ def from_matrix(
         "inside": inside,
         "start": start,
     }
-    traits: dict[str, Any] = {"learned": True, "length_free": False, "self_attention": True}
+    traits: dict[str, Any] = {"self_attention": True}
     traits |= {"product_flops": product_flops, "activation_flops": activation_flops}
     if inside or normalise and not base:
         traits["simplex"] = True
@@ -223,7 +201,9 @@ def from_matrix(
     if inside or base and signed and not normalise:
         traits["softmax_base"] = True
         traits["softmax_start"] = start == "zero"
-    return Operator(name, checked_init, weights, attend, None, options, traits, resize)
+    return from_forms(
+        name, init, weights, attend, fits=fits, resize=resize, options=options, traits=traits
+    )
 
 
 def default_start(name: str, start: str | None, base: str | None, inside: bool) -> str:

@@ -1,6 +1,7 @@
 """Sums of operators: all of them in every head."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Generator, Tensor
 
@@ -8,6 +9,29 @@ from kart.bases import Params
 from kart.factories import remember
 from kart.operators.contract import Operator, check_sizes
 from kart.operators.resize import Lattice
+
+
+def of_parts(parts: Sequence[Operator]) -> dict[str, Any]:
+    """The fields `traits` and `resize` of an operator made of others, whose parameters are under
+    `str(i)`.
+    """
+
+    def resize(params: Params, old: Lattice, new: Lattice) -> Params:
+        return {
+            str(i): params[str(i)] if op.resize is None else op.resize(params[str(i)], old, new)
+            for i, op in enumerate(parts)
+        }
+
+    traits = {
+        "learned": any(op.traits.get("learned", True) for op in parts),
+        "length_free": all(op.traits.get("length_free", False) for op in parts),
+        "self_attention": any(op.traits.get("self_attention", False) for op in parts),
+        "by_length": any(op.traits.get("by_length", False) for op in parts),
+        "of_scores": all(op.traits.get("of_scores", True) for op in parts),
+    }
+    # one that cannot move its parameters is not skipped: then the whole has no `resize`
+    movable = all(op.resize or op.traits.get("length_free") for op in parts)
+    return {"traits": traits, "resize": resize if movable else None}
 
 
 @remember
@@ -39,20 +63,6 @@ def added(operators: Sequence[Operator]) -> Operator:
     ) -> Tensor:
         return total(lambda op, own: op.attend(own, q, k, v, mask), params)
 
-    def resize(params: Params, old: Lattice, new: Lattice) -> Params:
-        return {
-            str(i): params[str(i)] if op.resize is None else op.resize(params[str(i)], old, new)
-            for i, op in enumerate(parts)
-        }
-
-    movable = all(op.resize or op.traits.get("length_free") for op in parts)
-    traits = {
-        "learned": any(op.traits.get("learned", True) for op in parts),
-        "length_free": all(op.traits.get("length_free", False) for op in parts),
-        "self_attention": any(op.traits.get("self_attention", False) for op in parts),
-        "by_length": any(op.traits.get("by_length", False) for op in parts),
-        "of_scores": all(op.traits.get("of_scores", True) for op in parts),
-    }
     options = {"kind": "added", "parts": parts}
     name = "added " + ", ".join(op.name for op in parts)
-    return Operator(name, init, weights, attend, None, options, traits, resize if movable else None)
+    return Operator(name, init, weights, attend, None, options, **of_parts(parts))
