@@ -56,7 +56,6 @@ def check_form(name: str, normalise: str | None, base: str | None, inside: bool)
 
 def from_entries(
     name: str,
-    init: Callable[[Generator, int, int], Params],
     entries: Callable[[Params, Tensor | None, Tensor, Tensor], Tensor],
     basis: Basis,
     *,
@@ -64,33 +63,39 @@ def from_entries(
     normalise: str | None,
     base: str | None,
     inside: bool,
-    start: str,
+    start: str | None,
     engine: str,
     options: Mapping[str, Any] | None = None,
-    traits: Mapping[str, Any] | None = None,
 ) -> Operator:
     """An operator from the entry Y of a query and a key, which no other key has a part in.
 
     The weights are Y, normalised; with softmax(S) added with `base="softmax"`; or softmax(S + Y)
     with `inside`. `attend` streams (see `kart.kernels.entry_attention`); without scores the entries
-    are those of every sample, and it holds a block of queries at a time.
+    are those of every sample, and it holds a block of queries at a time. Parameters `{"units":
+    those of the basis, (H,)}`.
 
     Args:
-        init: draws the parameters; the sizes are checked before.
         entries: of parameters, scores `(..., H, n, M)` (None unless `of_scores`), places of the
             queries `(n, 1)` and of the keys `(M,)`; `(..., H, n, M)`.
         basis: of the units.
         of_scores: whether entries are of the scores.
         normalise, base, inside: see above.
-        start: "zero" where the parameters of `init` make Y = 0.
+        start: "scaled", as the basis draws, without a normalisation over sqrt(tokens); "zero", of
+            which Y = 0; None for "zero" beside or inside softmax, else "scaled".
         engine: of `kart.kernels.entry_attention`.
-        options, traits: recorded in the result.
+        options: recorded in the result.
     """
     check_form(name, normalise, base, inside)
+    start = default_start(name, start, normalise, base, inside)
+    check_no_base(name, basis, start)
     check_choice(name, "engine", engine, ENGINES)
     rows = normalise if normalise in ("l1", "softmax") else None
     form = "inside" if inside else rows or ("beside" if base else "plain")
     alone = "inside" if inside else rows or "plain"
+
+    def init(generator: Generator, heads: int, tokens: int) -> Params:
+        scale = tokens**-0.5 if normalise is None and not inside else 1.0
+        return {"units": draw_units(basis, generator, heads, scale, start)}
 
     def places(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
         # the queries are the last tokens of the keys, as when tokens come in parts
@@ -153,7 +158,7 @@ def from_entries(
         "inside": inside,
         "start": start,
     }
-    found: dict[str, Any] = {"length_free": True, **(traits or {})}
+    found: dict[str, Any] = {"length_free": True}
     if inside or (normalise == "softmax" and not base):
         found["simplex"] = True
     if inside or (base and normalise in (None, "count")):
@@ -223,13 +228,6 @@ def elementwise(
             around starts as exactly softmax. Default "zero" with softmax, else "scaled".
         engine: of `kart.kernels.entry_attention`.
     """
-    check_form("elementwise", normalise, base, inside)
-    begin = default_start("elementwise", start, normalise, base, inside)
-    check_no_base("elementwise", basis, begin)
-
-    def init(generator: Generator, heads: int, tokens: int) -> Params:
-        scale = tokens**-0.5 if normalise is None and not inside else 1.0
-        return {"units": draw_units(basis, generator, heads, scale, begin)}
 
     def entries(params: Params, scores: Tensor | None, place: Tensor, keys: Tensor) -> Tensor:
         assert scores is not None
@@ -237,14 +235,13 @@ def elementwise(
 
     return from_entries(
         "elementwise",
-        init,
         entries,
         basis,
         of_scores=True,
         normalise=normalise,
         base=base,
         inside=inside,
-        start=begin,
+        start=start,
         engine=engine,
     )
 
@@ -285,13 +282,6 @@ def by_distance(
             f"`by_distance` needs an integer `reach` >= 1, got {reach!r}. Pass the longest "
             "sequence of training."
         )
-    check_form("by_distance", normalise, base, inside)
-    begin = default_start("by_distance", start, normalise, base, inside)
-    check_no_base("by_distance", basis, begin)
-
-    def init(generator: Generator, heads: int, tokens: int) -> Params:
-        scale = tokens**-0.5 if normalise is None and not inside else 1.0
-        return {"units": draw_units(basis, generator, heads, scale, begin)}
 
     def entries(params: Params, scores: Tensor | None, place: Tensor, keys: Tensor) -> Tensor:
         # every offset once: a block of n queries and M keys has n + M - 1 of them
@@ -306,14 +296,13 @@ def by_distance(
 
     return from_entries(
         "by_distance",
-        init,
         entries,
         basis,
         of_scores=False,
         normalise=normalise,
         base=base,
         inside=inside,
-        start=begin,
+        start=start,
         engine=engine,
         options={"reach": reach},
     )
