@@ -92,6 +92,14 @@ def _loss(f: Callable[..., Any]) -> Callable[..., Tensor]:
     return lambda *floats: _flat(f(*floats)).sin().sum()
 
 
+def _exactly(
+    f: Callable[..., Any], floats: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`f(*floats)` in float64, flat, and what rounding in `dtype` may do to it."""
+    wide = tuple(x.double() for x in floats)
+    return _flat(f(*wide)), spread(lambda *x: _flat(f(*x)), wide, dtype)
+
+
 def _compare(
     s: Subject,
     seed: int,
@@ -107,10 +115,8 @@ def _compare(
     arguments = s.arguments(seed, drawn, dtype)
     _, floats = _split(arguments)
     got = _flat(transform(_of_floats(s.fast, arguments))(*floats))
-    exact = transform(_of_floats(s.plain, arguments))
-    wide = tuple(x.double() for x in floats)
-    limit = factor * spread(lambda *x: _flat(exact(*x)), wide, dtype)
-    agree(got, _flat(exact(*wide)), limit, f"{what} of the fast form", "of the plain one")
+    exact, limit = _exactly(transform(_of_floats(s.plain, arguments)), floats, dtype)
+    agree(got, exact, factor * limit, f"{what} of the fast form", "of the plain one")
 
 
 def values(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
@@ -144,11 +150,9 @@ def eager_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.d
     leaves = [x.clone().requires_grad_() for x in floats]
     loss = _loss(_of_floats(s.fast, arguments))(*leaves)
     got = _flat(torch.autograd.grad(loss, leaves))
-    plain = _loss(_of_floats(s.plain, arguments))
-    places = tuple(range(len(floats)))
-    wide = tuple(x.double() for x in floats)
-    limit = spread(lambda *x: _flat(grad(plain, places)(*x)), wide, dtype)
-    agree(got, _flat(grad(plain, places)(*wide)), limit, "the eager gradient", "that of plain")
+    slope = grad(_loss(_of_floats(s.plain, arguments)), tuple(range(len(floats))))
+    exact, limit = _exactly(slope, floats, dtype)
+    agree(got, exact, limit, "the eager gradient", "that of plain")
 
 
 def mapped(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
@@ -165,18 +169,17 @@ def mapped(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> 
         def stacked(x: Sequence[Tensor], chosen: Sequence[int] = chosen) -> list[Tensor]:
             return [torch.stack([y, y * 0.5, -y]) if i in chosen else y for i, y in enumerate(x)]
 
-        def loop(*x: Tensor, chosen: Sequence[int] = chosen, stacked: Any = stacked) -> Tensor:
+        def loop(*x: Tensor, chosen: Sequence[int] = chosen, stacked: Any = stacked) -> Any:
             members = [
                 plain(*(y[m] if i in chosen else y for i, y in enumerate(stacked(x))))
                 for m in range(3)
             ]
-            return _flat(tree.stack(members))
+            return tree.stack(members)
 
         axes = tuple(0 if i in chosen else None for i in range(count))
         got = _flat(vmap(fast, in_dims=axes)(*stacked(floats)))
-        wide = tuple(x.double() for x in floats)
-        limit = spread(loop, wide, dtype)
-        agree(got, loop(*wide), limit, f"vmap of fast over {list(chosen)}", "the loop of plain")
+        exact, limit = _exactly(loop, floats, dtype)
+        agree(got, exact, limit, f"vmap of fast over {list(chosen)}", "the loop of plain")
 
 
 def per_example_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
@@ -191,12 +194,11 @@ def per_example_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: t
     got = _flat(vmap(grad(_loss(_of_floats(s.fast, arguments)), places))(*stacked))
     plain = grad(_loss(_of_floats(s.plain, arguments)), places)
 
-    def loop(*x: Tensor) -> Tensor:
-        return _flat(tree.stack([plain(*(y[m] for y in x)) for m in range(3)]))
+    def loop(*x: Tensor) -> Any:
+        return tree.stack([plain(*(y[m] for y in x)) for m in range(3)])
 
-    wide = tuple(x.double() for x in stacked)
-    limit = spread(loop, wide, dtype)
-    agree(got, loop(*wide), limit, "vmap(grad(fast))", "the loop of grad(plain)")
+    exact, limit = _exactly(loop, stacked, dtype)
+    agree(got, exact, limit, "vmap(grad(fast))", "the loop of grad(plain)")
 
 
 def forward_mode(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
@@ -242,13 +244,11 @@ def every_element_counts(
         poked[place] = x.clone()
         poked[place].view(-1)[-1] += poke
         fast = _flat(s.fast(*poked)).double() - _flat(s.fast(*arguments)).double()
-        wide = [[_cast(y, torch.float64) for y in one] for one in (poked, arguments)]
-        plain = _flat(s.plain(*wide[0])) - _flat(s.plain(*wide[1]))
-        limits = [
-            spread(lambda *y, one=one: _flat(_of_floats(s.plain, one)(*y)), _split(one)[1], dtype)
-            for one in wide
-        ]
-        agree(fast, plain, limits[0] + limits[1], f"what argument {place} changes", "in plain")
+        there, here = (
+            _exactly(_of_floats(s.plain, one), _split(one)[1], dtype) for one in (poked, arguments)
+        )
+        limit = there[1] + here[1]
+        agree(fast, there[0] - here[0], limit, f"what argument {place} changes", "in plain")
 
 
 def layout_does_not_matter(
@@ -271,10 +271,7 @@ def layout_does_not_matter(
         return x.repeat_interleave(2, -1)[..., ::2]
 
     wanted = _flat(s.fast(*arguments))
-    _, floats = _split(arguments)
-    wide = tuple(x.double() for x in floats)
-    plain = _of_floats(s.plain, arguments)
-    limit = spread(lambda *x: _flat(plain(*x)), wide, dtype)
+    _, limit = _exactly(_of_floats(s.plain, arguments), _split(arguments)[1], dtype)
     for name, change in (("transposed", view), ("strided", strided)):
         got = _flat(s.fast(*(change(x) for x in arguments)))
         agree(got, wanted, limit, f"fast of {name} views", "fast of their copies")
@@ -309,12 +306,9 @@ def special_values(
     chosen = places[place % len(places)]
     change = {"zero": lambda x: x * 0, "ties": torch.round, "large": lambda x: x * 50}[kind]
     arguments[chosen] = change(arguments[chosen])
-    plain = _of_floats(s.plain, arguments)
-    wide = tuple(x.double() for x in _split(arguments)[1])
-    exact = _flat(plain(*wide))
+    exact, limit = _exactly(_of_floats(s.plain, arguments), _split(arguments)[1], dtype)
     if not bool(exact.isfinite().all()):
         return
-    limit = spread(lambda *x: _flat(plain(*x)), wide, dtype)
     what = f"fast with argument {chosen} {kind}"
     agree(_flat(s.fast(*arguments)), exact, limit, what, "the plain form")
 
@@ -350,11 +344,9 @@ def half(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> No
     kinds = {leaf.dtype for leaf in tree.leaves(fast)}
     if kinds != {dtype}:
         raise AssertionError(f"fast gives {kinds} for {dtype}")
-    plain = _of_floats(s.plain, arguments)
-    wide = tuple(x.double() for x in _split(arguments)[1])
-    exact = _flat(plain(*wide))
     # inputs are exact; what is left is one rounding, and that of sums in float32
-    limit = spread(lambda *x: _flat(plain(*x)), wide, torch.float32)
+    plain = _of_floats(s.plain, arguments)
+    exact, limit = _exactly(plain, _split(arguments)[1], torch.float32)
     eps, declared = torch.finfo(dtype).eps, s.traits.get("half", True)
     # below the smallest normal number of float16 the distance of neighbours is fixed
     limit = limit + eps * exact.abs().clamp(min=torch.finfo(dtype).smallest_normal)

@@ -459,10 +459,6 @@ COVARIANT = Property(
 ROOT2PI = math.sqrt(2 * math.pi)
 
 
-def _only_usual(s: Subject) -> str | None:
-    return None if s.basis.size else "has no functions"
-
-
 def _degree_zero(s: Subject) -> str | None:
     return None if _degree(s) >= 1 else "splines of degree 0 are steps, which have no slope"
 
