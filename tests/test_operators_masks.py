@@ -167,7 +167,13 @@ def test_half_inputs_are_computed_in_float32_and_rounded_once(dtype, spec, shape
     assert error < HALF[dtype], float(error)
 
 
-@pytest.mark.parametrize("spec", ["G3", "G3:order=project_first", "G3:order=two_stage", "sigmoid"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("G3", "G3:order=project_first", "G3:order=two_stage", "sigmoid"),
+        *("G3:order=generated", "G3:order=generated,base=softmax,mix=scaled"),
+    ],
+)
 def test_autocast_leaves_the_scores_in_float32(spec):
     op, params, q, k, v = drawn(spec, 1, torch.float32)
     wanted = op.attend(params, q * 6, k, v)

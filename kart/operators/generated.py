@@ -13,7 +13,6 @@ from torch import Generator, Tensor
 from kart import bases, kernels
 from kart.bases import Basis, Params
 from kart.factories import remember
-from kart.kernels.core import no_autocast
 from kart.kernels.plain import scores as scores_of
 from kart.kernels.plain import softmax_rows, wide
 from kart.operators.contract import (
@@ -21,13 +20,9 @@ from kart.operators.contract import (
     attended_keys,
     check_choice,
     check_fits_memory,
-    check_qkv,
     check_rank,
-    check_scores,
-    check_sizes,
+    from_forms,
     only,
-    silence,
-    two_axes,
 )
 from kart.operators.learnable import low_rank
 from kart.operators.resize import Lattice
@@ -141,7 +136,6 @@ def generated(
     beside = low_rank(basis, rank, base=base, mix=start, engine=engine) if base else inner
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
-        check_sizes(heads, tokens)
         count = heads * features * rank * (basis.size + 1)
         check_fits_memory("generated", count, f"{heads} x {rank} x {features:,} units")
         units = basis.init(generator, (heads, rank, features))
@@ -173,47 +167,36 @@ def generated(
             return y
         return y * (reach / attended_keys(mask, keys, wide(y))).square().to(y.dtype)  # type: ignore[operator]
 
-    def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        check_scores("generated", scores, mask)
-        mask, keys = two_axes(mask), scores.shape[-1]
-        y = inner.weights(of_keys(params, keys), wide(scores), mask)
-        y = resized(y, mask, keys)
-        if base:
-            y = y + softmax_rows(only(wide(scores), mask), mask)
-        return y.to(scores.dtype)
+    def weights(params: Params, scores: Tensor, mask: Tensor | None) -> Tensor:
+        keys = scores.shape[-1]
+        y = resized(inner.weights(of_keys(params, keys), scores, mask), mask, keys)
+        return y + softmax_rows(scores, mask) if base else y
 
     def row(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """`attend` of one query: sums over the keys come first, and nothing is made for each."""
-        with no_autocast(q):
-            q, k, v = (wide(x) for x in silence(q, k, v, mask))
-            scores = only(scores_of(q, k, None), mask)
-            found = places(k.shape[-2], scores)
-            values = basis.features(scores)  # type: ignore[misc]
-            values = values if mask is None else torch.where(mask[..., None], values, 0)
-            coefs = basis.coefficients(params["units"]).to(scores.dtype)  # type: ignore[misc]
-            y = torch.einsum("...hnkj,hrjk->...hnr", values.mT @ found, coefs)
-            y = only((y @ params["mix"].to(y.dtype).mT) @ found.mT, mask)
-            y = resized(y, mask, k.shape[-2])
-            y = y + softmax_rows(scores, mask) if base else y
-            return y @ v
+        q, k, v = wide(q), wide(k), wide(v)
+        scores = only(scores_of(q, k, None), mask)
+        found = places(k.shape[-2], scores)
+        values = basis.features(scores)  # type: ignore[misc]
+        values = values if mask is None else torch.where(mask[..., None], values, 0)
+        coefs = basis.coefficients(params["units"]).to(scores.dtype)  # type: ignore[misc]
+        y = torch.einsum("...hnkj,hrjk->...hnr", values.mT @ found, coefs)
+        y = only((y @ params["mix"].to(y.dtype).mT) @ found.mT, mask)
+        y = resized(y, mask, k.shape[-2])
+        y = y + softmax_rows(scores, mask) if base else y
+        return y @ v
 
-    def attend(
-        params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        check_qkv("generated", q, k, v, mask)
-        mask, keys, dtype = two_axes(mask), k.shape[-2], v.dtype
+    def attend(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        keys = k.shape[-2]
         if q.shape[-2] == 1 and min(q.dim(), k.dim(), v.dim()) > 2:
-            return row(params, q, k, v, mask).to(dtype)
+            return row(params, q, k, v, mask)
         made = of_keys(params, keys)
         if mask is None or normalise is None:
             # the softmax of the same scores
             made["mix"] = resized(made["mix"], None, keys)
-            return beside.attend(made, q, k, v, mask).to(dtype)
+            return beside.attend(made, q, k, v, mask)
         out = resized(inner.attend(made, q, k, v, mask), mask, keys)
-        if base:
-            q, k, v = silence(q, k, v, mask)
-            out = out + kernels.softmax_attention(q, k, v, mask)
-        return out.to(dtype)
+        return out + kernels.softmax_attention(q, k, v, mask) if base else out
 
     def moved(params: Params, old: Lattice, new: Lattice) -> Params:
         # what comes from patches is weighted by P / P', as in `low_rank`; places are relative
@@ -225,10 +208,18 @@ def generated(
         coefs = units["coefs"] * weight.to(units["coefs"].dtype)[:, None]
         return {"units": {**units, "coefs": coefs}, "mix": mix * weight[:, None]}
 
-    options = {"kind": "generated", "rank": rank, "features": features, "reach": reach}
+    options = {"rank": rank, "features": features, "reach": reach}
     options |= {"prefix": prefix, "normalise": normalise, "base": base, "mix": start}
-    traits = {"learned": True, "length_free": True}
+    traits = {"length_free": True}
     if base:
         traits |= {"softmax_base": True, "softmax_start": start == "zero"}
-    resize = moved if reach is None else None
-    return Operator("generated", init, weights, attend, basis, options, traits, resize)
+    return from_forms(
+        "generated",
+        init,
+        weights,
+        attend,
+        basis=basis,
+        resize=moved if reach is None else None,
+        options=options,
+        traits=traits,
+    )
