@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from kart.data import changes, digits, finding, images, splits
+from kart.data import changes, finding, images, splits
 from kart.data.dataset import SPLITS, Converted, Unused
 from kart.data.finding import Options
 from kart.data.loading import check_options, check_source, load
@@ -281,13 +281,14 @@ def _split(
 
 
 def _built_in(name: str) -> Description:
-    datasets = {split: digits.load(name, split, None) for split in SPLITS}
+    source = finding.BUILT_IN[name]
+    datasets = {split: source.load(name, split, None) for split in SPLITS}
     train = datasets["train"]
     height, width = train.images.shape[2:]
     mode = "L" if train.channels == 1 else "RGB"
     found = {
         split: SplitDescription(
-            origin=f"the {name.replace('_', ' ')} of scikit-learn",
+            origin=source.origin,
             counts=dict(zip(dataset.classes, dataset.counts, strict=True)),
             sizes={(width, height): len(dataset.labels)},
             modes={mode: len(dataset.labels)},

@@ -38,7 +38,6 @@ PLACE = {"device": "cpu", "threads": None}
 SHAPE = {**PLACE, "seed": 0, "learning_rate": 1e30, "weight_decay": 0.0}
 
 MOST_POINTS = 10_000
-LEAST_GRID = {"gaussian_rbf": 2}  # centres at both ends of the interval
 
 
 def key(config: Config) -> str:
@@ -77,13 +76,23 @@ def suggest_operator(
     numbers = bases.NUMBERS.get(family, ())
     size = ""
     if numbers == ("grid",):
-        size = str(integer(trial, "grid", max(grid[0], LEAST_GRID.get(family, 1)), grid[1]))
+        least = next((n for n in range(*grid) if _takes(family, n)), grid[1])
+        size = str(integer(trial, "grid", least, grid[1]))
     elif numbers == ("degree",):
         size = str(integer(trial, "degree", *degree))
     drawn = integer(trial, "rank", *rank, log=True)
     letter = {"blockwise": "B", "universal": "U"}[choose(trial, "sharing", sharing)]
     head = f"G{size}" if family == "fourier" else f"{family}-{size}"
     return f"{head}{letter}:rank={drawn}"
+
+
+def _takes(family: str, grid: int) -> bool:
+    """Whether a family has a grid of this size: some need two places, at both ends of a span."""
+    try:
+        bases.FAMILIES[family](grid)
+    except ValueError:
+        return False
+    return True
 
 
 def suggest_rates(
