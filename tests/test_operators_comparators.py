@@ -247,11 +247,7 @@ def test_entmax_is_that_of_the_package():
 
 def of(spec, **expected):
     op = operators.parse(spec).operator
-    known = ("simplex", "shift_invariant", "softmax_base", "softmax_start", "rank")
-    traits = {name: op.traits[name] for name in known if name in op.traits}
-    return operator_suite(
-        op, expected_failures=expected, max_examples=FEW, traits=traits, name=spec
-    )
+    return operator_suite(op, expected_failures=expected, max_examples=FEW, name=spec)
 
 
 @of("entmax")

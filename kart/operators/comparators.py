@@ -6,7 +6,6 @@ for an operator has no say in what becomes of its output.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,20 +23,14 @@ from kart.operators.contract import (
     from_forms,
     from_rows,
     only,
+    scored,
     softmax_rows,
     values_of,
 )
+from kart.operators.fixed import on_simplex
 from kart.operators.relative import check_geometry, lattice_of
 from kart.operators.resize import Lattice, interpolate
 from kart.operators.static import check_square, matrix_values
-
-
-def scored(each: int) -> dict[str, Callable[[int, int], int]]:
-    """The traits of cost of weights that take `each` operations a score."""
-    return {
-        "product_flops": lambda tokens, width: 2 * tokens**2 * width,
-        "activation_flops": lambda tokens, unit: each * tokens**2,
-    }
 
 
 def entmax_rows(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -72,9 +65,7 @@ def entmax() -> Operator:
     """Rows of 1.5-entmax, between softmax (1) and sparsemax (2): sparse and smooth (Peters, Niculae
     and Martins 2019, arXiv:1905.05702, algorithm 2).
     """
-    made = from_rows("entmax", entmax_rows)
-    traits = {**made.traits, **scored(8), "simplex": True, "shift_invariant": True}
-    return made._replace(traits=traits)
+    return from_rows("entmax", entmax_rows, traits=on_simplex(8))
 
 
 @remember

@@ -238,6 +238,17 @@ def simplex_values(
 
 # --- operators ------------------------------------------------------------------------------------
 
+# operations on a score of softmax, and of the projection onto the simplex
+SOFTMAX, SIMPLEX = 3, 5
+
+
+def scored(each: int) -> dict[str, Callable[[int, int], int]]:
+    """The traits of cost of weights that take `each` operations a score."""
+    return {
+        "product_flops": lambda tokens, width: 2 * tokens**2 * width,
+        "activation_flops": lambda tokens, unit: each * tokens**2,
+    }
+
 
 def from_forms(
     name: str,
@@ -306,12 +317,13 @@ def from_rows(
     rows: Callable[[Tensor, Tensor | None], Tensor],
     product: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None,
     options: Mapping[str, Any] | None = None,
+    traits: Mapping[str, Any] | None = None,
 ) -> Operator:
     """An operator without parameters from `rows(scores, mask)`, the weights of whole rows.
 
     `rows` sees float32 or float64 scores, zero where they are masked, and a mask of at least two
     axes. `product(q, k, v, mask)` is `rows(q k^T / sqrt(d)) v` without the N x M weights where that
-    can be; q, k and v come in their own dtype.
+    can be; q, k and v come in their own dtype. `options` and `traits` are recorded in the result.
     """
 
     def weights(params: Params, scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -322,7 +334,7 @@ def from_rows(
             return product(q, k, v, mask)
         return rows(scores_of(q, k, None), mask) @ wide(v)
 
-    traits = {"length_free": True}
+    traits = {"length_free": True, **(traits or {})}
     return from_forms(name, None, weights, attend, options=options, traits=traits)
 
 

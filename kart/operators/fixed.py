@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
@@ -10,10 +11,13 @@ from kart.factories import remember
 from kart.kernels.plain import scores as scores_of
 from kart.kernels.plain import wide
 from kart.operators.contract import (
+    SIMPLEX,
+    SOFTMAX,
     Operator,
     attended_keys,
     from_rows,
     only,
+    scored,
     simplex_rows,
     simplex_values,
     softmax_rows,
@@ -29,10 +33,15 @@ def streamed(
     return kernels.contract(feature, wide(v).mT[..., None], q, k, mask)
 
 
+def on_simplex(each: int) -> dict[str, Any]:
+    """The traits of rows on the simplex that take `each` operations a score."""
+    return {**scored(each), "simplex": True, "shift_invariant": True}
+
+
 @remember
 def softmax() -> Operator:
     """Rows of softmax; a row whose keys are all masked is zero."""
-    return from_rows("softmax", softmax_rows, kernels.softmax_attention)
+    return from_rows("softmax", softmax_rows, kernels.softmax_attention, traits=on_simplex(SOFTMAX))
 
 
 @remember
@@ -49,7 +58,7 @@ def sigmoid() -> Operator:
         shift = math.log(k.shape[-2])
         return streamed(lambda x: (x - shift).sigmoid(), q, k, v, None)
 
-    return from_rows("sigmoid", rows, product)
+    return from_rows("sigmoid", rows, product, traits=scored(3))
 
 
 @remember
@@ -65,10 +74,10 @@ def relu() -> Operator:
         mean = streamed(lambda x: x.relu() / keys, q, k, v, mask)
         return mean if mask is None else wide(mean) * (keys / attended_keys(mask, keys, wide(mean)))
 
-    return from_rows("relu", rows, product)
+    return from_rows("relu", rows, product, traits=scored(2))
 
 
 @remember
 def sparsemax() -> Operator:
     """Rows of scores projected onto the simplex (Martins and Astudillo 2016)."""
-    return from_rows("sparsemax", simplex_rows, simplex_values)
+    return from_rows("sparsemax", simplex_rows, simplex_values, traits=on_simplex(SIMPLEX))

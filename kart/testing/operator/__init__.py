@@ -33,12 +33,15 @@ def suite(
 
     Args:
         obj: anything with `init(generator, heads, tokens)`, `weights(params, scores, mask=None)`
-            and `attend(params, q, k, v, mask=None)`.
+            and `attend(params, q, k, v, mask=None)`; its `traits` and `options` are used where it
+            has them.
         heads: their number, where the operator works for one alone.
     """
     parts = ("init", "weights", "attend")
     require("operator", obj, parts, "`kart.operators.low_rank` makes one from a basis.")
-    declared = {**laws.TRANSFORMS, **traits_of(obj), **(traits or {})}
+    known = {one.trait for one in PROPERTIES}
+    own = {k: v for k, v in (getattr(obj, "traits", None) or {}).items() if k in known}
+    declared = {**laws.TRANSFORMS, **traits_of(obj), **own, **(traits or {})}
     groups = (getattr(obj, "options", None) or {}).get("groups")
     if heads is None and groups:
         heads = sum(count for _, count in groups)

@@ -135,8 +135,6 @@ def traits_of(op: Any) -> dict[str, Any]:
     """What the options of one of kart's operators declare."""
     options = dict(getattr(op, "options", None) or {})
     basis, kind = getattr(op, "basis", None), options.get("kind")
-    if getattr(op, "name", None) in ("softmax", "sparsemax"):
-        return {"simplex": True, "shift_invariant": True}
     basis_traits = dict(getattr(basis, "traits", None) or {})
     # what the units do not hold under, the operator does not either
     declared: dict[str, Any] = {k: v for k, v in basis_traits.items() if k in TRANSFORMS}
