@@ -27,26 +27,15 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=number(0), default=28.0, help="for all slow sections together (28)"
     )
-    parser.add_argument(
-        "--processes", type=integer(1), default=1, metavar="INT",
-        help="that share the runs, one thread each (1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--examples", type=integer(16), default=256, metavar="INT",
-        help="validation images that losses are taken on (256)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--points", type=integer(11), default=21, metavar="INT",
-        help="a side of the pictured surfaces, 11, 21, 31 ... (21)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--retrain", type=integer(0), default=50, metavar="INT",
-        help="steps of training after learned functions are made simple; 0 for none (50)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--memory-mib", type=integer(64), default=4096, metavar="INT",
-        help="what a section may hold at a time (4096)",
-    )  # fmt: skip
+    for flag, least, default, text in (
+        ("processes", 1, 1, "that share the runs, one thread each"),
+        ("examples", 16, 256, "validation images that losses are taken on"),
+        ("points", 11, 21, "a side of the pictured surfaces, 11, 21, 31 ..."),
+        ("retrain", 0, 50, "steps of training after learned functions are made simple; 0 for none"),
+        ("memory-mib", 64, 4096, "what a section may hold at a time"),
+    ):
+        kind, told = integer(least), f"{text} ({default})"
+        parser.add_argument(f"--{flag}", type=kind, default=default, metavar="INT", help=told)
     parser.add_argument("--checkpoint", default="last", choices=["last", "best"])
     parser.add_argument("--data", help="where the data is now, if it has moved")
 
@@ -59,6 +48,19 @@ def _loaded(args: argparse.Namespace) -> tuple[list[Any], train.Splits]:
     return results, train.load_data(config)
 
 
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """What sections may ask for beside runs and data, as `Context` has it."""
+    return {
+        "shown": args.images,
+        "cache": Path(args.run[0]) / "analysis",
+        "say": _say,
+        "examples": args.examples,
+        "points": args.points,
+        "limit_mib": args.memory_mib,
+        "retrain": args.retrain,
+    }
+
+
 def _measure(args: argparse.Namespace, part: int) -> None:
     """The part of one process."""
     import torch
@@ -69,18 +71,7 @@ def _measure(args: argparse.Namespace, part: int) -> None:
     for name in args.code:
         code.use(name)
     results, splits = _loaded(args)
-    cache = Path(args.run[0]) / "analysis"
-    context = section.Context(
-        results,
-        splits,
-        args.images,
-        cache,
-        _say,
-        examples=args.examples,
-        points=args.points,
-        limit_mib=args.memory_mib,
-        retrain=args.retrain,
-    )
+    context = section.Context(results, splits, **_asked(args))
     report.measure(context, _sections(args), args.minutes, part, args.processes)
 
 
@@ -128,13 +119,7 @@ def _run(args: argparse.Namespace) -> int:
         out,
         title=title,
         command=shlex.join(["kart", *args.given]),
-        shown=args.images,
-        cache=Path(args.run[0]) / "analysis",
-        say=_say,
-        examples=args.examples,
-        points=args.points,
-        limit_mib=args.memory_mib,
-        retrain=args.retrain,
+        **_asked(args),
     )
     split = "val" if results[0].test is None else "test"
     rows = []
