@@ -14,7 +14,7 @@ what a matrix of low rank takes more where a mask needs it whole.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from kart.analysis import curvature
 from kart.analysis.section import Analysis, Context
 from kart.models import Model, Site, work
 from kart.operators import Operator
+from kart.operators.contract import SOFTMAX
 from kart.operators.projected import factors_of, pays, projected
 
 
@@ -81,9 +82,6 @@ def parameters(model: Model) -> Parameters:
     return Parameters(embed + c.depth * block + ends + learned, learned)
 
 
-# operations of a fixed function on one score
-FIXED = {"softmax": 3, "sigmoid": 3, "relu": 2, "sparsemax": 5}
-ORDERS = ("low_rank", "full_rank", "project_first", "two_stage")
 # operations of a unit on one score where they are not its number of features
 UNIT = {"mexican_hat": 6, "morlet": 6, "dog": 5, "meyer": 14, "shannon": 7}
 
@@ -99,56 +97,39 @@ def unit_flops(op: Operator) -> int:
     return count + (basis.options.get("base", "zero") != "zero")
 
 
+def _counted(op: Operator, heads: int) -> Iterator[tuple[Operator, int]]:
+    """The operators that one is made of, hybrid or a sum, until they say what they cost, and the
+    heads of each.
+    """
+    parts = op.options.get("groups") or [(one, heads) for one in op.options.get("parts", ())]
+    if "activation_flops" in op.traits or not parts:
+        yield op, heads
+        return
+    for one, count in parts:
+        yield from _counted(one, count)
+
+
 def activation_flops(op: Operator, heads: int, tokens: int) -> int:
     """Operations from scores to weights of `heads` heads of `tokens` queries and keys."""
-    kind, square = op.options["kind"], tokens * tokens
-    if kind == "hybrid":
-        return sum(activation_flops(one, n, tokens) for one, n in op.options["groups"])
-    if kind == "added":
-        return sum(activation_flops(one, heads, tokens) for one in op.options["parts"])
-    if declared := op.traits.get("activation_flops"):
-        return heads * declared(tokens, unit_flops(op) if op.basis is not None else 0)
-    if kind in FIXED:
-        return heads * FIXED[kind] * square
-    rank, unit = op.options.get("rank", tokens), unit_flops(op)
-    each = {
-        "low_rank": (unit + 1) * rank * square,
-        "full_rank": unit * tokens * square,
-        "project_first": (unit + 1) * rank * square,
-        "two_stage": 2 * unit * rank * square,
-    }[kind]
-    if op.options["base"] == "softmax":
-        each += FIXED["softmax"] * square
-    if op.options["project"] == "simplex":
-        each += FIXED["sparsemax"] * square
-    return heads * each
+    return sum(
+        count * one.traits["activation_flops"](tokens, unit_flops(one) if one.basis else 0)
+        for one, count in _counted(op, heads)
+    )
 
 
 def product_flops(op: Operator, heads: int, tokens: int, width: int) -> int:
     """Multiply-accumulates with q, k and v of `heads` heads: for weights of scores q k^T and the
     product with the values, fewer for those that ignore the scores or never make N x M weights.
     """
-    kind = op.options.get("kind")
-    if kind == "hybrid":
-        return sum(product_flops(one, n, tokens, width) for one, n in op.options["groups"])
-    if kind == "added":
-        return sum(product_flops(one, heads, tokens, width) for one in op.options["parts"])
-    declared = op.traits.get("product_flops")
-    return heads * (declared(tokens, width) if declared else 2 * tokens * tokens * width)
+    total = 0
+    for one, count in _counted(op, heads):
+        declared = one.traits.get("product_flops")
+        total += count * (declared(tokens, width) if declared else 2 * tokens**2 * width)
+    return total
 
 
 def _attends_as_a_teacher(model: Model) -> bool:
     return any(op.options.get("kind") == "given" for op in model.operators)
-
-
-def _tells(op: Operator) -> bool:
-    """Whether the operations of an operator, or of all that it is made of, are known."""
-    kind = op.options.get("kind")
-    if kind == "hybrid":
-        return all(_tells(one) for one, _ in op.options["groups"])
-    if kind == "added":
-        return all(map(_tells, op.options["parts"]))
-    return kind in (*FIXED, *ORDERS) or "activation_flops" in op.traits
 
 
 def uncounted(model: Model) -> str | None:
@@ -158,7 +139,7 @@ def uncounted(model: Model) -> str | None:
     for site in model.sites:
         if site.biased and not site.operator.traits.get("of_scores", True):
             return f"{site.operator.name} takes queries and keys, which position biases make wider"
-        if not _tells(site.operator):
+        if not all("activation_flops" in one.traits for one, _ in _counted(site.operator, 1)):
             return f"{site.operator.name} has no trait `activation_flops`"
     return None
 
@@ -181,7 +162,7 @@ def flops(model: Model) -> Flops:
         elif isinstance(layer, work.Norm):
             parts["norms"] += 5 * layer.rows * layer.width
         else:
-            parts["attention"] += FIXED["softmax"] * layer.rows * layer.keys
+            parts["attention"] += SOFTMAX * layer.rows * layer.keys
     for site in model.sites:
         products, activation = _site_flops(site)
         parts["attention"] += site.windows * products

@@ -18,6 +18,8 @@ from kart.bases import Basis, Params
 from kart.factories import remember
 from kart.kernels.plain import wide
 from kart.operators.contract import (
+    SIMPLEX,
+    SOFTMAX,
     Factored,
     Logits,
     Operator,
@@ -72,12 +74,20 @@ def order(
     shared: tuple[Basis, str | None, str | None, str],
     product: Callable[[Params, Streamed, Tensor], Tensor] | None = None,
     columns: int | None = None,
+    *,
+    units: int | None = None,
+    mixed: int = 0,
     **options: Any,
 ) -> Operator:
     """The operator of `logits`, whose parameters `name` have keys at `axes[name]`; `shared` are
-    basis, project, base and engine; `columns` is the `rank` of `from_logits`.
+    basis, project, base and engine; `columns` is the `rank` of `from_logits`; `units` (default one
+    a key) and `mixed` how many units and products with W a score meets.
     """
     basis, project, base, engine = shared
+
+    def activation_flops(tokens: int, unit: int) -> int:
+        rows = (SOFTMAX if base else 0) + (SIMPLEX if project else 0)
+        return tokens**2 * ((tokens if units is None else units) * unit + mixed + rows)
 
     def keys(params: Params) -> int:
         first = next(iter(axes))
@@ -98,6 +108,7 @@ def order(
         product=product,
         resize=moving(axes, basis),
         options=options,
+        traits={"activation_flops": activation_flops},
         rank=columns,
     )
 
@@ -149,7 +160,8 @@ def low_rank(
 
     shared = (basis, project, base, engine)
     axes = {"units": (2,), "mix": (1,)}
-    return order("low_rank", init, logits, axes, shared, columns=rank, rank=rank, mix=start)
+    counts: dict[str, Any] = {"columns": rank, "units": rank, "mixed": rank, "rank": rank}
+    return order("low_rank", init, logits, axes, shared, **counts, mix=start)
 
 
 @remember
@@ -205,7 +217,8 @@ def project_first(
         return output_logits(basis, params["units"], scores.mixed(params["mix"]))
 
     shared = (basis, project, base, engine)
-    return order("project_first", init, logits, {"mix": (2,), "units": (1,)}, shared, rank=rank)
+    axes = {"mix": (2,), "units": (1,)}
+    return order("project_first", init, logits, axes, shared, units=rank, mixed=rank, rank=rank)
 
 
 @remember
@@ -233,4 +246,5 @@ def two_stage(
         return output_logits(basis, params["second"], hidden)
 
     shared = (basis, project, base, engine)
-    return order("two_stage", init, logits, {"first": (2,), "second": (1,)}, shared, rank=rank)
+    axes = {"first": (2,), "second": (1,)}
+    return order("two_stage", init, logits, axes, shared, units=2 * rank, rank=rank)
