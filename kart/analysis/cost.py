@@ -82,18 +82,13 @@ def parameters(model: Model) -> Parameters:
     return Parameters(embed + c.depth * block + ends + learned, learned)
 
 
-# operations of a unit on one score where they are not its number of features
-UNIT = {"mexican_hat": 6, "morlet": 6, "dog": 5, "meyer": 14, "shannon": 7}
-
-
 def unit_flops(op: Operator) -> int:
-    """Operations of one learned unit on one score; 3G for Fourier, as the paper counts."""
+    """Operations of one learned unit on one score: those of its trait "operations", 3G for Fourier
+    as the paper counts, else one a feature.
+    """
     basis = op.basis
     assert basis is not None
-    if basis.family == "fourier":
-        count = 3 * basis.options["grid"]
-    else:
-        count = UNIT.get(basis.family, basis.size)
+    count = basis.traits.get("operations", basis.size)
     return count + (basis.options.get("base", "zero") != "zero")
 
 

@@ -110,8 +110,9 @@ class Basis(NamedTuple):
     with the base activation (one more feature) and the per-unit scales absorbed, so that
     `apply(params, x) == (features(x) * coefficients(params)).sum(-1)`; both are None where `expand`
     returns None. `options` are the hyperparameters and `traits` the properties that `kart.testing`
-    holds the family to. `pieces` are for the engines of `kart.kernels`; `recipe` is the call that
-    made the basis, by which it is pickled.
+    holds the family to; "operations" among them are those of a unit on one number, where they are
+    not K. `pieces` are for the engines of `kart.kernels`; `recipe` is the call that made the basis,
+    by which it is pickled.
     """
 
     family: str

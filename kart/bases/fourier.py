@@ -114,7 +114,7 @@ def fourier(
         grid=grid,
         options={"grid": grid},
         traits={"periodic": 2 * math.pi, "zero_mean": True, "bounded": 1.0, "smooth": math.inf}
-        | {"points": (0.0, math.pi / 2, math.pi, -math.pi, 2 * math.pi)},
+        | {"points": (0.0, math.pi / 2, math.pi, -math.pi, 2 * math.pi), "operations": 3 * grid},
         fill=fill,
         fold=fold,
         cpp=Cpp(CPP, {"GRID": grid}),

@@ -341,7 +341,7 @@ def mexican_hat(
         return factor * (1 - t * t) * torch.exp(-0.5 * t * t)
 
     traits = {"parity": "even", "zero_mean": True, "smooth": math.inf, "bounded": abs(factor)}
-    traits |= {"points": (0.0, 1.0, -1.0)}
+    traits |= {"points": (0.0, 1.0, -1.0), "operations": 6}
     cpp = Cpp(MEXICAN_HAT, {}, (factor,))
     triton = Triton(MEXICAN_HAT_TRITON, sizes={"FACTOR": factor})
     return _wavelet(mexican_hat, psi, base, init, scales, {"reading": reading}, traits, cpp, triton)
@@ -361,7 +361,7 @@ def morlet(
         return torch.cos(omega * t.clamp(-1e4, 1e4)) * torch.exp(-0.5 * t * t)
 
     traits = {"parity": "even", "smooth": math.inf, "bounded": 1.0}
-    traits |= {"points": (0.0, math.pi / 2 / omega, math.pi / omega)}
+    traits |= {"points": (0.0, math.pi / 2 / omega, math.pi / omega), "operations": 6}
     cpp = Cpp(MORLET, {}, (float(omega),))
     triton = Triton(MORLET_TRITON, sizes={"OMEGA": float(omega)})
     return _wavelet(morlet, psi, base, init, scales, {"omega": omega}, traits, cpp, triton)
@@ -376,7 +376,7 @@ def dog(*, base: str = "zero", init: str = "scaled", scales: bool = False) -> Ba
         return t * torch.exp(-0.5 * t * t)
 
     traits = {"parity": "odd", "zero_mean": True, "smooth": math.inf, "bounded": math.exp(-0.5)}
-    traits |= {"points": (0.0, 1.0, -1.0)}
+    traits |= {"points": (0.0, 1.0, -1.0), "operations": 5}
     return _wavelet(dog, psi, base, init, scales, {}, traits, Cpp(DOG), Triton(DOG_TRITON))
 
 
@@ -404,7 +404,7 @@ def meyer(
         return torch.sin(math.pi * t.abs().clamp(max=1)) * torch.sin(math.pi / 2 * nu(2 * rest))
 
     traits = {"parity": "even", "smooth": 0, "bounded": 1.0, "compact_support": (-1.0, 1.0)}
-    traits |= {"nonnegative": True, "points": (0.0, 0.5, -0.5, 1.0, -1.0)}
+    traits |= {"nonnegative": True, "points": (0.0, 0.5, -0.5, 1.0, -1.0), "operations": 14}
     sizes = {"PRINTED": int(reading == "printed")}
     cpp, triton = Cpp(MEYER, sizes), Triton(MEYER_TRITON, sizes=sizes)
     return _wavelet(meyer, psi, base, init, scales, {"reading": reading}, traits, cpp, triton)
@@ -462,7 +462,7 @@ def shannon(
         return torch.hamming_window(keys, periodic=False, dtype=weight.dtype, device=weight.device)
 
     argument = reading == "argument"
-    traits: dict[str, Any] = {"parity": "even", "bounded": 1.0}
+    traits: dict[str, Any] = {"parity": "even", "bounded": 1.0, "operations": 7}
     traits |= {"points": (0.0, math.pi, -math.pi, half_width, -half_width)}
     if argument:
         # the window ends at 0.08: a jump, unless the sinc has a zero there
