@@ -36,7 +36,7 @@ def test_docs_build(tmp_path):
     command = [sys.executable, "-m", "pdoc", "--docformat", "google", "-t", looks, *rooms]
     command += ["-o", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0 and "Warn" not in result.stderr, result.stderr
+    assert result.returncode == 0, result.stderr
     for page in ("bases", "operators", "guides/put_it_into_your_model"):
         text = (tmp_path / "kart" / f"{page}.html").read_text()
         assert "docstring" in text and "main.pdoc img" in text

@@ -21,6 +21,27 @@ from kart.kernels.plain import scores as scores_of
 from kart.kernels.plain import simplex_rows, softmax_rows, wide, wide_dtype
 
 
+class Factored(NamedTuple):
+    """Logits as a product, `left (..., H, N, J)` times the transpose of `right (..., H, M, J)`."""
+
+    left: Tensor
+    right: Tensor
+
+    def dense(self) -> Tensor:
+        """`(..., H, N, M)`."""
+        return self.left @ self.right.to(self.left.dtype).mT
+
+
+class Factors(NamedTuple):
+    """Weights as a product: `of(params, q, k)` are its factors, of `rank` columns, where nothing is
+    masked; those of an operator whose `attend` is this one still.
+    """
+
+    rank: int
+    of: Callable[..., Factored]
+    attend: Callable[..., Tensor]
+
+
 class Operator(NamedTuple):
     """A map from scores to attention weights, as pure functions of its parameters.
 
@@ -53,7 +74,7 @@ class Operator(NamedTuple):
     traits: Mapping[str, Any] = {}
     resize: Callable[..., Params] | None = None
     call: factories.Call | None = None
-    factors: "Factors | None" = None
+    factors: Factors | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return factories.reduce(self)
@@ -242,12 +263,23 @@ def simplex_values(
 SOFTMAX, SIMPLEX = 3, 5
 
 
+class Each(NamedTuple):
+    """So many operations a score, as a trait that pickles and compares."""
+
+    count: int
+
+    def __call__(self, tokens: int, unit: int) -> int:
+        return self.count * tokens**2
+
+
+def products(tokens: int, width: int) -> int:
+    """Multiply-accumulates of scores and of their weights with values, a head."""
+    return 2 * tokens**2 * width
+
+
 def scored(each: int) -> dict[str, Callable[[int, int], int]]:
     """The traits of cost of weights that take `each` operations a score."""
-    return {
-        "product_flops": lambda tokens, width: 2 * tokens**2 * width,
-        "activation_flops": lambda tokens, unit: each * tokens**2,
-    }
+    return {"product_flops": products, "activation_flops": Each(each)}
 
 
 def from_forms(
@@ -338,28 +370,7 @@ def from_rows(
     return from_forms(name, None, weights, attend, options=options, traits=traits)
 
 
-class Factored(NamedTuple):
-    """Logits as a product, `left (..., H, N, J)` times the transpose of `right (..., H, M, J)`."""
-
-    left: Tensor
-    right: Tensor
-
-    def dense(self) -> Tensor:
-        """`(..., H, N, M)`."""
-        return self.left @ self.right.to(self.left.dtype).mT
-
-
 Logits = Tensor | Factored
-
-
-class Factors(NamedTuple):
-    """Weights as a product: `of(params, q, k)` are its factors, of `rank` columns, where nothing is
-    masked; those of an operator whose `attend` is this one still.
-    """
-
-    rank: int
-    of: Callable[..., Factored]
-    attend: Callable[..., Tensor]
 
 
 class Source(Protocol):
