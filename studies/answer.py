@@ -446,9 +446,13 @@ SIGHTS = ("ignores the scores", "a function of the scores", "softmax, alone or b
 def forest(scores: Mapping[tuple[str, str], Mapping[int, float]], cells: Sequence[str]) -> Any:
     """The gain of each arm over softmax in each cell, with its interval, on one axis of points."""
     arms = [arm for arm in ARMS if arm != "softmax" and any(key[1] == arm for key in scores)]
-    fig, axes = figures.grid(1, len(cells), 2.1, 0.28 * len(arms) + 0.9, sharey=True, sharex=True)
+    columns = min(5, len(cells))
+    shape = -(-len(cells) // columns), columns
+    fig, axes = figures.grid(*shape, 2.1, 0.28 * len(arms) + 0.9, sharey=True, sharex=True)
     named: set[int] = set()
-    for ax, cell in zip(axes[0], cells, strict=True):
+    for ax in axes.flat[len(cells) :]:
+        ax.remove()
+    for ax, cell in zip(axes.flat, cells, strict=False):
         for i, arm in enumerate(arms):
             found = gain(scores, cell, arm)
             if found is None:
@@ -471,7 +475,7 @@ def forest(scores: Mapping[tuple[str, str], Mapping[int, float]], cells: Sequenc
 
 def shares(scores: Mapping[tuple[str, str], Mapping[int, float]], cells: Sequence[str]) -> Any:
     """The parts of KArAt's gain in each cell, beside each other."""
-    fig, axes = figures.grid(1, 1, 7.5, 3.0)
+    fig, axes = figures.grid(1, 1, 1.5 + 0.95 * max(6, len(cells)), 3.0)
     ax = axes[0, 0]
     for k, (part, (arm, over)) in enumerate(PARTS.items()):
         for i, cell in enumerate(cells):
