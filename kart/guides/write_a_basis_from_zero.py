@@ -12,7 +12,7 @@ by its features: an elementwise function that maps `(...)` to `(..., K)`. Hats o
 ...
 ...     def expand(x):
 ...         places = torch.arange(grid, dtype=x.dtype, device=x.device)
-...         t = ((x[..., None] - low) / step - places).clamp(-2, 2)
+...         t = ((x[..., None] - low) / step - places).clamp(-1, 1)
 ...         # at a knot all hats have the slope of their right side: abs and relu would have none
 ...         return torch.where(t < 0, 1 + t, 1 - t) * ((t >= -1) & (t < 1))
 ...

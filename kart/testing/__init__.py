@@ -8,7 +8,7 @@ A basis of one's own, hat functions on equal intervals:
 
         def expand(x):
             places = torch.arange(grid, dtype=x.dtype, device=x.device)
-            t = ((x[..., None] - low) / step - places).clamp(-2, 2)
+            t = ((x[..., None] - low) / step - places).clamp(-1, 1)
             # at a knot all hats have the slope of their right side: abs and relu would have none
             return torch.where(t < 0, 1 + t, 1 - t) * ((t >= -1) & (t < 1))
 
