@@ -60,10 +60,13 @@ CELLS: dict[str, dict[str, Any]] = {
     "2,000 images": {"train_limit": 2000},
     "4,000 images": {"train_limit": 4000},
     "16,000 images": {"train_limit": 16000},
+    "45,000 images": {"train_limit": 45000},
     "depth 4": {"depth": 4},
     "30 epochs": {"epochs": 30},
     "60 epochs": {"epochs": 60},
+    "120 epochs": {"epochs": 120},
     "patch 4": {"patch_size": 4},
+    "patch 2": {"patch_size": 2},
 }
 
 
