@@ -66,12 +66,13 @@ CELLS: dict[str, dict[str, Any]] = {
     "60 epochs": {"epochs": 60},
     "120 epochs": {"epochs": 120},
     "patch 4": {"patch_size": 4},
-    "patch 2": {"patch_size": 2},
+    "45,000 images, patch 4": {"train_limit": 45000, "patch_size": 4},
 }
 
 
-# where the rates of the centre do not carry over: too high for a wider model. Tuned there, too
-RATES_IN = {"width 128": (7.5e-4, 1.5e-3)}
+# cells with rates of their own: those of the centre are too high for a wider model, and may be for
+# many more steps
+RATES_IN = {"width 128": (7.5e-4, 1.5e-3), "45,000 images": RATES}
 
 
 def tuned_in(cell: str) -> str:
@@ -260,13 +261,18 @@ FACTORS = {
 
 
 def by_factor(cells: Sequence[str]) -> dict[str, list[str]]:
-    """The cells of each factor in the order of its values, the centre among them."""
+    """The cells of each factor in the order of its values, the centre among them; then those that
+    change several.
+    """
     found = {}
     for field, words in FACTORS.items():
-        own = [cell for cell in cells if field in CELLS[cell]]
+        own = [cell for cell in cells if set(CELLS[cell]) == {field}]
         if own:
             own += [CENTRE_CELL] * (CENTRE_CELL in cells)
             found[words] = sorted(own, key=lambda c: CELLS[c].get(field, getattr(CENTRE, field)))
+    several = [cell for cell in cells if len(CELLS[cell]) > 1]
+    if several:
+        found["several at once"] = several
     return found or {"the centre": list(cells)}
 
 
