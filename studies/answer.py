@@ -503,8 +503,54 @@ def shares(scores: Mapping[tuple[str, str], Mapping[int, float]], cells: Sequenc
     return fig
 
 
+def steps(cell: str) -> int:
+    """Updates of the weights in a cell."""
+    fields = {**dataclasses.asdict(CENTRE), **CELLS[cell]}
+    return fields["epochs"] * (fields["train_limit"] // fields["batch_size"])
+
+
+LENGTHS = ({"train_limit"}, {"epochs"}, set())  # what the cells of `lasting` change
+
+
+def lasting(scores: Mapping[tuple[str, str], Mapping[int, float]], cells: Sequence[str]) -> Any:
+    """The gain of each arm over softmax by the number of training steps, be they of more images
+    (filled) or of more epochs (hollow); arms in fewer than four such cells are left out.
+    """
+    cells = sorted((cell for cell in cells if set(CELLS[cell]) in LENGTHS), key=steps)
+    fig, axes = figures.grid(1, 1, 7.5, 3.6)
+    ax = axes[0, 0]
+    lines = {
+        arm: [(cell, one) for cell in cells if (one := gain(scores, cell, arm))]
+        for arm in ARMS
+        if arm != "softmax"
+    }
+    lines = {arm: found for arm, found in lines.items() if len(found) >= 4}
+    for k, (arm, found) in enumerate(lines.items()):
+        # side by side where they would hide each other
+        x = [steps(cell) * 1.02 ** (k - len(lines) / 2) for cell, _ in found]
+        style = figures.look(k)
+        ax.plot(x, [100 * one.mean for _, one in found], lw=1, label=arm, **style)
+        for at, (cell, one) in zip(x, found, strict=True):
+            if not one.why:
+                ax.plot([at, at], [100 * one.low, 100 * one.high], lw=1, color=style["color"])
+            face = "none" if "epochs" in CELLS[cell] else style["color"]
+            ax.plot(at, 100 * one.mean, "o", ms=5, mec=style["color"], mfc=face)
+    ax.axhline(0, color=figures.QUIET, lw=0.8)
+    ax.set_xscale("log", base=2)
+    ticks: list[int] = []
+    for one in map(steps, cells):
+        if not ticks or one > 1.2 * ticks[-1]:  # labels closer than that would overlap
+            ticks.append(one)
+    ax.set_xticks(ticks, [f"{one:,}" for one in ticks])
+    ax.set_xlabel("training steps")
+    ax.set_ylabel("points over softmax")
+    if lines:
+        figures.legend(fig)
+    return fig
+
+
 def report(out: Path) -> list[str]:
-    """Writes answer.html, answer.csv, runs.csv (every run) and the two pictures; returns the lines
+    """Writes answer.html, answer.csv, runs.csv (every run) and the pictures; returns the lines
     of the answer.
     """
     records = read(out)
@@ -613,6 +659,18 @@ def report(out: Path) -> list[str]:
         ),
         pages.Section(
             [
+                pages.figure(
+                    lasting(scores, cells),
+                    "lasting",
+                    "gain over softmax by training steps",
+                    "Gain over softmax by training steps, with 95 % intervals: filled where the "
+                    "images differ, hollow where the epochs do.",
+                )
+            ],
+            title="How long the gain lasts",
+        ),
+        pages.Section(
+            [
                 pages.text(TREND_WORDS),
                 *(pages.warning(f"The fit says: {one}") for one in told),
                 pages.table(
@@ -646,6 +704,7 @@ def report(out: Path) -> list[str]:
     checkpoint.write_text(out / "runs.csv", "\n".join([",".join(fields), *kept]) + "\n")
     forest(scores, cells).savefig(out / "answer.png", dpi=130)
     shares(scores, cells).savefig(out / "parts.png", dpi=130)
+    lasting(scores, cells).savefig(out / "lasting.png", dpi=130)
     said = [tables.table(rows, ["cell", "arm", "sees", "parameters", "top-1 %", "over softmax"])]
     said += [tables.table(parts, ["part", *cells])]
     said += [
