@@ -66,7 +66,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "60 epochs": {"epochs": 60},
     "120 epochs": {"epochs": 120},
     "patch 4": {"patch_size": 4},
-    "45,000 images, patch 4": {"train_limit": 45000, "patch_size": 4},
+    "30 epochs, patch 4": {"epochs": 30, "patch_size": 4},
 }
 
 

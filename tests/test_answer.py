@@ -114,9 +114,9 @@ def test_records_are_json_that_configs_come_back_from(tmp_path):
 
 
 def test_a_cell_that_changes_two_things_stands_with_neither():
-    cells = ["centre", "patch 4", "45,000 images", "45,000 images, patch 4"]
+    cells = ["centre", "patch 4", "45,000 images", "30 epochs, patch 4"]
     assert answer.by_factor(cells) == {
         "images": ["centre", "45,000 images"],
         "side of a patch": ["patch 4", "centre"],
-        "several at once": ["45,000 images, patch 4"],
+        "several at once": ["30 epochs, patch 4"],
     }
