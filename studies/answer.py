@@ -306,7 +306,8 @@ TREND_WORDS = (
     "A mixed model of the gains over softmax of all runs: for each arm an intercept at the centre "
     "and a slope for each factor in doublings, with a random effect for each (cell, seed), whose "
     "softmax run all arms share (statsmodels' MixedLM, by restricted maximum likelihood). Arms in "
-    "fewer than three cells are left out."
+    "fewer than three cells are left out. Straight lines are a summary: over training steps the "
+    "gains bend (above)."
 )
 
 
