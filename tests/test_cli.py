@@ -1,10 +1,15 @@
 """The `kart` command, called in process: flags, tables, exit states, one-line errors."""
 
 import dataclasses
+import io
 import json
 import math
+import os
+import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from kart import cli, runs, tables, train
 from kart.commands import config
@@ -51,6 +56,21 @@ def test_train_then_eval(capsys, tmp_path):
     assert code == 0 and "test top-1 %" in text and text.count("±") == 6
     report = json.loads((out / "G2B" / "group-0" / "eval-test-last.json").read_text())
     assert report["images"] == 360 and [one["seed"] for one in report["members"]] == [0, 1]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_what_the_terminal_cannot_show_ends_no_command(encoding, tmp_path, monkeypatch):
+    for name in (b"c\xe9", b"d"):
+        home = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path / "set"), name)))
+        home.mkdir(parents=True)
+        for i in range(6):
+            Image.new("L", (8, 8), i).save(home / f"{i}.png")
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(sys, "argv", ["kart", "data", str(tmp_path / "set")])
+    assert cli.main() == 0
+    shown.flush()
+    assert b"c\\udce9" in shown.buffer.getvalue()
 
 
 def test_an_operator_for_each_block(capsys, tmp_path):
