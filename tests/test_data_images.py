@@ -58,6 +58,15 @@ def test_deep_images_are_scaled_over_the_whole_range():
         decoded(Image.fromarray(np.array([[70000]], dtype=np.int32)), "TIFF")
     with pytest.raises(ValueError, match="16-bit images, got here: mode F is neither"):
         decoded(Image.new("F", (1, 1)), "TIFF")
+    # a mask of 0 and 255 in 32 bits would be black
+    with pytest.raises(ValueError, match="mode I has values outside of 16 bits, or may"):
+        decoded(Image.fromarray(np.array([[0, 255]], dtype=np.int32)), "TIFF")
+
+
+def test_messages_about_an_image_are_the_same_every_time():
+    with pytest.raises(ValueError) as told:
+        images.decode(io.BytesIO(b"no image"), "here")
+    assert "got here: cannot identify the image file. Replace" in str(told.value)
 
 
 def test_other_colour_spaces():

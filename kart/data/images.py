@@ -99,8 +99,6 @@ def _pixels(opened: Any, told: Header) -> Any:
     image = ImageOps.exif_transpose(opened) if _TURNED in told.changes else opened
     if image.mode.startswith("I"):
         image = _to_8_bits(image)
-    elif image.mode == "F":
-        raise ValueError("mode F is neither 8 nor 16 bits a channel")
     if image.has_transparency_data or image.mode in ("La", "RGBa"):
         image = image.convert("RGBA")
         ground = pillow().new("RGBA", image.size, "white")
@@ -127,6 +125,11 @@ def luminance(pixels: np.ndarray) -> np.ndarray:
 
 def _header(opened: Any) -> Header:
     mode, changes = opened.mode, []
+    if mode == "F":
+        raise ValueError("mode F is neither 8 nor 16 bits a channel")
+    if mode == "I" and opened.format == "TIFF":
+        # what is white in one is not said anywhere: as 16 bits a mask of 0 to 255 would be black
+        raise ValueError("mode I has values outside of 16 bits, or may: they are of 32 or signed")
     raw = str(opened.tile[0][3]) if opened.tile else ""
     if mode.startswith("I") or ";16" in raw:
         changes.append(_DEEP)
@@ -154,7 +157,7 @@ def _header(opened: Any) -> Header:
 
 def _to_8_bits(image: Any) -> Any:
     values = np.asarray(image).astype(np.int64)
-    # 32-bit integers have no range of their own; 16-bit files are read into them by some formats
+    # files of 16 bits are read into 32 by some formats
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"mode {image.mode} has values outside of 16 bits")
     return pillow().fromarray(((values + 128) // 257).astype(np.uint8))
@@ -168,7 +171,9 @@ def _damaged(where: str, err: Exception) -> ValueError:
             f"`load` could not read the image {where}: {err.strerror}. Check the path and its "
             "permissions."
         )
+    # Pillow's own words end in the address of the file in memory
+    unknown = type(err).__name__ == "UnidentifiedImageError"
+    told = "cannot identify the image file." if unknown else first_line(err)
     return ValueError(
-        f"`load` needs whole 8- or 16-bit images, got {where}: {first_line(err)} "
-        "Replace or remove it."
+        f"`load` needs whole 8- or 16-bit images, got {where}: {told} Replace or remove it."
     )
