@@ -349,3 +349,12 @@ def test_a_whole_machine_is_no_data_set(tmp_path, monkeypatch):
         (tmp_path / "home" / (".cache" if i % 2 else "") / f"{i}.txt").touch()
     with pytest.raises(ValueError, match="51 other files and 0 of these"):
         data.describe(tmp_path / "home")
+
+
+def test_a_name_in_two_encodings_is_one_class(tmp_path):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    save_folder(tmp_path / "set" / "train", classes=[composed, "bee"])
+    save_folder(tmp_path / "set" / "test", 6, classes=[apart, "bee"], start=100)
+    test = data.load(tmp_path / "set", "test")
+    assert test.classes == ("bee", composed) and test.counts == (3, 3)
+    assert data.describe(tmp_path / "set").counts["test"] == {"bee": 3, composed: 3}

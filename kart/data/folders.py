@@ -1,6 +1,7 @@
 """Directories of images: `[split/]class/.../image.png`, whatever wraps them."""
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,7 +174,9 @@ def _classes(folder: Folder, root: Path, unused: list[Unused]) -> list[tuple[Pat
                 raise ValueError(_only_pictures(inner, pictures))
             unused.append(Unused(_inside(inner, root), 0, "no image in it"))
         _check_no_splits(inner, [deeper.name for deeper in _full(inner)])
-        labelled += [(path, inner.name) for path in images]
+        # one name in two encodings is one class: macOS takes letters and their accents apart
+        name = unicodedata.normalize("NFC", inner.name)
+        labelled += [(path, name) for path in images]
     inside = [{deeper.name for deeper in _full(inner)} for inner in _full(folder)]
     if len(inside) > 1 and len(inside[0]) > 1 and all(names == inside[0] for names in inside):
         raise ValueError(
