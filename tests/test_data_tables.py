@@ -281,6 +281,20 @@ def test_a_held_out_split_without_labels_is_left_out(tmp_path):
     assert sizes(tmp_path / "set") == {"train": 27, "val": 3, "test": 6}
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_held_out_split_without_rows_is_refused_before_training(tmp_path, split):
+    write(tmp_path / "set" / "train.parquet")
+    write(tmp_path / "set" / f"{split}.parquet", 0, labels=[])
+    with pytest.raises(ValueError, match=f"images in every split, got none in {split!r}"):
+        data.load(tmp_path / "set")
+
+
+def test_a_table_of_one_class_is_refused_as_a_folder_of_one_is(tmp_path):
+    write(tmp_path / "set" / "train.parquet", labels=[0] * 30, note=False)
+    with pytest.raises(ValueError, match="two or more classes in .*, got .*'0'.* in the column"):
+        data.load(tmp_path / "set", label_column="label")
+
+
 @pytest.mark.parametrize("label", [10**12, 2**63 - 1, 30, -1])
 def test_bare_labels_that_are_none(tmp_path, label):
     write(tmp_path / "set" / "train.parquet", labels=[0, 1, label] + [0] * 27, note=False)

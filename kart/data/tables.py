@@ -226,14 +226,22 @@ def read(root: Path, paths: list[Path], columns: tuple[str | None, str | None]) 
                 renumbered[split] = renumbered.get(split, 0) + table.rows
         arrays = [raw[table.path] for table in tables[name]]
         labels = np.concatenate(arrays)
+        if not len(labels):
+            raise ValueError(
+                f"`load` needs images in every split, got none in {name!r} of {str(root)!r}. Add "
+                "or remove it."
+            )
         if classes is None and split == "train":
             check_labels(labels, None, _place(root, name))
             classes = tuple(str(i) for i in range(int(labels.max(initial=-1)) + 1))
         for table in tables[name]:
             size = table.columns[label].names or classes
             check_labels(raw[table.path], size, _place(root, name, tables[name], table))
-    if classes is None:
-        raise ValueError(f"`load` needs images in {str(root)!r}, got an empty table. Add rows.")
+    if classes is None or len(classes) < 2:
+        raise ValueError(
+            f"`load` needs two or more classes in {str(root)!r}, got {classes} in the column "
+            f"{label!r}. Name another column of labels, or add rows."
+        )
 
     def reader(name: str) -> Callable[[], Iterator[Row]]:
         return lambda: _rows(root, name, tables[name], (image, label), maps)
