@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 from pictures import CLASSES, picture, save_folder, save_table
+from PIL import Image
 
 from kart import data
 from kart.data import names, splits
@@ -161,6 +162,46 @@ def test_classes_that_a_split_lacks_are_logged_with_it(tmp_path, caplog):
         line = f"set: {split!r} has no image of {len(absent)} of {every} classes: "
         assert told == [line + ", ".join(absent)] * (split == "test")
         assert split != "test" or absent == ["bee"]
+
+
+def test_an_unreadable_image_has_no_size_and_is_not_converted(tmp_path):
+    root = save_folder(tmp_path / "set", 12)
+    (root / "ant" / "000.png").write_bytes(b"")
+    found = data.describe(root)
+    assert {size for split in found.splits.values() for size in split.sizes} == {(6, 5)}
+    assert sum(split.modes.get("unreadable", 0) for split in found.splits.values()) == 1
+    assert found.converted == () and "sizes differ" not in data.summary(found)
+
+
+@pytest.mark.parametrize("form", ["folder", "table"])
+def test_copies_across_splits_are_counted(form, tmp_path):
+    save = save_folder if form == "folder" else save_table
+    names = {"train": ("train", 30, 0), "test": ("test", 6, 27)}
+    for name, count, start in names.values():
+        if form == "folder":
+            save_folder(tmp_path / "set" / name, count, start=start)
+        else:
+            save_table(tmp_path / "set", name, count, start=start)
+    found = data.describe(tmp_path / "set")
+    # the last three of the training images are the first three of the test images
+    assert sum(one.count for one in found.copies) == 3
+    assert {one.split for one in found.copies} == {"test"}
+    assert not any(one.elsewhere for one in found.copies)
+    assert "of 'test' are in 'train' as well, byte for byte" in data.summary(found)
+    assert data.describe(save(tmp_path / "other")).copies == ()
+
+
+def test_copies_in_other_classes_are_named_and_files_alike_at_their_ends_are_none(tmp_path):
+    root = save_folder(tmp_path / "set" / "train", 12).parent
+    save_folder(root / "test", 6, start=100)
+    shutil.copy(root / "train" / "ant" / "000.png", root / "test" / "bee" / "copy.png")
+    for i in range(2):  # of one size, white at both ends
+        image = Image.new("L", (64, 64), 255)
+        image.putpixel((32, 32), i)
+        image.save(root / "train" / "cat" / f"{i}.bmp")
+    [copies] = data.describe(root).copies
+    assert copies[0] == "test" and copies.count == copies.elsewhere == 1
+    assert "byte for byte, 1 of them in another class" in data.summary(data.describe(root))
 
 
 def test_sizes_that_differ_are_told_with_what_to_do(tmp_path):

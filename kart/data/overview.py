@@ -1,6 +1,9 @@
 """What would be read of a source: splits, classes, kinds of images, what is left out or changed."""
 
+import hashlib
+import io
 import itertools
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
@@ -14,9 +17,11 @@ from kart.data import changes, finding, images, splits
 from kart.data.dataset import SPLITS, Converted, Unused
 from kart.data.finding import Options
 from kart.data.loading import check_options, check_source, load
-from kart.data.source import Source, check_labels
+from kart.data.source import Row, Source, check_labels
 
 _FEW = 8  # kinds of a thing that the text names before it counts the rest
+_UNREADABLE = "unreadable"
+_ENDS = 1024  # bytes at either end of a file by which copies are looked for
 
 
 class SplitDescription(NamedTuple):
@@ -24,14 +29,25 @@ class SplitDescription(NamedTuple):
 
     origin: str  # the folder, file name or split of the source, or what it is cut from
     counts: dict[str, int]  # by class, in the order of the classes, 0 where there are none
-    sizes: dict[tuple[int, int], int]  # by (width, height)
-    modes: dict[str, int]  # by Pillow's mode
+    sizes: dict[tuple[int, int], int]  # by (width, height), of those that can be read
+    modes: dict[str, int]  # by Pillow's mode, or "unreadable"
     formats: dict[str, int]
 
     @property
     def images(self) -> int:
         """Number of images."""
         return sum(self.counts.values())
+
+
+class Copies(NamedTuple):
+    """`count` images of `split` are in `other` as well, byte for byte, `elsewhere` of them there
+    in other classes alone; where both are one split, they stand in it behind the same image.
+    """
+
+    split: str
+    other: str
+    count: int
+    elsewhere: int
 
 
 class Description(NamedTuple):
@@ -44,6 +60,7 @@ class Description(NamedTuple):
     unused: tuple[Unused, ...]
     converted: tuple[Converted, ...]  # over all splits
     unreadable: tuple[str, ...]  # one message for each image without a readable header
+    copies: tuple[Copies, ...] = ()  # of files; not looked for in a built-in source
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -62,6 +79,7 @@ def describe(
     """What `load` would read of `source`, with the same options: the header of every image is read.
 
     Other than of PNG pixels are not decoded: damage behind the header may be found by `load` alone.
+    Copies of an image file in several splits, which would make a score too good, are counted.
 
     Raises:
         ValueError: where `load` would refuse the source, other than for an image that is damaged.
@@ -109,6 +127,7 @@ def summary(description: Description) -> str:
         for item in description.unused
     ]
     lines += [f"unreadable: {message}" for message in description.unreadable]
+    lines += [f"copies: {_told(copies)}" for copies in description.copies]
     return "\n".join(lines)
 
 
@@ -220,19 +239,21 @@ def _describe(name: str, source: Source) -> Description:
     found: dict[str, SplitDescription] = {}
     converted: Counter[str] = Counter()
     unreadable: list[str] = []
+    marks: dict[str, list[_Mark]] = {}
     for split, rows in source.rows.items():
-        headers, labels = [], []
+        headers, labels, own = [], [], []
         bar = tqdm(rows(), f"reading {split}", source.sizes[split], unit=" images", disable=None)
         with bar:
             for row in bar:
                 labels.append(min(row.label, 2**63 - 1))
+                own.append(_mark(row, labels[-1]))
                 try:
                     headers.append(images.header(row.file, row.where))
                 except ValueError as err:
                     if "needs Pillow" in str(err):
                         raise
                     unreadable.append(str(err))
-                    headers.append(images.Header((0, 0), "unreadable", "unreadable", True, ()))
+                    headers.append(images.Header((0, 0), _UNREADABLE, _UNREADABLE, True, ()))
         if not labels:
             raise ValueError(
                 "`load` needs images in every split, got an empty one. Add or remove it."
@@ -247,12 +268,14 @@ def _describe(name: str, source: Source) -> Description:
         if split == "train":
             parts = splits.partition(array, splits.cuts(source.rows))
         grey = np.array([header.grey for header in headers])
+        readable = np.array([header.mode != _UNREADABLE for header in headers])
         kinds = [header.changes for header in headers]
         for part, index in parts.items():
             told = repr(origin) if part == split else f"{len(index)} images cut from {origin!r}"
             found[part] = _split(told, classes, array[index], [headers[i] for i in index])
+            marks[part] = [own[i] for i in index]
             count = source.renumbered.get(split, 0) and len(index)
-            for what, number in changes.tally(kinds, grey, index, channels, count):
+            for what, number in changes.tally(kinds, grey, index[readable[index]], channels, count):
                 converted[what] += number
     if classes is None:
         raise ValueError("`load` needs a training split.")
@@ -264,7 +287,63 @@ def _describe(name: str, source: Source) -> Description:
         unused=source.unused,
         converted=tuple(Converted(*item) for item in sorted(converted.items())),
         unreadable=tuple(unreadable),
+        copies=_copies({split: marks[split] for split in SPLITS}),
     )
+
+
+class _Mark(NamedTuple):
+    """By what copies of an image file are found: `key`, and if that is there twice its content."""
+
+    key: tuple[int, bytes]
+    label: int
+    file: Any  # a path, or the open file of a row that `key` has the whole of
+
+
+def _mark(row: Row, label: int) -> _Mark:
+    if isinstance(row.file, io.BytesIO):
+        content = row.file.getvalue()
+        return _Mark((len(content), hashlib.sha256(content).digest()), label, None)
+    try:
+        with open(row.file, "rb") as file:
+            ends, size = file.read(_ENDS), os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - _ENDS))
+            ends += file.read()
+    except OSError:  # which reading its header tells
+        return _Mark((-1, os.fsencode(row.file)), label, None)
+    return _Mark((size, hashlib.sha256(ends).digest()), label, row.file)
+
+
+def _copies(marks: dict[str, list[_Mark]]) -> tuple[Copies, ...]:
+    """The images that are in several splits, or several times in one."""
+    often = Counter(mark.key for own in marks.values() for mark in own)
+
+    def whole(mark: _Mark) -> tuple[int, bytes]:
+        if often[mark.key] == 1 or mark.file is None:
+            return mark.key
+        with open(mark.file, "rb") as file:
+            return mark.key[0], hashlib.file_digest(file, "sha256").digest()
+
+    found: list[Copies] = []
+    seen: dict[str, dict[tuple[int, bytes], set[int]]] = {}
+    for split, own in marks.items():
+        seen[split] = {}
+        counts = {other: [0, 0] for other in seen}
+        for mark in own:
+            key = whole(mark)
+            for other, labels in seen.items():
+                if key in labels:
+                    counts[other][0] += 1
+                    counts[other][1] += mark.label not in labels[key]
+            seen[split].setdefault(key, set()).add(mark.label)
+        found += [Copies(split, other, *two) for other, two in counts.items() if two[0]]
+    return tuple(found)
+
+
+def _told(copies: Copies) -> str:
+    split, other, count, elsewhere = copies
+    where = f"are in {other!r} as well" if split != other else "stand there twice"
+    told = f"{count} of {split!r} {where}, byte for byte"
+    return told + f", {elsewhere} of them in another class" * bool(elsewhere)
 
 
 def _split(
@@ -274,7 +353,7 @@ def _split(
     return SplitDescription(
         origin=origin,
         counts=dict(zip(classes, counts, strict=True)),
-        sizes=dict(Counter(header.size for header in headers)),
+        sizes=dict(Counter(header.size for header in headers if header.mode != _UNREADABLE)),
         modes=dict(Counter(header.mode for header in headers)),
         formats=dict(Counter(header.format for header in headers)),
     )
