@@ -15,7 +15,9 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -247,6 +249,9 @@ def write_text(path: str | os.PathLike, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        # a full disk says no name
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -495,29 +500,12 @@ def _path(function: str, path: Any) -> Path:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - stale.stat().st_mtime > STALE_S:
-                stale.unlink()
     # copies: leaves may share storage or be strided, which safetensors refuses
     whole = {
         name: x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, x in tensors.items()
     }
-    temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        try:
-            safetensors.torch.save_file(whole, temporary, metadata={"kart": text})
-        except safetensors.SafetensorError as error:
-            full = [code for code in FULL if f"os error {code}" in str(error)]
-            if not full:
-                raise
-            raise OSError(full[0], os.strerror(full[0]), str(path)) from error
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_tensors(path, whole, {"kart": text})
     # the renaming, too, must outlive a crash; Windows cannot sync directories
     if os.name == "posix":
         directory = os.open(path.parent, os.O_RDONLY)
@@ -525,6 +513,37 @@ def _write(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes contiguous tensors on the CPU to a safetensors file, whole or not at all; whom the
+    umask allows may read it.
+    """
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - stale.stat().st_mtime > STALE_S:
+                shutil.rmtree(stale, ignore_errors=True)
+    # a directory: safetensors first writes a file of its own beside the one that it is to write,
+    # under a name that nobody could tell and readable by its owner alone
+    temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    temporary.mkdir()
+    try:
+        written = temporary / path.name
+        try:
+            safetensors.torch.save_file(dict(tensors), written, metadata=metadata)
+        except safetensors.SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        written.chmod(temporary.stat().st_mode & 0o666)
+        with open(written, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(written, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _donor(model: Any, given: Any) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -49,7 +48,7 @@ def _safetensors(model: Model, params: Params, path: Path) -> None:
 def _timm(model: Model, params: Params, path: Path) -> None:
     # the names of kart's leaves are timm's; what timm has no place for is the operators' own
     tensors = {name: leaf.contiguous() for name, leaf in tree.named(params).items()}
-    safetensors.torch.save_file(tensors, path)
+    checkpoint.write_tensors(path, tensors)
 
 
 def program(model: Model, params: Params) -> torch.export.ExportedProgram:

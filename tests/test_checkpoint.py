@@ -151,6 +151,57 @@ def test_a_kill_while_saving_leaves_the_old_file_and_a_later_save_cleans_up(tmp_
     assert os.listdir(tmp_path) == [path.name]
 
 
+def test_a_kill_while_safetensors_writes_leaves_nothing_that_is_not_cleaned_up(tmp_path):
+    path = tmp_path / "a.safetensors"
+    saving = (
+        "import sys, torch; from kart import checkpoint; x = torch.zeros(2**24); print(flush=1)"
+    )
+    saving += "; checkpoint.save(sys.argv[1], {'x': x}, {})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", saving, path]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        while not any(tmp_path.rglob("*")) and process.poll() is None:
+            pass
+        process.kill()
+    for left in tmp_path.rglob("*"):
+        os.utime(left, (0, 0))
+    checkpoint.save(path, {"x": torch.ones(2)}, {"epoch": 1})
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_who_may_read_a_file_is_told_by_the_umask(tmp_path):
+    for mask, mode in ((0o022, 0o644), (0o027, 0o640)):
+        before = os.umask(mask)
+        try:
+            checkpoint.save(tmp_path / "a.safetensors", {"x": torch.ones(2)}, {})
+        finally:
+            os.umask(before)
+        assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == mode
+
+
+def test_an_error_of_the_disk_is_an_oserror_with_the_file(tmp_path):
+    program = """
+import resource, signal, sys, torch
+from kart import checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+for call in (lambda: checkpoint.save("a.st", {"x": torch.zeros(1000)}, {}),
+             lambda: checkpoint.write_text("a.json", " " * 2000)):
+    try:
+        call()
+    except OSError as error:
+        print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    wanted = [f"[Errno 27] File too large: '{name}'" for name in ("a.st", "a.json")]
+    assert done.stdout.splitlines() == wanted, done.stderr
+    assert os.listdir(tmp_path) == []
+
+
 def foreign(path):
     safetensors.torch.save_file({"x": torch.ones(2)}, path)
 

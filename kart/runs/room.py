@@ -67,7 +67,8 @@ def append(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+    except OSError as error:
         if path.exists():
             os.truncate(path, before)
-        raise
+        # a full disk says no name
+        raise OSError(error.errno, error.strerror, str(path)) from error
