@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 
+import optuna
 import pytest
 
 from kart import cli
@@ -161,3 +162,11 @@ def test_a_journal_cut_by_a_kill_is_read(tmp_path):
     assert sys.getrecursionlimit() < 10**5
     (tmp_path / journal.NAME).write_text("[" * 10**5 + "\n" + lines[1])
     assert sorted(journal.read(tmp_path)) == [("a", 1)]
+
+
+def test_an_arm_may_have_a_slash_in_its_name(tmp_path):
+    database = storage.open_database(storage.directory_url(tmp_path), create=True)
+    study = optuna.create_study(study_name="odd/with/half", storage=database)
+    study.add_trial(optuna.trial.create_trial(value=0.5))
+    journal.append(tmp_path, {"with/half": study})
+    assert journal.problem(tmp_path, ["odd/with/half"], journal.read(tmp_path)) == ""

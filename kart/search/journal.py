@@ -112,7 +112,7 @@ def problem(directory: Path, names: Sequence[str], known: Mapping[tuple[str, int
         return f"is damaged ({' '.join(str(whole).split())[:100]})"
     if not there >= set(names):
         return "is another study's"
-    finished = {(name.rpartition("/")[2], number): state for name, number, state in rows}
+    finished = {(name.partition("/")[2], number): state for name, number, state in rows}
     if any(finished.get(key) != one["state"] for key, one in known.items()):
         return "lacks trials that were finished"
     return ""

@@ -252,7 +252,7 @@ def read_database(storage: RDBStorage, name: str | None = None) -> dict[str, Set
     """The settings of the studies in a database, by name; of `name` alone if given."""
     found: dict[str, Settings] = {}
     for full in optuna.get_all_study_names(storage=storage):
-        study = full.rpartition("/")[0]
+        study = full.partition("/")[0]  # an arm may have more of them
         if study in found or (name is not None and study != name):
             continue
         text = optuna.load_study(study_name=full, storage=storage).user_attrs.get("settings")
