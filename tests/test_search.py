@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -19,7 +20,7 @@ import torch
 from optuna.trial import TrialState
 from pictures import save_folder
 
-from kart import bases, cli, operators, population, train, tree
+from kart import bases, cli, data, operators, pages, population, train, tree
 from kart.search import plots, question, report, space, storage, trials, work
 from kart.search.trials import objective, train_members
 from kart.train import Config
@@ -724,3 +725,65 @@ def test_an_arm_without_a_value_says_why(asked, capsys):
     assert kart_study([*flags, "--trials", "2", "--max-params", "10"]) == 0
     text = capsys.readouterr().out
     assert ": no value yet, of its trials 1 pruned; the last over the limit: parameters " in text
+
+
+def test_a_study_streams_its_images_where_its_config_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("KART_CACHE", str(tmp_path / "cache"))
+    config = change(data=str(save_folder(tmp_path / "set", 60)))
+    load = trials.loader()
+    assert isinstance(load(config).train.images, np.ndarray)
+    streamed = load(dataclasses.replace(config, stream=True)).train.images
+    assert isinstance(streamed, data.Pictures)
+
+
+# what is shown, and what is done again
+
+
+def completed(values, **attrs):
+    study = optuna.create_study(direction="maximize")
+    for value, params in values:
+        kinds = {
+            name: optuna.distributions.CategoricalDistribution([one])
+            if not isinstance(one, float)
+            else optuna.distributions.FloatDistribution(0.0, 9.0)
+            for name, one in params.items()
+        }
+        study.add_trial(
+            optuna.trial.create_trial(
+                value=value, params=params, distributions=kinds, user_attrs=attrs
+            )
+        )
+    return study
+
+
+def test_names_of_the_users_own_are_no_formulas_and_choices_of_any_kind(tmp_path):
+    odd = "cost $x_{$ <b>"
+    study = completed([(0.1, {odd: 0.5}), (0.2, {odd: 1.0}), (0.3, {odd: 2.0})])
+    settings = SimpleNamespace(objectives=["accuracy"])
+    interval = report.Interval(0.5, 0.4, 0.6, 3)
+    choices = completed([(0.1, {odd: None}), (0.2, {odd: "$y_{$"}), (0.3, {odd: True})])
+    for figure in (
+        plots.history_figure({odd: study}, settings),
+        plots.slice_figure(study, settings),
+        plots.slice_figure(choices, settings),
+        plots.importance_figure({odd: 1.0}, "black"),
+        plots.confirmation_figure([(odd, (interval, interval, None))]),
+    ):
+        shown = html.unescape(pages.figure(figure, "odd", "alt"))
+        assert "cost $x_{$" in shown
+
+
+def test_a_winner_of_which_a_seed_diverged_is_not_confirmed_again(monkeypatch):
+    about = {"key": "k", "config": TINY.asdict(), "scores": {"0": 0.5}}
+    study = completed([(0.5, {})], **about)
+    entry = work.Confirmed("k", about["config"], [0.5], {10_000: 0.5}, {10_000: 0.4}, [10_001], 1.0)
+    study.set_user_attr("confirmed", [entry._asdict()])
+    settings = SimpleNamespace(val_limit=None, group=1)
+
+    def trains(*args):
+        raise AssertionError("what has been confirmed is trained again")
+
+    monkeypatch.setattr(work, "train_members", trains)
+    work.confirm({"one": study}, settings, 2, {}, quiet=True)
+    with pytest.raises(AssertionError, match="trained again"):
+        work.confirm({"one": study}, settings, 3, {}, quiet=True)

@@ -34,6 +34,11 @@ def _axes(width: float, height: float, columns: int = 1) -> tuple[Any, list[Any]
     return figure, list(axes[0])
 
 
+def _plain(name: Any) -> str:
+    """A name of the user's as a label: two dollars would make a formula of it."""
+    return str(name).replace("$", r"\$")
+
+
 def _scale(objective: str) -> float:
     return 100.0 if objective == "accuracy" else 1.0
 
@@ -55,7 +60,9 @@ def confirmation_figure(rows: Sequence[tuple[str, Sequence[Interval | None]]]) -
                 ax.plot([100 * one.low, 100 * one.high], [place] * 2, color=colour, linewidth=1.6)
             shown = label if y == 0 else None
             ax.plot([100 * one.mean], [place], mark, color=colour, markersize=5, label=shown)
-    ax.set_yticks(range(len(rows)), ["\n".join(textwrap.wrap(name, 20)) for name, _ in rows])
+    ax.set_yticks(
+        range(len(rows)), ["\n".join(textwrap.wrap(_plain(name), 20)) for name, _ in rows]
+    )
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlabel("top-1, % (line: 95 % interval)")
     figures.legend(figure)
@@ -78,7 +85,7 @@ def history_figure(arms: Arms, settings: Settings) -> Any:
         ys = [scale * t.values[0] for t in done]
         best = [pick(ys[: j + 1]) for j in range(len(ys))]
         ax.plot(xs, ys, "o", color=style["color"], markersize=4, alpha=0.75)
-        ax.step(xs, best, where="post", linewidth=1.6, label=arm, **style)
+        ax.step(xs, best, where="post", linewidth=1.6, label=_plain(arm), **style)
         xs = [rank[original(t)] for t in stopped]
         ys = [scale * list(t.intermediate_values.values())[-1] for t in stopped]
         ax.plot(xs, ys, "x", color=style["color"], markersize=4, alpha=0.45)
@@ -111,7 +118,7 @@ def importance_figure(values: Mapping[str, float], colour: str) -> Any:
     """The importance of each parameter as a bar."""
     figure, (ax,) = _axes(3.3, 0.8 + 0.28 * len(values))
     names = list(values)[::-1]
-    ax.barh(names, [values[name] for name in names], color=colour, height=0.6)
+    ax.barh(list(map(_plain, names)), [values[name] for name in names], color=colour, height=0.6)
     ax.set_xlim(0, 1)
     ax.set_xlabel("share of the importance")
     return figure
@@ -129,8 +136,11 @@ def slice_figure(study: optuna.Study, settings: Settings) -> Any:
         own = [trial for trial in complete if name in trial.params]
         values = [trial.params[name] for trial in own]
         ys = [scale * trial.values[0] for trial in own]
-        labels = sorted(set(values), key=str) if isinstance(values[0], str | bool) else []
-        xs = [labels.index(value) if labels else value for value in values]
+        numbers = all(
+            isinstance(value, int | float) and not isinstance(value, bool) for value in values
+        )
+        labels = [] if numbers else sorted(set(map(str, values)))
+        xs = [labels.index(str(value)) if labels else value for value in values]
         ax.plot(xs, ys, "o", color=figures.COLOURS[0], markersize=4, alpha=0.6)
         groups = collections.defaultdict(list)
         for x, y in zip(xs, ys, strict=True):
@@ -147,9 +157,9 @@ def slice_figure(study: optuna.Study, settings: Settings) -> Any:
             ax.set_xticks(ticks, [f"{x:.0f}" if whole else f"{x:.1g}" for x in ticks])
             ax.set_xticks([], minor=True)
         if labels:
-            ax.set_xticks(range(len(labels)), [str(label) for label in labels])
+            ax.set_xticks(range(len(labels)), list(map(_plain, labels)))
             ax.set_xlim(-0.6, len(labels) - 0.4)
-        ax.set_xlabel(name, fontsize=8)
+        ax.set_xlabel(_plain(name), fontsize=8)
         if i:
             ax.set_yticklabels([])
     low = min(ax.get_ylim()[0] for ax in axes)
@@ -169,7 +179,7 @@ def pareto_figure(arms: Arms, settings: Settings) -> Any:
             front = sorted(study.best_trials, key=lambda t: t.values[column])
             for trials, style in (
                 (_complete(study), {"color": figures.COLOURS[i % 6], "ls": "", "alpha": 0.5}),
-                (front, {**figures.look(i), "label": f"{arm}: front"}),
+                (front, {**figures.look(i), "label": f"{_plain(arm)}: front"}),
             ):
                 xs = [_scale(name) * t.values[column] for t in trials]
                 ys = [_scale(first) * t.values[0] for t in trials]

@@ -188,14 +188,14 @@ def loader(val_limit: int | None = None) -> Callable[[Config], Splits]:
     """
 
     @functools.lru_cache
-    def load(source: str, train_limit: int | None, decode_size: int | None) -> Splits:
-        config = Config(data=source, train_limit=train_limit, decode_size=decode_size)
-        splits = train.load_data(config)
+    def load(of_data: Config) -> Splits:
+        splits = train.load_data(of_data)
         if val_limit is None:
             return splits
         return splits._replace(val=_limited(splits.val, val_limit))
 
-    return lambda config: load(config.data, config.train_limit, config.decode_size)
+    fields = ("data", "train_limit", "decode_size", "stream")
+    return lambda config: load(Config(**{name: getattr(config, name) for name in fields}))
 
 
 def evaluation(

@@ -463,11 +463,16 @@ def confirm(
     them on the test split; what has been confirmed is not touched again.
     """
     load = loader(settings.val_limit)
+
+    def trained(study: optuna.Study, one: Candidate) -> int:
+        found = confirmed(study).get(one.key)
+        return 0 if found is None else len(found.val) + len(found.diverged)
+
     todo = [
         (study, one)
         for study in arms.values()
         for one in winners(study)
-        if len(confirmed(study).get(one.key, Confirmed("", {}, [], {}, {}, [], 0.0)).val) < seeds
+        if trained(study, one) < seeds
     ]
     for study, one in tables.bar(
         todo, desc="fresh seeds", unit="winner", disable=quiet or not todo
