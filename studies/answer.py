@@ -16,8 +16,10 @@ at all: it can be killed and started again, and any number of processes may shar
 """
 
 import argparse
+import csv
 import dataclasses
 import fcntl
+import io
 import itertools
 import json
 import sys
@@ -29,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kart import checkpoint, data, pages, statistics, tables, train
+from kart import checkpoint, data, pages, schema, statistics, tables, train
 from kart.analysis import cost, figures
 from kart.statistics import Interval
 from kart.train import Config
@@ -363,15 +365,30 @@ def trends(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Trend], list
 
 
 def execute(unit: Unit, source: str) -> dict[str, Any]:
-    """Trains a unit and scores it; the test split is read for fresh seeds alone."""
+    """Trains a unit and scores it, one that diverges with its last good weights; the test split is
+    read for fresh seeds alone.
+    """
     config = unit.config(source)
     splits = train.load_data(config)
     model = train.build(config, splits.train)
     began, spent = time.perf_counter(), time.process_time()
-    state, last = list(train.loop(train.solo(config, splits), donate=True))[-1]
+    run = train.solo(config, splits)
+    latest = [run.init()]
+    last: dict[str, Any] = {}
+
+    def follow(state: train.State, metrics: train.Metrics) -> None:
+        latest[:] = [state]
+
+    try:
+        for _, record in train.loop(run, latest[0], donate=True, on_step=follow):
+            last = record
+    except train.Diverged as error:
+        found = run.evaluate(train.weights_for_evaluation(latest[0]))
+        last = {f"val_{name}": float(value) for name, value in found.items()}
+        last |= {"train_loss": None, "diverged": error.step}
     scores = {name: last[name] for name in ("val_top1", "val_loss", "train_loss", "diverged")}
     if not unit.tuning:
-        weights = train.weights_for_evaluation(state)
+        weights = train.weights_for_evaluation(latest[0])
         found = train.evaluate(model.apply, weights, data.load(source, "test"), config)
         scores |= {f"test_{name}": float(value) for name, value in found.items()}
     return {
@@ -415,7 +432,7 @@ def work(
                 if not path.exists():
                     bar.set_postfix_str(f"{unit.cell}, {unit.arm}, {unit.rate:g}, {unit.seed}")
                     record = execute(unit, source)
-                    checkpoint.write_text(path, json.dumps(record, indent=1) + "\n")
+                    checkpoint.write_text(path, schema.dumps(record, indent=1) + "\n")
                     count += 1
                     bar.update(1)
                 path.with_suffix(".lock").unlink(missing_ok=True)
@@ -697,12 +714,11 @@ def report(out: Path) -> list[str]:
     spare = f", {left} of them at rates that were not chosen and left out" if left else ""
     lead = f"{len(records)} runs{spare}; python -m studies.answer report --out {out.name}"
     checkpoint.write_text(out / "answer.html", pages.page(title, sections, lead))
-    header = "cell,arm,parameters,n,top1,gain,low,high"
-    lines = [",".join("" if x is None else str(x) for x in row) for row in numbers]
-    checkpoint.write_text(out / "answer.csv", "\n".join([header, *lines]) + "\n")
+    header = ("cell", "arm", "parameters", "n", "top1", "gain", "low", "high")
+    _write_table(out / "answer.csv", [header, *numbers])
     fields = ("cell", "arm", "rate", "seed", "val_top1", "test_top1", "cpu_seconds")
-    kept = [",".join(f'"{one.get(f, "")}"' for f in fields) for one in records]
-    checkpoint.write_text(out / "runs.csv", "\n".join([",".join(fields), *kept]) + "\n")
+    kept = [[one.get(field) for field in fields] for one in records]
+    _write_table(out / "runs.csv", [fields, *kept])
     forest(scores, cells).savefig(out / "answer.png", dpi=130)
     shares(scores, cells).savefig(out / "parts.png", dpi=130)
     lasting(scores, cells).savefig(out / "lasting.png", dpi=130)
@@ -714,6 +730,12 @@ def report(out: Path) -> list[str]:
     ]
     said += [tables.table(trend_rows, ["arm", "centre", *FACTORS.values(), "crosses 0", "runs"])]
     return said
+
+
+def _write_table(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)  # a cell may have a comma in its name
+    checkpoint.write_text(path, text.getvalue())
 
 
 def crossing(trend: Trend) -> str:

@@ -24,7 +24,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from kart import layers, nn, operators, optim, statistics, tables, tree
+from kart import layers, nn, operators, optim, schema, statistics, tables, tree
 from kart.operators import Operator
 
 Params = dict[str, Any]
@@ -161,20 +161,31 @@ def read_results(path: Path, settings: dict[str, Any]) -> dict[str, dict[int, di
 
 def show(found: dict[str, dict[int, dict[str, Any]]], lengths: Sequence[int]) -> str:
     """Bits a character by arm and length, with 95 % intervals over seeds."""
-    rows = []
+    rows, told = [], []
     for arm in ARMS:
         records = list(found.get(arm, {}).values())
+        fine = [r for r in records if not _diverged(r)]
         if records:
             cells = [
-                statistics.interval([r["bits"][str(n)] for r in records], low=0.0).text(1.0, 3)
+                statistics.interval([r["bits"][str(n)] for r in fine], low=0.0).text(1.0, 3)
+                if fine
+                else ""
                 for n in lengths
             ]
             seconds = sum(r["seconds"] for r in records) / len(records)
             rows.append(
-                [arm, str(len(records)), str(records[0]["parameters"]), *cells, f"{seconds:.0f}"]
+                [arm, str(len(fine)), str(records[0]["parameters"]), *cells, f"{seconds:.0f}"]
             )
+            told += [
+                f"{arm}, seed {r['seed']}, diverged: left out" for r in records if r not in fine
+            ]
     header = ["bits a character", "n", "parameters", *(f"{n} characters" for n in lengths), "CPU s"]
-    return tables.table(rows, header)
+    return "\n".join([tables.table(rows, header), *told])
+
+
+def _diverged(record: dict[str, Any]) -> bool:
+    # what is not finite stands as null in a file
+    return any(bits is None or not math.isfinite(bits) for bits in record["bits"].values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -216,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             record = {"arm": arm, "seed": seed, **record, "settings": settings}
             found.setdefault(arm, {})[seed] = record
             with path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(schema.dumps(record) + "\n")
             bits = ", ".join(f"{n}: {b:.3f}" for n, b in record["bits"].items())
             print(f"{arm}, seed {seed}: {bits} ({record['seconds']:.0f} s)", flush=True)
     print(show(found, args.evaluate))

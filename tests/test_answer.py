@@ -1,5 +1,6 @@
 """The study of the answer on made-up records with known gains, and one unit trained."""
 
+import csv
 import dataclasses
 import itertools
 import json
@@ -120,3 +121,36 @@ def test_a_cell_that_changes_two_things_stands_with_neither():
         "side of a patch": ["patch 4", "centre"],
         "several at once": ["30 epochs, patch 4"],
     }
+
+
+def test_a_unit_that_diverges_is_scored_with_its_last_good_weights(tmp_path, monkeypatch):
+    tiny = {"train_limit": 64, "embed_dim": 8, "depth": 1, "num_heads": 1, "epochs": 1}
+    tiny |= {"batch_size": 16, "warmup_epochs": 0.0, "max_norm": 1e20}
+    centre = dataclasses.replace(answer.CENTRE, image_size=8, patch_size=4, **tiny)
+    monkeypatch.setattr(answer, "CENTRE", centre)
+    monkeypatch.setattr(answer, "CELLS", {"centre": {}})
+    monkeypatch.setattr(answer, "ARMS", {"softmax": answer.ARMS["softmax"]})
+    monkeypatch.setattr(answer, "RATES", (1e-3, 1e25))
+    assert answer.work("digits", tmp_path, 10.0, ["centre"], ["softmax"], 1) >= 3
+    texts = {path.name: path.read_text() for path in tmp_path.rglob("rate-*.json")}
+    assert not any("NaN" in text or "Infinity" in text for text in texts.values())
+    bad = [one for one in answer.read(tmp_path) if one["diverged"] >= 0]
+    assert [one["rate"] for one in bad] == [1e25] and 0 <= bad[0]["val_top1"] <= 1
+
+
+def test_the_tables_keep_names_with_commas(tmp_path, monkeypatch):
+    tiny = {"train_limit": 64, "embed_dim": 8, "depth": 1, "num_heads": 1, "patch_size": 4}
+    monkeypatch.setattr(answer, "CENTRE", dataclasses.replace(answer.CENTRE, image_size=8, **tiny))
+    cells = {"centre": {}, "2,000 images": {"train_limit": 32}}
+    monkeypatch.setattr(answer, "CELLS", cells)
+    for cell, arm, seed in itertools.product(cells, ("softmax", "G3"), range(3)):
+        one = record(cell, arm, seed, 0.5 + 0.01 * seed * (arm == "G3"))
+        path = answer.Unit(one["cell"], one["arm"], one["rate"], one["seed"]).path(tmp_path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(one))
+    answer.report(tmp_path)
+    for name, width in (("answer.csv", 8), ("runs.csv", 7)):
+        with open(tmp_path / name, newline="") as file:
+            rows = list(csv.reader(file))
+        assert {len(row) for row in rows} == {width}
+        assert "2,000 images" in {row[0] for row in rows}

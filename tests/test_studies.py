@@ -270,6 +270,17 @@ def test_text_is_resumed_and_refuses_other_settings(tmp_path, capsys):
     assert (tmp_path / "results.jsonl").read_text().splitlines() == lines
 
 
+def test_a_text_that_diverges_is_strict_json_and_left_out(tmp_path, capsys):
+    tiny = ["--steps", "2", "--batch", "1", "--width", "8", "--depth", "1", "--heads", "2"]
+    tiny += ["--lengths", "4", "--evaluate", "8", "--held-out", "64", "--learning-rate", "1e30"]
+    argv = ["--out", str(tmp_path), *tiny, "--seeds", "1", "--arms", "softmax"]
+    assert text.main(argv) == 0
+    [line] = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["bits"] == {"8": None}
+    assert text.main(argv) == 0  # read again
+    assert capsys.readouterr().out.count("softmax, seed 0, diverged: left out") == 2
+
+
 def test_text_starts_all_arms_from_one_backbone_and_learns():
     args = argparse.Namespace(width=8, depth=1, heads=2, lengths=[8])
     made = {}

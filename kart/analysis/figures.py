@@ -50,8 +50,12 @@ def grid(rows: int, columns: int, width: float, height: float, **options: Any) -
 
 
 def legend(fig: Any) -> None:
-    """Names the labelled lines of the first axes below them, in as many columns as fit."""
+    """Names the labelled lines of the first axes below them, in as many columns as fit; nothing
+    where there are none.
+    """
     handles, labels = fig.axes[0].get_legend_handles_labels()
+    if not labels:
+        return
     labels = ["\n".join(textwrap.wrap(label, 40)) for label in labels]
     # an entry is about as wide as its text, in characters of 8 points, and its line
     widest = 0.7 + 0.07 * max(min(40, len(label)) for label in labels)
