@@ -10,6 +10,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from kart import checkpoint, cli, data, export, models, operators, runs, tree
+from kart.commands import predict
 from kart.models import blocks
 
 FLAGS = [
@@ -210,6 +211,22 @@ def test_predictions_are_those_of_the_run_on_its_own_pixels(run, expected, tmp_p
         best = share.topk(2)
         wanted = [f"{int(i)} {100 * float(p):.1f} %" for p, i in zip(*best, strict=True)]
         assert line.split("  ", 1)[1].split() == " ".join(wanted).split()
+
+
+def test_many_images_are_predicted_some_at_a_time(run, tmp_path, capsys, monkeypatch):
+    names = [str(tmp_path / f"{i}.png") for i in range(5)]
+    for i, name in enumerate(names):
+        Image.new("RGB" if i % 2 else "L", (8, 8), 40 * i).save(name)
+    assert cli.main(["predict", str(run), *names]) == 0
+    at_once = capsys.readouterr()
+    sizes, read = [], data.read_images
+    monkeypatch.setattr(predict, "BATCH", 2)
+    monkeypatch.setattr(
+        data, "read_images", lambda names, shape: [sizes.append(len(names)), read(names, shape)][1]
+    )
+    assert cli.main(["predict", str(run), *names]) == 0
+    assert capsys.readouterr() == at_once and sizes == [2, 2, 1]
+    assert at_once.err == "converted: 2 colour to grey by luminance\n"
 
 
 @pytest.mark.parametrize("paths", ["image.png", []])

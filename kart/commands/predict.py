@@ -2,12 +2,15 @@
 
 import argparse
 import sys
+from collections import Counter
 
 import torch
 
 from kart import data, runs, tables, train
 from kart.commands.command import Command, integer
 from kart.runs import owned
+
+BATCH = 256
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
@@ -25,24 +28,25 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     one = runs.only(args.run, args.checkpoint, args.seed)
     own = one.identity.data
-    pixels, converted = data.read_images(args.images, tuple(own["image"]))
-    if converted:
-        changed = "; ".join(f"{item.count} {item.what}" for item in converted)
-        print(f"converted: {changed}", file=sys.stderr)
-    dataset = owned.empty(own)
-    images = train.prepare(data.as_float(torch.from_numpy(pixels)), dataset, one.config)
-    # as `kart eval` computes its scores
-    images = images.to(getattr(torch, one.config.precision))
-    with torch.no_grad():
-        shares = one.model.apply(one.params, images).float().softmax(-1)
-    best = shares.topk(min(args.top, shares.shape[-1]), dim=-1)
-    rows = [
-        [name, *(f"{own['classes'][i]} {100 * p:.1f} %" for p, i in zip(ps, index, strict=True))]
-        for name, ps, index in zip(
-            args.images, best.values.tolist(), best.indices.tolist(), strict=True
-        )
-    ]
-    ranks = [f"{place}." for place in range(1, best.values.shape[-1] + 1)]
+    dataset, dtype = owned.empty(own), getattr(torch, one.config.precision)
+    changed: Counter[str] = Counter()
+    rows = []
+    # as `kart eval` computes its scores, and as many at a time: all at once may not fit
+    for start in range(0, len(args.images), BATCH):
+        names = args.images[start : start + BATCH]
+        pixels, converted = data.read_images(names, tuple(own["image"]))
+        changed.update(dict(converted))
+        images = train.prepare(data.as_float(torch.from_numpy(pixels)), dataset, one.config)
+        with torch.no_grad():
+            shares = one.model.apply(one.params, images.to(dtype)).float().softmax(-1)
+        best = shares.topk(min(args.top, shares.shape[-1]), dim=-1)
+        for name, ps, index in zip(names, best.values.tolist(), best.indices.tolist(), strict=True):
+            found = zip(ps, index, strict=True)
+            rows.append([name, *(f"{own['classes'][i]} {100 * p:.1f} %" for p, i in found)])
+    if changed:
+        told = "; ".join(f"{count} {what}" for what, count in sorted(changed.items()))
+        print(f"converted: {told}", file=sys.stderr)
+    ranks = [f"{place}." for place in range(1, len(rows[0]))]
     print(tables.table(rows, ["image", *ranks]))
     return 0
 
