@@ -9,11 +9,12 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import entries, numbers, picture, same, save_folder
+from pictures import entries, numbers, picture, same, save_folder, save_table
 
 from kart import data
 from kart.data import cache as entries_module
@@ -303,3 +304,38 @@ def test_disk_that_fills_up(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="ran out of room in .*cache.*: No space left.*KART_CACHE"):
         data.load(root)
     assert entries(tmp_path / "cache") == []
+
+
+def test_disk_that_fills_up_under_the_notes_of_a_stream(tmp_path, monkeypatch):
+    root = save_folder(tmp_path / "pictures", 10)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ValueError, match="ran out of room in .*cache.*: No space left.*KART_CACHE"):
+        data.load(root, stream=True, workers=0)
+    assert entries(tmp_path / "cache") == []
+
+
+def test_a_cache_that_can_only_be_read_serves_what_it_holds(tmp_path, monkeypatch):
+    root = save_folder(tmp_path / "pictures", 12)
+    table = save_table(tmp_path / "table", count=12)
+    for stream in (False, True):
+        for source in (root, table):
+            for split in data.SPLITS:
+                data.load(source, split, stream=stream, workers=0)
+
+    def read_only(*args, **options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", read_only)
+    monkeypatch.setattr(tempfile, "mkstemp", read_only)
+    for stream in (False, True):
+        for source in (root, table):
+            assert len(data.load(source, "val", stream=stream, workers=0).labels) == 3
+            with pytest.raises(ValueError, match="writable `cache` directory, got .*Read-only"):
+                data.load(source, "val", stream=stream, workers=0, image_size=4)
+    other = save_table(tmp_path / "more", count=12, start=50)
+    with pytest.raises(ValueError, match="writable `cache` directory, got .*Read-only"):
+        data.load(other, stream=True, workers=0)

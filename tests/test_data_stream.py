@@ -3,6 +3,7 @@ folders, parquet files and public names.
 """
 
 import io
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -419,6 +420,14 @@ def test_steps_out_of_turn_give_the_same(folder, starts):
     for seed, start in enumerate(starts):
         for step in range(start, start + 3):
             assert all(map(torch.equal, read.at(seed % 2, step), plain.at(seed % 2, step)))
+
+
+def test_a_reader_in_a_worker_of_somebodys_own_loader_reads_alone(folder, monkeypatch):
+    plain, read = data.reader(loaded(folder), 8), data.reader(loaded(folder, workers=1), 8)
+    # what torch's loader does to its workers, which then may have none
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    for step in range(3):
+        assert all(map(torch.equal, read.at(0, step), plain.at(0, step)))
 
 
 def test_the_command_line_chooses_the_workers(folder, monkeypatch, capsys):

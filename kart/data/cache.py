@@ -113,34 +113,39 @@ def build(path: Path, fill: Callable[[Path], None], damaged: bool) -> None:
     if damaged:
         # on standard error, unless a program has set up logging otherwise
         _LOG.warning("the cache %s is damaged; decoding again", path)
-    with contextlib.ExitStack() as stack:
-        try:
-            work = stack.enter_context(workshop(base, path.name))
-            if damaged:
-                with contextlib.suppress(FileNotFoundError):
-                    path.rename(work / "damaged")
-            fill(work)
-            # another process may have been first, or a damaged entry be there, or both in turn
-            for attempt in range(5):
-                try:
-                    (work / "entry").rename(path)
-                    break
-                except OSError:
-                    if _whole(path):
-                        return
-                    with contextlib.suppress(FileNotFoundError):
-                        path.rename(work / f"damaged-{attempt}")
-            else:
+    with writing(base), workshop(base, path.name) as work:
+        if damaged:
+            with contextlib.suppress(FileNotFoundError):
+                path.rename(work / "damaged")
+        fill(work)
+        # another process may have been first, or a damaged entry be there, or both in turn
+        for attempt in range(5):
+            try:
                 (work / "entry").rename(path)
-            _sync_directory(base)
-        except OSError as err:
-            if err.errno in (errno.ENOSPC, errno.EDQUOT):
-                free = shutil.disk_usage(base).free // 2**20
-                raise ValueError(
-                    f"`load` ran out of room in {str(base)!r}, {free} MiB are free now: "
-                    f"{err.strerror or err}. Make room, pass `cache`, or set KART_CACHE."
-                ) from err
-            raise _unwritable(base, err) from err
+                break
+            except OSError:
+                if _whole(path):
+                    return
+                with contextlib.suppress(FileNotFoundError):
+                    path.rename(work / f"damaged-{attempt}")
+        else:
+            (work / "entry").rename(path)
+        _sync_directory(base)
+
+
+@contextlib.contextmanager
+def writing(base: Path) -> Iterator[None]:
+    """A block that writes to the cache: what the system says of it becomes a ValueError."""
+    try:
+        yield
+    except OSError as err:
+        if err.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(base).free // 2**20
+            raise ValueError(
+                f"`load` ran out of room in {str(base)!r}, {free} MiB are free now: "
+                f"{err.strerror or err}. Make room, pass `cache`, or set KART_CACHE."
+            ) from err
+        raise _unwritable(base, err) from err
 
 
 def check_room(work: Path, needed: int) -> None:

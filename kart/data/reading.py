@@ -62,7 +62,8 @@ def reader(dataset: Dataset, batch_size: int, cut: Cut | None = None) -> Reader:
         if step != following:
             ahead, batch = None, drawn[seed, step]
         else:
-            if ahead is None and workers:
+            # a worker of somebody's own loader may have none itself
+            if ahead is None and workers and not multiprocessing.current_process().daemon:
                 ahead = _ahead(drawn, workers, seed, step)
             batch = drawn[seed, step] if ahead is None else next(ahead)
         if isinstance(batch, str):

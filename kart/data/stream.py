@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from kart.data import changes, files, images, splits, statistics, unpacked
+from kart.data import cache, changes, files, images, splits, statistics, unpacked
 from kart.data.dataset import Dataset
 from kart.data.finding import Finding
 from kart.data.pictures import Pictures
@@ -225,7 +225,8 @@ class _Note:
             return None
 
     def write(self, content: dict[str, Any]) -> None:
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".stream-")
-        with os.fdopen(handle, "w") as out:
-            json.dump(content, out)
-        os.replace(name, self.path)
+        base = self.path.parent
+        with cache.writing(base), tempfile.TemporaryDirectory(prefix=".stream-", dir=base) as work:
+            path = Path(work) / self.path.name
+            path.write_text(json.dumps(content))
+            os.replace(path, self.path)

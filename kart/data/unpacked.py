@@ -48,7 +48,8 @@ def source(found: Finding, base: Path, split: str) -> tuple[Source, dict[str, Pa
     known = {one: _read(places[one]) for one in ("train", split)}
     train = known["train"]
     if train is None or (known[split] is None and split in train.splits):
-        with cache.workshop(base, _path(found, base, "source").name) as work:
+        name = _path(found, base, "source").name
+        with cache.writing(base), cache.workshop(base, name) as work:
             opened = found.open(work / "scratch")
             for one in known:
                 if known[one] is None and one in opened.rows:
