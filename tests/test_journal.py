@@ -1,5 +1,6 @@
 """A database that is lost under a search: noticed at the next trial, rebuilt from the journal."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -170,3 +171,18 @@ def test_an_arm_may_have_a_slash_in_its_name(tmp_path):
     study.add_trial(optuna.trial.create_trial(value=0.5))
     journal.append(tmp_path, {"with/half": study})
     assert journal.problem(tmp_path, ["odd/with/half"], journal.read(tmp_path)) == ""
+
+
+def test_a_locked_database_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "LOCKED_S", 0.1)
+    database = storage.open_database(storage.directory_url(tmp_path), create=True)
+    study = optuna.create_study(study_name="odd/one", storage=database)
+    study.add_trial(optuna.trial.create_trial(value=0.5))
+    journal.append(tmp_path, {"one": study})
+    database.engine.dispose()
+    with contextlib.closing(sqlite3.connect(tmp_path / "study.db", isolation_level=None)) as holder:
+        holder.execute("PRAGMA locking_mode=EXCLUSIVE")
+        holder.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ValueError, match="another program has locked for 0.1 s. End that"):
+            journal.problem(tmp_path, ["odd/one"], journal.read(tmp_path))
+    assert journal.problem(tmp_path, ["odd/one"], journal.read(tmp_path)) == ""

@@ -20,6 +20,7 @@ from kart import schema
 
 NAME = "study.jsonl"
 HEADER = b"SQLite format 3\0"
+LOCKED_S = 60  # how long another program may keep the SQLite file to itself
 
 
 def entry(arm: str, trial: FrozenTrial) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def _beginning(path: Path) -> bytes:
 
 def problem(directory: Path, names: Sequence[str], known: Mapping[tuple[str, int], Any]) -> str:
     """What is wrong with the SQLite file of a directory, which must hold the Optuna studies `names`
-    and all trials that are `known`; empty if nothing is.
+    and all trials that are `known`; empty if nothing is. Raises ValueError where it is locked.
 
     It is read from the disk: what another connection still has in memory does not count.
     """
@@ -99,7 +100,7 @@ def problem(directory: Path, names: Sequence[str], known: Mapping[tuple[str, int
         if _beginning(path) != HEADER:
             return "is no SQLite file any more"
         url = f"{path.resolve().as_uri()}?mode=ro"
-        with contextlib.closing(sqlite3.connect(url, uri=True)) as db:
+        with contextlib.closing(sqlite3.connect(url, LOCKED_S, uri=True)) as db:
             rows = db.execute(
                 "SELECT s.study_name, t.number, t.state FROM trials t JOIN studies s "
                 "ON s.study_id = t.study_id"
@@ -107,6 +108,12 @@ def problem(directory: Path, names: Sequence[str], known: Mapping[tuple[str, int
             there = {name for (name,) in db.execute("SELECT study_name FROM studies")}
             whole = db.execute("PRAGMA quick_check(1)").fetchone()[0]
     except (sqlite3.Error, OSError) as error:
+        if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            # whoever holds it has the trials: a new file in its place would lose them
+            raise ValueError(
+                f"`study` needs the database {str(path)!r}, which another program has locked for "
+                f"{LOCKED_S} s. End that program, and start the same command again."
+            ) from None
         return f"cannot be read ({error})"
     if whole != "ok":
         return f"is damaged ({' '.join(str(whole).split())[:100]})"
