@@ -251,6 +251,16 @@ def same_weights(one, other, **tolerance):
 
 
 @pytest.mark.slow
+def test_ranks_that_diverge_stop_together_and_say_where(tmp_path):
+    wild = ["--learning-rate", "1e25", "--warmup-epochs", 0, "--max-norm", "1e20"]
+    argv = ["--epochs", 2, *wild, "--out", tmp_path / "out"]
+    codes, said = finish(start(2, lambda rank: command(*argv)))
+    assert codes == [1, 0] and "stopped at step 1: the loss is nan" in said[0]
+    assert "first in `" in said[0] and said[1] == ""  # it is told once
+    assert runs.diverged(tmp_path / "out") == {0: 1}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_stops_the_others_and_nothing_is_lost(victim, tmp_path):
     argv = ["--epochs", 100, "--out"]

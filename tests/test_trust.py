@@ -1,5 +1,6 @@
 """Nobody else's code is run, nothing is lost or believed that is damaged, and no call crashes."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from kart import checkpoint, cli, data, models, operators, runs, train
-from kart.runs import room
+from kart.runs import records, room
 from kart.train import Config
 from tests.tiny import ONE_BLOCK as TINY
 
@@ -144,6 +145,24 @@ def test_a_full_disk_is_waited_for_and_nothing_is_lost(splits, tmp_path, monkeyp
     full[0] = 0
     again = list(runs.execute(tmp_path / "third", [TINY], splits))
     assert [one["val_loss"] for one in again] == [one["val_loss"] for one in whole]
+
+
+def test_a_run_that_diverges_on_a_full_disk_waits_as_well(splits, tmp_path, monkeypatch, capsys):
+    wild = dataclasses.replace(TINY, learning_rate=1e25, warmup_epochs=0.0, max_norm=1e20)
+    save, full = checkpoint.save, [2]
+
+    def failing(path, *args, **kwargs):
+        if path.name == records.DIVERGED and full[0]:
+            full[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(path, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", failing)
+    monkeypatch.setattr(room, "PAUSE_S", 0.01)
+    with pytest.raises(train.Diverged, match="first in `"):
+        list(runs.execute(tmp_path / "out", [wild], splits, space_timeout=5))
+    assert "waiting for room" in capsys.readouterr().err
+    assert list(runs.diverged(tmp_path / "out")) == [wild.seed]
 
 
 def test_a_line_that_finds_no_room_leaves_nothing(tmp_path, monkeypatch):

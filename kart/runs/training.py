@@ -172,5 +172,6 @@ def execute(
                 yield record
         except train.Diverged:
             if latest:
-                _save(directory / records.DIVERGED, owner, latest[0], best or [-1.0] * run.size)
+                path, top1 = directory / records.DIVERGED, best or [-1.0] * run.size
+                write(lambda: _save(path, owner, latest[0], top1))
             raise
