@@ -39,6 +39,13 @@ def test_transparency_is_composited_on_white():
     grey = Image.new("LA", (1, 1), (0, 0))
     pixels, header = decoded(grey)
     assert pixels.tolist() == [[[255] * 3]] and header.grey
+    # a grey that is transparent, in 8 and in 16 bits, where its neighbour looks the same
+    for kind, clear, other in (("uint8", 7, 8), ("uint16", 7 * 257, 7 * 257 + 1)):
+        pixels, header = decoded(
+            Image.fromarray(np.array([[clear, other]], kind)), transparency=clear
+        )
+        assert pixels[0, :, 0].tolist() == [255, 8 if kind == "uint8" else 7]
+        assert "transparency composited on white" in header.changes and header.grey
     # a palette with a transparent entry: a glyph on no ground
     palette = Image.new("P", (2, 1))
     palette.putpalette([0, 0, 0, 10, 20, 30])

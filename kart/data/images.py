@@ -160,7 +160,11 @@ def _to_8_bits(image: Any) -> Any:
     # files of 16 bits are read into 32 by some formats
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"mode {image.mode} has values outside of 16 bits")
-    return pillow().fromarray(((values + 128) // 257).astype(np.uint8))
+    pixels = ((values + 128) // 257).astype(np.uint8)
+    # of a PNG: the one grey that is transparent, which 8 bits could not tell from its neighbours
+    if isinstance(clear := image.info.get("transparency"), int):
+        pixels[values == clear] = 255
+    return pillow().fromarray(pixels)
 
 
 def _damaged(where: str, err: Exception) -> ValueError:

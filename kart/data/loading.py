@@ -20,7 +20,7 @@ from kart.data.dataset import SPLITS, Converted, Dataset
 from kart.data.finding import Finding, Options
 from kart.data.source import Row, Source, check_labels, near
 
-_FORMAT = 2  # part of every cache key: raise it when the layout or the splits change
+_FORMAT = 3  # part of every cache key: raise it when the layout, the splits or what is read changes
 _LARGEST = 8192  # pixels a side
 _LOG = logging.getLogger("kart.data")
 
