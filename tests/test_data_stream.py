@@ -22,6 +22,7 @@ from sklearn import datasets
 from torch.testing import assert_close
 
 from kart import augment, cli, data, train
+from kart.analysis import section
 from kart.data import images
 from studies import loader
 
@@ -514,6 +515,19 @@ def test_a_folder_in_imagenets_layout_trains_and_evaluates(folder):
     again = list(train.fit(config, train.load_data(config, workers=1)))
     assert [one["train_loss"] for one in records] == [one["train_loss"] for one in again]
     assert 0 <= records[-1]["val_top1"] <= 1 and records[-1]["diverged"] == -1
+
+
+def test_a_run_on_images_that_stream_is_taken_apart(folder, tmp_path):
+    tiny = ["--image-size", "16", "--embed-dim", "8", "--depth", "1", "--num-heads", "1"]
+    tiny += ["--batch-size", "8", "--epochs", "1", "--threads", "1", "--quiet"]
+    data_flags = ["--data", str(folder), "--decode-size", str(SIDE), "--stream", "yes"]
+    out = str(tmp_path / "run")
+    assert cli.main(["train", *data_flags, *tiny, "--workers", "0", "--out", out]) == 0
+    assert cli.main(["analyse", out, "--sections", "attention", "--images", "1"]) == 0
+    assert "<svg" in (tmp_path / "run" / "report.html").read_text()
+    config = train.Config(data=str(folder), decode_size=SIDE)
+    one, other = (train.load_data(config, stream=stream) for stream in (True, False))
+    assert section.fingerprint(one) == section.fingerprint(other)
 
 
 def test_the_measurement_of_the_loader(capsys):
