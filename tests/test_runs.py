@@ -6,8 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
+from pictures import save_folder
 
 from kart import cli, population, runs, train
+from kart.data import public
 from kart.runs import identity, owned
 from tests.tiny import ONE_BLOCK as TINY
 
@@ -92,6 +94,21 @@ def test_reading_commands_refuse_other_data(command, home, capsys, monkeypatch):
     monkeypatch.setattr(train, "load_data", lambda config: other(load(config), "pixel"))
     code, _, error = call(capsys, command, home / "0")
     assert code == 2 and "other images" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["eval", "analyse"])
+def test_a_directory_that_is_not_here_is_no_public_name(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("KART_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(public, "read", lambda *args: pytest.fail("asks the network"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    save_folder(tmp_path / "sets" / "mine", 60, size=(8, 8))
+    config = dataclasses.replace(TINY, data="sets/mine", train_limit=None)
+    assert list(runs.execute("run", [config], train.load_data(config)))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, _, error = call(capsys, command, "../run")
+    assert code == 2 and "the directory 'sets/mine' that '../run' was trained on" in error
+    assert call(capsys, "eval", "../run", "--data", "../sets/mine")[0] == 0
 
 
 def test_an_unfinished_run_is_not_scored(home, capsys):

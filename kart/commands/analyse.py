@@ -44,7 +44,10 @@ def _loaded(args: argparse.Namespace) -> tuple[list[Any], train.Splits]:
     """The runs as results, and their data."""
     results = runs.compare(*args.run, which=args.checkpoint)
     config = results[0].configs[0]
-    config = dataclasses.replace(config, data=args.data or config.data)
+    assert results[0].homes is not None  # those that were read have them
+    first = results[0].homes[0]
+    source = owned.place(str(first), runs.read(first).data, config.data, args.data)
+    config = dataclasses.replace(config, data=source)
     return results, train.load_data(config)
 
 

@@ -45,9 +45,8 @@ def _run(args: argparse.Namespace) -> int:
         config = own.configs[0]
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        config = dataclasses.replace(
-            config, device=args.device or config.device, data=args.data or config.data
-        )
+        source = owned.place(str(directory), own.data, config.data, args.data)
+        config = dataclasses.replace(config, device=args.device or config.device, data=source)
         dataset = owned.load_split(str(directory), own.data, config, args.split)
         model = train.build(config, dataset)
         scores, bad = [], runs.diverged(directory)

@@ -2,6 +2,8 @@
 whether data are its own, and be used without them.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +53,25 @@ def check(where: str, own: dict[str, Any], splits: Splits) -> None:
             f"`data` needs to be what {where!r} was trained on, got others ({told}). Put them "
             "back, or name where they are now with `--data`."
         )
+
+
+def place(where: str, own: dict[str, Any], named: str, given: str | None) -> str:
+    """Where the data of a run are now: what is `given`, else what the run `named`.
+
+    Raises ValueError for a directory that is not there: its name is no public one to ask for.
+    """
+    if given is not None:
+        return given
+    public = named.partition("?")[0]
+    # of a public set the name is the whole of what was asked for, of a directory its last part
+    known = own["name"] == public or public in data.SHORT
+    here = any(Path(os.path.expanduser(one)).is_dir() for one in (named, public))
+    if not known and not here:
+        raise ValueError(
+            f"`data` needs the directory {named!r} that {where!r} was trained on, which is not "
+            "here. Say where it is now with `--data`, or start this where it was trained."
+        )
+    return named
 
 
 def empty(own: dict[str, Any]) -> Dataset:
