@@ -36,7 +36,7 @@ from kart.analysis import cost, figures
 from kart.statistics import Interval
 from kart.train import Config
 
-RATES = (1.5e-3, 3e-3)
+RATES: tuple[float, ...] = (1.5e-3, 3e-3)
 TUNING_SEED = 1000
 SEEDS, MOST_SEEDS = 3, 8
 
@@ -72,9 +72,12 @@ CELLS: dict[str, dict[str, Any]] = {
 }
 
 
-# cells with rates of their own: those of the centre are too high for a wider model, and may be for
-# many more steps
-RATES_IN = {"width 128": (7.5e-4, 1.5e-3), "45,000 images": (*RATES, 6e-3, 1.2e-2)}
+# cells with rates of their own: those of the centre are too high for a wider model, and
+# too low for many more steps
+RATES_IN: dict[str, tuple[float, ...]] = {
+    "width 128": (7.5e-4, 1.5e-3),
+    "45,000 images": (*RATES, 6e-3, 1.2e-2),
+}
 
 
 def tuned_in(cell: str) -> str:
