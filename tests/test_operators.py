@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.func import grad, jvp, vmap
+from torch.func import grad, jvp, linearize, vmap
 from torch.testing import assert_close
 
 from kart import bases, operators, tree
@@ -73,6 +73,22 @@ def draw_mask(shape, n, m, seed=1):
 
 def scores_of(q, k):
     return q @ k.mT / math.sqrt(q.shape[-1])
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
+@pytest.mark.parametrize("spec", [s for s in operators.EXAMPLES if "-" not in s])
+def test_linearize_is_jvp(spec):
+    spec += ":width=4" if spec in ("synthesizer", "performer") else ""
+    op, params, q, k, v = setting(spec, 5, 5)
+    mask = draw_mask(("N", "M"), 5, 5) if "order" in spec else None
+
+    def attend(params, q):
+        return op.attend(params, q, k, v, mask)
+
+    at = (params, q)
+    along = tree.map(torch.cos, at)
+    out, derivative = linearize(attend, *at)
+    assert_close((out, derivative(*along)), jvp(attend, at, along))
 
 
 @pytest.mark.parametrize("mask_shape", MASKS.values(), ids=MASKS.keys())

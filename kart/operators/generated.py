@@ -38,8 +38,8 @@ def cosines(places: Tensor, count: int) -> Tensor:
     squares sum to one or so anywhere.
     """
     waves = torch.arange(count, dtype=places.dtype, device=places.device)
-    scale = torch.full_like(waves, math.sqrt(2 / count))
-    scale[0] = math.sqrt(1 / count)
+    # `torch.func.linearize` drops what is written in place
+    scale = torch.full_like(waves, math.sqrt(2 / count)).masked_fill(waves == 0, count**-0.5)
     return (math.pi * places[:, None] * waves).cos() * scale
 
 
