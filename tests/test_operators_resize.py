@@ -219,6 +219,25 @@ def test_a_lattice_that_does_not_fit_is_named(old, new, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("spec", "new", "read"),
+    [
+        # 25 keys are a square, and 33 are one token and as many patches in 4 rows as before
+        ("gated", (1, 4, 6), r"\(0, 5, 5\), got \(1, 4, 6\)"),
+        ("gated:prefix=1,rows=4", (1, 8, 4), r"\(1, 4, 8\), got \(1, 8, 4\)"),
+        ("gated:prefix=1,rows=4", (8, 4), r"\(1, 4, 8\), got \(None, 8, 4\)"),
+        ("G2:order=generated,reach=none,features=10,prefix=1", (1, 3, 8), r"\(1, 4, 4\)"),
+        ("G2:order=generated,reach=none,features=10,prefix=1", (0, 5, 5), r"\(1, 5, 5\)"),
+    ],
+)
+def test_a_lattice_that_an_operator_would_take_for_another_is_refused(spec, new, read):
+    op = operators.parse(spec).operator
+    params = op.init(torch.Generator().manual_seed(0), 2, 17)
+    with pytest.raises(ValueError, match=read):
+        operators.resize(op, params, 17, new)
+    operators.resize(op, params, 17, (1, 4, 4))
+
+
 def test_an_operator_that_does_not_say_where_its_keys_are_is_refused():
     op, params = drawn("G2", 17)
     with pytest.raises(ValueError, match="says where its keys are"):

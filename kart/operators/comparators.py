@@ -29,7 +29,7 @@ from kart.operators.contract import (
 )
 from kart.operators.fixed import on_simplex
 from kart.operators.relative import check_geometry, lattice_of
-from kart.operators.resize import Lattice, interpolate
+from kart.operators.resize import Lattice, check_read, interpolate
 from kart.operators.static import check_square, matrix_values
 
 
@@ -154,6 +154,8 @@ def gated(prefix: int | None = None, rows: int | None = None, locality: float = 
         return (1 - gate) * content + gate * matrix_values(p, v, mask, normalise=True)
 
     def resize(params: Params, old: Lattice, new: Lattice) -> Params:
+        before = (prefix or 0) if new.prefix is None else new.prefix
+        check_read("gated", new, lattice_of("gated", before + new.patches, prefix, rows))
         # offsets in patches: those of a finer lattice are longer
         right, down = old.columns / new.columns, old.rows / new.rows
         scale = params["position"].new_tensor([right, down, right * down])

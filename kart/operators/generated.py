@@ -25,7 +25,7 @@ from kart.operators.contract import (
     only,
 )
 from kart.operators.learnable import low_rank
-from kart.operators.resize import Lattice
+from kart.operators.resize import Lattice, check_read
 
 STARTS = ("scaled", "zero")
 
@@ -199,6 +199,8 @@ def generated(
         return out + kernels.softmax_attention(q, k, v, mask) if base else out
 
     def moved(params: Params, old: Lattice, new: Lattice) -> Params:
+        side = math.isqrt(new.patches)
+        check_read("generated", new, Lattice(prefix, side, side))
         # what comes from patches is weighted by P / P', as in `low_rank`; places are relative
         if old.patches == new.patches:
             return params

@@ -91,6 +91,17 @@ def interpolate(leaf: Tensor, axis: int, old: Lattice, new: Lattice, amplitude: 
     return torch.cat([first, moved], dim=-1).movedim(-1, axis).contiguous()
 
 
+def check_read(name: str, new: Lattice, read: Lattice) -> None:
+    """Raises ValueError unless an operator whose parameters do not say their lattice takes as many
+    keys as `new` has for it; `read` is what it takes them for.
+    """
+    if new[1:] != read[1:] or new.prefix not in (None, read.prefix):
+        raise ValueError(
+            f"`resize` needs `new_tokens` as `{name}` takes so many keys, {tuple(read)}, got "
+            f"{tuple(new)}. Make the operator for them, and resize with that one."
+        )
+
+
 def amplitudes(basis: Basis) -> tuple[str, ...]:
     """The leaves that the units of a basis are linear in, the base activation's with them."""
     named = basis.traits.get("amplitude") or ("coefs" if basis.coefficients is not None else None)
