@@ -123,6 +123,43 @@ def test_the_simplex_by_hand(engine):
     assert_close(out[0, [0, 1, 2, 3, 5], 3], torch.zeros(5))
 
 
+@pytest.mark.parametrize("engine", ["plain", "torch", "cpp"])
+def test_the_simplex_of_scores_too_large_for_their_numbers(engine):
+    if engine == "cpp" and kernels.engines()["cpp"] != "ready":
+        pytest.skip(kernels.engines()["cpp"])
+    # times 1e30 the scores are inf, inf, 0 and -inf; halves are lost beside 2^25 / 1e10
+    keys = torch.tensor([1e10, 1e10, 0.0, -1e10])[:, None]
+    q = torch.tensor([1e30, -1e30, 1e30, -1e30, -1e30, 2**25 / 1e10])[:, None].requires_grad_()
+    mask = torch.ones(6, 4, dtype=torch.bool)
+    mask[2, :3], mask[3, 2:], mask[4, 3] = False, False, False
+    values = torch.eye(4)[None].requires_grad_()
+    out = kernels.entry_attention(
+        bases.polynomial(1), {"coefs": torch.tensor([[0.0, 1.0]])}, q[None], keys[None], values,
+        mask, form="simplex", scale=1.0, engine=engine,
+    )  # fmt: skip
+    half, alone = [0.5, 0.5, 0, 0], [0, 0, 0, 1.0]
+    wanted = torch.tensor([half, alone, alone, half, [0, 0, 1.0, 0], half])
+    assert_close(out[0], wanted)
+    pull = torch.arange(24.0).view(6, 4)
+    slopes, found = torch.autograd.grad((out[0] * pull).sum(), (q, values))
+    assert_close(found[0], wanted.mT @ pull)
+    assert_close(slopes, torch.zeros(6, 1))
+
+
+@pytest.mark.parametrize("engine", ["plain", "torch", "cpp"])
+@pytest.mark.parametrize("form", ["inside", "beside"])
+def test_softmax_of_infinities_alone_is_no_number(form, engine):
+    if engine == "cpp" and kernels.engines()["cpp"] != "ready":
+        pytest.skip(kernels.engines()["cpp"])
+    q = torch.tensor([1e30, -1e30])[:, None]
+    keys = torch.full((3, 1), 1e10)
+    out = kernels.entry_attention(
+        None, {"table": torch.zeros(1, 4)}, q[None], keys[None], torch.ones(1, 3, 1),
+        form=form, scale=-1.0, engine=engine,
+    )  # fmt: skip
+    assert out.isnan().all()
+
+
 @pytest.mark.parametrize(
     ("family", "form"), [x for x in PAIRS if x[0] in ("fourier", "rational", "table")]
 )

@@ -155,6 +155,15 @@ def test_softmax_beside_the_product_has_the_plain_values_and_gradients(name, siz
     )
 
 
+def test_softmax_beside_units_of_infinities_alone_is_no_number():
+    basis, heads, keys = LINEAR["bspline"], 1, 7  # no spline is at infinity
+    q, k = torch.full((1, heads, 5, 1), -1e30), torch.full((1, heads, keys, 1), 1e10)
+    coefs = draw(heads, 3, keys, basis.size)
+    y, out = kernels.contract_softmax(basis, coefs, q, k, torch.ones(1, heads, keys, 2))
+    assert torch.equal(y, torch.zeros_like(y))
+    assert out.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_are_widened_on_their_way_in(dtype):
     basis, heads, rank, keys = LINEAR["fourier"], 2, 5, 29

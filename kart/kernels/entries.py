@@ -318,7 +318,7 @@ class _Block:
         if form == "simplex":
             kept = (w > 0).to(w.dtype)
             mean = (kept * dw).sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=1)
-            return kept * (dw - mean), None
+            return kept * (dw - mean) * y.isfinite(), None
         if form == "l1":
             y = y if hidden is None else y.masked_fill(hidden, 0)
             g = (dw - y.sign() * (w * dw).sum(-1, keepdim=True)) / self._sizes(y)
@@ -415,6 +415,9 @@ class Blocks:
             block.add_parameters(g, dtheta[b, h])
             if slope is not None:
                 slope.mul_(g)
+                if x.form == "simplex":
+                    # the slope at an infinite score is NaN, and counts for nothing
+                    slope.masked_fill_(g == 0, 0)
                 ds = slope if ds is None else slope.add_(ds)
             if ds is not None:
                 dqs.baddbmm_(ds, block.k, alpha=x.scale)

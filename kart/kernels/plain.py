@@ -114,7 +114,9 @@ def simplex_rows(y: Tensor, mask: Tensor | None) -> Tensor:
     """
     if mask is None:
         return projections.simplex(y)
-    return torch.where(mask, projections.simplex(y.masked_fill(~mask, -math.inf)), 0)
+    # a row of -inf alone is shared by all keys: those that count are more than the masked ones
+    y = y.clamp(min=torch.finfo(y.dtype).min).masked_fill(~mask, -math.inf)
+    return torch.where(mask, projections.simplex(y), 0)
 
 
 def softmax_attention(

@@ -203,8 +203,8 @@ static void forward_block(const Features& family, const Shape& s, Forward& w, co
     vec total[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      // a query without keys: its weights are e^-inf whatever is taken away
-      greatest[v] = greatest[v] > -INFINITY ? greatest[v] : vec{};
+      // a query without keys: its weights are e^-inf whatever is taken away; without a mask scores of -inf alone are NaN
+      greatest[v] = !kept || greatest[v] > -INFINITY ? greatest[v] : vec{};
       total[v] = vec{};
     }
     for (long m = 0; m < s.keys; ++m)

@@ -118,12 +118,14 @@ struct Scratch {
 static INLINE ivec mask_of(const Scratch& w, int at) { return *reinterpret_cast<const iloose*>(w.mask.data() + at); }
 
 // Entries in w.weights as their projections, 1 in w.soft where that is not zero; `total` counts those, and what is taken
-// away from them is returned in `greatest`. Michelot's sets: the threshold of the entries above the last one, from
-// below, so that every set holds the support and the last one is it.
+// away from them is `greatest`, then `low`: one number would round where entries are large. Michelot's sets: the
+// threshold of the entries above the last one, from below, so that every set holds the support and the last one is it.
 template <int V>
-static void project(const Shape& s, Scratch& w, const vec* bad, vec* greatest, vec* total) {
-  vec low[2] = {splat(-1.0f), splat(-1.0f)};
-  for (int v = 0; v < V; ++v) greatest[v] = greatest[v] > -INFINITY ? greatest[v] : vec{};
+static void project(const Shape& s, Scratch& w, const vec* bad, vec* greatest, vec* low, vec* total) {
+  for (int v = 0; v < V; ++v) {
+    low[v] = splat(-1.0f);
+    greatest[v] = greatest[v] > -INFINITY ? greatest[v] : vec{};
+  }
   for (long m = 0; m < s.keys; ++m)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
@@ -158,15 +160,19 @@ static void project(const Shape& s, Scratch& w, const vec* bad, vec* greatest, v
       store(w.weights + i, keep(x - low[v], in) + bad[v]);
       store(w.soft + i, keep(splat(1.0f), in));
     }
-  for (int v = 0; v < V; ++v) greatest[v] += low[v] + bad[v];
+  for (int v = 0; v < V; ++v) greatest[v] += bad[v];
 }
+
+// Infinite entries as the largest there are: those of +inf share a row, and those of -inf have none of it unless there
+// are no others. NaN stays NaN.
+static INLINE vec within(vec y) { return clamp(y, -FLT_MAX, FLT_MAX); }
 
 // weights before they are divided by `total`; `greatest` is in the exponents of softmax
 template <int V>
 static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const uint8_t* mask_at, const Mask& mask,
                           long n, long queries) {
-  // `bad` is zero, or NaN where an entry is not finite
-  vec greatest[2] = {splat(-INFINITY), splat(-INFINITY)}, total[2] = {vec{}, vec{}}, bad[2] = {vec{}, vec{}};
+  // `bad` is zero, or NaN where an entry is
+  vec greatest[2] = {splat(-INFINITY), splat(-INFINITY)}, total[2] = {vec{}, vec{}}, bad[2] = {vec{}, vec{}}, low[2];
   for (long first = 0; first < s.keys; first += w.span()) {
     const int keys = std::min<long>(w.span(), s.keys - first);
     float* at = w.weights + first * LANES;
@@ -180,7 +186,10 @@ static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const 
         if (mask.data) x = keep(x, mask_of(w, i));
         vec y = entry.value(x, entry.at(n + v * W, first + m));
         if (FORM == 3) y += x;
-        if (SIMPLEX) bad[v] += mask.data ? keep(y * 0.0f, mask_of(w, i)) : y * 0.0f;
+        if (SIMPLEX) {
+          y = within(y);
+          bad[v] += mask.data ? keep(y * 0.0f, mask_of(w, i)) : y * 0.0f;
+        }
         if (mask.data) {
           const ivec kept = mask_of(w, i);
           if (FORM == 4) x = kept ? x : splat(-INFINITY);
@@ -192,11 +201,11 @@ static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const 
         if (FORM == 4) store(w.soft + first * LANES + i, x);
       }
   }
-  if (SIMPLEX) project<V>(s, w, bad, greatest, total);
+  if (SIMPLEX) project<V>(s, w, bad, greatest, low, total);
   if (SOFT) {
     float* at = FORM == 4 ? w.soft : w.weights;
-    // a query without keys: its weights are e^-inf whatever is taken away
-    for (int v = 0; v < V; ++v) greatest[v] = greatest[v] > -INFINITY ? greatest[v] : vec{};
+    // a query without keys: its weights are e^-inf whatever is taken away; without a mask scores of -inf alone are NaN
+    for (int v = 0; v < V && mask.data; ++v) greatest[v] = greatest[v] > -INFINITY ? greatest[v] : vec{};
     for (long m = 0; m < s.keys; ++m)
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {
@@ -214,11 +223,13 @@ static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const 
   for (int v = 0; v < V; ++v) {
     store(w.rows + v * W, total[v]);
     store(w.rows + LANES + v * W, greatest[v]);
+    if (SIMPLEX) store(w.rows + 2 * LANES + v * W, low[v]);
   }
 }
 
-// w.rows: factor or inverse of the sum, or logarithm of the sum, or the threshold of the simplex; sum of weights times
-// their gradients, or the mean of these where the simplex keeps a weight; factor
+// w.rows: factor or inverse of the sum, or logarithm of the sum, or the greatest entry of a projection; sum of weights
+// times their gradients, or the mean of these where the simplex keeps a weight; factor, or what a projection takes away
+// beside the greatest entry
 template <int V>
 static void backward_block(const Entry& entry, const Shape& s, Scratch& w, vec* sums, const uint8_t* mask_at,
                            const Mask& mask, long n, long queries) {
@@ -245,10 +256,10 @@ static void backward_block(const Entry& entry, const Shape& s, Scratch& w, vec* 
           weight = row * y;
           g = row * (pull - sign(y) * load(w.rows + LANES + v * W));
         } else if constexpr (SIMPLEX) {
-          const vec over = y - row;
+          const vec over = within(y) - row - load(w.rows + 2 * LANES + v * W);
           const ivec in = over > 0.0f;
           weight = keep(over, in) + keep(row, row != row);
-          g = keep(pull - load(w.rows + LANES + v * W), in);
+          g = keep(pull - load(w.rows + LANES + v * W), in & (magnitude(y) <= FLT_MAX));
         } else if constexpr (FORM == 4) {
           const vec p = exponential(x - row), c = load(w.rows + 2 * LANES + v * W);
           weight = c * y + p;
@@ -278,11 +289,11 @@ static void backward_block(const Entry& entry, const Shape& s, Scratch& w, vec* 
 
 // --- all heads of all samples ----------------------------------------------------------------------
 
-// Contiguous: theta (samples with their own or 1, heads, size), factor and statistic (batch, heads, queries), and
-// dtheta; soft is the second output.
+// Contiguous: theta (samples with their own or 1, heads, size), factor, statistic and, of the simplex, low (batch, heads,
+// queries), and dtheta; soft is the second output.
 struct Extra {
   const float *theta, *factor;
-  float *statistic, *dtheta;
+  float *statistic, *low, *dtheta;
   int64_t size;
   Room soft;
 };
@@ -323,6 +334,7 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
             // of a query without keys: e^(score - inf) is 0
             if (SOFT) extra->statistic[row + i] = total == 0 ? INFINITY : greatest + std::log(total);
             if (SIMPLEX) extra->statistic[row + i] = total == 0 && greatest == greatest ? INFINITY : greatest;
+            if (SIMPLEX) extra->low[row + i] = w.rows[2 * LANES + i];
             // a row of zeros stays one
             const float inverse = FORM == 1 ? 1 / std::max(total, FLT_MIN) : total > 0 ? 1 / total : total;
             if (FORM == 1) extra->statistic[row + i] = inverse;
@@ -384,7 +396,8 @@ int kart_backward(const Shape* shape, const float* options, const Strided* q, co
           const float* out = FORM > 0 ? result->at(b, h) + n * result->n : nullptr;
           for (long i = 0; i < LANES; ++i) {
             const bool wanted = FORM > 0 && i < queries;
-            const float c = i < queries && extra->factor ? extra->factor[row + i] : 1.0f;
+            const float* third = SIMPLEX ? extra->low : extra->factor;
+            const float c = i < queries && third ? third[row + i] : 1.0f;
             w.rows[i] = FORM == 0 ? c : i < queries ? extra->statistic[row + i] : SOFT || SIMPLEX ? INFINITY : 1.0f;
             w.rows[LANES + i] =
                 wanted ? dot(w.douts.rows() + i * w.douts.padded, out + i * result->n, result->d, s.value_width) : 0.0f;

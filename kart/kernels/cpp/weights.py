@@ -58,8 +58,11 @@ def as_matrix(packed: Tensor, rows: int, keys: int) -> Tensor:
     return packed.unflatten(-1, (keys, -1))[..., :rows].mT
 
 
+FIELDS = ("theta", "factor", "statistic", "low", "dtheta")
+
+
 class _Extra(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("theta", "factor", "statistic", "dtheta")] + [
+    _fields_ = [(name, ctypes.c_void_p) for name in FIELDS] + [
         ("size", ctypes.c_int64),
         ("soft", Array),
     ]
@@ -105,22 +108,26 @@ class Engine:
 
     def forward(self, x: Weighted) -> tuple[Tensor, ...]:
         """The output `(B, H, N, e)`, and what the backward needs: what every row was divided by, or
-        the logarithm of that, or its threshold; and `(B, H, N, e)`, in the form "beside" the output
-        of softmax alone, in "simplex" the mean of the values that have a weight; float32.
+        the logarithm of that, or its greatest entry; and `(B, H, N, e)`, in the form "beside" the
+        output of softmax alone, in "simplex" the mean of the values that have a weight, and what is
+        taken away from entries beside the greatest; float32.
         """
         out = room_like(x.v, x.q.shape[2])
         statistic = x.q.new_empty(x.q.shape[:3])
         soft = torch.empty_like(out) if x.form in ("beside", "simplex") else None
-        self._call(self.library.kart_forward, x, [], [out], statistic=statistic, soft=soft)
-        return (out, statistic) if soft is None else (out, statistic, soft)
+        low = torch.empty_like(statistic) if x.form == "simplex" else None
+        held = {"statistic": statistic, "low": low}
+        self._call(self.library.kart_forward, x, [], [out], soft=soft, **held)
+        return tuple(y for y in (out, statistic, soft, low) if y is not None)
 
     def backward(self, x: Weighted, dout: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
         """dq, dk, dv and dtheta, float32."""
-        out, statistic, *soft = results
+        out, statistic, *others = results
         gradients = [room_like(y) for y in (x.q, x.k, x.v)]
         dtheta = x.theta.new_empty(x.theta.shape)
-        inputs = [dout, soft[0] if soft else out]
-        held = {"statistic": statistic.contiguous(), "dtheta": dtheta}
+        inputs = [dout, others[0] if others else out]
+        low = others[1].contiguous() if x.form == "simplex" else None
+        held = {"statistic": statistic.contiguous(), "low": low, "dtheta": dtheta}
         self._call(self.library.kart_backward, x, inputs, gradients, **held)
         return *gradients, dtheta
 
