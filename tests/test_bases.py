@@ -178,6 +178,16 @@ def test_wavelets_by_hand(name):
     assert_close(basis.apply(params, at), at.new_tensor(2 * wanted), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("family", ["mexican_hat", "morlet", "dog", "meyer", "shannon"])
+def test_wavelets_and_their_slopes_are_zero_at_infinity(family):
+    basis = getattr(bases, family)()
+    units = basis.init(torch.Generator().manual_seed(0), ())
+    x = torch.tensor([math.inf, -math.inf, 1e30, -1e30], requires_grad=True)
+    y = basis.apply(units, x)
+    slopes = torch.autograd.grad(y.sum(), x)[0]
+    assert torch.equal(y.abs(), torch.zeros(4)) and torch.equal(slopes.abs(), torch.zeros(4))
+
+
 def test_rational_by_hand():
     basis = bases.rational(2, 2)
     params = {

@@ -358,7 +358,8 @@ def morlet(
 
     def psi(t: Tensor) -> Tensor:
         # cos of an infinite t is NaN, and the Gaussian is 0 long before 1e4
-        return torch.cos(omega * t.clamp(-1e4, 1e4)) * torch.exp(-0.5 * t * t)
+        t = t.clamp(-1e4, 1e4)
+        return torch.cos(omega * t) * torch.exp(-0.5 * t * t)
 
     traits = {"parity": "even", "smooth": math.inf, "bounded": 1.0}
     traits |= {"points": (0.0, math.pi / 2 / omega, math.pi / omega), "operations": 6}
@@ -373,6 +374,8 @@ def dog(*, base: str = "zero", init: str = "scaled", scales: bool = False) -> Ba
     """
 
     def psi(t: Tensor) -> Tensor:
+        # inf * 0 is NaN
+        t = t.clamp(-1e4, 1e4)
         return t * torch.exp(-0.5 * t * t)
 
     traits = {"parity": "odd", "zero_mean": True, "smooth": math.inf, "bounded": math.exp(-0.5)}
