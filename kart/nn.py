@@ -108,16 +108,14 @@ def check_device(name: str, module: torch.nn.Module, x: Tensor) -> None:
             )
 
 
-def check_dtype(name: str, argument: str, module: torch.nn.Module, x: Tensor) -> None:
-    """Raises ValueError where a linear layer of torch's own has another dtype than its input, and
-    no autocast makes them one.
+def check_dtype(name: str, argument: str, weight: Tensor, x: Tensor) -> None:
+    """Raises ValueError where a weight has another dtype than its input, and no autocast makes them
+    one.
     """
-    if type(module) is not torch.nn.Linear or autocasting(x):
-        return
-    if module.weight.is_floating_point() and module.weight.dtype != x.dtype:
+    if weight.is_floating_point() and weight.dtype != x.dtype and not autocasting(x):
         raise ValueError(
-            f"`{name}` needs `{argument}` in the dtype of its parameters, {module.weight.dtype}, "
-            f"got {x.dtype}. Convert either with `.to`."
+            f"`{name}` needs `{argument}` in the dtype of its parameters, {weight.dtype}, got "
+            f"{x.dtype}. Convert either with `.to`."
         )
 
 
@@ -334,7 +332,9 @@ class Attention(torch.nn.Module):
                     "Project it to this width."
                 )
             check_device("Attention", self, given)
-            check_dtype("Attention", name, self.qkv, given)
+            # one of another library may take what it likes
+            if type(self.qkv) is torch.nn.Linear:
+                check_dtype("Attention", name, self.qkv.weight, given)
         width = self.dim // self.heads
         parts = [self.heads * width, 2 * self.kv_heads * width]
         if context is None:

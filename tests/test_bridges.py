@@ -136,6 +136,10 @@ def test_multihead_refuses_what_it_cannot_do():
         ours(x, x, x, key_padding_mask=torch.zeros(TOKENS, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"needs `value` of width 12 .* got \(2, 7, 5\)"):
         ours(x, x, x[..., :5])
+    with pytest.raises(ValueError, match=r"`attn_mask` boolean or of floating.*, got torch.uint8"):
+        ours(x, x, x, attn_mask=torch.zeros(TOKENS, TOKENS, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"`key` in the dtype of its parameters, torch.float32, g"):
+        ours(x, x.double(), x)
     assert multihead.MultiheadAttention is MultiheadAttention
 
 

@@ -11,8 +11,14 @@ def from_additive(function: str, argument: str, mask: Tensor) -> Tensor:
     number of its type) elsewhere.
 
     Raises:
-        ValueError: where it holds other numbers; a bias has no meaning beyond softmax.
+        ValueError: where it holds other numbers, for a bias has no meaning beyond softmax, or
+            integers.
     """
+    if not mask.dtype.is_floating_point:
+        raise ValueError(
+            f"`{function}` needs `{argument}` boolean or of floating-point numbers, got "
+            f"{mask.dtype}. Convert it with `.bool()`."
+        )
     shown = mask == 0
     hidden = mask <= torch.finfo(mask.dtype).min
     if not bool((shown | hidden).all()):

@@ -97,6 +97,7 @@ class MultiheadAttention(torch.nn.Module):
                     f"three axes, got {tuple(x.shape)}. See `batch_first`, `kdim` and `vdim`."
                 )
             nn.check_device("MultiheadAttention", self, x)
+            nn.check_dtype("MultiheadAttention", name, weight, x)
         made = zip(inputs, weights, biases, strict=True)
         return [nn.split_heads(functional.linear(*one), self.num_heads) for one in made]
 
