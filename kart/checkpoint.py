@@ -166,8 +166,8 @@ def from_timm(
 ) -> Params:
     """Parameters of `model` with the weights of a donor that has timm's names.
 
-    Attention operators, which no donor has, keep their initialisation. The dict may lie in a
-    checkpoint, as its only entry of WRAPPERS, and its names may all begin with PREFIXES.
+    Attention operators that the donor has nothing of keep their initialisation. The dict may lie in
+    a checkpoint, as its only entry of WRAPPERS, and its names may all begin with PREFIXES.
 
     Args:
         model: has `init(generator)` and a `config` with `image_size` and `patch_size`.
@@ -179,20 +179,25 @@ def from_timm(
             timm does; the class token's are kept.
 
     Raises:
-        ValueError: names every leaf that is missing, unexpected or of another shape.
+        ValueError: names every leaf that is missing, unexpected, of another shape or without
+            floating-point numbers.
     """
     donors = _donor(model, state_dict)
     params = model.init(generator or torch.Generator().manual_seed(0))
     own = tree.named(params)
     taken: dict[str, Tensor] = {}
-    missing, wrong, hints = [], [], _hints(own, donors)
+    missing, unread, wrong, hints = [], [], [], _hints(own, donors)
+    given = {"", *map(_operator, donors)}  # what is of no operator is not drawn either
     for name, leaf in own.items():
         donor = donors.get(name)
+        if donor is not None and (donor.is_meta or not donor.is_floating_point()):
+            unread.append(f"{name} ({'no data' if donor.is_meta else donor.dtype})")
+            continue
         if donor is not None and donor.shape != leaf.shape and name == "pos_embed" and resize:
             donor = _resized(donor, leaf, model.config)
         if donor is not None and donor.shape == leaf.shape:
             taken[name] = donor.detach().to(leaf.device, leaf.dtype, copy=True)
-        elif "operator" in name.split(".") and donor is None or _is_head(name) and not strict_head:
+        elif donor is None and _operator(name) not in given or _is_head(name) and not strict_head:
             taken[name] = leaf
         elif donor is None:
             missing.append(name)
@@ -213,6 +218,7 @@ def from_timm(
             ("missing", missing),
             ("unexpected", unexpected),
             ("of another shape", wrong),
+            ("that are no floating-point numbers", unread),
         )
         if names
     ]
@@ -616,6 +622,12 @@ def _hints(own: Mapping[str, Tensor], donors: Mapping[str, Tensor]) -> list[str]
                 f"--patch-size {theirs.shape[2]})."
             )
     return hints
+
+
+def _operator(name: str) -> str:
+    """The path of the operator that a leaf belongs to, "" where it belongs to none."""
+    before, found, _ = f".{name}.".partition(".operator.")
+    return before + found if found else ""
 
 
 def _is_head(name: str) -> bool:

@@ -428,6 +428,16 @@ def test_positions_are_resized_on_request_and_the_class_tokens_kept():
             r"unexpected module.extra. Some names begin with a prefix \(module.extra\)",
         ),
         (donor() | {"norm.weight": torch.ones(6)}, "unexpected norm.weight"),
+        # an operator of which a part is there is not drawn in part
+        (donor() | {"blocks.0.operator.mix": torch.ones(2, 17, 4)}, "missing blocks.0.operator.un"),
+        (
+            tree.to(donor(), torch.int8),
+            r"no floating-point numbers patch_embed.proj.weight \(torch.int8\)",
+        ),
+        (
+            {name: leaf.to("meta") for name, leaf in donor().items()},
+            r"no floating-point numbers patch_embed.proj.weight \(no data\)",
+        ),
         (donor() | {"pos_embed": torch.ones(1, 12, 6)}, r"pos_embed \(1, 12, 6\) for \(1, 17, 6\)"),
         ({}, "missing patch_embed.proj.weight, cls_token"),
         ({"weights": donor()}, r"got dict under 'weights'. Pass the inner dict"),
