@@ -339,3 +339,27 @@ def test_models_pickle_and_deepcopy(name, duplicate):
     assert copy.deepcopy(small("G2U")).config == small("G2U").config
     mixed = models.create("vit_tiny", operator=["softmax", operators.relu()], **SMALL)
     assert duplicate(mixed).config == mixed.config
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("vit", {"depth": 3}, "3 blocks for 2 at 'blocks'"),
+        ("vit", {"depth": 1}, "1 blocks for 2 at 'blocks'"),
+        ("vit", {"operator": "G2U"}, "no 'blocks.1.operator'"),
+        ("vit", {"operator": "G2B"}, "`softmax` has no parameters, got units, mix, which"),
+        ("convit", {"operator": "softmax", "sharing": "universal"}, "no 'blocks.2.operator'"),
+        ("convit", {"depth": 4}, "4 blocks for 3 at 'blocks'"),
+        ("swin", {"depths": (2, 3)}, "3 blocks for 2 at 'layers.1.blocks'"),
+        ("swin", {"operator": "G2B"}, "`softmax` has no parameters, got units, mix, which"),
+    ],
+)
+def test_parameters_of_another_model_are_named(name, changes, words):
+    sizes = {"convit": CONVIT, "swin": SWIN, "vit": SMALL}[name]
+    model = models.create(f"{name}_tiny", **sizes)
+    other = models.create(f"{name}_tiny", **{**sizes, **changes})
+    params, images = drawn(other)
+    with pytest.raises(ValueError, match=words):
+        model.apply(params, images)
+    with pytest.raises(ValueError, match=words):
+        model.intermediates(params, images)

@@ -5,7 +5,7 @@ and MLP compute in the dtype of the images.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,31 @@ def check_images(images: Tensor, channels: int, size: int) -> None:
         raise ValueError(
             f"`apply` needs images (..., {channels}, {size}, {size}), got shape "
             f"{tuple(images.shape)}. Resize them, or create the model for this size."
+        )
+
+
+def check_params(params: Params, sites: Sequence[Site], blocks: Mapping[str, int]) -> None:
+    """Refuses parameters without the operators of `sites`, or with other numbers of blocks than
+    `blocks` says by dotted path; those of more would be left out without a word.
+    """
+
+    def at(path: str) -> Any:
+        node: Any = params
+        for key in path.split("."):
+            node = node.get(key) if isinstance(node, Mapping) else None
+        return node
+
+    wrong = [f"no {site.path!r}" for site in sites if at(site.path) is None]
+    counts = {path: len(at(path) or ()) for path in blocks}
+    wrong += [
+        f"{counts[path]} blocks for {count} at {path!r}"
+        for path, count in blocks.items()
+        if counts[path] != count
+    ]
+    if wrong:
+        raise ValueError(
+            f"`apply` needs the parameters of this model, got {wrong[-1]}. They are of another "
+            "depth, sharing or kind of model: create it with the config that they were stored with."
         )
 
 

@@ -164,6 +164,7 @@ def swin(operator: Choice = "softmax", **fields: Any) -> Model:
 
     def forward(params: Params, images: Tensor, look: dict[str, Tensor] | None) -> Tensor:
         blocks.check_images(images, config.in_channels, config.image_size)
+        blocks.check_params(params, sites, {f"layers.{s.index}.blocks": s.depth for s in stages})
         x = layers.patch_embed(params["patch_embed"], images)
         norm = params["patch_embed"]["norm"]
         # from here on the residual stream has the parameters' precision

@@ -64,6 +64,7 @@ def vit(operator: Choice = "softmax", **fields: Any) -> Model:
 
     def forward(params: Params, images: Tensor, look: dict[str, Tensor] | None) -> Tensor:
         blocks.check_images(images, config.in_channels, config.image_size)
+        blocks.check_params(params, sites, {"blocks": config.depth})
         x = blocks.prepend_class(params, layers.patch_embed(params["patch_embed"], images))
         x = x + params["pos_embed"][0]
         for i, site in enumerate(sites):

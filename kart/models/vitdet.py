@@ -107,6 +107,7 @@ def vitdet(operator: Choice = "softmax", **fields: Any) -> Model:
         params: Params, images: Tensor, look: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
         blocks.check_images(images, config.in_channels, config.image_size)
+        blocks.check_params(params, sites, {"blocks": config.depth})
         x = layers.patch_embed(params["patch_embed"], images) + params["pos_embed"][0]
         x = x.unflatten(-2, (side, side))
         for i, site in enumerate(sites):

@@ -312,6 +312,13 @@ def from_forms(
         check_sizes(heads, tokens)
         return {} if init is None else init(generator, heads, tokens)
 
+    def check_own(params: Params) -> None:
+        if init is None and params:
+            raise ValueError(
+                f"`{name}` has no parameters, got {', '.join(params)}, which are of another "
+                "operator. Take that one, or pass {}."
+            )
+
     def checked_weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
         if isinstance(weights, str):
             raise ValueError(
@@ -319,6 +326,7 @@ def from_forms(
                 "identity (M, M) as `v` to `attend`, which gives them."
             )
         check_scores(name, scores, mask)
+        check_own(params)
         if fits is not None:
             fits(params, *scores.shape[-2:])
         mask = two_axes(mask)
@@ -329,6 +337,7 @@ def from_forms(
         params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         check_qkv(name, q, k, v, mask)
+        check_own(params)
         if fits is not None:
             fits(params, q.shape[-2], k.shape[-2])
         mask, dtype = two_axes(mask), v.dtype
