@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kart import cli, models, operators, tree
 from kart.analysis import cost
+from tests.tiny import drawn
 
 TINY = {"image_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3}
 OPERATORS = ["softmax", "G3B", "G3U", "G2B:order=full_rank", "morlet-B", "2*softmax+G1B"]
@@ -375,3 +376,52 @@ def test_an_operator_that_does_not_tell_its_operations_is_not_counted():
     assert cost.flops(model).activation == 2 * 4 * tokens**2
     for spec in sorted(untold):
         assert cli.main(["info", "--operator", spec, "--image-size", "32"]) == 0
+
+
+BLIND = ["static", "polynomial-0", "relative", "G2:order=by_distance", "2*static+G1"]
+# a synthesizer's relu may be zero for the one query that a ViT reads in its last block
+CASES = [(name, one) for name in ("vit", "swin", "convit", "vitdet") for one in BLIND]
+CASES += [("swin", "synthesizer:width=8"), ("vitdet", "synthesizer:width=4")]
+
+
+@pytest.mark.parametrize(("name", "operator"), CASES)
+def test_parameters_without_effect_are_those_without_gradient(name, operator):
+    sizes = {"image_size": 8, "patch_size": 2, "in_channels": 1, "embed_dim": 12, "num_heads": 3}
+    if name == "swin":
+        sizes |= {"depths": (1, 1), "num_heads": (3, 6), "window_size": 2}
+        operator = operator if "+" not in operator else ["2*static+G1", "G1+5*static"]
+    else:
+        sizes |= {"depth": 2}
+    if name == "convit":
+        sizes["gated_blocks"] = 1
+    if name == "vitdet":
+        sizes |= {"window_size": 2, "global_blocks": (1,), "patch_size": 4, "pyramid_dim": 4}
+        sizes["image_size"] = 16
+    model = models.create(f"{name}_tiny", operator=operator, **sizes)
+    params, images = drawn(model)
+    slopes = torch.func.grad(
+        lambda p: sum(x.sin().sum() for x in tree.leaves(model.apply(p, images)))
+    )(params)
+    counted: dict[str, int] = {}
+    for path, leaf in tree.named(slopes).items():
+        layer = path.partition(".attn.")[2].split(".")[0]
+        if layer in ("qkv", "qk", "relative_position_bias_table") and not leaf.all():
+            counted[f"attn.{layer}"] = counted.get(f"attn.{layer}", 0) + int((leaf == 0).sum())
+    assert counted and cost.unused(model) == counted
+
+
+@pytest.mark.parametrize("operator", ["softmax", "G2", "softconv", "static:inside=true", "gated"])
+def test_operators_of_the_scores_leave_nothing_without_effect(operator):
+    model = models.create("convit_nano", operator=operator, image_size=8, patch_size=2)
+    assert cost.unused(model) == {}
+
+
+def test_info_names_parameters_without_effect(capsys):
+    argv = ["info", "--model", "swin_nano", "--image-size", "32", "--operator", "static"]
+    assert cli.main(argv) == 0
+    words = "in attn.relative_position_bias_table, attn.qkv, as operators ignore the scores"
+    rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    found = rows["without effect"].strip()
+    assert cli.main([*argv, "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)["unused_parameters"]
+    assert found == f"{sum(counts.values()):,} {words}"

@@ -14,7 +14,7 @@ what a matrix of low rank takes more where a mask needs it whole.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +80,66 @@ def parameters(model: Model) -> Parameters:
             sizes[id(op)] = tree.size(op.init(Generator().manual_seed(0), c.num_heads, c.tokens))
     learned = sum(sizes[id(op)] for op in _distinct(model))
     return Parameters(embed + c.depth * block + ends + learned, learned)
+
+
+def _unseen(site: Site) -> tuple[int, int]:
+    """How many heads of a block have the same output whatever their queries are, and how many
+    whatever their keys.
+    """
+    generator, width = Generator().manual_seed(0), site.width + site.tokens * site.biased
+    drawn = site.operator.init(generator, site.heads, site.tokens)
+    # at a start of zero what is learned does not show
+    params = tree.map(lambda x: x + 0.1 * torch.randn(x.shape, generator=generator), drawn)
+    q, k, v = torch.randn(3, 1, site.heads, site.tokens, width, generator=generator).unbind(0)
+    with torch.enable_grad():
+        out = site.operator.attend(params, q.requires_grad_(), k.requires_grad_(), v).sum()
+    if not out.requires_grad:
+        return site.heads, site.heads
+    slopes = torch.autograd.grad(out, (q, k), materialize_grads=True)
+    queries, keys = (site.heads - int(x.flatten(2).any(-1).sum()) for x in slopes)
+    return queries, keys
+
+
+def unused(model: Model) -> dict[str, int]:
+    """Numbers of parameters that are drawn, counted and trained without effect, by the layer of
+    attention that they are in: those that make queries, keys and biases of the scores for heads
+    whose operator ignores them.
+
+    A student that attends as its teacher does is not looked at.
+
+    >>> unused(models.create("vit_nano", operator="static", image_size=32, patch_size=8))
+    {'attn.qkv': 33280}
+    """
+    if _attends_as_a_teacher(model):
+        return {}
+    seen: dict[Any, tuple[int, int]] = {}
+    for site in model.sites:
+        key = id(site.operator), site.heads, site.tokens, site.width
+        if key not in seen:
+            seen[key] = _unseen(site)
+    if not any(map(sum, seen.values())):
+        return {}
+    named = tree.named(model.init(Generator().manual_seed(0)))
+    blocks = dict.fromkeys(path.partition(".attn.")[0] for path in named if ".attn." in path)
+    found: dict[str, int] = {}
+    for block, site in zip(blocks, model.sites, strict=True):
+        queries, keys = seen[id(site.operator), site.heads, site.tokens, site.width]
+        parts = {"qkv": (3, queries + keys), "qk": (2, queries + keys)}
+        parts["relative_position_bias_table"] = (1, queries)
+        for path, leaf in named.items():
+            layer = path.removeprefix(f"{block}.attn.").split(".")[0]
+            if path.startswith(f"{block}.attn.") and layer in parts and parts[layer][1]:
+                all_, some = parts[layer]
+                count = leaf.numel() * some // (all_ * site.heads)
+                found[f"attn.{layer}"] = found.get(f"attn.{layer}", 0) + count
+    return found
+
+
+def told(unused: Mapping[str, int]) -> str:
+    """What `unused` found, in words, "" for nothing."""
+    if not unused:
+        return ""
+    return f"{sum(unused.values()):,} in {', '.join(unused)}, as operators ignore the scores"
 
 
 def unit_flops(op: Operator) -> int:

@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace) -> int:
         in_channels=args.in_channels,
         **given,
     )
-    counted, batch = cost.parameters(model), config.batch_size
+    counted, unused, batch = cost.parameters(model), cost.unused(model), config.batch_size
     found = {
         "model": config.model,
         "operator": model.config.operator,
@@ -105,6 +105,7 @@ def _run(args: argparse.Namespace) -> int:
         "tokens": model.sites[0].tokens,
         "parameters": counted.total,
         "operator_parameters": counted.operator,
+        "unused_parameters": unused,
         "batch": batch,
     }
     unknown = cost.uncounted(model)
@@ -133,6 +134,8 @@ def _run(args: argparse.Namespace) -> int:
         ("tokens", ", ".join(dict.fromkeys(map(_tokens, model.sites)))),
         ("parameters", f"{counted.total:,}, {counted.operator:,} of them in the operators"),
     ]
+    if unused:
+        rows.append(("without effect", cost.told(unused)))
     if unknown:
         rows.append(("GFLOPs an image", f"not counted: {unknown}"))
     else:

@@ -137,6 +137,8 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
             "".join(f"{one}\n" for one in {donors.told(home) for _, home in parts} if one), end=""
         )
         told += statistics.left_out(name, bad)
+        if unused := cost.told(cost.unused(train.build(config, splits.train))):
+            told.append(f"{name} has parameters without effect: {unused}.")
         if last:
             results.append((name, parameters, last))
     if ranks.rank:
