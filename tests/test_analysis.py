@@ -410,7 +410,7 @@ def test_a_report_without_test_scores_says_validation(results, tmp_path):
 def test_a_report_that_fails_leaves_the_old_one(results, tmp_path):
     path = tmp_path / "report.html"
     path.write_text("old")
-    broken = [results[0]._replace(params=[{}])]
+    broken = [results[0]._replace(records=[[{}]])]
     with pytest.raises(KeyError):
         analysed(broken, tmp_path)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["report.html"]
