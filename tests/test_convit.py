@@ -106,6 +106,19 @@ def test_offsets_run_from_the_query_to_the_key():
     assert_close(exact[1, 0, [2, 3]].sum(), torch.tensor(1.0), atol=1e-3, rtol=0)
 
 
+def test_resized_positions_keep_their_reach_in_the_picture():
+    model = small("G2B")
+    params, _ = drawn(model)
+    _, moved = models.resize(model, params, 24)
+    own, finer = (x["blocks"]["1"]["attn"] for x in (params, moved))
+    assert torch.equal(own["pos_proj"]["bias"], finer["pos_proj"]["bias"])
+    # every second patch of a grid twice as fine is as far from the others as before
+    every = (torch.arange(0, 6, 2)[:, None] * 6 + torch.arange(0, 6, 2)).flatten()
+    found = convit.positions(finer, 6)[:, every][..., every]
+    assert_close(found / found.sum(-1, keepdim=True), convit.positions(own, 3))
+    assert models.resize(model, params, 12)[1] is params
+
+
 @pytest.mark.parametrize("operator", ["softmax", "G2B", "G2U", "2*softmax+2*G1B"])
 def test_what_is_looked_at_is_what_is_trained(operator):
     model = small(operator)

@@ -160,9 +160,10 @@ def resize(model: Model, params: Params, image_size: int) -> tuple[Model, Params
     """`model` and `params` for square images of another size.
 
     Positions are resized bicubically (with antialiasing, as timm does), operators by
-    `kart.operators.resize`; the patch size stays, so there are more or fewer patches. The same size
-    is the identity to the bit. A Swin keeps its parameters, as its windows have fixed sizes; sizes
-    that make a window larger or smaller are refused.
+    `kart.operators.resize`, and a ConViT's attention of positions keeps its reach in the picture,
+    where timm keeps it in patches; the patch size stays, so there are more or fewer patches. The
+    same size is the identity to the bit. A Swin keeps its parameters, as its windows have fixed
+    sizes; sizes that make a window larger or smaller are refused.
 
     >>> import torch
     >>> model = create("vit_nano", image_size=32, patch_size=4, num_classes=10)

@@ -2,7 +2,9 @@
 
 import math
 
-from kart import layers, operators
+from torch import Tensor
+
+from kart import layers, operators, tree
 from kart.models.model import Model, Params, find, place
 
 
@@ -10,7 +12,8 @@ def move(old: Model, new: Model, params: Params) -> Params:
     """The parameters of `new`, which is `old` for images of another size, from those of `old`.
 
     Learned positions are resized as timm does, with antialiasing on the way down; operators whose
-    rows get another number of keys by `kart.operators.resize`. All else does not depend on the
+    rows get another number of keys by `kart.operators.resize`. The attention of positions of a
+    ConViT, of offsets in patches, keeps its reach in the picture. All else does not depend on the
     size. The windows of a Swin must stay, as its tables of relative positions belong to them.
     """
     before, after = (getattr(model.config, "windows", None) for model in (old, new))
@@ -20,11 +23,19 @@ def move(old: Model, new: Model, params: Params) -> Params:
             f"with windows of {after} by stage, which were {before}: a window is no larger than "
             "the grid of its stage. Create and train a model of this size."
         )
+    sides = [c.image_size // c.patch_size for c in (old.config, new.config)]
     if "pos_embed" in params:
-        sides = [c.image_size // c.patch_size for c in (old.config, new.config)]
         grids = [(side, side) for side in sides]
         moved = layers.resize_positions(params["pos_embed"], *grids)
         params = {**params, "pos_embed": moved}
+    ratio = sides[0] / sides[1]
+
+    def reaching(name: str, leaf: Tensor) -> Tensor:
+        if not name.endswith(".attn.pos_proj.weight"):
+            return leaf
+        return leaf * leaf.new_tensor([ratio, ratio, ratio**2])
+
+    params = tree.map_named(reaching, params)
     pairs = {was.path: (was, now) for was, now in zip(old.sites, new.sites, strict=True)}
     for path, (was, now) in pairs.items():
         if was.tokens != now.tokens:
