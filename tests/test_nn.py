@@ -366,6 +366,7 @@ def test_what_does_not_fit_is_named():
         (lambda: layer(x.double()), "`x` in the dtype of its parameters, torch.float32, got"),
         (lambda: layer(x, context=x.double()), "`context` in the dtype of its parameters"),
         (lambda: layer.step(x[:, :1], cache), "`cache` as it returned it, got tuple"),
+        (lambda: layer.step(x[:1, :1], operators.Cache(*cache)), "samples and heads of the new t"),
         (lambda: layer(x, mask), r"broadcast with those of the other tensors, \(2, 4\), got shape"),
     ):
         with pytest.raises(ValueError, match=words):

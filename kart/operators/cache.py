@@ -55,6 +55,12 @@ def step(
             "or make a `kart.operators.Cache(keys, values)`."
         )
     if cache is not None:
+        for name, old, more in (("keys", cache.keys, k), ("values", cache.values, v)):
+            if old.shape[:-2] != more.shape[:-2] or old.shape[-1] != more.shape[-1]:
+                raise ValueError(
+                    "`step` needs a `cache` of the samples and heads of the new tokens, got "
+                    f"{name} {tuple(old.shape)} for {tuple(more.shape)}. Index both alike."
+                )
         k, v = torch.cat([cache.keys, k], -2), torch.cat([cache.values, v], -2)
     new, count = q.shape[-2], k.shape[-2]
     if tokens is not None and count > tokens:
