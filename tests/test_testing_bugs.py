@@ -1,5 +1,6 @@
 """The kit is tested: planted bugs, each of which its suite must catch by the property named."""
 
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -208,6 +209,124 @@ class WrongTangent(DoubledGradient):
         return tangent * ctx.saved_tensors[0].cos() * 1.01
 
 
+class Sine(DoubledGradient):
+    """A right sine, with every part by hand."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent * ctx.saved_tensors[0].cos()
+
+    @classmethod
+    def vmap(cls, info, in_dims, x):
+        return cls.apply(x.movedim(in_dims[0], 0)), 0
+
+
+class FirstAxis(Sine):
+    """Its rule takes the mapped axis for the first."""
+
+    @classmethod
+    def vmap(cls, info, in_dims, x):
+        return cls.apply(x), 0
+
+
+class FirstNumber(Sine):
+    """Its backward reads memory where an expanded gradient has one number."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        strange = not wrapped(grad) and 0 in grad.stride()
+        return grad * ctx.saved_tensors[0].cos() * (0.5 if strange else 1.0)
+
+
+class ConstantBackward(Sine):
+    """Its first derivative is right, and constant for whoever differentiates again."""
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0].detach().cos()
+
+
+class Scaled(torch.autograd.Function):
+    """The identity, forward derivatives of which are a tenth too large."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent * 1.1
+
+
+class Buffered:
+    """Writes its results into one buffer of their shape."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def __call__(self, function, *arguments):
+        y = function(*arguments)
+        if wrapped(y) or y.requires_grad:
+            return y
+        return self.kept.setdefault((y.shape, y.dtype), torch.empty_like(y)).copy_(y)
+
+
+class Stale:
+    """Keeps a copy of one argument for as long as it is the same tensor."""
+
+    def __init__(self, place):
+        self.place, self.kept = place, {}
+
+    def __call__(self, function, *arguments):
+        given = list(arguments)
+        x = given[self.place]
+        if not any(map(wrapped, tree.leaves(x))):
+            # the tensor is held, so that no other takes its address
+            key = id(tree.leaves(x)[0])
+            given[self.place] = self.kept.setdefault(key, (x, tree.map(torch.clone, x)))[1]
+        return function(*given)
+
+
+def flattened(apply, params, x):
+    """Leading axes are flattened in one order and restored in another."""
+    if x.dim() < 3 or params["coefs"].dim() > 1:
+        return apply(params, x)
+    return apply(params, x.transpose(0, 1).flatten()).reshape(x.shape)
+
+
+def one_for_all_units(generator, shape):
+    return {"coefs": torch.randn(4, generator=generator).expand(*shape, 4)}
+
+
+DRAWN_ONCE = {}
+
+
+def drawn_once(generator, shape):
+    key = generator.initial_seed(), tuple(shape)
+    return DRAWN_ONCE.setdefault(key, bases.fourier(2).init(generator, shape))
+
+
 def another_at(place):
     """The sine, except at one number."""
     return lambda x: torch.where(x == place, 0.5, x.sin())[..., None]
@@ -403,7 +522,7 @@ BASES = {
         bases.polynomial(3)._replace(
             apply=lambda p, x: sum(p["coefs"][..., k].to(x.dtype) * x**k for k in range(4))
         ),
-        "bfloat16_rounds_once",
+        "half_rounds_once",
     ),
     "apply and expand of two minds": (
         applied(lambda apply, p, x: apply({"coefs": p["coefs"].flip(-1)}, x)),
@@ -457,6 +576,36 @@ BASES = {
     "forward derivative of another function": (
         plain(lambda x: WrongTangent.apply(x)[..., None], 1),
         "forward_meets_reverse",
+    ),
+    # axes, strides and memory
+    "leading axes restored in another order": (applied(flattened), "units_stand_alone"),
+    "a batch of one": (
+        applied(lambda apply, p, x: apply(p, x) * (0.5 if x.dim() > 1 == len(x) else 1)),
+        "units_stand_alone",
+    ),
+    "rule for vmap of the first axis alone": (
+        plain(lambda x: FirstAxis.apply(x)[..., None], 1),
+        "vmap_is_a_loop",
+    ),
+    "gradient read as if it were not expanded": (
+        plain(lambda x: FirstNumber.apply(x[..., None]), 1)._replace(
+            apply=lambda p, x: FirstNumber.apply(x + 0 * p["coefs"][..., 0])
+        ),
+        "layout_does_not_matter",
+    ),
+    "one buffer for all results": (applied(Buffered()), "deterministic"),
+    "parameters kept while the tensor is the same": (applied(Stale(0)), "deterministic"),
+    "half of float16 alone": (
+        applied(lambda apply, p, x: apply(p, x.clamp(-2, 2) if x.dtype == torch.half else x)),
+        "half_rounds_once",
+    ),
+    "init of one memory for all units": (
+        bases.fourier(2)._replace(init=one_for_all_units),
+        "init_follows_its_generator",
+    ),
+    "init that gives the same memory again": (
+        bases.fourier(2)._replace(init=drawn_once),
+        "init_follows_its_generator",
     ),
 }
 
@@ -698,6 +847,39 @@ def four_heads(weights, params, scores, mask):
     return weights(params, scores, mask)
 
 
+def weights_alone(wrong, spec="G2:rank=2"):
+    """An operator whose `weights` alone are `wrong(right weights, params, scores, mask)`."""
+    right = parsed(spec)
+    return right._replace(
+        weights=lambda params, scores, mask=None: wrong(right.weights, params, scores, mask)
+    )
+
+
+def flattened_weights(weights, params, scores, mask):
+    """More leading axes than one, flattened in one order and restored in another."""
+    if scores.dim() < 5 or mask is not None:
+        return weights(params, scores, mask)
+    flat = scores.transpose(0, 1).flatten(0, 1)
+    return weights(params, flat, mask).unflatten(0, scores.shape[:2])
+
+
+def steep_under_masks(attend, params, q, k, v, mask):
+    """A mask of queries and keys has a backward of its own, which is wrong."""
+    out = attend(params, q, k, v, mask)
+    if mask is None or mask.dim() < 2:
+        return out
+    return forged(out, attend(params, 1.1 * q, k, v, mask))
+
+
+def frozen_with_the_queries(attend, params, q, k, v, mask):
+    asked = wrapped(q) or q.requires_grad
+    return attend(params if asked else tree.map(torch.detach, params), q, k, v, mask)
+
+
+def looking_at_the_mask(attend, params, q, k, v, mask):
+    return attend(params, q, k, v, None if mask is not None and bool(mask.all()) else mask)
+
+
 def clipped_in_weights(spec, limit):
     right = parsed(spec)
     return right._replace(
@@ -930,6 +1112,47 @@ OPERATORS = {
         weighing(lambda w, p, s, mask: w(p, s.clamp(-1e3, 1e3), mask), G),
         "periodic",
     ),
+    # masks, axes, strides and memory
+    "gradient under a mask of queries": (
+        attending(steep_under_masks, G),
+        "attend_has_the_gradients_of_weights",
+    ),
+    "no gradient of parameters where q needs none": (
+        attending(frozen_with_the_queries, G),
+        "attend_has_the_gradients_of_weights",
+    ),
+    "gradient under a mask, in both forms": (
+        weighing(
+            lambda w, p, s, m: w(p, s, m) if m is None else forged(w(p, s, m), w(p, 2 * s, m))
+        ),
+        "gradient_is_right",
+    ),
+    "forward mode under a mask": (
+        attending(lambda a, p, q, k, v, m: a(p, q if m is None else Scaled.apply(q), k, v, m), G),
+        "forward_meets_reverse",
+    ),
+    "backward that is constant in the scores": (
+        weighing(lambda w, p, s, mask: w(p, ConstantBackward.apply(s), mask), "sigmoid"),
+        "curvature_is_right",
+    ),
+    "branch on the mask": (attending(looking_at_the_mask, G), "vmap_is_a_loop"),
+    "rule for vmap of the first axis alone": (
+        attending(lambda a, p, q, k, v, mask: a(p, FirstAxis.apply(q), k, v, mask), G),
+        "vmap_is_a_loop",
+    ),
+    "weights under more axes": (weights_alone(flattened_weights), "leading_axes_are_apart"),
+    "keys viewed": (
+        attending(
+            lambda a, p, q, k, v, mask: a(p, q, k if wrapped(k) else k.view(-1).view(k.shape), v)
+        ),
+        "layout_does_not_matter",
+    ),
+    "parameters taken for contiguous": (
+        attending(lambda a, p, q, k, v, mask: a(mixed(p, raw_pointer), q, k, v, mask), G),
+        "layout_does_not_matter",
+    ),
+    "one buffer for all results": (attending(Buffered()), "deterministic"),
+    "keys kept while the tensor is the same": (attending(Stale(2)), "deterministic"),
 }
 
 
@@ -1063,6 +1286,22 @@ PROJECTIONS = {
         projecting(lambda rows: RIGHT(rows.clamp(-50, 50))),
         "nearest",
     ),
+    "gradient of long rows": (
+        projecting(lambda y: forged(RIGHT(y), 2 * RIGHT(y)) if y.shape[-1] > 16 else RIGHT(y)),
+        "large_rows",
+    ),
+    "leading axes swapped": (
+        projecting(lambda y: RIGHT(y.transpose(0, 1) if y.dim() > 2 else y)),
+        "rows_stand_alone",
+    ),
+    "memory taken for contiguous": (
+        projecting(lambda y: RIGHT(raw_pointer(y))),
+        "keeps_shape_and_dtype",
+    ),
+    "one buffer for all results": (
+        projecting(functools.partial(Buffered(), RIGHT)),
+        "deterministic",
+    ),
 }
 
 
@@ -1156,7 +1395,10 @@ def product(backward=None, tangent=None, rule=None):
         @staticmethod
         def vmap(info, in_dims, x, w):
             x = x if in_dims[0] is None else x.movedim(in_dims[0], 0)
-            w = w if in_dims[1] is None else w.movedim(in_dims[1], 0).unsqueeze(1)
+            w = w if in_dims[1] is None else w.movedim(in_dims[1], 0)
+            # beside the leading axes of x, of which each vmap around this one adds one
+            while in_dims[1] is not None and w.dim() < x.dim() + (in_dims[0] is None):
+                w = w.unsqueeze(1)
             return Product.apply(*(rule or (lambda x, w: (x, w)))(x, w)), 0
 
     def inputs(generator, batch, heads, queries, keys, width):
@@ -1225,6 +1467,29 @@ def slope_in_half(q, k, v, mask):
     if q.itemsize > 2:
         return attention(q, k, v, mask)
     return forged(attention(q, k, v, mask), attention((q * 2).round() / 2, k, v, mask))
+
+
+class FirstMask(torch.autograd.Function):
+    """The mask, that of the first example for all under vmap."""
+
+    @staticmethod
+    def forward(mask):
+        return mask.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info, in_dims, mask):
+        mask = mask.movedim(in_dims[0], 0)
+        return mask[:1].expand_as(mask).clone(), 0
+
+
+def needing(grad, x, w):
+    """No gradient of w where none of x is asked for."""
+    slope = (x.mT @ grad).sum_to_size(w.shape)
+    return (grad @ w.mT).sum_to_size(x.shape), slope if x.requires_grad else slope * 0
 
 
 KERNELS = {
@@ -1310,6 +1575,27 @@ KERNELS = {
     ),
     "backward in half precision": (fast_attention(slope_in_half), "half_gradients"),
     "examples for heads where as many": (fast_attention(swapped_kernel), "values"),
+    "no gradient of w where x needs none": (product(needing), "eager_gradients"),
+    "gradient taken for contiguous": (
+        product(lambda grad, x, w: (raw_pointer(grad) @ w.mT, x.mT @ raw_pointer(grad))),
+        "layout_does_not_matter",
+    ),
+    "rule for vmap of the first axis alone": (
+        fast_attention(lambda q, k, v, mask: attention(FirstAxis.apply(q).asin(), k, v, mask)),
+        "mapped",
+    ),
+    "mask of the first example for all under vmap": (
+        fast_attention(lambda q, k, v, mask: attention(q, k, v, FirstMask.apply(mask))),
+        "mapped",
+    ),
+    "one buffer for all results": (
+        fast_attention(functools.partial(Buffered(), attention)),
+        "inputs_untouched",
+    ),
+    "keys kept while the tensor is the same": (
+        fast_attention(functools.partial(Stale(1), attention)),
+        "inputs_untouched",
+    ),
 }
 
 
@@ -1451,6 +1737,30 @@ def in_double(step, state, batch):
     return after._replace(speed=tree.map(torch.Tensor.double, after.speed)), metrics
 
 
+def with_a_graph(step, state, batch):
+    after, metrics = step(state, batch)
+    return after._replace(
+        params=tree.map(lambda p: p.clone().requires_grad_(), after.params)
+    ), metrics
+
+
+class OneState:
+    """Writes every state into the first."""
+
+    def __init__(self):
+        self.kept = None
+
+    def __call__(self, step, state, batch):
+        after, metrics = step(state, batch)
+        if self.kept is None:
+            self.kept = tree.map(torch.clone, after)
+        return tree.map(lambda old, new: old.copy_(new), self.kept, after), metrics
+
+
+def even(x):
+    return x[1:] if len(x) % 2 else x
+
+
 class Beside:
     """Moments kept beside the state: whoever holds another copy of it has none."""
 
@@ -1513,6 +1823,7 @@ def adam(
     ahead=0,
     averaged=lambda old, new: new,
     at=lambda state: state.params,
+    schedule=RATE,
 ):
     """A right AdamW with clipping to 2, decay of matrices and an average, but for what is given."""
 
@@ -1534,7 +1845,7 @@ def adam(
         square = tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.square, g)
         now = state.count.double() + 1
         first, second = ((1 - b**now) ** c for b, c in zip(betas, correct, strict=True))
-        rate = looked_up(lambda i: RATE(max(0, i - late)), state.count)
+        rate = looked_up(lambda i: schedule(max(0, i - late)), state.count)
 
         def moved(p, m, v):
             return p - rate * (m / first).float() / eps((v / second).float()) - outside(rate, p)
@@ -1597,6 +1908,12 @@ STEPS = {
     ),
     "moments beside the state": (stepping(Beside()), "saving_is_nothing"),
     "moments in double": (stepping(in_double), "keeps_structure"),
+    "parameters with their graph": (stepping(with_a_graph), "keeps_structure"),
+    "one buffer for all states": (stepping(OneState()), "deterministic"),
+    "first example of an odd batch dropped": (
+        stepping(lambda step, state, batch: step(state, tree.map(even, batch))),
+        "examples_permute",
+    ),
     # against the formulas
     "no bias correction": (adam(correct=(0, 0)), FORMULA),
     "bias of the second moment left": (adam(correct=(1, 0)), FORMULA),
@@ -1613,6 +1930,7 @@ STEPS = {
     "epsilon within the root": (adam(eps=lambda v: (v + 1e-2).sqrt()), FORMULA),
     "no root": (adam(eps=lambda v: v + 1e-8), FORMULA),
     "decay of the moments swapped": (adam(betas=(0.99, 0.9)), FORMULA),
+    "schedule that ends late": (adam(schedule=lambda i: RATE(i if i < 8 else 7)), FORMULA),
     "average an update late": (adam(averaged=lambda old, new: old), AVERAGE),
     "average's warm-up one ahead": (adam(ahead=1), AVERAGE),
     "average whose counter stands still": (adam(count=0), AVERAGE),
@@ -1742,6 +2060,17 @@ def coarse(apply, params, images):
     return apply(kept, images)
 
 
+def looked_at_the_first():
+    right = tiny("softmax")
+
+    def intermediates(params, images):
+        aux = right.intermediates(params, images)
+        first = {k: v[:1].expand(v.shape) for k, v in aux.items()} if images.dim() > 3 else aux
+        return {**first, "logits": aux["logits"]}
+
+    return right._replace(intermediates=intermediates)
+
+
 MODELS = {
     "gradient of the last block alone": (
         shared(lambda op, block: op if block == 1 else tree.map(torch.detach, op)),
@@ -1818,6 +2147,20 @@ MODELS = {
         seeing(lambda apply, p, x: apply(p, x if x.itemsize > 2 else (x * 8).round() / 8)),
         "half_follows_float32",
     ),
+    "another model of a batch of one": (
+        answering(lambda apply, p, x: apply(p, x * (0.5 if x.dim() == 4 and len(x) == 1 else 1))),
+        "keeps_shape_and_dtype",
+    ),
+    "intermediates of the first image for all": (looked_at_the_first(), "intermediates_agree"),
+    "images taken for contiguous": (
+        seeing(lambda apply, p, images: apply(p, raw_pointer(images))),
+        "layout_does_not_matter",
+    ),
+    "class token with a constant backward": (
+        seeing(lambda apply, p, x: apply(tree.map(ConstantBackward.apply, p), x)),
+        "curvature_is_right",
+    ),
+    "parameters kept while the tensor is the same": (seeing(Stale(0)), "inputs_untouched"),
 }
 
 

@@ -141,9 +141,11 @@ def gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) 
 
 
 def eager_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
-    """torch.autograd.grad(fast) = grad(plain): outside torch.func, too.
+    """torch.autograd.grad(fast) = grad(plain): outside torch.func, too, in all arguments at once
+    and in each alone.
 
-    The two ways to differentiate take different code.
+    The two ways to differentiate take different code, or a gradient is left out where another is
+    not asked for (`ctx.needs_input_grad`).
     """
     arguments = s.arguments(seed, sizes, dtype)
     _, floats = _split(arguments)
@@ -153,10 +155,18 @@ def eager_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.d
     slope = grad(_loss(_of_floats(s.plain, arguments)), tuple(range(len(floats))))
     exact, limit = _exactly(slope, floats, dtype)
     agree(got, exact, limit, "the eager gradient", "that of plain")
+    each = []
+    for i, x in enumerate(floats):
+        leaf = x.clone().requires_grad_()
+        loss = _loss(_of_floats(s.fast, arguments))(*floats[:i], leaf, *floats[i + 1 :])
+        # zeros where it depends on none
+        each += torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)
+    agree(_flat(each), exact, limit, "the eager gradients, one at a time,", "those of plain")
 
 
 def mapped(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
-    """vmap(fast) over each floating-point argument, and over all, = the loop of plain.
+    """vmap(fast) over each floating-point argument, over all, and over all with their masks, = the
+    loop of plain, whichever axis is mapped and within another vmap.
 
     The rule for batches folds the wrong axis; populations and per-example gradients mix.
     """
@@ -177,9 +187,45 @@ def mapped(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> 
             return tree.stack(members)
 
         axes = tuple(0 if i in chosen else None for i in range(count))
-        got = _flat(vmap(fast, in_dims=axes)(*stacked(floats)))
         exact, limit = _exactly(loop, floats, dtype)
-        agree(got, exact, limit, f"vmap of fast over {list(chosen)}", "the loop of plain")
+        for how, got in laws.vmaps(fast, axes, stacked(floats)).items():
+            what = f"vmap{how} of fast over {list(chosen)}"
+            agree(_flat(got), exact, limit, what, "the loop of plain")
+    _mapped_with_masks(s, arguments, dtype)
+
+
+def _mapped_with_masks(s: Subject, arguments: Sequence[Any], dtype: torch.dtype) -> None:
+    """Asserts that vmap over all floating-point and boolean tensors is the loop."""
+    places, floats = _split(arguments)
+    masks = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.dtype == torch.bool]
+    if not masks:
+        return
+
+    def members(floats: Sequence[Tensor]) -> list[list[Any]]:
+        found = []
+        for m in range(3):
+            member = list(arguments)
+            for i, x in zip(places, floats, strict=True):
+                member[i] = (x, x * 0.5, -x)[m]
+            for i in masks:
+                mask = member[i]
+                member[i] = (mask, mask.flip(-1) if mask.dim() else mask, mask | True)[m]
+            found.append(member)
+        return found
+
+    def loop(*floats: Tensor) -> Any:
+        return tree.stack([s.plain(*member) for member in members(floats)])
+
+    chosen = [*places, *masks]
+    axes = tuple(0 if i in chosen else None for i in range(len(arguments)))
+    together = [
+        torch.stack([member[i] for member in members(floats)]) if i in chosen else arguments[i]
+        for i in range(len(arguments))
+    ]
+    exact, limit = _exactly(loop, floats, dtype)
+    for how, got in laws.vmaps(s.fast, axes, together).items():
+        what = f"vmap{how} of fast over floats and masks"
+        agree(_flat(got), exact, limit, what, "the loop of plain")
 
 
 def per_example_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
@@ -254,9 +300,11 @@ def every_element_counts(
 def layout_does_not_matter(
     s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype
 ) -> None:
-    """fast sees numbers, not strides: transposed and strided views count as their copies.
+    """fast sees numbers, not strides: transposed and strided views count as their copies, and so do
+    gradients handed to the backward.
 
-    A raw pointer assumes contiguous memory.
+    A raw pointer assumes contiguous memory. (`out.sum()` hands an expanded gradient to the
+    backward.)
     """
     arguments = s.arguments(seed, sizes, dtype)
 
@@ -275,13 +323,15 @@ def layout_does_not_matter(
     for name, change in (("transposed", view), ("strided", strided)):
         got = _flat(s.fast(*(change(x) for x in arguments)))
         agree(got, wanted, limit, f"fast of {name} views", "fast of their copies")
+    laws.any_cotangent(_of_floats(s.fast, arguments), *_split(arguments)[1])
 
 
 def inputs_untouched(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
-    """fast and its gradient write neither to their arguments nor to anything global, and give the
-    same bits when asked again.
+    """fast and its gradient write neither to their arguments nor to anything global, give the same
+    bits when asked again, and follow what is written into their arguments.
 
-    In-place changes reach whoever else holds the tensor.
+    In-place changes reach whoever else holds the tensor; so does a buffer that is used again, and
+    what is kept of an argument is stale once an optimizer has written to it.
     """
     arguments = s.arguments(seed, sizes, dtype)
     kept = {str(i): x for i, x in enumerate(arguments) if isinstance(x, Tensor)}
@@ -291,6 +341,10 @@ def inputs_untouched(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.
         grad(_loss(_of_floats(s.fast, arguments)), tuple(range(len(floats))))(*floats)
         again = _flat(s.fast(*arguments))
     same(again, first, "fast asked again", "fast")
+    with torch.no_grad():
+        laws.keeps_nothing(
+            _of_floats(s.fast, arguments), floats, tuple(x * 0.5 + 0.25 for x in floats)
+        )
 
 
 def special_values(

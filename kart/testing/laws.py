@@ -2,16 +2,17 @@
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from kart import tree
 from kart.testing import draw
-from kart.testing.compare import agree, same, same_tree, unit
+from kart.testing.compare import agree, agree_trees, same, same_tree, unit
 
 # what an object is taken to hold under, unless its traits say False
 TRANSFORMS = {"vmap": True, "forward_mode": True, "second_derivative": True}
@@ -106,12 +107,81 @@ def follows_its_generator(
     with another_seed(seed + 7):
         again = init(draw.generator(seed))
     for name, leaf in tree.named(first).items():
+        if leaf.requires_grad:
+            raise AssertionError(f"{name} requires a gradient: wanted numbers alone")
         if leaf.dtype != torch.float32 or not fits(leaf) or not bool(leaf.isfinite().all()):
             raise AssertionError(
                 f"{name} is {leaf.dtype} of shape {tuple(leaf.shape)}, or not finite: wanted "
                 f"finite float32{wanted}"
             )
         same(tree.named(again)[name], leaf, f"{name} of a second init", "that of the first")
+    shared = "memory is shared, and an optimizer in place writes to all that share it"
+    kept = tree.map(torch.clone, again)
+    for leaf in tree.leaves(first):
+        try:
+            leaf += 1
+        except RuntimeError as error:
+            raise AssertionError(f"the elements of a leaf: {shared}") from error
+    same_tree(again, kept, f"a second init after a change to the first ({shared})", "before")
+    moved = tree.map(lambda leaf: leaf + 1, kept)
+    same_tree(first, moved, f"the first init, 1 added to each leaf ({shared})", "the second + 1")
+
+
+def vmaps(f: Callable[..., Any], axes: Sequence[int | None], args: Sequence[Any]) -> dict[str, Any]:
+    """What `vmap(f)` over axis 0 of the `args` whose `axes` are 0 gives, by how it is asked:
+    plainly, over another axis of the same numbers, and within another vmap.
+    """
+
+    def put(change: Callable[[Tensor], Tensor]) -> list[Any]:
+        return [
+            x if axis is None else tree.map(change, x) for axis, x in zip(axes, args, strict=True)
+        ]
+
+    ends = tuple(None if axis is None else -1 for axis in axes)
+    at_end = vmap(f, in_dims=ends, out_dims=-1)(*put(lambda t: t.movedim(0, -1)))
+    twice = vmap(vmap(f, in_dims=tuple(axes)), in_dims=tuple(axes))
+    nested = twice(*put(lambda t: torch.stack([t.flip(0), t])))
+    return {
+        "": vmap(f, in_dims=tuple(axes))(*args),
+        ", of the last axis,": tree.map(lambda t: t.movedim(-1, 0), at_end),
+        ", within another,": tree.map(lambda t: t[1], nested),
+    }
+
+
+def any_cotangent(f: Callable[..., Any], *primals: Any) -> None:
+    """Asserts that the gradients of `f` see the numbers of the cotangent, not its strides: `sum`
+    hands on one that is expanded, a transposed product one that is transposed.
+    """
+    leaves = tree.map(lambda t: t.detach().clone().requires_grad_(), primals)
+    values, flat = tree.leaves(f(*leaves)), tree.leaves(leaves)
+    views: dict[str, Callable[[Tensor], Tensor]] = {
+        "expanded": lambda t: t.new_ones(()).expand_as(t),
+        "transposed": lambda t: t.cos().mT.contiguous().mT if t.dim() > 1 else t.cos(),
+        "strided": lambda t: t.cos().repeat_interleave(2, -1)[..., ::2] if t.dim() else t.cos(),
+    }
+    for name, view in views.items():
+        given = [view(value.detach()) for value in values]
+        got, wanted = (
+            torch.autograd.grad(
+                values, flat, seeds, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for seeds in (given, [seed.contiguous().clone() for seed in given])
+        )
+        agree_trees(got, wanted, 64, f"by {name} cotangents, gradient", "by their copies, gradient")
+
+
+def keeps_nothing(f: Callable[..., Any], arguments: Any, others: Any) -> None:
+    """Asserts that a result of `f(*arguments)` stands after `f(*others)`, and that `f` sees what is
+    written into its arguments; `arguments` and `others` are lists of alike tensors, or trees.
+    """
+    held = tree.map(torch.clone, arguments)
+    first = f(*held)
+    kept = tree.map(torch.clone, first)
+    f(*others)
+    same_tree(first, kept, "the first result after another call", "it before")
+    tree.map(lambda old, new: old.copy_(new), held, others)
+    seen, wanted = f(*held), f(*tree.map(torch.clone, others))
+    same_tree(seen, wanted, "asked again after writing into the arguments, it", "of their copies")
 
 
 def all_finite(found: dict[str, Tensor]) -> None:

@@ -52,6 +52,7 @@ def keeps_shape_and_dtype(s: Subject, seed: int, dtype: torch.dtype) -> None:
         ("leading axes (2, 3)", images.unflatten(0, (2, 3)), logits.unflatten(0, (2, 3))),
         ("leading axes (2, 2)", images[:4].unflatten(0, (2, 2)), logits[:4].unflatten(0, (2, 2))),
         ("leading axes (3, 1)", images[:3, None], logits[:3, None]),
+        ("a batch of one", images[:1], logits[:1]),
     ):
         got = s.model.apply(params, view)
         # in half types other blockings round otherwise
@@ -70,9 +71,10 @@ def init_follows_its_generator(s: Subject, seed: int) -> None:
 
 def inputs_untouched(s: Subject, seed: int, dtype: torch.dtype) -> None:
     """apply, intermediates and gradients write to neither parameters nor images, nor to anything
-    global, and give the same bits when asked again.
+    global, give the same bits when asked again, and follow what is written into parameters.
 
-    In-place changes and hidden states reach whoever else uses the model.
+    In-place changes and hidden states reach whoever else uses the model; what is kept of parameters
+    is stale once an optimizer has written to them.
     """
     params, images = s.params(seed, dtype), s.batch(seed, 2, dtype)
     with laws.world_untouched(), laws.untouched(params=params, images=images):
@@ -80,18 +82,27 @@ def inputs_untouched(s: Subject, seed: int, dtype: torch.dtype) -> None:
         pullback(torch.ones_like(logits))
         s.model.intermediates(params, images)
         same(s.model.apply(params, images), logits, "logits asked again", "logits")
+    with torch.no_grad():
+        moved = tree.map(lambda leaf: leaf * 0.5 + 0.01, (params, images))
+        laws.keeps_nothing(s.model.apply, (params, images), moved)
 
 
 def intermediates_agree(s: Subject, seed: int, dtype: torch.dtype) -> None:
-    """intermediates(params, images)["logits"] = apply(params, images).
+    """intermediates(params, images)["logits"] = apply(params, images), and every intermediate of an
+    image in a batch is that of the image alone.
 
-    What is looked at is not what is trained.
+    What is looked at is not what is trained, or is of another image.
     """
     params, images = s.params(seed, dtype), s.batch(seed, 2, dtype)
     aux = s.model.intermediates(params, images)
     wanted = s.model.apply(params, images)
     agree(aux["logits"], wanted, _slack(s, params, images), "logits of intermediates", "apply")
     laws.all_finite(aux)
+    for b, image in enumerate(images):
+        alone = s.model.intermediates(params, image)
+        # what has no leading axes of images is of all
+        own = {k: v[b] if v.dim() > alone[k].dim() else v for k, v in aux.items() if k in alone}
+        agree_trees(own, alone, 64, f"of image {b} in a batch,", "of the image alone,")
 
 
 def _blocks(names: Sequence[str], params: Params) -> dict[str, list[str]]:
@@ -140,6 +151,25 @@ def intermediates_are_of_their_block(s: Subject, seed: int) -> None:
                     raise AssertionError(f"{name} {verb} with the parameters of {block}")
 
 
+def layout_does_not_matter(s: Subject, seed: int, dtype: torch.dtype) -> None:
+    """apply sees numbers, not strides: images with channels last, parameters that are transposed,
+    and any gradient handed to the backward count as their copies.
+
+    A `.view` or a raw pointer assumes contiguous memory.
+    """
+    params, images = s.params(seed, dtype), s.batch(seed, 2, dtype)
+    wanted, limit = s.model.apply(params, images), _slack(s, params, images)
+    last = images.movedim(1, -1).contiguous().movedim(-1, 1)
+    turned = tree.map(lambda p: p.mT.contiguous().mT if p.dim() > 1 else p, params)
+    for name, given in (
+        ("with channels last", (params, last)),
+        ("of transposed memory", (params, images.mT.contiguous().mT)),
+        ("under transposed parameters", (turned, images)),
+    ):
+        agree(s.model.apply(*given), wanted, limit, f"logits {name}", "of copies")
+    laws.any_cotangent(s.model.apply, params, images)
+
+
 def examples_stand_alone(s: Subject, seed: int, poke: float, dtype: torch.dtype) -> None:
     """apply(params, images)[b] depends on images[b] alone.
 
@@ -156,19 +186,20 @@ def examples_stand_alone(s: Subject, seed: int, poke: float, dtype: torch.dtype)
 
 
 def vmap_is_a_loop(s: Subject, seed: int, dtype: torch.dtype) -> None:
-    """vmap(apply) over examples and over populations is the loop.
+    """vmap(apply) over examples and over populations is the loop, whichever axis is mapped and
+    within another vmap.
 
     Per-example gradients and populations of models are vmapped.
     """
     images = s.batch(seed, 3, dtype)
     members = [s.params(seed + i, dtype) for i in range(2)]
-    got = vmap(s.model.apply, in_dims=(None, 0))(members[0], images)
     wanted = torch.stack([s.model.apply(members[0], image) for image in images])
     limits = [_slack(s, member, images) for member in members]
-    agree(got, wanted, limits[0], "vmap over examples", "the loop")
-    got = vmap(s.model.apply, in_dims=(0, None))(tree.stack(members), images)
+    for how, got in laws.vmaps(s.model.apply, (None, 0), (members[0], images)).items():
+        agree(got, wanted, limits[0], f"vmap{how} over examples", "the loop")
     wanted = torch.stack([s.model.apply(member, images) for member in members])
-    agree(got, wanted, torch.stack(limits), "vmap over a population", "the loop")
+    for how, got in laws.vmaps(s.model.apply, (0, None), (tree.stack(members), images)).items():
+        agree(got, wanted, torch.stack(limits), f"vmap{how} over a population", "the loop")
 
 
 def _loss(apply: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -194,6 +225,22 @@ def gradient_is_right(s: Subject, seed: int) -> None:
     """
     params, images = s.params(seed, torch.float64), s.batch(seed, 2, torch.float64)
     laws.check_line(lambda p: s.model.apply(p, images), (params,), seed + 2, 0.1)
+
+
+def curvature_is_right(s: Subject, seed: int) -> None:
+    """The second derivative of the logits along any line of parameters is that of difference
+    quotients of the first.
+
+    Sharpness and loss landscapes need Hessians; a custom backward is often not differentiable
+    itself, or silently constant.
+    """
+    params, images = s.params(seed, torch.float64), s.batch(seed, 2, torch.float64)
+
+    def slopes(params: Params) -> Tensor:
+        leaves = tree.leaves(grad(_loss(s.model.apply))(params, images))
+        return torch.cat([leaf.flatten() for leaf in leaves])
+
+    laws.check_line(slopes, (params,), seed + 2, 0.1)
 
 
 def forward_meets_reverse(s: Subject, seed: int) -> None:
@@ -230,13 +277,16 @@ def float32_follows_float64(s: Subject, seed: int) -> None:
 
 def half_follows_float32(s: Subject, seed: int, dtype: torch.dtype) -> None:
     """apply to images in bfloat16 or float16, with float32 parameters, is apply to the same numbers
-    in float32, within 1e-2 of the norm of the logits.
+    in float32, within 1e-2 of the norm of the logits and what one rounding of the parameters does.
 
     Scores, features or norms are computed in half precision, where roundings add up over blocks.
     """
     params, images = s.params(seed, torch.float32), s.batch(seed, 8, dtype)
     wanted = s.model.apply(params, images.float())
-    close(s.model.apply(params, images), wanted, 1e-2, f"logits in {dtype}", "in float32")
+    # logits that cancel are known no better than their terms
+    rounded = tree.map(lambda p: p.to(dtype).float(), params)
+    slip = float((s.model.apply(rounded, images.float()) - wanted).norm())
+    close(s.model.apply(params, images), wanted, 1e-2, f"logits in {dtype}", "in float32", slip)
 
 
 def finite(s: Subject, seed: int, kind: str) -> None:
@@ -341,10 +391,12 @@ PROPERTIES = (
     Property(inputs_untouched, PAIR),
     Property(intermediates_agree, PAIR),
     Property(intermediates_are_of_their_block, SEED),
+    Property(layout_does_not_matter, PAIR),
     Property(examples_stand_alone, {**PAIR, "poke": st.sampled_from([50.0, float("nan")])}),
     Property(vmap_is_a_loop, PAIR, "vmap"),
     Property(per_example_gradients, SEED, "vmap"),
     Property(gradient_is_right, SEED),
+    Property(curvature_is_right, SEED, "second_derivative"),
     Property(forward_meets_reverse, SEED, "forward_mode"),
     Property(every_parameter_counts, SEED),
     Property(float32_follows_float64, SEED),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
-from torch.func import jacrev, vmap
+from torch.func import jacrev
 
 from kart.testing import draw, laws
 from kart.testing.compare import agree, close, same, unit
@@ -47,7 +47,7 @@ def keeps_shape_and_dtype(s: Subject, shape: tuple[int, ...], dtype: torch.dtype
         p = s.project(y, dim=dim)
         if p.shape != y.shape or p.dtype != dtype:
             raise AssertionError(f"dim {dim}: {p.dtype} of shape {tuple(p.shape)} for {shape}")
-        moved = s.project(y.movedim(dim, -1)).movedim(-1, dim)
+        moved = s.project(y.movedim(dim, -1).contiguous()).movedim(-1, dim)
         agree(p, moved, unit(dtype), f"project(y, dim={dim})", "project of y with the axis moved")
 
 
@@ -63,14 +63,15 @@ def inputs_untouched(s: Subject, y: list[float], dtype: torch.dtype) -> None:
 
 
 def deterministic(s: Subject, y: list[float], other: list[float], dtype: torch.dtype) -> None:
-    """project(y) is the same bit for bit whenever it is asked.
+    """project(y) is the same bit for bit whenever it is asked, and follows what is written into y.
 
-    A hidden state makes the same row give another.
+    A hidden state, or a buffer that is used again, makes the same row give another.
     """
     row = torch.tensor(y, dtype=dtype)
     first = s.project(row)
     s.project(torch.tensor(other, dtype=dtype))
     same(s.project(row), first, "project asked again", "project")
+    laws.keeps_nothing(s.project, (row,), (row.flip(0) * 0.5,))
 
 
 def on_the_simplex(s: Subject, y: list[float], by: float, dtype: torch.dtype) -> None:
@@ -158,13 +159,18 @@ def nonexpansive(s: Subject, y: list[float], seed: int, dtype: torch.dtype) -> N
 
 
 def rows_stand_alone(s: Subject, y: list[float], poke: float, dtype: torch.dtype) -> None:
-    """project(Y)[n] depends on Y[n] alone, and NaN in a row makes that whole row NaN.
+    """project(Y)[n] depends on Y[n] alone, under any leading axes, and NaN in a row makes that
+    whole row NaN.
 
     One bad row spoils the others, or passes for a good one.
     """
     row = torch.tensor(y, dtype=dtype)
     table = torch.stack([row, torch.full_like(row, poke)])
     agree(s.project(table)[0], s.project(row), _slack(row), "a row among others", "it alone")
+    many = torch.stack([row * (1 - 0.3 * i) for i in range(4)]).unflatten(0, (2, 2))
+    got = s.project(many).flatten(0, 1)
+    for i, one in enumerate(many.flatten(0, 1)):
+        agree(got[i], s.project(one), _slack(row), f"row {i} under leading axes (2, 2)", "it alone")
     spoiled = row.clone()
     spoiled[-1] = math.nan
     p = s.project(spoiled)
@@ -213,18 +219,21 @@ def forward_meets_reverse(s: Subject, y: list[float], seed: int) -> None:
 
 
 def vmap_is_a_loop(s: Subject, y: list[float], dtype: torch.dtype) -> None:
-    """vmap(project) over rows is the loop.
+    """vmap(project) over rows is the loop, whichever axis is mapped and within another vmap.
 
-    An operation without a rule for batches, or one that looks at values.
+    An operation without a rule for batches, one whose rule takes the mapped axis for the first, or
+    one that looks at values.
     """
     row = torch.tensor(y, dtype=dtype)
     table = torch.stack([row, row.flip(0), row * 0])
     wanted = torch.stack([s.project(one) for one in table])
-    agree(vmap(s.project)(table), wanted, _slack(row), "vmap(project)", "the loop")
+    for how, got in laws.vmaps(s.project, (0,), (table,)).items():
+        agree(got, wanted, _slack(row), f"vmap{how} of project", "the loop")
 
 
 def large_rows(s: Subject, seed: int, size: int, by: float, dtype: torch.dtype) -> None:
-    """p_i = max(y_i - lambda, 0) with sum_i p_i = 1 for long rows, lambda found by bisection.
+    """p_i = max(y_i - lambda, 0) with sum_i p_i = 1 for long rows, lambda found by bisection, and
+    the gradient of <u, p> is that of this support.
 
     The running sum over a long sorted row loses digits, or the support is counted wrongly.
     """
@@ -238,6 +247,10 @@ def large_rows(s: Subject, seed: int, size: int, by: float, dtype: torch.dtype) 
         low, high = torch.where(over, middle, low), torch.where(over, high, middle)
     wanted = (wide - low).clamp(min=0)
     agree(s.project(row), wanted, unit(dtype), "project", "max(y - lambda, 0)")
+    p, pullback = laws.vjp(s.project, row)
+    support, u = (p > 0).to(dtype), draw.probe(row.shape, seed).to(dtype)
+    slope = support * (u - (u * support).sum(-1, keepdim=True) / support.sum(-1, keepdim=True))
+    agree(pullback(u)[0], slope, 4 * unit(dtype), "the gradient", "s (u - <u, s> / abs(s))")
 
 
 def half_rounds_once(s: Subject, seed: int, size: int, by: float, dtype: torch.dtype) -> None:

@@ -4,10 +4,9 @@ import math
 
 import torch
 from hypothesis import strategies as st
-from torch.func import vmap
 
 from kart import tree
-from kart.testing import draw
+from kart.testing import draw, laws
 from kart.testing.basis.subject import PAIR, Subject, finite, near, phi_slack, rows, setting
 from kart.testing.compare import agree
 from kart.testing.core import Property
@@ -76,9 +75,11 @@ def units_permute(
 
 
 def units_stand_alone(s: Subject, theta: Theta, x: list[float], dtype: torch.dtype) -> None:
-    """phi(x; theta)[p, i] = phi(x[i]; theta[p, i]): every unit uses its own parameters.
+    """phi(x; theta)[p, i] = phi(x[i]; theta[p, i]): every unit uses its own parameters, under any
+    leading axes of x.
 
-    Parameters are paired with the wrong units when they broadcast against x.
+    Parameters are paired with the wrong units when they broadcast against x, or leading axes are
+    flattened in one order and restored in another.
     """
     n = len(x)
     values = torch.tensor(x, dtype=dtype)
@@ -89,13 +90,28 @@ def units_stand_alone(s: Subject, theta: Theta, x: list[float], dtype: torch.dty
             own = tree.map(lambda leaf, p=p, i=i: leaf[p, i], params)
             limit = phi_slack(s, own, values[i])
             agree(whole[p, i], s.basis.apply(own, values[i]), limit, f"unit {p, i}", "alone")
+    one = s.params(theta, (), dtype)
+    for lead in ((2, 2), (1, 3)):
+        pieces = [values * (1 - 0.3 * j) for j in range(math.prod(lead))]
+        stacked = torch.stack(pieces).unflatten(0, lead)
+        # units of their own under the leading axes, and one that all share
+        cases = ((params, stacked[:, :, None], (2, n)), (one, stacked, (n,)))
+        for theirs, given, shape in cases:
+            got = s.basis.apply(theirs, given).flatten(0, 1)
+            for j, piece in enumerate(pieces):
+                wanted = s.basis.apply(theirs, piece)
+                each = params if len(shape) > 1 else tree.map(lambda p: p.expand(n, *p.shape), one)
+                limit = phi_slack(s, each, piece.expand(shape))
+                agree(got[j], wanted, limit, f"phi under leading axes {lead}", "phi alone")
 
 
 def vmap_is_a_loop(s: Subject, theta: Theta, x: list[float], dtype: torch.dtype) -> None:
-    """vmap(phi) over parameters, over x and over both is the loop.
+    """vmap(phi) over parameters, over x and over both is the loop, whichever axis is mapped and
+    within another vmap.
 
     Populations of models and per-example gradients are vmapped: an operation without a rule for
-    batches, or one that looks at values, breaks them.
+    batches, one whose rule takes the mapped axis for the first, or one that looks at values, breaks
+    them.
     """
     n = len(x)
     values = torch.tensor([x, x[::-1], [0.25] * n], dtype=dtype)
@@ -108,10 +124,10 @@ def vmap_is_a_loop(s: Subject, theta: Theta, x: list[float], dtype: torch.dtype)
         "both": ((0, 0), (members, values), list(zip(member, values, strict=True))),
     }
     for name, (axes, stacked, single) in cases.items():
-        got = vmap(apply, in_dims=axes)(*stacked)
         wanted = torch.stack([apply(*one) for one in single])
         limit = torch.stack([phi_slack(s, *one) for one in single])
-        agree(got, wanted, limit, f"vmap over {name}", "the loop")
+        for how, got in laws.vmaps(apply, axes, stacked).items():
+            agree(got, wanted, limit, f"vmap{how} over {name}", "the loop")
 
 
 PROPERTIES = (

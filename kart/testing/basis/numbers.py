@@ -1,6 +1,7 @@
 """The numbers of a basis: right in every precision, and at single points as beside them."""
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kart import tree
@@ -23,18 +24,22 @@ def float32_follows_float64(s: Subject, theta: Theta, x: list[float]) -> None:
     agree(got, wanted, phi_slack(s, params, values), "phi in float32", "phi in float64")
 
 
-def bfloat16_rounds_once(s: Subject, theta: Theta, x: list[float]) -> None:
-    """phi in bfloat16 is phi in float32, rounded once.
+def half_rounds_once(s: Subject, theta: Theta, x: list[float], dtype: torch.dtype) -> None:
+    """phi in bfloat16 and float16 is phi in float32, rounded once.
 
-    Evaluating in bfloat16 itself loses what 8 bits cannot hold: convert x to float32, and the
-    result back.
+    Evaluating in half precision itself loses what 8 or 11 bits cannot hold, and overflows: convert
+    x to float32, and the result back.
     """
     params, values = setting(s, theta, x, torch.float32)
-    low = values.to(torch.bfloat16)
+    low, kind = values.to(dtype), torch.finfo(dtype)
     wanted = s.basis.apply(params, low.float())
     limit = phi_slack(s, params, low.float())
-    limit = limit + torch.finfo(torch.bfloat16).eps / 2 * (wanted.double().abs() + limit)
-    agree(s.basis.apply(params, low), wanted, limit, "phi in bfloat16", "phi in float32")
+    limit = limit + kind.eps / 2 * (wanted.double().abs() + limit).clamp(min=kind.smallest_normal)
+    # what float16 cannot hold is infinite, and counts as its largest number
+    got, wanted = (
+        y.double().clamp(-kind.max, kind.max) for y in (s.basis.apply(params, low), wanted)
+    )
+    agree(got, wanted, limit, f"phi in {dtype}", "phi in float32")
 
 
 def no_stray_points(s: Subject, theta: Theta) -> None:
@@ -66,8 +71,10 @@ def no_stray_points(s: Subject, theta: Theta) -> None:
         agree(here[i], middle[i], width[i], name, "its limit from either side", at)
 
 
+HALF = st.sampled_from([torch.bfloat16, torch.float16])
+
 PROPERTIES = (
     Property(float32_follows_float64, {**THETA_X, "x": rows(within)}),
-    Property(bfloat16_rounds_once, THETA_X),
+    Property(half_rounds_once, {**THETA_X, "dtype": HALF}),
     Property(no_stray_points, {"theta": draw.thetas}),
 )

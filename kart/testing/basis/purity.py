@@ -57,10 +57,11 @@ def init_follows_its_generator(s: Subject, seed: int, shape: tuple[int, ...]) ->
 
 
 def layout_does_not_matter(s: Subject, theta: Theta, x: list[float], dtype: torch.dtype) -> None:
-    """phi sees numbers, not strides: views that are transposed, flipped, strided or expanded count
-    as their copies.
+    """phi and its gradient see numbers, not strides: views that are transposed, flipped, strided or
+    expanded count as their copies, as x and as the gradient handed to the backward.
 
-    A `.view`, a raw pointer or an in-place write assumes contiguous memory.
+    A `.view`, a raw pointer or an in-place write assumes contiguous memory. (`y.sum()` hands an
+    expanded gradient to the backward.)
     """
     n = len(x)
     values = torch.tensor(x, dtype=dtype)
@@ -79,6 +80,7 @@ def layout_does_not_matter(s: Subject, theta: Theta, x: list[float], dtype: torc
         tolerance = phi_slack(s, rows_of, plain)
         got, wanted = s.basis.apply(params, view), s.basis.apply(params, plain)
         agree(got, wanted, tolerance, f"phi of the {name} view", "phi of its copy")
+    laws.any_cotangent(s.basis.apply, params, table)
 
 
 def inputs_untouched(s: Subject, theta: Theta, x: list[float], dtype: torch.dtype) -> None:
@@ -109,10 +111,11 @@ def global_state_untouched(s: Subject) -> None:
 def deterministic(
     s: Subject, theta: Theta, x: list[float], other: list[float], dtype: torch.dtype
 ) -> None:
-    """phi(x; theta) is the same bit for bit whenever and wherever it is asked.
+    """phi(x; theta) is the same bit for bit whenever and wherever it is asked, and follows what is
+    written into x and theta.
 
-    A hidden state (a cache, a running statistic, the global seed) makes the same input give another
-    output.
+    A hidden state (a cache, a running statistic, a buffer that is used again, the global seed)
+    makes the same input give another output.
     """
     params, values = setting(s, theta, x, dtype)
     first = s.basis.apply(params, values)
@@ -120,6 +123,9 @@ def deterministic(
     with laws.another_seed(theta.seed + 11), torch.no_grad():
         again = s.basis.apply(params, values)
     same(again, first, "phi(x) asked again", "phi(x)")
+    with torch.no_grad():
+        moved = tree.map(lambda leaf: leaf * 0.5 + 0.25, (params, values))
+        laws.keeps_nothing(s.basis.apply, (params, values), moved)
 
 
 def compiles(s: Subject) -> None:

@@ -1,14 +1,17 @@
 """Two forms of one operator: `attend` is the materialised weights times the values."""
 
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import grad
 
-from kart.testing import draw
+from kart.testing import draw, laws
 from kart.testing.compare import agree, agree_trees
 from kart.testing.core import Property
 from kart.testing.operator.subject import (
+    KIND,
     MASK,
     PAIR,
     ROW,
@@ -16,23 +19,22 @@ from kart.testing.operator.subject import (
     Row,
     Subject,
     attend_slack,
-    mask_of,
+    masked_by,
     mild,
     scores_of,
 )
 
 
 def attend_is_weights_times_values(
-    s: Subject, row: Row, kept: list[bool], masked: bool, dtype: torch.dtype
+    s: Subject, row: Row, kept: list[bool], mask: str, dtype: torch.dtype
 ) -> None:
     """attend(theta, q, k, v, mask) = weights(theta, q k^T / sqrt(d), mask) v.
 
     The form that trains and the form that is looked at are two operators.
     """
-    x = s.inputs(row, dtype)
-    mask = mask_of(row, kept) if masked else None
-    wanted = s.op.weights(x.params, scores_of(x.q, x.k), mask) @ x.v
-    agree(s.op.attend(*x, mask), wanted, attend_slack(s, x, mask), "attend", "weights v")
+    x, given = s.inputs(row, dtype), masked_by(row, kept, mask)
+    wanted = s.op.weights(x.params, scores_of(x.q, x.k), given) @ x.v
+    agree(s.op.attend(*x, given), wanted, attend_slack(s, x, given), "attend", "weights v")
 
 
 def large_as_weights(
@@ -51,26 +53,32 @@ def large_as_weights(
     agree(s.op.attend(*x), wanted, attend_slack(s, x), "attend", "weights v")
 
 
-def attend_has_the_gradients_of_weights(
-    s: Subject, row: Row, kept: list[bool], masked: bool
-) -> None:
-    """d attend = d (weights v) in theta, q, k and v.
+def attend_has_the_gradients_of_weights(s: Subject, row: Row, kept: list[bool], mask: str) -> None:
+    """d attend = d (weights v) in theta, q, k and v, in all at once and in each alone.
 
-    A fused backward is wrong, although the forward is right.
+    A fused backward is wrong, although the forward is right, or leaves out a gradient where another
+    is not asked for (`ctx.needs_input_grad`).
     """
     x = s.inputs(mild(row), torch.float64)
-    mask = mask_of(row, kept) if masked else None
+    given = masked_by(row, kept, mask)
     probe = draw.probe(x.q.shape[:-1] + x.v.shape[-1:], row.seed)
 
     def attended(params: Params, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (s.op.attend(params, q, k, v, mask) * probe).sum()
+        return (s.op.attend(params, q, k, v, given) * probe).sum()
 
     def looked_at(params: Params, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ((s.op.weights(params, scores_of(q, k), mask) @ v) * probe).sum()
+        return ((s.op.weights(params, scores_of(q, k), given) @ v) * probe).sum()
 
     places = (0, 1, 2, 3) if x.params else (1, 2, 3)
     got, wanted = (grad(f, places)(*x) for f in (attended, looked_at))
     agree_trees(got, wanted, 64, "the gradient", "that of weights")
+    for i, slope in zip(places, wanted, strict=True):
+
+        def of_one(own: Any, i: int = i) -> Tensor:
+            return s.op.attend(*x[:i], own, *x[i + 1 :], given)
+
+        alone = laws.eager_vjp(of_one, x[i])[1](probe)
+        agree_trees(alone, (slope,), 64, f"the gradient of argument {i} alone", "of all")
 
 
 def linear_in_values(s: Subject, row: Row, seed: int, dtype: torch.dtype) -> None:
@@ -106,7 +114,7 @@ def change_of_basis(s: Subject, row: Row, seed: int) -> None:
 
 
 PROPERTIES = (
-    Property(attend_is_weights_times_values, {**PAIR, "kept": MASK, "masked": st.booleans()}),
+    Property(attend_is_weights_times_values, {**PAIR, "kept": MASK, "mask": KIND}),
     Property(
         large_as_weights,
         {
@@ -117,7 +125,7 @@ PROPERTIES = (
             "dtype": draw.dtypes,
         },
     ),
-    Property(attend_has_the_gradients_of_weights, {**ROW, "kept": MASK, "masked": st.booleans()}),
+    Property(attend_has_the_gradients_of_weights, {**ROW, "kept": MASK, "mask": KIND}),
     Property(linear_in_values, {**PAIR, "seed": draw.seeds}),
     Property(change_of_basis, {**ROW, "seed": draw.seeds}),
 )

@@ -3,10 +3,20 @@
 import torch
 from hypothesis import strategies as st
 
+from kart import tree
 from kart.testing import laws
-from kart.testing.compare import same
+from kart.testing.compare import agree, agree_trees, same
 from kart.testing.core import Property
-from kart.testing.operator.subject import PAIR, ROW, Row, Subject, rows, scores_of
+from kart.testing.operator.subject import (
+    PAIR,
+    ROW,
+    Row,
+    Subject,
+    attend_slack,
+    mild,
+    rows,
+    scores_of,
+)
 
 
 def keeps_shape_and_dtype(s: Subject, row: Row, dtype: torch.dtype) -> None:
@@ -75,9 +85,11 @@ def global_state_untouched(s: Subject) -> None:
 
 
 def deterministic(s: Subject, row: Row, other: Row, dtype: torch.dtype) -> None:
-    """attend(theta, q, k, v) is the same bit for bit whenever it is asked.
+    """attend(theta, q, k, v) is the same bit for bit whenever it is asked, and follows what is
+    written into its arguments.
 
-    A hidden state or the global seed makes the same input give another output.
+    A hidden state (a cache, a buffer that is used again) or the global seed makes the same input
+    give another output.
     """
     x = s.inputs(row, dtype)
     first = s.op.attend(*x)
@@ -87,6 +99,37 @@ def deterministic(s: Subject, row: Row, other: Row, dtype: torch.dtype) -> None:
     with laws.another_seed(row.seed + 11), torch.no_grad():
         again = s.op.attend(*x)
     same(again, first, "attend asked again", "attend")
+    with torch.no_grad():
+        moved = tree.map(lambda leaf: leaf * 0.5 + 0.25, tuple(x))
+        laws.keeps_nothing(s.op.attend, tuple(x), moved)
+
+
+def layout_does_not_matter(s: Subject, row: Row, dtype: torch.dtype) -> None:
+    """attend, weights and their gradients see numbers, not strides: views that are transposed,
+    strided or of one projection q, k, v count as their copies, and so do gradients handed to the
+    backward.
+
+    A `.view` or a raw pointer assumes contiguous memory. (Models give (B, N, H, d) transposed, and
+    `out.sum()` an expanded gradient.)
+    """
+    x = s.inputs(mild(row), dtype)
+    wanted, limit = s.op.attend(*x), attend_slack(s, x)
+    views = {
+        "transposed": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+        "with heads inside": lambda t: (
+            t.transpose(-3, -2).contiguous().transpose(-3, -2) if t.dim() > 2 else t
+        ),
+        "strided": lambda t: t.repeat_interleave(2, -1)[..., ::2] if t.dim() else t,
+    }
+    scores = scores_of(x.q, x.k)
+    for name, view in views.items():
+        got = s.op.attend(*tree.map(view, tuple(x)))
+        agree(got, wanted, limit, f"attend of {name} views", "of their copies")
+        looked = s.op.weights(tree.map(view, x.params), view(scores))
+        agree_trees(
+            looked, s.op.weights(x.params, scores), 64, f"weights of {name} views", "of copies"
+        )
+    laws.any_cotangent(s.op.attend, *x)
 
 
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -97,4 +140,5 @@ PROPERTIES = (
     Property(inputs_untouched, PAIR),
     Property(global_state_untouched),
     Property(deterministic, {**PAIR, "other": rows}),
+    Property(layout_does_not_matter, PAIR),
 )

@@ -131,6 +131,16 @@ def mask_of(row: Row, kept: Sequence[bool]) -> Tensor:
     return torch.tensor(list(kept)[: row.keys])
 
 
+def masked_by(row: Row, kept: Sequence[bool], kind: str) -> Tensor | None:
+    """The mask of `kind` "none", "keys" `(M,)`, or "queries" `(N, M)`, which differ in theirs."""
+    if kind == "none":
+        return None
+    keys = mask_of(row, kept)
+    if kind == "keys":
+        return keys
+    return keys | (torch.rand(row.queries, row.keys, generator=draw.generator(row.seed)) > 0.5)
+
+
 def traits_of(op: Any) -> dict[str, Any]:
     """What the options of one of kart's operators declare."""
     options = dict(getattr(op, "options", None) or {})
@@ -159,6 +169,7 @@ def traits_of(op: Any) -> dict[str, Any]:
     return declared
 
 
+KIND = st.sampled_from(["none", "keys", "queries"])
 MASK = st.lists(st.booleans(), min_size=5, max_size=5)
 ORDER = st.permutations(range(5))
 ROW: dict[str, Any] = {"row": rows}

@@ -19,6 +19,7 @@ from kart.testing.operator.subject import (
     Subject,
     attend_slack,
     mask_of,
+    scores_of,
 )
 
 
@@ -133,6 +134,8 @@ def leading_axes_are_apart(
     limit = torch.stack(limits).unflatten(0, lead)
     got = s.op.attend(x.params, q, k, v, given)
     agree(got, torch.stack(wanted).unflatten(0, lead), limit, "attend", "attend of each alone")
+    looked = s.op.weights(x.params, scores_of(q, k), given) @ v
+    agree(looked, got, limit, "weights v under leading axes", "attend")
 
 
 # NaN as well: heads and examples never meet
