@@ -64,6 +64,11 @@ def test_half_precision_has_its_own_tolerance():
     assert spectra.numerical_rank(matrix.bfloat16()) == 2
 
 
+@pytest.mark.parametrize("size", [1e-320, 1e-310, 1e308])
+def test_effective_rank_at_the_ends_of_the_numbers(size):
+    assert float(spectra.effective_rank(size * torch.eye(3).double())) == pytest.approx(3)
+
+
 def test_profile_and_picture():
     values = torch.stack([torch.tensor([100.0, 1.0, 0.0]), torch.tensor([10.0, 1e-2, 1e-30])])
     low, mean, high = spectra.log_profile(values, floor=1e-6)
@@ -86,6 +91,8 @@ def test_profile_and_picture():
         (lambda: spectra.singular_values(torch.ones(3, 3).long()), "int64"),
         (lambda: spectra.effective_rank(torch.full((2, 2), torch.nan)), "4 entries nan"),
         (lambda: spectra.numerical_rank(torch.ones(2, 2), 1.0), "`tolerance` < 1"),
+        (lambda: spectra.numerical_rank(torch.eye(197).bfloat16()), r"`tolerance` .*bfloat16.*197"),
+        (lambda: spectra.numerical_rank(torch.eye(1024).half()), r"`tolerance` .*float16.*1024"),
         (lambda: spectra.log_profile(torch.zeros(2, 2)), "not all of them 0"),
         (lambda: spectra.log_profile(torch.full((2, 2), torch.nan)), "finite singular values"),
         (lambda: spectra.plot({}), "got none"),

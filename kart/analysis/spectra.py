@@ -63,9 +63,11 @@ def effective_rank(matrices: Tensor) -> Tensor:
     """
     _check_matrices("effective_rank", matrices)
     spectrum = torch.linalg.svdvals(matrices.double())
-    total = spectrum.sum(-1, keepdim=True)
-    share = spectrum / total.clamp(min=torch.finfo(torch.float64).tiny)
-    return torch.where(total[..., 0] > 0, torch.special.entr(share).sum(-1).exp(), 0.0)
+    largest = spectrum[..., :1]
+    # in units of the largest, so that no sum overflows and no small one is taken for zero
+    spectrum = spectrum / torch.where(largest > 0, largest, 1.0)
+    share = spectrum / spectrum.sum(-1, keepdim=True).clamp(min=1.0)
+    return torch.where(largest[..., 0] > 0, torch.special.entr(share).sum(-1).exp(), 0.0)
 
 
 def numerical_rank(matrices: Tensor, tolerance: float | None = None) -> Tensor:
@@ -84,6 +86,12 @@ def numerical_rank(matrices: Tensor, tolerance: float | None = None) -> Tensor:
             f"`numerical_rank` needs 0 <= `tolerance` < 1, got {tolerance!r}. Leave it out."
         )
     precision = max(matrices.shape[-2:]) * torch.finfo(matrices.dtype).eps
+    if tolerance is None and precision >= 1:
+        raise ValueError(
+            f"`numerical_rank` needs a `tolerance` for {matrices.dtype} matrices of this size, "
+            f"whose rounding may reach the largest singular value, got shape "
+            f"{tuple(matrices.shape)}. Pass one such as 1e-2, or take them in float32."
+        )
     spectrum = torch.linalg.svdvals(matrices.double())
     cut = (precision if tolerance is None else tolerance) * spectrum[..., :1]
     return (spectrum > cut).sum(-1)
