@@ -188,6 +188,19 @@ def test_density_of_a_quadratic_is_the_sum_of_its_peaks():
     assert_close(density, peaks.mean(-1), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_eigenvalue_alone_has_one_peak(dtype):
+    # a random basis leaves rounding between the copies
+    matrix = symmetric([2.0] * 6).to(dtype)
+    loss = lambda w: w @ matrix @ w / 2  # noqa: E731
+    for samples in (1, 3, 10):
+        found = curvature.spectral_density(loss, torch.zeros(6, dtype=dtype), samples, seeded())
+        assert float(torch.trapezoid(found.density, found.grid)) == pytest.approx(1, abs=1e-6)
+        mean = torch.trapezoid(found.density * found.grid, found.grid)
+        assert float(mean) == pytest.approx(2, abs=1e-5)
+        assert float(found.grid[-1] - found.grid[0]) == pytest.approx(12 * 0.02, rel=1e-3)
+
+
 def test_a_flat_loss_has_one_peak_at_zero():
     found = curvature.spectral_density(lambda w: w.sum(), torch.ones(5), 3, seeded())
     assert float(found.grid[found.density.argmax()]) == pytest.approx(0, abs=1e-3)

@@ -336,8 +336,10 @@ def spectral_density(
         shares.append(directions[0].square() / count)
     node, share = torch.cat(nodes), torch.cat(shares)
     low, high = float(node.min()), float(node.max())
-    # one eigenvalue alone has no range: a percent of itself, or of 1 where it is zero
-    scale = (high - low) or abs(high) or 1.0
+    # one eigenvalue alone has no range but rounding: a percent of itself, or of 1 where it is zero
+    scale, largest = high - low, max(abs(low), abs(high))
+    if scale <= 100 * torch.finfo(space.basis.dtype).eps * largest:
+        scale = largest or 1.0
     sigma = 0.01 * scale if width is None else width
     low, high = low - 6 * sigma, high + 6 * sigma
     if (high - low) / (points - 1) > sigma:
