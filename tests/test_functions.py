@@ -279,6 +279,10 @@ OPERATOR = operators.parse("G2B:rank=2").operator
 @pytest.mark.parametrize(
     ("call", "words"),
     [
+        (
+            lambda: functions.score_range(torch.tensor([torch.nan, 1.0]), operators.softmax()),
+            "finite scores, got 1 of 2",
+        ),
         (lambda: functions.density(torch.ones(3), X.flip(0)), "ascending"),
         (lambda: functions.density(torch.full((3,), 99.0), X), "got none of 3"),
         (lambda: functions.fits(torch.ones(2, 5), X), r"values \(\.\.\., X\)"),

@@ -184,7 +184,13 @@ def score_range(scores: Tensor | None, operator: Operator, points: int = 121) ->
     else:
         some = scores.detach().flatten()
         some = some[:: max(1, some.numel() // 100_000)].abs()  # `quantile` takes 16M at most
-        half = max(1.0, float(some.quantile(0.99)))
+        reached = float(some.quantile(0.99))
+        if not math.isfinite(reached):
+            raise ValueError(
+                f"`score_range` needs finite scores, got {int((~some.isfinite()).sum())} of "
+                f"{some.numel()} nan or inf. Leave diverged runs out."
+            )
+        half = max(1.0, reached)
     return torch.linspace(-half, half, points)
 
 
