@@ -6,7 +6,8 @@
 
 Factors: what mixes the tokens (`ARMS`), in `CELLS` that change one thing each (width, depth,
 training images, epochs, patches) from a common centre. Every arm has the same tuning budget: in the
-centre, and again where the model is wider, two learning rates, one seed each, chosen by validation.
+centre, and again in the cells of `RATES_IN`, the same learning rates, one seed each, chosen by
+validation.
 Then fresh seeds are trained at that rate in every cell and scored once on the test split; nothing
 is chosen by the test split. First every arm gets `--seeds` seeds; then, while there is time, the
 arms whose interval against softmax holds 0 get more, up to `MOST_SEEDS`.
@@ -66,9 +67,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "depth 4": {"depth": 4},
     "30 epochs": {"epochs": 30},
     "60 epochs": {"epochs": 60},
-    "120 epochs": {"epochs": 120},
     "patch 4": {"patch_size": 4},
-    "30 epochs, patch 4": {"epochs": 30, "patch_size": 4},
 }
 
 
@@ -266,18 +265,13 @@ FACTORS = {
 
 
 def by_factor(cells: Sequence[str]) -> dict[str, list[str]]:
-    """The cells of each factor in the order of its values, the centre among them; then those that
-    change several.
-    """
+    """The cells of each factor in the order of its values, the centre among them."""
     found = {}
     for field, words in FACTORS.items():
-        own = [cell for cell in cells if set(CELLS[cell]) == {field}]
+        own = [cell for cell in cells if field in CELLS[cell]]
         if own:
             own += [CENTRE_CELL] * (CENTRE_CELL in cells)
             found[words] = sorted(own, key=lambda c: CELLS[c].get(field, getattr(CENTRE, field)))
-    several = [cell for cell in cells if len(CELLS[cell]) > 1]
-    if several:
-        found["several at once"] = several
     return found or {"the centre": list(cells)}
 
 
@@ -530,14 +524,13 @@ def steps(cell: str) -> int:
     return fields["epochs"] * (fields["train_limit"] // fields["batch_size"])
 
 
-LENGTHS = ({"train_limit"}, {"epochs"}, set())  # what the cells of `lasting` change
-
-
 def lasting(scores: Mapping[tuple[str, str], Mapping[int, float]], cells: Sequence[str]) -> Any:
     """The gain of each arm over softmax by the number of training steps, be they of more images
     (filled) or of more epochs (hollow); arms in fewer than four such cells are left out.
     """
-    cells = sorted((cell for cell in cells if set(CELLS[cell]) in LENGTHS), key=steps)
+    cells = sorted(
+        (one for one in cells if CELLS[one].keys() <= {"train_limit", "epochs"}), key=steps
+    )
     fig, axes = figures.grid(1, 1, 7.5, 3.6)
     ax = axes[0, 0]
     lines = {

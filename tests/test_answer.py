@@ -114,15 +114,6 @@ def test_records_are_json_that_configs_come_back_from(tmp_path):
     assert answer.Config.fromdict(again["config"]).base == "softmax"
 
 
-def test_a_cell_that_changes_two_things_stands_with_neither():
-    cells = ["centre", "patch 4", "45,000 images", "30 epochs, patch 4"]
-    assert answer.by_factor(cells) == {
-        "images": ["centre", "45,000 images"],
-        "side of a patch": ["patch 4", "centre"],
-        "several at once": ["30 epochs, patch 4"],
-    }
-
-
 def test_a_unit_that_diverges_is_scored_with_its_last_good_weights(tmp_path, monkeypatch):
     tiny = {"train_limit": 64, "embed_dim": 8, "depth": 1, "num_heads": 1, "epochs": 1}
     tiny |= {"batch_size": 16, "warmup_epochs": 0.0, "max_norm": 1e20}
