@@ -558,8 +558,7 @@ def lasting(scores: Mapping[tuple[str, str], Mapping[int, float]], cells: Sequen
     ax.set_xticks(ticks, [f"{one:,}" for one in ticks])
     ax.set_xlabel("training steps")
     ax.set_ylabel("points over softmax")
-    if lines:
-        figures.legend(fig)
+    figures.legend(fig)
     return fig
 
 
