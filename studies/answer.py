@@ -37,7 +37,7 @@ from kart.analysis import cost, figures
 from kart.statistics import Interval
 from kart.train import Config
 
-RATES: tuple[float, ...] = (1.5e-3, 3e-3)
+RATES: tuple[float, ...] = (7.5e-4, 1.5e-3, 3e-3, 6e-3)
 TUNING_SEED = 1000
 SEEDS, MOST_SEEDS = 3, 8
 
@@ -75,7 +75,11 @@ CELLS: dict[str, dict[str, Any]] = {
 # too low for many more steps
 RATES_IN: dict[str, tuple[float, ...]] = {
     "width 128": (7.5e-4, 1.5e-3),
-    "45,000 images": (*RATES, 6e-3, 1.2e-2),
+    "16,000 images": (1.5e-3, 3e-3, 6e-3),
+    "45,000 images": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
+    "30 epochs": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
+    "60 epochs": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
+    "patch 4": (7.5e-4, 1.5e-3, 3e-3, 6e-3),
 }
 
 
@@ -179,14 +183,17 @@ def best_rates(records: Sequence[Mapping[str, Any]], cell: str = CENTRE_CELL) ->
     }
 
 
-def tested(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[int, float]]:
-    """Test top-1 by seed of each (cell, arm) at the rate that was chosen; a diverged seed counts
-    with what it scored.
+def tested(
+    records: Sequence[Mapping[str, Any]], own: bool = True
+) -> dict[tuple[str, str], dict[int, float]]:
+    """Test top-1 by seed of each (cell, arm) at the rate that was chosen, in the cell where it has
+    rates of its `own`, or in the centre; a diverged seed counts with what it scored.
     """
     rates = {cell: best_rates(records, cell) for cell in (CENTRE_CELL, *RATES_IN)}
     found: dict[tuple[str, str], dict[int, float]] = {}
     for one in records:
-        chosen = rates[tuned_in(one["cell"])].get(one["arm"], one["rate"])
+        place = tuned_in(one["cell"]) if own else CENTRE_CELL
+        chosen = rates[place].get(one["arm"], one["rate"])
         if not one["tuning"] and one["rate"] == chosen:
             found.setdefault((one["cell"], one["arm"]), {})[one["seed"]] = one["test_top1"]
     return found
@@ -289,6 +296,32 @@ def score_share(
     rest = [b - a for a, b in zip(static, learned, strict=True)]
     whole = [b - a for a, b in zip(base, learned, strict=True)]
     return statistics.ratio(rest, whole)
+
+
+def tuning(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """What the choice of rates did, as head and rows: of each arm in the centre and in the cells
+    with rates of their own validation top-1 by rate, `*` at the best, and the gain over softmax
+    there and, where it was run too, with every arm at the rate of the centre.
+    """
+    tried = sorted({*RATES, *itertools.chain(*RATES_IN.values())})
+    own, centre = tested(records), tested(records, own=False)
+    rows = []
+    for cell, arm in itertools.product((CENTRE_CELL, *RATES_IN), ARMS):
+        found = {
+            one["rate"]: one["val_top1"]
+            for one in records
+            if one["tuning"] and (one["cell"], one["arm"]) == (cell, arm)
+        }
+        if not found:
+            continue
+        best = best_rates(records, cell).get(arm)
+        scores = [
+            f"{100 * found[rate]:.1f}{'*' if rate == best else ''}" if rate in found else ""
+            for rate in tried
+        ]
+        gains = [gain(one, cell, arm) if arm != "softmax" else None for one in (own, centre)]
+        rows.append([cell, arm, *scores, *map(shown, gains)])
+    return ["cell", "arm", *(f"{rate:g}" for rate in tried), "gain", "at the centre's"], rows
 
 
 class Trend(NamedTuple):
@@ -609,6 +642,7 @@ def report(out: Path) -> list[str]:
         ]
         for arm, one in fitted.items()
     ]
+    tuned, tuned_rows = tuning(records)
     sections = [
         pages.Section(
             [
@@ -684,6 +718,17 @@ def report(out: Path) -> list[str]:
         ),
         pages.Section(
             [
+                pages.text(
+                    "Validation top-1 in per cent by learning rate, one seed each, * the best; the "
+                    "gain over softmax with every arm at its best rate of that cell, and, where "
+                    "it was run, with every arm at its best rate of the centre."
+                ),
+                pages.table(tuned, tuned_rows),
+            ],
+            title="Rates",
+        ),
+        pages.Section(
+            [
                 pages.text(TREND_WORDS),
                 *(pages.warning(f"The fit says: {one}") for one in told),
                 pages.table(
@@ -723,6 +768,13 @@ def report(out: Path) -> list[str]:
         f"share of G3's gain that is a function of the scores, {cell}: {shown(found, 1.0)}"
         for cell, found in shares_found.items()
     ]
+    at_centre = tested(records, own=False)
+    said += [
+        f"the same with every arm at the rate of the centre, {cell}: {shown(found, 1.0)}"
+        for cell in RATES_IN
+        if (found := score_share(at_centre, cell))
+    ]
+    said += [tables.table(tuned_rows, tuned)]
     said += [tables.table(trend_rows, ["arm", "centre", *FACTORS.values(), "crosses 0", "runs"])]
     return said
 

@@ -45,10 +45,12 @@ def made_up(gains, seeds=3, noise=0.0):
 def test_the_plan_tunes_first_and_then_trains_seeds_at_the_best_rate():
     units = list(answer.planned([], ["centre"]))
     assert len(units) == len(answer.ARMS) * len(answer.RATES) and all(u.tuning for u in units)
-    slow, fast = answer.RATES
-    tuned = [record("centre", "G3", answer.TUNING_SEED, 0.4, slow)]
-    tuned += [record("centre", "G3", answer.TUNING_SEED, 0.5, fast)]
-    assert answer.best_rates(tuned) == {"G3": fast} and answer.best_rates(tuned[:1]) == {}
+    fast = answer.RATES[-1]
+    tuned = [
+        record("centre", "G3", answer.TUNING_SEED, 0.5 if rate == fast else 0.4, rate)
+        for rate in answer.RATES
+    ]
+    assert answer.best_rates(tuned) == {"G3": fast} and answer.best_rates(tuned[:-1]) == {}
     seeds = [u for u in answer.planned(tuned, ["centre", "width 32"]) if not u.tuning]
     assert [(u.cell, u.arm, u.rate, u.seed) for u in seeds] == [
         (cell, "G3", fast, seed) for cell in ("centre", "width 32") for seed in range(answer.SEEDS)
@@ -64,6 +66,27 @@ def test_more_seeds_go_where_the_interval_holds_zero():
              for arm in answer.ARMS for r in answer.RATES]  # fmt: skip
     left = [u for u in answer.planned(found + rates, ["centre"]) if u.seed >= answer.SEEDS]
     assert {u.arm for u in left if u.seed == answer.SEEDS} == {"softmax", "relative"}
+
+
+def test_rates_of_their_own_are_shown_beside_those_of_the_centre():
+    cell, slow, fast = "45,000 images", *answer.RATES[1:3]
+    found = []
+    for arm, gain in (("softmax", 0.0), ("G3", 0.02)):
+        for rate in answer.RATES:
+            found.append(record("centre", arm, answer.TUNING_SEED, 0.5 + (rate == slow), rate))
+        for rate in answer.RATES_IN[cell]:
+            found.append(record(cell, arm, answer.TUNING_SEED, 0.5 + (rate == fast), rate))
+        for seed in range(3):  # the gain of G3 is gone at the rate that the cell chose
+            found.append(record(cell, arm, seed, 0.4 + 0.01 * seed + gain, slow))
+            found.append(record(cell, arm, seed, 0.5 + 0.01 * seed, fast))
+    assert answer.gain(answer.tested(found), cell, "G3").mean == pytest.approx(0)
+    head, rows = answer.tuning(found)
+    shown = {tuple(row[:2]): dict(zip(head, row, strict=True)) for row in rows}
+    g3 = shown[cell, "G3"]
+    assert g3[f"{fast:g}"] == "150.0*" and g3[f"{slow:g}"] == "50.0"
+    assert g3["gain"].startswith("+0.00") and g3["at the centre's"].startswith("+2.00")
+    assert shown["centre", "G3"][f"{slow:g}"].endswith("*") and not shown["centre", "G3"]["gain"]
+    assert shown[cell, "softmax"]["gain"] == ""
 
 
 def test_the_share_of_the_scores_and_the_trends_are_found_again():
