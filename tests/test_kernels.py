@@ -363,8 +363,7 @@ def test_threads_and_chunks_change_nothing_but_rounding(engine, dtype, threads, 
     needs(engine)
     torch.set_num_threads(threads)
     # rows, heads and samples are all cut
-    monkeypatch.setattr(chunked, "CHUNK", 2**11)
-    monkeypatch.setattr(chunked, "SAMPLES_CHUNK", 2**9)
+    monkeypatch.setattr(chunked, "BLOCK", 2**9)
     basis = bases.fourier(2)
     for shape in ((5, 2, 9, 4), (3, 3, 130, 7), (2, 1, 5, 3)):
         batch, heads, queries, keys = shape
@@ -372,6 +371,24 @@ def test_threads_and_chunks_change_nothing_but_rounding(engine, dtype, threads, 
         first = compare(basis, engine, dtype, q, k, coefs)
         second = compare(basis, engine, dtype, q, k, coefs)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("shape", [None, (1, 5), (130, 1), (130, 5), (4, 3, 130, 5), (4, 1, 1, 5)])
+@pytest.mark.parametrize("block", [2**5, 2**12, 2**13, 2**15])
+def test_blocks_of_some_queries_samples_and_heads_change_nothing(own, shape, block, monkeypatch):
+    monkeypatch.setattr(chunked, "BLOCK", block)
+    q, k, coefs = example(BASES["fourier"], (4,), 3, queries=130, keys=5, rank=3)
+    if own:
+        coefs = coefs * draw(4, 1, 1, 1, 1, seed=3)
+    mask = None if shape is None else draw(*shape, seed=4) < 0.7
+    compare(BASES["fourier"], "torch", torch.float64, q, k, coefs, mask)
+
+
+def test_what_is_hidden_counts_for_nothing_where_features_of_zero_are_infinite():
+    basis = bases.linear(lambda x: torch.stack([1 / x, x], -1), 2, family="inverse")
+    q, k, coefs = example(basis, (2,), queries=5)
+    compare(basis, "torch", torch.float64, q, k, coefs, draw(2, 1, 5, 4) < 0.7)
 
 
 @pytest.mark.parametrize("engine,dtype", ENGINES, ids=[engine for engine, _ in ENGINES])

@@ -12,134 +12,172 @@ skinny products.
 
 import contextlib
 import functools
+import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kart.kernels.family import Family, Product
-from kart.kernels.plain import pullback, wide
+from kart.kernels.plain import pullback, wide, wide_dtype
 from kart.kernels.transforms import fresh_keys, unseen, untransformed
 
 Features = Callable[[Tensor], Tensor]
 
-# floats of features in a chunk: whole samples join it up to 1 MiB, about the level-2 cache of a
-# core; the heads of one sample, which share the cost of the calls, up to 4 MiB
-SAMPLES_CHUNK = 2**18
-CHUNK = 2**20
+# floats of features in a block, 1 MiB of float32: whole samples and heads join up to it, queries
+# are parted above twice of it. A level-2 cache holds two such buffers; what smaller ones would
+# gain, calls cost
+BLOCK = 2**18
 
 
-class _Chunk(NamedTuple):
-    samples: slice
-    heads: slice
-    queries: slice
+class _Blocks:
+    """A product in blocks: some of its `G` groups (heads; or samples and heads, where each sample
+    has its own coefficients), of the `S` samples that share coefficients, and of the queries.
 
+    A call into torch costs as much as a pass over a small block, and more after a matrix product:
+    whatever can be made or cut before the first block is.
+    """
 
-def _chunks(batch: int, heads: int, queries: int, row: int) -> Iterator[_Chunk]:
-    """Slices of (sample, head, query), `row` features for each query."""
-    threads = torch.get_num_threads()
-    budget = CHUNK * threads
-    rows = queries
-    if row * queries > budget:
-        rows = max(64, SAMPLES_CHUNK * threads // row)
-    step_heads = max(1, min(heads, budget // (row * rows))) if rows == queries else 1
-    step = max(1, SAMPLES_CHUNK * threads // (row * rows * heads)) if step_heads == heads else 1
-    for b in range(0, batch, step):
-        for h in range(0, heads, step_heads):
-            for n in range(0, queries, rows):
-                yield _Chunk(
-                    slice(b, min(b + step, batch)),
-                    slice(h, min(h + step_heads, heads)),
-                    slice(n, min(n + rows, queries)),
-                )
+    def __init__(self, product: Product, buffers: int):
+        family, q, k, _, self.mask, scale = product
+        self.family, self.own, self.lead = family, product.own, q.shape[:2]
+        queries = self.laid(wide(q) * scale)
+        self.sizes = queries.shape[:3]
+        self.keys, self.row = k.shape[2], k.shape[2] * family.width
+        self.steps = self._steps()
+        self.q = [x.flatten(0, 1) for x in self.parts(queries, 0, 1, 2)]
+        self.k = [x.flatten(0, 1) for x in self.parts(self.laid(wide(k)), 0, 1)]
+        count = math.prod(self.steps)
+        self.scores = queries.new_empty(count * self.keys)
+        self.buffers = queries.new_empty(buffers, count * self.row)
+        # a product with 0 is a pass, filling by a mask takes 25 times as long on a CPU; of what is
+        # hidden the features are those of the score 0
+        masked = self.mask is not None and q.device.type == "cpu"
+        self.multiplies = masked and bool(family.features(q.new_zeros(1)).isfinite().all())
 
+    def _steps(self) -> tuple[int, int, int]:
+        """Groups, samples and queries of a block: samples join first, one product has them all."""
+        groups, samples, queries = self.sizes
+        budget = BLOCK * torch.get_num_threads()
+        parts = -(-self.row * queries // (2 * budget))
+        rows = min(queries, max(64, -(-queries // parts)))
+        joined = max(1, budget // (self.row * rows)) if rows == queries else 1
+        step = min(samples, joined)
+        return min(groups, joined // step), step, rows
 
-def _at(x: Tensor, axis_slices: tuple[slice, ...]) -> Tensor:
-    """`x` at the slices, with axes of size 1 kept whole."""
-    for axis, part in enumerate(axis_slices):
-        if x.shape[axis] not in (1, part.stop - part.start):
-            x = x.narrow(axis, part.start, part.stop - part.start)
-    return x
+    def laid(self, x: Tensor) -> Tensor:
+        """`(B or 1, H, ...)` to `(G, S or 1, ...)`."""
+        return x.flatten(0, 1).unsqueeze(1) if self.own else x.transpose(0, 1)
 
+    def unlaid(self, x: Tensor) -> Tensor:
+        """`(G, S or 1, ...)` to `(B or 1, H, ...)`."""
+        return x.squeeze(1).unflatten(0, self.lead) if self.own else x.transpose(0, 1)
 
-def _group(x: Tensor, own: bool) -> Tensor:
-    """`(S, H, a, b)` to `(G, a, S, b)`."""
-    return x.flatten(0, 1).unsqueeze(2) if own else x.permute(1, 2, 0, 3)
+    def zeros(self, like: Tensor) -> Tensor:
+        """`(G, S, a, b)` for `like (B, H, a, b)`, whose parts `(g, s, ..)` flatten as views."""
+        groups, samples, _ = self.sizes
+        joined = self.steps[0] > 1 and not self.own
+        shape = (groups, samples) if joined else self.lead
+        x = torch.zeros(*shape, *like.shape[2:], dtype=wide_dtype(like), device=like.device)
+        return x if joined else self.laid(x)
 
+    def parts(self, x: Tensor, *axes: int) -> list[Tensor]:
+        """The part of `x` in every block; `axes` are those of its groups, samples and queries, as
+        far as it has them.
+        """
+        found = [x]
+        for axis, size, step in itertools.zip_longest(axes, self.sizes, self.steps):
+            if step >= size:
+                continue
+            if axis is None or x.shape[axis] != size:
+                found = [y for y in found for _ in range(0, size, step)]
+            else:
+                found = [part for y in found for part in y.split(step, axis)]
+        return found
 
-def _ungroup(x: Tensor, samples: int, own: bool) -> Tensor:
-    """`(G, a, S, b)` back to `(S, H, a, b)`."""
-    return x.squeeze(2).unflatten(0, (samples, -1)) if own else x.permute(2, 0, 1, 3)
+    def matrices(self, x: Tensor) -> list[Tensor]:
+        """`(g, a, b)` of every block, of `x (B or 1, H, a, b)`."""
+        return [part.squeeze(1) for part in self.parts(self.laid(x), 0)]
+
+    def _hidden(self) -> Iterator[Tensor | None]:
+        """Of every block the pairs that are hidden, `(g or 1, M or 1, s or 1, n or 1)`."""
+        if self.mask is None:
+            yield from [None] * len(self.q)
+        elif not self.own:
+            yield from (~x for x in self.parts(self.laid(self.mask.mT).transpose(1, 2), 0, 2, 3))
+        else:
+            # laid out as a whole, a mask that samples or heads share would be repeated for each
+            whole = self.mask.mT.expand(*self.lead, -1, -1)
+            groups = torch.arange(self.sizes[0], device=whole.device)
+            for own in groups.split(self.steps[0]):
+                some = ~whole[own // self.lead[1], own % self.lead[1]].unsqueeze(2)
+                step = self.steps[2] if some.shape[3] > 1 else 1
+                blocks = -(-self.sizes[2] // self.steps[2])
+                yield from itertools.islice(itertools.cycle(some.split(step, 3)), blocks)
+
+    def tiles(self) -> Iterator["_Tile"]:
+        """The blocks; the next one overwrites the scores and features of the one before."""
+        tiles: dict[tuple[int, int], _Tile] = {}
+        for q, k, hidden in zip(self.q, self.k, self._hidden(), strict=True):
+            size = q.shape[0], q.shape[1]
+            if size not in tiles:
+                tiles[size] = _Tile(self, *size)
+            tiles[size].load(q, k, hidden)
+            yield tiles[size]
 
 
 class _Tile:
-    """One chunk: its scores, features and, for the backward, what it needs to differentiate.
+    """Blocks of one size: scores, features, and what the backward needs to differentiate."""
 
-    `G` groups (heads; or samples and heads, where each sample has its own coefficients), each with
-    `S` samples that share coefficients.
-    """
+    def __init__(self, blocks: _Blocks, batch: int, queries: int):
+        self.family = family = blocks.family
+        self.multiplies = blocks.multiplies
+        samples = blocks.sizes[1] if blocks.steps[0] > 1 else batch
+        shape = (batch // samples, samples, blocks.keys, queries)
+        count = math.prod(shape)
+        self.scores = blocks.scores[:count].view(batch, *shape[2:])  # (G S, M, n)
+        self.x = self.scores.view(shape).transpose(1, 2)  # (G, M, S, n)
+        wide_shape = (shape[0], family.width, *self.x.shape[1:])
+        room = [y[: count * family.width].view(wide_shape) for y in blocks.buffers]
+        self.features, self.pulled = room[0], room[-1]  # (G, K, M, S, n)
+        self.matrix, self.pulled_matrix = (
+            y.view(shape[0], family.width * shape[2], -1) for y in (self.features, self.pulled)
+        )  # (G, K M, S n)
+        self.fill, self.folds = family.own("fill"), family.own("fold") is not None
+        self.pairs = [*zip(self.features.unbind(1), self.pulled.unbind(1), strict=True)]
 
-    def __init__(self, product: Product, chunk: _Chunk, buffer: Tensor):
-        family, scale = product.family, product.scale
-        q, k = _at(product.q, chunk), _at(product.k, chunk[:2])
-        self.family = family
-        self.own = product.own
-        self.samples, self.heads, self.queries, _ = q.shape
-        self.keys = k.shape[2]
-        # torch.bmm on contiguous copies: matmul would copy both operands of a four-axis product
-        self.q = (wide(q) * scale).flatten(0, 1)  # (S H, n, d)
-        self.k = wide(k).flatten(0, 1).contiguous()
-        x = self.group(self.split(torch.bmm(self.k, self.q.mT)))  # (G, M, S, n)
-        self.hidden = None
-        if product.mask is not None:
-            shape = (self.samples, self.heads, self.keys, self.queries)
-            self.hidden = self.group(~_at(product.mask, chunk).mT.expand(shape))
-            x = x.masked_fill(self.hidden, 0)
-        width = family.width
-        shape = (x.shape[0], width, *x.shape[1:])
-        self.features = buffer[: x.numel() * width].view(shape)  # (G, K, M, S, n)
-        fill = family.own("fill")
-        if fill is not None:
-            fill(self.features, x)
+    def load(self, q: Tensor, k: Tensor, hidden: Tensor | None) -> None:
+        self.q, self.k, self.hidden = q, k, hidden  # (G S, n or M, d)
+        torch.bmm(k, q.mT, out=self.scores)
+        if hidden is not None:
+            self.x.masked_fill_(hidden, 0)
+        if self.fill is not None:
+            self.fill(self.features, self.x)
         else:
-            self.features.copy_(family.features(x).movedim(-1, 1))
-        self.x = x
-        if self.hidden is not None:
-            self.features.masked_fill_(self.hidden[:, None], 0)
+            self.features.copy_(self.family.features(self.x).movedim(-1, 1))
+        if hidden is not None and self.multiplies:
+            self.features.mul_((~hidden).to(self.x.dtype).unsqueeze(1))
+        elif hidden is not None:
+            self.features.masked_fill_(hidden.unsqueeze(1), 0)
 
-    def split(self, x: Tensor) -> Tensor:
-        """`(S H, ...)` to `(S, H, ...)`."""
-        return x.view(self.samples, self.heads, *x.shape[1:])
-
-    def group(self, x: Tensor) -> Tensor:
-        return _group(x, self.own)
-
-    def ungroup(self, x: Tensor) -> Tensor:
-        return _ungroup(x, self.samples, self.own)
-
-    def matrix(self) -> Tensor:
-        groups, width, keys = self.features.shape[:3]
-        return self.features.view(groups, width * keys, -1)
-
-    def score_gradient(self, slopes: Tensor, dy: Tensor, buffer: Tensor) -> Tensor:
-        """`dL/ds`, `(S H, M, n)`, from `slopes (G, K M, r)` and `dy (G, r, S n)`; ends the
-        features.
+    def score_gradient(self, slopes: Tensor, dy: Tensor) -> Tensor:
+        """`dL/ds`, `(G S, M, n)`, from `slopes (G, K M, r)` and `dy (G, r, S n)`; ends the scores
+        and features.
         """
-        shape = self.features.shape
-        pulled = buffer[: self.features.numel()].view(shape)
-        torch.bmm(slopes, dy, out=pulled.view(shape[0], shape[1] * shape[2], -1))
-        if self.family.own("fold") is not None:
-            gradient = self.features[:, 0] * pulled[:, 0]
-            for j in range(1, self.family.width):
-                gradient.addcmul_(self.features[:, j], pulled[:, j])
-        else:
-            include, exclude = fresh_keys()
-            with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
-                (gradient,) = pullback(self.family.features, self.x)(pulled.movedim(1, -1))
-            if self.hidden is not None:
-                gradient = gradient.masked_fill(self.hidden, 0)
-        return self.ungroup(gradient).flatten(0, 1)
+        torch.bmm(slopes, dy, out=self.pulled_matrix)
+        if self.folds:
+            torch.mul(*self.pairs[0], out=self.x)
+            for features, pulled in self.pairs[1:]:
+                self.x.addcmul_(features, pulled)
+            return self.scores
+        include, exclude = fresh_keys()
+        with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+            (gradient,) = pullback(self.family.features, self.x)(self.pulled.movedim(1, -1))
+        if self.hidden is not None:
+            gradient = gradient.masked_fill(self.hidden, 0)
+        return gradient.transpose(1, 2).flatten(0, 1)
 
 
 def _matrices(coefs: Tensor) -> Tensor:
@@ -147,65 +185,52 @@ def _matrices(coefs: Tensor) -> Tensor:
     return wide(coefs).transpose(-1, -2).flatten(-2)
 
 
-def _grouped(x: Tensor, chunk: _Chunk) -> Tensor:
-    return _at(x, (chunk.samples, chunk.heads)).flatten(0, 1)
-
-
-def _buffer(product: Product) -> tuple[list[_Chunk], Tensor]:
-    batch, heads, queries, _ = product.q.shape
-    row = product.k.shape[2] * product.family.width
-    chunks = list(_chunks(batch, heads, queries, row))
-    largest = max(
-        (c.samples.stop - c.samples.start)
-        * (c.heads.stop - c.heads.start)
-        * (c.queries.stop - c.queries.start)
-        for c in chunks
-    )
-    return chunks, wide(product.q.new_empty(0)).new_empty(largest * row)
-
-
 def forward(product: Product) -> Tensor:
     """`y (B, H, N, r)`, contiguous, in the dtype of q."""
     q, coefs = product.q, product.coefs
-    y = q.new_empty(*q.shape[:3], coefs.shape[2])
-    if y.numel() == 0:
-        return y
-    matrices = _matrices(coefs)
-    chunks, buffer = _buffer(product)
-    for chunk in chunks:
-        tile = _Tile(product, chunk, buffer)
-        hidden = torch.bmm(_grouped(matrices, chunk), tile.matrix())  # (G, r, S n)
-        hidden = hidden.view(*hidden.shape[:2], -1, tile.queries)
-        _at(y, chunk).copy_(tile.ungroup(hidden).mT)
-    return y
+    shape = (*q.shape[:3], coefs.shape[2])
+    if 0 in shape:
+        return q.new_empty(shape)
+    blocks, units = _Blocks(product, 1), shape[-1]
+    groups, samples, queries = blocks.sizes
+    y = wide(q.new_empty(0)).new_empty(groups, units, samples, queries)
+    for tile, matrix, part in zip(
+        blocks.tiles(), blocks.matrices(_matrices(coefs)), blocks.parts(y, 0, 2, 3), strict=True
+    ):
+        part.copy_(torch.bmm(matrix, tile.matrix).view_as(part))
+    return blocks.unlaid(y.permute(0, 2, 3, 1)).to(q.dtype).contiguous()
 
 
 def backward(product: Product, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`dq (B, H, N, d)`, `dk (B, H, M, d)` and `dcoefs (B or 1, H, r, M, K)`, contiguous."""
     family, q, k, coefs, _, scale = product
-    keys, width = coefs.shape[3:]
-    sums = wide(q.new_empty(0))
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk = sums.new_zeros(k.shape)
-    dmatrices = sums.new_zeros(*coefs.shape[:3], width * keys)
-    if dy.numel():
-        fold = family.own("fold")
-        slopes = wide(coefs).transpose(-1, -2)
-        slopes = (slopes if fold is None else fold(slopes)).flatten(-2).mT.contiguous()
-        chunks, buffer = _buffer(product)
-        pulled = torch.empty_like(buffer)
-        for chunk in chunks:
-            tile = _Tile(product, chunk, buffer)
-            dyt = tile.group(wide(_at(dy, chunk)).mT).flatten(2)  # (G, r, S n)
-            # a view: the chunk covers whole samples or one group of heads
-            target = _at(dmatrices, chunk[:2])
-            target += torch.bmm(dyt, tile.matrix().mT).view(target.shape)
-            ds = tile.score_gradient(_grouped(slopes, chunk), dyt, pulled)  # (S H, M, n)
-            _at(dq, chunk).copy_(tile.split(torch.bmm(ds.mT, tile.k).mul_(scale)))
-            part = _at(dk, chunk[:2])
-            part += tile.split(torch.bmm(ds, tile.q))
-    dcoefs = dmatrices.unflatten(-1, (width, keys)).transpose(-1, -2)
-    return dq, dk.to(k.dtype), dcoefs.to(coefs.dtype).contiguous()
+    if not dy.numel():
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(coefs)
+    blocks, fold = _Blocks(product, 2), family.own("fold")
+    slopes = wide(coefs).transpose(-1, -2)
+    slopes = (slopes if fold is None else fold(slopes)).flatten(-2).mT.contiguous()
+    given = blocks.laid(wide(dy)).permute(0, 3, 1, 2).contiguous()  # (G, r, S, N)
+    dmatrices = torch.zeros_like(_matrices(coefs), memory_format=torch.contiguous_format)
+    dq, dk = blocks.zeros(q), blocks.zeros(k)
+    for tile, dys, slope, dmatrix, dqs, dks in zip(
+        blocks.tiles(),
+        [x.flatten(2) for x in blocks.parts(given, 0, 2, 3)],
+        blocks.matrices(slopes),
+        blocks.matrices(dmatrices),
+        [x.flatten(0, 1) for x in blocks.parts(dq, 0, 1, 2)],
+        [x.flatten(0, 1) for x in blocks.parts(dk, 0, 1)],
+        strict=True,
+    ):
+        dmatrix.baddbmm_(dys, tile.matrix.mT)
+        ds = tile.score_gradient(slope, dys)
+        torch.bmm(ds.mT, tile.k, out=dqs)
+        dks.baddbmm_(ds, tile.q)
+    dcoefs = dmatrices.unflatten(-1, (family.width, -1)).transpose(-1, -2)
+    return (
+        blocks.unlaid(dq.mul_(scale)).to(q.dtype).contiguous(),
+        blocks.unlaid(dk).to(k.dtype).contiguous(),
+        dcoefs.to(coefs.dtype).contiguous(),
+    )
 
 
 def _slope(features: Features) -> Features:
@@ -296,10 +321,12 @@ class _Moving:
             self.features = [f.masked_fill(hidden[:, None], 0) for f in self.features]
 
     def group(self, x: Tensor) -> Tensor:
-        return _group(x, self.own)
+        """`(S, H, a, b)` to `(G, a, S, b)`."""
+        return x.flatten(0, 1).unsqueeze(2) if self.own else x.permute(1, 2, 0, 3)
 
     def ungroup(self, x: Tensor) -> Tensor:
-        return _ungroup(x, self.samples, self.own)
+        """`(G, a, S, b)` back to `(S, H, a, b)`."""
+        return x.squeeze(2).unflatten(0, (self.samples, -1)) if self.own else x.permute(2, 0, 1, 3)
 
     def moved(self) -> Tensor:
         """The tangent of the features, or what folded coefficients make it, `(G, K M, S n)`."""
@@ -315,7 +342,7 @@ def _parts(q: Tensor, coefs: Tensor) -> Iterator[slice]:
     """Slices of samples whose features fit a chunk, or of one."""
     batch, heads, queries, _ = q.shape
     size = max(1, coefs.shape[3] * coefs.shape[4] * heads * queries)
-    step = max(1, SAMPLES_CHUNK * torch.get_num_threads() // size)
+    step = max(1, BLOCK * torch.get_num_threads() // size)
     for b in range(0, batch, step):
         yield slice(b, min(b + step, batch))
 
