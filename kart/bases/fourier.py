@@ -91,12 +91,7 @@ def fourier(
         cosines, sines = rows[:grid], rows[grid:]
         torch.cos(x, out=cosines[0])
         torch.sin(x, out=sines[0])
-        if grid > 1:
-            # 1 - 2 sin^2 and 2 sin cos, a pass each; the like for more harmonics loses digits
-            one, zero = x.new_ones(()), x.new_zeros(())
-            torch.addcmul(one, sines[0], sines[0], value=-2, out=cosines[1])
-            torch.addcmul(zero, sines[0], cosines[0], value=2, out=sines[1])
-        for k in range(3, grid + 1):
+        for k in range(2, grid + 1):
             # as in `harmonics`, without the step that keeps the radius
             i, j = k // 2 - 1, k - k // 2 - 1
             cosine, sine = cosines[k - 1], sines[k - 1]
