@@ -187,15 +187,22 @@ def tested(
     records: Sequence[Mapping[str, Any]], own: bool = True
 ) -> dict[tuple[str, str], dict[int, float]]:
     """Test top-1 by seed of each (cell, arm) at the rate that was chosen, in the cell where it has
-    rates of its `own`, or in the centre; a diverged seed counts with what it scored.
+    rates of its `own`, or in the centre; where none has been, of runs at one rate alone. A diverged
+    seed counts with what it scored.
     """
     rates = {cell: best_rates(records, cell) for cell in (CENTRE_CELL, *RATES_IN)}
-    found: dict[tuple[str, str], dict[int, float]] = {}
+    runs: dict[tuple[str, str], dict[float, dict[int, float]]] = {}
     for one in records:
-        place = tuned_in(one["cell"]) if own else CENTRE_CELL
-        chosen = rates[place].get(one["arm"], one["rate"])
-        if not one["tuning"] and one["rate"] == chosen:
-            found.setdefault((one["cell"], one["arm"]), {})[one["seed"]] = one["test_top1"]
+        if not one["tuning"]:
+            by_rate = runs.setdefault((one["cell"], one["arm"]), {})
+            by_rate.setdefault(one["rate"], {})[one["seed"]] = one["test_top1"]
+    found = {}
+    for (cell, arm), by_rate in runs.items():
+        chosen = rates[tuned_in(cell) if own else CENTRE_CELL].get(arm)
+        if chosen is None and len(by_rate) == 1:
+            chosen = next(iter(by_rate))
+        if chosen in by_rate:
+            found[cell, arm] = by_rate[chosen]
     return found
 
 

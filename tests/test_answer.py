@@ -85,6 +85,12 @@ def test_rates_of_their_own_are_shown_beside_those_of_the_centre():
     g3 = shown[cell, "G3"]
     assert g3[f"{fast:g}"] == "150.0*" and g3[f"{slow:g}"] == "50.0"
     assert g3["gain"].startswith("+0.00") and g3["at the centre's"].startswith("+2.00")
+    # while a rate is to be tried yet none is chosen, and runs at several are not mixed
+    last = max(answer.RATES_IN[cell])
+    unfinished = [one for one in found if not (one["tuning"] and one["rate"] == last)]
+    assert (cell, "G3") not in answer.tested(unfinished)
+    fast_alone = [one for one in unfinished if one["tuning"] or one["rate"] == fast]
+    assert len(answer.tested(fast_alone)[cell, "G3"]) == 3
     assert shown["centre", "G3"][f"{slow:g}"].endswith("*") and not shown["centre", "G3"]["gain"]
     assert shown[cell, "softmax"]["gain"] == ""
 
