@@ -227,6 +227,35 @@ def test_public_name_is_read_once_and_then_needs_no_network(hub):
         data.load("someone/shapes", revision="def")
 
 
+@pytest.mark.parametrize("missing", [-1, None])
+def test_a_public_held_out_split_without_labels_is_left_out(hub, missing):
+    """As of ImageNet's copies, whose test labels are -1: the validation split is the test split."""
+    table = datasets.Dataset.from_parquet(str(hub["root"] / "test-00000-of-00001.parquet"))
+    table.to_parquet(hub["root"] / "validation-00000-of-00001.parquet")
+    hidden = table.remove_columns("label").add_column("label", [missing] * 6)
+    hidden = hidden.cast_column("label", datasets.ClassLabel(names=list(CLASSES)))
+    hidden.to_parquet(hub["root"] / "test-00000-of-00001.parquet")
+    found = data.describe("someone/shapes")
+    why = {item.what: item.why for item in found.unused}
+    assert why["split 'test'"] == "no labels: the first is missing"
+    assert found.splits["test"].origin == "'validation'"
+    assert {name: split.images for name, split in found.splits.items()} == {
+        "train": 27,
+        "val": 3,
+        "test": 6,
+    }
+
+
+def test_an_image_without_a_label_is_named(hub):
+    table = datasets.Dataset.from_parquet(str(hub["root"] / "test-00000-of-00001.parquet"))
+    some = table.remove_columns("label").add_column("label", [0, 1, -1, 0, 1, 2])
+    some = some.cast_column("label", datasets.ClassLabel(names=list(CLASSES)))
+    some.to_parquet(hub["root"] / "test-00000-of-00001.parquet")
+    data.load("someone/shapes")
+    with pytest.raises(ValueError, match="label for every image, got -1 for image 2 of .*'test'"):
+        data.load("someone/shapes", "test")
+
+
 # bad input
 
 

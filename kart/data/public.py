@@ -20,7 +20,9 @@ def read(
     scratch: Path,
     candidates: list[str],
 ) -> Source:
-    """The splits of a public data set; `scratch` is where the library may write."""
+    """The splits of a public data set; `scratch` is where the library may write. A held-out split
+    whose first label is missing (-1) has none to score by, and is left out.
+    """
     source = public.path
     try:
         import datasets
@@ -43,8 +45,17 @@ def read(
         found = {"train": "train", public.test: "test"}
     elif len(streams) == 1:
         found = dict.fromkeys(streams, "train")
-    own = splits.resolve(found, source)
     notes = {name: _columns(stream.features or {}, datasets) for name, stream in streams.items()}
+    training = next((name for name in found if found[name] == "train"), None)
+    hidden: list[str] = []
+    if training is not None:
+        _, label = tables.choose(notes[training], *columns)
+        held = [name for name in found if found[name] not in ("train", "other")]
+        hidden = [
+            name for name in held if label in notes[name] and _hides(source, streams[name], label)
+        ]
+        found = {name: known for name, known in found.items() if name not in hidden}
+    own = splits.resolve(found, source)
     first = notes[own["train"]]
     image, label = tables.choose(first, *columns)
     classes, maps, renumbered = first[label].names, {}, {}
@@ -61,7 +72,13 @@ def read(
         if maps[name] is not None:
             renumbered[split] = _size(builder, name) or 0
     unused = [
-        Unused(f"split {name!r}", _size(builder, name) or 0, "not one of train, val and test")
+        Unused(
+            f"split {name!r}",
+            _size(builder, name) or 0,
+            "no labels: the first is missing"
+            if name in hidden
+            else "not one of train, val and test",
+        )
         for name in streams
         if name not in own.values()
     ]
@@ -77,6 +94,22 @@ def read(
         origins=own,
         unused=tuple(unused),
         renumbered=renumbered,
+    )
+
+
+def _hides(source: str, stream: Any, label: str) -> bool:
+    """Whether a split begins without a label; its images are not read."""
+    try:
+        first = next(iter(stream.select_columns([label])), None)
+    except Exception as err:
+        raise _unreadable(source, err) from err
+    return first is not None and first[label] in (-1, None)
+
+
+def _unreadable(source: str, err: Exception) -> ValueError:
+    return ValueError(
+        f"`load` could not read {source!r} to its end: {first_line(err)} "
+        "Fetch the damaged file again."
     )
 
 
@@ -109,23 +142,25 @@ def _rows(
     stream = stream.select_columns(list(columns))
     if notes[columns[0]].kind == "image":
         stream = stream.cast_column(columns[0], datasets.Image(decode=False))
-    number = 0
+    number, bound = 0, 2**63 if numbers is None else len(numbers)
     try:
         for number, row in enumerate(stream):
             value, label = row[columns[0]], row[columns[1]]
             data = value.get("bytes") if isinstance(value, dict) else value
             where = tables.where_is(source, name, number)
-            if not isinstance(data, bytes) or not isinstance(label, int):
-                raise ValueError(f"{where}, has no bytes or no label")
-            if label < 0 or (numbers is not None and label >= len(numbers)):
-                raise ValueError(f"{where}, has the label {label}")
+            if not isinstance(data, bytes):
+                raise ValueError(f"{where}, has no bytes")
+            if not isinstance(label, int) or not 0 <= label < bound:
+                raise ValueError(
+                    f"`load` needs a label for every image, got {label!r} for {where}. Name "
+                    "another column of labels, or use a revision that has them."
+                )
             yield Row(where, io.BytesIO(data), label if numbers is None else int(numbers[label]))
     # Arrow's and the network's errors: name the source, keep the cause
     except Exception as err:
-        raise ValueError(
-            f"`load` could not read {source!r} to its end: {first_line(err)} "
-            "Fetch the damaged file again."
-        ) from err
+        if str(err).startswith("`load`"):
+            raise
+        raise _unreadable(source, err) from err
 
 
 def _size(builder: Any, split: str) -> int | None:
