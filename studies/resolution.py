@@ -31,30 +31,34 @@ Found = Mapping[str, Mapping[int, Mapping[int, float]]]
 
 def measure(
     paths: Sequence[str], sizes: Sequence[int], source: str | None = None, limit: int | None = None
-) -> tuple[dict[str, dict[int, dict[int, float]]], int]:
-    """Top-1 of the runs below `paths` at their own and other sizes, and the number of images."""
+) -> tuple[dict[str, dict[int, dict[int, float]]], int, int]:
+    """Top-1 of the runs below `paths` at their own and other sizes, their own, and the number of
+    images. The runs differ in operator and seed alone; seeds that diverged are left out.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"`--limit` needs an integer >= 1, got {limit}. Leave it out for all.")
     found: dict[str, dict[int, dict[int, float]]] = {}
-    count = 0
-    for directory in runs.distinct(*paths):
-        own = runs.read(directory)
-        runs.check_finished(directory, runs.read_metrics(directory))
-        config = own.configs[0]
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
-        config = dataclasses.replace(config, data=source or config.data)
-        test = owned.load_split(str(directory), own.data, config, "test")
-        test = test._replace(images=test.images[:limit], labels=test.labels[:limit])
-        count = len(test.labels)
-        model = train.build(config, test)
-        weights = runs.load_weights(directory)
-        for member, params in zip(own.configs, weights, strict=True):
-            for size in sorted({model.config.image_size, *sizes}):
+    results = runs.compare(*paths)
+    own_size, count = 0, 0
+    for result in results:
+        homes = result.homes or ()
+        for member, home, params in zip(result.configs, homes, result.params, strict=True):
+            if member.threads is not None:
+                torch.set_num_threads(member.threads)
+            own = runs.read(home)
+            place = owned.place(str(home), own.data, member.data, source)
+            config = dataclasses.replace(member, data=place)
+            test = owned.load_split(str(home), own.data, config, "test")
+            test = test._replace(images=test.images[:limit], labels=test.labels[:limit])
+            count = len(test.labels)
+            model = train.build(config, test)
+            own_size = model.config.image_size
+            for size in sorted({own_size, *sizes}):
                 moved, resized = models.resize(model, params, size)
                 there = dataclasses.replace(config, image_size=size)
                 top1 = float(train.evaluate(moved.apply, resized, test, there)["top1"])
-                name = str(config.operator)
-                found.setdefault(name, {}).setdefault(size, {})[member.seed] = top1
-    return found, count
+                found.setdefault(result.name, {}).setdefault(size, {})[member.seed] = top1
+    return found, own_size, count
 
 
 def table(found: Found, own: int, images: int) -> str:
@@ -70,8 +74,8 @@ def table(found: Found, own: int, images: int) -> str:
                 if base is not None and name != "softmax":
                     theirs = {seed: base[size][seed] - base[own][seed] for seed in base[size]}
                     ours = {seed: scores[seed] - by_size[own][seed] for seed in scores}
-                    gap = statistics.pairs(ours, theirs)
-                    beside = statistics.interval(gap, low=-2.0, high=2.0).text(sign="+")
+                    if gap := statistics.pairs(ours, theirs):
+                        beside = statistics.interval(gap, low=-2.0, high=2.0).text(sign="+")
             top1 = statistics.accuracy(list(scores.values()), images).text()
             rows.append([name, str(size), top1, change, beside, str(len(scores))])
     header = ["operator", "px", "test top-1 %", f"change from {own} px", "over softmax's", "n"]
@@ -90,16 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, metavar="N", help="the first N test images alone")
     args = parser.parse_args(argv)
     try:
-        found, images = measure(args.runs, args.sizes, args.data, args.limit)
-        sizes = {size for by_size in found.values() for size in by_size} - set(args.sizes)
-        if len(sizes) != 1:
-            raise ValueError(
-                f"`runs` needs runs of one image size, beside {args.sizes}, got {sorted(sizes)}. "
-                "Name those of one size."
-            )
+        found, own, images = measure(args.runs, args.sizes, args.data, args.limit)
     except ValueError as error:
         parser.error(str(error))
-    print(table(found, sizes.pop(), images))
+    print(table(found, own, images))
     return 0
 
 

@@ -10,6 +10,7 @@ import time
 import optuna
 import pytest
 import torch
+from pictures import save_folder
 from torch.testing import assert_close
 
 from kart import cli, data, models, operators, runs, train
@@ -230,8 +231,8 @@ def test_runs_are_scored_at_other_sizes(tmp_path, capsys):
     flags += ["--embed-dim", "8", "--depth", "1", "--num-heads", "1", "--threads", "1", "--quiet"]
     argv = ["train", "--operator", "softmax", "G1B:rank=2", *flags, "--out", out]
     assert cli.main(argv) == 0
-    found, images = resolution.measure([out], [8, 16], limit=50)
-    assert images == 50 and set(found) == {"softmax", "G1B:rank=2"}
+    found, size, images = resolution.measure([out], [8, 16], limit=50)
+    assert (size, images) == (8, 50) and set(found) == {"softmax", "G1B:rank=2"}
     one = runs.only(f"{out}/softmax/group-0")
     test = data.load("digits", "test")
     test = test._replace(images=test.images[:50], labels=test.labels[:50])
@@ -241,11 +242,42 @@ def test_runs_are_scored_at_other_sizes(tmp_path, capsys):
     config = dataclasses.replace(one.config, image_size=16)
     assert found["softmax"][16][0] == train.evaluate(model.apply, params, test, config)["top1"]
     capsys.readouterr()
-    assert resolution.main([out, "--sizes", "12", "--limit", "20"]) == 0
+    assert resolution.main([out, "--sizes", "8", "12", "--limit", "20"]) == 0
     assert "change from 8 px" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as caught:
-        resolution.main([str(tmp_path)[:-1] + "-nowhere"])
-    assert caught.value.code == 2 and "run" in capsys.readouterr().err
+    # another depth would take the place of the seeds of the same operator
+    other = str(tmp_path / "other")
+    argv = ["train", "--operator", "softmax", *flags, "--depth", "2", "--out", other]
+    assert cli.main(argv) == 0
+    for argv, words in (
+        ([str(tmp_path)[:-1] + "-nowhere"], "run"),
+        ([out, other, "--sizes", "12"], "differ in operator and seed alone"),
+        ([out, "--limit", "0"], "`--limit` needs an integer >= 1, got 0"),
+        ([out, "--limit", "-5"], "`--limit` needs an integer >= 1, got -5"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            resolution.main(argv)
+        assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_other_sizes_of_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):
+    save_folder(tmp_path / "own/pictures", 30, size=(8, 8))
+    monkeypatch.chdir(tmp_path / "own")
+    flags = ["--data", "pictures", "--epochs", "1", "--embed-dim", "8", "--depth", "1", "--threads"]
+    flags += [
+        "1",
+        "--num-heads",
+        "1",
+        "--batch-size",
+        "9",
+        "--quiet",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert cli.main(["train", "--operator", "softmax", *flags]) == 0
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        resolution.main([str(tmp_path / "run"), "--sizes", "16"])
+    assert "needs the directory 'pictures'" in capsys.readouterr().err
 
 
 def test_text_is_resumed_and_refuses_other_settings(tmp_path, capsys):
