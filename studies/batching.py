@@ -17,6 +17,7 @@ import time
 import torch
 
 from kart import tables, train
+from kart.commands.command import integer
 from kart.train import Config
 
 SETTINGS = {
@@ -47,8 +48,8 @@ def measure(config: Config, splits: train.Splits, repeats: int) -> dict[str, lis
 def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
     arguments = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    arguments.add_argument("--threads", type=int, default=1)
-    arguments.add_argument("--repeats", type=int, default=15)
+    arguments.add_argument("--threads", type=integer(1), default=1)
+    arguments.add_argument("--repeats", type=integer(1), default=15)
     args = arguments.parse_args(argv)
     torch.set_num_threads(args.threads)
     rows = []

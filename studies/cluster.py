@@ -27,6 +27,7 @@ from typing import NamedTuple
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from kart.commands.command import integer
 from kart.search import storage
 from kart.tables import table
 
@@ -220,8 +221,8 @@ FLAGS = [
 def main(argv: Sequence[str] | None = None) -> int:
     """Shows it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--workers", type=integer(1), default=4)
+    parser.add_argument("--trials", type=integer(1), default=24)
     args = parser.parse_args(argv)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with server(binaries() or install()) as (url, env):

@@ -18,6 +18,7 @@ import torch
 
 from kart import tables, train
 from kart.analysis import bench
+from kart.commands.command import integer
 from kart.train import Config
 
 
@@ -27,12 +28,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="a directory, or a public name")
     parser.add_argument("--operator", default="G10B:order=full_rank", metavar="SPEC")
     parser.add_argument("--model", default="vit_tiny")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--images", type=int, default=64, help="training images (64)")
+    parser.add_argument("--image-size", type=integer(1), default=224)
+    parser.add_argument("--steps", type=integer(1), default=200)
+    parser.add_argument("--batch-size", type=integer(1), default=4)
+    parser.add_argument("--images", type=integer(1), default=64, help="training images (64)")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     args = parser.parse_args(argv)
+    if args.images < args.batch_size:
+        parser.error(f"--images needs at least --batch-size {args.batch_size}, got {args.images}")
     torch.set_num_threads(1)
     per_epoch = args.images // args.batch_size
     config = Config(

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from kart import augment, data, tables, train
+from kart.commands.command import integer
 from kart.train import Config
 
 SHAPE = (500, 375)  # width, height: the most frequent ones of ImageNet
@@ -82,8 +83,8 @@ def trained_per_second(model: str, size: int, device: str, splits: train.Splits)
 def main(argv: list[str] | None = None) -> None:
     """Prints both tables."""
     arguments = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    arguments.add_argument("--images", type=int, default=300)
-    arguments.add_argument("--size", type=int, default=224)
+    arguments.add_argument("--images", type=integer(1), default=300)
+    arguments.add_argument("--size", type=integer(1), default=224)
     arguments.add_argument("--model", nargs="*", default=["vit_tiny"])
     arguments.add_argument("--device", default="cpu")
     args = arguments.parse_args(argv)

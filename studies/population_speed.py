@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kart import population, train
+from kart.commands.command import integer
 from kart.tables import table
 from kart.train import Config
 
@@ -64,10 +65,12 @@ def measure(
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 8], metavar="K")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--settings", type=int, default=len(SETTINGS), help="the first so many")
+    parser.add_argument("--seeds", type=integer(1), nargs="+", default=[1, 2, 3, 4, 8], metavar="K")
+    parser.add_argument("--repeats", type=integer(1), default=15)
+    parser.add_argument("--threads", type=integer(1), default=1)
+    parser.add_argument(
+        "--settings", type=integer(1), default=len(SETTINGS), help="so many"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     rows = []

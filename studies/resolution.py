@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from kart import models, runs, statistics, tables, train
+from kart.commands.command import integer
 from kart.runs import owned
 
 # top-1 by seed, of each size, of each operator
@@ -35,8 +36,6 @@ def measure(
     """Top-1 of the runs below `paths` at their own and other sizes, their own, and the number of
     images. The runs differ in operator and seed alone; seeds that diverged are left out.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"`--limit` needs an integer >= 1, got {limit}. Leave it out for all.")
     found: dict[str, dict[int, dict[int, float]]] = {}
     results = runs.compare(*paths)
     own_size, count = 0, 0
@@ -89,9 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", help="directories that `kart train` wrote")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[48, 64], metavar="PX")
+    parser.add_argument("--sizes", nargs="+", type=integer(1), default=[48, 64], metavar="PX")
     parser.add_argument("--data", help="where the data is now, if it has moved")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N test images alone")
+    parser.add_argument(
+        "--limit", type=integer(1), metavar="N", help="the first N test images"
+    )
     args = parser.parse_args(argv)
     try:
         found, own, images = measure(args.runs, args.sizes, args.data, args.limit)

@@ -20,6 +20,7 @@ from typing import Any
 import optuna
 
 from kart import statistics
+from kart.commands.command import integer
 from kart.search.storage import SAMPLERS, PerTrial
 from kart.tables import table
 
@@ -86,11 +87,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, default=RECORDED, metavar="CSV")
     parser.add_argument("--arm", default="KArAt")
     parser.add_argument("--samplers", nargs="+", default=["random", "tpe", "gp"])
-    parser.add_argument("--trials", type=int, default=24)
-    parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--trials", type=integer(1), default=24)
+    parser.add_argument("--seeds", type=integer(1), default=40)
     args = parser.parse_args(argv)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    names, levels, points = read(args.table, args.arm)
+    try:
+        names, levels, points = read(args.table, args.arm)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     marks = sorted({max(1, args.trials // 3), max(1, 2 * args.trials // 3), args.trials})
     rows = []
     for sampler in args.samplers:

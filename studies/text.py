@@ -25,6 +25,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from kart import layers, nn, operators, optim, schema, statistics, tables, tree
+from kart.commands.command import integer
 from kart.operators import Operator
 
 Params = dict[str, Any]
@@ -148,8 +149,15 @@ def train(op: Operator, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 def read_results(path: Path, settings: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
     """What is done, by arm and seed; raises ValueError where it was done otherwise."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        record = json.loads(line)
+    lines = path.read_text().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"`text` needs whole lines in {path}, got line {number} that is cut off. Remove "
+                "it: what it was to hold is trained again."
+            ) from error
         if record["settings"] != settings:
             raise ValueError(
                 f"`text` needs the settings of {path}, {record['settings']}, got {settings}. "
@@ -192,18 +200,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Trains seed by seed, all arms of one before the next, and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=integer(1), default=3)
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after these")
     parser.add_argument("--arms", default=None, help=f"separated by ;, of {'; '.join(ARMS)}")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=16, help="windows of the longest (16)")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--depth", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--steps", type=integer(1), default=600)
+    parser.add_argument("--batch", type=integer(1), default=16, help="windows of the longest (16)")
+    parser.add_argument("--width", type=integer(1), default=64)
+    parser.add_argument("--depth", type=integer(1), default=2)
+    parser.add_argument("--heads", type=integer(1), default=4)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[16, 32, 48, 64])
-    parser.add_argument("--evaluate", type=int, nargs="+", default=list(LENGTHS))
-    parser.add_argument("--held-out", type=int, default=20000, help="characters (20000)")
+    parser.add_argument("--lengths", type=integer(1), nargs="+", default=[16, 32, 48, 64])
+    parser.add_argument("--evaluate", type=integer(1), nargs="+", default=list(LENGTHS))
+    parser.add_argument("--held-out", type=integer(1), default=20000, help="characters (20000)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     given = vars(args)
@@ -214,11 +222,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         unknown = [arm for arm in arms if arm not in ARMS]
         if unknown:
             raise ValueError(f"`text` needs `--arms` in {list(ARMS)}, got {unknown}. Choose those.")
+        if args.width % args.heads:
+            raise ValueError(
+                f"`text` needs `--width` in as many equal parts as `--heads`, got {args.width} "
+                f"and {args.heads}. Change one of them."
+            )
+        longest, held_out = max([*args.lengths, *args.evaluate]), len(read_text()[1])
+        if longest + 1 >= held_out:
+            raise ValueError(
+                f"`text` needs windows shorter than the {held_out} characters that are held out, "
+                f"got {longest}. Choose shorter ones."
+            )
         found = read_results(path, settings)
-    except ValueError as error:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    path.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
         for arm in arms:
             if seed in found.get(arm, {}) or time.monotonic() - began > 60 * args.minutes:

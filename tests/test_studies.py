@@ -18,9 +18,11 @@ from kart.analysis import cost
 from kart.search import question, space, storage, work
 from kart.search.work import Confirmed
 from studies import (
+    batching,
     cluster,
     controls,
     full_rank,
+    loader,
     per_block,
     placement,
     population_speed,
@@ -251,8 +253,6 @@ def test_runs_are_scored_at_other_sizes(tmp_path, capsys):
     for argv, words in (
         ([str(tmp_path)[:-1] + "-nowhere"], "run"),
         ([out, other, "--sizes", "12"], "differ in operator and seed alone"),
-        ([out, "--limit", "0"], "`--limit` needs an integer >= 1, got 0"),
-        ([out, "--limit", "-5"], "`--limit` needs an integer >= 1, got -5"),
     ):
         with pytest.raises(SystemExit) as caught:
             resolution.main(argv)
@@ -278,6 +278,45 @@ def test_other_sizes_of_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         resolution.main([str(tmp_path / "run"), "--sizes", "16"])
     assert "needs the directory 'pictures'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("study", "argv", "words"),
+    [
+        (batching, ["--repeats", "0"], "--repeats: needs an integer >= 1, got 0"),
+        (cluster, ["--workers", "0"], "--workers: needs an integer >= 1, got 0"),
+        (full_rank, ["--data", "digits", "--steps", "0"], "--steps: needs an integer >= 1"),
+        (full_rank, ["--data", "digits", "--images", "3"], "--images needs at least --batch-size"),
+        (loader, ["--images", "0"], "--images: needs an integer >= 1, got 0"),
+        (population_speed, ["--seeds", "0"], "--seeds: needs an integer >= 1, got 0"),
+        (resolution, ["RUN", "--limit", "-5"], "--limit: needs an integer >= 1, got -5"),
+        (samplers, ["--trials", "0"], "--trials: needs an integer >= 1, got 0"),
+        (samplers, ["--table", "nowhere.csv"], "nowhere.csv"),
+        (text, ["--out", "new", "--steps", "0"], "--steps: needs an integer >= 1, got 0"),
+    ],
+)
+def test_studies_refuse_numbers_that_are_none(study, argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        study.main(argv)
+    assert caught.value.code == 2 and words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_refuses_what_it_cannot_train(tmp_path, capsys):
+    out = tmp_path / "out"
+    for argv, words in (
+        (["--heads", "3"], "`--width` in as many equal parts as `--heads`, got 64 and 3"),
+        (["--evaluate", "100000000"], "`text` needs windows shorter than"),
+    ):
+        assert text.main(["--out", str(out), *argv]) == 2
+        assert words in capsys.readouterr().err and not out.exists()
+    out.mkdir()
+    (out / "results.jsonl").write_text('{"arm": "softmax", "see')
+    assert text.main(["--out", str(out)]) == 2
+    assert "whole lines in" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert text.main(["--out", str(tmp_path / "file")]) == 2
 
 
 def test_text_is_resumed_and_refuses_other_settings(tmp_path, capsys):

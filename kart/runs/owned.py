@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kart import data, train
-from kart.data import Dataset
+from kart.data import Dataset, finding
 from kart.train import Config, Splits
 
 
@@ -64,7 +64,8 @@ def place(where: str, own: dict[str, Any], named: str, given: str | None) -> str
         return given
     public = named.partition("?")[0]
     # of a public set the name is the whole of what was asked for, of a directory its last part
-    known = own["name"] == public or public in data.SHORT
+    known = own["name"] == public and "/" in public
+    known = known or public in data.SHORT or public in finding.BUILT_IN
     here = any(Path(os.path.expanduser(one)).is_dir() for one in (named, public))
     if not known and not here:
         raise ValueError(
