@@ -68,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=integer(1), nargs="+", default=[1, 2, 3, 4, 8], metavar="K")
     parser.add_argument("--repeats", type=integer(1), default=15)
     parser.add_argument("--threads", type=integer(1), default=1)
-    parser.add_argument(
-        "--settings", type=integer(1), default=len(SETTINGS), help="so many"
-    )
+    parser.add_argument("--settings", type=integer(1), default=len(SETTINGS), help="so many")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     rows = []

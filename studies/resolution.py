@@ -90,9 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", help="directories that `kart train` wrote")
     parser.add_argument("--sizes", nargs="+", type=integer(1), default=[48, 64], metavar="PX")
     parser.add_argument("--data", help="where the data is now, if it has moved")
-    parser.add_argument(
-        "--limit", type=integer(1), metavar="N", help="the first N test images"
-    )
+    parser.add_argument("--limit", type=integer(1), metavar="N", help="the first N test images")
     args = parser.parse_args(argv)
     try:
         found, own, images = measure(args.runs, args.sizes, args.data, args.limit)

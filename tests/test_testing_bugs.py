@@ -120,6 +120,13 @@ def draws_from_the_world(generator, shape):
     return {"coefs": torch.randn(*shape, 4)}
 
 
+def seeds_itself(generator, shape):
+    """Drawn from a generator of its own, the same for every seed of a run."""
+    own = torch.Generator().manual_seed(0)
+    right = bases.fourier(2).init(generator, shape)
+    return tree.map(lambda leaf: torch.randn(leaf.shape, generator=own), right)
+
+
 def changes_default_dtype(apply, params, x):
     torch.set_default_dtype(torch.float64)
     return apply(params, x)
@@ -598,6 +605,10 @@ BASES = {
     "half of float16 alone": (
         applied(lambda apply, p, x: apply(p, x.clamp(-2, 2) if x.dtype == torch.half else x)),
         "half_rounds_once",
+    ),
+    "init with a seed of its own": (
+        bases.fourier(2)._replace(init=seeds_itself),
+        "init_follows_its_generator",
     ),
     "init of one memory for all units": (
         bases.fourier(2)._replace(init=one_for_all_units),
@@ -1615,6 +1626,10 @@ def start(generator):
     return Learner(params, tree.map(torch.zeros_like, params), torch.zeros((), dtype=torch.int64))
 
 
+def start_by_itself(generator):
+    return start(torch.Generator().manual_seed(0))
+
+
 def pairs(generator, size):
     return torch.randn(size, 3, generator=generator), torch.randn(size, 2, generator=generator)
 
@@ -1824,6 +1839,7 @@ def adam(
     averaged=lambda old, new: new,
     at=lambda state: state.params,
     schedule=RATE,
+    updates=24,
 ):
     """A right AdamW with clipping to 2, decay of matrices and an average, but for what is given."""
 
@@ -1863,6 +1879,7 @@ def adam(
         max_norm=2.0,
         decays=lambda name, leaf: leaf.dim() > 1,
         keeps=keeps,
+        updates=updates,
     )
     return testing.Training(
         init,
@@ -1888,6 +1905,10 @@ STEPS = {
     "targets of the neighbour": (
         learning(loss=lambda params, batch: mean_loss(params, (batch[0], batch[1].roll(1, 0)))),
         "examples_permute",
+    ),
+    "the same start for every seed": (
+        learning()._replace(init=start_by_itself),
+        "init_follows_its_generator",
     ),
     "state changed in place": (learning(in_place), "inputs_untouched"),
     "decay beside the rate": (learning(decayed_by_itself), "zero_rate_is_still"),
@@ -1931,6 +1952,10 @@ STEPS = {
     "no root": (adam(eps=lambda v: v + 1e-8), FORMULA),
     "decay of the moments swapped": (adam(betas=(0.99, 0.9)), FORMULA),
     "schedule that ends late": (adam(schedule=lambda i: RATE(i if i < 8 else 7)), FORMULA),
+    "schedule that begins again": (
+        adam(schedule=lambda i: RATE(i if i < 30 else i - 30), updates=48),
+        FORMULA,
+    ),
     "average an update late": (adam(averaged=lambda old, new: old), AVERAGE),
     "average's warm-up one ahead": (adam(ahead=1), AVERAGE),
     "average whose counter stands still": (adam(count=0), AVERAGE),
@@ -2004,6 +2029,14 @@ def blind_to(name):
         return apply({**params, name: torch.zeros_like(params[name])}, images)
 
     return wrong
+
+
+def own_head(generator):
+    """All but the head follow the generator."""
+    right = tiny("softmax").init(generator)
+    own = torch.Generator().manual_seed(0)
+    weight = torch.randn(right["head"]["weight"].shape, generator=own)
+    return {**right, "head": {**right["head"], "weight": weight}}
 
 
 def global_head(generator):
@@ -2103,6 +2136,10 @@ MODELS = {
     ),
     "init from the global seed": (
         tiny("softmax")._replace(init=global_head),
+        "init_follows_its_generator",
+    ),
+    "init with a seed of its own": (
+        tiny("softmax")._replace(init=own_head),
         "init_follows_its_generator",
     ),
     "branch on values": (

@@ -20,7 +20,8 @@ class AdamW(NamedTuple):
 
     `rate(i)` is the learning rate of update i, `decays(path, leaf)` whether a parameter decays,
     `max_norm` the largest global norm of the gradients, None for any; `keeps(i)` the share of the
-    average that survives update i.
+    average that survives update i; `updates` how many are compared with the step's: past the end of
+    the schedule, where it has one, for it is not held to what it does beyond.
     """
 
     rate: Callable[[int], float]
@@ -31,6 +32,7 @@ class AdamW(NamedTuple):
     max_norm: float | None = None
     decays: Callable[[str, Tensor], bool] = lambda path, leaf: True
     keeps: Callable[[int], float] = lambda i: 0.0
+    updates: int = 24
 
 
 def warmup_cosine(

@@ -9,10 +9,11 @@ import numpy
 import torch
 from torch import Tensor
 from torch.func import vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kart import tree
 from kart.testing import draw
-from kart.testing.compare import agree, agree_trees, same, same_tree, unit
+from kart.testing.compare import agree, agree_trees, same_tree, unit
 
 # what an object is taken to hold under, unless its traits say False
 TRANSFORMS = {"vmap": True, "forward_mode": True, "second_derivative": True}
@@ -99,13 +100,46 @@ def another_seed(seed: int) -> Iterator[None]:
         yield
 
 
+class _Draws(TorchDispatchMode):
+    """Notes the state of every generator that random numbers are drawn from, before the draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            source = kwargs.get("generator") or torch.default_generator
+            self.states.append(source.get_state())
+        return func(*args, **kwargs)
+
+
+def drawn_from_its_generator(init: Callable[[torch.Generator], Any], seed: int) -> tuple[Any, Any]:
+    """Asserts that `init(generator)` gives twice the same, and draws no number that is the same for
+    every generator; returns both.
+    """
+    with _Draws() as drawn:
+        first = init(draw.generator(seed))
+    with another_seed(seed + 7):
+        again = init(draw.generator(seed))
+    same_tree(again, first, "a second init", "the first")
+    with another_seed(seed + 8), _Draws() as elsewhere:
+        init(draw.generator(seed + 1))
+    for i, (one, other) in enumerate(zip(drawn.states, elsewhere.states, strict=False)):
+        if torch.equal(one, other):
+            raise AssertionError(
+                f"draw {i} of random numbers is the same for generators of seeds {seed} and "
+                f"{seed + 1}: it is from another, seeded in the same way every time"
+            )
+    return first, again
+
+
 def follows_its_generator(
     init: Callable[[torch.Generator], Any], seed: int, fits: Callable[[Tensor], bool], wanted: str
 ) -> None:
     """Asserts that `init(generator)` gives finite float32 leaves that `fits`, twice the same."""
-    first = init(draw.generator(seed))
-    with another_seed(seed + 7):
-        again = init(draw.generator(seed))
+    first, again = drawn_from_its_generator(init, seed)
     for name, leaf in tree.named(first).items():
         if leaf.requires_grad:
             raise AssertionError(f"{name} requires a gradient: wanted numbers alone")
@@ -114,7 +148,6 @@ def follows_its_generator(
                 f"{name} is {leaf.dtype} of shape {tuple(leaf.shape)}, or not finite: wanted "
                 f"finite float32{wanted}"
             )
-        same(tree.named(again)[name], leaf, f"{name} of a second init", "that of the first")
     shared = "memory is shared, and an optimizer in place writes to all that share it"
     kept = tree.map(torch.clone, again)
     for leaf in tree.leaves(first):
