@@ -145,6 +145,8 @@ def test_analyse_shares_several_runs_among_processes(capsys, tmp_path):
     assert all(list((home / "analysis").glob("landscape-*")) for home in homes)
     code, _, error = run(capsys, *argv, "--points", 12)
     assert code == 2 and "`--points` needs 11, 21" in error
+    code, _, error = run(capsys, "analyse", *homes, "--sections", "")
+    assert code == 2 and "needs names among scores, training" in error
 
 
 def test_analyse_refuses_what_cannot_be_compared(capsys, tmp_path):

@@ -229,6 +229,14 @@ def test_functions_are_those_of_their_measures(results):
     assert numbers(found, "softmax", "score_share") and not numbers(found, "softmax", "r2_affine")
 
 
+def test_functions_are_shown_where_few_validation_images_tell_no_share(results):
+    few = SPLITS.val._replace(images=SPLITS.val.images[:2], labels=SPLITS.val.labels[:2])
+    splits = SPLITS._replace(val=few)
+    found = functions.section(section.Context(results, splits, name="functions", examples=16))
+    assert not numbers(found, "G2B", "score_share") and numbers(found, "G2B", "r2_affine")
+    assert "a dash too few validation images" in " ".join(found.blocks)
+
+
 def test_functions_of_fixed_operators_alone_say_so(results):
     found = functions.section(context(results[:1], functions.ANALYSIS))
     assert "No operator here learns functions" in " ".join(found.blocks)

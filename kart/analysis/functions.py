@@ -558,15 +558,18 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
             scores, weights, values = (
                 samples(site, aux[f"blocks.{i}.{kind}"]) for kind in ("scores", "weights", "values")
             )
-            shares.append(score_share(weights, values))
+            # fewer validation images than the fit of a constant operator asks for
+            if weights.shape[0] * values.shape[-1] >= 4 * weights.shape[-1]:
+                shares.append(score_share(weights, values))
             for group in learned_groups(site.operator, model.operator_params(member.params, i)):
                 x = score_range(scores, group.operator)
                 values = curves(group.operator, group.params, x)
                 near.append(
                     torch.stack([fit.mean() for fit in fits(values, x, density(scores, x))])
                 )
-        by_block = torch.stack([share.mean() for share in shares])
-        found = {"score_share": torch.cat(shares).mean(), "by_block": by_block}
+        found = {}
+        if len(shares) == len(model.sites):
+            found["score_share"] = torch.cat(shares).mean()
         if near:
             means = torch.stack(near).mean(0)
             found |= {f"r2_{name}": means[i] for i, name in enumerate(Fits._fields)}
@@ -617,9 +620,9 @@ def section(context: Context) -> pages.Section:
         columns,
         "Of the scores: the share of the variance of the heads' output over images that the best "
         "operator that is the same for all images does not give, mean over heads and blocks; 0 is "
-        "attention that ignores its scores. R²: the share of a unit's mean square, over the scores "
-        "seen, that the best function of the kind gives, mean over units. Mean, 95 % interval over "
-        "seeds.",
+        "attention that ignores its scores, a dash too few validation images to tell. R²: the "
+        "share of a unit's mean square, over the scores seen, that the best function of the kind "
+        "gives, mean over units. Mean, 95 % interval over seeds.",
     )
     lines = differences(found, "score_share", "The share of the scores (%)", column)
     notes = windowed(context, "The best constant operator is one for all windows of a block.")

@@ -85,7 +85,7 @@ def _say(line: str) -> None:
 def _sections(args: argparse.Namespace) -> Any:
     from kart.analysis import report
 
-    return report.select(args.sections.split(",")) if args.sections else report.SECTIONS
+    return report.SECTIONS if args.sections is None else report.select(args.sections.split(","))
 
 
 def _run(args: argparse.Namespace) -> int:
