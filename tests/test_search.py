@@ -527,6 +527,19 @@ def test_a_changed_study_is_refused_and_nothing_is_touched(asked, tmp_path, caps
     assert contents(tmp_path / "out") == before
 
 
+def test_another_study_in_its_place_is_refused_by_name_alone(asked, tmp_path, capsys):
+    path, argv = asked
+    init = ["init", *argv[1:4], *argv[4:6], "--quiet", "--group", "2"]
+    assert kart_study(init) == 0
+    before = contents(tmp_path / "out")
+    other = path.with_name("another.py")
+    other.write_text(path.read_text() + "\n")
+    assert kart_study([argv[0], str(other), *argv[2:]]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"needs to be {path.stem!r}, which is in" in error and "got 'another'." in error
+    assert contents(tmp_path / "out") == before
+
+
 def test_other_versions_and_spaces_are_refused_and_nothing_is_touched(
     asked, tmp_path, capsys, monkeypatch
 ):

@@ -104,6 +104,11 @@ def check_same(found: Settings, wanted: Settings, where: str) -> None:
         for name in {*old, *new}
         if old.get(name) != new.get(name) and name.split(".")[0] not in MAY_CHANGE
     )
+    if {"study", "source"} <= set(names):
+        raise ValueError(
+            f"`study` needs to be {found.study!r}, which is in {where!r}, got {wanted.study!r}. "
+            "Start it in a place of its own."
+        )
     if names:
         shown = "; ".join(f"{n}: {old.get(n)!r} there, {new.get(n)!r} now" for n in names)
         raise ValueError(
