@@ -222,6 +222,7 @@ def build(config: Config, dataset: Dataset) -> Model:
     With `attention_from` that is a student; `operator` and the other fields of the model are those
     of both.
     """
+    dataset.check()
     given = {name: getattr(config, name) for name in MODEL_FIELDS}
     given = {name: value for name, value in given.items() if value is not None}
     if config.recompute:  # models without it name it as no field of theirs
@@ -567,6 +568,7 @@ def batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> Batches:
     Each rank augments the whole batch, as mixup needs it, and then takes its part: together they
     see what one process sees, to the bit.
     """
+    dataset.check()
     count = len(dataset.labels)
     if count < config.batch_size:
         raise ValueError(
@@ -621,7 +623,12 @@ def evaluate(
     the best five classes, or all where there are fewer. Ranks take the batches in turn.
     """
     totals: dict[str, Tensor] = {}
+    dataset.check()
     count = len(dataset.labels)
+    if not count:
+        raise ValueError(
+            f"`evaluate` needs one image or more, got none in {dataset.name!r}. Add images."
+        )
     dtype = getattr(torch, config.precision)
     with torch.no_grad():
         starts = list(range(0, count, batch_size))

@@ -13,7 +13,7 @@ from pictures import CLASSES, numbers, picture, same, save_folder, save_table
 from PIL import Image
 from torch.testing import assert_close
 
-from kart import data
+from kart import data, train
 from kart.data import splits, statistics
 
 
@@ -409,3 +409,41 @@ def test_normalise_by_hand():
             data.normalise(images, (0.5, 0.2), (0.5, 0.1))
     with pytest.raises(ValueError, match="`as_float` needs uint8 images, got torch.float32"):
         data.as_float(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"images": np.zeros((6, 3, 4, 4), np.float32)}, "`images` .* uint8 .* got float32 of"),
+        ({"images": np.zeros((6, 4, 4), np.uint8)}, "`images` to be .* got uint8 of .*6, 4, 4"),
+        ({"images": torch.zeros(6, 3, 4, 4, dtype=torch.uint8)}, "`images` .* got torch.uint8"),
+        ({"labels": np.zeros(5, np.int64)}, "`labels` to be one of each of 6 images, got 5"),
+        ({"labels": np.arange(6)}, "`labels` to be numbers of its 2 classes, 0 to 1, got 0 to 5"),
+        ({"labels": np.arange(6) % 2 - 1}, "`labels` .* got -1 to 0"),
+        ({"labels": np.array(["a", "b"] * 3)}, "`labels` .* int64 .n,., got <U1"),
+        ({"labels": [0, 1] * 3}, "`labels` .* got list"),
+        ({"classes": ("a",)}, "`classes` to be two names or more"),
+        ({"mean": (120.0,) * 3}, "`mean` to be 3 numbers in 0 to 1, .* got .120.0"),
+        ({"mean": (0.5,)}, "`mean` to be 3 numbers"),
+        ({"std": (0.0,) * 3}, "`std` to be 3 numbers"),
+        ({"std": (float("nan"),) * 3}, "`std` to be 3 numbers"),
+    ],
+)
+def test_a_data_set_of_arrays_of_ones_own_is_checked(change, words):
+    pixels, labels = np.zeros((6, 3, 4, 4), np.uint8), np.arange(6) % 2
+    own = data.Dataset(pixels, labels, ("a", "b"), "own", (0.5,) * 3, (0.25,) * 3)
+    config = train.Config(embed_dim=4, depth=1, num_heads=1, batch_size=4)
+    train.build(config, own)
+    wrong = own._replace(**change)
+    with pytest.raises(ValueError, match=f"`Dataset` needs {words}"):
+        train.build(config, wrong)
+    # validation images are not those that the model is built for
+    with pytest.raises(ValueError, match=f"`Dataset` needs {words}"):
+        train.evaluate(lambda params, images: images.mean((2, 3)), {}, wrong, config)
+
+
+def test_no_image_has_no_score():
+    none = data.load("digits", "val")
+    none = none._replace(images=none.images[:0], labels=none.labels[:0])
+    with pytest.raises(ValueError, match="`evaluate` needs one image or more, got none"):
+        train.evaluate(lambda params, images: images, {}, none, train.Config())

@@ -1,7 +1,7 @@
 """The data set of one split as arrays, with the records of what was left out or changed."""
 
 import hashlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -47,6 +47,38 @@ class Dataset(NamedTuple):
     unused: tuple[Unused, ...] = ()
     converted: tuple[Converted, ...] = ()
     masks: np.ndarray | None = None  # bool (n, height, width), True on the object; "masked_digits"
+
+    def check(self) -> None:
+        """Raises ValueError, naming the field, unless images, labels and statistics are as above:
+        for a data set made of arrays of one's own.
+        """
+        images, labels = self.images, self.labels
+        for field, dtype, ndim, wanted in (
+            ("images", np.uint8, 4, "uint8 (n, channels, height, width)"),
+            ("labels", np.int64, 1, "int64 (n,)"),
+        ):
+            value = getattr(self, field)
+            own = getattr(value, "dtype", type(value).__name__)
+            if not isinstance(own, np.dtype) or own != dtype or len(value.shape) != ndim:
+                self._refuse(field, f"an array, {wanted}", f"{own} of shape {np.shape(value)}")
+        if len(labels) != len(images):
+            self._refuse("labels", f"one of each of {len(images)} images", str(len(labels)))
+        count = len(self.classes)
+        if count < 2:
+            self._refuse("classes", "two names or more", str(self.classes))
+        if len(labels) and not 0 <= labels.min() <= labels.max() < count:
+            bounds = f"{labels.min()} to {labels.max()}"
+            self._refuse("labels", f"numbers of its {count} classes, 0 to {count - 1}", bounds)
+        for name, low in (("mean", 0.0), ("std", 1e-6)):
+            values = getattr(self, name)
+            if len(values) != images.shape[1] or not all(low <= x <= 1 for x in values):
+                needed = f"{images.shape[1]} numbers in {low:g} to 1, of pixels in [0, 1]"
+                self._refuse(name, needed, f"{tuple(values)}")
+
+    def _refuse(self, field: str, needed: str, got: str) -> NoReturn:
+        raise ValueError(
+            f"`Dataset` needs `{field}` to be {needed}, got {got} in {self.name!r}. Change it."
+        )
 
     @property
     def channels(self) -> int:
