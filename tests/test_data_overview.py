@@ -212,6 +212,13 @@ def test_sizes_that_differ_are_told_with_what_to_do(tmp_path):
     assert "sizes differ: to train, cut them with `--decode-size`, say 5" in text
 
 
+def test_one_tiny_image_does_not_choose_the_size(tmp_path):
+    root = save_folder(tmp_path / "set", 12, size=(20, 16))
+    picture(0, (1, 1)).save(root / "ant" / "tiny.png")
+    text = data.summary(data.describe(root))
+    assert "cut them with `--decode-size`, say 16" in text
+
+
 # names
 
 

@@ -114,11 +114,15 @@ def summary(description: Description) -> str:
     ]
     for name, split in description.splits.items():
         sizes = {f"{width} x {height}": count for (width, height), count in split.sizes.items()}
-        kinds = ", ".join(_few(kind) for kind in (sizes, split.modes, split.formats))
+        kinds = ", ".join(_few(kind) for kind in (sizes, split.modes, split.formats) if kind)
         lines.append(f"{name}: from {split.origin}: {kinds}")
-    every = {size for split in description.splits.values() for size in split.sizes}
-    if len(every) > 1:
-        side = min(min(size) for size in every)
+    every = Counter[int]()
+    for split in description.splits.values():
+        for size, count in split.sizes.items():
+            every[min(size)] += count
+    if len({size for split in description.splits.values() for size in split.sizes}) > 1:
+        # what most have, so that one tiny image does not decide
+        side = every.most_common(1)[0][0]
         lines.append(f"sizes differ: to train, cut them with `--decode-size`, say {side}")
     lines.append(f"read as: {'grey' if description.channels == 1 else 'colour'}")
     lines += [f"converted: {item.count} {item.what}" for item in description.converted]
