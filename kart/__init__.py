@@ -8,7 +8,7 @@ apart, and `kart.testing` holds a basis or an operator of your own to what it pr
 `import kart` loads nothing else; a room loads when it is first used.
 """
 
-import importlib
+import importlib.util
 from typing import Any
 
 ROOMS = (
@@ -27,6 +27,14 @@ def _version() -> str:
         return metadata.version("kart-attention")
     except metadata.PackageNotFoundError:
         return "0+unknown"
+
+
+def file(package: str, name: str) -> Any:
+    """The file `name` of a room that loads its files when they are first used."""
+    whole = f"{package}.{name}"
+    if name.startswith("_") or importlib.util.find_spec(whole) is None:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    return importlib.import_module(whole)
 
 
 def __getattr__(name: str) -> Any:

@@ -91,6 +91,19 @@ assert not os.listdir("."), os.listdir(".")
     assert result.returncode == 0, result.stderr
 
 
+def test_the_files_of_a_room_are_there_after_importing_kart_alone():
+    program = """
+import kart
+print(kart.bridges.timm.attention, kart.bridges.transformers.attach, kart.bridges.multihead)
+print(kart.analysis.spectra.effective_rank)
+for room in (kart.bridges, kart.analysis):
+    assert not hasattr(room, "torch") and not hasattr(room, "__wrapped__")
+"""
+    run = [sys.executable, "-c", program]
+    result = subprocess.run(run, cwd=ROOT.parent, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_defaults_of_torch_change_nothing_and_first_use_may_be_under_any():
     program = """
 import logging, torch
