@@ -323,6 +323,27 @@ def test_transformers_bad_input_is_named():
         transformers.attach(torch.nn.Linear(2, 2))
 
 
+def test_a_cache_that_moves_keys_is_refused_where_places_count():
+    q, k = normal(2, HEADS, 1, 4), normal(2, HEADS, 5, 4)
+    full, room = (torch.ones(1, 1, 1, 5, dtype=torch.bool) for _ in range(2))
+    room[..., 4:] = False
+
+    def ask(spec, mask, **given):
+        layer = model_of(spec, tokens=5)["a"]
+        return transformers.attention(layer, q, k, k, mask, **given)[0]
+
+    for spec in ("G1:order=generated", "G1", "2*softmax+G1:order=generated"):
+        assert ask(spec, full).shape == ask(spec, room, sliding_window=6).shape
+        with pytest.raises(ValueError, match="the places of keys, which a window of 5 moves"):
+            ask(spec, full, sliding_window=5)
+    assert ask("G1:order=by_distance", full, sliding_window=5).shape == (2, 1, HEADS, 4)
+    with pytest.raises(ValueError, match="the last key, behind which a static cache has room"):
+        ask("G1:order=by_distance", room)
+    with pytest.raises(ValueError, match="the number of all tokens, which a cache does not know"):
+        ask("cosformer", full)
+    assert ask("cosformer", full, is_causal=False).shape == (2, 1, HEADS, 4)
+
+
 def test_register_says_what_is_missing():
     try:
         import transformers as real  # noqa: F401
@@ -417,6 +438,22 @@ def test_generation_with_transformers_cache_is_the_full_pass(real, spec, mask):
     assert torch.equal(cached.sequences, full.sequences)
     for one, other in zip(cached.logits, full.logits, strict=True):
         assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", [1, 5])
+@pytest.mark.parametrize("spec", ["softmax", "G3:rank=3"])
+def test_generation_with_a_static_cache_is_the_full_pass(real, spec, prompt):
+    tokens = 9 if spec != "softmax" else None
+    model, ids = llama(real, spec, tokens), IDS[:, :prompt]
+    given = {"max_new_tokens": 10 - prompt, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(ids, cache_implementation="static", **given)
+    with torch.no_grad():
+        for _ in range(10 - prompt):
+            # those of later tokens are masked
+            padded = torch.nn.functional.pad(ids, (0, 9 - ids.shape[1]))
+            logits = model(padded, use_cache=False).logits[:, ids.shape[1] - 1]
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(found, ids)
 
 
 def test_a_vision_model_of_transformers_trains_shares_and_is_saved(real, tmp_path):

@@ -19,6 +19,27 @@ from kart.bridges import arguments
 NAME = "kart_operator"
 
 
+def check_cached(
+    op: operators.Operator, keys: int, mask: Tensor | None, window: int | None
+) -> None:
+    """Raises ValueError where the keys of a cache are not where the operator takes them to be, or
+    later tokens change what it cached.
+    """
+    placed = op.traits.get("by_place") or not op.traits.get("length_free")
+    wrong = None
+    if op.traits.get("by_length"):
+        wrong = "weights by the number of all tokens, which a cache does not know"
+    elif placed and window is not None and keys >= window:
+        wrong = f"functions of the places of keys, which a window of {window} moves"
+    elif op.traits.get("queries_last") and mask is not None and not mask[..., -1, -1].any():
+        wrong = "functions of the distance from the last key, behind which a static cache has room"
+    if wrong:
+        raise ValueError(
+            f"`attention` cannot run {op.name} with this cache: it has {wrong}. Generate with "
+            "use_cache=False."
+        )
+
+
 def attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -60,17 +81,20 @@ def attention(
     if scaling is not None:
         query = query * (scaling * query.shape[-1] ** 0.5)
     queries, keys = query.shape[-2], key.shape[-2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is not None:
         if attention_mask.dtype != torch.bool:
             attention_mask = arguments.from_additive("attention", "attention_mask", attention_mask)
         attention_mask = attention_mask[..., :keys]
-    elif queries > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    elif queries > 1 and causal:
         if queries != keys:
             raise ValueError(
                 f"`attention` needs a mask for {queries} causal queries of {keys} keys, got None. "
                 "Register the masks too: `kart.bridges.transformers.register(name)`."
             )
         attention_mask = nn.causal_mask(queries, keys, query.device)
+    if causal and queries != keys:
+        check_cached(op.op, keys, attention_mask, kwargs.get("sliding_window"))
     out = op(query, key, value, attention_mask).transpose(1, 2).contiguous()
     if not kwargs.get("output_attentions"):
         return out, None
@@ -91,8 +115,15 @@ def register(name: str = "kart") -> None:
             f"`register` needs transformers >= 4.53, which does not import here ({error}). Run "
             "`pip install transformers`."
         ) from error
+
+    def masks(**given: Any) -> Tensor | None:
+        # of other queries than keys sdpa leaves the mask of a static cache to a flag
+        skip = given.get("q_length") == given.get("kv_length")
+        given["allow_is_causal_skip"] = given.get("allow_is_causal_skip", True) and skip
+        return sdpa_mask(**given)
+
     library.AttentionInterface.register(name, attention)
-    library.AttentionMaskInterface.register(name, sdpa_mask)
+    library.AttentionMaskInterface.register(name, masks)
 
 
 def heads_of(layer: torch.nn.Module) -> int | None:

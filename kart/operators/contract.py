@@ -54,7 +54,9 @@ class Operator(NamedTuple):
 
     `options` are the hyperparameters. `traits` are what `kart.testing` and other rooms may rely on:
     "learned" (has parameters) and "length_free" (the parameters fit any number of keys); further
-    "self_attention" (queries are the tokens of the keys), "of_scores" (False where `weights` is an
+    "self_attention" (queries are the tokens of the keys), "by_length" (weights are by the number of
+    keys), "by_place" (by the place of the key), "queries_last" (by the offset to the key, of
+    queries that are the last of the keys), "of_scores" (False where `weights` is an
     error, as scores do not determine them), and `product_flops(tokens, width)` and
     `activation_flops(tokens, unit)`, what a head multiplies with q, k and v, and does from scores
     to weights if a unit costs `unit` a score, for those whose cost `kart.analysis.cost` is to know.

@@ -158,7 +158,7 @@ def from_entries(
         "inside": inside,
         "start": start,
     }
-    found: dict[str, Any] = {"length_free": True}
+    found: dict[str, Any] = {"length_free": True, "queries_last": not of_scores}
     if inside or (normalise == "softmax" and not base):
         found["simplex"] = True
     if inside or (base and normalise in (None, "count")):

@@ -212,7 +212,7 @@ def generated(
 
     options = {"rank": rank, "features": features, "reach": reach}
     options |= {"prefix": prefix, "normalise": normalise, "base": base, "mix": start}
-    traits = {"length_free": True}
+    traits = {"length_free": True, "by_place": True}
     if base:
         traits |= {"softmax_base": True, "softmax_start": start == "zero"}
     return from_forms(

@@ -22,11 +22,11 @@ def of_parts(parts: Sequence[Operator]) -> dict[str, Any]:
             for i, op in enumerate(parts)
         }
 
+    some = ("self_attention", "by_length", "by_place", "queries_last")
     traits = {
         "learned": any(op.traits.get("learned", True) for op in parts),
         "length_free": all(op.traits.get("length_free", False) for op in parts),
-        "self_attention": any(op.traits.get("self_attention", False) for op in parts),
-        "by_length": any(op.traits.get("by_length", False) for op in parts),
+        **{name: any(op.traits.get(name, False) for op in parts) for name in some},
         "of_scores": all(op.traits.get("of_scores", True) for op in parts),
     }
     # one that cannot move its parameters is not skipped: then the whole has no `resize`
