@@ -6,6 +6,8 @@ from torch.testing import assert_close
 
 from kart import bases, kernels
 from kart.kernels import entries, plain, stream
+from kart.kernels.cpp import weights as compiled
+from kart.kernels.family import family_of
 
 HEADS, WIDTH, VALUES = 3, 4, 5
 FAMILIES = {
@@ -101,6 +103,21 @@ def test_the_compiled_engine_has_them_in_single_precision(family, form):
         for mask in masks(queries, keys).values():
             options = {"form": form, "engine": "cpp", "dtype": torch.float32}
             check(FAMILIES[family], queries, keys, mask, 3e-5, **options)
+
+
+@pytest.mark.parametrize(
+    ("basis", "form"),
+    [
+        (bases.fourier(1), "l1"),
+        (bases.polynomial(0), "l1"),
+        (bases.polynomial(3), "softmax"),
+        (bases.polynomial(6), "softmax"),
+    ],
+)
+def test_the_check_of_the_compiled_engine_knows_what_amplifies_roundings(basis, form):
+    if reason := kernels.engines()["cpp"].replace("ready", ""):
+        pytest.skip(reason)
+    assert compiled.engine_of(family_of(basis), form)[1] == ""
 
 
 @pytest.mark.parametrize("engine", ["plain", "torch", "cpp"])
