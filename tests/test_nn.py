@@ -95,11 +95,20 @@ def test_grouped_queries_are_repeated_keys(groups):
     assert layer(tokens(2, TOKENS)).shape == (2, TOKENS, DIM)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+# weights by the place of the query, alone and among heads of a fixed number of keys
+BY_PLACE = ["softconv:prefix=0,rows=1", "static:inside=true", "G2:order=by_offset,prefix=0,rows=1"]
+BY_PLACE += ["2*G2:order=by_distance+2*G2:rank=2", "softmax+2*softconv:prefix=0,rows=1+G2:rank=2"]
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *BY_PLACE])
 @pytest.mark.parametrize("groups", [2, 4])
 def test_tokens_in_parts_equal_one_causal_pass(spec, groups):
     module = nn.Attention(DIM, HEADS, TOKENS, spec, kv_heads=groups, generator=source()).double()
     x = tokens(2, TOKENS).double()
+    noise = source(3)
+    with torch.no_grad():  # tables that start at zero say nothing
+        for leaf in module.parameters():
+            leaf.add_(0.3 * torch.randn(leaf.shape, generator=noise))
     whole, cache, parts = module(x, is_causal=True), None, []
     for part in x.split([3, 1, 1, 2], 1):
         y, cache = module.step(part, cache)

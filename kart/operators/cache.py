@@ -30,10 +30,11 @@ def step(
     with them.
 
     In however many parts tokens come, the outputs are those of one pass under a causal mask. With
-    parameters for a fixed number of keys, the keys to come are there and masked.
+    parameters for a fixed number of keys, the keys to come are there and masked; and where weights
+    are by the place of the query among them, so are the other queries, at the cost of that pass.
 
     Args:
-        op, params: the operator; its queries need not be as many as its keys.
+        op, params: the operator.
         q, k, v: of the N tokens.
         cache: of the tokens before, None at the first.
         tokens: the number of keys that `params` are for, None where they fit any.
@@ -69,10 +70,18 @@ def step(
             "new cache, or move the parameters with `kart.operators.resize`."
         )
     total = count if tokens is None else tokens
-    mask = None
-    if new > 1 or total > count:
-        mask = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(count - new)
     keys, values = k, v
     if total > count:
         keys, values = (functional.pad(x, (0, 0, 0, total - count)) for x in (k, v))
-    return op.attend(params, q, keys, values, mask), Cache(k, v)
+    first = count - new
+    # which queries are there: the new ones, or all that the operator expects beside the keys
+    start, stop = first, count
+    if op.traits.get("self_attention") or (op.traits.get("queries_last") and total > count):
+        start, stop = 0, total
+        q = functional.pad(q, (0, 0, first, total - count))
+    mask = None
+    if stop - start > 1 or total > count:
+        rows = torch.arange(start, stop, device=q.device)[:, None]
+        mask = torch.arange(total, device=q.device) <= rows
+    out = op.attend(params, q, keys, values, mask)
+    return out[..., first - start : count - start, :], Cache(k, v)
