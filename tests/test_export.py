@@ -127,6 +127,17 @@ def test_attention_that_meets_its_projections_first_says_nothing_and_is_right(
         assert_close(found, logits[:count], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("spec", ["G1B", "G1:order=full_rank"])
+def test_any_batch_where_there_are_as_many_heads_as_images_of_the_example(spec):
+    sizes = {"image_size": 8, "patch_size": 2, "in_channels": 1, "num_classes": 3}
+    model = models.create("vit_nano", spec, embed_dim=16, depth=1, num_heads=2, **sizes)
+    params = model.init(torch.Generator().manual_seed(0))
+    module = export.program(model, params).module()
+    for count in (1, 2, 5):
+        images = torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        assert_close(module(images), model.apply(params, images), rtol=0, atol=1e-5)
+
+
 # a block each, so that one graph has them all; the others are minutes
 GRAPHS = [
     pytest.param(("softmax", "G3B", "polynomial-1B"), id="blocks"),

@@ -366,8 +366,10 @@ def contract(
             return plain.contract(basis, coefs, q, k, mask, factor)
 
     rows, keys, units = q.shape[-2], k.shape[-2], coefs.shape[-3]
-    same = q.shape[:-2] == k.shape[:-2] == (*lead, heads) and coefs.shape[:-3] == (heads,)
-    if same and len(lead) == 1:
+    # numbers of axes first: tuples of any lengths are compared by their elements, and in a graph
+    # that is exported a batch that is as large as the heads would be one for good
+    usual = coefs.dim() == 4 and coefs.shape[0] == heads and len(lead) == 1
+    if usual and q.shape[:-2] == k.shape[:-2] == (*lead, heads):
         # as a model has them: eight views that change nothing cost as much as a small product
         mask = None if mask is None else flat_mask(mask, lead)
         return _apply(name, engine, factor, q, k, coefs[None], mask)
