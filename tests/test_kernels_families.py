@@ -381,6 +381,33 @@ def test_functions_that_were_replaced_do_not_run_on_the_pieces(name):
     assert family_of(changed).name != family_of(basis).name
 
 
+def test_features_with_learned_numbers_of_their_own_are_refused_where_gradients_would_be_lost():
+    q, k = inputs(2, 2, 5, 4, 3)
+    coefs = draw(2, 3, 4, 2, seed=2)
+
+    def product(rates, contract=kernels.contract):
+        waves = bases.linear(lambda x: (x[..., None] * rates).sin(), 2)
+        return contract(waves, coefs, q, k).sum()
+
+    rates = torch.tensor([1.0, 2.0])
+    wanted = torch.func.grad(lambda x: product(x, plain.contract))(rates)
+    assert wanted.abs().min() > 0.1
+    calls = (
+        lambda: product(rates.clone().requires_grad_()),
+        lambda: torch.func.grad(product)(rates),
+        lambda: torch.func.vmap(product)(rates[None]),
+        lambda: torch.func.grad(lambda x: torch.func.vmap(product)(x[None]).sum())(rates),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="needs features of constants, got 'linear' with a"):
+            call()
+    # constants that are made inside a transform are some
+    made = torch.func.grad(lambda x: x * product(torch.tensor([1.0, 2.0])))(torch.tensor(1.0))
+    assert_close(made, product(rates))
+    with torch.no_grad():
+        assert_close(product(rates.clone().requires_grad_()), product(rates))
+
+
 # --- names ----------------------------------------------------------------------------------------
 
 

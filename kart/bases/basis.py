@@ -439,7 +439,7 @@ def linear(
 
     Args:
         expand: elementwise features, `(...)` to `(..., K)`, in the dtype of `x`; torch operations
-        only.
+            and constants only: what is learned are the coefficients.
         size: K.
         init: standard deviation of the coefficients, for `keys` = last axis of `shape`: "paper" 1;
             "scaled" 1/sqrt(keys * grid); "smooth" falling as 1/order and of the variance of

@@ -36,7 +36,11 @@ def _parts(value: Any, seen: set[int]) -> Iterator[str]:
     elif id(value) in seen:
         yield "again"
     elif isinstance(value, torch.Tensor):
-        yield f"{value.dtype} {tuple(value.shape)} {value.detach().cpu().tolist()}"
+        try:
+            held = value.detach().cpu().tolist()
+        except RuntimeError:  # mapped by vmap, or without data
+            held = next(_unnamed)
+        yield f"{value.dtype} {tuple(value.shape)} {held}"
     elif isinstance(value, types.ModuleType):
         yield f"module {value.__name__}"
     elif isinstance(value, types.CodeType):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]  # no stubs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,11 +88,34 @@ def family_of(basis: Any) -> Family:
             # asked on plain tensors, whatever transform is running
             with torch._C._DisableFuncTorch(), torch.no_grad():
                 width = basis.features(torch.zeros(1, dtype=torch.float32, device="cpu")).shape[-1]
+    if basis.features is not None and not name.startswith("kart.bases:"):
+        _check_constant(basis)
     known = _families.get(name)
     if known is None:
         known = Family(name, basis, width, pieces)
         _families[name] = known
     return known
+
+
+def _check_constant(basis: Any) -> None:
+    """Raises ValueError where features are by tensors whose gradient, or mapped axis, the engines,
+    which ask for features of plain scores, would lose.
+    """
+    try:
+        x = basis.features(torch.zeros(1, dtype=torch.float32, device="cpu"))
+    except Exception:
+        return  # of tensors elsewhere; what is wrong with them is said where they are used
+    lost = x.requires_grad
+    while _functorch.is_functorch_wrapped_tensor(x):
+        lost |= _functorch.is_batchedtensor(x)
+        x = _functorch.get_unwrapped(x)
+        lost |= x.requires_grad
+    if lost:
+        raise ValueError(
+            f"`contract` needs features of constants, got {basis.family!r} with a tensor in them "
+            "that is differentiated or mapped, which the engines do not see. Detach it, or ask for "
+            "`weights`, which holds them."
+        )
 
 
 def family_named(name: str) -> Family:
