@@ -325,6 +325,8 @@ class Attention(torch.nn.Module):
 
     def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q `(B, H, N, d)` of `x`, k and v `(B, G, M, d)` of `context`, which is `x` by default."""
+        # one of another library may take what it likes, and adds to its weight what it likes
+        own = type(self.qkv) is torch.nn.Linear
         for name, given in (("x", x), ("context", x if context is None else context)):
             if given.dim() < 2 or given.shape[-1] != self.dim:
                 raise ValueError(
@@ -332,13 +334,14 @@ class Attention(torch.nn.Module):
                     "Project it to this width."
                 )
             check_device("Attention", self, given)
-            # one of another library may take what it likes
-            if type(self.qkv) is torch.nn.Linear:
+            if own:
                 check_dtype("Attention", name, self.qkv.weight, given)
         width = self.dim // self.heads
         parts = [self.heads * width, 2 * self.kv_heads * width]
         if context is None:
             q, kv = self.qkv(x).split(parts, -1)
+        elif not own:
+            (q, _), (_, kv) = (self.qkv(y).split(parts, -1) for y in (x, context))
         else:
             weights = self.qkv.weight.split(parts)
             biases = (None, None) if self.qkv.bias is None else self.qkv.bias.split(parts)

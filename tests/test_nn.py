@@ -84,6 +84,25 @@ def test_context_is_attended_to():
     assert_close(module(context, context=context), module(context))
 
 
+class Adapted(torch.nn.Module):
+    """A projection with something beside it, and the weight of the first for its own."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first, self.second = first, torch.nn.Linear(DIM, first.out_features)
+        self.weight, self.bias = first.weight, first.bias
+
+    def forward(self, x):
+        return self.first(x) + self.second(x)
+
+
+def test_a_projection_in_place_of_ours_projects_the_context_too():
+    layer, x = attention(), tokens(2, TOKENS)
+    layer.qkv = Adapted(layer.qkv)
+    assert_close(layer(x, context=x.clone()), layer(x))
+    assert_close(layer(x[:, :3], context=x), layer(x)[:, :3])
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_grouped_queries_are_repeated_keys(groups):
     module = nn.operator("G3B:rank=3", HEADS, TOKENS)
