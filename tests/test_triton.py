@@ -509,6 +509,21 @@ def test_a_unit_of_too_many_parameters_is_refused(monkeypatch):
         assert reason == words or (words and words in reason)
 
 
+@pytest.mark.parametrize("narrow", ["q", "coefs"])
+def test_bfloat16_is_refused_in_the_interpreter_alone(narrow, monkeypatch):
+    tensors, mask, family = case(bases.fourier(3), 5, 4)
+    _, q, k, coefs = tensors
+    if narrow == "q":
+        q, k = q.bfloat16(), k.bfloat16()
+    else:
+        coefs = coefs.bfloat16()
+    product = Product(family, q, k, coefs, mask, 0.25)
+    assert "bfloat16" not in engine.refuses(product)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if engine.status() == "ready":
+        assert "multiplies bfloat16 wrong" in engine.refuses(product)
+
+
 # --- on a GPU -------------------------------------------------------------------------------------
 
 GPU_LIMITS = {

@@ -45,6 +45,8 @@ def refuses(product: Product) -> str:
         return f"the Triton engine has no {family.basis.family!r} basis of this kind"
     if q.dtype not in DTYPES or coefs.dtype not in DTYPES:
         return f"the Triton engine has no {q.dtype}"
+    if interpreted() and torch.bfloat16 in (q.dtype, coefs.dtype):
+        return "Triton's interpreter multiplies bfloat16 wrong (triton#11584)"
     if q.shape[-1] > WIDTH:
         return f"the Triton engine takes heads of width {WIDTH} at most, not {q.shape[-1]}"
     if _kernels(product) is units and family.width > units.PARAMETERS:
