@@ -5,6 +5,9 @@
 
 The modules are those of timm's `Attention` by name (`qkv`, `proj`, `q_norm`, `k_norm`, `norm`), so
 that its weights load, with `operator` beside them. timm itself is never imported.
+
+Blocks of timm's that compute attention by themselves, as `ParallelScalingBlock`
+(vit_base_patch16_xp_224), leave `attn_layer` aside without a word and keep softmax.
 """
 
 from collections.abc import Callable
