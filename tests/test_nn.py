@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 from torch.testing import assert_close
 
@@ -223,6 +224,14 @@ def test_compiled_equals_eager(spec):
     for got, p in zip(found, module.parameters(), strict=True):
         assert_close(got, p.grad)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("spec", [*SPECS, "softconv:prefix=0,rows=1", "G2:order=elementwise"])
+def test_a_recorded_graph_equals_eager(spec):
+    module, x = attention(spec), tokens(2, TOKENS)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert_close(make_fx(lambda x: module(x))(x)(2 * x), module(2 * x))
 
 
 def test_modules_draw_from_their_generator_alone():

@@ -166,7 +166,12 @@ def keep(basis: Any) -> None:
 
 def recordable(family: Family) -> str:
     """The name of the family, which stays valid for good where a graph is being recorded."""
-    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
-    if tracer is not None and tracer.get_proxy_mode() is not None:
+    if recording():
         pin(family)
     return family.name
+
+
+def recording() -> bool:
+    """Whether a graph of the operations is being recorded, as by `make_fx` and `torch.export`."""
+    tracer = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return tracer is not None and tracer.get_proxy_mode() is not None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kart.kernels import plain
+from kart.kernels.family import recording
 from kart.kernels.transforms import Quick, batchable, forward_levels, front, recorded
 
 
@@ -35,6 +36,10 @@ class Fused(NamedTuple):
 
 def apply(op: Fused, *inputs: Tensor | None) -> tuple[Tensor, ...]:
     """The outputs of a fused product."""
+    # a graph recorded of real tensors has no trace of what is written from outside of torch; of
+    # fake ones, as in export, whoever calls this has seen to it
+    if recording() and type(inputs[0]) in (Tensor, torch.nn.Parameter):
+        return tuple(op.expression(*inputs))
     return _run(op, inputs)[: op.count]
 
 
