@@ -11,15 +11,20 @@ from tqdm import tqdm
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
     """Rows of text under a header, columns aligned."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(aligned([header, ["-" * width for width in widths], *rows]))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line of text a row, the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for row in [header, ["-" * width for width in widths], *rows]
+        for row in rows
     ]
-    return "\n".join(lines)
 
 
 def spread(values: Sequence[float], digits: int = 2, scale: float = 100.0) -> str:

@@ -25,9 +25,9 @@ HOUSE = [
     {"nn"},
     {"operators", "optim", "checkpoint"},
     {"layers"},
-    {"tree", "bases", "projections", "kernels", "data", "augment", "tables"},
+    {"tree", "bases", "projections", "kernels", "data", "augment"},
     {"factories"},
-    {"code", "pages", "schema", "statistics"},
+    {"code", "pages", "schema", "statistics", "tables"},
 ]
 FLOOR = {room: len(HOUSE) - i for i, rooms in enumerate(HOUSE) for room in rooms}
 # within a floor

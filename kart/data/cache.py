@@ -61,6 +61,17 @@ def directory(cache: str | Path | None) -> Path:
     return base
 
 
+def place(base: Path, name: str, role: str, key: list) -> Path:
+    """The directory of an entry: `name` is for readers, `role` and `key` make it another one."""
+    stem = re.sub(r"[^\w.-]+", "-", name)[:80]
+    return base / f"{stem}-{role}-{_digest(key)[:20]}"
+
+
+def lost(path: Path) -> ValueError:
+    """The error of an entry that is gone, or was changed, after it was made."""
+    return ValueError(f"`load` lost {str(path)!r} while reading it. Keep `cache` for kart alone.")
+
+
 def read(path: Path) -> Manifest | None:
     """The manifest of an entry; None if it is absent, damaged, or of another schema."""
     content = read_json(path, "manifest.json")

@@ -18,6 +18,9 @@ class Unused(NamedTuple):
     count: int  # files, images or rows
     why: str
 
+    def __str__(self) -> str:
+        return f"{self.what}{f' ({self.count})' if self.count else ''}: {self.why}"
+
 
 class Converted(NamedTuple):
     """A change made to `count` images or labels while reading them."""
@@ -90,7 +93,7 @@ class Dataset(NamedTuple):
         """Number of images of each class, in the order of `classes`."""
         return tuple(np.bincount(self.labels, minlength=len(self.classes)).tolist())
 
-    def part(self, index: np.ndarray) -> "Dataset":
+    def part(self, index: np.ndarray | slice) -> "Dataset":
         """The images at `index`, in its order; those that stay in their files do so."""
         images = self.images
         return self._replace(

@@ -43,19 +43,9 @@ class Found(NamedTuple):
     links: tuple[tuple[Path, Path], ...]  # left out, with the folder each leads to; below the top
 
 
-def images_below(folder: Folder) -> list[Path]:
-    """Every image in `folder` and below it."""
-    return [*folder.images, *(p for inner in folder.folders for p in images_below(inner))]
-
-
-def tables_below(folder: Folder) -> list[Path]:
-    """Every parquet file in `folder` and below it."""
-    return [*folder.tables, *(p for inner in folder.folders for p in tables_below(inner))]
-
-
-def pictures_below(folder: Folder) -> list[Path]:
-    """Every file in `folder` and below it that is a picture of a format that is not read."""
-    return [*folder.pictures, *(p for inner in folder.folders for p in pictures_below(inner))]
+def below(folder: Folder, kind: str) -> list[Path]:
+    """The `images`, `tables` or `pictures` in `folder` and below it, as `kind` says."""
+    return [*getattr(folder, kind), *(p for inner in folder.folders for p in below(inner, kind))]
 
 
 def walk(root: Path) -> Found:

@@ -3,6 +3,7 @@
 import os
 import re
 import urllib.parse
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -127,7 +128,7 @@ def _public(known: Public, options: Options) -> Finding:
 
 def _directory(root: Path, text: str, options: Options) -> Finding:
     found = files.walk(root)
-    images, parquet = files.images_below(found.top), files.tables_below(found.top)
+    images, parquet = (files.below(found.top, kind) for kind in ("images", "tables"))
     if not images and not parquet:
         seen = ", ".join(f"{item.what} ({item.count})" for item in found.unused[:8])
         raise ValueError(
@@ -151,7 +152,7 @@ def _directory(root: Path, text: str, options: Options) -> Finding:
         source = source._replace(unused=(*found.unused, *source.unused))
         left = [
             Unused(f"*{suffix}", count, "images beside the parquet files")
-            for suffix, count in _by_suffix(images)
+            for suffix, count in sorted(Counter(path.suffix.lower() for path in images).items())
         ]
     else:
         source = folders.read(root, found)
@@ -179,11 +180,6 @@ def _check_beside(root: Path, found: files.Found, count: int) -> None:
         f"`load` found {count} parquet files and folders of images in {str(root)!r}, both a data "
         "set. Name the directory of the one that is meant."
     )
-
-
-def _by_suffix(images: list[Path]) -> list[tuple[str, int]]:
-    suffixes = [path.suffix.lower() for path in images]
-    return [(suffix, suffixes.count(suffix)) for suffix in sorted(set(suffixes))]
 
 
 def _candidates(source: str) -> list[str]:

@@ -66,7 +66,7 @@ def read(root: Path, found: Found) -> Source:
 
 
 def _full(folder: Folder) -> list[Folder]:
-    return [inner for inner in folder.folders if files.images_below(inner)]
+    return [inner for inner in folder.folders if files.below(inner, "images")]
 
 
 def _inside(folder: Folder, root: Path) -> str:
@@ -120,7 +120,7 @@ def _splits(top: Folder, unused: list[Unused], root: Path) -> dict[str, tuple[Fo
     _leave_images(top, unused, root)
     chosen = {}
     for folder in inner:
-        count = len(files.images_below(folder))
+        count = len(files.below(folder, "images"))
         if folder.name not in told:
             why = "no split: its name is not one of train, val or test, or says it has no labels"
             unused.append(Unused(_inside(folder, root), count, why))
@@ -138,9 +138,7 @@ def _splits(top: Folder, unused: list[Unused], root: Path) -> dict[str, tuple[Fo
     names = {folder.name for folder in inner}
     for folder in top.folders:
         if folder.name not in names and splits.role(folder.name) not in (None, "other"):
-            if pictures := files.pictures_below(folder):
-                raise ValueError(_only_pictures(folder, pictures))
-            unused.append(Unused(_inside(folder, root), 0, "no image in it"))
+            unused.append(_without_images(folder, root))
     return chosen
 
 
@@ -168,11 +166,9 @@ def _classes(folder: Folder, root: Path, unused: list[Unused]) -> list[tuple[Pat
     _check_no_splits(folder, [inner.name for inner in _full(folder)])
     labelled = []
     for inner in folder.folders:
-        images = files.images_below(inner)
+        images = files.below(inner, "images")
         if not images:
-            if pictures := files.pictures_below(inner):
-                raise ValueError(_only_pictures(inner, pictures))
-            unused.append(Unused(_inside(inner, root), 0, "no image in it"))
+            unused.append(_without_images(inner, root))
         _check_no_splits(inner, [deeper.name for deeper in _full(inner)])
         # one name in two encodings is one class: macOS takes letters and their accents apart
         name = unicodedata.normalize("NFC", inner.name)
@@ -199,12 +195,15 @@ def _check_no_splits(folder: Folder, names: list[str]) -> None:
         )
 
 
-def _only_pictures(folder: Folder, pictures: list[Path]) -> str:
-    suffixes = sorted({path.suffix.lower() for path in pictures})
-    return (
-        f"`load` needs images that Pillow reads in {str(folder.path)!r}, got {len(pictures)} "
-        f"pictures of {suffixes} alone. Convert them, or move the folder away."
-    )
+def _without_images(folder: Folder, root: Path) -> Unused:
+    """What is left out where a folder holds no image; an error where it holds other pictures."""
+    if pictures := files.below(folder, "pictures"):
+        suffixes = sorted({path.suffix.lower() for path in pictures})
+        raise ValueError(
+            f"`load` needs images that Pillow reads in {str(folder.path)!r}, got {len(pictures)} "
+            f"pictures of {suffixes} alone. Convert them, or move the folder away."
+        )
+    return Unused(_inside(folder, root), 0, "no image in it")
 
 
 def _check_links(found: Found, names: set[str]) -> None:

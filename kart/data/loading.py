@@ -1,10 +1,7 @@
 """One split of a data set, from the cache or decoded into it."""
 
-import hashlib
-import json
 import logging
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +15,7 @@ from kart.data import stream as streaming
 from kart.data.cache import Manifest
 from kart.data.dataset import SPLITS, Converted, Dataset
 from kart.data.finding import Finding, Options
-from kart.data.source import Row, Source, check_labels, near
+from kart.data.source import EMPTY, Row, Source, check_labels, near
 
 _FORMAT = 3  # part of every cache key: raise it when the layout, the splits or what is read changes
 _LARGEST = 8192  # pixels a side
@@ -89,10 +86,8 @@ def load(
     """
     if not isinstance(split, str) or split not in SPLITS:
         raise ValueError(f"`load` needs `split` in {SPLITS}, got {split!r}.{near(split, SPLITS)}")
-    options = Options(image_column, label_column, config, revision)
-    check_source(source)
-    source, options = finding.address(source, options)
-    check_options(source, image_size, *options)
+    given = Options(image_column, label_column, config, revision)
+    source, options = asked(source, given, image_size)
     if train_limit is not None and (type(train_limit) is not int or train_limit < 1):
         raise ValueError(f"`load` needs `train_limit` >= 1 or None, got {train_limit!r}.")
     if cache is not None and not isinstance(cache, str | Path):
@@ -125,11 +120,7 @@ def load(
             f"`load` needs `train_limit` <= {len(dataset.labels)}, the training images of "
             f"{str(source)!r}, got {train_limit}. Leave it out to use them all."
         )
-    return dataset._replace(
-        images=dataset.images[:train_limit],
-        labels=dataset.labels[:train_limit],
-        masks=None if dataset.masks is None else dataset.masks[:train_limit],
-    )
+    return dataset.part(slice(train_limit))
 
 
 def read_images(
@@ -161,11 +152,8 @@ def read_images(
     return np.stack(pixels), changes.tally(told, np.array(grey, bool), index, channels)
 
 
-def check_source(source: Any) -> None:
-    """Refuses what is no name or path of a source."""
-    if not isinstance(source, str | Path) or not str(source):
-        raise ValueError(f"`load` needs `source` to be a name or a path, got {source!r}.")
-    if "\0" in str(source):
+def _check_source(source: Any) -> None:
+    if not isinstance(source, str | Path) or not str(source) or "\0" in str(source):
         raise ValueError(f"`load` needs `source` to be a name or a path, got {source!r}.")
     try:
         Path(source).exists()
@@ -176,11 +164,14 @@ def check_source(source: Any) -> None:
         ) from err
 
 
-def check_options(source: Any, image_size: Any, *options: Any) -> None:
-    """Refuses a source, a size, columns, a `config` or a `revision` of a wrong type or range."""
-    check_source(source)
-    names = ("image_column", "label_column", "config", "revision")
-    for name, value in zip(names, options, strict=True):
+def asked(source: Any, options: Options, image_size: Any = None) -> tuple[str | Path, Options]:
+    """A source without the options that it names itself, and all options; refuses a source, a size,
+    columns, a `config` or a `revision` of a wrong type or range.
+    """
+    _check_source(source)
+    source, options = finding.address(source, options)
+    _check_source(source)
+    for name, value in options._asdict().items():
         if value is not None and (not isinstance(value, str) or not value):
             raise ValueError(f"`load` needs `{name}` to be a name or None, got {value!r}.")
     built_in = str(source) in finding.BUILT_IN
@@ -190,20 +181,21 @@ def check_options(source: Any, image_size: Any, *options: Any) -> None:
         )
     largest = digits.LARGEST if built_in else _LARGEST
     if image_size is None:
-        return
+        return source, options
     if type(image_size) is not int or image_size < 1:
         raise ValueError(f"`load` needs `image_size` >= 1 or None, got {image_size!r}.")
     if image_size > largest:
         raise ValueError(
             f"`load` needs `image_size` <= {largest} for {str(source)!r}, got {image_size}."
         )
+    return source, options
 
 
 def notes(dataset: Dataset, unused: bool = True) -> list[str]:
     """Lines that name what was left out of the source and changed in the images of this split."""
     lines = []
     if unused and dataset.unused:
-        lines.append(f"{dataset.name}: not used: " + "; ".join(map(_left_out, dataset.unused)))
+        lines.append(f"{dataset.name}: not used: " + "; ".join(map(str, dataset.unused)))
     if dataset.converted:
         changed = "; ".join(f"{item.count} {item.what}" for item in dataset.converted)
         lines.append(f"{dataset.name}: converted: {changed}")
@@ -220,15 +212,8 @@ def _absent(dataset: Dataset, split: str) -> list[str]:
     return [f"{dataset.name}: {split!r} has no image of {len(absent)} of {every} classes: {shown}"]
 
 
-def _left_out(item: Any) -> str:
-    return f"{item.what} ({item.count}): {item.why}" if item.count else f"{item.what}: {item.why}"
-
-
 def _entry(base: Path, found: Finding, image_size: int | None, role: str) -> Path:
-    key = json.dumps([_FORMAT, found.identity, image_size])
-    digest = hashlib.sha256(key.encode()).hexdigest()[:20]
-    stem = re.sub(r"[^\w.-]+", "-", found.name)[:80]
-    return base / f"{stem}-{role}-{digest}"
+    return entries.place(base, found.name, role, [_FORMAT, found.identity, image_size])
 
 
 def _cached(
@@ -251,9 +236,7 @@ def _cached(
         fit = manifest if path == fit_path else fit
         arrays = entries.arrays(path, manifest, split)
     if arrays is None:
-        raise ValueError(
-            f"`load` lost {str(path)!r} while reading it. Keep `cache` for kart alone."
-        )
+        raise entries.lost(path)
     # of a directory the present state: what is not used is not part of the key
     unused = fit.unused if found.source is None else found.source.unused
     converted = manifest.converted.get(split, ())
@@ -281,9 +264,7 @@ def _build(
     entries.build(path, decode, damaged)
     manifest = entries.read(path)
     if manifest is None:
-        raise ValueError(
-            f"`load` lost {str(path)!r} while reading it. Keep `cache` for kart alone."
-        )
+        raise entries.lost(path)
     return manifest
 
 
@@ -384,7 +365,7 @@ def _decode(
         grey.append(header.grey)
         changed.append(header.changes)
     if shape is None:
-        raise ValueError("`load` needs images in every split, got an empty one. Add or remove it.")
+        raise ValueError(EMPTY)
     # an unsigned one may not fit; nor is it a label, and it is found to be out of range
     labels = np.array([min(label, 2**63 - 1) for label in labels], dtype=np.int64)
     return Decoded(shape[1], shape[0], labels, np.array(grey), changed)

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from kart import tables
 from kart.data import changes, finding, images, splits
 from kart.data.dataset import SPLITS, Converted, Unused
 from kart.data.finding import Options
-from kart.data.loading import check_options, check_source, load
-from kart.data.source import Row, Source, check_labels
+from kart.data.loading import asked, load
+from kart.data.source import EMPTY, Row, Source, check_labels
 
 _FEW = 8  # kinds of a thing that the text names before it counts the rest
 _UNREADABLE = "unreadable"
@@ -84,9 +85,7 @@ def describe(
     Raises:
         ValueError: where `load` would refuse the source, other than for an image that is damaged.
     """
-    check_source(source)
-    source, options = finding.address(source, Options(image_column, label_column, config, revision))
-    check_options(source, None, *options)
+    source, options = asked(source, Options(image_column, label_column, config, revision))
     if str(source) in finding.BUILT_IN:
         return _built_in(str(source))
     found = finding.find(source, options)
@@ -103,15 +102,7 @@ def summary(description: Description) -> str:
         for name in description.classes
     ]
     rows.append(["all", *(str(description.splits[part].images) for part in parts)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(parts) + 1)]
-    lines = [f"{description.name}: {len(description.classes)} classes"]
-    lines += [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    lines = [f"{description.name}: {len(description.classes)} classes", *tables.aligned(rows)]
     for name, split in description.splits.items():
         sizes = {f"{width} x {height}": count for (width, height), count in split.sizes.items()}
         kinds = ", ".join(_few(kind) for kind in (sizes, split.modes, split.formats) if kind)
@@ -126,10 +117,7 @@ def summary(description: Description) -> str:
         lines.append(f"sizes differ: to train, cut them with `--decode-size`, say {side}")
     lines.append(f"read as: {'grey' if description.channels == 1 else 'colour'}")
     lines += [f"converted: {item.count} {item.what}" for item in description.converted]
-    lines += [
-        f"not used: {item.what}{f' ({item.count})' if item.count else ''}: {item.why}"
-        for item in description.unused
-    ]
+    lines += [f"not used: {item}" for item in description.unused]
     lines += [f"unreadable: {message}" for message in description.unreadable]
     lines += [f"copies: {_told(copies)}" for copies in description.copies]
     return "\n".join(lines)
@@ -161,9 +149,7 @@ def contact_sheet(
     for name, value in (("per_class", per_class), ("side", side), ("classes", classes)):
         if type(value) is not int or not 1 <= value <= 512:
             raise ValueError(f"`contact_sheet` needs `{name}` in 1..512, got {value!r}.")
-    check_source(source)
-    source, options = finding.address(source, Options(image_column, label_column, config, revision))
-    check_options(source, None, *options)
+    source, options = asked(source, Options(image_column, label_column, config, revision))
     pillow = images.pillow()
     built_in = str(source) in finding.BUILT_IN
     found = None if built_in else finding.find(source, options)
@@ -259,9 +245,7 @@ def _describe(name: str, source: Source) -> Description:
                     unreadable.append(str(err))
                     headers.append(images.Header((0, 0), _UNREADABLE, _UNREADABLE, True, ()))
         if not labels:
-            raise ValueError(
-                "`load` needs images in every split, got an empty one. Add or remove it."
-            )
+            raise ValueError(EMPTY)
         array = np.array(labels, dtype=np.int64)
         check_labels(array, classes, lambda n, split=split: f"image {n} of {split!r}")
         classes = classes or tuple(str(i) for i in range(array.max() + 1))

@@ -65,13 +65,13 @@ class Pictures:
         """The file of image `index`."""
         return os.path.join(self.root, os.fsdecode(self.names[index].item()))
 
-    def part(self, index: np.ndarray) -> "Pictures":
+    def part(self, index: np.ndarray | slice) -> "Pictures":
         """The files at `index`."""
         return replace(self, names=self.names[index], sizes=self.sizes[index])
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return self.part(np.arange(len(self))[index])
+            return self.part(index)
         chosen = np.arange(len(self))[index]
         if chosen.ndim == 0:
             return self._decode(int(chosen))

@@ -10,7 +10,7 @@ import numpy as np
 from kart.data import splits, tables
 from kart.data.dataset import Unused
 from kart.data.names import Public
-from kart.data.source import INSTALL, Row, Source, first_line, near
+from kart.data.source import INSTALL, Row, Source, first_line, near, unreadable
 
 
 def read(
@@ -102,15 +102,8 @@ def _hides(source: str, stream: Any, label: str) -> bool:
     try:
         first = next(iter(stream.select_columns([label])), None)
     except Exception as err:
-        raise _unreadable(source, err) from err
+        raise unreadable(source, err) from err
     return first is not None and first[label] in (-1, None)
-
-
-def _unreadable(source: str, err: Exception) -> ValueError:
-    return ValueError(
-        f"`load` could not read {source!r} to its end: {first_line(err)} "
-        "Fetch the damaged file again."
-    )
 
 
 def _columns(features: Any, datasets: Any) -> dict[str, tables.Column]:
@@ -160,7 +153,7 @@ def _rows(
     except Exception as err:
         if str(err).startswith("`load`"):
             raise
-        raise _unreadable(source, err) from err
+        raise unreadable(source, err) from err
 
 
 def _size(builder: Any, split: str) -> int | None:

@@ -9,6 +9,7 @@ import numpy as np
 from kart.data.dataset import Unused
 
 INSTALL = 'Run `pip install "kart-attention[data]"`.'
+EMPTY = "`load` needs images in every split, got an empty one. Add or remove it."
 
 
 class Row(NamedTuple):
@@ -50,6 +51,14 @@ def near(word: object, candidates: Sequence[str]) -> str:
     """A sentence with the candidates that look like `word`, or nothing."""
     matches = difflib.get_close_matches(str(word), candidates)
     return f" Near matches: {', '.join(matches)}." if matches else ""
+
+
+def unreadable(source: object, err: Exception) -> ValueError:
+    """The error of a table that cannot be read to its end."""
+    return ValueError(
+        f"`load` could not read {str(source)!r} to its end: {first_line(err)} "
+        "Fetch the damaged file again."
+    )
 
 
 def first_line(err: Exception) -> str:

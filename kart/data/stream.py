@@ -104,7 +104,7 @@ def load(
     if workers is None:
         workers = max(0, len(os.sched_getaffinity(0)) - 1)
     source, places = found.source, dict[str, Path]()
-    if source is None or not all(_is_image(file) for file in source.files):
+    if source is None or not all(p.suffix.lower() in files.IMAGES for p in source.files):
         source, places = unpacked.source(found, base, split)
     else:
         root = Path(os.path.commonpath([os.path.abspath(file.parent) for file in source.files]))
@@ -146,10 +146,6 @@ def load(
         unused=source.unused,
         converted=changes.tally(seen[of].changes(), seen[of].grey(), index, channels, renumbered),
     )
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in files.IMAGES
 
 
 def _shape(seen: dict[str, Seen], image_size: int | None) -> tuple[int, int]:

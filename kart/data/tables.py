@@ -11,7 +11,7 @@ import numpy as np
 
 from kart.data import splits
 from kart.data.dataset import Unused
-from kart.data.source import INSTALL, Row, Source, check_labels, first_line
+from kart.data.source import INSTALL, Row, Source, check_labels, unreadable
 
 _IMAGE_NAMES = ("image", "img")
 _LABEL_NAMES = ("fine_label", "label", "labels")
@@ -134,7 +134,7 @@ def _open(path: Path) -> _Table:
             return _Table(path, _columns(file.schema_arrow), file.metadata.num_rows)
     # Arrow's errors on a damaged footer are of many kinds
     except Exception as err:
-        raise _unreadable(path, err) from err
+        raise unreadable(path, err) from err
 
 
 def has_images(path: Path, image_column: str | None) -> bool:
@@ -149,13 +149,6 @@ def _pyarrow() -> Any:
     except ImportError as err:
         raise ValueError(f"`load` needs `pyarrow` to read parquet files. {INSTALL}") from err
     return parquet
-
-
-def _unreadable(path: Path, err: Exception) -> ValueError:
-    return ValueError(
-        f"`load` could not read {str(path)!r} to its end: {first_line(err)} "
-        "Fetch the damaged file again."
-    )
 
 
 def _columns(schema: Any) -> dict[str, Column]:
@@ -309,9 +302,9 @@ def _rows(
             # Arrow's own are ValueErrors too
             if str(err).startswith("`load`"):
                 raise
-            raise _unreadable(table.path, err) from err
+            raise unreadable(table.path, err) from err
         except Exception as err:
-            raise _unreadable(table.path, err) from err
+            raise unreadable(table.path, err) from err
 
 
 def _renumbered(labels: np.ndarray, numbers: np.ndarray | None) -> np.ndarray:
@@ -326,7 +319,7 @@ def _labels(path: Path, label: str) -> np.ndarray:
             column = file.read(columns=[label]).column(label)
         values = [-1 if value is None else value for value in column.to_pylist()]
     except Exception as err:
-        raise _unreadable(path, err) from err
+        raise unreadable(path, err) from err
     # an unsigned one may not fit; nor is it a label
     return np.array([min(value, 2**63 - 1) for value in values], dtype=np.int64)
 

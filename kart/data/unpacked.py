@@ -4,10 +4,7 @@ A row of a parquet file cannot be read alone. So the images of a split are writt
 compressed, to `<cache>/<name>-<split>-files-<key>/<thousands>/<number>`, and decode when drawn.
 """
 
-import hashlib
-import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +15,7 @@ from tqdm import tqdm
 from kart.data import cache
 from kart.data.dataset import SPLITS, Unused
 from kart.data.finding import Finding
-from kart.data.source import Row, Source, check_labels
+from kart.data.source import EMPTY, Row, Source, check_labels
 
 _FORMAT = 1  # part of the name of every entry
 _FOLDER = 1000  # files of one
@@ -73,16 +70,12 @@ def _unpack(path: Path, opened: Source, split: str, classes: Sequence[str] | Non
     cache.build(path, _filler(opened, split, classes), damaged=os.path.lexists(path))
     index = _read(path)
     if index is None:
-        raise ValueError(
-            f"`load` lost {str(path)!r} while reading it. Keep `cache` for kart alone."
-        )
+        raise cache.lost(path)
     return index
 
 
 def _path(found: Finding, base: Path, split: str) -> Path:
-    key = json.dumps([_FORMAT, found.identity, split])
-    stem = re.sub(r"[^\w.-]+", "-", found.name)[:80]
-    return base / f"{stem}-{split}-files-{hashlib.sha256(key.encode()).hexdigest()[:20]}"
+    return cache.place(base, found.name, f"{split}-files", [_FORMAT, found.identity, split])
 
 
 def _file(path: Path, number: int) -> Path:
@@ -104,9 +97,7 @@ def _filler(opened: Source, split: str, classes: Sequence[str] | None) -> Callab
             index.labels.append(min(row.label, 2**63 - 1))
             index.sizes.append(len(content))
         if not index.labels:
-            raise ValueError(
-                "`load` needs images in every split, got an empty one. Add or remove it."
-            )
+            raise ValueError(EMPTY)
         check_labels(np.array(index.labels), classes, lambda n: index.where[n])
         names = classes or tuple(str(i) for i in range(max(index.labels) + 1))
         whole = index._replace(
