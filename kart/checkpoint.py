@@ -29,7 +29,7 @@ import torch
 from torch import Generator, Tensor
 
 import kart
-from kart import layers, tree
+from kart import layers, schema, tree
 
 Params = Any
 Tree = Any
@@ -260,6 +260,11 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes `value` to `path` as JSON for readers, whole or not at all; see `schema.dumps`."""
+    write_text(path, schema.dumps(value, indent=1) + "\n")
 
 
 def _some(names: list[str], limit: int = 8) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kart import checkpoint, schema, transfer, tree
+from kart import checkpoint, transfer, tree
 from kart.kernels import family, plain
 from kart.models import Model
 
@@ -166,4 +166,4 @@ def write(
     finally:
         temporary.unlink(missing_ok=True)
     told = {"format": form, **about, "versions": checkpoint.versions()}
-    checkpoint.write_text(path.with_suffix(".json"), schema.dumps(told, indent=1) + "\n")
+    checkpoint.write_json(path.with_suffix(".json"), told)

@@ -60,8 +60,7 @@ def stacked(configs: Sequence[Config], splits: Splits, model: Model | None = Non
 
     def diagnose(state: State, member: int) -> train.Diverged:
         own = tree.unstack(state)[member]
-        pair = source.at(configs[member].seed, int(own.bad_step))
-        return train.diagnose(functions, own, *pair)
+        return train.diagnose(functions, own, *source.at(configs[member].seed, int(own.bad_step)))
 
     rates = [member.peak_learning_rate for member in configs]
     decays = [member.weight_decay for member in configs]
@@ -101,6 +100,16 @@ def run(
 def member(value: tree.Tree, index: int) -> tree.Tree:
     """The state, or parameters, of one member of a stacked one."""
     return tree.map(lambda leaf: leaf[index], value)
+
+
+def members(value: tree.Tree, count: int) -> list[tree.Tree]:
+    """The state, or parameters, of each of `count` members; of one alone there is no axis."""
+    return [value] if count == 1 else tree.unstack(value)
+
+
+def together(found: Sequence[tree.Tree]) -> tree.Tree:
+    """The state, or parameters, of all members, of which `members` gives each."""
+    return found[0] if len(found) == 1 else tree.stack(found)
 
 
 def fastest_group(
@@ -186,10 +195,10 @@ def fit(
         count = len(part)
         for state, record in train.loop(run(part, splits)):
             records = split_record(record, count)
+            weights = members(train.weights_for_evaluation(state), count)
             for i, one in enumerate(records):
                 one["member"] = first + i
                 if one["epoch"] == part[0].epochs:
-                    params = train.weights_for_evaluation(state)
-                    one["params"] = member(params, i) if count > 1 else params
+                    one["params"] = weights[i]
             yield records
         first += count

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kart import checkpoint, kernels, models, operators, schema, tables, train, tree
+from kart import checkpoint, kernels, models, operators, tables, train, tree
 from kart.analysis import cost
 from kart.models import blocks
 from kart.train import Config
@@ -735,7 +735,7 @@ def run(args: argparse.Namespace) -> None:
     for row in itertools.chain(*levels):
         rows.append(row)
         # what has been measured survives whatever comes
-        checkpoint.write_text(path, schema.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        checkpoint.write_json(path, {"about": about, "rows": rows})
     print(show(rows))
     if not args.quick:
         print("\n" + cost.paper_table())

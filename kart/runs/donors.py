@@ -11,7 +11,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from kart import checkpoint, models, train, transfer, tree
+from kart import checkpoint, models, population, train, transfer, tree
 from kart.models import Model
 from kart.runs import weights
 from kart.train import Config, Run, Splits, State
@@ -79,15 +79,14 @@ def begin(run: Run, configs: Sequence[Config], splits: Splits) -> tuple[State, d
     if run.config.attention_from is None:
         return state, about
     one = train.teacher(run.config, splits.train)
-    own = [state.params] if len(configs) == 1 else tree.unstack(state.params)
     members = []
+    own = population.members(state.params, len(configs))
     for config, params in zip(configs, own, strict=True):
         assert config.attention_from is not None
         donor = read(config.attention_from, config.seed, "attention_from")
         members.append(transfer.teach(params, one, donor.params, donor.model))
-    params = members[0] if len(members) == 1 else tree.stack(members)
-    told = {**about, "attention_from": run.config.attention_from}
-    return train.begin_with(state, tree.to(params, run.config.device)), told
+    params = tree.to(population.together(members), run.config.device)
+    return train.begin_with(state, params), {**about, "attention_from": run.config.attention_from}
 
 
 def _begun(
@@ -105,7 +104,7 @@ def _begun(
         channels = transfer.channels_of(donor.params)
         params, drawn = transfer.begin(model, donor.params, generator, donor.model, same)
         members.append(params)
-    params = members[0] if len(members) == 1 else tree.stack(members)
+    params = population.together(members)
     leaves = len(tree.leaves(params))
     told = {"start": run.config.start, "taken": leaves - len(drawn), "drawn": drawn}
     if channels not in (None, model.config.in_channels):

@@ -111,7 +111,7 @@ def claim(directory: Path, configs: Sequence[Config], splits: Splits) -> Identit
     path = directory / "config.json"
     wanted = describe(configs, splits)
     if not path.exists():
-        checkpoint.write_text(path, schema.dumps(wanted, indent=1) + "\n")
+        checkpoint.write_json(path, wanted)
         return read(directory)
     found = read_config(directory)
     old, new = {**Config().asdict(), **found["config"]}, dict(wanted["config"])

@@ -9,6 +9,7 @@ from typing import Any
 import kart
 from kart import checkpoint, schema
 from kart.runs import identity
+from kart.runs.identity import Identity
 from kart.train import Record
 
 # what every record says of where it belongs, beside what it records
@@ -107,6 +108,17 @@ def _scores_path(directory: Path, split: str, which: str) -> Path:
     return directory / f"eval-{split}-{which}.json"
 
 
+def _scored(directory: Path, own: Identity, split: str, which: str) -> dict[str, Any]:
+    """What scores say of the run that they are of, and of what was scored."""
+    return {
+        "step": read_metrics(directory)[-1]["step"],
+        "data": own.data["fingerprint"],
+        "kart": kart.__version__,
+        "split": split,
+        "checkpoint": which,
+    }
+
+
 def write_scores(
     directory: Path, split: str, which: str, scores: list[dict[str, float]], images: int
 ) -> None:
@@ -114,18 +126,12 @@ def write_scores(
     own = identity.read(directory)
     report = {
         OWNER: own.id,
-        "step": read_metrics(directory)[-1]["step"],
-        "data": own.data["fingerprint"],
-        "kart": kart.__version__,
-        "split": split,
-        "checkpoint": which,
+        **_scored(directory, own, split, which),
         "images": images,
         "members": scores,
         "versions": checkpoint.versions(),
     }
-    checkpoint.write_text(
-        _scores_path(directory, split, which), schema.dumps(report, indent=1) + "\n"
-    )
+    checkpoint.write_json(_scores_path(directory, split, which), report)
 
 
 def read_scores(directory: Path, split: str, which: str) -> dict[str, Any] | None:
@@ -150,24 +156,14 @@ def read_scores(directory: Path, split: str, which: str) -> dict[str, Any] | Non
         raise ValueError(
             f"`run` needs whole scores, got a damaged {str(path)!r} ({error}). {again}"
         ) from None
-    wanted = {
-        "step": read_metrics(directory)[-1]["step"],
-        "data": own.data["fingerprint"],
-        "kart": kart.__version__,
-        "split": split,
-        "checkpoint": which,
-    }
-    for name, value in wanted.items():
+    for name, value in _scored(directory, own, split, which).items():
         if found.get(name) != value:
             raise ValueError(
                 f"`run` needs scores of its own, got {str(path)!r} with {name} "
                 f"{found.get(name)!r}, not {value!r}. {again}"
             )
     is_count = isinstance(images, int) and images > 0
-    if seeds != [c.seed for c in own.configs] or not is_count or not _are_numbers(numbers):
+    fits = all(isinstance(number, int | float) and number is not True for number in numbers)
+    if seeds != [c.seed for c in own.configs] or not is_count or not fits:
         raise ValueError(f"`run` needs scores of its members, got a damaged {str(path)!r}. {again}")
     return found
-
-
-def _are_numbers(values: list[Any]) -> bool:
-    return all(isinstance(value, int | float) and value is not True for value in values)

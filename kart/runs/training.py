@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kart import checkpoint, population, schema, train, tree
+from kart import checkpoint, population, train, tree
 from kart.runs import donors, identity, records, room, weights
 from kart.train import Config, Record, Run, Splits, State
 
@@ -132,8 +132,7 @@ def execute(
         if state is None:
             state, told = fresh or donors.begin(run, configs, splits)
             if told:
-                text = schema.dumps(told, indent=1) + "\n"
-                checkpoint.write_text(directory / "start.json", text)
+                checkpoint.write_json(directory / "start.json", told)
         state = ranks.share(state)
         yield from earlier
         if done >= total:

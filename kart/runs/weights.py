@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kart import checkpoint, train, tree
+from kart import checkpoint, population, train
 from kart.models import Model
 from kart.runs import identity, owned, records
 from kart.train import Config
@@ -45,7 +45,7 @@ def load_weights(directory: str | os.PathLike, which: str = "last") -> list[trai
     identity.check_owner(path, config, own.id)
     if which == "best":
         best_by_member(path, config, len(own.configs))
-    return [params] if len(own.configs) == 1 else tree.unstack(params)
+    return population.members(params, len(own.configs))
 
 
 def load_trajectory(directory: str | os.PathLike) -> list[tuple[int, list[train.Params]]]:
@@ -73,7 +73,7 @@ def load_trajectory(directory: str | os.PathLike) -> list[tuple[int, list[train.
     for path in paths:
         params, config = checkpoint.load(path)
         identity.check_owner(path, config, own.id)
-        found.append((config["step"], [params] if len(configs) == 1 else tree.unstack(params)))
+        found.append((config["step"], population.members(params, len(configs))))
     return found
 
 

@@ -8,7 +8,7 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import optuna
 from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState
 
-from kart import schema
+from kart import checkpoint, schema
 
 NAME = "study.jsonl"
 HEADER = b"SQLite format 3\0"
@@ -54,22 +54,26 @@ def read(directory: Path) -> dict[tuple[str, int], dict[str, Any]]:
     return found
 
 
-def append(directory: Path, arms: Mapping[str, optuna.Study]) -> None:
-    """Adds the finished trials that the journal has not yet."""
-    known = read(directory)
-    lines = [
-        schema.dumps(entry(arm, trial))
+def _lines(arms: Mapping[str, optuna.Study], known: Container[tuple[str, int]]) -> str:
+    """The finished trials that are not `known`, one a line."""
+    return "".join(
+        f"{schema.dumps(entry(arm, trial))}\n"
         for arm, study in arms.items()
         for trial in study.get_trials(deepcopy=False)
         if trial.state.is_finished() and (arm, trial.number) not in known
-    ]
-    if not lines:
+    )
+
+
+def append(directory: Path, arms: Mapping[str, optuna.Study]) -> None:
+    """Adds the finished trials that the journal has not yet."""
+    text = _lines(arms, read(directory))
+    if not text:
         return
     path = directory / NAME
     with open(path, "a", encoding="utf-8") as file:
         if path.stat().st_size and path.read_bytes()[-1:] != b"\n":
             file.write("\n")  # after a line that a kill cut short
-        file.write("\n".join(lines) + "\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
@@ -191,14 +195,5 @@ def restore(
         place = directory / "study.db"
         print(f"kart: {place} is rebuilt, {len(known)} finished trials in it", file=sys.stderr)
     # the numbers are those of the new file from here on
-    path = directory / NAME
-    lines = [
-        schema.dumps(entry(arm, trial))
-        for arm, study in arms.items()
-        for trial in study.get_trials(deepcopy=False)
-        if trial.state.is_finished()
-    ]
-    temporary = path.with_name(f".{NAME}.{os.getpid()}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(temporary, path)
+    checkpoint.write_text(directory / NAME, _lines(arms, ()))
     return len(known)

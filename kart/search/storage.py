@@ -27,7 +27,7 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
 import kart
-from kart import checkpoint, schema
+from kart import checkpoint
 from kart.search import patience
 from kart.search.trials import OBJECTIVES
 
@@ -301,8 +301,7 @@ def save_settings(storage: RDBStorage, settings: Settings, directory: Path | Non
         study = optuna.load_study(study_name=f"{settings.study}/{arm}", storage=storage)
         study.set_user_attr("settings", settings.asdict())
     if directory is not None:
-        text = schema.dumps(settings.asdict(), indent=1) + "\n"
-        checkpoint.write_text(directory / "study.json", text)
+        checkpoint.write_json(directory / "study.json", settings.asdict())
 
 
 # workers

@@ -89,16 +89,13 @@ def train_members(
                 members[i] = Member(epoch, one, one["diverged"], None)
                 if one["diverged"] < 0:
                     records[i] = one
-        stop = {i for i in range(len(configs)) if i not in records} | set(
-            after_epoch(epoch, records)
-        )
+        stop = set(range(len(configs))) - records.keys() | set(after_epoch(epoch, records))
         kept = [_keep(indices, state, stop) for indices, state in trained]
         parts = [part for part in kept if part[0]]
     for indices, state in parts:
         assert state is not None  # each part has been through an epoch
-        weights = train.weights_for_evaluation(state)
-        for place, i in enumerate(indices):
-            own = population.member(weights, place) if len(indices) > 1 else weights
+        weights = population.members(train.weights_for_evaluation(state), len(indices))
+        for i, own in zip(indices, weights, strict=True):
             members[i] = members[i]._replace(params=own)
     return members
 
@@ -262,8 +259,7 @@ def evaluation(
             buckets.setdefault(shape(task.members[0]), []).append(i)
         outcomes: dict[int, Outcome] = {}
         for bucket in buckets.values():
-            for i, outcome in zip(bucket, _bucket([tasks[i] for i in bucket]), strict=True):
-                outcomes[i] = outcome
+            outcomes |= zip(bucket, _bucket([tasks[i] for i in bucket]), strict=True)
         return [outcomes[i] for i in range(len(tasks))]
 
     def _bucket(tasks: list[Task]) -> list[Outcome]:
