@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from kart import layers, operators, tree
+from kart import layers, operators, schema, tree
 from kart.kernels.transforms import autocasting
 from kart.operators import Cache
 from kart.operators.resize import Tokens, lattice
@@ -300,13 +300,12 @@ class Attention(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-            raise ValueError(f"`Attention` needs an integer `dim` >= 1, got {dim!r}.")
+        schema.check_integer("Attention", "dim", dim, 1)
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"`Attention` needs a floating-point `dtype`, got {dtype}.")
         groups = heads if kv_heads is None else kv_heads
         for name, whole, part in (("heads", dim, heads), ("kv_heads", heads, groups)):
-            if isinstance(part, bool) or not isinstance(part, int) or part < 1 or whole % part:
+            if not schema.fits(part, int) or part < 1 or whole % part:
                 raise ValueError(
                     f"`Attention` needs `{name}` to divide {whole}, got {part!r}. Choose a divisor."
                 )

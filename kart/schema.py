@@ -24,6 +24,13 @@ def fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
+def check_integer(function: str, argument: str, value: Any, least: int, advice: str = "") -> None:
+    """Raises ValueError unless `value` is an integer from `least` on."""
+    if not fits(value, int) or value < least:
+        told = f"`{function}` needs an integer `{argument}` >= {least}, got {value!r}. {advice}"
+        raise ValueError(told.strip())
+
+
 def name(kind: Any) -> str:
     """An annotated type as a reader knows it.
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kart import augment, data, pages
+from kart import augment, data, pages, schema
 from kart.analysis import figures, scenes
 from kart.analysis.section import (
     Analysis,
@@ -317,7 +317,7 @@ def _curve(
     height, width = images.shape[-2:]
     patches = maps[0].numel()
     count = patches if steps is None else steps
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= patches:
+    if not schema.fits(count, int) or not 1 <= count <= patches:
         raise ValueError(
             f"`{name}` needs 1 <= `steps` <= {patches}, the number of patches, got {steps!r}. "
             "Leave it out."

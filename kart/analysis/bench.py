@@ -623,7 +623,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 def verdict(row: dict[str, Any]) -> str:
     """How far a row is from its goals."""
     reach, then = TARGETS.get((row["what"], row["variant"]), (None, None))
-    ratio = row["ratio"] if row["what"] == "memory" else row["both"]["ratio"]
+    ratio = _ratio(row)
     if row["variant"] in PEAKS:
         word, limit = PEAKS[row["variant"]]
         met = row["peak_mib"] * 2**20 / 1e6 < limit

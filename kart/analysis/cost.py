@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from kart import layers, models, pages, tables, train, tree
+from kart import layers, models, pages, schema, tables, train, tree
 from kart.analysis import curvature
 from kart.analysis.section import Analysis, Context
 from kart.models import Model, Site, work
@@ -219,16 +219,10 @@ def flops(model: Model) -> Flops:
         else:
             parts["attention"] += SOFTMAX * layer.rows * layer.keys
     for site in model.sites:
-        products, activation = _site_flops(site)
-        parts["attention"] += site.windows * products
-        parts["activation"] += site.windows * activation
+        sizes = site.operator, site.heads, site.tokens
+        parts["attention"] += site.windows * product_flops(*sizes, site.width)
+        parts["activation"] += site.windows * activation_flops(*sizes)
     return Flops(**parts)
-
-
-def _site_flops(site: Site) -> tuple[int, int]:
-    """Products and activation of the operator of a block, on one window where there are some."""
-    products = product_flops(site.operator, site.heads, site.tokens, site.width)
-    return products, activation_flops(site.operator, site.heads, site.tokens)
 
 
 def streamed_flops(op: Operator, heads: int, tokens: int, width: int) -> int:
@@ -349,8 +343,7 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
         raise ValueError(
             f'`activation_memory` needs `form` "streamed" or "naive", got {form!r}. Choose one.'
         )
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"`activation_memory` needs an integer `batch` >= 1, got {batch!r}.")
+    schema.check_integer("activation_memory", "batch", batch, 1)
     c = model.config
     if not weighed(model) and form == "naive":
         raise ValueError(

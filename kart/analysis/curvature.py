@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor
 from torch.func import grad, jvp, vmap
 
-from kart import pages, tree
+from kart import pages, schema, tree
 from kart.analysis import figures
 from kart.analysis.section import (
     Analysis,
@@ -192,7 +192,7 @@ def top_eigenvalues(
             f"`top_eigenvalues` needs `which` in {list(WHICH)}, got {which!r}. Choose one of them."
         )
     size = tree.size(params)
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= size:
+    if not schema.fits(count, int) or not 1 <= count <= size:
         raise ValueError(
             f"`top_eigenvalues` needs 1 <= `count` <= {size}, the number of parameters, got "
             f"{count!r}. Ask for 5."
@@ -266,7 +266,7 @@ def trace(loss: Loss, params: Params, samples: int, generator: Generator) -> Tra
     24.0
     """
     size = tree.size(params)
-    _check_samples("trace", samples, 2)
+    schema.check_integer("trace", "samples", samples, 2, "20 is a start.")
     space = _Space(loss, params, 0)
     probe = _probes(samples, size, generator, space.basis[0])
     exact = samples >= size
@@ -276,13 +276,6 @@ def trace(loss: Loss, params: Params, samples: int, generator: Generator) -> Tra
     spread = terms.new_zeros(()) if exact else terms.std() / samples**0.5
     dtype = space.basis.dtype
     return Trace(terms.mean().to(dtype), torch.maximum(spread, rounding).to(dtype))
-
-
-def _check_samples(name: str, samples: int, least: int) -> None:
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < least:
-        raise ValueError(
-            f"`{name}` needs an integer `samples` >= {least}, got {samples!r}. 20 is a start."
-        )
 
 
 class Density(NamedTuple):
@@ -316,7 +309,7 @@ def spectral_density(
     >>> round(float(torch.trapezoid(density, grid)), 6)
     1.0
     """
-    _check_samples("spectral_density", samples, 1)
+    schema.check_integer("spectral_density", "samples", samples, 1, "20 is a start.")
     size = tree.size(params)
     if steps < 1 or points < 2 or (width is not None and not 0 < width < math.inf):
         raise ValueError(

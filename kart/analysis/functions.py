@@ -5,7 +5,6 @@ curves, what they are near to, what of them can be dropped, and how much they do
     functions.fits(functions.curves(operator, params, x), x, functions.density(scores, x))
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -36,6 +35,7 @@ from kart.models import Model
 from kart.models.model import find
 from kart.operators import Operator
 from kart.operators.resize import amplitudes
+from kart.operators.sums import parts_of
 
 
 def _units(operator: Operator, params: Params) -> Params:
@@ -147,32 +147,25 @@ class Group(NamedTuple):
     path: str = ""
 
 
-def _within(operator: Operator) -> list[tuple[Operator, int]]:
-    """The operators that one is made of, hybrid or a sum, and how many heads come before each."""
-    groups = operator.options.get("groups", [])
-    befores = itertools.accumulate((count for _, count in groups), initial=0)
-    hybrid = [(op, before) for (op, _), before in zip(groups, befores, strict=False)]
-    return hybrid + [(op, 0) for op in operator.options.get("parts", [])]
-
-
 def learned_groups(operator: Operator, params: Params) -> Iterator[Group]:
     """The groups of heads that learn functions: one, unless the operator is hybrid or a sum; none
     if fixed, and none of units by offset, which have other axes than `curves` shows.
     """
-    within = _within(operator)
-    for i, (op, before) in enumerate(within):
+    parts, before = parts_of(operator), 0
+    heads = [count for _, count in operator.options.get("groups", ())] or [0] * len(parts)
+    for i, (op, count) in enumerate(zip(parts, heads, strict=True)):
         for found in learned_groups(op, params[str(i)]):
             path = f"{i}.{found.path}" if found.path else str(i)
             yield found._replace(first=before + found.first, path=path)
-    if not within and operator.basis is not None and operator.options.get("kind") != "by_offset":
+        before += count
+    if not parts and operator.basis is not None and operator.options.get("kind") != "by_offset":
         yield Group(0, operator, params)
 
 
 def learns(operator: Operator) -> bool:
     """Whether any head of an operator learns functions that `learned_groups` gives."""
-    within = _within(operator)
-    if within:
-        return any(learns(op) for op, _ in within)
+    if parts := parts_of(operator):
+        return any(map(learns, parts))
     return operator.basis is not None and operator.options.get("kind") != "by_offset"
 
 
@@ -699,7 +692,7 @@ def _shapes(
         look = context.look(result)
         block = len(look.model.operators) - 1
         scores = look.seen("scores", block)
-        params = look.operator_params(look.params, block)
+        params = look.model.operator_params(look.params, block)
         for group in learned_groups(look.model.operators[block], params):
             assert group.operator.basis is not None
             if group.operator.basis.family == "fourier":
@@ -749,7 +742,7 @@ def _pictures(looks: Sequence[Look]) -> tuple[list[pages.Markup], list[pages.Num
         for names in [together[i] for i in some_blocks(len(together))]:
             block = names[0]
             operator = look.model.operators[block]
-            now, then = (look.operator_params(p, block) for p in (look.params, look.initial))
+            now, then = (look.model.operator_params(p, block) for p in (look.params, look.initial))
             groups = list(learned_groups(operator, now))
             if not groups:
                 continue

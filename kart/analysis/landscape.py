@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from kart import pages, tree
+from kart import pages, schema, tree
 from kart.analysis import figures
 from kart.analysis.section import (
     Analysis,
@@ -192,8 +192,7 @@ def axes(extent: Extent, points: int) -> Tensor:
     >>> axes(1.0, 3).tolist(), axes(((0.0, 1.0), (0.0, 2.0)), 2).tolist()
     ([[-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0]], [[0.0, 1.0], [0.0, 2.0]])
     """
-    if isinstance(points, bool) or not isinstance(points, int) or points < 2:
-        raise ValueError(f"`surface` needs an integer `points` >= 2, got {points!r}. 41 is usual.")
+    schema.check_integer("surface", "points", points, 2, "41 is usual.")
     if isinstance(extent, int | float):
         ranges: Sequence[Sequence[float]] = ((-extent, extent), (-extent, extent))
     else:
@@ -236,8 +235,7 @@ def surface(
     [[2.0, 1.0, 2.0], [1.0, 0.0, 1.0], [2.0, 1.0, 2.0]]
     """
     _check_directions("surface", directions, tree.size(params))
-    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
-        raise ValueError(f"`surface` needs an integer `chunk` >= 1, got {chunk!r}. Leave it out.")
+    schema.check_integer("surface", "chunk", chunk, 1, "Leave it out.")
     first, second = (tree.unravel(direction, params) for direction in directions)
     a, b = axes(extent, points).to(directions.device)
     pairs = torch.cartesian_prod(a, b).split(chunk)
@@ -411,7 +409,9 @@ def plot(
         for i, label in enumerate((ax.set_xlabel, ax.set_ylabel)):
             share = "" if shares is None else f" ({100 * float(shares[i]):.0f} %)"
             label(f"direction {i + 1}{share}")
-    _colour_bar(fig, drawn, cells)
+    bar = fig.colorbar(drawn, ax=cells, shrink=0.9, format="%.2f", spacing="uniform")
+    bar.set_label("loss", fontsize=8, color=figures.INK)
+    bar.ax.tick_params(labelsize=6, labelcolor=figures.INK, color=figures.QUIET)
     return fig
 
 
@@ -468,12 +468,6 @@ def _colours(levels: Sequence[float]) -> dict[str, Any]:
     # of even steps in lightness, so that it survives print and colour blindness
     cmap = colormaps["cividis"]
     return {"cmap": cmap, "norm": BoundaryNorm(levels, cmap.N)}
-
-
-def _colour_bar(fig: Any, drawn: Any, cells: Any) -> None:
-    bar = fig.colorbar(drawn, ax=cells, shrink=0.9, format="%.2f", spacing="uniform")
-    bar.set_label("loss", fontsize=8, color=figures.INK)
-    bar.ax.tick_params(labelsize=6, labelcolor=figures.INK, color=figures.QUIET)
 
 
 # --- the section ----------------------------------------------------------------------------------

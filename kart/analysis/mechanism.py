@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kart import bases, data, models, operators, pages, train, tree
+from kart import bases, data, models, operators, pages, schema, train, tree
 from kart.analysis import figures
 from kart.analysis.attention import static_share
 from kart.analysis.section import (
@@ -24,7 +24,8 @@ from kart.analysis.section import (
     Context,
     Measured,
     Member,
-    mean_number,
+    over_seeds,
+    percent,
     samples,
     scalars,
     seeds_table,
@@ -38,7 +39,7 @@ from kart.models.resize import lattice
 from kart.operators import Operator
 from kart.operators.contract import sum_units
 from kart.operators.relative import entry_index, flatten_table
-from kart.statistics import interval
+from kart.operators.sums import parts_of
 from kart.train import Config, Splits
 
 # --- simpler functions in the place of the learned ones -------------------------------------------
@@ -149,14 +150,9 @@ def swap(
     return Swapped(new, kept)
 
 
-def _within(op: Operator) -> list[Operator]:
-    """The operators that one is made of, hybrid or a sum."""
-    return [part for part, _ in op.options.get("groups", ())] + [*op.options.get("parts", ())]
-
-
 def _learns(op: Operator) -> bool:
     """Whether any part of an operator has learned functions."""
-    return any(map(_learns, _within(op))) or op.basis is not None
+    return any(map(_learns, parts_of(op))) or op.basis is not None
 
 
 def _simpler(op: Operator, params: Params, form: str, scores: Tensor) -> tuple[Operator, Params]:
@@ -317,7 +313,7 @@ def retrain(
     >>> retrain(config, model, params, splits, steps=0) is params
     True
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0 or not 0 < rate <= 1:
+    if not schema.fits(steps, int) or steps < 0 or not 0 < rate <= 1:
         raise ValueError(
             f"`retrain` needs an integer `steps` >= 0 and 0 < `rate` <= 1, got {steps!r} and "
             f"{rate!r}. Pass for example steps=50."
@@ -603,7 +599,7 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
         for kind in ["whole", *kinds]
     }
     whole = by_kind["whole"]
-    found = {f"{name}": whole[name] for name in ("top1", "again") if name in whole}
+    found = {name: whole[name] for name in ("top1", "again") if name in whole}
     for kind in kinds:
         own = by_kind[kind]
         found[f"cost_{kind}"] = whole["top1"] - own["top1"]
@@ -626,9 +622,9 @@ SWAPPABLE = ("low_rank", "full_rank", "project_first", "two_stage", "elementwise
 
 def _swappable(op: Operator) -> bool:
     """Whether `swap` takes all of an operator's learned functions."""
-    within = _within(op)
-    if within:
-        return all(map(_swappable, within))
+    parts = parts_of(op)
+    if parts:
+        return all(map(_swappable, parts))
     return op.basis is None or op.options.get("kind") in SWAPPABLE
 
 
@@ -672,13 +668,8 @@ def _points(measure: str, header: str) -> Column:
 def _costs(context: Context, found: Measured) -> Part:
     count = min(8 * context.examples, len(context.splits.val.labels))
     few = context.few(context.model(context.results[0].configs[0]))
-    names = {
-        "position": "its mean matrix",
-        "constant": "constants",
-        "affine": "affine",
-        "exp": "exp",
-    }
-    columns = [Column("top1", "top-1 %", 1, "", 100.0, 0.0, 1.0)]
+    names = dict(zip(KINDS, ("its mean matrix", "constants", "affine", "exp"), strict=True))
+    columns = [percent("top1", "top-1 %")]
     columns += [_points(f"cost_{kind}", names[kind]) for kind in KINDS]
     caption = (
         f"Points of top-1 on {count:,} validation images that are lost where, without training, "
@@ -690,7 +681,7 @@ def _costs(context: Context, found: Measured) -> Part:
     table, numbers = seeds_table(found, columns, caption)
     shown = [table]
     if context.retrain:
-        columns = [Column("again", "top-1 %", 1, "", 100.0, 0.0, 1.0)]
+        columns = [percent("again", "top-1 %")]
         columns += [_points(f"left_{kind}", names[kind]) for kind in KINDS]
         caption = (
             f"What is left of it after {context.retrain} more steps of training, which the model "
@@ -718,14 +709,10 @@ def _gradients(context: Context) -> Part:
         cells: list[Any] = [result.name]
         for i in some_blocks(norms.shape[1]):
             for j, name in enumerate("qkv"):
-                values = norms[:, i, j].tolist()
-                mean = interval(values, low=0.0)
+                values = dict(enumerate(norms[:, i, j].tolist()))
                 measure = f"gradient_{name}_block_{i + 1}"
-                numbers += [
-                    pages.Number(result.name, measure, value, "nats", seed)
-                    for seed, value in enumerate(values)
-                ]
-                numbers.append(mean_number(result.name, measure, mean, "nats"))
+                mean, own = over_seeds(result.name, measure, values, "nats", low=0.0)
+                numbers += own
                 spread = mean.why or f"[{mean.low:.2g}, {mean.high:.2g}]"
                 cells.append(pages.Markup(f"{mean.mean:.2g}<br>{pages.tag('small', spread)}"))
         rows.append(cells)

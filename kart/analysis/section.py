@@ -145,10 +145,6 @@ class Look(NamedTuple):
         """The seed of the member."""
         return self.result.configs[0].seed
 
-    def operator_params(self, params: Params, block: int) -> Params:
-        """The operator's part of `params`, of the model, in `block`."""
-        return self.model.operator_params(params, block)
-
     def seen(self, kind: str, block: int) -> Tensor:
         """The "scores", "weights" or "values" of `block`, as `samples` has them."""
         return samples(self.model.sites[block], self.aux[f"blocks.{block}.{kind}"])

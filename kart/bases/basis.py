@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from kart import schema
 from kart.bases import names
 
 Params = dict[str, Any]
@@ -184,11 +185,7 @@ def check_choice(function: str, argument: str, value: Any, allowed: Sequence[str
 
 def check_integer(function: str, argument: str, value: Any, least: int, most: float = MOST) -> None:
     """Raises ValueError unless `value` is an integer from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(
-            f"`{function}` needs an integer `{argument}` >= {least}, got {value!r}. "
-            "Pass a larger one."
-        )
+    schema.check_integer(function, argument, value, least, "Pass a larger one.")
     if value > most:
         raise ValueError(
             f"`{function}` needs an integer `{argument}` <= {most}, got {value!r}. "

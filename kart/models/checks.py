@@ -4,6 +4,8 @@ import math
 import os
 from typing import Any
 
+from kart import schema
+
 COMMON = ("image_size", "patch_size", "in_channels")
 LARGEST = 2**31 - 1  # of an axis that torch can index on every device
 
@@ -15,9 +17,9 @@ def integers(function: str, config: Any, *names: str) -> None:
     """
     for name in (*COMMON, *names):
         value = getattr(config, name)
-        parts = value if isinstance(value, tuple) and value else (value,)
+        parts: Any = value if isinstance(value, tuple) and value else (value,)
         for part in parts:
-            if isinstance(part, bool) or not isinstance(part, int) or part < 1:
+            if not schema.fits(part, int) or part < 1:
                 raise ValueError(
                     f"`{function}` needs an integer `{name}` >= 1, got {value!r}. Pass one."
                 )
@@ -27,7 +29,7 @@ def integers(function: str, config: Any, *names: str) -> None:
                     "digits. Pass a smaller one."
                 )
     ratio = config.mlp_ratio
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < math.inf:
+    if not schema.fits(ratio, float) or not 0 < ratio < math.inf:
         raise ValueError(f"`{function}` needs `mlp_ratio` > 0, got {ratio!r}. ViTs use 4.")
 
 

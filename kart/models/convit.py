@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from kart import layers
+from kart import layers, schema
 from kart.bases import DRAWN
 from kart.factories import remember
 from kart.models import blocks, checks, work
@@ -43,7 +43,7 @@ def convit(operator: Choice = "softmax", **fields: Any) -> Model:
     config = ConViTConfig(**fields)
     checks.columnar("convit", config, "num_classes")
     gated = config.gated_blocks
-    if isinstance(gated, bool) or not isinstance(gated, int) or not 0 <= gated < config.depth:
+    if not schema.fits(gated, int) or not 0 <= gated < config.depth:
         raise ValueError(
             f"`convit` needs `gated_blocks` in 0 .. depth - 1, got {gated!r} of {config.depth}: "
             f"the class token enters behind them. Pass gated_blocks={max(0, config.depth - 2)}."

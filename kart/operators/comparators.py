@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from kart import bases, kernels
+from kart import bases, kernels, schema
 from kart.bases import Params
 from kart.factories import remember
 from kart.kernels.plain import wide
@@ -171,10 +171,7 @@ def gated(prefix: int | None = None, rows: int | None = None, locality: float = 
 
 def check_width(name: str, width: Any) -> None:
     """Raises ValueError unless `width` can be that of a head."""
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        raise ValueError(
-            f"`{name}` needs an integer `width` >= 1, got {width!r}. It is embed_dim / num_heads."
-        )
+    schema.check_integer(name, "width", width, 1, "It is embed_dim / num_heads.")
 
 
 def check_head(name: str, expected: int, q: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Generator, Tensor
 
-from kart import bases, factories, kernels
+from kart import bases, factories, kernels, schema
 from kart.bases import Basis, Params
 from kart.kernels.core import no_autocast
 from kart.kernels.entries import ENGINES as ENTRIES
@@ -90,12 +90,11 @@ SCORES = bases.polynomial(1)
 
 def check_sizes(heads: int, tokens: int) -> None:
     """Raises ValueError unless there is at least one head and one key."""
-    for value in (heads, tokens):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"`init` needs `heads` >= 1 and `tokens` >= 1, got {heads!r} and {tokens!r}. "
-                "Pass the number of heads and of keys."
-            )
+    if not all(schema.fits(value, int) and value >= 1 for value in (heads, tokens)):
+        raise ValueError(
+            f"`init` needs `heads` >= 1 and `tokens` >= 1, got {heads!r} and {tokens!r}. "
+            "Pass the number of heads and of keys."
+        )
 
 
 def check_fits_memory(name: str, numbers: int, what: str) -> None:
@@ -110,8 +109,7 @@ def check_fits_memory(name: str, numbers: int, what: str) -> None:
 
 def check_rank(name: str, rank: int) -> None:
     """Raises ValueError unless `rank` is a positive integer."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"`{name}` needs an integer `rank` >= 1, got {rank!r}. The paper uses 12.")
+    schema.check_integer(name, "rank", rank, 1, "The paper uses 12.")
 
 
 def near_matches(text: Any, allowed: Sequence[str]) -> list[str]:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from kart import kernels
+from kart import kernels, schema
 from kart.bases import Basis, Params
 from kart.factories import remember
 from kart.kernels.entries import ENGINES
 from kart.kernels.plain import softmax_rows, weigh, wide
+from kart.operators import static
 from kart.operators.contract import (
     Operator,
     attended_keys,
@@ -26,9 +27,7 @@ from kart.operators.contract import (
     two_axes,
 )
 from kart.operators.resize import amplitudes
-from kart.operators.static import mixed
 
-STARTS = ("scaled", "zero")
 NORMALISATIONS = ("count", "l1", "softmax")
 
 
@@ -142,7 +141,7 @@ def from_entries(
             v, *leaves, mask = rest
             own = {"units": dict(zip(names, leaves, strict=True))}
             y = entries(own, None, place, torch.arange(v.shape[-2], device=v.device))
-            return mixed(weigh(alone, y, None, mask).to(v.dtype), v)
+            return static.mixed(weigh(alone, y, None, mask).to(v.dtype), v)
 
         place, _ = places(q.shape[-2], k.shape[-2], q.device)
         out = kernels.by_queries(block, [place], [v, *leaves], mask, 2)
@@ -171,14 +170,13 @@ def default_start(
     name: str, start: str | None, normalise: str | None, base: str | None, inside: bool
 ) -> str:
     """The start that was asked for; "zero" beside or inside softmax, "scaled" alone."""
-    check_choice(name, "start", start, STARTS)
-    if start == "zero" and normalise in ("l1", "softmax"):
+    rows = normalise in ("l1", "softmax")
+    if start == "zero" and rows:
         raise ValueError(
             f'`{name}` needs `start` "scaled" with normalise={normalise!r}, got "zero", of which '
             "no row can be normalised to zero. Leave it out."
         )
-    softmax = inside or (base and normalise not in ("l1", "softmax"))
-    return start or ("zero" if softmax else "scaled")
+    return static.default_start(name, start, None if rows else base, inside)
 
 
 def draw_units(
@@ -277,11 +275,8 @@ def by_distance(
             softmax, else "scaled".
         engine: of `kart.kernels.entry_attention`, where the scores have a part.
     """
-    if isinstance(reach, bool) or not isinstance(reach, int) or reach < 1:
-        raise ValueError(
-            f"`by_distance` needs an integer `reach` >= 1, got {reach!r}. Pass the longest "
-            "sequence of training."
-        )
+    advice = "Pass the longest sequence of training."
+    schema.check_integer("by_distance", "reach", reach, 1, advice)
 
     def entries(params: Params, scores: Tensor | None, place: Tensor, keys: Tensor) -> Tensor:
         # every offset once: a block of n queries and M keys has n + M - 1 of them

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from kart import bases, kernels
+from kart import bases, kernels, schema
 from kart.bases import Basis, Params
 from kart.factories import remember
 from kart.kernels.plain import scores as scores_of
@@ -26,8 +26,7 @@ from kart.operators.contract import (
 )
 from kart.operators.learnable import low_rank
 from kart.operators.resize import Lattice, check_read
-
-STARTS = ("scaled", "zero")
+from kart.operators.static import STARTS
 
 
 def cosines(places: Tensor, count: int) -> Tensor:
@@ -106,10 +105,7 @@ def generated(
         ("reach", 1 if reach is None else reach, 1),
         ("prefix", prefix, 0),
     ):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(
-                f"`generated` needs an integer `{argument}` >= {least}, got {value!r}. Pass one."
-            )
+        schema.check_integer("generated", argument, value, least, "Pass one.")
     waves = math.isqrt(features - prefix)
     if reach is None and waves * waves != features - prefix:
         raise ValueError(

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from kart import bases
+from kart import bases, schema
 from kart.bases import Params
 from kart.factories import remember
 from kart.operators.contract import Operator, check_fits_memory
@@ -21,14 +21,10 @@ from kart.operators.static import default_start, from_matrix
 
 def check_geometry(name: str, prefix: int | None, rows: int | None) -> None:
     """Raises ValueError unless `prefix` and `rows` can describe tokens."""
+    advice = "A ViT and square windows leave both out; a sequence has prefix=0 and rows=1."
     for argument, value, least in (("prefix", prefix, 0), ("rows", rows, 1)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(
-                f"`{name}` needs an integer `{argument}` >= {least}, got {value!r}. A ViT and "
-                "square windows leave both out; a sequence has prefix=0 and rows=1."
-            )
+        if value is not None:
+            schema.check_integer(name, argument, value, least, advice)
 
 
 def lattice_of(name: str, tokens: int, prefix: int | None, rows: int | None) -> Lattice:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kart import schema
 from kart.bases import Basis, Params
 from kart.operators.contract import Operator
 
@@ -42,13 +43,12 @@ class Lattice(NamedTuple):
 
 def lattice(argument: str, tokens: Tokens) -> Lattice:
     """The lattice that a number of keys or a tuple stands for."""
-    whole = isinstance(tokens, int) and not isinstance(tokens, bool)
-    if whole and tokens > 1:  # type: ignore[operator]
+    if schema.fits(tokens, int) and tokens > 1:  # type: ignore[operator]
         side = math.isqrt(tokens - 1)  # type: ignore[operator]
         if side * side == tokens - 1:  # type: ignore[operator]
             return Lattice(1, side, side)
     sizes = tuple(tokens) if isinstance(tokens, Sequence) and not isinstance(tokens, str) else ()
-    fits = all(isinstance(x, int) and not isinstance(x, bool) for x in sizes)
+    fits = all(schema.fits(x, int) for x in sizes)
     if fits and len(sizes) == 2 and min(sizes) >= 1:
         return Lattice(None, *sizes)
     if fits and len(sizes) == 3 and sizes[0] >= 0 and min(sizes[1:]) >= 1:

@@ -11,6 +11,11 @@ from kart.operators.contract import Operator, check_sizes
 from kart.operators.resize import Lattice
 
 
+def parts_of(op: Operator) -> list[Operator]:
+    """The operators that one is made of, hybrid or a sum; none of any other."""
+    return [part for part, _ in op.options.get("groups", ())] + [*op.options.get("parts", ())]
+
+
 def of_parts(parts: Sequence[Operator]) -> dict[str, Any]:
     """The fields `traits` and `resize` of an operator made of others, whose parameters are under
     `str(i)`.
