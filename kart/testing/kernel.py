@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.func import grad, vmap
 
 from kart import tree
@@ -41,13 +41,42 @@ class Subject(NamedTuple):
     traits: Mapping[str, Any]
     dtypes: Sequence[torch.dtype]
 
-    def arguments(self, seed: int, sizes: Mapping[str, int], dtype: torch.dtype) -> list[Any]:
-        source: Generator = draw.generator(seed)
-        return [_cast(x, dtype) for x in self.inputs(source, **sizes)]
+    def drawn(self, seed: int, sizes: Mapping[str, int], dtype: torch.dtype) -> "Case":
+        """A case of these sizes, its floating-point tensors of `dtype`."""
+        arguments = self.inputs(draw.generator(seed), **sizes)
+        return self.case([x.to(dtype) if _is_float(x) else x for x in arguments])
+
+    def case(self, arguments: Sequence[Any]) -> "Case":
+        """The case of these arguments."""
+        places = [i for i, x in enumerate(arguments) if _is_float(x)]
+
+        def of_floats(f: Callable[..., Any]) -> Callable[..., Any]:
+            def of(*floats: Tensor) -> Any:
+                full = list(arguments)
+                for i, x in zip(places, floats, strict=True):
+                    full[i] = x
+                return f(*full)
+
+            return of
+
+        floats = tuple(arguments[i] for i in places)
+        return Case(list(arguments), places, floats, of_floats(self.fast), of_floats(self.plain))
 
 
-def _cast(x: Any, dtype: torch.dtype) -> Any:
-    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+class Case(NamedTuple):
+    """Arguments, the places of the floating-point tensors among them, and both forms as functions
+    of those alone.
+    """
+
+    arguments: list[Any]
+    places: list[int]
+    floats: tuple[Tensor, ...]
+    fast: Callable[..., Any]
+    plain: Callable[..., Any]
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def sizes(s: Subject) -> SearchStrategy[dict[str, int]]:
@@ -59,24 +88,6 @@ def sizes(s: Subject) -> SearchStrategy[dict[str, int]]:
     if not shared:
         return each
     return st.one_of(each, st.sampled_from(shared).map(lambda n: {k: n for k in s.sizes}))
-
-
-def _split(arguments: Sequence[Any]) -> tuple[list[int], tuple[Tensor, ...]]:
-    places = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.is_floating_point()]
-    return places, tuple(arguments[i] for i in places)
-
-
-def _of_floats(f: Callable[..., Any], arguments: Sequence[Any]) -> Callable[..., Any]:
-    """`f` as a function of its floating-point tensors alone."""
-    places, _ = _split(arguments)
-
-    def of(*floats: Tensor) -> Any:
-        full = list(arguments)
-        for i, x in zip(places, floats, strict=True):
-            full[i] = x
-        return f(*full)
-
-    return of
 
 
 def _flat(value: Any) -> Tensor:
@@ -112,10 +123,9 @@ def _compare(
     """Asserts that the transform of `fast` in `dtype` is that of `plain` in float64, up to what
     rounding in `dtype` may do to the latter.
     """
-    arguments = s.arguments(seed, drawn, dtype)
-    _, floats = _split(arguments)
-    got = _flat(transform(_of_floats(s.fast, arguments))(*floats))
-    exact, limit = _exactly(transform(_of_floats(s.plain, arguments)), floats, dtype)
+    case = s.drawn(seed, drawn, dtype)
+    got = _flat(transform(case.fast)(*case.floats))
+    exact, limit = _exactly(transform(case.plain), case.floats, dtype)
     agree(got, exact, factor * limit, f"{what} of the fast form", "of the plain one")
 
 
@@ -147,20 +157,19 @@ def eager_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.d
     The two ways to differentiate take different code, or a gradient is left out where another is
     not asked for (`ctx.needs_input_grad`).
     """
-    arguments = s.arguments(seed, sizes, dtype)
-    _, floats = _split(arguments)
+    case = s.drawn(seed, sizes, dtype)
+    floats, loss = case.floats, _loss(case.fast)
     leaves = [x.clone().requires_grad_() for x in floats]
-    loss = _loss(_of_floats(s.fast, arguments))(*leaves)
-    got = _flat(torch.autograd.grad(loss, leaves))
-    slope = grad(_loss(_of_floats(s.plain, arguments)), tuple(range(len(floats))))
+    got = _flat(torch.autograd.grad(loss(*leaves), leaves))
+    slope = grad(_loss(case.plain), tuple(range(len(floats))))
     exact, limit = _exactly(slope, floats, dtype)
     agree(got, exact, limit, "the eager gradient", "that of plain")
     each = []
     for i, x in enumerate(floats):
         leaf = x.clone().requires_grad_()
-        loss = _loss(_of_floats(s.fast, arguments))(*floats[:i], leaf, *floats[i + 1 :])
+        value = loss(*floats[:i], leaf, *floats[i + 1 :])
         # zeros where it depends on none
-        each += torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)
+        each += torch.autograd.grad(value, leaf, allow_unused=True, materialize_grads=True)
     agree(_flat(each), exact, limit, "the eager gradients, one at a time,", "those of plain")
 
 
@@ -170,10 +179,8 @@ def mapped(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> 
 
     The rule for batches folds the wrong axis; populations and per-example gradients mix.
     """
-    arguments = s.arguments(seed, sizes, dtype)
-    _, floats = _split(arguments)
-    fast, plain = (_of_floats(f, arguments) for f in (s.fast, s.plain))
-    count = len(floats)
+    case = s.drawn(seed, sizes, dtype)
+    count = len(case.floats)
     for chosen in [*((i,) for i in range(count)), tuple(range(count))]:
 
         def stacked(x: Sequence[Tensor], chosen: Sequence[int] = chosen) -> list[Tensor]:
@@ -181,22 +188,22 @@ def mapped(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> 
 
         def loop(*x: Tensor, chosen: Sequence[int] = chosen, stacked: Any = stacked) -> Any:
             members = [
-                plain(*(y[m] if i in chosen else y for i, y in enumerate(stacked(x))))
+                case.plain(*(y[m] if i in chosen else y for i, y in enumerate(stacked(x))))
                 for m in range(3)
             ]
             return tree.stack(members)
 
         axes = tuple(0 if i in chosen else None for i in range(count))
-        exact, limit = _exactly(loop, floats, dtype)
-        for how, got in laws.vmaps(fast, axes, stacked(floats)).items():
+        exact, limit = _exactly(loop, case.floats, dtype)
+        for how, got in laws.vmaps(case.fast, axes, stacked(case.floats)).items():
             what = f"vmap{how} of fast over {list(chosen)}"
             agree(_flat(got), exact, limit, what, "the loop of plain")
-    _mapped_with_masks(s, arguments, dtype)
+    _mapped_with_masks(s, case, dtype)
 
 
-def _mapped_with_masks(s: Subject, arguments: Sequence[Any], dtype: torch.dtype) -> None:
+def _mapped_with_masks(s: Subject, case: Case, dtype: torch.dtype) -> None:
     """Asserts that vmap over all floating-point and boolean tensors is the loop."""
-    places, floats = _split(arguments)
+    arguments, places, floats, *_ = case
     masks = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.dtype == torch.bool]
     if not masks:
         return
@@ -233,12 +240,11 @@ def per_example_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: t
 
     The backward has no rule for batches, or sums over the examples it should keep apart.
     """
-    arguments = s.arguments(seed, sizes, dtype)
-    _, floats = _split(arguments)
-    places = tuple(range(len(floats)))
-    stacked = tuple(torch.stack([x, x * 0.5, -x]) for x in floats)
-    got = _flat(vmap(grad(_loss(_of_floats(s.fast, arguments)), places))(*stacked))
-    plain = grad(_loss(_of_floats(s.plain, arguments)), places)
+    case = s.drawn(seed, sizes, dtype)
+    places = tuple(range(len(case.floats)))
+    stacked = tuple(torch.stack([x, x * 0.5, -x]) for x in case.floats)
+    got = _flat(vmap(grad(_loss(case.fast), places))(*stacked))
+    plain = grad(_loss(case.plain), places)
 
     def loop(*x: Tensor) -> Any:
         return tree.stack([plain(*(y[m] for y in x)) for m in range(3)])
@@ -283,16 +289,12 @@ def every_element_counts(
 
     The end of an axis is not read: a loop stops a block early.
     """
-    arguments = s.arguments(seed, sizes, dtype)
-    places, floats = _split(arguments)
-    for place, x in zip(places, floats, strict=True):
-        poked = list(arguments)
-        poked[place] = x.clone()
-        poked[place].view(-1)[-1] += poke
-        fast = _flat(s.fast(*poked)).double() - _flat(s.fast(*arguments)).double()
-        there, here = (
-            _exactly(_of_floats(s.plain, one), _split(one)[1], dtype) for one in (poked, arguments)
-        )
+    case = s.drawn(seed, sizes, dtype)
+    for i, place in enumerate(case.places):
+        poked = [x.clone() for x in case.floats]
+        poked[i].view(-1)[-1] += poke
+        fast = _flat(case.fast(*poked)).double() - _flat(case.fast(*case.floats)).double()
+        there, here = (_exactly(case.plain, floats, dtype) for floats in (poked, case.floats))
         limit = there[1] + here[1]
         agree(fast, there[0] - here[0], limit, f"what argument {place} changes", "in plain")
 
@@ -306,7 +308,7 @@ def layout_does_not_matter(
     A raw pointer assumes contiguous memory. (`out.sum()` hands an expanded gradient to the
     backward.)
     """
-    arguments = s.arguments(seed, sizes, dtype)
+    case = s.drawn(seed, sizes, dtype)
 
     def view(x: Any) -> Any:
         if not isinstance(x, Tensor) or x.dim() < 2:
@@ -318,12 +320,12 @@ def layout_does_not_matter(
             return x
         return x.repeat_interleave(2, -1)[..., ::2]
 
-    wanted = _flat(s.fast(*arguments))
-    _, limit = _exactly(_of_floats(s.plain, arguments), _split(arguments)[1], dtype)
+    wanted = _flat(s.fast(*case.arguments))
+    _, limit = _exactly(case.plain, case.floats, dtype)
     for name, change in (("transposed", view), ("strided", strided)):
-        got = _flat(s.fast(*(change(x) for x in arguments)))
+        got = _flat(s.fast(*(change(x) for x in case.arguments)))
         agree(got, wanted, limit, f"fast of {name} views", "fast of their copies")
-    laws.any_cotangent(_of_floats(s.fast, arguments), *_split(arguments)[1])
+    laws.any_cotangent(case.fast, *case.floats)
 
 
 def inputs_untouched(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
@@ -333,18 +335,15 @@ def inputs_untouched(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.
     In-place changes reach whoever else holds the tensor; so does a buffer that is used again, and
     what is kept of an argument is stale once an optimizer has written to it.
     """
-    arguments = s.arguments(seed, sizes, dtype)
-    kept = {str(i): x for i, x in enumerate(arguments) if isinstance(x, Tensor)}
+    case = s.drawn(seed, sizes, dtype)
+    kept = {str(i): x for i, x in enumerate(case.arguments) if isinstance(x, Tensor)}
     with laws.world_untouched(), laws.untouched(argument=kept):
-        first = _flat(s.fast(*arguments))
-        _, floats = _split(arguments)
-        grad(_loss(_of_floats(s.fast, arguments)), tuple(range(len(floats))))(*floats)
-        again = _flat(s.fast(*arguments))
+        first = _flat(s.fast(*case.arguments))
+        grad(_loss(case.fast), tuple(range(len(case.floats))))(*case.floats)
+        again = _flat(s.fast(*case.arguments))
     same(again, first, "fast asked again", "fast")
     with torch.no_grad():
-        laws.keeps_nothing(
-            _of_floats(s.fast, arguments), floats, tuple(x * 0.5 + 0.25 for x in floats)
-        )
+        laws.keeps_nothing(case.fast, case.floats, tuple(x * 0.5 + 0.25 for x in case.floats))
 
 
 def special_values(
@@ -355,16 +354,15 @@ def special_values(
 
     A shortcut for zeros, an order of ties, or an overflow that the plain form does not have.
     """
-    arguments = s.arguments(seed, sizes, dtype)
-    places, floats = _split(arguments)
-    chosen = places[place % len(places)]
+    case = s.drawn(seed, sizes, dtype)
+    chosen = place % len(case.places)
     change = {"zero": lambda x: x * 0, "ties": torch.round, "large": lambda x: x * 50}[kind]
-    arguments[chosen] = change(arguments[chosen])
-    exact, limit = _exactly(_of_floats(s.plain, arguments), _split(arguments)[1], dtype)
+    floats = [change(x) if i == chosen else x for i, x in enumerate(case.floats)]
+    exact, limit = _exactly(case.plain, floats, dtype)
     if not bool(exact.isfinite().all()):
         return
-    what = f"fast with argument {chosen} {kind}"
-    agree(_flat(s.fast(*arguments)), exact, limit, what, "the plain form")
+    what = f"fast with argument {case.places[chosen]} {kind}"
+    agree(_flat(case.fast(*floats)), exact, limit, what, "the plain form")
 
 
 def poison_stays_hidden(
@@ -375,13 +373,13 @@ def poison_stays_hidden(
 
     0 * NaN is NaN, and `torch.where` lets NaN through to the gradient: padding spoils the rest.
     """
-    arguments = s.arguments(seed, sizes, dtype)
-    spoiled = list(s.traits["poison"](arguments, poison))
-    value, pullback = vjp(_of_floats(s.fast, arguments), *_split(arguments)[1])
+    case = s.drawn(seed, sizes, dtype)
+    spoiled = s.case(s.traits["poison"](case.arguments, poison))
+    value, pullback = vjp(case.fast, *case.floats)
     probe = tree.map(lambda x: draw.probe(x.shape, seed).to(x.dtype), value)
     slopes = pullback(probe)
     for way in (vjp, laws.eager_vjp):
-        got, poisoned = way(_of_floats(s.fast, spoiled), *_split(spoiled)[1])
+        got, poisoned = way(spoiled.fast, *spoiled.floats)
         agree_trees(got, value, 64, f"poisoned fast ({way.__name__})", "fast")
         agree_trees(poisoned(probe), slopes, 64, f"poisoned gradient ({way.__name__})", "gradient")
 
@@ -393,14 +391,13 @@ def half(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> No
 
     Sums or scores are kept in half precision: they must be accumulated in float32.
     """
-    arguments = s.arguments(seed, sizes, dtype)
-    fast = s.fast(*arguments)
+    case = s.drawn(seed, sizes, dtype)
+    fast = s.fast(*case.arguments)
     kinds = {leaf.dtype for leaf in tree.leaves(fast)}
     if kinds != {dtype}:
         raise AssertionError(f"fast gives {kinds} for {dtype}")
     # inputs are exact; what is left is one rounding, and that of sums in float32
-    plain = _of_floats(s.plain, arguments)
-    exact, limit = _exactly(plain, _split(arguments)[1], torch.float32)
+    exact, limit = _exactly(case.plain, case.floats, torch.float32)
     eps, declared = torch.finfo(dtype).eps, s.traits.get("half", True)
     # below the smallest normal number of float16 the distance of neighbours is fixed
     limit = limit + eps * exact.abs().clamp(min=torch.finfo(dtype).smallest_normal)
@@ -415,12 +412,11 @@ def half_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dt
 
     The backward sums many terms in half precision, where the forward does not.
     """
-    arguments = s.arguments(seed, sizes, dtype)
-    _, floats = _split(arguments)
-    value, pullback = vjp(_of_floats(s.fast, arguments), *floats)
+    case = s.drawn(seed, sizes, dtype)
+    value, pullback = vjp(case.fast, *case.floats)
     probe = tree.map(lambda x: draw.probe(x.shape, seed).to(dtype), value)
     got = pullback(probe)
-    exact = vjp(_of_floats(s.plain, arguments), *(x.double() for x in floats))[1]
+    exact = vjp(case.plain, *(x.double() for x in case.floats))[1]
     for i, (a, b) in enumerate(zip(got, exact(tree.to(probe, torch.float64)), strict=True)):
         # what is left of sums that cancel is rounding of their terms
         slip = torch.finfo(dtype).eps * b.numel() ** 0.5
@@ -431,18 +427,12 @@ CASE: dict[str, Any] = {"seed": draw.seeds, "sizes": sizes}
 PAIR: dict[str, Any] = {**CASE, "dtype": draw.dtypes}
 
 HALF = st.sampled_from([torch.bfloat16, torch.float16])
+KINDS = st.sampled_from(["zero", "ties", "large"])
 POISON = st.sampled_from([math.nan, math.inf, -math.inf])
 
 PROPERTIES = (
     Property(values, PAIR),
-    Property(
-        special_values,
-        {
-            **PAIR,
-            "place": st.integers(0, 3),
-            "kind": st.sampled_from(["zero", "ties", "large"]),
-        },
-    ),
+    Property(special_values, {**PAIR, "place": st.integers(0, 3), "kind": KINDS}),
     Property(gradients, PAIR),
     Property(eager_gradients, PAIR),
     Property(every_element_counts, {**PAIR, "poke": st.sampled_from([1.0, 30.0])}),
