@@ -104,11 +104,7 @@ def _onnx(model: Model, params: Params, path: Path) -> None:
         # the streamed product is an operation of kart's own, which ONNX has not
         whole = program(model, params).run_decompositions({PRODUCT: _materialised})
         found = torch.onnx.export(
-            whole,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamo=True,
-            verbose=False,
+            whole, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
         )
     assert found is not None
     found.save(str(path), external_data=False)

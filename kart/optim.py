@@ -121,8 +121,7 @@ def _accumulator(x: Tensor) -> Tensor:
 
 def _stateless(update: Callable[[Updates, Params], Updates]) -> Transformation:
     return Transformation(
-        lambda params: EmptyState(),
-        lambda updates, state, params: (update(updates, params), state),
+        lambda params: EmptyState(), lambda updates, state, params: (update(updates, params), state)
     )
 
 

@@ -31,11 +31,7 @@ class Interval(NamedTuple):
 
 
 def interval(
-    values: Sequence[float],
-    *,
-    low: float = -math.inf,
-    high: float = math.inf,
-    level: float = 0.95,
+    values: Sequence[float], *, low: float = -math.inf, high: float = math.inf, level: float = 0.95
 ) -> Interval:
     """Mean of `values`, one a seed, with Student's interval, cut to the range `low` to `high`.
 

@@ -210,10 +210,7 @@ def default_patch_size(image_size: int, model: str = "vit_nano") -> int:
 
 
 OPERATOR_FIELDS = ("sharing", "rank", "project", "base")
-MODEL_FIELDS = (
-    *OPERATOR_FIELDS,
-    *("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"),
-)
+MODEL_FIELDS = (*OPERATOR_FIELDS, *("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"))
 
 
 def build(config: Config, dataset: Dataset) -> Model:

@@ -19,10 +19,7 @@ def look(i: int) -> dict[str, Any]:
     """Colour and dash of the i-th line, for `Axes.plot`: the dashes move on by one each time the
     colours have been used up.
     """
-    return {
-        "color": COLOURS[i % len(COLOURS)],
-        "ls": DASHES[(i + i // len(COLOURS)) % len(DASHES)],
-    }
+    return {"color": COLOURS[i % len(COLOURS)], "ls": DASHES[(i + i // len(COLOURS)) % len(DASHES)]}
 
 
 def grid(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:

@@ -246,11 +246,7 @@ def _cached(
 
 
 def _build(
-    path: Path,
-    found: Finding,
-    image_size: int | None,
-    like: Manifest | None,
-    limited: bool = False,
+    path: Path, found: Finding, image_size: int | None, like: Manifest | None, limited: bool = False
 ) -> Manifest:
     # who gets here has found no entry, or one that cannot be used
     damaged = os.path.lexists(path)

@@ -385,10 +385,7 @@ def _parts(root: Path, path: Path) -> list[str]:
 
 
 def _check_configurations(
-    root: Path,
-    groups: dict[str, list[Path]],
-    parts: dict[Path, list[str]],
-    known: dict[str, str],
+    root: Path, groups: dict[str, list[Path]], parts: dict[Path, list[str]], known: dict[str, str]
 ) -> None:
     """Refuses files of several data sets, and one file in two places."""
     found: dict[tuple[str, ...], Path] = {}

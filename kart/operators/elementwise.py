@@ -19,13 +19,7 @@ from kart.factories import remember
 from kart.kernels.entries import ENGINES
 from kart.kernels.plain import softmax_rows, weigh, wide
 from kart.operators import static
-from kart.operators.contract import (
-    Operator,
-    attended_keys,
-    check_choice,
-    from_forms,
-    two_axes,
-)
+from kart.operators.contract import Operator, attended_keys, check_choice, from_forms, two_axes
 from kart.operators.resize import amplitudes
 
 NORMALISATIONS = ("count", "l1", "softmax")

@@ -41,10 +41,7 @@ def distinct(*paths: str) -> list[Path]:
         for config in own.configs:
             # wherever the data lay and it was trained
             place = {"data": "", "threads": None, "device": "cpu"}
-            name = (
-                dataclasses.replace(config, **place).hash,
-                own.data["fingerprint"]["train"],
-            )
+            name = (dataclasses.replace(config, **place).hash, own.data["fingerprint"]["train"])
             if name in seen:
                 spec = operators.shown(config.operator)
                 raise ValueError(

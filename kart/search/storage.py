@@ -37,11 +37,7 @@ MAX_RETRIES = 3
 
 def versions() -> dict[str, str]:
     """Versions that must be the same for all trials of a study."""
-    return {
-        "kart": kart.__version__,
-        "torch": torch.__version__,
-        "optuna": optuna.__version__,
-    }
+    return {"kart": kart.__version__, "torch": torch.__version__, "optuna": optuna.__version__}
 
 
 @dataclass(frozen=True)

@@ -131,11 +131,7 @@ def mend(where: Home, settings: Settings, study: Study) -> None:
 
 
 def set_up(
-    where: Home,
-    settings: Settings,
-    study: Study,
-    measure: Callable[[], int],
-    wait_s: float = 0.0,
+    where: Home, settings: Settings, study: Study, measure: Callable[[], int], wait_s: float = 0.0
 ) -> tuple[RDBStorage, Settings]:
     """Creates the study, or goes on with it where it is the same; else raises and changes nothing.
 
@@ -174,10 +170,7 @@ def set_up(
 
 
 def fastest_group(
-    study: Study,
-    settings: Settings,
-    load: Callable[[Config], Splits],
-    place: Mapping[str, Any],
+    study: Study, settings: Settings, load: Callable[[Config], Splits], place: Mapping[str, Any]
 ) -> int:
     """How many of a trial's seeds to train at once: measured on the last arm's first point."""
     config = first(study.spaces(study.config, settings.fix)[list(study.arms)[-1]])

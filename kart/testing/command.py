@@ -13,13 +13,7 @@ from kart.testing.core import Result, Suite
 from kart.testing.kernel import Kernel
 
 # what tells an object of a kind from a factory of it; a projection is itself a function
-MARKS = {
-    "basis": "init",
-    "operator": "init",
-    "kernel": "fast",
-    "step": "step",
-    "model": "init",
-}
+MARKS = {"basis": "init", "operator": "init", "kernel": "fast", "step": "step", "model": "init"}
 WORDS = {True: "holds", False: "FAILS", None: "-"}
 
 

@@ -357,9 +357,7 @@ def judge(
 
 
 def pytest_suite(
-    suite: Suite,
-    expected_failures: Mapping[str, str] | None,
-    max_examples: int | None,
+    suite: Suite, expected_failures: Mapping[str, str] | None, max_examples: int | None
 ) -> Callable[[Callable[[], Any]], Callable[..., None]]:
     """A decorator that turns a test function into one pytest item a property."""
     try:

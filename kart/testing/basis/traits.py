@@ -263,9 +263,7 @@ def _no_amplitude(s: Subject) -> str | None:
 PROPERTIES = (
     Property(linear, PAIR, "linear", (True,)),
     Property(
-        homogeneous,
-        {**PAIR, "factor": st.sampled_from([2.0, -1.0, 0.5, 3.0])},
-        unfit=_no_amplitude,
+        homogeneous, {**PAIR, "factor": st.sampled_from([2.0, -1.0, 0.5, 3.0])}, unfit=_no_amplitude
     ),
     Property(
         periodic,

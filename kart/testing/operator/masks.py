@@ -47,12 +47,7 @@ def masked_keys_are_silent(
 
 
 def poison_stays_hidden(
-    s: Subject,
-    row: Row,
-    kept: list[bool],
-    by_query: bool,
-    poison: float,
-    dtype: torch.dtype,
+    s: Subject, row: Row, kept: list[bool], by_query: bool, poison: float, dtype: torch.dtype
 ) -> None:
     """attend and weights, and all their gradients, are the same with NaN or infinite k, v and
     scores behind the mask, whether it differs between queries or not.
@@ -136,8 +131,7 @@ POISON = st.sampled_from([math.nan, math.inf, -math.inf])
 PROPERTIES = (
     Property(masked_keys_are_silent, {**PAIR, "kept": MASK, "poke": LOUD}),
     Property(
-        poison_stays_hidden,
-        {**PAIR, "kept": MASK, "by_query": st.booleans(), "poison": POISON},
+        poison_stays_hidden, {**PAIR, "kept": MASK, "by_query": st.booleans(), "poison": POISON}
     ),
     Property(masking_is_deleting, {**PAIR, "kept": MASK}),
     Property(masks_broadcast, {**PAIR, "seed": draw.seeds}),

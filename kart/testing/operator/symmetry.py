@@ -159,7 +159,6 @@ PROPERTIES = (
         unfit=lambda s: "the heads are different operators" if s.heads is not None else None,
     ),
     Property(
-        leading_axes_are_apart,
-        {**PAIR, "lead": leads, "masked": st.booleans(), "seed": draw.seeds},
+        leading_axes_are_apart, {**PAIR, "lead": leads, "masked": st.booleans(), "seed": draw.seeds}
     ),
 )

@@ -153,10 +153,7 @@ PROPERTIES = (
     ),
     Property(
         periodic,
-        {
-            **ROW,
-            "turns": st.lists(TURNS, min_size=1, max_size=4),
-        },
+        {**ROW, "turns": st.lists(TURNS, min_size=1, max_size=4)},
         "periodic",
         (2 * math.pi,),
     ),
