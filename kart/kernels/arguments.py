@@ -82,8 +82,15 @@ def check_mask(
         )
 
 
-def broadcast_leading(function: str, **shapes: Sequence[int]) -> tuple[int, ...]:
-    """The common shape of the leading axes, or ValueError."""
+def broadcast_leading(function: str, **given: Tensor | Sequence[int] | None) -> tuple[int, ...]:
+    """The common shape of the leading axes, or ValueError.
+
+    They are those given, or all of a tensor but its last two; of None there are none.
+    """
+    shapes = {
+        name: () if x is None else x.shape[:-2] if isinstance(x, Tensor) else x
+        for name, x in given.items()
+    }
     common = [1] * max(len(shape) for shape in shapes.values())
     for shape in shapes.values():
         for i, size in enumerate(shape, len(common) - len(shape)):
@@ -96,6 +103,12 @@ def broadcast_leading(function: str, **shapes: Sequence[int]) -> tuple[int, ...]
                     "They are all axes up to and including the heads."
                 )
     return tuple(common)
+
+
+def four_axes(lead: Sequence[int], *tensors: Tensor) -> list[Tensor]:
+    """Tensors `(..., a, b)` as `(B, H, a, b)`, for the common leading axes, the heads the last."""
+    batch, heads = math.prod(lead[:-1]), lead[-1]
+    return [x.expand(*lead, *x.shape[-2:]).reshape(batch, heads, *x.shape[-2:]) for x in tensors]
 
 
 def flat_mask(mask: Tensor, lead: Sequence[int]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kart.kernels import cpp, fused
-from kart.kernels.arguments import broadcast_leading, check, flat_mask
+from kart.kernels.arguments import broadcast_leading, check, flat_mask, four_axes
 from kart.kernels.core import contract
 from kart.kernels.family import Family, Product, family_of
 from kart.kernels.softmax import softmax_attention
@@ -49,20 +49,12 @@ def contract_softmax(
     if not narrow or not fits or coefs.dim() < 4 or cpp.engine_of(family, True)[0] is None:
         return apart(coefs, q, k, v)
     *lead, heads = broadcast_leading(
-        "contract_softmax",
-        q=q.shape[:-2],
-        k=k.shape[:-2],
-        v=v.shape[:-2],
-        coefs=coefs.shape[:-3],
-        mask=() if mask is None else mask.shape[:-2],
+        "contract_softmax", q=q, k=k, v=v, coefs=coefs.shape[:-3], mask=mask
     )
     batch, rows = math.prod(lead), q.shape[-2]
     if not batch or not coefs.shape[-3]:
         return apart(coefs, q, k, v)
-    q, k, v = (
-        x.expand(*lead, heads, *x.shape[-2:]).reshape(batch, heads, *x.shape[-2:])
-        for x in (q, k, v)
-    )
+    q, k, v = four_axes([*lead, heads], q, k, v)
     shared = all(size == 1 for size in coefs.shape[:-4])
     coefs = coefs.expand(*([1] * len(lead) if shared else lead), heads, *coefs.shape[-3:])
     coefs = coefs.reshape(math.prod(coefs.shape[:-4]), heads, *coefs.shape[-3:])

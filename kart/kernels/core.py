@@ -356,10 +356,7 @@ def contract(
             f"keys of `k` and the features of {basis.family}, got {tuple(coefs.shape)}. "
             "Call `init` of the operator for this number of keys."
         )
-    mask_lead = () if mask is None else mask.shape[:-2]
-    *lead, heads = broadcast_leading(
-        "contract", q=q.shape[:-2], k=k.shape[:-2], coefs=coefs.shape[:-3], mask=mask_lead
-    )
+    *lead, heads = broadcast_leading("contract", q=q, k=k, coefs=coefs.shape[:-3], mask=mask)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if engine == "plain":
         with no_autocast(q):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kart.kernels import fused, plain, stream
-from kart.kernels.arguments import broadcast_leading, check, flat_mask
+from kart.kernels.arguments import broadcast_leading, check, flat_mask, four_axes
 from kart.kernels.cpp import weights as compiled
 from kart.kernels.cpp.weights import Weighted
 from kart.kernels.family import family_of
@@ -77,20 +77,9 @@ def entry_attention(
             f"{tuple(v.shape)}. Project v from the same tokens as k."
         )
     leaves = _leaves(basis, units, q.shape[-2] + k.shape[-2] - 1)
-    *lead, heads = broadcast_leading(
-        name,
-        q=q.shape[:-2],
-        k=k.shape[:-2],
-        v=v.shape[:-2],
-        mask=() if mask is None else mask.shape[:-2],
-        factor=() if factor is None else factor.shape[:-2],
-        **{f"units[{leaf!r}]": x.shape[:1] for leaf, x in leaves.items()},
-    )
-    batch, rows = math.prod(lead), q.shape[-2]
-    q, k, v = (
-        x.expand(*lead, heads, *x.shape[-2:]).reshape(batch, heads, *x.shape[-2:])
-        for x in (q, k, v)
-    )
+    unit_heads = {f"units[{leaf!r}]": x.shape[:1] for leaf, x in leaves.items()}
+    *lead, heads = broadcast_leading(name, q=q, k=k, v=v, mask=mask, factor=factor, **unit_heads)
+    q, k, v = four_axes([*lead, heads], q, k, v)
     own = wide_dtype(q)
     values = [x.to(own).expand(heads, *x.shape[1:])[None] for x in leaves.values()]
     mask, factor = (None if x is None else flat_mask(x, lead) for x in (mask, factor))
@@ -99,7 +88,7 @@ def entry_attention(
         out = _apply(
             basis, list(leaves), form, factor_of_scores, engine, q, k, v, mask, factor, *values
         )
-    return out.reshape(*lead, heads, rows, v.shape[-1])
+    return out.reshape(*lead, *out.shape[1:])
 
 
 def _leaves(basis: Any, units: Mapping[str, Tensor], offsets: int) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kart.kernels import fused, plain
-from kart.kernels.arguments import broadcast_leading, check, flat_mask
+from kart.kernels.arguments import broadcast_leading, check, flat_mask, four_axes
 from kart.kernels.cpp import weights as compiled
 from kart.kernels.cpp.weights import Weighted
 from kart.kernels.transforms import forward_levels, grad_levels
@@ -203,16 +203,8 @@ def softmax_attention(
             "Add the product of a masked table and v outside."
         )
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    *lead, heads = broadcast_leading(
-        "softmax_attention",
-        q=q.shape[:-2],
-        k=k.shape[:-2],
-        v=v.shape[:-2],
-        mask=() if mask is None else mask.shape[:-2],
-    )
-    batch, rows = math.prod(lead), q.shape[-2]
-    q, k, v = (x.expand(*lead, heads, *x.shape[-2:]) for x in (q, k, v))
-    q, k, v = (x.reshape(batch, heads, *x.shape[-2:]) for x in (q, k, v))
+    *lead, heads = broadcast_leading("softmax_attention", q=q, k=k, v=v, mask=mask)
+    q, k, v = four_axes([*lead, heads], q, k, v)
     some = None
     if mask is not None:
         mask = flat_mask(mask, lead).expand(-1, -1, -1, k.shape[-2])
@@ -229,7 +221,7 @@ def softmax_attention(
         out = _apply(q, k, v, mask, factor, own, torch.compiler.is_compiling())
     if some is not None:
         out = torch.where(some, out, 0)
-    return out.reshape(*lead, heads, rows, v.shape[-1])
+    return out.reshape(*lead, *out.shape[1:])
 
 
 def _keep_whole() -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kart.kernels import chunked, fused, plain
-from kart.kernels.arguments import broadcast_leading, check, check_mask, flat_mask
+from kart.kernels.arguments import broadcast_leading, check, check_mask, flat_mask, four_axes
 from kart.kernels.core import choose, contract, engine_for
 from kart.kernels.cpp import dense
 from kart.kernels.family import Product, family_of
@@ -69,12 +69,6 @@ def _recompute(fn: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
         return _Recompute.apply(fn, *tensors)  # type: ignore[no-any-return]
 
 
-def _flat(lead: list[int], *tensors: Tensor) -> list[Tensor]:
-    """Tensors `(..., a, b)` as `(B, heads, a, b)`, for the common leading axes and heads."""
-    batch, heads = math.prod(lead[:-1]), lead[-1]
-    return [x.expand(*lead, *x.shape[-2:]).reshape(batch, heads, *x.shape[-2:]) for x in tensors]
-
-
 def _split(step: int, first: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
     """The tensors `(batch or 1, ...)`, or None, of each part of `step` samples of the first."""
     if torch.compiler.is_exporting():
@@ -121,15 +115,8 @@ def contract_values(
             f"`contract_values` needs `coefs` (H, {v.shape[-2]}, {k.shape[-2]}, K) for the tokens "
             f"of `v` and `k`, got {tuple(coefs.shape)}. Call `init` of the operator for these keys."
         )
-    lead = broadcast_leading(
-        "contract_values",
-        q=q.shape[:-2],
-        k=k.shape[:-2],
-        v=v.shape[:-2],
-        coefs=coefs.shape[:1],
-        mask=() if mask is None else mask.shape[:-2],
-    )
-    qs, ks, vs = _flat([*lead], q, k, v)
+    lead = broadcast_leading("contract_values", q=q, k=k, v=v, coefs=coefs.shape[:1], mask=mask)
+    qs, ks, vs = four_axes(lead, q, k, v)
     heads = qs.shape[1]
     coefs = coefs.expand(heads, *coefs.shape[1:])[None]
     mask = None if mask is None else flat_mask(mask, lead[:-1])
@@ -273,12 +260,9 @@ def contract_units(
             f"`contract_units` needs `units` with leaves (H, r, {keys}, ...), r >= 1, got "
             f"{shapes}. Call `init` of the operator for this number of keys."
         )
-    mask_lead = () if mask is None else mask.shape[:-2]
     unit_heads = {f"units[{name!r}]": shape[:1] for name, shape in shapes.items()}
-    *lead, heads = broadcast_leading(
-        "contract_units", q=q.shape[:-2], k=k.shape[:-2], mask=mask_lead, **unit_heads
-    )
-    q, k = _flat([*lead, heads], q, k)
+    *lead, heads = broadcast_leading("contract_units", q=q, k=k, mask=mask, **unit_heads)
+    q, k = four_axes([*lead, heads], q, k)
     leaves = [leaf.expand(heads, *leaf.shape[1:])[None] for leaf in units.values()]
     mask = None if mask is None else flat_mask(mask, lead)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -377,13 +361,7 @@ def mix_values(y: Tensor, mix: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     if mask is None:
         raise ValueError("`mix_values` needs a `mask`, got None. Without one use y @ (mix.mT @ v).")
     check_mask("mix_values", mask, y.shape[-2], v.shape[-2], y.device)
-    lead = broadcast_leading(
-        "mix_values",
-        y=y.shape[:-2],
-        mix=mix.shape[:-2],
-        v=v.shape[:-2],
-        mask=mask.shape[:-2],
-    )
+    lead = broadcast_leading("mix_values", y=y, mix=mix, v=v, mask=mask)
     rows, keys = y.shape[-2], v.shape[-2]
     step = _queries(math.prod(lead) * keys, rows)
     ys = y.split(step, -2)
