@@ -348,20 +348,9 @@ def expansion(
     recipe = (factory, {**options, "base": base, "init": init, "scales": scales})
     name = names.builtin(factory, {**options, "base": base})
     return _expansion(
-        family,
-        expand,
-        size,
-        base,
-        init,
-        scales,
-        orders,
-        grid,
-        options,
-        traits,
-        recipe,
-        name,
-        pieces,
-    )
+        family, expand, size, base, init, scales, orders, grid, options, traits,
+        recipe, name, pieces,
+    )  # fmt: skip
 
 
 def _expansion(

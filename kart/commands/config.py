@@ -51,9 +51,7 @@ THREADS = integer(1, most=max(64, os.cpu_count() or 1))
 
 # one line for each field of Config that is a flag; argparse's help of `kart train`
 FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
-    "recipe": {
-        "recipe": (str, "paper or small: what it sets, every other flag stands over"),
-    },
+    "recipe": {"recipe": (str, "paper or small: what it sets, every other flag stands over")},
     "data": {
         "data": (
             str,
@@ -89,10 +87,7 @@ FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
             str,
             "as --from, of the same --operator and sizes: train with its attention, which is held",
         ),
-        "freeze": (
-            _patterns,
-            "parameters not to train, by comma: blocks,cls_token or *.qkv.*",
-        ),
+        "freeze": (_patterns, "parameters not to train, by comma: blocks,cls_token or *.qkv.*"),
     },
     "optimisation": {
         "epochs": (COUNT, "passes over the training images"),

@@ -189,8 +189,7 @@ class _Forward(Quick):
         if forward_levels() > 1:
             # torch loses the tangents of a Function under two forward levels (pytorch#197867)
             gradients = plain.pullback(
-                lambda q, k, coefs: _plain(ctx.family, q, k, coefs, mask, ctx.scale),
-                *(q, k, coefs),
+                lambda q, k, coefs: _plain(ctx.family, q, k, coefs, mask, ctx.scale), *(q, k, coefs)
             )(dy)
         else:
             backward = _Backward.apply if recorded() else _Backward.forward
@@ -202,11 +201,7 @@ class _Forward(Quick):
         *primals, mask = ctx.saved_tensors
         with no_autocast(primals[0]):
             return chunked.tangent(
-                ctx.family,
-                tuple(primals),
-                _zeros((tq, tk, tcoefs), primals),
-                mask,
-                ctx.scale,
+                ctx.family, tuple(primals), _zeros((tq, tk, tcoefs), primals), mask, ctx.scale
             )
 
     @staticmethod
@@ -266,11 +261,7 @@ class _Backward(Quick):
         *primals, mask = ctx.saved_tensors
         with no_autocast(primals[0]):
             return chunked.backward_tangent(
-                ctx.family,
-                tuple(primals),
-                _zeros((tdy, tq, tk, tcoefs), primals),
-                mask,
-                ctx.scale,
+                ctx.family, tuple(primals), _zeros((tdy, tq, tk, tcoefs), primals), mask, ctx.scale
             )
 
     @staticmethod

@@ -152,8 +152,5 @@ def work_of(config: ViTDetConfig) -> work.Layers:
 
 
 FAMILY = Family(
-    vitdet,
-    ViTDetConfig,
-    {"vitdet_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3}},
-    work_of,
+    vitdet, ViTDetConfig, {"vitdet_tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3}}, work_of
 )

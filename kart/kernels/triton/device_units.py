@@ -19,13 +19,7 @@ The parameters are `(batch or 1, H, r, P, M')`, zero beyond M keys, and dY is `(
 import triton
 import triton.language as tl
 
-from kart.kernels.triton.device import (
-    activation,
-    load_tile,
-    mask_tile,
-    store_tile,
-    tile_offsets,
-)
+from kart.kernels.triton.device import activation, load_tile, mask_tile, store_tile, tile_offsets
 
 
 @triton.jit
