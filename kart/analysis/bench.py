@@ -183,28 +183,21 @@ SETTINGS = (
 # softmax beside a table by offset: no units
 TABLES = (Setting("op softconv N=197", "softconv"), Setting("op softconv N=65", "softconv", 65))
 # operators that do not know the length
-LENGTH_FREE = (
-    Setting("op elementwise G=3 N=197", "G3:order=elementwise"),
-    Setting("op elementwise bspline-8 N=197", "bspline-8:order=elementwise"),
-    Setting("op elementwise G=3 inside softmax N=197", "G3:order=elementwise,inside=true"),
-    Setting("op elementwise G=3 softmax base N=197", "G3:order=elementwise,base=softmax"),
-    Setting("op by_distance G=3 N=197", "G3:order=by_distance"),
-    Setting("op by_distance G=3 inside softmax N=197", "G3:order=by_distance,inside=true"),
-    Setting("op generated G=3 N=197", "G3:order=generated"),
-    Setting("op generated G=3 softmax base N=197", "G3:order=generated,base=softmax"),
-)
-# one token more, with as many in the cache
-CACHED = 1024
-STEP = f"KV step, {CACHED:,} keys"
-CACHE = {
+ANY_LENGTH = {
     "elementwise G=3": "G3:order=elementwise",
     "elementwise bspline-8": "bspline-8:order=elementwise",
     "elementwise G=3 inside softmax": "G3:order=elementwise,inside=true",
+    "elementwise G=3 softmax base": "G3:order=elementwise,base=softmax",
     "by_distance G=3": "G3:order=by_distance",
     "by_distance G=3 inside softmax": "G3:order=by_distance,inside=true",
     "generated G=3": "G3:order=generated",
     "generated G=3 softmax base": "G3:order=generated,base=softmax",
 }
+LENGTH_FREE = tuple(Setting(f"op {name} N=197", spec) for name, spec in ANY_LENGTH.items())
+# one token more, with as many in the cache
+CACHED = 1024
+STEP = f"KV step, {CACHED:,} keys"
+CACHE = {x: spec for x, spec in ANY_LENGTH.items() if x != "elementwise G=3 softmax base"}
 TARGETS |= {(setting.what, x): (2.0, None) for setting in LENGTH_FREE for x in ("torch", "cpp")}
 TARGETS |= {(STEP, variant): (1.5, None) for variant in CACHE}
 HEADS, WIDTH = 3, 64

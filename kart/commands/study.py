@@ -48,6 +48,7 @@ POOL_HELP = (
 SAMPLERS_HELP = "tpe, random, nsga2, gp, grid or brute (default the study's, mostly tpe)"
 PRUNERS_HELP = "asha (saves most, and unfairly ends what starts slowly), median or none"
 OBJECTIVES_HELP = "comma-separated, of accuracy, parameters, flops, memory and step_time"
+REPORTED = "run directory; with --storage, where the report goes"
 LIMITS_HELP = {"parameters": "parameters", "flops": "FLOPs an image", "memory": "MiB"}
 
 
@@ -163,19 +164,16 @@ def _study_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _init_flags(parser: argparse.ArgumentParser, out: str = "run directory") -> None:
+    _study_flags(parser)
+    _home_flags(parser, out)
+    _wait_flags(parser)
+    _place_flags(parser)
+
+
 def _run_flags(parser: argparse.ArgumentParser) -> None:
-    _study_flags(parser)
-    _home_flags(parser, "run directory; with --storage, where the report goes")
-    _wait_flags(parser)
-    _place_flags(parser)
+    _init_flags(parser, REPORTED)
     _search_flags(parser)
-
-
-def _init_flags(parser: argparse.ArgumentParser) -> None:
-    _study_flags(parser)
-    _home_flags(parser, "run directory")
-    _wait_flags(parser)
-    _place_flags(parser)
 
 
 def _work_flags(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +187,7 @@ def _work_flags(parser: argparse.ArgumentParser) -> None:
 
 def _report_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", nargs="?", help="its name, where a database has several")
-    _home_flags(parser, "run directory; with --storage, where the report goes")
+    _home_flags(parser, REPORTED)
     parser.add_argument(
         "--confirm",
         type=integer(0),
@@ -356,10 +354,6 @@ def _join(args: argparse.Namespace) -> Opened:
     return _open(args, name, asked)
 
 
-def _worker() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
-
-
 def _named(where: "Home", name: str) -> str:
     if where.directory:
         return shlex.join(["--out", str(where.directory)])
@@ -400,7 +394,7 @@ def _search(args: argparse.Namespace, opened: Opened, place: Mapping[str, Any]) 
             opened.study,
             place=place,
             pool=args.pool,
-            worker=_worker(),
+            worker=f"{socket.gethostname()}:{os.getpid()}",
             quiet=args.quiet,
             timeout=args.timeout,
         )
