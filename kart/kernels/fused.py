@@ -53,12 +53,17 @@ def _pulled(op: Fused, inputs: Sequence[Any], gradients: Sequence[Any]) -> tuple
     """The gradients of the learned inputs, to be differentiated further."""
 
     def expression(*learned: Tensor) -> tuple[Tensor, ...]:
-        values = list(inputs)
-        for i, x in zip(op.learned, learned, strict=True):
-            values[i] = x
-        return tuple(op.expression(*values))
+        return tuple(op.expression(*_replaced(op, inputs, learned)))
 
     return plain.pullback(expression, *(inputs[i] for i in op.learned))(tuple(gradients))
+
+
+def _replaced(op: Fused, inputs: Sequence[Any], learned: Sequence[Tensor]) -> list[Any]:
+    """The inputs with others for the learned ones."""
+    values = list(inputs)
+    for i, x in zip(op.learned, learned, strict=True):
+        values[i] = x
+    return values
 
 
 class _Fold:
@@ -142,14 +147,11 @@ class _Backward(Quick):
     @batchable
     def backward(ctx, *cotangents):
         op, count, saved = ctx.op, ctx.op.count, ctx.saved_tensors
-        gradients, inputs = saved[:count], list(saved[count:])
+        gradients, inputs = saved[:count], saved[count:]
 
         # the results of the forward are functions of the inputs: their share is in those gradients
         def first(*tensors: Tensor) -> tuple[Tensor, ...]:
-            values = list(inputs)
-            for i, x in zip(op.learned, tensors[count:], strict=True):
-                values[i] = x
-            return _pulled(op, values, tensors[:count])
+            return _pulled(op, _replaced(op, inputs, tensors[count:]), tensors[:count])
 
         learned = (inputs[i] for i in op.learned)
         pulled = plain.pullback(first, *gradients, *learned)(tuple(cotangents))

@@ -175,10 +175,7 @@ def _cases(family: Family) -> list[_Case]:
     widths and ranks of no whole vector, below and above those that the tile unit takes.
     """
     generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32)
-
+    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float32)
     batch, heads = 2, 2
     small, large = (37, 45, 7, 13, 5), (135, 147, 70, 13, 66)
     # units that are not linear are never on the tile unit, and amplify the roundings of a score

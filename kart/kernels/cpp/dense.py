@@ -73,10 +73,7 @@ def _check(engine: Engine) -> None:
     all samples and of each.
     """
     generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32)
-
+    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float32)
     for own in (1, 2):
         coefs, v = draw(own, 2, 77, 67), draw(2, 77, 2, 37).transpose(1, 2)
         dmixed = draw(2, 2, 37, 67)

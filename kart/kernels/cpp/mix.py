@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kart.kernels.arguments import room_like
-from kart.kernels.cpp import Shape, array_of, build
+from kart.kernels.cpp import Shape, address_of, array_of, build
 from kart.kernels.transforms import untransformed
 
 
@@ -44,7 +44,7 @@ class Engine:
         hidden = v.new_empty(*v.shape[:2], mix.shape[3], v.shape[3])
         inputs = [ctypes.byref(array_of(x)) for x in (v, y, mix, beside)]
         own = int(mix.shape[0] > 1)
-        results = ctypes.byref(array_of(out)), ctypes.c_void_p(hidden.data_ptr())
+        results = ctypes.byref(array_of(out)), address_of(hidden)
         self._call(self.library.kart_mix, v, y, *inputs, own, *results)
         return out, hidden
 
@@ -56,13 +56,8 @@ class Engine:
         dv, dy, dmix = room_like(v), y.new_empty(y.shape), mix.new_empty(mix.shape)
         inputs = [ctypes.byref(array_of(x)) for x in (dout, v, y, mix)]
         own = int(mix.shape[0] > 1)
-        results = [ctypes.byref(array_of(dv)), *(ctypes.c_void_p(x.data_ptr()) for x in (dy, dmix))]
-        self._call(
-            self.library.kart_unmix,
-            v,
-            y,
-            *(*inputs, own, ctypes.c_void_p(hidden.data_ptr()), *results),
-        )
+        results = [ctypes.byref(array_of(dv)), address_of(dy), address_of(dmix)]
+        self._call(self.library.kart_unmix, v, y, *inputs, own, address_of(hidden), *results)
         return dv, dy, dmix
 
 
@@ -71,10 +66,7 @@ def _check(engine: Engine) -> None:
     strides, one mix for all samples and one for each.
     """
     generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float32)
-
+    draw = functools.partial(torch.randn, generator=generator, dtype=torch.float32)
     for own, width, rank in ((1, 5, 13), (2, 64, 12), (2, 48, 1)):
         v, dout = (draw(2, n, 2, width).transpose(1, 2) for n in (53, 37))
         y, mix = draw(2, 2, rank, 37).mT, draw(own, 2, 53, rank)
