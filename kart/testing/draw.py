@@ -18,7 +18,12 @@ SMALL = (0.1, -0.01, 1e-3, -1e-4, 1e-6, 1e-8, 1.1754944e-38, -1e-30, 1e-45, -1e-
 LARGE = (50.0, -50.0, 64.0, 100.0, -128.0, 1e3, -1024.0, 1e4)
 HUGE = (1e4, -1e4, 1e10, -1e20, 1e30, LARGEST, -LARGEST)
 
+HALF_TYPES = (torch.bfloat16, torch.float16)
+
 seeds = st.integers(0, 2**20)
+half_types = st.sampled_from(HALF_TYPES)
+all_types = st.sampled_from([torch.float32, torch.float64, *HALF_TYPES])
+poisons = st.sampled_from([math.nan, math.inf, -math.inf])
 
 
 def dtypes(s: Any) -> SearchStrategy[torch.dtype]:

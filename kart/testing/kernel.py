@@ -1,6 +1,5 @@
 """Properties of a fast form against its plain one, under every transform."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -426,9 +425,7 @@ def half_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dt
 CASE: dict[str, Any] = {"seed": draw.seeds, "sizes": sizes}
 PAIR: dict[str, Any] = {**CASE, "dtype": draw.dtypes}
 
-HALF = st.sampled_from([torch.bfloat16, torch.float16])
 KINDS = st.sampled_from(["zero", "ties", "large"])
-POISON = st.sampled_from([math.nan, math.inf, -math.inf])
 
 PROPERTIES = (
     Property(values, PAIR),
@@ -442,9 +439,9 @@ PROPERTIES = (
     Property(per_example_gradients, PAIR, "vmap"),
     Property(forward_mode, PAIR, "forward_mode"),
     Property(second_derivative, PAIR, "second_derivative"),
-    Property(half, {**CASE, "dtype": HALF}, "half"),
-    Property(half_gradients, {**CASE, "dtype": HALF}, "half"),
-    Property(poison_stays_hidden, {**PAIR, "poison": POISON}, "poison"),
+    Property(half, {**CASE, "dtype": draw.half_types}, "half"),
+    Property(half_gradients, {**CASE, "dtype": draw.half_types}, "half"),
+    Property(poison_stays_hidden, {**PAIR, "poison": draw.poisons}, "poison"),
 )
 
 

@@ -57,7 +57,7 @@ def keeps_shape_and_dtype(s: Subject, seed: int, dtype: torch.dtype) -> None:
         got = s.model.apply(params, view)
         # in half types other blockings round otherwise
         scale = float(logits.abs().max()) + 1
-        eps = torch.finfo(dtype).eps * (4 if dtype in HALF_TYPES else 64)
+        eps = torch.finfo(dtype).eps * (4 if dtype in draw.HALF_TYPES else 64)
         agree(got, wanted, eps * scale, f"logits of {name}", "those of the batch")
 
 
@@ -368,9 +368,6 @@ def universal_is_tied(s: Subject, seed: int) -> None:
 
 SEED: dict[str, Any] = {"seed": draw.seeds}
 PAIR: dict[str, Any] = {"seed": draw.seeds, "dtype": draw.dtypes}
-HALF_TYPES = (torch.bfloat16, torch.float16)
-HALF = st.sampled_from(HALF_TYPES)
-ALL = st.sampled_from([torch.float32, torch.float64, *HALF_TYPES])
 KINDS = st.sampled_from(["black", "one colour", "bright"])
 
 
@@ -386,7 +383,7 @@ def _no_patches(s: Subject) -> str | None:
 
 
 PROPERTIES = (
-    Property(keeps_shape_and_dtype, {**SEED, "dtype": ALL}),
+    Property(keeps_shape_and_dtype, {**SEED, "dtype": draw.all_types}),
     Property(init_follows_its_generator, SEED),
     Property(inputs_untouched, PAIR),
     Property(intermediates_agree, PAIR),
@@ -400,7 +397,7 @@ PROPERTIES = (
     Property(forward_meets_reverse, SEED, "forward_mode"),
     Property(every_parameter_counts, SEED),
     Property(float32_follows_float64, SEED),
-    Property(half_follows_float32, {**SEED, "dtype": HALF}),
+    Property(half_follows_float32, {**SEED, "dtype": draw.half_types}),
     Property(finite, {**SEED, "kind": KINDS}),
     Property(patches_permute, SEED, unfit=_no_patches),
     Property(

@@ -267,10 +267,9 @@ Y: dict[str, Any] = {"y": rows}
 PAIR: dict[str, Any] = {"y": rows, "dtype": draw.dtypes}
 FAR = st.sampled_from([0.0, 1.0, -100.0, 1e6, -1e8])
 SHAPES = st.sampled_from([(1,), (3,), (2, 3), (2, 1, 4)])
-ALL_DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 
 PROPERTIES = (
-    Property(keeps_shape_and_dtype, {"shape": SHAPES, "dtype": ALL_DTYPES}),
+    Property(keeps_shape_and_dtype, {"shape": SHAPES, "dtype": draw.all_types}),
     Property(inputs_untouched, PAIR),
     Property(deterministic, {**PAIR, "other": rows}),
     Property(on_the_simplex, {**PAIR, "by": FAR}),
@@ -303,7 +302,7 @@ PROPERTIES = (
             "seed": draw.seeds,
             "size": st.sampled_from([2, 17, 197]),
             "by": st.sampled_from([0.0, 1.0, -100.0]),
-            "dtype": st.sampled_from([torch.bfloat16, torch.float16]),
+            "dtype": draw.half_types,
         },
     ),
 )

@@ -1,7 +1,6 @@
 """The numbers of a basis: right in every precision, and at single points as beside them."""
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 from kart import tree
@@ -71,10 +70,8 @@ def no_stray_points(s: Subject, theta: Theta) -> None:
         agree(here[i], middle[i], width[i], name, "its limit from either side", at)
 
 
-HALF = st.sampled_from([torch.bfloat16, torch.float16])
-
 PROPERTIES = (
     Property(float32_follows_float64, {**THETA_X, "x": rows(within)}),
-    Property(half_rounds_once, {**THETA_X, "dtype": HALF}),
+    Property(half_rounds_once, {**THETA_X, "dtype": draw.half_types}),
     Property(no_stray_points, {"theta": draw.thetas}),
 )

@@ -158,7 +158,6 @@ def compiles(s: Subject) -> None:
 
 SHAPES = st.sampled_from([(), (3,), (2, 3), (2, 1)])
 X_SHAPES = st.sampled_from([(), (1,), (3,), (4, 1, 3), (0, 1, 3), (2, 3)])
-X_DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
 
 PROPERTIES = (
     Property(
@@ -166,7 +165,7 @@ PROPERTIES = (
         {
             "shape": SHAPES,
             "x_shape": X_SHAPES,
-            "dtype": X_DTYPES,
+            "dtype": draw.all_types,
             "params_dtype": st.sampled_from([torch.float32, torch.float64]),
         },
     ),

@@ -1,6 +1,5 @@
 """What a mask hides has no part in anything, whatever stands there."""
 
-import math
 from typing import Any
 
 import torch
@@ -126,12 +125,12 @@ def masks_broadcast(s: Subject, row: Row, seed: int, dtype: torch.dtype) -> None
 
 # not NaN, which has a property of its own
 LOUD = st.sampled_from([50.0, 1e4])
-POISON = st.sampled_from([math.nan, math.inf, -math.inf])
 
 PROPERTIES = (
     Property(masked_keys_are_silent, {**PAIR, "kept": MASK, "poke": LOUD}),
     Property(
-        poison_stays_hidden, {**PAIR, "kept": MASK, "by_query": st.booleans(), "poison": POISON}
+        poison_stays_hidden,
+        {**PAIR, "kept": MASK, "by_query": st.booleans(), "poison": draw.poisons},
     ),
     Property(masking_is_deleting, {**PAIR, "kept": MASK}),
     Property(masks_broadcast, {**PAIR, "seed": draw.seeds}),

@@ -90,8 +90,6 @@ def _margin(near: Tensor, far: Tensor) -> Tensor:
     return 4 * (near - far).abs().amax() + 1e-9 * near.abs().amax() + 1e-12
 
 
-HALF = st.sampled_from([torch.bfloat16, torch.float16])
-
 PROPERTIES = (
     Property(finite, {**ROW, "size": st.sampled_from([1.0, 10.0, 100.0])}),
     Property(float32_follows_float64, ROW),
@@ -102,7 +100,7 @@ PROPERTIES = (
             "size": st.sampled_from([1.0, 5.0]),
             "kept": MASK,
             "masked": st.booleans(),
-            "dtype": HALF,
+            "dtype": draw.half_types,
         },
     ),
     Property(no_stray_scores, ROW),

@@ -1,10 +1,9 @@
 """What an operator may do to others: nothing. Shapes, dtypes, seeds and state."""
 
 import torch
-from hypothesis import strategies as st
 
 from kart import tree
-from kart.testing import laws
+from kart.testing import draw, laws
 from kart.testing.compare import agree, agree_trees, same
 from kart.testing.core import Property
 from kart.testing.operator.subject import (
@@ -132,10 +131,8 @@ def layout_does_not_matter(s: Subject, row: Row, dtype: torch.dtype) -> None:
     laws.any_cotangent(s.op.attend, *x)
 
 
-DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])
-
 PROPERTIES = (
-    Property(keeps_shape_and_dtype, {**ROW, "dtype": DTYPES}),
+    Property(keeps_shape_and_dtype, {**ROW, "dtype": draw.all_types}),
     Property(init_follows_its_generator, ROW),
     Property(inputs_untouched, PAIR),
     Property(global_state_untouched),
