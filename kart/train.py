@@ -696,7 +696,6 @@ class Run(NamedTuple):
     evaluate: Callable[[Params], dict[str, Tensor]]
     diagnose: Callable[[State, int], Diverged]
     steps_per_epoch: int
-    ranks: Ranks = ALONE
 
 
 def solo(config: Config, splits: Splits, model: Model | None = None, ranks: Ranks = ALONE) -> Run:
@@ -727,7 +726,6 @@ def solo(config: Config, splits: Splits, model: Model | None = None, ranks: Rank
         lambda params: evaluate(model.apply, params, splits.val, config, ranks=ranks),
         lambda state, member: diagnose(functions, state, *batch(int(state.bad_step))),
         source.steps_per_epoch,
-        ranks,
     )
 
 

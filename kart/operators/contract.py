@@ -385,11 +385,6 @@ Logits = Tensor | Factored
 class Source(Protocol):
     """The scores as the logits of an operator see them: held, or streamed from q and k."""
 
-    @property
-    def queries(self) -> int:
-        """N."""
-        ...
-
     def units(self, basis: Basis, units: Params, exact: bool = False) -> Tensor:
         """`sum_m phi_pm(S[n, m])` over attended keys for `units (H, P, M)`: `(..., H, N, P)`.
 
@@ -424,10 +419,6 @@ class Held:
         self.scores = scores
         self.mask = mask
 
-    @property
-    def queries(self) -> int:
-        return self.scores.shape[-2]
-
     def units(self, basis: Basis, units: Params, exact: bool = False) -> Tensor:
         return sum_units(basis, units, self.scores, self.mask)
 
@@ -450,10 +441,6 @@ class Streamed:
         self.engine = engine
         self.values = values
         self.attended: Tensor | None = None
-
-    @property
-    def queries(self) -> int:
-        return self.q.shape[-2]
 
     def units(self, basis: Basis, units: Params, exact: bool = False) -> Tensor:
         q, k = (wide(self.q), wide(self.k)) if exact else (self.q, self.k)

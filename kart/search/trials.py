@@ -142,12 +142,6 @@ class Evaluation(NamedTuple):
     run: Callable[[list[Task]], list[Outcome]]
 
 
-def mean_and_error(scores: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and its standard error; None for a single score."""
-    mean = statistics.fmean(scores)
-    return mean, statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else None
-
-
 def scores_of(trials: Iterable[FrozenTrial], name: str) -> dict[int, float]:
     """Validation accuracy by seed over all complete trials of the configuration named `name`."""
     found: dict[int, float] = {}
@@ -309,9 +303,10 @@ def evaluation(
             return Outcome(None, f"{len(bad)} of {len(found)} seeds diverged, at step {steps}")
         scores = {seed: member.record["val_top1"] for seed, member in fine.items()}
         pooled = list({**task.earlier, **scores}.values())
-        mean, error = mean_and_error(pooled)
+        mean, n = statistics.fmean(pooled), len(pooled)
+        error = statistics.stdev(pooled) / math.sqrt(n) if n > 1 else None
         task.trial.set_user_attr("scores", {str(seed): score for seed, score in scores.items()})
-        task.trial.set_user_attr("n", len(pooled))
+        task.trial.set_user_attr("n", n)
         task.trial.set_user_attr("standard_error", error)
         steps = sum(member.record["step"] for member in fine.values())
         measured = {**task.cost, "accuracy": mean, "step_time": 1000 * seconds / steps}

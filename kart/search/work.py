@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,7 +29,6 @@ from kart.search.trials import (
     Task,
     evaluation,
     loader,
-    mean_and_error,
     scores_of,
     train_members,
 )
@@ -197,7 +197,6 @@ class Candidate(NamedTuple):
     config: dict[str, Any]
     scores: dict[int, float]
     mean: float
-    error: float | None
     trial: FrozenTrial  # the last one
 
 
@@ -208,8 +207,8 @@ def candidates(study: optuna.Study) -> list[Candidate]:
     found = []
     for name, trial in last.items():
         scores = scores_of(trials, name)
-        mean, error = mean_and_error(list(scores.values()))
-        found.append(Candidate(name, trial.user_attrs["config"], scores, mean, error, trial))
+        mean = statistics.fmean(scores.values())
+        found.append(Candidate(name, trial.user_attrs["config"], scores, mean, trial))
     return sorted(found, key=lambda one: (-one.mean, one.trial.number))
 
 
