@@ -94,7 +94,7 @@ def _search_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _home_flags(parser: argparse.ArgumentParser, out: str) -> None:
+def _home_flags(parser: argparse.ArgumentParser, out: str = "run directory") -> None:
     parser.add_argument("--out", type=place, metavar="DIR", help=out)
     parser.add_argument(
         "--storage", metavar="URL", help="a database server, such as postgresql://user@host/kart"
@@ -178,7 +178,7 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
 
 def _work_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", help="the study that was created: its name, or your file of it")
-    _home_flags(parser, "run directory")
+    _home_flags(parser)
     _wait_flags(parser)
     parser.add_argument("--data", help="where the data is on this machine")
     _place_flags(parser)
@@ -197,10 +197,6 @@ def _report_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data", help="where the data is on this machine")
     _place_flags(parser)
-
-
-def _status_flags(parser: argparse.ArgumentParser) -> None:
-    _home_flags(parser, "run directory")
 
 
 # calls
@@ -498,7 +494,7 @@ COMMAND = Command(
             reads=True,
         ),
         Command("report", "write report.html and trials.csv", _report_flags, _report, reads=True),
-        Command("status", "the studies in a directory or database", _status_flags, _status),
+        Command("status", "the studies in a directory or database", _home_flags, _status),
         Command("list", "the questions there are", lambda parser: None, _list),
     ),
 )

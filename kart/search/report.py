@@ -230,10 +230,6 @@ def _importance(view: View) -> pages.Section | None:
     return pages.Section([pages.beside(*shown), pages.note(told)], title="What matters most")
 
 
-def _mflops(cost: Mapping[str, float]) -> str:
-    return f"{cost['flops'] / 1e6:.2f}" if "flops" in cost else "not counted"
-
-
 def _best(view: View, arm: str, study: optuna.Study) -> pages.Section | None:
     found = candidates(study)
     if not found:
@@ -247,7 +243,8 @@ def _best(view: View, arm: str, study: optuna.Study) -> pages.Section | None:
         scores = statistics.accuracy(list(one.scores.values()), view.settings.dataset["val"])
         numbers = [len(one.scores), *shown, f"{cost['parameters']:,.0f}"]
         number = f"{one.trial.number}"
-        rows.append([number, _two_lines(scores), *numbers, _mflops(cost)])
+        mflops = f"{cost['flops'] / 1e6:.2f}" if "flops" in cost else "not counted"
+        rows.append([number, _two_lines(scores), *numbers, mflops])
     header = ["trial", "val top-1, %", "n", *names, "parameters", "MFLOPs an image"]
     blocks = [pages.table(header, rows, "Mean and 95 % interval, as above.")]
     figure = plots.slice_figure(study, view.settings)
