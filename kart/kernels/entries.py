@@ -143,7 +143,7 @@ def _apply(
     def weighted(q, k, v, mask, factor, *leaves) -> Weighted:
         return Weighted(family, form, q, k, v, theta_of(*leaves), mask, factor, scale)
 
-    chosen = _engine_for(engine, weighted(q, k, v, mask, factor, *leaves), names)
+    chosen = _engine_for(engine, weighted(q, k, v, mask, factor, *leaves))
     if chosen is None:
         return expression(q, k, v, mask, factor, *leaves)
 
@@ -163,7 +163,7 @@ def _apply(
     return fused.apply(op, q, k, v, mask, factor, *leaves)[0]
 
 
-def _engine_for(engine: str, x: Weighted, names: list[str]) -> Any:
+def _engine_for(engine: str, x: Weighted) -> Any:
     """The module or class of a raw forward and backward, None where torch has the expression alone;
     ValueError where the compiled engine was asked for and cannot.
     """

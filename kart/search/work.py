@@ -91,9 +91,7 @@ def settings_for(asked: Question, splits: Splits, options: Mapping[str, Any]) ->
     )
 
 
-def points_of(
-    study: Study, settings: Settings, spaces: Mapping[str, Space]
-) -> dict[str, list[dict]] | None:
+def points_of(settings: Settings, spaces: Mapping[str, Space]) -> dict[str, list[dict]] | None:
     """The queue of each arm for the samplers that try all points, in shuffled order."""
     if settings.sampler not in ("grid", "brute"):
         return None
@@ -125,7 +123,7 @@ def mend(where: Home, settings: Settings, study: Study) -> None:
         storage = store.open_database(where.url, settings.heartbeat, create=True)
         store.create(storage, settings, None)
         spaces = study.spaces(Config.fromdict(settings.config), settings.fix)
-        points = points_of(study, settings, spaces)
+        points = points_of(settings, spaces)
         journal.restore(directory, store.studies(storage, settings), points)
         storage.engine.dispose()
 
@@ -160,7 +158,7 @@ def set_up(
     if found is None:
         settings = dataclasses.replace(settings, group=settings.group or measure())
         spaces = study.spaces(study.config, settings.fix)
-        store.create(storage, settings, points_of(study, settings, spaces))
+        store.create(storage, settings, points_of(settings, spaces))
         store.save_settings(storage, settings, directory)
     else:
         settings = dataclasses.replace(settings, group=settings.group or found.group)

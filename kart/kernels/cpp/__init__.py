@@ -197,20 +197,15 @@ def _cases(family: Family) -> list[_Case]:
     return cases
 
 
-def _units_of(family: Family, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+def _units_of(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: x for name, x in leaves.items() if name not in ("q", "k", "v")}
-
-
-def _coefs_of(family: Family, leaves: dict[str, Tensor]) -> Tensor:
-    units = _units_of(family, leaves)
-    return units["coefs"] if family.basis.features is not None else family.pieces.leaves(units)
 
 
 def _wanted(family: Family, case: _Case, softmax: bool) -> dict[str, Tensor]:
     """Values and gradients by the plain expressions in float64."""
     leaves = {name: x.double().requires_grad_() for name, x in case.leaves.items()}
     q, k, v = (leaves[name] for name in "qkv")
-    units = _units_of(family, leaves)
+    units = _units_of(leaves)
     with torch.enable_grad():
         if family.basis.features is not None:
             y = plain.contract(family.basis, units["coefs"], q, k, case.mask, case.scale)
@@ -240,9 +235,10 @@ def _wanted(family: Family, case: _Case, softmax: bool) -> dict[str, Tensor]:
 def _found(engine: Engine, family: Family, case: _Case, softmax: bool) -> dict[str, Tensor]:
     """The same by the compiled kernels."""
     q, k, v = (case.leaves[name] for name in "qkv")
-    units = {name: x.clone().requires_grad_() for name, x in _units_of(family, case.leaves).items()}
+    units = {name: x.clone().requires_grad_() for name, x in _units_of(case.leaves).items()}
     with torch.enable_grad():
-        coefs = _coefs_of(family, units)
+        linear = family.basis.features is not None
+        coefs = units["coefs"] if linear else family.pieces.leaves(units)
     product = Product(family, q, k, coefs.detach(), case.mask, case.scale)
     y, *rest = engine.forward(product, Softmax(v) if softmax else None)
     found, soft = {"y": y}, None
