@@ -562,7 +562,8 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
                 )
         found = {}
         if len(shares) == len(model.sites):
-            found["score_share"] = torch.cat(shares).mean()
+            by_block = torch.stack([share.mean() for share in shares])
+            found = {"score_share": torch.cat(shares).mean(), "by_block": by_block}
         if near:
             means = torch.stack(near).mean(0)
             found |= {f"r2_{name}": means[i] for i, name in enumerate(Fits._fields)}

@@ -49,6 +49,11 @@ class SwinConfig(Config):
         return self.stages[0].window ** 2
 
     @property
+    def windows(self) -> tuple[int, ...]:
+        """Sides of the windows, by stage."""
+        return tuple(stage.window for stage in self.stages)
+
+    @property
     def stages(self) -> tuple["Stage", ...]:
         """The stages; their windows are no larger than their grids."""
         side = self.image_size // self.patch_size
