@@ -495,7 +495,7 @@ def stacked(found: Interval | None, factor: float = 100.0, above: str = "") -> p
     lines = [pages.tag("small", above)] if above else []
     if found is not None:
         mean, _, rest = shown(found, factor).partition(" ")
-        lines += [mean, pages.tag("small", rest)]
+        lines += [mean, pages.tag("small", "no bounds" if found.why else rest)]
     return pages.Markup("<br>".join(lines))
 
 
@@ -509,7 +509,7 @@ SIGHTS = ("ignores the scores", "a function of the scores", "softmax, alone or b
 
 def forest(scores: Mapping[tuple[str, str], Mapping[int, float]], cells: Sequence[str]) -> Any:
     """The gain of each arm over softmax in each cell, with its interval, on one axis of points."""
-    arms = [arm for arm in ARMS if arm != "softmax" and any(key[1] == arm for key in scores)]
+    arms = [arm for arm in ARMS if arm != "softmax" and any(gain(scores, c, arm) for c in cells)]
     columns = min(5, len(cells))
     shape = -(-len(cells) // columns), columns
     fig, axes = figures.grid(*shape, 2.1, 0.28 * len(arms) + 0.9, sharey=True, sharex=True)
