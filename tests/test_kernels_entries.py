@@ -109,7 +109,6 @@ def test_the_compiled_engine_has_them_in_single_precision(family, form):
     ("basis", "form"),
     [
         (bases.fourier(1), "l1"),
-        (bases.polynomial(0), "l1"),
         (bases.polynomial(3), "softmax"),
         (bases.polynomial(6), "softmax"),
     ],

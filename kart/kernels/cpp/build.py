@@ -190,25 +190,16 @@ def checked(label: str, source: str, make: Callable[[ctypes.CDLL], Any]) -> tupl
         return None, str(error)
 
 
-def compare(
-    found: Mapping[str, Tensor],
-    wanted: Mapping[str, Tensor],
-    width: int,
-    rough: Mapping[str, Tensor] | None = None,
-) -> None:
+def compare(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], width: int) -> None:
     """RuntimeError unless results agree with those in float64 up to a few hundred roundings, of
     terms whose error grows with the number of features, `width`. What is zero in float64, since its
-    terms cancel, is so up to roundings of the largest result. Those in float32, `rough`, say
-    where roundings are amplified: eight times their error is allowed, too.
+    terms cancel, is so up to roundings of the largest result.
     """
     sizes = {name: expected.abs().max().item() for name, expected in wanted.items()}
     largest = max(sizes.values())
     for name, expected in wanted.items():
         size = sizes[name] if sizes[name] > 1e-12 * largest else largest
         tolerance = 1e-5 * (1 + width) * size
-        if rough is not None:
-            amplified = (rough[name].double() - expected).abs().max().item()
-            tolerance = max(tolerance, 8 * amplified)
         difference = (found[name].double() - expected).abs().max().item()
         if not difference <= tolerance:
             raise RuntimeError(
