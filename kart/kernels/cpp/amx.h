@@ -72,7 +72,7 @@ static bool granted() {
   return answer;
 }
 
-// a thread's use of the tile unit, with eight whole tiles; it is left as it was found, for oneDNN's kernels use it, too
+// a thread's use of the tile unit, with whole tiles; it is left as it was found, for oneDNN's kernels use it, too
 struct Tiles {
   alignas(64) uint8_t found[64];
   Tiles() {
@@ -99,48 +99,27 @@ struct Tiles {
 #define TILE_ZERO(t) asm volatile("tilezero %%tmm" #t ::)
 #define TILE_ADD(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
 
-// tiles 0 to 3, of the first R rows and V columns of two by two: from `out` or zero, and back
-template <int R, int V>
-static INLINE void tile_begin(const float* out, long row, bool add) {
+// what of a, in tiles 2 and 3, and of b, in tile 4
+#define LEFT(piece)                                    \
+  TILE_LOAD(2, a + (piece) * PIECE, SIDE);             \
+  if (R > 1) TILE_LOAD(3, a + ar + (piece) * PIECE, SIDE)
+#define RIGHT(piece) TILE_LOAD(4, b + (piece) * PIECE, SIDE)
+#define MULTIPLY                                       \
+  TILE_ADD(0, 2, 4);                                   \
+  if (R > 1) TILE_ADD(1, 3, 4)
+
+// out (16 R x 16) (+)= the sum of the products of `steps` operands of a and of b, which lie one behind the other; those
+// of the next rows of out `ar` further. A and B say whether all pieces of either count, or the first alone. Five tiles: what
+// renames them is shared by the threads of a core, and beside a busy neighbour eight in use took three times as long.
+template <int R, bool A, bool B>
+static void tile_block(long steps, const float* a, long ar, const float* b, float* out, long row, bool add) {
   if (add) {
     TILE_LOAD(0, out, row);
-    if (V > 1) TILE_LOAD(1, out + SIDE, row);
-    if (R > 1) TILE_LOAD(2, out + SIDE * row, row);
-    if (R > 1 && V > 1) TILE_LOAD(3, out + SIDE * row + SIDE, row);
+    if (R > 1) TILE_LOAD(1, out + SIDE * row, row);
   } else {
     TILE_ZERO(0);
-    if (V > 1) TILE_ZERO(1);
-    if (R > 1) TILE_ZERO(2);
-    if (R > 1 && V > 1) TILE_ZERO(3);
+    if (R > 1) TILE_ZERO(1);
   }
-}
-template <int R, int V>
-static INLINE void tile_end(float* out, long row) {
-  TILE_STORE(0, out, row);
-  if (V > 1) TILE_STORE(1, out + SIDE, row);
-  if (R > 1) TILE_STORE(2, out + SIDE * row, row);
-  if (R > 1 && V > 1) TILE_STORE(3, out + SIDE * row + SIDE, row);
-}
-
-// what of a, in tiles 4 and 5, and of b, in 6 and 7
-#define LEFT(piece)                                    \
-  TILE_LOAD(4, a + (piece) * PIECE, SIDE);             \
-  if (R > 1) TILE_LOAD(5, a + ar + (piece) * PIECE, SIDE)
-#define RIGHT(piece)                                   \
-  TILE_LOAD(6, b + (piece) * PIECE, SIDE);             \
-  if (V > 1) TILE_LOAD(7, b + br + (piece) * PIECE, SIDE)
-#define MULTIPLY                                       \
-  TILE_ADD(0, 4, 6);                                   \
-  if (V > 1) TILE_ADD(1, 4, 7);                        \
-  if (R > 1) TILE_ADD(2, 5, 6);                        \
-  if (R > 1 && V > 1) TILE_ADD(3, 5, 7)
-
-// out (16 R x 16 V) (+)= the sum of the products of `steps` operands of a and of b, which lie one behind the other; those
-// of the next rows of out `ar` further, of the next columns `br`. A and B say whether all pieces of either count, or the
-// first alone.
-template <int R, int V, bool A, bool B>
-static void tile_block(long steps, const float* a, long ar, const float* b, long br, float* out, long row, bool add) {
-  tile_begin<R, V>(out, row, add);
   for (long t = 0; t < steps; ++t, a += OPERAND, b += OPERAND) {
     // of two neighbours each has one side that is loaded already; the smallest products first
     LEFT(0);
@@ -163,58 +142,16 @@ static void tile_block(long steps, const float* a, long ar, const float* b, long
       MULTIPLY;
     }
   }
-  tile_end<R, V>(out, row);
-}
-
-// the same for four rows and one column: as many sums at once as hide the unit's latency
-template <bool A, bool B>
-static void tile_column(long steps, const float* a, long ar, const float* b, float* out, long row, bool add) {
-#define EACH(what)  \
-  what(0, 4);       \
-  what(1, 5);       \
-  what(2, 7);       \
-  what(3, 4)
-#define BEGIN(i, _)                             \
-  if (add)                                      \
-    TILE_LOAD(i, out + (i) * SIDE * row, row);  \
-  else                                          \
-    TILE_ZERO(i)
-#define END(i, _) TILE_STORE(i, out + (i) * SIDE * row, row)
-#define MULTIPLY_PIECE(piece, i, t)                       \
-  TILE_LOAD(t, a + (i) * ar + (piece) * PIECE, SIDE);     \
-  TILE_ADD(i, t, 6)
-#define FIRST(i, t) MULTIPLY_PIECE(0, i, t)
-#define SECOND(i, t) MULTIPLY_PIECE(1, i, t)
-#define THIRD(i, t) MULTIPLY_PIECE(2, i, t)
-  EACH(BEGIN);
-  for (long s = 0; s < steps; ++s, a += OPERAND, b += OPERAND) {
-    if (B) {
-      TILE_LOAD(6, b + 2 * PIECE, SIDE);
-      EACH(FIRST);
-      TILE_LOAD(6, b + PIECE, SIDE);
-      EACH(FIRST);
-      if (A) {
-        EACH(SECOND);
-      }
-    }
-    TILE_LOAD(6, b, SIDE);
-    if (A) {
-      EACH(THIRD);
-      EACH(SECOND);
-    }
-    EACH(FIRST);
-  }
-  EACH(END);
+  TILE_STORE(0, out, row);
+  if (R > 1) TILE_STORE(1, out + SIDE * row, row);
 }
 
 #else
 
 static bool granted() { return false; }
 struct Tiles {};
-template <int R, int V, bool A, bool B>
-static void tile_block(long, const float*, long, const float*, long, float*, long, bool) {}
-template <bool A, bool B>
-static void tile_column(long, const float*, long, const float*, float*, long, bool) {}
+template <int R, bool A, bool B>
+static void tile_block(long, const float*, long, const float*, float*, long, bool) {}
 
 #endif
 
@@ -222,17 +159,9 @@ static void tile_column(long, const float*, long, const float*, float*, long, bo
 template <bool A, bool B>
 static void tile_blocks(long rows, long columns, long steps, const float* a, long ar, const float* b, long br, float* out,
                         long row, bool add) {
-  if (columns == 1)
-    for (; rows >= 4; rows -= 4, a += 4 * ar, out += 4 * SIDE * row)
-      tile_column<A, B>(steps, a, ar, b, out, row, add);
-  for (long i = 0; i < rows; i += 2, a += 2 * ar, out += 2 * SIDE * row) {
-    const float* right = b;
-    for (long c = 0; c < columns; c += 2, right += 2 * br) {
-      const bool low = i + 1 < rows, wide = c + 1 < columns;
-      (low ? wide ? tile_block<2, 2, A, B> : tile_block<2, 1, A, B>
-           : wide ? tile_block<1, 2, A, B> : tile_block<1, 1, A, B>)(steps, a, ar, right, br, out + SIDE * c, row, add);
-    }
-  }
+  for (long i = 0; i < rows; i += 2, a += 2 * ar, out += 2 * SIDE * row)
+    for (long c = 0; c < columns; ++c)
+      (i + 1 < rows ? tile_block<2, A, B> : tile_block<1, A, B>)(steps, a, ar, b + c * br, out + SIDE * c, row, add);
 }
 
 // operands one behind the other, the next 16 rows or columns `next` further; `whole` where the first piece is all
