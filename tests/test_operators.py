@@ -362,6 +362,25 @@ def test_a_new_head_neither_explodes_nor_vanishes(spec):
     assert 0.005 < float(op.attend(params, q, k, v).std()) < 5
 
 
+@pytest.mark.parametrize(
+    "factory",
+    [
+        operators.low_rank,
+        operators.full_rank,
+        operators.project_first,
+        operators.two_stage,
+        operators.elementwise,
+        operators.by_distance,
+        operators.by_offset,
+        operators.generated,
+    ],
+)
+@pytest.mark.parametrize("basis", ["fourier", bases.fourier, None, operators.softmax()])
+def test_what_is_no_basis_is_refused_when_the_operator_is_made(factory, basis):
+    with pytest.raises(ValueError, match="needs a Basis first"):
+        factory(basis)
+
+
 def test_bad_tensors_name_the_argument():
     op, params, q, k, v = setting("G2", 4, 6)
     with pytest.raises(ValueError, match="initialised for rows of 6 keys, got 5"):

@@ -22,9 +22,10 @@ Attend = Callable[..., Tensor]  # (q, k, v, mask=None) to (..., H, N, d)
 
 def check_images(images: Tensor, channels: int, size: int) -> None:
     """Refuses what is not floating-point images `(..., channels, size, size)`."""
-    if not images.dtype.is_floating_point:
+    if not isinstance(images, Tensor) or not images.dtype.is_floating_point:
         raise ValueError(
-            f"`apply` needs floating-point images, got {images.dtype}. "
+            f"`apply` needs a tensor of floating-point images, got {type(images).__name__} of "
+            f"{getattr(images, 'dtype', 'no dtype')}. "
             "Scale them with kart.data.normalise."
         )
     if images.dim() < 3 or tuple(images.shape[-3:]) != (channels, size, size):

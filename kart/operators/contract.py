@@ -112,6 +112,14 @@ def check_rank(name: str, rank: int) -> None:
     schema.check_integer(name, "rank", rank, 1, "The paper uses 12.")
 
 
+def check_basis(name: str, basis: Basis) -> None:
+    """Raises ValueError unless `basis` is one."""
+    if not isinstance(basis, Basis):
+        raise ValueError(
+            f"`{name}` needs a Basis first, got {basis!r}. Pass for example bases.fourier(grid=3)."
+        )
+
+
 def near_matches(text: Any, allowed: Sequence[str]) -> list[str]:
     """Up to three of `allowed` that `text` may have meant, whatever its case."""
     folded = {name.casefold(): name for name in allowed}

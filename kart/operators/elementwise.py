@@ -19,7 +19,14 @@ from kart.factories import remember
 from kart.kernels.entries import ENGINES
 from kart.kernels.plain import softmax_rows, weigh, wide
 from kart.operators import static
-from kart.operators.contract import Operator, attended_keys, check_choice, from_forms, two_axes
+from kart.operators.contract import (
+    Operator,
+    attended_keys,
+    check_basis,
+    check_choice,
+    from_forms,
+    two_axes,
+)
 from kart.operators.resize import amplitudes
 
 NORMALISATIONS = ("count", "l1", "softmax")
@@ -78,6 +85,7 @@ def from_entries(
         engine: of `kart.kernels.entry_attention`.
         options: recorded in the result.
     """
+    check_basis(name, basis)
     check_form(name, normalise, base, inside)
     start = default_start(name, start, normalise, base, inside)
     check_no_base(name, basis, start)

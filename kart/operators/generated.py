@@ -18,6 +18,7 @@ from kart.kernels.plain import softmax_rows, wide
 from kart.operators.contract import (
     Operator,
     attended_keys,
+    check_basis,
     check_choice,
     check_fits_memory,
     check_rank,
@@ -96,6 +97,7 @@ def generated(
             starts as exactly softmax. Default "zero" with `base="softmax"`, else "scaled".
         engine: of `kart.kernels`.
     """
+    check_basis("generated", basis)
     check_rank("generated", rank)
     check_choice("generated", "mix", mix, STARTS)
     check_choice("generated", "normalise", normalise, ["count"])

@@ -25,6 +25,7 @@ from kart.operators.contract import (
     Operator,
     Source,
     Streamed,
+    check_basis,
     check_choice,
     check_fits_memory,
     check_rank,
@@ -84,6 +85,7 @@ def order(
     a key) and `mixed` how many units and products with W a score meets.
     """
     basis, project, base, engine = shared
+    check_basis(name, basis)
 
     def activation_flops(tokens: int, unit: int) -> int:
         rows = (SOFTMAX if base else 0) + (SIMPLEX if project else 0)

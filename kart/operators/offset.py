@@ -15,6 +15,7 @@ from kart.kernels.plain import scores as scores_of
 from kart.kernels.plain import wide
 from kart.operators.contract import (
     Operator,
+    check_basis,
     check_choice,
     check_fits_memory,
     from_forms,
@@ -99,6 +100,7 @@ def by_offset(
         start: "scaled", T and the amplitudes of the units of variance 1 / N, or "zero"; default
             "zero" with softmax, which is then where it starts, else "scaled".
     """
+    check_basis("by_offset", basis)
     check_geometry("by_offset", prefix, rows)
     check_choice("by_offset", "base", base, ["softmax"])
     begin = default_start("by_offset", start, base, False)
