@@ -238,7 +238,7 @@ def test_bad_names_and_images_say_what_is_wrong():
     params, images = start(model)
     with pytest.raises(ValueError, match="floating-point images"):
         model.apply(params, images.to(torch.uint8))
-    with pytest.raises(ValueError, match="floating-point images, got ndarray of float32"):
+    with pytest.raises(ValueError, match="floating-point images, got ndarray of float64"):
         model.apply(params, images.numpy())
     with pytest.raises(ValueError, match="1, 8, 8"):
         model.apply(params, images[..., :7])
