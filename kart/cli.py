@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import kart
 from kart import code, distributed, train
 from kart.commands import COMMANDS
 from kart.commands.command import Parser, add
@@ -28,6 +29,7 @@ Train, evaluate and study vision transformers with learnable attention (KArAt).
 def parser() -> Parser:
     """The parser of the whole command."""
     top = Parser("kart", description=DESCRIPTION)
+    top.add_argument("--version", action="version", version=f"kart {kart.__version__}")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     add(top, COMMANDS)
     return top

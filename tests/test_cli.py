@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import kart
 from kart import cli, runs, tables, train
 from kart.commands import config
 from kart.train import Config
@@ -261,6 +262,14 @@ def test_a_mistake_is_one_line_and_status_2(capsys, tmp_path, argv, words):
     assert code == 2
     assert len(error.strip().splitlines()) == 1 and error.startswith("kart: error: ")
     assert words in error
+
+
+def test_the_version_is_told_and_is_the_one_to_cite(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"kart {kart.__version__}\n"
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert f"version = {{{kart.__version__}}}" in readme
 
 
 def test_argparse_mistakes_are_status_2_as_well(capsys):
