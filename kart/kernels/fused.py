@@ -5,6 +5,7 @@ derivative by the raw backward, further ones by the expression it stands for, an
 `vmap`. Under forward mode callers take that expression themselves.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -51,14 +52,18 @@ def _run(op: Fused, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     return _Forward.apply(op, *inputs) if some else tuple(op.expression(*inputs))
 
 
+# what takes the operations on tensors of a type; torch's stubs bind it wrongly
+_dispatch = operator.attrgetter("__torch_dispatch__")
+
+
 def _readable(op: Fused, tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
     """Tensors as a raw call may read them, with no negation put off (`z.conj().imag`); None where
     one has no memory of its own to read, as a fake one.
     """
     if not op.reads:
         return list(tensors)
-    plain = Tensor.__torch_dispatch__
-    if any(x is not None and type(x).__torch_dispatch__ is not plain for x in tensors):
+    plain = _dispatch(Tensor)
+    if any(x is not None and _dispatch(type(x)) is not plain for x in tensors):
         return None
     return [x if x is None else x.resolve_neg() for x in tensors]
 
