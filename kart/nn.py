@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional
+from torch.nn.utils import prune
 
 from kart import layers, operators, schema, tree
 from kart.kernels.transforms import autocasting
@@ -92,6 +93,10 @@ class Tree(torch.nn.Module):
         """The parameters as nested dicts, as the pure functions take them; those that torch
         computes, as of `torch.nn.utils.parametrize` and `prune`, as they are now.
         """
+        for hook in self._forward_pre_hooks.values():
+            # which sets what it pruned, but at calls of the very module alone
+            if isinstance(hook, prune.BasePruningMethod):
+                hook(self, ())
         # by name: a parametrisation has parameters and modules of its own beside these
         found = {name: getattr(self, name) for name in self._names}
         return {name: x.tree() if isinstance(x, Tree) else x for name, x in found.items()}
@@ -326,6 +331,8 @@ class Attention(torch.nn.Module):
         """q `(B, H, N, d)` of `x`, k and v `(B, G, M, d)` of `context`, which is `x` by default."""
         # one of another library may take what it likes, and adds to its weight what it likes
         own = type(self.qkv) is torch.nn.Linear
+        # what only calls of it would run: hooks, such as those of pruned weights
+        hooked = self.qkv._forward_pre_hooks or self.qkv._forward_hooks or self.qkv._backward_hooks
         for name, given in (("x", x), ("context", x if context is None else context)):
             if given.dim() < 2 or given.shape[-1] != self.dim:
                 raise ValueError(
@@ -339,7 +346,7 @@ class Attention(torch.nn.Module):
         parts = [self.heads * width, 2 * self.kv_heads * width]
         if context is None:
             q, kv = self.qkv(x).split(parts, -1)
-        elif not own:
+        elif hooked or not own:
             (q, _), (_, kv) = (self.qkv(y).split(parts, -1) for y in (x, context))
         else:
             weights = self.qkv.weight.split(parts)

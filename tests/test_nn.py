@@ -389,6 +389,29 @@ def test_parametrised_and_pruned_operators_are_what_torch_makes_of_them():
     assert set(pruned.operator.tree()) == {"units", "mix"}
 
 
+@pytest.mark.parametrize("place", ["qkv", "operator", "operator.units"])
+@pytest.mark.parametrize("use", ["self", "context", "step", "weights"])
+def test_what_is_pruned_is_trained_and_loaded_whatever_is_called(place, use):
+    x, context = torch.randn(2, 2, 9, 32, generator=torch.Generator().manual_seed(0))
+    uses = {
+        "self": lambda module: module(x),
+        "context": lambda module: module(x, context=context),
+        "step": lambda module: module.step(x)[0],
+        "weights": lambda module: module.operator.weights(*module.project(x)[:2]),
+    }
+    name = {"qkv": "weight", "operator": "mix", "operator.units": "coefs"}[place]
+    module, plain = (nn.Attention(32, 4, 9, "G2B:rank=3") for _ in range(2))
+    part = module.get_submodule(place)
+    prune.random_unstructured(part, name, amount=0.5)
+    for _ in range(2):
+        uses[use](module).sum().backward()  # a stale graph is gone the second time
+        with torch.no_grad():
+            getattr(part, f"{name}_orig").mul_(2)
+            kept = getattr(part, f"{name}_orig") * getattr(part, f"{name}_mask")
+            getattr(plain.get_submodule(place), name).copy_(kept)
+        assert_close(uses[use](module), uses[use](plain))
+
+
 def test_what_does_not_fit_is_named():
     def made(*arguments, **more):
         return lambda: nn.Attention(*arguments, **more)

@@ -1,5 +1,6 @@
 """Row operators: attend against weights @ v, masks, invariants, bad input."""
 
+import contextlib
 import copy
 import inspect
 import math
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, jvp, linearize, vmap
 from torch.testing import assert_close
 
@@ -214,14 +216,62 @@ def test_vmap_over_nothing_gives_nothing(spec):
         assert out.shape == (0, 2, HEADS, 5, 4)
 
 
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("meta", torch.float32), ("meta", torch.bfloat16), ("fake", torch.float32)],
+)
 @pytest.mark.parametrize("spec", [*SPECS, *MORE])
-def test_tensors_without_numbers_have_the_shapes_of_those_with(spec):
+def test_tensors_without_numbers_have_the_shapes_of_those_with(spec, kind, dtype, masked):
     op, params, *qkv = setting(spec, 5, 5, dtype=torch.float32)
-    leaves = [x.to("meta").requires_grad_() for x in qkv]
-    out = op.attend(tree.to(params, "meta"), *leaves, torch.ones(5, 5, device="meta").bool())
-    assert out.is_meta and out.shape == qkv[2].shape
-    gradients = torch.autograd.grad(out.sum(), leaves, allow_unused=True, materialize_grads=True)
-    assert [x.shape for x in gradients] == [x.shape for x in qkv]
+    qkv, mode = [x.to(dtype) for x in qkv], FakeTensorMode()
+    mask = torch.ones(5, 5, dtype=torch.bool) if masked else None
+    with contextlib.nullcontext() if kind == "meta" else mode:
+        put = mode.from_tensor if kind == "fake" else lambda x: x.to("meta")
+        leaves = [put(x).requires_grad_() for x in qkv]
+        out = op.attend(tree.map(put, params), *leaves, put(mask) if masked else None)
+        assert out.is_meta == (kind == "meta") and out.shape == qkv[2].shape
+        gradients = torch.autograd.grad(
+            out.sum(), leaves, allow_unused=True, materialize_grads=True
+        )
+    assert [(x.shape, x.dtype) for x in gradients] == [(x.shape, dtype) for x in qkv]
+    # what was first asked of fake tensors is not kept for others
+    assert op.attend(params, *qkv).isfinite().all()
+
+
+@pytest.mark.parametrize("mask_shape", ["none", "queries and keys"])
+@pytest.mark.parametrize("spec", [*SPECS, *MORE])
+def test_a_negation_that_is_put_off_is_seen(spec, mask_shape):
+    op, params, *qkv = setting(spec, 5, 5, dtype=torch.float32)
+    mask = draw_mask(MASKS[mask_shape], 5, 5)
+
+    def negated(x):
+        lazy = torch.complex(x, -x).conj().imag
+        assert lazy.is_neg()
+        return lazy
+
+    found = []
+    for put in (torch.clone, negated):
+        leaves = [put(x).requires_grad_() for x in qkv]
+        out = op.attend(tree.map(put, params), *leaves, mask)
+        more = {"allow_unused": True, "materialize_grads": True}
+        found.append((out, *torch.autograd.grad(out, leaves, put(qkv[0]), **more)))
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b)
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *MORE])
+def test_forward_mode_of_half_inputs(spec):
+    op, params, *qkv = setting(spec, 5, 5, dtype=torch.float32)
+    half = tuple(x.bfloat16() for x in qkv)
+    along = tuple(x.cos() for x in half)
+    found = jvp(lambda *x: op.attend(params, *x), half, along)
+    exact = tree.to(params, torch.float64)
+    wide = (tuple(x.double() for x in xs) for xs in (half, along))
+    wanted = jvp(lambda *x: op.attend(exact, *x), *wide)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a - b).abs().max() <= 2e-2 * b.abs().max()
 
 
 @pytest.mark.parametrize("spec", [*SPECS, *MORE])

@@ -329,6 +329,23 @@ def test_attend_holds_no_matrix_of_queries_and_keys(spec, monkeypatch):
     assert largest.found < 512 * 512 / 4
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_nonlinear_family_that_tells_the_engines_nothing_is_one_of_ones_own(masked):
+    known = bases.rational(3, 2)
+    generator = torch.Generator().manual_seed(0)
+    params = operators.elementwise(known).init(generator, 2, 7)
+    qkv = torch.randn(3, 4, 2, 7, 5, generator=generator)
+    mask = torch.rand(4, 1, 7, 7, generator=generator) > 0.4 if masked else None
+    found = []
+    for basis in (known, known._replace(pieces=None)):
+        leaves = [x.clone().requires_grad_() for x in (*qkv, *params["units"].values())]
+        own = {"units": dict(zip(params["units"], leaves[3:], strict=True))}
+        out = operators.elementwise(basis).attend(own, *leaves[:3], mask)
+        found.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_bad_input_is_named():
     fourier = bases.fourier(2)
     with pytest.raises(ValueError, match=r"`elementwise` needs `normalise` None or in .*'l1'"):

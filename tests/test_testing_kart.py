@@ -17,6 +17,7 @@ from kart.testing import (
     Training,
     basis_suite,
     check_model,
+    check_operator,
     formulas,
     kernel_suite,
     model_suite,
@@ -93,6 +94,12 @@ def test_low_rank_rational(): ...
 
 @of("shannon:rank=2,reading=index", keys_permute_with_parameters=WINDOW, masking_is_deleting=WINDOW)
 def test_low_rank_with_a_window_over_keys(): ...
+
+
+def test_outputs_that_are_large_are_no_wrong_curvature():
+    op = operators.low_rank(bases.polynomial(5), rank=3)
+    [result] = check_operator(op, only=["curvature_is_right"], max_examples=30)
+    assert result.passed, result.message
 
 
 @of("G2:order=full_rank")

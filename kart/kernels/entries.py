@@ -133,12 +133,13 @@ def _apply(
     family = None if basis is None else family_of(basis)
 
     def theta_of(*leaves: Tensor) -> Tensor:
-        if names == ["theta"]:
+        # without pieces no engine takes them, of which it asks the dtype
+        if names == ["theta"] or family is None or family.pieces is None:
             return leaves[0]
         # under vmap some may have been given a copy for each sample
         size = max(leaf.shape[0] for leaf in leaves)
         whole = (leaf.expand(size, *leaf.shape[1:]) for leaf in leaves)
-        return family.pieces.leaves(dict(zip(names, whole, strict=True)))  # type: ignore[union-attr]
+        return family.pieces.leaves(dict(zip(names, whole, strict=True)))
 
     def weighted(q, k, v, mask, factor, *leaves) -> Weighted:
         return Weighted(family, form, q, k, v, theta_of(*leaves), mask, factor, scale)

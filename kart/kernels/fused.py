@@ -5,6 +5,7 @@ derivative by the raw backward, further ones by the expression it stands for, an
 `vmap`. Under forward mode callers take that expression themselves.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,8 @@ class Fused(NamedTuple):
     `forward(*inputs)` gives the `count` outputs and then what the backward needs of it.
     `backward(gradients, inputs, results)` gives the gradients of the inputs at the indices
     `learned`, from those of the outputs and all results of the forward. `expression(*inputs)` gives
-    the outputs by operations that can be differentiated.
+    the outputs by operations that can be differentiated. `reads` says whether the raw calls read
+    memory, as compiled ones do; those that are torch's own operations take any tensor.
     """
 
     forward: Callable[..., tuple[Tensor, ...]]
@@ -32,6 +34,7 @@ class Fused(NamedTuple):
     count: int
     learned: tuple[int, ...]
     shared: tuple[int, ...]
+    reads: bool = True
 
 
 def apply(op: Fused, *inputs: Tensor | None) -> tuple[Tensor, ...]:
@@ -47,6 +50,37 @@ def _run(op: Fused, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """The results of the forward; of no samples the outputs alone, without a kernel."""
     some = inputs[0] is not None and inputs[0].shape[0]
     return _Forward.apply(op, *inputs) if some else tuple(op.expression(*inputs))
+
+
+# what takes the operations on tensors of a type; torch's stubs bind it wrongly
+_dispatch = operator.attrgetter("__torch_dispatch__")
+
+
+def _readable(op: Fused, tensors: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+    """Tensors as a raw call may read them, with no negation put off (`z.conj().imag`); None where
+    one has no memory of its own to read, as a fake one.
+    """
+    if not op.reads:
+        return list(tensors)
+    plain = _dispatch(Tensor)
+    if any(x is not None and _dispatch(type(x)) is not plain for x in tensors):
+        return None
+    return [x if x is None else x.resolve_neg() for x in tensors]
+
+
+def _raw_forward(op: Fused, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    read = _readable(op, inputs)
+    return tuple(op.expression(*inputs) if read is None else op.forward(*read))
+
+
+def _raw_backward(
+    op: Fused, gradients: Sequence[Any], inputs: Sequence[Any], results: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    read = _readable(op, (*gradients, *inputs))
+    if read is None:
+        # views: autograd keeps no input of a Function that is its output, too
+        return [x.view_as(x) for x in _pulled(op, inputs, gradients)]
+    return op.backward(tuple(read[: op.count]), read[op.count :], results)
 
 
 def _pulled(op: Fused, inputs: Sequence[Any], gradients: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -88,7 +122,7 @@ class _Forward(Quick):
 
     @staticmethod
     def forward(op, *inputs):
-        return tuple(op.forward(*inputs))
+        return _raw_forward(op, inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -113,7 +147,7 @@ class _Forward(Quick):
         elif recorded():
             pulled = _Backward.apply(op, len(inputs), *gradients, *inputs, *results)
         else:
-            pulled = op.backward(gradients, inputs, results)
+            pulled = _raw_backward(op, gradients, inputs, results)
         found = dict(zip(op.learned, pulled, strict=True))
         return None, *(found.get(i) for i in range(len(inputs)))
 
@@ -135,7 +169,7 @@ class _Backward(Quick):
     @staticmethod
     def forward(op, size, *tensors):
         gradients, rest = tensors[: op.count], tensors[op.count :]
-        return tuple(op.backward(gradients, rest[:size], rest[size:]))
+        return tuple(_raw_backward(op, gradients, rest[:size], rest[size:]))
 
     @staticmethod
     def setup_context(ctx, inputs, output):

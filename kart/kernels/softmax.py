@@ -62,6 +62,7 @@ def _flash(scale: float) -> fused.Fused:
         count=1,
         learned=(0, 1, 2),
         shared=(3,),
+        reads=False,
     )
 
 
@@ -125,6 +126,7 @@ def _beside(scale: float, one_pass: bool) -> fused.Fused:
         count=1,
         learned=(0, 1, 2, 3),
         shared=(3,),
+        reads=one_pass,
     )
 
 
@@ -140,7 +142,7 @@ def _apply(
     """Four axes each; torch.compile keeps this function whole (see `_keep_whole`)."""
     if table is not None and (forward_levels() or q.device.type != "cpu"):
         # one product for all samples: a matmul would repeat the table a sample
-        added = torch.einsum("bhnm,chme->chne", table, v)
+        added = torch.einsum("bhnm,chme->chne", table, plain.wide(v))
         return _apply(q, k, v, mask, scale) + added.to(v.dtype)
     # fused kernels of other devices refuse no samples, or leave them without a graph
     elsewhere = q.device.type != "cpu" and (grad_levels() > 1 or not q.shape[0])

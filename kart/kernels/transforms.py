@@ -12,6 +12,7 @@ from torch._C import _functorch  # type: ignore[attr-defined]  # no stubs
 from torch._functorch.autograd_function import custom_function_call
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function, forward_ad
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Quick(Function):
@@ -124,6 +125,8 @@ def untransformed() -> Iterator[None]:
     _functorch.set_inplace_requires_grad_allowed(True)
     try:
         with (
+            # `detach` asks for modes by their stack, not by the key
+            _disable_current_modes(),
             torch._C._DisableFuncTorch(),
             torch._C._ForceDispatchKeyGuard(include, exclude),
             torch.no_grad(),

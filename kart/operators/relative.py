@@ -48,8 +48,9 @@ def lattice_of(name: str, tokens: int, prefix: int | None, rows: int | None) -> 
 
 def entry_index(prefix: int, rows: int, columns: int) -> Tensor:
     """Where a flattened table has the entry of query n and key m, `(N, N)`."""
-    # torch.compile traces what is cached, and warns that it does
-    if torch.compiler.is_compiling():
+    # torch.compile traces what is cached, and warns that it does; tensors of a mode, as fake ones,
+    # are of no use after it
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return _entry_index(prefix, rows, columns)
     return _kept_index(prefix, rows, columns)
 
