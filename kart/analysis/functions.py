@@ -38,6 +38,10 @@ from kart.operators.resize import amplitudes
 from kart.operators.sums import parts_of
 
 
+# whose functions are not of the score alone
+PLACED = ("by_offset", "by_distance")
+
+
 def _units(operator: Operator, params: Params) -> Params:
     if operator.basis is None:
         raise ValueError(
@@ -51,15 +55,23 @@ def _units(operator: Operator, params: Params) -> Params:
             f'{sorted(params)}. Pass those of a block, params["blocks"]["0"]["operator"], or '
             'params["operator"] with universal sharing.'
         )
-    return found
+    return _lifted(operator, found)
+
+
+def _lifted(operator: Operator, units: Params) -> Params:
+    """Units with the axes `(H, P, M)`, where an operator has one of them a head."""
+    if operator.options.get("kind") not in ("elementwise", "by_distance"):
+        return units
+    return {name: leaf[:, None, None] for name, leaf in units.items()}
 
 
 def curves(operator: Operator, params: Params, x: Tensor) -> Tensor:
     """`phi(x)` of every unit: `x (X)` to `(H, P, M, X)`.
 
     P and M are the axes of the operator's units: rank and keys for `low_rank` and for the first
-    stage of `two_stage`, keys and keys for `full_rank`, keys and rank for `project_first`. Of
-    hybrid heads pass one group, see `learned_groups`.
+    stage of `two_stage`, keys and keys for `full_rank`, keys and rank for `project_first`, rank and
+    features of the place for `generated`, 1 and 1 for `elementwise` and `by_distance`. Of hybrid
+    heads pass one group, see `learned_groups`.
     """
     if x.dim() != 1 or not x.dtype.is_floating_point:
         raise ValueError(
@@ -148,8 +160,9 @@ class Group(NamedTuple):
 
 
 def learned_groups(operator: Operator, params: Params) -> Iterator[Group]:
-    """The groups of heads that learn functions: one, unless the operator is hybrid or a sum; none
-    if fixed, and none of units by offset, which have other axes than `curves` shows.
+    """The groups of heads that learn functions of scores: one, unless the operator is hybrid or a
+    sum; none if fixed, none by distance, and none by offset, whose units have other axes than
+    `curves` shows.
     """
     parts, before = parts_of(operator), 0
     heads = [count for _, count in operator.options.get("groups", ())] or [0] * len(parts)
@@ -158,15 +171,27 @@ def learned_groups(operator: Operator, params: Params) -> Iterator[Group]:
             path = f"{i}.{found.path}" if found.path else str(i)
             yield found._replace(first=before + found.first, path=path)
         before += count
-    if not parts and operator.basis is not None and operator.options.get("kind") != "by_offset":
+    if not parts and learns(operator):
         yield Group(0, operator, params)
+
+
+def _simple(operator: Operator) -> list[Operator]:
+    """The operators that one is made of, down to those that are made of none."""
+    parts = parts_of(operator)
+    return [one for part in parts for one in _simple(part)] if parts else [operator]
+
+
+def _placed(operator: Operator) -> bool:
+    """Whether any head of an operator learns functions of the place."""
+    return any(one.options.get("kind") in PLACED for one in _simple(operator))
 
 
 def learns(operator: Operator) -> bool:
     """Whether any head of an operator learns functions that `learned_groups` gives."""
-    if parts := parts_of(operator):
-        return any(map(learns, parts))
-    return operator.basis is not None and operator.options.get("kind") != "by_offset"
+    return any(
+        one.basis is not None and one.options.get("kind") not in PLACED
+        for one in _simple(operator)
+    )
 
 
 def score_range(scores: Tensor | None, operator: Operator, points: int = 121) -> Tensor:
@@ -176,7 +201,8 @@ def score_range(scores: Tensor | None, operator: Operator, points: int = 121) ->
         half = period / 2 if period else 4.0
     else:
         some = scores.detach().flatten()
-        some = some[:: max(1, some.numel() // 100_000)].abs()  # `quantile` takes 16M at most
+        # `quantile` takes 16M at most, and no half precision
+        some = some[:: max(1, some.numel() // 100_000)].abs().double()
         reached = float(some.quantile(0.99))
         if not math.isfinite(reached):
             raise ValueError(
@@ -353,16 +379,17 @@ def prune(model: Model, params: Params, threshold: float) -> Pruned:
             dropped[at] = counts
     if not dropped:
         raise ValueError(
-            "`prune` needs a model with learnable units, got fixed operators alone. "
-            "There is nothing to drop."
+            "`prune` needs a model that learns functions of scores, got fixed operators alone "
+            "or functions of the place. There is nothing to drop."
         )
     return Pruned(tree.map_named(lambda name, leaf: changed.get(name, leaf), params), dropped)
 
 
 def _prune_units(group: Group, name: str, threshold: float) -> tuple[str, Tensor, Dropped]:
     """The leaf of units that holds their amplitudes, what is kept of it, and what is dropped."""
-    units, basis = group.params[name], group.operator.basis
+    basis = group.operator.basis
     assert basis is not None
+    units = _lifted(group.operator, group.params[name])
     leaf = next(key for key in amplitudes(basis) if key in units)
     given = units[leaf].detach()
     pairs = basis.family == "fourier"
@@ -380,6 +407,7 @@ def _prune_units(group: Group, name: str, threshold: float) -> tuple[str, Tensor
     kept = given * (mask if given.dim() == 4 else mask[..., 0])
     gone = ~keep
     counts = (gone.sum(), gone.numel(), gone.all(-1).sum(), gone[..., 0].numel())
+    kept = kept.reshape(group.params[name][leaf].shape)
     return leaf, kept, Dropped(*(int(count) for count in counts))
 
 
@@ -625,9 +653,17 @@ def section(context: Context) -> pages.Section:
         for result in context.results
         if any(map(learns, context.model(result.configs[0]).operators))
     ]
+    placed = [
+        result.name
+        for result in context.results
+        if any(map(_placed, context.model(result.configs[0]).operators))
+    ]
+    if placed:
+        told = "functions by offset and by distance are not of the score alone and not shown here."
+        notes.append(pages.note(f"{', '.join(placed)}: {told}"))
     if not learned:
-        nothing = pages.note("No operator here learns functions.")
-        return pages.Section([*notes, table, pages.items(lines), nothing], numbers)
+        nothing = [] if placed else [pages.note("No operator here learns functions.")]
+        return pages.Section([*notes, table, pages.items(lines), *nothing], numbers)
     blocks = [*notes, table, pages.items(lines), *_dropped(context, learned, numbers)]
     shown = _shapes(context, learned, numbers)
     pictures, changes = _pictures([context.look(result) for result in learned])
@@ -776,5 +812,10 @@ def _pictures(looks: Sequence[Look]) -> tuple[list[pages.Markup], list[pages.Num
 
 
 ANALYSIS = Analysis(
-    "functions", "The functions that each head learned", section, minutes=1.0, measure=measure
+    "functions",
+    "The functions that each head learned",
+    section,
+    version=2,
+    minutes=1.0,
+    measure=measure,
 )

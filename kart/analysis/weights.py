@@ -120,7 +120,8 @@ def by_part(params: Any) -> dict[str, Tensor]:
     found = {"all": [tree.ravel(params)[None]]}
     for name, leaf in tree.named(params).items():
         if "operator" in name.split("."):
-            found.setdefault(name.split(".")[-1], []).append(leaf.flatten(1))
+            rows = leaf.reshape(len(leaf) if leaf.dim() else 1, -1)  # one number a head, too
+            found.setdefault(name.split(".")[-1], []).append(rows)
     return {name: torch.cat(rows) for name, rows in _same_width(found).items()}
 
 
