@@ -721,7 +721,7 @@ def section(context: Context) -> pages.Section:
     spread, rest = seeds_table(
         found,
         [
-            Column("keys", "keys attended to", 1, low=0.0),
+            Column("keys", "keys attended to", 1, low=1.0),
             Column("diversity", "head diversity", 2, low=0.0, high=2.0),
             percent("negative", "negative weight %"),
             Column("row_sums", "size of row sums", 2, low=0.0),

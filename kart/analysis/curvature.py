@@ -173,8 +173,9 @@ def top_eigenvalues(
     of another end of the spectrum.
 
     Lanczos with full orthogonalisation and thick restarts (Wu and Simon 2000), in the dtype of
-    `params`, float32 at least. A multiple eigenvalue is counted as often as it occurs where `vectors` reaches P, and
-    may be counted once otherwise, as by every method that starts from one vector.
+    `params`, float32 at least. A multiple eigenvalue is counted as often as it occurs where
+    `vectors` reaches P, and may be counted once otherwise, as by every method that starts from one
+    vector.
 
     Args:
         which: "magnitude", "largest" (descending; the first is the sharpness) or "smallest"

@@ -37,7 +37,6 @@ from kart.operators import Operator
 from kart.operators.resize import amplitudes
 from kart.operators.sums import parts_of
 
-
 # whose functions are not of the score alone
 PLACED = ("by_offset", "by_distance")
 
@@ -175,6 +174,17 @@ def learned_groups(operator: Operator, params: Params) -> Iterator[Group]:
         yield Group(0, operator, params)
 
 
+def seen_by(group: Group, scores: Tensor) -> Tensor:
+    """Of scores `(..., H, N, M)` of a whole operator those that the units of a group take: of its
+    heads, and of `project_first` what it makes of them, `(..., heads, N, J)`.
+    """
+    heads = len(tree.leaves(group.params)[0])
+    own = scores.detach()[..., group.first : group.first + heads, :, :]
+    if group.operator.options.get("kind") != "project_first":
+        return own
+    return own @ group.params["mix"].detach().to(own).mT
+
+
 def _simple(operator: Operator) -> list[Operator]:
     """The operators that one is made of, down to those that are made of none."""
     parts = parts_of(operator)
@@ -189,8 +199,7 @@ def _placed(operator: Operator) -> bool:
 def learns(operator: Operator) -> bool:
     """Whether any head of an operator learns functions that `learned_groups` gives."""
     return any(
-        one.basis is not None and one.options.get("kind") not in PLACED
-        for one in _simple(operator)
+        one.basis is not None and one.options.get("kind") not in PLACED for one in _simple(operator)
     )
 
 
@@ -211,6 +220,12 @@ def score_range(scores: Tensor | None, operator: Operator, points: int = 121) ->
             )
         half = max(1.0, reached)
     return torch.linspace(-half, half, points)
+
+
+def _range(groups: Sequence[Group], seen: Sequence[Tensor] | None) -> Tensor:
+    """Where to look at several groups: `score_range` of what their units see."""
+    every = None if seen is None else torch.cat([own.flatten() for own in seen])
+    return score_range(every, groups[0].operator)
 
 
 def moved(values: Tensor, initial: Tensor) -> Tensor:
@@ -439,7 +454,8 @@ def plot(
     starts = [None] * len(groups)
     if initial is not None:
         starts = [group.params for group in learned_groups(operator, initial)]
-    where = score_range(scores, groups[0].operator) if x is None else x
+    seen = None if scores is None else [seen_by(group, scores) for group in groups]
+    where = _range(groups, seen) if x is None else x
     panels = []  # (head, lines, band, dotted)
     for group, start in zip(groups, starts, strict=True):
         values = curves(group.operator, group.params, where)
@@ -454,7 +470,8 @@ def plot(
         (head, [None if part is None else part.cpu().numpy() for part in rest])
         for head, *rest in panels
     ]
-    return _panels(parts, _draw, where, scores, "φ(score)")
+    shown = None if seen is None else [x for own in seen for x in own.movedim(-3, 0)]
+    return _panels(parts, _draw, where, shown, "φ(score)")
 
 
 def plot_response(
@@ -473,25 +490,26 @@ def plot_response(
         (head, [part.cpu().numpy() for part in rest])
         for head, rest in enumerate(zip(values, levels, reference, strict=True))
     ]
-    return _panels(parts, _draw_response, where, scores, "weight, centred")
+    shown = None if scores is None else list(scores.movedim(-3, 0))
+    return _panels(parts, _draw_response, where, shown, "weight, centred")
 
 
 def _panels(
     parts: Sequence[tuple[int, list[Any]]],
     draw: Callable[..., None],
     x: Tensor,
-    scores: Tensor | None,
+    scores: Sequence[Tensor] | None,
     label: str,
 ) -> Any:
-    """A panel for each (head, what `draw(ax, x, ...)` takes), four in a row."""
+    """A panel for each (head, what `draw(ax, x, ...)` takes), four in a row, over `scores` each."""
     columns = min(4, len(parts))
     fig, axes = figures.grid(-(-len(parts) // columns), columns, 1.9, 1.6, sharex=True, sharey=True)
-    for ax, (head, values) in zip(axes.flat, parts, strict=False):
+    for i, (ax, (head, values)) in enumerate(zip(axes.flat, parts, strict=False)):
         ax.axhline(0, color=figures.QUIET, lw=0.5)
         draw(ax, x.cpu().numpy(), *values)
         ax.set_xlim(float(x[0]), float(x[-1]))
         if scores is not None:
-            _silhouette(ax, x, scores[..., head, :, :])
+            _silhouette(ax, x, scores[i])
         ax.set_title(f"head {head + 1}", fontsize=8)
     for ax in axes.flat[len(parts) :]:
         ax.set_visible(False)
@@ -583,11 +601,10 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
             if weights.shape[0] * values.shape[-1] >= 4 * weights.shape[-1]:
                 shares.append(score_share(weights, values))
             for group in learned_groups(site.operator, model.operator_params(member.params, i)):
-                x = score_range(scores, group.operator)
+                seen = seen_by(group, scores)
+                x = score_range(seen, group.operator)
                 values = curves(group.operator, group.params, x)
-                near.append(
-                    torch.stack([fit.mean() for fit in fits(values, x, density(scores, x))])
-                )
+                near.append(torch.stack([fit.mean() for fit in fits(values, x, density(seen, x))]))
         found = {}
         if len(shares) == len(model.sites):
             by_block = torch.stack([share.mean() for share in shares])
@@ -686,8 +703,8 @@ def section(context: Context) -> pages.Section:
         pages.beside(*pictures),
         pages.text(
             "Units that are alike up to scale and sign (correlation 0.95 over the scores seen), "
-            "the four largest groups of the last block, first head; dotted the simplest formula "
-            "that fits the leading unit."
+            "the four largest groups of the last block, first head that learns; dotted the "
+            "simplest formula that fits the leading unit over these scores."
         ),
         *shown,
     ]
@@ -734,8 +751,9 @@ def _shapes(
             assert group.operator.basis is not None
             if group.operator.basis.family == "fourier":
                 amplitudes_of[result.name] = harmonics(group.operator, group.params)
-            x = score_range(scores, group.operator)
-            seen = density(scores, x)
+            own = seen_by(group, scores)
+            x = score_range(own, group.operator)
+            seen = density(own, x)
             values = curves(group.operator, group.params, x)[0].flatten(0, 1)
             groups = symbolic.clusters(values, x, seen, count=4)
             if not len(groups.leaders):
@@ -748,7 +766,8 @@ def _shapes(
             name = f"functions-alike-{len(shown)}"
             fig = symbolic.plot(values, x, groups, formulas)
             alt = f"Groups of alike functions of {result.name} and their formulas"
-            shown.append(pages.figure(fig, name, alt, f"{result.name}, last block, first head."))
+            caption = f"{result.name}, last block, head {group.first + 1}."
+            shown.append(pages.figure(fig, name, alt, caption))
     if amplitudes_of:
         alt = f"Amplitude by harmonic of {', '.join(amplitudes_of)}"
         caption = "Amplitude by harmonic, last block: mean over units, band over heads."
@@ -784,7 +803,7 @@ def _pictures(looks: Sequence[Look]) -> tuple[list[pages.Markup], list[pages.Num
             if not groups:
                 continue
             scores = torch.cat([look.seen("scores", i) for i in names])
-            x = score_range(scores, groups[0].operator)
+            x = _range(groups, [seen_by(group, scores) for group in groups])
             distances = [
                 100 * float(value)
                 for a, b in zip(groups, learned_groups(operator, then), strict=True)

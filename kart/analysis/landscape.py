@@ -423,7 +423,9 @@ def plot(
         for i, label in enumerate((ax.set_xlabel, ax.set_ylabel)):
             share = "" if shares is None else f" ({100 * float(shares[i]):.0f} %)"
             label(f"direction {i + 1}{share}")
-    bar = fig.colorbar(drawn, ax=cells, shrink=0.9, format="%.2f", spacing="uniform")
+    # as many digits as tell the lowest levels apart
+    digits = min(9, max(2, 2 - math.floor(math.log10(levels[-1] - levels[0]))))
+    bar = fig.colorbar(drawn, ax=cells, shrink=0.9, format=f"%.{digits}f", spacing="uniform")
     bar.set_label("loss", fontsize=8, color=figures.INK)
     bar.ax.tick_params(labelsize=6, labelcolor=figures.INK, color=figures.QUIET)
     return fig
@@ -449,7 +451,7 @@ def plot_surfaces(surfaces: Mapping[str, Tensor], axes: Mapping[str, Tensor]) ->
         ax.set_title(name, fontsize=8, color=figures.INK)
         ax.set_xlabel("direction 1", fontsize=7, labelpad=-6)
         ax.set_ylabel("direction 2", fontsize=7, labelpad=-6)
-        ax.set_zlabel("loss", fontsize=7, labelpad=-6)
+        ax.set_zlabel("loss", fontsize=7, labelpad=0)
         ax.tick_params(labelsize=6, pad=-2)
         ax.locator_params(nbins=5)
         ax.set_box_aspect(None, zoom=0.85)  # room for the label of the height

@@ -684,7 +684,8 @@ def _costs(context: Context, found: Measured) -> Part:
         "the attention matrix is replaced by its mean over images, or each learned function by the "
         "constant, the affine function or the a exp(x) + c nearest to it over the scores that it "
         f"sees (of {few} training images, by least squares). Mean, 95 % interval over seeds; below "
-        "zero it gains."
+        "zero it gains. A dash: no functions, or some that are not of one score; of the matrix, "
+        "gated blocks, which mix it with that of positions."
     )
     table, numbers = seeds_table(found, columns, caption)
     shown = [table]

@@ -159,6 +159,7 @@ def plot(
             ax.axvline(rank, color=figures.QUIET, lw=0.8, ls=(0, (3, 2)))
             place = {"transform": ax.get_xaxis_transform(), "ha": "left", "va": "top"}
             ax.text(rank, 1.0, f" r = {rank}", fontsize=7, color=figures.INK, **place)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_title(title, fontsize=8, color=figures.INK)
         ax.set_xlabel("index")
     axes[0, 0].set_ylabel("log10 of the singular value")

@@ -55,7 +55,8 @@ def distinct(*paths: str) -> list[Path]:
 
 def compare(*paths: str, which: str = "last") -> "list[report.Result]":
     """The runs at or below `paths` as results, one an operator, with test scores where all have
-    been scored by `kart eval`. Seeds that diverged are left out of them, and named.
+    been scored by `kart eval`. Seeds that diverged are left out of them, and named, as are
+    operators of which no seed is left.
 
     Raises ValueError for runs that differ in more than operator and seed, or are unfinished.
     """
@@ -116,6 +117,7 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
                 snapshots=functools.partial(_snapshots, homes, [c.seed for c in configs]),
                 epochs=at if which == "best" else None,
                 diverged=diverged[operator],
+                lost={name: seeds for name, seeds in diverged.items() if name not in found},
             )
         )
     return sorted(results, key=lambda one: one.name != "softmax")
