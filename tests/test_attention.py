@@ -159,7 +159,11 @@ def test_curves_of_a_model_that_sees_one_half():
     assert_close(half.values, 0.5 + fell.values / 2)
     fig = attention.plot_curves({"a": fell, "b": coarse}, {"a": rose, "b": rose})
     assert [ax.get_title().split(":")[0] for ax in fig.axes] == ["deletion", "insertion"]
-    assert "area 0.500" in pages.svg(fig, "x")
+    assert "area 0.500 and 0.500" in pages.svg(fig, "x")
+    # a long name takes nothing from the axes
+    long = attention.plot_curves({"x" * 60: fell}, {"x" * 60: rose})
+    long.draw_without_rendering()
+    assert min(ax.get_window_extent().width for ax in long.axes) > 200
 
 
 def test_shares_are_those_of_the_patches_taken():

@@ -84,8 +84,9 @@ def test_harmonics_of_known_coefficients(scales):
     x = torch.linspace(0, 2 * torch.pi, 1001)[:-1]
     values = functions.curves(operator, params, x)
     assert_close(values.square().mean(-1), found.square().sum(-1) / 2, rtol=1e-4, atol=1e-5)
-    fig = functions.plot_harmonics({"G2B": found})
+    fig = functions.plot_harmonics({"G2B" * 20: found})
     assert "amplitude" in pages.svg(fig, "x")
+    assert fig.axes[0].get_window_extent().width > 250
 
 
 def model_of(spec, **options):

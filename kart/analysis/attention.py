@@ -555,14 +555,14 @@ def plot(images: Tensor, maps: Tensor, share: float = 0.5, masks: Tensor | None 
 
 def plot_curves(deleted: Mapping[str, Curve], inserted: Mapping[str, Curve]) -> Any:
     """A matplotlib Figure of `deletion` and of `insertion` by name: the mean over images, over the
-    band of a standard error to either side, with the mean area in the legend.
+    band of a standard error to either side, with both mean areas in the legend.
     """
     if not deleted or deleted.keys() != inserted.keys():
         raise ValueError(
             f"`plot_curves` needs curves of the same names, got {sorted(deleted)} and "
             f"{sorted(inserted)}. Pass {{name: curve}} twice."
         )
-    fig, axes = figures.grid(1, 2, 2.9, 2.3 + 0.15 * len(deleted), sharey=True)
+    fig, axes = figures.grid(1, 2, 2.9, 2.6, sharey=True)
     for ax, title, curves in (
         (axes[0, 0], "deletion: lower is better", deleted),
         (axes[0, 1], "insertion: higher is better", inserted),
@@ -575,13 +575,13 @@ def plot_curves(deleted: Mapping[str, Curve], inserted: Mapping[str, Curve]) -> 
             ax.fill_between(
                 x.numpy(), low.numpy(), high.numpy(), color=style["color"], alpha=0.2, lw=0
             )
-            label = f"{name}, area {float(curve.area.mean()):.3f}"
+            areas = [f"{float(one[name].area.mean()):.3f}" for one in (deleted, inserted)]
+            label = f"{name}, area {' and '.join(areas)}"
             ax.plot(x.numpy(), mean.numpy(), lw=1.3, label=label, **style)
         ax.set_title(title, fontsize=8, color=figures.INK)
         ax.set_xlabel("share of the patches, %")
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.24), "handlelength": 3.2}
-        ax.legend(frameon=False, fontsize=7, labelcolor=figures.INK, **place)
     axes[0, 0].set_ylabel("probability of the class")
+    figures.legend(fig)
     return fig
 
 

@@ -48,6 +48,11 @@ def grid(rows: int, columns: int, width: float, height: float, **options: Any) -
     return fig, axes
 
 
+def wrapped(name: str) -> str:
+    """A name on lines of 40 characters, so that a long one stays within its panel."""
+    return "\n".join(textwrap.wrap(name, 40))
+
+
 def legend(fig: Any) -> None:
     """Names the labelled lines of the first axes below them, in as many columns as fit, and makes
     the figure higher by the rows beyond two; nothing where there are none.
@@ -55,7 +60,7 @@ def legend(fig: Any) -> None:
     handles, labels = fig.axes[0].get_legend_handles_labels()
     if not labels:
         return
-    labels = ["\n".join(textwrap.wrap(label, 40)) for label in labels]
+    labels = [wrapped(label) for label in labels]
     # an entry is about as wide as its text, in characters of 8 points, and its line
     widest = 0.7 + 0.07 * max(min(40, len(label)) for label in labels)
     columns = max(1, min(len(labels), int(fig.get_size_inches()[0] / widest)))

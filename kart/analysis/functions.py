@@ -567,7 +567,7 @@ def plot_harmonics(found: Mapping[str, Tensor]) -> Any:
     ax.set_ylim(bottom=0)
     ax.set_xlabel("harmonic k")
     ax.set_title("amplitude", loc="left", fontsize=9, color=figures.INK)
-    ax.legend(frameon=False, fontsize=8, labelcolor=figures.INK)
+    figures.legend(fig)
     return fig
 
 

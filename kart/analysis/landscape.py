@@ -418,7 +418,7 @@ def plot(
             ax.plot(x[-1:], y[-1:], marker="*", ms=9, **line)
         ax.set_xlim(a[0], a[-1])
         ax.set_ylim(b[0], b[-1])
-        ax.set_title(name, fontsize=8, color=figures.INK)
+        ax.set_title(figures.wrapped(name), fontsize=8, color=figures.INK)
         shares = explained.get(name) if explained is not None else None
         for i, label in enumerate((ax.set_xlabel, ax.set_ylabel)):
             share = "" if shares is None else f" ({100 * float(shares[i]):.0f} %)"
@@ -448,7 +448,7 @@ def plot_surfaces(surfaces: Mapping[str, Tensor], axes: Mapping[str, Tensor]) ->
             **{"rstride": 1, "cstride": 1, "linewidth": 0, "antialiased": False},
         )
         ax.set_zlim(low, levels[-1])
-        ax.set_title(name, fontsize=8, color=figures.INK)
+        ax.set_title(figures.wrapped(name), fontsize=8, color=figures.INK)
         ax.set_xlabel("direction 1", fontsize=7, labelpad=-6)
         ax.set_ylabel("direction 2", fontsize=7, labelpad=-6)
         ax.set_zlabel("loss", fontsize=7, labelpad=0)
