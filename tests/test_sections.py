@@ -331,7 +331,9 @@ def test_differences_are_paired_by_seed():
     found["c"] |= {1: {"x": math.inf}}
     found["d"] = {7: {"x": 1.0}}
     first, second, third = section.differences(found, "x", "Height", column)
-    assert "+1.05 [" in first and first.endswith("Left out, not finite in both: seed 2.")
+    assert "+1.05 [" in first and first.endswith(
+        "Left out, as one of the two has no such value: seed 2."
+    )
     assert "+8.00 (one seed)" in second and second.endswith("seed 1.")
     assert third == "Height of d and of a: no seed has finite values of both."
 

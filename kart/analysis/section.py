@@ -475,7 +475,9 @@ def differences(found: Measured, measure: str, what: str, column: Column) -> lis
         text = mean.text(column.scale, digits, "+")
         verdict = "more than seeds explain" if clear else "not clear of the noise of seeds"
         line = f"{what} of {name} less that of {names[0]}: {text}, {verdict}."
-        lines.append(line + f" Left out, not finite in both: seed {alone}." * bool(alone))
+        lines.append(
+            line + f" Left out, as one of the two has no such value: seed {alone}." * bool(alone)
+        )
     return lines
 
 
