@@ -266,6 +266,22 @@ def test_functions_that_are_not_of_the_score_alone_are_named():
     assert "No operator here learns functions" not in " ".join(found.blocks)
 
 
+def test_pictures_say_of_which_seeds_they_are():
+    alike = context([result("softmax"), result("G2B")], spectra.ANALYSIS)
+    assert alike.first_seeds == "seed 0"
+    apart = [result("softmax"), result("G2B", (3, 4))]
+    page = " ".join(spectra.section(context(apart, spectra.ANALYSIS)).blocks)
+    assert "last block, seed 0 of softmax, 3 of G2B: mean" in page
+    page = " ".join(weights.section(context(apart, weights.ANALYSIS)).blocks)
+    assert "Pictures: seed 0 of softmax, 3 of G2B, at the start" in page
+
+
+def test_no_interval_of_a_rank_goes_beyond_the_keys(results):
+    found = spectra.section(context(results, spectra.ANALYSIS))
+    bounds = [one for one in found.numbers if one.high is not None]
+    assert bounds and all(one.low >= 0 and one.high <= 5 for one in bounds)
+
+
 def test_functions_of_fixed_operators_alone_say_so(results):
     found = functions.section(context(results[:1], functions.ANALYSIS))
     assert "No operator here learns functions" in " ".join(found.blocks)

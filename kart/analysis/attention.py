@@ -721,7 +721,7 @@ def section(context: Context) -> pages.Section:
     spread, rest = seeds_table(
         found,
         [
-            Column("keys", "keys attended to", 1, low=1.0),
+            Column("keys", "keys attended to", 1, low=1.0, high=context.most_keys),
             Column("diversity", "head diversity", 2, low=0.0, high=2.0),
             percent("negative", "negative weight %"),
             Column("row_sums", "size of row sums", 2, low=0.0),
@@ -763,7 +763,7 @@ def section(context: Context) -> pages.Section:
         plot_curves(drawn["deletion"], drawn["insertion"]),
         "attention-curves",
         f"Deletion and insertion curves of {', '.join(first)}",
-        f"Seed {context.results[0].configs[0].seed}: mean over images, band of a standard error.",
+        f"Mean over images, {context.first_seeds}, band of a standard error.",
     )
     pictured, statics = _maps(context)
     told = "Outlined: the object. Orange: the weight, as above."
@@ -826,7 +826,7 @@ def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:
     )
     told = (
         f"{_row(context)} of the last block over the first {min(context.shown, count)} "
-        f"validation images, seed {looks[0].seed}; negative weights count as none, and "
+        f"validation images, {context.first_seeds}; negative weights count as none, and "
         "every map is scaled to its own maximum. Region: the fewest patches that hold half of the "
         "weight of the head with the most."
     )

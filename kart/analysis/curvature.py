@@ -547,7 +547,7 @@ def section(context: Context) -> pages.Section:
         plot(densities),
         "curvature-density",
         f"Density of the eigenvalues of the Hessian of {', '.join(densities)}",
-        f"How the eigenvalues are spread, seed {context.results[0].configs[0].seed}, all weights: "
+        f"How the eigenvalues are spread, {context.first_seeds}, all weights: "
         f"one random start, {STEPS} products. Right of the peak at zero: directions in which the "
         "loss is steep; left of it: those in which the weights are no minimum. An eigenvalue is "
         "drawn as a peak, 1 % as wide as the range of its operator: compare where peaks lie, and "

@@ -685,12 +685,12 @@ def section(context: Context) -> pages.Section:
     shown = _shapes(context, learned, numbers)
     pictures, changes = _pictures([context.look(result) for result in learned])
     numbers += changes
-    seed = context.results[0].configs[0].seed
     blocks += [
         pages.text(
-            f"Each panel is a head, seed {seed}. Solid: the four units that move its weights most; "
-            "dotted: the same units before training. Grey band: 90 % of all its units. Silhouette: "
-            "where the scores of validation images lie, which is where the functions are used. The "
+            f"Each panel is a head, {context.first_seeds}. Solid: the four units that move its "
+            "weights most; dotted: the same units before training. Grey band: 90 % of all its "
+            "units. Silhouette: where the scores that they see of validation images lie, which is "
+            "where the functions are used. The "
             "change is the root mean square over all units of a head, relative to the initial "
             "functions."
         ),

@@ -649,13 +649,12 @@ def section(context: Context) -> pages.Section:
         *differences(found, "random_roughness", "Roughness (%, random)", columns["random"][2]),
         *differences(found, "random_rise", "Mean rise (nats, random)", columns["random"][0]),
     ]
-    seed = context.results[0].configs[0].seed
     told = (
         f"The loss on {count} validation images around the final weights; a spiky landscape would "
-        "show as small islands of contours and as a large roughness. The pictures are seed "
-        f"{seed} with {len(next(iter(parts['path'][0].values())))} points a side in the plane of "
-        f"the path and {GRID} in the random one; all numbers are from {GRID} points a side. Axes, "
-        "colours and heights are the same for all operators. Biases and norms do not move in the "
+        "show as small islands of contours and as a large roughness. The pictures are "
+        f"{context.first_seeds}, with {len(next(iter(parts['path'][0].values())))} points a side "
+        f"in the plane of the path and {GRID} in the random one; all numbers are from {GRID} "
+        "points a side. Axes, colours and heights are the same for all operators. Biases and norms do not move in the "
         "random plane; of an operator a filter is what feeds one hidden value or one key of one "
         "head."
     )

@@ -244,6 +244,20 @@ class Context:
                 "MiB. Raise it with `--memory-mib`."
             )
 
+    @property
+    def first_seeds(self) -> str:
+        """Of which seeds the first members are, in words: those of pictures."""
+        seeds = {result.name: result.configs[0].seed for result in self.results}
+        if len(set(seeds.values())) == 1:
+            return f"seed {next(iter(seeds.values()))}"
+        return "seed " + ", ".join(f"{seed} of {name}" for name, seed in seeds.items())
+
+    @property
+    def most_keys(self) -> float:
+        """The largest number of keys of any block."""
+        models = [self.model(result.configs[0]) for result in self.results]
+        return float(max(site.tokens for model in models for site in model.sites))
+
     def few(self, model: Model) -> int:
         """On how many images weights and scores, N x N a head and window, stay small in every
         block.

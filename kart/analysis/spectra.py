@@ -218,19 +218,20 @@ def section(context: Context) -> pages.Section:
     panels = {
         title: {name: own[key] for name, own in first.items()} for title, key in titles.items()
     }
-    seed = context.results[0].configs[0].seed
     fig = pages.figure(
         plot(panels, known.pop() if len(known) == 1 else None),
         "spectra",
         f"Singular values of scores and weights of {', '.join(first)}, last block",
-        f"Singular values of the last block, seed {seed}: mean (line), lowest and highest (band) "
-        f"over heads and {IMAGES} validation images. A cut at r is a fall of many decades there.",
+        f"Singular values of the last block, {context.first_seeds}: mean (line), lowest and "
+        f"highest (band) over heads and {IMAGES} validation images. A cut at r is a fall of many "
+        "decades there.",
     )
+    most = context.most_keys
     columns = [
-        Column("scores_effective", "effective rank, scores", 1, low=0.0),
-        Column("weights_effective", "effective rank, weights", 1, low=0.0),
-        Column("weights_numerical", "numerical rank, weights", 1, low=0.0),
-        Column("weights_most", "its largest", 0),
+        Column("scores_effective", "effective rank, scores", 1, low=0.0, high=most),
+        Column("weights_effective", "effective rank, weights", 1, low=0.0, high=most),
+        Column("weights_numerical", "numerical rank, weights", 1, low=0.0, high=most),
+        Column("weights_most", "its largest", 0, low=0.0, high=most),
     ]
     table, numbers = seeds_table(
         found,
@@ -254,4 +255,6 @@ def section(context: Context) -> pages.Section:
     return pages.Section([pages.text(told), *notes, fig, table, pages.items(lines)], numbers)
 
 
-ANALYSIS = Analysis("spectra", "Spectra of attention", section, minutes=0.5, measure=measure)
+ANALYSIS = Analysis(
+    "spectra", "Spectra of attention", section, version=2, minutes=0.5, measure=measure
+)

@@ -238,12 +238,11 @@ def section(context: Context) -> pages.Section:
         for stage, params in _stages(Member(result, 0)).items():
             for part, values in by_part(params).items():
                 shown.setdefault(part, {}).setdefault(stage, {})[result.name] = values
-    seed = context.results[0].configs[0].seed
     blocks: list[Any] = [
         pages.text(
-            f"Pictures: seed {seed}, at the start, half way and at the end of training, densities "
-            "on a logarithmic scale; what lies outside of 99.9 % is in the outermost bins. Tables: "
-            "the end, mean over seeds and their 95 % interval; of operators the mean over heads. "
+            f"Pictures: {context.first_seeds}, at the start, half way and at the end of training, "
+            "densities on a logarithmic scale; what lies outside of 99.9 % is in the outermost "
+            "bins. Tables: the end, mean over seeds and their 95 % interval; of operators the mean over heads. "
             "Excess kurtosis: 0 is normal, more is heavier tails. Tail index (Hill, largest "
             "tenth): the smaller, the heavier the tail. Near zero: below a tenth of the root mean "
             "square (8 % of normal values)."
