@@ -276,6 +276,14 @@ def test_pictures_say_of_which_seeds_they_are():
     assert "Pictures: seed 0 of softmax, 3 of G2B, at the start" in page
 
 
+def test_attention_without_pictures(results):
+    shown = attention.section(context(results, attention.ANALYSIS, shown=1))
+    found = attention.section(context(results, attention.ANALYSIS, shown=0))
+    assert [one.measure for one in found.numbers] == [one.measure for one in shown.numbers]
+    page = " ".join(found.blocks)
+    assert "scaled to its own maximum" not in page and page.count("<svg") == 1  # of the curves
+
+
 def test_no_interval_of_a_rank_goes_beyond_the_keys(results):
     found = spectra.section(context(results, spectra.ANALYSIS))
     bounds = [one for one in found.numbers if one.high is not None]

@@ -809,8 +809,9 @@ def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:
         name = look.result.name
         maps = last_maps(look.model, look.aux)[: context.shown]
         alt = f"Attention maps of {name}, last block, over {len(maps)} images"
-        fig = plot(look.pixels[: context.shown], maps)
-        pictures.append(pages.figure(fig, f"attention-{i}", alt, name))
+        if context.shown:
+            fig = plot(look.pixels[: context.shown], maps)
+            pictures.append(pages.figure(fig, f"attention-{i}", alt, name))
         shares = [static_share(look.seen("weights", b)) for b in blocks]
         rows.append([name, *(", ".join(f"{100 * s:.0f}" for s in share) for share in shares)])
         numbers += [
@@ -831,7 +832,8 @@ def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:
         "weight of the head with the most."
     )
     table = pages.table(["operator", *(f"block {i + 1}" for i in blocks)], rows, caption)
-    return [pages.text(told), pages.beside(*pictures), table], numbers
+    pictured = [pages.text(told), pages.beside(*pictures)] if pictures else []
+    return [*pictured, table], numbers
 
 
 ANALYSIS = Analysis("attention", "Attention", section, version=2, minutes=2.5, measure=measure)

@@ -655,8 +655,8 @@ def section(context: Context) -> pages.Section:
         f"{context.first_seeds}, with {len(next(iter(parts['path'][0].values())))} points a side "
         f"in the plane of the path and {GRID} in the random one; all numbers are from {GRID} "
         "points a side. Axes, colours and heights are the same for all operators. Biases and norms "
-        "do not move in the random plane; of an operator a filter is what feeds one hidden value or one key of one "
-        "head."
+        "do not move in the random plane; of an operator a filter is what feeds one hidden value "
+        "or one key of one head."
     )
     return pages.Section([pages.text(told), *shown, *tables, pages.items(lines)], numbers)
 

@@ -243,9 +243,9 @@ def section(context: Context) -> pages.Section:
             f"Pictures: {context.first_seeds}, at the start, half way and at the end of training, "
             "densities on a logarithmic scale; what lies outside of 99.9 % is in the outermost "
             "bins. Tables: the end, mean over seeds and their 95 % interval; of operators the mean "
-            "over heads. Excess kurtosis: 0 is normal, more is heavier tails. Tail index (Hill, largest "
-            "tenth): the smaller, the heavier the tail. Near zero: below a tenth of the root mean "
-            "square (8 % of normal values)."
+            "over heads. Excess kurtosis: 0 is normal, more is heavier tails. Tail index (Hill, "
+            "largest tenth): the smaller, the heavier the tail. Near zero: below a tenth of the "
+            "root mean square (8 % of normal values)."
         )
     ]
     numbers: list[pages.Number] = []
