@@ -204,7 +204,7 @@ h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; font-weight: 650; }
 p, ul { max-width: 46rem; margin: .6rem 0; overflow-wrap: break-word; }
 ul { padding-left: 1.2rem; }
 .quiet, figcaption, small { color: var(--quiet); font-size: .875rem; }
-figcaption { color: var(--ink); margin-bottom: .3rem; }
+figcaption { color: var(--ink); margin-bottom: .3rem; overflow-wrap: anywhere; }
 .warning { border-left: 3px solid var(--mark); padding-left: .7rem; }
 .wide, .scroll { overflow-x: auto; }
 .wide { margin: 1.2rem 0 .6rem; }

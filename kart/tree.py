@@ -182,6 +182,18 @@ def size(tree: Tree) -> int:
     return sum(leaf.numel() for leaf in leaves(tree))
 
 
+def check_floating(function: str, tree: Tree) -> None:
+    """Raises ValueError where a leaf of `tree` is not of floating point, for which there are no
+    directions and no derivatives.
+    """
+    for name, leaf in named(tree).items():
+        if not leaf.dtype.is_floating_point:
+            raise ValueError(
+                f"`{function}` needs parameters of floating point, got {leaf.dtype} at {name!r}. "
+                "Hold it in the loss, outside of the parameters."
+            )
+
+
 def to(tree: Tree, *args: Any, **kwargs: Any) -> Tree:
     """Every leaf moved as by `Tensor.to`."""
     return map(lambda x: x.to(*args, **kwargs), tree)

@@ -159,7 +159,25 @@ def test_curves_of_a_model_that_sees_one_half():
     assert_close(half.values, 0.5 + fell.values / 2)
     fig = attention.plot_curves({"a": fell, "b": coarse}, {"a": rose, "b": rose})
     assert [ax.get_title().split(":")[0] for ax in fig.axes] == ["deletion", "insertion"]
-    assert "area 0.500" in pages.svg(fig, "x")
+    assert "area 0.500 and 0.500" in pages.svg(fig, "x")
+    # a long name takes nothing from the axes
+    long = attention.plot_curves({"x" * 60: fell}, {"x" * 60: rose})
+    long.draw_without_rendering()
+    assert min(ax.get_window_extent().width for ax in long.axes) > 200
+
+
+def test_shares_are_those_of_the_patches_taken():
+    """Nine patches in four steps are 2, 4, 7 and 9 of them."""
+    images, maps = torch.ones(1, 1, 3, 3), torch.rand(1, 3, 3, generator=seeded())
+
+    def seen(images):
+        return images.mean((1, 2, 3))[:, None]
+
+    fell = attention.deletion(seen, images, maps, steps=4)
+    assert_close(9 * fell.shares, torch.tensor([0, 2, 4, 7, 9]).double())
+    assert_close(fell.values[0], 1 - fell.shares, check_dtype=False, atol=1e-6, rtol=0)
+    assert float(fell.area) == pytest.approx(0.5)
+    assert float(attention.insertion(seen, images, maps, steps=4).area) == pytest.approx(0.5)
 
 
 # spread
@@ -266,6 +284,10 @@ def test_a_head_that_does_nothing_is_static():
     values = torch.randn(30, 1, 4, 2, generator=seeded())
     assert attention.static_share(torch.zeros(30, 1, 3, 4)).tolist() == [1]
     assert attention.static_share(torch.zeros(30, 1, 3, 4), values).tolist() == [1]
+    # the mean of equal numbers differs from them by its rounding
+    same = torch.randn(1, 2, 4, 4, generator=seeded()).double().repeat(12, 1, 1, 1) / 3
+    for fitted in (True, False):
+        assert attention.static_share(same, same, fitted=fitted).tolist() == [1, 1]
 
 
 def test_masks_are_outlined():
@@ -297,6 +319,12 @@ IMAGES, MAPS = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2)
         (lambda: attention.deletion(brightness, IMAGES, MAPS, steps=3), "`steps` <= 2"),
         (lambda: attention.rollout([torch.ones(1, 3, 3), torch.ones(1, 4, 4)]), "each block"),
         (lambda: attention.rollout([]), "each block"),
+        (lambda: attention.rollout([torch.full((1, 2, 2), torch.nan)]), "finite weights"),
+        (lambda: attention.static_share(torch.full((9, 1, 2, 2), torch.nan)), "got nan or inf"),
+        (
+            lambda: attention.deletion(brightness, IMAGES, MAPS, labels=torch.zeros(2).long()),
+            r"labels \(1,\) of these images",
+        ),
         (lambda: attention.entropy(torch.ones(3)), r"\(\.\.\., N, M\)"),
         (lambda: attention.head_diversity(torch.ones(1, 2, 2)), "two heads"),
         (lambda: attention.head_diversity(torch.ones(2, 2)), r"H, N, M"),

@@ -156,6 +156,7 @@ def test_analyse_refuses_what_cannot_be_compared(capsys, tmp_path):
     assert run(capsys, "train", "--weight-decay", 0.1, "--out", out / "b", *TINY)[0] == 0
     code, _, error = run(capsys, "analyse", out)
     assert code == 2 and "differ in operator and seed" in error and error.count("\n") == 1
+    assert "which differ in weight_decay. Analyse" in error
     (out / "a" / "metrics.jsonl").write_text("")
     code, _, error = run(capsys, "analyse", out / "a")
     assert code == 2 and "after epoch 0 of 1" in error

@@ -287,6 +287,46 @@ def test_density_and_noise_scale_run_through_every_operator(spec, dtype):
     assert_close(found.covariance_trace, rows.var(0).sum(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_errs_by_its_rounding_alone(dtype):
+    """Vectors of half precision are not orthogonal, and their rests look like rounding."""
+    values = torch.logspace(-5, 2, 60)
+
+    def loss(w):
+        return (values * w.float().square()).sum() / 2
+
+    params = torch.randn(60, generator=seeded()).to(dtype)
+    top = curvature.top_eigenvalues(loss, params, 3, seeded())
+    assert_close(top, values.flip(0)[:3], rtol=0.01, atol=0)
+    assert float(curvature.trace(loss, params, 60, seeded()).estimate) == pytest.approx(
+        float(values.sum()), rel=0.01
+    )
+    grid, density = curvature.spectral_density(loss, params, 60, seeded(), steps=60)
+    mean = torch.trapezoid(grid * density, grid)
+    assert float(mean) == pytest.approx(float(values.mean()), rel=0.02)
+
+
+def test_parameters_that_are_trained_keep_no_graph():
+    params = {"w": torch.ones(3, requires_grad=True)}
+
+    def loss(params, *rest):
+        return (params["w"] ** 3).sum() + sum(rest)
+
+    assert not curvature.top_eigenvalues(loss, params, 1, seeded()).requires_grad
+    assert not curvature.trace(loss, params, 2, seeded()).estimate.requires_grad
+    assert not curvature.noise_scale(loss, params, torch.ones(2)).scale.requires_grad
+
+
+def test_noise_of_equal_gradients_and_of_none():
+    def loss(w, x):
+        return (w * x).sum() ** 2
+
+    w, x = torch.randn(3, generator=seeded()), torch.randn(1, 3, generator=seeded(1))
+    assert curvature.noise_scale(loss, w, x.expand(5, 3)).scale == 0
+    lost = curvature.noise_scale(loss, w * torch.nan, x.expand(5, 3))
+    assert all(one.isnan() for one in lost)
+
+
 def test_plot_of_densities():
     loss, params = quadratic(symmetric([4.0, 1.0, -2.0]))
     found = curvature.spectral_density(loss, params, 3, seeded())
@@ -316,6 +356,18 @@ LOSS, PARAMS = quadratic(symmetric([1.0, 2.0]))
         (
             lambda: curvature.spectral_density(LOSS, PARAMS, 2, seeded(), width=1e-6),
             r"`points` >= \d+ for peaks",
+        ),
+        (
+            lambda: curvature.spectral_density(LOSS, PARAMS, 1, seeded(), steps=1.5),
+            "integers `steps`",
+        ),
+        *(
+            (lambda call=call: call({"w": torch.ones(2), "n": torch.ones(2).long()}), "at 'n'")
+            for call in (
+                lambda params: curvature.hvp(LOSS, params, params),
+                lambda params: curvature.trace(LOSS, params, 2, seeded()),
+                lambda params: curvature.noise_scale(LOSS, params, torch.ones(2)),
+            )
         ),
         (lambda: curvature.noise_scale(LOSS, PARAMS, torch.ones(1, 2)), "n >= 2 examples"),
         (lambda: curvature.noise_scale(LOSS, PARAMS, torch.ones(3), torch.ones(2)), "n >= 2"),

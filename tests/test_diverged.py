@@ -93,6 +93,17 @@ def test_where_no_seed_is_left_there_is_nothing_to_score(coin, capsys, tmp_path)
         assert status == 2 and "did not diverge" in error and error.count("\n") == 1
 
 
+def test_an_operator_that_lost_all_its_seeds_is_named(coin, capsys, tmp_path):
+    out = tmp_path / "run"
+    argv = ["train", *TINY, "--operator", "softmax", coin, "--seeds", 1, "--out", out]
+    assert call(capsys, *argv)[0] == 1
+    sections = ["--sections", "scores,training", "--code", "coin.py"]
+    status, text, error = call(capsys, "analyse", out, *sections)
+    line = f"{coin}, seed 1, diverged at step 0 and is left out of the means."
+    assert status == 0 and line in text, error
+    assert line in (out / "report.html").read_text()
+
+
 def test_a_member_that_diverged_predicts_nothing(coin, capsys, tmp_path):
     from PIL import Image
 

@@ -84,8 +84,9 @@ def test_harmonics_of_known_coefficients(scales):
     x = torch.linspace(0, 2 * torch.pi, 1001)[:-1]
     values = functions.curves(operator, params, x)
     assert_close(values.square().mean(-1), found.square().sum(-1) / 2, rtol=1e-4, atol=1e-5)
-    fig = functions.plot_harmonics({"G2B": found})
+    fig = functions.plot_harmonics({"G2B" * 20: found})
     assert "amplitude" in pages.svg(fig, "x")
+    assert fig.axes[0].get_window_extent().width > 250
 
 
 def model_of(spec, **options):
@@ -146,11 +147,68 @@ def test_learned_functions_are_found_in_sums_inside_hybrids():
     assert (found.first, found.path) == (1, "1.1") and found.params is params["1"]["1"]
     assert functions.curves(found.operator, found.params, X).shape == (1, 2, 5, 121)
     assert functions.learns(model.operators[0])
-    # units by offset have other axes
-    model = model_of("G2B:order=by_offset")
+    # units by offset have other axes, those by distance are not of the score
+    for order in ("by_offset", "by_distance"):
+        model = model_of(f"G2B:order={order}")
+        params = model.operator_params(model.init(seeded()), 0)
+        assert not functions.learns(model.operators[0])
+        assert not list(functions.learned_groups(model.operators[0], params))
+
+
+def test_one_function_a_head_is_a_head_of_one_unit():
+    operator = operators.parse("G1:order=elementwise").operator
+    params = {"units": {"coefs": torch.tensor([[1.0, 0.0], [0.0, 2.0]])}}
+    values = functions.curves(operator, params, X)
+    assert_close(values[:, 0, 0], torch.stack([X.cos(), 2 * X.sin()]))
+    start = {"units": {"coefs": torch.tensor([[1.0, 0.0], [0.0, 1.0]])}}
+    moved = functions.moved(values, functions.curves(operator, start, X))
+    assert_close(moved, torch.tensor([0.0, 1.0]))
+    assert len(functions.plot(operator, params, X, initial=start).axes) == 2
+
+
+@pytest.mark.parametrize("spec", ["G3B", "softmax+G3B", "bspline-G3B", "rational-3/2B"])
+def test_one_function_a_head_is_pruned(spec):
+    model = model_of(f"{spec}:order=elementwise")
+    params = model.init(seeded())
+    pruned, dropped = functions.prune(model, params, 0.9)
+    before, after = tree.named(params), tree.named(pruned)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert all(before[name].shape == after[name].shape for name in before)
+    assert all("units" in name for name in changed)
+    terms = sum(found.terms for found in dropped.values())
+    assert (terms > 0) == bool(changed) and (terms > 0 or spec.startswith("rational"))
+
+
+def test_units_see_the_scores_of_their_own_heads():
+    scores = torch.randn(3, 2, 5, 5, generator=seeded())
+    model = model_of("softmax+G2B:rank=2")
     params = model.operator_params(model.init(seeded()), 0)
-    assert not functions.learns(model.operators[0])
-    assert not list(functions.learned_groups(model.operators[0], params))
+    (group,) = functions.learned_groups(model.operators[0], params)
+    assert_close(functions.seen_by(group, scores), scores[:, 1:])
+    far = scores.clone()
+    far[:, 0] *= 1000  # of softmax, where no unit looks
+    fig = functions.plot(model.operators[0], params, scores=far)
+    low, high = fig.axes[0].get_xlim()
+    assert high == -low < 10
+    # those of `project_first` see what W makes of them
+    operator = operators.parse("G2:order=project_first,rank=3").operator
+    params = operator.init(seeded(), 2, 5)
+    (group,) = functions.learned_groups(operator, params)
+    expected = torch.einsum("bhnm,hrm->bhnr", scores, params["mix"])
+    assert_close(functions.seen_by(group, scores), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scores_may_be_of_half_precision(dtype):
+    scores = 3 * torch.randn(2, 5, 5, generator=seeded())
+    found = functions.score_range(scores.to(dtype), OPERATOR)
+    assert_close(found, functions.score_range(scores, OPERATOR), rtol=0.01, atol=0.01)
+
+
+def test_a_formula_over_a_narrow_range_keeps_what_matters_there():
+    x = torch.linspace(-1e-3, 1e-3, 61).double()
+    found = symbolic.candidate((1e3 * x - 0.2) ** 2 + 0.3, x)
+    assert found.formula == "1e+06 (x - 0.0002)^2 + 0.3"
 
 
 def test_pruning_keeps_the_largest_by_hand():

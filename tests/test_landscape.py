@@ -221,6 +221,30 @@ def test_pictures_share_levels():
     assert "<svg" in pages.svg(landscape.plot({"a": holes}, {"a": grid}), "three")
 
 
+@pytest.mark.parametrize("span", [0.03, 5.0])
+def test_levels_are_told_apart(span):
+    grid = landscape.axes(1.0, 9)
+    bowl = 2.26 + span * (grid[0][:, None] ** 2 + grid[1] ** 2) / 2
+    fig = landscape.plot({"a": bowl}, {"a": grid})
+    fig.draw_without_rendering()
+    told = [text.get_text() for text in fig.axes[-1].get_yticklabels()]
+    assert len(set(told)) == len(told) > 3
+
+
+def test_an_extent_may_be_a_tensor():
+    assert landscape.axes(torch.tensor(2.0), 3).tolist() == landscape.axes(2.0, 3).tolist()
+    ranges = ((0.0, 1.0), (-1.0, 3.0))
+    assert_close(landscape.axes(torch.tensor(ranges), 3), landscape.axes(ranges, 3))
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_a_loss_may_draw_numbers(chunk):
+    found = landscape.surface(
+        lambda w: (w * torch.rand(3)).sum(), torch.ones(3), torch.eye(3)[:2], 1e-9, 3, chunk=chunk
+    )
+    assert len(found.unique()) == 9
+
+
 GRID = landscape.axes(1.0, 5)
 LOSS, PARAMS, _ = quadratic()
 PLANE = torch.eye(6).double()[:2]
@@ -242,6 +266,16 @@ PLANE = torch.eye(6).double()[:2]
         (lambda: landscape.surface(LOSS, PARAMS, PLANE, 1.0, 3, chunk=0), "`chunk` >= 1"),
         (lambda: landscape.surface(lambda p: p["a"], PARAMS, PLANE, 1.0, 3), "one number"),
         (lambda: landscape.mean_loss(len, torch.ones(3), torch.ones(2)), "as many examples"),
+        (
+            lambda: landscape.mean_loss(lambda w, x: (w * x).mean(), torch.ones(3), batch=2)(1.0),
+            r"losses \(2,\) of 2 examples, got shape \(\)",
+        ),
+        (lambda: landscape.surface(LOSS, PARAMS, PLANE, (1, 2), 3), "two ranges"),
+        (lambda: landscape.surface(LOSS, tree.to(PARAMS, torch.int64), PLANE, 1.0, 3), "int64 at"),
+        (
+            lambda: landscape.random_directions(seeded(), {"n": torch.ones(2, 2).long()}),
+            "int64 at 'n'",
+        ),
         (lambda: landscape.sharpness(torch.ones(5, 5), GRID, 0.1), r"got 1 within"),
         (lambda: landscape.sharpness(torch.ones(4, 4), landscape.axes(1.0, 4), 1.0), "odd number"),
         (lambda: landscape.sharpness(torch.ones(5, 4), GRID, 1.0), "its axes"),

@@ -531,6 +531,9 @@ def test_the_section_is_kept_and_stops_at_its_minutes(splits, tmp_path, monkeypa
 
 MODEL = model_of("G2B:rank=2")
 PARAMS = MODEL.init(seeded())
+APART = torch.zeros(2, 2, 5, 5)
+APART[:, 0] = 200 * torch.rand(2, 5, 5, generator=seeded())
+APART[:, 1] = -APART[:, 0]
 
 
 @pytest.mark.parametrize(
@@ -539,6 +542,11 @@ PARAMS = MODEL.init(seeded())
         (lambda: mechanism.swap(MODEL, PARAMS, "cubic", {}), "`kind` in .* got 'cubic'"),
         (lambda: mechanism.swap(MODEL, PARAMS, "affine", {}), r"`aux` with blocks.0.scores"),
         (lambda: mechanism.swap(MODEL, PARAMS, "exp", {}, [2]), r"from 0 to 1, got \[2\]"),
+        (
+            lambda: mechanism.swap(MODEL, PARAMS, "exp", {"blocks.0.scores": APART}, [0]),
+            "finite in torch.float32, got nan or inf, of scores up to",
+        ),
+        (lambda: mechanism.layout(torch.full((5, 5), torch.nan)), "finite matrices"),
         (
             lambda: mechanism.swap(
                 model_of("softmax"),

@@ -51,7 +51,13 @@ def test_parameter_totals_of_the_paper(name, operator, classes, millions):
     assert abs(total / 1e6 - millions) < 0.006
 
 
-@pytest.mark.parametrize("operator", ["softmax", "G2B", "G2U", "2*softmax+G1B", "morlet-U"])
+@pytest.mark.parametrize(
+    "operator",
+    [
+        *("softmax", "G2B", "G2U", "2*softmax+G1B", "morlet-U"),
+        *("cosformer", "performer:width=4", "linformer", "G2B+cosformer+softmax"),
+    ],
+)
 def test_intermediates_agree_with_apply(operator):
     model = small(operator)
     params, images = start(model)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kart import kernels, models, operators, tree
 from kart.kernels import stream
+from kart.operators.relative import _kept_index
 from kart.testing import operator_suite
 
 HEADS, D = 2, 3
@@ -185,6 +186,22 @@ def test_a_table_is_a_convolution_of_the_picture_of_values():
     out = functional.conv2d(image[None], kernel[:, None], padding=(2, 3), groups=len(image))
     wanted = out[0].reshape(2, HEADS, D, 12).mT
     assert_close(op.attend(params, q, k, v), wanted)
+
+
+@pytest.mark.parametrize("order", ["relative", "by_offset"])
+def test_what_a_transform_asks_first_serves_all_others(order):
+    """The kept places of entries are no tensor of the transform in which they are first made."""
+    spec = "softconv" if order == "relative" else "G2:order=by_offset"
+    op, params, q, k, v = drawn(spec, 5)
+
+    def loss(params):
+        return op.attend(params, q, k, v).square().sum()
+
+    _kept_index.cache_clear()
+    _, curved = torch.func.jvp(grad(loss), (params,), (params,))
+    expected = torch.func.jvp(grad(loss), (params,), (params,))[1]
+    assert_close(tree.ravel(curved), tree.ravel(expected))
+    assert loss(params).isfinite()
 
 
 def test_by_hand_a_table_of_one_row():

@@ -63,7 +63,9 @@ def test_lines_differ_by_more_than_their_colour():
     )
 
 
-@pytest.mark.parametrize("names", [["a"], ["softmax", "G3B"], ["x" * 90, "y", "z"]])
+@pytest.mark.parametrize(
+    "names", [["a"], ["softmax", "G3B"], ["x" * 90, "y", "z"], list("abcdefghijklmnop")]
+)
 def test_a_legend_stays_within_its_figure(names):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -74,3 +76,6 @@ def test_a_legend_stays_within_its_figure(names):
     FigureCanvasAgg(fig).draw()
     box = fig.legends[0].get_window_extent()
     assert box.x0 >= 0 and box.x1 <= fig.bbox.width
+    # and below the axes, which keep their height
+    place = axes[0, 0].get_window_extent()
+    assert box.y1 < place.y0 and place.height > 120

@@ -237,6 +237,59 @@ def test_functions_are_shown_where_few_validation_images_tell_no_share(results):
     assert "a dash too few validation images" in " ".join(found.blocks)
 
 
+def test_functions_of_hybrids_are_fitted_over_the_scores_of_their_heads():
+    one = result("softmax+G2B", (0,))
+    spread = tree.map_named(lambda name, x: 30 * x if "qkv" in name else x, one.params[0])
+    one = one._replace(params=[spread])
+    own = context([one], functions.ANALYSIS)
+    found = functions.section(own)
+    model, aux = aux_of(section.Member(one, 0), own.images(one.configs[0], 64)[0])
+    params = model.operator_params(one.params[0], 0)
+    (group,) = functions.learned_groups(model.operators[0], params)
+    seen = aux["blocks.0.scores"][:, 1:]
+    x = functions.score_range(seen, group.operator)
+    values = functions.curves(group.operator, group.params, x)
+    fits = functions.fits(values, x, functions.density(seen, x))
+    expected = float(fits.affine.mean())
+    assert numbers(found, "softmax+G2B", "r2_affine")[0] == pytest.approx(expected)
+    assert "last block, head 2." in " ".join(found.blocks)
+
+
+def test_functions_that_are_not_of_the_score_alone_are_named():
+    both = [result("G2B:order=elementwise", (0,)), result("G2B:order=by_distance", (0,))]
+    found = functions.section(context(both, functions.ANALYSIS))
+    page = " ".join(found.blocks)
+    assert "G2B:order=by_distance: functions by offset and by distance are not" in page
+    assert numbers(found, "G2B:order=elementwise", "change_block_1_panel_2")
+    assert not numbers(found, "G2B:order=by_distance", "r2_affine")
+    found = functions.section(context(both[1:], functions.ANALYSIS))
+    assert "No operator here learns functions" not in " ".join(found.blocks)
+
+
+def test_pictures_say_of_which_seeds_they_are():
+    alike = context([result("softmax"), result("G2B")], spectra.ANALYSIS)
+    assert alike.first_seeds == "seed 0"
+    apart = [result("softmax"), result("G2B", (3, 4))]
+    page = " ".join(spectra.section(context(apart, spectra.ANALYSIS)).blocks)
+    assert "last block, seed 0 of softmax, 3 of G2B: mean" in page
+    page = " ".join(weights.section(context(apart, weights.ANALYSIS)).blocks)
+    assert "Pictures: seed 0 of softmax, 3 of G2B, at the start" in page
+
+
+def test_attention_without_pictures(results):
+    shown = attention.section(context(results, attention.ANALYSIS, shown=1))
+    found = attention.section(context(results, attention.ANALYSIS, shown=0))
+    assert [one.measure for one in found.numbers] == [one.measure for one in shown.numbers]
+    page = " ".join(found.blocks)
+    assert "scaled to its own maximum" not in page and page.count("<svg") == 1  # of the curves
+
+
+def test_no_interval_of_a_rank_goes_beyond_the_keys(results):
+    found = spectra.section(context(results, spectra.ANALYSIS))
+    bounds = [one for one in found.numbers if one.high is not None]
+    assert bounds and all(one.low >= 0 and one.high <= 5 for one in bounds)
+
+
 def test_functions_of_fixed_operators_alone_say_so(results):
     found = functions.section(context(results[:1], functions.ANALYSIS))
     assert "No operator here learns functions" in " ".join(found.blocks)
@@ -296,7 +349,17 @@ def test_differences_are_paired_by_seed():
     }
     first, second = section.differences(found, "x", "Height", column)
     assert first.startswith("Height of b less that of a: +1.05 [") and "more than seeds" in first
-    assert "not clear of the noise" in second
+    assert "not clear of the noise" in second and "Left out" not in second
+    # seeds of one side alone, and without a finite value
+    found["b"] |= {2: {"x": 3.0}}
+    found["c"] |= {1: {"x": math.inf}}
+    found["d"] = {7: {"x": 1.0}}
+    first, second, third = section.differences(found, "x", "Height", column)
+    assert "+1.05 [" in first and first.endswith(
+        "Left out, as one of the two has no such value: seed 2."
+    )
+    assert "+8.00 (one seed)" in second and second.endswith("seed 1.")
+    assert third == "Height of d and of a: no seed has finite values of both."
 
 
 def test_accuracies_are_paired_by_seed_and_never_by_place():

@@ -105,6 +105,15 @@ def test_parts_of_blocks_that_differ():
     }
 
 
+@pytest.mark.parametrize("spec", ["tempered", "gated"])
+def test_parts_of_operators_of_one_number_a_head(spec):
+    operator = operators.parse(spec).operator.init(seeded(), 2, 5)
+    parts = weights.by_part({"operator": operator, "alone": {"operator": torch.ones(())}})
+    assert all(
+        len(rows) == (1 if name in ("all", "operator") else 2) for name, rows in parts.items()
+    )
+
+
 def test_a_mix_of_zeros_has_no_tail():
     values = torch.zeros(2, 40)
     values[0] = torch.randn(40, generator=seeded())

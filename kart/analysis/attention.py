@@ -126,6 +126,8 @@ def rollout(weights: Sequence[Tensor] | Tensor) -> Tensor:
             f"`rollout` needs the weights (..., H, N, N) of each block, got shapes "
             f"{[tuple(block.shape) for block in blocks]}. Pass those of one batch, first to last."
         )
+    if not all(bool(block.isfinite().all()) for block in blocks):
+        raise ValueError("`rollout` needs finite weights, got nan or inf. Leave diverged runs out.")
     tokens = shape[-1]
     identity = torch.eye(tokens, dtype=torch.float64, device=blocks[0].device)
     flow = identity
@@ -267,7 +269,8 @@ def deletion(
         fill: what stands where a patch was, such as 0 for normalised images, or blurred images;
             broadcasts to the images.
         labels: the class of each image, `(B,)`; default the one predicted for the whole image.
-        steps: S, in how many equal steps; default a patch at a time.
+        steps: S, in how many steps of as many patches each, or as near to it as whole patches
+            come; default a patch at a time.
 
     >>> maps = torch.tensor([[[2.0, 1.0]]])
     >>> curve = deletion(lambda x: x.mean((1, 2, 3))[:, None], torch.ones(1, 1, 2, 2), maps)
@@ -312,6 +315,11 @@ def _curve(
             f"`{name}` needs images (B, C, height, width) and maps (B, rows, columns), got "
             f"{tuple(images.shape)} and {tuple(maps.shape)}. Choose a head of the maps."
         )
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"`{name}` needs the labels ({len(images)},) of these images, got shape "
+            f"{tuple(labels.shape)}. Pass one an image, or none."
+        )
     if not bool(maps.isfinite().all()):
         raise ValueError(f"`{name}` needs finite maps, got nan or inf. Leave them out.")
     height, width = images.shape[-2:]
@@ -325,17 +333,18 @@ def _curve(
     order = maps.flatten(1).argsort(dim=-1, descending=True, stable=True)
     place = order.argsort(dim=-1).reshape(maps.shape)  # of each patch among those of its map
     blank = torch.as_tensor(fill, dtype=images.dtype, device=images.device)
-    shares = torch.arange(count + 1, dtype=torch.float64, device=images.device) / count
+    numbers = [round(step * patches / count) for step in range(count + 1)]
     values = []
     with torch.no_grad():
         if labels is None:
             labels = predict(images).argmax(-1)
-        for share in shares.tolist():
-            taken = enlarge(place < round(share * patches), height, width)[:, None]
+        for number in numbers:
+            taken = enlarge(place < number, height, width)[:, None]
             kept = taken if name == "insertion" else ~taken
             shown = predict(torch.where(kept, images, blank))
             values.append(shown.double().gather(-1, labels[:, None])[:, 0])
     found = torch.stack(values, dim=-1)
+    shares = torch.tensor(numbers, dtype=torch.float64, device=images.device) / patches
     return Curve(shares, found, torch.trapezoid(found, shares))
 
 
@@ -440,6 +449,11 @@ def static_share(weights: Tensor, values: Tensor | None = None, *, fitted: bool 
             f"`static_share` needs weights (B, H, N, M), got shape {tuple(weights.shape)}. Pass "
             'those of a batch, intermediates(params, images)["blocks.0.weights"].'
         )
+    if not all(bool(x.isfinite().all()) for x in (weights, values) if x is not None):
+        raise ValueError(
+            "`static_share` needs finite weights and values, got nan or inf. Leave diverged runs "
+            "out."
+        )
     wide = weights.double()
     if values is None:
         mean = wide.mean(0).square().sum((-2, -1))
@@ -457,6 +471,7 @@ def static_share(weights: Tensor, values: Tensor | None = None, *, fitted: bool 
             f"{count} images of d {values.shape[-1]}. Pass more images."
         )
     out = wide @ values.double()
+    size = out.square().sum((0, 2, 3))
     out = out - out.mean(0)
     inputs = values.double() - values.double().mean(0)
     constant = wide.mean(0)
@@ -466,7 +481,8 @@ def static_share(weights: Tensor, values: Tensor | None = None, *, fitted: bool 
         constant = across @ torch.linalg.pinv(within, hermitian=True)
     whole = out.square().sum((0, 2, 3))
     left = (out - constant @ inputs).square().sum((0, 2, 3))
-    return torch.where(whole > 0, 1 - left / _nonzero(whole), 1.0).clamp(0 if fitted else None, 1)
+    varies = whole > 1e-24 * size  # or it is the mean's rounding
+    return torch.where(varies, 1 - left / _nonzero(whole), 1.0).clamp(0 if fitted else None, 1)
 
 
 def score_share(weights: Tensor, values: Tensor | None = None) -> Tensor:
@@ -539,14 +555,14 @@ def plot(images: Tensor, maps: Tensor, share: float = 0.5, masks: Tensor | None 
 
 def plot_curves(deleted: Mapping[str, Curve], inserted: Mapping[str, Curve]) -> Any:
     """A matplotlib Figure of `deletion` and of `insertion` by name: the mean over images, over the
-    band of a standard error to either side, with the mean area in the legend.
+    band of a standard error to either side, with both mean areas in the legend.
     """
     if not deleted or deleted.keys() != inserted.keys():
         raise ValueError(
             f"`plot_curves` needs curves of the same names, got {sorted(deleted)} and "
             f"{sorted(inserted)}. Pass {{name: curve}} twice."
         )
-    fig, axes = figures.grid(1, 2, 2.9, 2.3 + 0.15 * len(deleted), sharey=True)
+    fig, axes = figures.grid(1, 2, 2.9, 2.6, sharey=True)
     for ax, title, curves in (
         (axes[0, 0], "deletion: lower is better", deleted),
         (axes[0, 1], "insertion: higher is better", inserted),
@@ -559,13 +575,13 @@ def plot_curves(deleted: Mapping[str, Curve], inserted: Mapping[str, Curve]) -> 
             ax.fill_between(
                 x.numpy(), low.numpy(), high.numpy(), color=style["color"], alpha=0.2, lw=0
             )
-            label = f"{name}, area {float(curve.area.mean()):.3f}"
+            areas = [f"{float(one[name].area.mean()):.3f}" for one in (deleted, inserted)]
+            label = f"{name}, area {' and '.join(areas)}"
             ax.plot(x.numpy(), mean.numpy(), lw=1.3, label=label, **style)
         ax.set_title(title, fontsize=8, color=figures.INK)
         ax.set_xlabel("share of the patches, %")
-        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.24), "handlelength": 3.2}
-        ax.legend(frameon=False, fontsize=7, labelcolor=figures.INK, **place)
     axes[0, 0].set_ylabel("probability of the class")
+    figures.legend(fig)
     return fig
 
 
@@ -705,7 +721,7 @@ def section(context: Context) -> pages.Section:
     spread, rest = seeds_table(
         found,
         [
-            Column("keys", "keys attended to", 1, low=0.0),
+            Column("keys", "keys attended to", 1, low=1.0, high=context.most_keys),
             Column("diversity", "head diversity", 2, low=0.0, high=2.0),
             percent("negative", "negative weight %"),
             Column("row_sums", "size of row sums", 2, low=0.0),
@@ -747,7 +763,7 @@ def section(context: Context) -> pages.Section:
         plot_curves(drawn["deletion"], drawn["insertion"]),
         "attention-curves",
         f"Deletion and insertion curves of {', '.join(first)}",
-        f"Seed {context.results[0].configs[0].seed}: mean over images, band of a standard error.",
+        f"Mean over images, {context.first_seeds}, band of a standard error.",
     )
     pictured, statics = _maps(context)
     told = "Outlined: the object. Orange: the weight, as above."
@@ -793,8 +809,9 @@ def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:
         name = look.result.name
         maps = last_maps(look.model, look.aux)[: context.shown]
         alt = f"Attention maps of {name}, last block, over {len(maps)} images"
-        fig = plot(look.pixels[: context.shown], maps)
-        pictures.append(pages.figure(fig, f"attention-{i}", alt, name))
+        if context.shown:
+            fig = plot(look.pixels[: context.shown], maps)
+            pictures.append(pages.figure(fig, f"attention-{i}", alt, name))
         shares = [static_share(look.seen("weights", b)) for b in blocks]
         rows.append([name, *(", ".join(f"{100 * s:.0f}" for s in share) for share in shares)])
         numbers += [
@@ -810,12 +827,13 @@ def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:
     )
     told = (
         f"{_row(context)} of the last block over the first {min(context.shown, count)} "
-        f"validation images, seed {looks[0].seed}; negative weights count as none, and "
+        f"validation images, {context.first_seeds}; negative weights count as none, and "
         "every map is scaled to its own maximum. Region: the fewest patches that hold half of the "
         "weight of the head with the most."
     )
     table = pages.table(["operator", *(f"block {i + 1}" for i in blocks)], rows, caption)
-    return [pages.text(told), pages.beside(*pictures), table], numbers
+    pictured = [pages.text(told), pages.beside(*pictures)] if pictures else []
+    return [*pictured, table], numbers
 
 
-ANALYSIS = Analysis("attention", "Attention", section, minutes=2.5, measure=measure)
+ANALYSIS = Analysis("attention", "Attention", section, version=2, minutes=2.5, measure=measure)

@@ -52,6 +52,7 @@ def hvp(loss: Loss, params: Params, vector: Params) -> Params:
     >>> hvp(lambda w: (torch.tensor([1.0, 2.0]) * w**2).sum(), torch.ones(2), torch.ones(2))
     tensor([2., 4.])
     """
+    tree.check_floating("hvp", params)
     tree.map(_check_like, params, vector)
     return jvp(grad(loss), (params,), (vector,))[1]
 
@@ -96,14 +97,19 @@ def subset(loss: Loss, params: Params, pattern: str) -> tuple[Loss, dict[str, Te
 
 
 class _Space:
-    """Krylov vectors `basis (m + 1, P)` of a Hessian, orthonormal, and the Hessian among them,
-    `projected (m, m)`, float64.
+    """Krylov vectors `basis (m + 1, P)` of a Hessian, orthonormal, in float32 at least, and the
+    Hessian among them, `projected (m, m)`, float64. `precision` is that of its products.
     """
 
     def __init__(self, loss: Loss, params: Params, steps: int):
+        tree.check_floating("the curvature", params)
         start = tree.ravel(params)
-        self.loss, self.params, self.size = loss, params, start.numel()
-        self.basis = start.new_zeros(steps + 1, self.size)
+        # no graph of what the caller trains is kept from one product to the next
+        self.loss, self.params, self.size = loss, tree.map(Tensor.detach, params), start.numel()
+        self.precision = max(torch.finfo(leaf.dtype).eps for leaf in tree.leaves(params))
+        # vectors of half precision would soon not be orthogonal
+        dtype = torch.promote_types(start.dtype, torch.float32)
+        self.basis = torch.zeros(steps + 1, self.size, dtype=dtype, device=start.device)
         self.projected = torch.zeros(steps, steps, dtype=torch.float64, device=start.device)
 
     def normal(self, generator: Generator) -> Tensor:
@@ -112,7 +118,7 @@ class _Space:
 
     def product(self, vector: Tensor) -> Tensor:
         like = tree.unravel(vector, self.params)
-        found = tree.ravel(hvp(self.loss, self.params, like))
+        found = tree.ravel(hvp(self.loss, self.params, like)).to(self.basis)
         if not bool(found.isfinite().all()):
             raise ValueError(
                 "the curvature needs finite second derivatives, got nan or inf. "
@@ -167,15 +173,16 @@ def top_eigenvalues(
     of another end of the spectrum.
 
     Lanczos with full orthogonalisation and thick restarts (Wu and Simon 2000), in the dtype of
-    `params`. A multiple eigenvalue is counted as often as it occurs where `vectors` reaches P, and
-    may be counted once otherwise, as by every method that starts from one vector.
+    `params`, float32 at least. A multiple eigenvalue is counted as often as it occurs where
+    `vectors` reaches P, and may be counted once otherwise, as by every method that starts from one
+    vector.
 
     Args:
         which: "magnitude", "largest" (descending; the first is the sharpness) or "smallest"
             (ascending; negative where the weights are no minimum).
         vectors: how many vectors of P are held; default 2 `count` + 20, at most P.
         tolerance: residual over the largest magnitude at which an eigenvalue counts as found;
-            default the square root of the dtype's precision. Its error is below that, and about
+            default the square root of the precision of `params`. Its error is below that, and about
             the square of it where it lies apart.
         limit: how many Hessian-vector products may be spent.
 
@@ -205,7 +212,7 @@ def top_eigenvalues(
         )
     space = _Space(loss, params, steps)
     dtype = space.basis.dtype
-    close = torch.finfo(dtype).eps ** 0.5 if tolerance is None else tolerance
+    close = space.precision**0.5 if tolerance is None else tolerance
     first = space.normal(generator)
     space.basis[0] = first / torch.linalg.vector_norm(first)
     kept = used = 0
@@ -238,7 +245,7 @@ def _probes(samples: int, size: int, generator: Generator, like: Tensor) -> Call
 
     def unit(i: int) -> Tensor:
         vector = torch.zeros_like(like)
-        vector[i] = size**0.5
+        vector[i] = 1
         return vector
 
     def signs(i: int) -> Tensor:
@@ -272,7 +279,8 @@ def trace(loss: Loss, params: Params, samples: int, generator: Generator) -> Tra
     exact = samples >= size
     vectors = (probe(i) for i in range(size if exact else samples))
     terms = torch.stack([(z.double() * space.product(z).double()).sum() for z in vectors])
-    rounding = torch.finfo(space.basis.dtype).eps * terms.abs().mean()
+    terms = terms * size if exact else terms
+    rounding = space.precision * terms.abs().mean()
     spread = terms.new_zeros(()) if exact else terms.std() / samples**0.5
     dtype = space.basis.dtype
     return Trace(terms.mean().to(dtype), torch.maximum(spread, rounding).to(dtype))
@@ -311,10 +319,11 @@ def spectral_density(
     """
     schema.check_integer("spectral_density", "samples", samples, 1, "20 is a start.")
     size = tree.size(params)
-    if steps < 1 or points < 2 or (width is not None and not 0 < width < math.inf):
+    whole = schema.fits(steps, int) and schema.fits(points, int)
+    if not whole or steps < 1 or points < 2 or (width is not None and not 0 < width < math.inf):
         raise ValueError(
-            f"`spectral_density` needs `steps` >= 1, `points` >= 2 and `width` > 0, got {steps}, "
-            f"{points} and {width}. Leave them out."
+            f"`spectral_density` needs integers `steps` >= 1 and `points` >= 2, and `width` > 0, "
+            f"got {steps}, {points} and {width}. Leave them out."
         )
     space = _Space(loss, params, min(steps, size))
     probe = _probes(samples, size, generator, space.basis[0])
@@ -380,7 +389,11 @@ def noise_scale(
             f"`noise_scale` needs tensors of n >= 2 examples each and `chunk` >= 1, got "
             f"{[tuple(x.shape) for x in examples]} and {chunk}. Pass images and targets of a batch."
         )
-    gradients = vmap(grad(loss), in_dims=(None, *(0 for _ in examples)))
+    tree.check_floating("noise_scale", params)
+    params = tree.map(Tensor.detach, params)
+    # where a loss draws numbers, as for dropout, each example has its own
+    each_of = (None, *(0 for _ in examples))
+    gradients = vmap(grad(loss), in_dims=each_of, randomness="different")
     total: list[Tensor] | None = None
     square = 0.0
     for parts in zip(*(x.split(chunk) for x in examples), strict=True):
@@ -391,9 +404,9 @@ def noise_scale(
     assert total is not None
     each = torch.as_tensor(square) / n  # E|g|^2 = |G|^2 + tr Sigma
     mean = sum(((x / n).square().sum() for x in total), torch.zeros_like(each))  # .. + tr Sigma / n
-    covariance = (each - mean) * n / (n - 1)
+    covariance = (each - mean).clamp(min=0) * n / (n - 1)  # equal gradients differ by roundings
     signal = (n * mean - each) / (n - 1)
-    scale = torch.where(signal > 0, covariance / signal.clamp(min=1e-300), math.inf)
+    scale = torch.where(signal <= 0, math.inf, covariance / signal.clamp(min=1e-300))
     return NoiseScale(scale, covariance, signal)
 
 
@@ -534,7 +547,7 @@ def section(context: Context) -> pages.Section:
         plot(densities),
         "curvature-density",
         f"Density of the eigenvalues of the Hessian of {', '.join(densities)}",
-        f"How the eigenvalues are spread, seed {context.results[0].configs[0].seed}, all weights: "
+        f"How the eigenvalues are spread, {context.first_seeds}, all weights: "
         f"one random start, {STEPS} products. Right of the peak at zero: directions in which the "
         "loss is steep; left of it: those in which the weights are no minimum. An eigenvalue is "
         "drawn as a peak, 1 % as wide as the range of its operator: compare where peaks lie, and "

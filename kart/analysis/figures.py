@@ -41,26 +41,36 @@ def grid(rows: int, columns: int, width: float, height: float, **options: Any) -
         ax.spines[["top", "right"]].set_visible(False)
         ax.spines[["left", "bottom"]].set_color(QUIET)
         ax.tick_params(labelsize=7, labelcolor=INK, color=QUIET, width=0.6, length=2.5)
+        # of a logarithmic axis shorter than a decade
+        ax.tick_params(which="minor", labelsize=5, labelcolor=INK, color=QUIET, width=0.6)
         for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
             text.set(fontsize=8, color=INK)
     return fig, axes
 
 
+def wrapped(name: str) -> str:
+    """A name on lines of 40 characters, so that a long one stays within its panel."""
+    return "\n".join(textwrap.wrap(name, 40))
+
+
 def legend(fig: Any) -> None:
-    """Names the labelled lines of the first axes below them, in as many columns as fit; nothing
-    where there are none.
+    """Names the labelled lines of the first axes below them, in as many columns as fit, and makes
+    the figure higher by the rows beyond two; nothing where there are none.
     """
     handles, labels = fig.axes[0].get_legend_handles_labels()
     if not labels:
         return
-    labels = ["\n".join(textwrap.wrap(label, 40)) for label in labels]
+    labels = [wrapped(label) for label in labels]
     # an entry is about as wide as its text, in characters of 8 points, and its line
     widest = 0.7 + 0.07 * max(min(40, len(label)) for label in labels)
+    columns = max(1, min(len(labels), int(fig.get_size_inches()[0] / widest)))
+    lines = sum(1 + label.count("\n") for label in labels) / columns
+    fig.set_figheight(fig.get_figheight() + 0.17 * max(0.0, lines - 2))
     fig.legend(
         handles,
         labels,
         loc="outside lower center",
-        ncols=max(1, min(len(labels), int(fig.get_size_inches()[0] / widest))),
+        ncols=columns,
         frameon=False,
         fontsize=8,
         labelcolor=INK,

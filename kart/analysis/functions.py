@@ -37,6 +37,9 @@ from kart.operators import Operator
 from kart.operators.resize import amplitudes
 from kart.operators.sums import parts_of
 
+# whose functions are not of the score alone
+PLACED = ("by_offset", "by_distance")
+
 
 def _units(operator: Operator, params: Params) -> Params:
     if operator.basis is None:
@@ -51,15 +54,23 @@ def _units(operator: Operator, params: Params) -> Params:
             f'{sorted(params)}. Pass those of a block, params["blocks"]["0"]["operator"], or '
             'params["operator"] with universal sharing.'
         )
-    return found
+    return _lifted(operator, found)
+
+
+def _lifted(operator: Operator, units: Params) -> Params:
+    """Units with the axes `(H, P, M)`, where an operator has one of them a head."""
+    if operator.options.get("kind") not in ("elementwise", "by_distance"):
+        return units
+    return {name: leaf[:, None, None] for name, leaf in units.items()}
 
 
 def curves(operator: Operator, params: Params, x: Tensor) -> Tensor:
     """`phi(x)` of every unit: `x (X)` to `(H, P, M, X)`.
 
     P and M are the axes of the operator's units: rank and keys for `low_rank` and for the first
-    stage of `two_stage`, keys and keys for `full_rank`, keys and rank for `project_first`. Of
-    hybrid heads pass one group, see `learned_groups`.
+    stage of `two_stage`, keys and keys for `full_rank`, keys and rank for `project_first`, rank and
+    features of the place for `generated`, 1 and 1 for `elementwise` and `by_distance`. Of hybrid
+    heads pass one group, see `learned_groups`.
     """
     if x.dim() != 1 or not x.dtype.is_floating_point:
         raise ValueError(
@@ -148,8 +159,9 @@ class Group(NamedTuple):
 
 
 def learned_groups(operator: Operator, params: Params) -> Iterator[Group]:
-    """The groups of heads that learn functions: one, unless the operator is hybrid or a sum; none
-    if fixed, and none of units by offset, which have other axes than `curves` shows.
+    """The groups of heads that learn functions of scores: one, unless the operator is hybrid or a
+    sum; none if fixed, none by distance, and none by offset, whose units have other axes than
+    `curves` shows.
     """
     parts, before = parts_of(operator), 0
     heads = [count for _, count in operator.options.get("groups", ())] or [0] * len(parts)
@@ -158,15 +170,37 @@ def learned_groups(operator: Operator, params: Params) -> Iterator[Group]:
             path = f"{i}.{found.path}" if found.path else str(i)
             yield found._replace(first=before + found.first, path=path)
         before += count
-    if not parts and operator.basis is not None and operator.options.get("kind") != "by_offset":
+    if not parts and learns(operator):
         yield Group(0, operator, params)
+
+
+def seen_by(group: Group, scores: Tensor) -> Tensor:
+    """Of scores `(..., H, N, M)` of a whole operator those that the units of a group take: of its
+    heads, and of `project_first` what it makes of them, `(..., heads, N, J)`.
+    """
+    heads = len(tree.leaves(group.params)[0])
+    own = scores.detach()[..., group.first : group.first + heads, :, :]
+    if group.operator.options.get("kind") != "project_first":
+        return own
+    return own @ group.params["mix"].detach().to(own).mT
+
+
+def _simple(operator: Operator) -> list[Operator]:
+    """The operators that one is made of, down to those that are made of none."""
+    parts = parts_of(operator)
+    return [one for part in parts for one in _simple(part)] if parts else [operator]
+
+
+def _placed(operator: Operator) -> bool:
+    """Whether any head of an operator learns functions of the place."""
+    return any(one.options.get("kind") in PLACED for one in _simple(operator))
 
 
 def learns(operator: Operator) -> bool:
     """Whether any head of an operator learns functions that `learned_groups` gives."""
-    if parts := parts_of(operator):
-        return any(map(learns, parts))
-    return operator.basis is not None and operator.options.get("kind") != "by_offset"
+    return any(
+        one.basis is not None and one.options.get("kind") not in PLACED for one in _simple(operator)
+    )
 
 
 def score_range(scores: Tensor | None, operator: Operator, points: int = 121) -> Tensor:
@@ -176,7 +210,8 @@ def score_range(scores: Tensor | None, operator: Operator, points: int = 121) ->
         half = period / 2 if period else 4.0
     else:
         some = scores.detach().flatten()
-        some = some[:: max(1, some.numel() // 100_000)].abs()  # `quantile` takes 16M at most
+        # `quantile` takes 16M at most, and no half precision
+        some = some[:: max(1, some.numel() // 100_000)].abs().double()
         reached = float(some.quantile(0.99))
         if not math.isfinite(reached):
             raise ValueError(
@@ -185,6 +220,12 @@ def score_range(scores: Tensor | None, operator: Operator, points: int = 121) ->
             )
         half = max(1.0, reached)
     return torch.linspace(-half, half, points)
+
+
+def _range(groups: Sequence[Group], seen: Sequence[Tensor] | None) -> Tensor:
+    """Where to look at several groups: `score_range` of what their units see."""
+    every = None if seen is None else torch.cat([own.flatten() for own in seen])
+    return score_range(every, groups[0].operator)
 
 
 def moved(values: Tensor, initial: Tensor) -> Tensor:
@@ -353,16 +394,17 @@ def prune(model: Model, params: Params, threshold: float) -> Pruned:
             dropped[at] = counts
     if not dropped:
         raise ValueError(
-            "`prune` needs a model with learnable units, got fixed operators alone. "
-            "There is nothing to drop."
+            "`prune` needs a model that learns functions of scores, got fixed operators alone "
+            "or functions of the place. There is nothing to drop."
         )
     return Pruned(tree.map_named(lambda name, leaf: changed.get(name, leaf), params), dropped)
 
 
 def _prune_units(group: Group, name: str, threshold: float) -> tuple[str, Tensor, Dropped]:
     """The leaf of units that holds their amplitudes, what is kept of it, and what is dropped."""
-    units, basis = group.params[name], group.operator.basis
+    basis = group.operator.basis
     assert basis is not None
+    units = _lifted(group.operator, group.params[name])
     leaf = next(key for key in amplitudes(basis) if key in units)
     given = units[leaf].detach()
     pairs = basis.family == "fourier"
@@ -380,6 +422,7 @@ def _prune_units(group: Group, name: str, threshold: float) -> tuple[str, Tensor
     kept = given * (mask if given.dim() == 4 else mask[..., 0])
     gone = ~keep
     counts = (gone.sum(), gone.numel(), gone.all(-1).sum(), gone[..., 0].numel())
+    kept = kept.reshape(group.params[name][leaf].shape)
     return leaf, kept, Dropped(*(int(count) for count in counts))
 
 
@@ -411,7 +454,8 @@ def plot(
     starts = [None] * len(groups)
     if initial is not None:
         starts = [group.params for group in learned_groups(operator, initial)]
-    where = score_range(scores, groups[0].operator) if x is None else x
+    seen = None if scores is None else [seen_by(group, scores) for group in groups]
+    where = _range(groups, seen) if x is None else x
     panels = []  # (head, lines, band, dotted)
     for group, start in zip(groups, starts, strict=True):
         values = curves(group.operator, group.params, where)
@@ -426,7 +470,8 @@ def plot(
         (head, [None if part is None else part.cpu().numpy() for part in rest])
         for head, *rest in panels
     ]
-    return _panels(parts, _draw, where, scores, "φ(score)")
+    shown = None if seen is None else [x for own in seen for x in own.movedim(-3, 0)]
+    return _panels(parts, _draw, where, shown, "φ(score)")
 
 
 def plot_response(
@@ -445,25 +490,26 @@ def plot_response(
         (head, [part.cpu().numpy() for part in rest])
         for head, rest in enumerate(zip(values, levels, reference, strict=True))
     ]
-    return _panels(parts, _draw_response, where, scores, "weight, centred")
+    shown = None if scores is None else list(scores.movedim(-3, 0))
+    return _panels(parts, _draw_response, where, shown, "weight, centred")
 
 
 def _panels(
     parts: Sequence[tuple[int, list[Any]]],
     draw: Callable[..., None],
     x: Tensor,
-    scores: Tensor | None,
+    scores: Sequence[Tensor] | None,
     label: str,
 ) -> Any:
-    """A panel for each (head, what `draw(ax, x, ...)` takes), four in a row."""
+    """A panel for each (head, what `draw(ax, x, ...)` takes), four in a row, over `scores` each."""
     columns = min(4, len(parts))
     fig, axes = figures.grid(-(-len(parts) // columns), columns, 1.9, 1.6, sharex=True, sharey=True)
-    for ax, (head, values) in zip(axes.flat, parts, strict=False):
+    for i, (ax, (head, values)) in enumerate(zip(axes.flat, parts, strict=False)):
         ax.axhline(0, color=figures.QUIET, lw=0.5)
         draw(ax, x.cpu().numpy(), *values)
         ax.set_xlim(float(x[0]), float(x[-1]))
         if scores is not None:
-            _silhouette(ax, x, scores[..., head, :, :])
+            _silhouette(ax, x, scores[i])
         ax.set_title(f"head {head + 1}", fontsize=8)
     for ax in axes.flat[len(parts) :]:
         ax.set_visible(False)
@@ -521,7 +567,7 @@ def plot_harmonics(found: Mapping[str, Tensor]) -> Any:
     ax.set_ylim(bottom=0)
     ax.set_xlabel("harmonic k")
     ax.set_title("amplitude", loc="left", fontsize=9, color=figures.INK)
-    ax.legend(frameon=False, fontsize=8, labelcolor=figures.INK)
+    figures.legend(fig)
     return fig
 
 
@@ -555,11 +601,10 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
             if weights.shape[0] * values.shape[-1] >= 4 * weights.shape[-1]:
                 shares.append(score_share(weights, values))
             for group in learned_groups(site.operator, model.operator_params(member.params, i)):
-                x = score_range(scores, group.operator)
+                seen = seen_by(group, scores)
+                x = score_range(seen, group.operator)
                 values = curves(group.operator, group.params, x)
-                near.append(
-                    torch.stack([fit.mean() for fit in fits(values, x, density(scores, x))])
-                )
+                near.append(torch.stack([fit.mean() for fit in fits(values, x, density(seen, x))]))
         found = {}
         if len(shares) == len(model.sites):
             by_block = torch.stack([share.mean() for share in shares])
@@ -625,19 +670,27 @@ def section(context: Context) -> pages.Section:
         for result in context.results
         if any(map(learns, context.model(result.configs[0]).operators))
     ]
+    placed = [
+        result.name
+        for result in context.results
+        if any(map(_placed, context.model(result.configs[0]).operators))
+    ]
+    if placed:
+        told = "functions by offset and by distance are not of the score alone and not shown here."
+        notes.append(pages.note(f"{', '.join(placed)}: {told}"))
     if not learned:
-        nothing = pages.note("No operator here learns functions.")
-        return pages.Section([*notes, table, pages.items(lines), nothing], numbers)
+        nothing = [] if placed else [pages.note("No operator here learns functions.")]
+        return pages.Section([*notes, table, pages.items(lines), *nothing], numbers)
     blocks = [*notes, table, pages.items(lines), *_dropped(context, learned, numbers)]
     shown = _shapes(context, learned, numbers)
     pictures, changes = _pictures([context.look(result) for result in learned])
     numbers += changes
-    seed = context.results[0].configs[0].seed
     blocks += [
         pages.text(
-            f"Each panel is a head, seed {seed}. Solid: the four units that move its weights most; "
-            "dotted: the same units before training. Grey band: 90 % of all its units. Silhouette: "
-            "where the scores of validation images lie, which is where the functions are used. The "
+            f"Each panel is a head, {context.first_seeds}. Solid: the four units that move its "
+            "weights most; dotted: the same units before training. Grey band: 90 % of all its "
+            "units. Silhouette: where the scores that they see of validation images lie, which is "
+            "where the functions are used. The "
             "change is the root mean square over all units of a head, relative to the initial "
             "functions."
         ),
@@ -650,8 +703,8 @@ def section(context: Context) -> pages.Section:
         pages.beside(*pictures),
         pages.text(
             "Units that are alike up to scale and sign (correlation 0.95 over the scores seen), "
-            "the four largest groups of the last block, first head; dotted the simplest formula "
-            "that fits the leading unit."
+            "the four largest groups of the last block, first head that learns; dotted the "
+            "simplest formula that fits the leading unit over these scores."
         ),
         *shown,
     ]
@@ -698,8 +751,9 @@ def _shapes(
             assert group.operator.basis is not None
             if group.operator.basis.family == "fourier":
                 amplitudes_of[result.name] = harmonics(group.operator, group.params)
-            x = score_range(scores, group.operator)
-            seen = density(scores, x)
+            own = seen_by(group, scores)
+            x = score_range(own, group.operator)
+            seen = density(own, x)
             values = curves(group.operator, group.params, x)[0].flatten(0, 1)
             groups = symbolic.clusters(values, x, seen, count=4)
             if not len(groups.leaders):
@@ -712,7 +766,8 @@ def _shapes(
             name = f"functions-alike-{len(shown)}"
             fig = symbolic.plot(values, x, groups, formulas)
             alt = f"Groups of alike functions of {result.name} and their formulas"
-            shown.append(pages.figure(fig, name, alt, f"{result.name}, last block, first head."))
+            caption = f"{result.name}, last block, head {group.first + 1}."
+            shown.append(pages.figure(fig, name, alt, caption))
     if amplitudes_of:
         alt = f"Amplitude by harmonic of {', '.join(amplitudes_of)}"
         caption = "Amplitude by harmonic, last block: mean over units, band over heads."
@@ -748,7 +803,7 @@ def _pictures(looks: Sequence[Look]) -> tuple[list[pages.Markup], list[pages.Num
             if not groups:
                 continue
             scores = torch.cat([look.seen("scores", i) for i in names])
-            x = score_range(scores, groups[0].operator)
+            x = _range(groups, [seen_by(group, scores) for group in groups])
             distances = [
                 100 * float(value)
                 for a, b in zip(groups, learned_groups(operator, then), strict=True)
@@ -776,5 +831,10 @@ def _pictures(looks: Sequence[Look]) -> tuple[list[pages.Markup], list[pages.Num
 
 
 ANALYSIS = Analysis(
-    "functions", "The functions that each head learned", section, minutes=1.0, measure=measure
+    "functions",
+    "The functions that each head learned",
+    section,
+    version=2,
+    minutes=1.0,
+    measure=measure,
 )

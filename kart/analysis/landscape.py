@@ -31,7 +31,7 @@ from kart.analysis.section import (
 )
 
 Params = Any
-Extent = float | Sequence[Sequence[float]]
+Extent = float | Tensor | Sequence[Sequence[float]]
 
 COLUMNS = 2**20  # parameters that are in float64 at a time
 GRID = 11  # points a side of the surfaces that the numbers of the page are of
@@ -171,6 +171,8 @@ def random_directions(
             [5., 0.]])
     """
 
+    tree.check_floating("random_directions", params)
+
     def draw(name: str, leaf: Tensor) -> Tensor:
         if leaf.dim() < 2:
             return torch.zeros_like(leaf)
@@ -193,17 +195,20 @@ def axes(extent: Extent, points: int) -> Tensor:
     ([[-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0]], [[0.0, 1.0], [0.0, 2.0]])
     """
     schema.check_integer("surface", "points", points, 2, "41 is usual.")
-    if isinstance(extent, int | float):
-        ranges: Sequence[Sequence[float]] = ((-extent, extent), (-extent, extent))
-    else:
-        ranges = extent
-    fits = len(ranges) == 2 and all(len(one) == 2 for one in ranges)
-    if not fits or not all(-math.inf < low < high < math.inf for low, high in ranges):
+    try:
+        given = torch.as_tensor(extent, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):  # ragged, or no numbers
+        given = torch.full((), torch.nan, dtype=torch.float64)
+    ranges = torch.stack([-given, given]).expand(2, 2) if given.dim() == 0 else given
+    fits = ranges.shape == (2, 2) and bool(ranges.isfinite().all())
+    if not fits or not bool((ranges[:, 0] < ranges[:, 1]).all()):
         raise ValueError(
             f"`surface` needs `extent` > 0 or two ranges (low, high), got {extent!r}. "
             "Take 1.0, or ranges that hold the path."
         )
-    lines = [torch.linspace(low, high, points, dtype=torch.float64) for low, high in ranges]
+    lines = [
+        torch.linspace(low, high, points, dtype=torch.float64) for low, high in ranges.tolist()
+    ]
     return torch.stack(lines)
 
 
@@ -234,6 +239,7 @@ def surface(
     >>> surface(loss, torch.zeros(3), torch.eye(3)[:2], 1.0, 3).tolist()
     [[2.0, 1.0, 2.0], [1.0, 0.0, 1.0], [2.0, 1.0, 2.0]]
     """
+    tree.check_floating("surface", params)
     _check_directions("surface", directions, tree.size(params))
     schema.check_integer("surface", "chunk", chunk, 1, "Leave it out.")
     first, second = (tree.unravel(direction, params) for direction in directions)
@@ -253,7 +259,7 @@ def surface(
             )
         return value.double()
 
-    many = torch.func.vmap(at)
+    many = torch.func.vmap(at, randomness="different")
     found = []
     with torch.no_grad():
         for part in pairs if progress is None else progress(pairs):
@@ -283,10 +289,18 @@ def mean_loss(
         )
     total = counts.pop()
 
+    def summed(params: Params, *part: Tensor) -> Tensor:
+        found = losses(params, *part)
+        if found.shape != part[0].shape[:1]:
+            raise ValueError(
+                f"`mean_loss` needs the losses ({len(part[0])},) of {len(part[0])} examples, got "
+                f"shape {tuple(found.shape)}. Take no mean or sum over them."
+            )
+        return found.double().sum()
+
     def loss(params: Params) -> Tensor:
         parts = zip(*(x.split(batch) for x in data), strict=True)
-        sums = [losses(params, *part).double().sum() for part in parts]
-        return torch.stack(sums).sum() / total
+        return torch.stack([summed(params, *part) for part in parts]).sum() / total
 
     return loss
 
@@ -404,12 +418,14 @@ def plot(
             ax.plot(x[-1:], y[-1:], marker="*", ms=9, **line)
         ax.set_xlim(a[0], a[-1])
         ax.set_ylim(b[0], b[-1])
-        ax.set_title(name, fontsize=8, color=figures.INK)
+        ax.set_title(figures.wrapped(name), fontsize=8, color=figures.INK)
         shares = explained.get(name) if explained is not None else None
         for i, label in enumerate((ax.set_xlabel, ax.set_ylabel)):
             share = "" if shares is None else f" ({100 * float(shares[i]):.0f} %)"
             label(f"direction {i + 1}{share}")
-    bar = fig.colorbar(drawn, ax=cells, shrink=0.9, format="%.2f", spacing="uniform")
+    # as many digits as tell the lowest levels apart
+    digits = min(9, max(2, 2 - math.floor(math.log10(levels[-1] - levels[0]))))
+    bar = fig.colorbar(drawn, ax=cells, shrink=0.9, format=f"%.{digits}f", spacing="uniform")
     bar.set_label("loss", fontsize=8, color=figures.INK)
     bar.ax.tick_params(labelsize=6, labelcolor=figures.INK, color=figures.QUIET)
     return fig
@@ -432,10 +448,10 @@ def plot_surfaces(surfaces: Mapping[str, Tensor], axes: Mapping[str, Tensor]) ->
             **{"rstride": 1, "cstride": 1, "linewidth": 0, "antialiased": False},
         )
         ax.set_zlim(low, levels[-1])
-        ax.set_title(name, fontsize=8, color=figures.INK)
+        ax.set_title(figures.wrapped(name), fontsize=8, color=figures.INK)
         ax.set_xlabel("direction 1", fontsize=7, labelpad=-6)
         ax.set_ylabel("direction 2", fontsize=7, labelpad=-6)
-        ax.set_zlabel("loss", fontsize=7, labelpad=-6)
+        ax.set_zlabel("loss", fontsize=7, labelpad=0)
         ax.tick_params(labelsize=6, pad=-2)
         ax.locator_params(nbins=5)
         ax.set_box_aspect(None, zoom=0.85)  # room for the label of the height
@@ -633,15 +649,14 @@ def section(context: Context) -> pages.Section:
         *differences(found, "random_roughness", "Roughness (%, random)", columns["random"][2]),
         *differences(found, "random_rise", "Mean rise (nats, random)", columns["random"][0]),
     ]
-    seed = context.results[0].configs[0].seed
     told = (
         f"The loss on {count} validation images around the final weights; a spiky landscape would "
-        "show as small islands of contours and as a large roughness. The pictures are seed "
-        f"{seed} with {len(next(iter(parts['path'][0].values())))} points a side in the plane of "
-        f"the path and {GRID} in the random one; all numbers are from {GRID} points a side. Axes, "
-        "colours and heights are the same for all operators. Biases and norms do not move in the "
-        "random plane; of an operator a filter is what feeds one hidden value or one key of one "
-        "head."
+        "show as small islands of contours and as a large roughness. The pictures are "
+        f"{context.first_seeds}, with {len(next(iter(parts['path'][0].values())))} points a side "
+        f"in the plane of the path and {GRID} in the random one; all numbers are from {GRID} "
+        "points a side. Axes, colours and heights are the same for all operators. Biases and norms "
+        "do not move in the random plane; of an operator a filter is what feeds one hidden value "
+        "or one key of one head."
     )
     return pages.Section([pages.text(told), *shown, *tables, pages.items(lines)], numbers)
 

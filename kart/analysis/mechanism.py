@@ -183,9 +183,15 @@ def _simpler(op: Operator, params: Params, form: str, scores: Tensor) -> tuple[O
     basis = simple_basis(form, shift)
     new = dict(params)
     for one in units:
-        coefs = _nearest(op.basis, one, form, shift)
         leaf = next(iter(one.leaves.values()))
-        for name, part in one.back(coefs.to(leaf.dtype)).items():
+        coefs = _nearest(op.basis, one, form, shift).to(leaf.dtype)
+        if not bool(coefs.isfinite().all()):
+            raise ValueError(
+                f"`swap` needs coefficients for {form!r} that are finite in {leaf.dtype}, got nan "
+                f"or inf, of scores up to {float(scores.abs().max()):.3g}. Choose another `kind`, "
+                "or leave a diverged run out."
+            )
+        for name, part in one.back(coefs).items():
             new = place(new, name, {"coefs": part})
     return _with_basis(op, basis), new
 
@@ -435,6 +441,8 @@ def layout(matrix: Tensor) -> Layout:
             f"`layout` needs floating-point matrices (..., N, N) with N >= 4, got {matrix.dtype} "
             f"of shape {tuple(matrix.shape)}. Take the mean of the weights over images."
         )
+    if not bool(matrix.isfinite().all()):
+        raise ValueError("`layout` needs finite matrices, got nan or inf. Leave diverged runs out.")
     prefix, rows, columns = lattice(matrix.shape[-1])
     wide = matrix.detach().double()
     patches = wide[..., prefix:, prefix:].flatten(-2)
@@ -676,7 +684,8 @@ def _costs(context: Context, found: Measured) -> Part:
         "the attention matrix is replaced by its mean over images, or each learned function by the "
         "constant, the affine function or the a exp(x) + c nearest to it over the scores that it "
         f"sees (of {few} training images, by least squares). Mean, 95 % interval over seeds; below "
-        "zero it gains."
+        "zero it gains. A dash: no functions, or some that are not of one score; of the matrix, "
+        "gated blocks, which mix it with that of positions."
     )
     table, numbers = seeds_table(found, columns, caption)
     shown = [table]

@@ -220,7 +220,7 @@ def _key(context: Context) -> str:
     digest = hashlib.sha256()
     for result in context.results:
         parts = [result.name, result.records, result.test, result.test_images, result.step_ms]
-        parts += [result.epochs, result.diverged]
+        parts += [result.epochs, result.diverged, result.lost]
         digest.update(json.dumps(parts).encode())
         members = [Member(result, i).key for i in range(len(result.configs))]
         digest.update(json.dumps(members).encode())

@@ -45,7 +45,8 @@ class Result(NamedTuple):
     `homes` the run directory of each member, where it has one; `snapshots(member)` reads the
     trajectory of a member, (step, weights) in order, where it kept one; `epochs` which of the
     records is that of the weights of each member, where it is not the last; `diverged` the seeds
-    that are no members because they diverged, with the step.
+    that are no members because they diverged, with the step; `lost`, the same in all results, the
+    operators that are none because all their seeds did.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Result(NamedTuple):
     snapshots: Callable[[int], list[tuple[int, Params]]] | None = None
     epochs: Sequence[int] | None = None
     diverged: Mapping[int, int] | None = None
+    lost: Mapping[str, Mapping[int, int]] | None = None
 
     @property
     def own_records(self) -> list[Record]:
@@ -241,6 +243,20 @@ class Context:
                 f"`{self.name}` needs {mib:,.0f} MiB for {what}, got a limit of {self.limit_mib:,} "
                 "MiB. Raise it with `--memory-mib`."
             )
+
+    @property
+    def first_seeds(self) -> str:
+        """Of which seeds the first members are, in words: those of pictures."""
+        seeds = {result.name: result.configs[0].seed for result in self.results}
+        if len(set(seeds.values())) == 1:
+            return f"seed {next(iter(seeds.values()))}"
+        return "seed " + ", ".join(f"{seed} of {name}" for name, seed in seeds.items())
+
+    @property
+    def most_keys(self) -> float:
+        """The largest number of keys of any block."""
+        models = [self.model(result.configs[0]) for result in self.results]
+        return float(max(site.tokens for model in models for site in model.sites))
 
     def few(self, model: Model) -> int:
         """On how many images weights and scores, N x N a head and window, stay small in every
@@ -446,23 +462,36 @@ def seeds_table(
 
 
 def differences(found: Measured, measure: str, what: str, column: Column) -> list[str]:
-    """A sentence an operator: how its `what` differs from that of the first, seed by seed."""
+    """A sentence an operator: how its `what` differs from that of the first, seed by seed, and
+    which seeds it leaves out, as only one of the two has them or a finite value there.
+    """
     names = list(found)
     base = {seed: own[measure] for seed, own in found[names[0]].items() if measure in own}
     lines = []
     for name in names[1:]:
         own = {seed: one[measure] for seed, one in found[name].items() if measure in one}
-        apart = [x for x in statistics.pairs(own, base) if math.isfinite(x)]
-        if not apart:
+        if not own or not base:
             continue
-        mean = statistics.interval(apart)
+        apart = {
+            seed: own[seed] - base[seed]
+            for seed in sorted(own.keys() & base.keys())
+            if math.isfinite(own[seed] - base[seed])
+        }
+        alone = ", ".join(map(str, sorted((own.keys() | base.keys()) - apart.keys())))
+        if not apart:
+            lines.append(f"{what} of {name} and of {names[0]}: no seed has finite values of both.")
+            continue
+        mean = statistics.interval(list(apart.values()))
         clear = not mean.why and not mean.low <= 0 <= mean.high
         nearest, digits = column.scale * min(abs(mean.low), abs(mean.high)), column.digits
         while clear and round(nearest, digits) == 0:  # or it would read as zero
             digits += 1
         text = mean.text(column.scale, digits, "+")
         verdict = "more than seeds explain" if clear else "not clear of the noise of seeds"
-        lines.append(f"{what} of {name} less that of {names[0]}: {text}, {verdict}.")
+        line = f"{what} of {name} less that of {names[0]}: {text}, {verdict}."
+        lines.append(
+            line + f" Left out, as one of the two has no such value: seed {alone}." * bool(alone)
+        )
     return lines
 
 

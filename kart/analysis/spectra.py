@@ -159,6 +159,7 @@ def plot(
             ax.axvline(rank, color=figures.QUIET, lw=0.8, ls=(0, (3, 2)))
             place = {"transform": ax.get_xaxis_transform(), "ha": "left", "va": "top"}
             ax.text(rank, 1.0, f" r = {rank}", fontsize=7, color=figures.INK, **place)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_title(title, fontsize=8, color=figures.INK)
         ax.set_xlabel("index")
     axes[0, 0].set_ylabel("log10 of the singular value")
@@ -217,19 +218,20 @@ def section(context: Context) -> pages.Section:
     panels = {
         title: {name: own[key] for name, own in first.items()} for title, key in titles.items()
     }
-    seed = context.results[0].configs[0].seed
     fig = pages.figure(
         plot(panels, known.pop() if len(known) == 1 else None),
         "spectra",
         f"Singular values of scores and weights of {', '.join(first)}, last block",
-        f"Singular values of the last block, seed {seed}: mean (line), lowest and highest (band) "
-        f"over heads and {IMAGES} validation images. A cut at r is a fall of many decades there.",
+        f"Singular values of the last block, {context.first_seeds}: mean (line), lowest and "
+        f"highest (band) over heads and {IMAGES} validation images. A cut at r is a fall of many "
+        "decades there.",
     )
+    most = context.most_keys
     columns = [
-        Column("scores_effective", "effective rank, scores", 1, low=0.0),
-        Column("weights_effective", "effective rank, weights", 1, low=0.0),
-        Column("weights_numerical", "numerical rank, weights", 1, low=0.0),
-        Column("weights_most", "its largest", 0),
+        Column("scores_effective", "effective rank, scores", 1, low=0.0, high=most),
+        Column("weights_effective", "effective rank, weights", 1, low=0.0, high=most),
+        Column("weights_numerical", "numerical rank, weights", 1, low=0.0, high=most),
+        Column("weights_most", "its largest", 0, low=0.0, high=most),
     ]
     table, numbers = seeds_table(
         found,
@@ -253,4 +255,6 @@ def section(context: Context) -> pages.Section:
     return pages.Section([pages.text(told), *notes, fig, table, pages.items(lines)], numbers)
 
 
-ANALYSIS = Analysis("spectra", "Spectra of attention", section, minutes=0.5, measure=measure)
+ANALYSIS = Analysis(
+    "spectra", "Spectra of attention", section, version=2, minutes=0.5, measure=measure
+)

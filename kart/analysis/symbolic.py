@@ -168,7 +168,9 @@ def _fit(
         places = t + step * near if shape.moved else places
         r2, a, d, b, t = _best(shape, target, whole, mean, x, roots, scales, places)
         ratio, step = ratio**0.4, 0.4 * step
-    return Candidate(name, _written(shape, a, b, -b * t, d), r2, a, b, -b * t, d)
+    u = b * x - b * t
+    reach = float(x.abs().max()), float(shape.function(u.clamp(-50, 50)).abs().max())
+    return Candidate(name, _written(shape, a, b, -b * t, d, reach), r2, a, b, -b * t, d)
 
 
 def _best(
@@ -196,8 +198,13 @@ def _best(
     return min(float(r2[i]), 1.0), a, mean - a * float(means[i]), float(b[i]), float(t[i])
 
 
-def _written(shape: Shape, a: float, b: float, c: float, d: float) -> str:
-    """The formula with three digits, without what rounds to nothing beside the rest."""
+def _written(
+    shape: Shape, a: float, b: float, c: float, d: float, reach: tuple[float, float]
+) -> str:
+    """The formula with three digits, without what rounds to nothing beside the rest, where x and
+    f(b x + c) do not go beyond `reach`.
+    """
+    wide, high = (min(1.0, far) for far in reach)
 
     def sum_of(first: str, second: float, beside: float) -> str:
         if abs(second) <= 5e-4 * beside:
@@ -208,10 +215,10 @@ def _written(shape: Shape, a: float, b: float, c: float, d: float) -> str:
         shown = f"{factor:.3g}"
         return {"1": what, "-1": f"-{what}"}.get(shown, f"{shown} {what}")
 
-    inner = shape.text.format(u=sum_of(times(b, "x"), c, abs(b)))
+    inner = shape.text.format(u=sum_of(times(b, "x"), c, wide * abs(b)))
     if shape is SHAPES["affine"]:
-        a, d, inner = a * b, d + a * c, "x"
-    return sum_of(times(a, inner), d, abs(a))
+        a, d, inner, high = a * b, d + a * c, "x", wide
+    return sum_of(times(a, inner), d, high * abs(a))
 
 
 def plot(

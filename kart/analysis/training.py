@@ -83,6 +83,8 @@ def warnings(results: Sequence[Result]) -> list[str]:
         lines.append(line)
     for one in results:
         lines += statistics.left_out(one.name, one.diverged or {})
+    for name, seeds in (results[0].lost or {}).items():
+        lines += statistics.left_out(name, seeds)
     return lines
 
 

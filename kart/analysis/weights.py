@@ -120,7 +120,8 @@ def by_part(params: Any) -> dict[str, Tensor]:
     found = {"all": [tree.ravel(params)[None]]}
     for name, leaf in tree.named(params).items():
         if "operator" in name.split("."):
-            found.setdefault(name.split(".")[-1], []).append(leaf.flatten(1))
+            rows = leaf.reshape(len(leaf) if leaf.dim() else 1, -1)  # one number a head, too
+            found.setdefault(name.split(".")[-1], []).append(rows)
     return {name: torch.cat(rows) for name, rows in _same_width(found).items()}
 
 
@@ -237,15 +238,14 @@ def section(context: Context) -> pages.Section:
         for stage, params in _stages(Member(result, 0)).items():
             for part, values in by_part(params).items():
                 shown.setdefault(part, {}).setdefault(stage, {})[result.name] = values
-    seed = context.results[0].configs[0].seed
     blocks: list[Any] = [
         pages.text(
-            f"Pictures: seed {seed}, at the start, half way and at the end of training, densities "
-            "on a logarithmic scale; what lies outside of 99.9 % is in the outermost bins. Tables: "
-            "the end, mean over seeds and their 95 % interval; of operators the mean over heads. "
-            "Excess kurtosis: 0 is normal, more is heavier tails. Tail index (Hill, largest "
-            "tenth): the smaller, the heavier the tail. Near zero: below a tenth of the root mean "
-            "square (8 % of normal values)."
+            f"Pictures: {context.first_seeds}, at the start, half way and at the end of training, "
+            "densities on a logarithmic scale; what lies outside of 99.9 % is in the outermost "
+            "bins. Tables: the end, mean over seeds and their 95 % interval; of operators the mean "
+            "over heads. Excess kurtosis: 0 is normal, more is heavier tails. Tail index (Hill, "
+            "largest tenth): the smaller, the heavier the tail. Near zero: below a tenth of the "
+            "root mean square (8 % of normal values)."
         )
     ]
     numbers: list[pages.Number] = []

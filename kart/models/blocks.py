@@ -131,7 +131,12 @@ def attend_at(site: Site, params: Params, look: dict[str, Tensor] | None, name: 
     def looked_at(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         assert look is not None
         scores = q @ k.mT * q.shape[-1] ** -0.5
-        weights = operator.weights(own, scores, mask)
+        if operator.traits.get("of_scores", True):
+            weights = operator.weights(own, scores, mask)
+        else:  # what it makes of the identity, as it is linear in the values
+            keys = v.shape[-2]
+            identity = torch.eye(keys, dtype=v.dtype, device=v.device)
+            weights = operator.attend(own, q, k, identity.expand(*v.shape[:-1], keys), mask)
         look[f"{name}.scores"], look[f"{name}.weights"] = scores, weights
         look[f"{name}.values"] = v
         return weights @ v

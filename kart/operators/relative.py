@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from kart import bases, schema
 from kart.bases import Params
 from kart.factories import remember
+from kart.kernels.transforms import untransformed
 from kart.operators.contract import Operator, check_fits_memory
 from kart.operators.resize import Lattice, interpolate
 from kart.operators.static import default_start, from_matrix
@@ -57,8 +58,8 @@ def entry_index(prefix: int, rows: int, columns: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _kept_index(*sizes: int) -> Tensor:
-    # for good, so of no mode that it may first be asked in
-    with torch.inference_mode(False):
+    # for good, so of no mode or transform that it may first be asked in
+    with untransformed(), torch.inference_mode(False):
         return _entry_index(*sizes)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,8 @@ def distinct(*paths: str) -> list[Path]:
 
 def compare(*paths: str, which: str = "last") -> "list[report.Result]":
     """The runs at or below `paths` as results, one an operator, with test scores where all have
-    been scored by `kart eval`. Seeds that diverged are left out of them, and named.
+    been scored by `kart eval`. Seeds that diverged are left out of them, and named, as are
+    operators of which no seed is left.
 
     Raises ValueError for runs that differ in more than operator and seed, or are unfinished.
     """
@@ -90,13 +92,15 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
             f"`run` needs runs that did not diverge, got {', '.join(map(repr, paths))}, of which "
             "none is left. Train with a lower learning rate."
         )
-    unset = dict.fromkeys(OPTIONS)
-    settings = {dataclasses.replace(one[0], operator="softmax", seed=0, **unset) for one in every}
     given = {(name, getattr(one[0], name)) for one in every for name in options_of(one[0].operator)}
-    if len(settings) > 1 or len(given) > len({name for name, _ in given}):
+    alike = OPTIONS | {"operator", "seed"}
+    given |= {pair for one in every for pair in vars(one[0]).items() if pair[0] not in alike}
+    varied = sorted(name for name, count in Counter(name for name, _ in given).items() if count > 1)
+    if varied:
         raise ValueError(
             f"`run` needs runs that differ in operator and seed alone, got others below "
-            f"{', '.join(map(repr, paths))}. Analyse them one by one."
+            f"{', '.join(map(repr, paths))}, which differ in {', '.join(varied)}. "
+            "Analyse them one by one."
         )
     tested = all(one[3] is not None for one in every)
     results = []
@@ -116,6 +120,7 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
                 snapshots=functools.partial(_snapshots, homes, [c.seed for c in configs]),
                 epochs=at if which == "best" else None,
                 diverged=diverged[operator],
+                lost={name: seeds for name, seeds in diverged.items() if name not in found},
             )
         )
     return sorted(results, key=lambda one: one.name != "softmax")
