@@ -58,6 +58,19 @@ def test_train_then_eval(capsys, tmp_path):
     assert report["images"] == 360 and [one["seed"] for one in report["members"]] == [0, 1]
 
 
+def test_every_table_has_softmax_first_and_the_rest_as_they_were_named(capsys, tmp_path):
+    out, names = tmp_path / "runs", ["G1B", "softmax", "polynomial-0B"]
+    code, trained, _ = run(capsys, "train", "--operator", *names, *TINY, "--out", out)
+    assert code == 0
+    code, scored, _ = run(capsys, "eval", out)
+    assert code == 0
+    for text in (trained, scored):
+        shown = [line.split()[0] for line in text.splitlines() if line.startswith(tuple(names))]
+        assert shown[:3] == ["softmax", "G1B", "polynomial-0B"]
+    homes = [str(out / name) for name in ("polynomial-0B", "G1B", "softmax")]
+    assert [one.name for one in runs.compare(*homes)] == ["softmax", "polynomial-0B", "G1B"]
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_what_the_terminal_cannot_show_ends_no_command(encoding, tmp_path, monkeypatch):
     for name in (b"c\xe9", b"d"):
