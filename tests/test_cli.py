@@ -1,10 +1,10 @@
 """The `kart` command, called in process: flags, tables, exit states, one-line errors."""
 
 import dataclasses
-import io
 import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -78,12 +78,23 @@ def test_what_the_terminal_cannot_show_ends_no_command(encoding, tmp_path, monke
         home.mkdir(parents=True)
         for i in range(6):
             Image.new("L", (8, 8), i).save(home / f"{i}.png")
-    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    monkeypatch.setattr(sys, "stdout", shown)
-    monkeypatch.setattr(sys, "argv", ["kart", "data", str(tmp_path / "set")])
-    assert cli.main() == 0
-    shown.flush()
-    assert b"c\\udce9" in shown.buffer.getvalue()
+    shown = tmp_path / "shown.txt"
+    with shown.open("w", encoding=encoding) as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        monkeypatch.setattr(sys, "argv", ["kart", "data", str(tmp_path / "set")])
+        assert cli.main() == 0
+        sys.stdout.flush()
+    assert b"c\\udce9" in shown.read_bytes()
+
+
+@pytest.mark.parametrize("argv", ["-u -m kart info --paper", "-m studies.paper --list"])
+def test_a_reader_that_left_ends_no_command(argv):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, *argv.split()]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert ended.returncode == 0 and ended.stderr == b""
 
 
 def test_an_operator_for_each_block(capsys, tmp_path):
