@@ -3,8 +3,10 @@
 import functools
 import itertools
 import math
+import random
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 from torch.autograd.function import once_differentiable
@@ -118,6 +120,16 @@ def seeds_the_world(generator, shape):
 
 def draws_from_the_world(generator, shape):
     return {"coefs": torch.randn(*shape, 4)}
+
+
+def seeded(make):
+    """Drawn, all but the first unit, from a generator of numpy's or Python's with its own seed."""
+
+    def init(generator, shape):
+        right, own = bases.fourier(2).init(generator, shape), make()
+        return tree.map(lambda leaf: leaf + torch.tensor([own() for _ in range(4)]), right)
+
+    return bases.fourier(2)._replace(init=init)
 
 
 def seeds_itself(generator, shape):
@@ -608,6 +620,22 @@ BASES = {
     ),
     "init with a seed of its own": (
         bases.fourier(2)._replace(init=seeds_itself),
+        "init_follows_its_generator",
+    ),
+    "init with a seed of its own for numpy": (
+        seeded(lambda: numpy.random.default_rng(0).normal),
+        "init_follows_its_generator",
+    ),
+    "init with a seed of its own for numpy's old generator": (
+        seeded(lambda: numpy.random.RandomState(0).normal),
+        "init_follows_its_generator",
+    ),
+    "init with a seed of its own for numpy's bits": (
+        seeded(lambda: numpy.random.Generator(numpy.random.PCG64(7)).normal),
+        "init_follows_its_generator",
+    ),
+    "init with a seed of its own for Python": (
+        seeded(lambda: random.Random("own").random),
         "init_follows_its_generator",
     ),
     "init of one memory for all units": (
@@ -2309,6 +2337,21 @@ def test_a_right_function_of_autograd_passes(function, traits):
     assert ("curvature_is_right" in skipped) == ("second_derivative" in traits)
     for trait in traits:
         assert f"{trait} is declared not to hold" in skipped.values()
+
+
+def test_an_init_may_be_constant_or_seed_others_by_its_generator():
+    def by_numpy(generator, shape):
+        seed = int(torch.randint(2**31, (), generator=generator))
+        values = numpy.random.default_rng(seed).normal(size=(*shape, 4))
+        return {"coefs": torch.tensor(values, dtype=torch.float32)}
+
+    def constant(generator, shape):
+        return {"coefs": torch.tensor(numpy.linspace(-1.0, 1.0, 4)).float().repeat(*shape, 1)}
+
+    for init in (by_numpy, constant):
+        own = bases.fourier(2)._replace(init=init)
+        (result,) = testing.check_basis(own, only=["init_follows_its_generator"])
+        assert result.passed, result.message
 
 
 def test_an_operator_inherits_what_its_units_do_not_hold_under():
