@@ -162,6 +162,12 @@ def test_softmax_beside_units_of_infinities_alone_is_no_number():
     y, out = kernels.contract_softmax(basis, coefs, q, k, torch.ones(1, heads, keys, 2))
     assert torch.equal(y, torch.zeros_like(y))
     assert out.isnan().all()
+    mask = torch.ones(5, keys, dtype=torch.bool)
+    mask[0], mask[1, 2] = False, False
+    y, out = kernels.contract_softmax(basis, coefs, q, k, torch.ones(1, heads, keys, 2), mask)
+    assert torch.equal(y, torch.zeros_like(y))
+    assert torch.equal(out[:, :, 0], torch.zeros_like(out[:, :, 0]))
+    assert out[:, :, 1:].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
