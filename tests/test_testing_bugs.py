@@ -73,6 +73,24 @@ class DoubledGradient(torch.autograd.Function):
         return 2 * grad * ctx.saved_tensors[0].cos()
 
 
+class HalfTheGradient(torch.autograd.Function):
+    """x, whose gradient is halved where it is of half precision."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 2 if grad.itemsize == 2 else grad
+
+
 class OnceDifferentiable(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -560,6 +578,22 @@ BASES = {
         "nonnegative",
     ),
     # single points, and far out
+    "no cosine of infinity": (
+        applied(lambda apply, p, x: apply(p, x).nan_to_num()),
+        "infinity_is_a_limit",
+    ),
+    "a bump at infinity": (
+        plain(lambda x: torch.where(x.isinf(), 1.0, torch.exp(-x * x))[..., None], 1),
+        "infinity_is_a_limit",
+    ),
+    "of the other sign at infinity": (
+        plain(lambda x: torch.where(x.isinf(), -x, x)[..., None], 1),
+        "infinity_is_a_limit",
+    ),
+    "the largest number at infinity": (
+        plain(lambda x: x.clamp(-1e4, 1e4).where(x.isinf(), x)[..., None], 1),
+        "infinity_is_a_limit",
+    ),
     "another function at zero": (plain(another_at(0.0), 1), "no_stray_points"),
     "another function at minus one": (plain(another_at(-1.0), 1), "no_stray_points"),
     "another function at a knot": (plain(another_at(0.3), 1, points=(0.3,)), "no_stray_points"),
@@ -1111,6 +1145,19 @@ OPERATORS = {
             G,
         ),
         "half_follows_float32",
+    ),
+    "half of the gradient of q in half precision": (
+        attending(lambda attend, p, q, *rest: attend(p, HalfTheGradient.apply(q), *rest), G),
+        "half_gradients_follow_float32",
+    ),
+    "half of the gradient of parameters in half precision": (
+        attending(
+            lambda attend, p, q, *rest: attend(
+                tree.map(lambda x: HalfTheGradient.apply(x.to(q.dtype)).float(), p), q, *rest
+            ),
+            G,
+        ),
+        "half_gradients_follow_float32",
     ),
     # what a mask hides may be anything
     "mask as a factor": (weighing(as_factor), "poison_stays_hidden"),
@@ -2121,6 +2168,16 @@ def coarse(apply, params, images):
     return apply(kept, images)
 
 
+def looked_at_turned(name):
+    right = tiny("G2B:rank=3")
+
+    def intermediates(params, images):
+        aux = right.intermediates(params, images)
+        return {k: v.mT if k.endswith(name) else v for k, v in aux.items()}
+
+    return right._replace(intermediates=intermediates)
+
+
 def looked_at_the_first():
     right = tiny("softmax")
 
@@ -2217,6 +2274,9 @@ MODELS = {
         "keeps_shape_and_dtype",
     ),
     "intermediates of the first image for all": (looked_at_the_first(), "intermediates_agree"),
+    "weights transposed": (looked_at_turned("weights"), "queries_come_before_keys"),
+    "scores transposed": (looked_at_turned("scores"), "queries_come_before_keys"),
+    "values transposed": (looked_at_turned("values"), "queries_come_before_keys"),
     "images taken for contiguous": (
         seeing(lambda apply, p, images: apply(p, raw_pointer(images))),
         "layout_does_not_matter",
