@@ -1,6 +1,5 @@
 """The `kart` command: parsing and calling, and one line for whatever goes wrong."""
 
-import io
 import re
 import sys
 import tempfile
@@ -14,7 +13,7 @@ import torch
 import kart
 from kart import code, distributed, train
 from kart.commands import COMMANDS
-from kart.commands.command import Parser, add
+from kart.commands.command import Parser, add, outlast
 
 DESCRIPTION = """\
 Train, evaluate and study vision transformers with learnable attention (KArAt).
@@ -39,9 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 1 for a failed run, 2 for a mistake,
     130 after Ctrl-C.
     """
-    if argv is None and isinstance(sys.stdout, io.TextIOWrapper):
-        # a name or a sign that the terminal has not must not end what ran for hours
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if argv is None:
+        outlast()
     argv = list(sys.argv[1:] if argv is None else argv)
     args = None
     try:

@@ -64,10 +64,13 @@ def fields(name: str) -> dict[str, Any]:
 
 
 def config(name: str, **given: Any) -> Config:
-    """The Config of the recipe `name`, with `given` fields over it.
+    """The Config of the recipe `name`, with `given` fields over it. Its own warm-up is half of
+    `epochs` at most.
 
     >>> config("paper", operator="G3B", epochs=300).epochs
     300
+    >>> config("paper", operator="G3B", epochs=1).warmup_epochs
+    0.5
     """
     known = {field.name for field in dataclasses.fields(Config)} - {"recipe"}
     unknown = sorted(set(given) - known)
@@ -77,7 +80,10 @@ def config(name: str, **given: Any) -> Config:
             f"`config` needs fields of Config, got {unknown[0]!r}. "
             f"Near: {', '.join(near) or 'none'}."
         )
-    return Config(**{**fields(name), **given, "recipe": name})
+    values = {**fields(name), **given, "recipe": name}
+    if "warmup_epochs" not in given and isinstance(values["epochs"], int):
+        values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 2)
+    return Config(**values)
 
 
 def overridden(config: Config) -> dict[str, Any]:

@@ -23,7 +23,6 @@ import fcntl
 import io
 import itertools
 import json
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ import torch
 
 from kart import checkpoint, data, pages, schema, statistics, tables, train
 from kart.analysis import cost, figures
+from kart.commands.command import standalone
 from kart.statistics import Interval
 from kart.train import Config
 
@@ -865,4 +865,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    standalone(main)

@@ -13,6 +13,7 @@ import sys
 
 from kart import search
 from kart.cli import main
+from kart.commands.command import standalone
 
 OPERATORS = {
     "softmax": "softmax",
@@ -34,4 +35,4 @@ def arm(operator: str) -> search.Arm:
 STUDY = search.compare({name: arm(operator) for name, operator in OPERATORS.items()})
 
 if __name__ == "__main__":
-    sys.exit(main(["study", "run", __file__, *sys.argv[1:]]))
+    standalone(main, ["study", "run", __file__, *sys.argv[1:]])

@@ -17,6 +17,7 @@ import optuna
 
 from kart import bases, search
 from kart.cli import main
+from kart.commands.command import standalone
 from kart.search import Arm
 from kart.train import Config
 
@@ -66,4 +67,4 @@ STUDY = search.Study(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(["study", "run", __file__, *sys.argv[1:]]))
+    standalone(main, ["study", "run", __file__, *sys.argv[1:]])

@@ -17,7 +17,7 @@ import time
 import torch
 
 from kart import tables, train
-from kart.commands.command import integer
+from kart.commands.command import integer, standalone
 from kart.train import Config
 
 SETTINGS = {
@@ -67,4 +67,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    standalone(main)

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from kart.commands.command import integer
+from kart.commands.command import integer, standalone
 from kart.search import storage
 from kart.tables import table
 
@@ -233,4 +233,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    standalone(main)

@@ -11,11 +11,11 @@ its learning rate out of three on one seed; the winners are trained again with f
 """
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kart import cli, models, search, statistics
+from kart.commands.command import standalone
 from kart.search import Confirmed
 from kart.train import Config
 
@@ -116,4 +116,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    standalone(main)

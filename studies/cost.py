@@ -10,6 +10,7 @@ Expected on one AVX-512 core, G = 3, N = 197: the torch engine at 2.3 times soft
 import sys
 
 from kart.cli import main
+from kart.commands.command import standalone
 
 if __name__ == "__main__":
-    sys.exit(main(["bench", *sys.argv[1:]]))
+    standalone(main, ["bench", *sys.argv[1:]])

@@ -35,6 +35,7 @@ import torch
 
 from kart import data, population, tables, train, tree
 from kart.analysis import cost, report, scores, training
+from kart.commands.command import standalone
 from kart.train import Config
 
 OPERATORS = ("softmax", "G3B", "G3U")
@@ -205,4 +206,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    standalone(main)

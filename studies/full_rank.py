@@ -18,7 +18,7 @@ import torch
 
 from kart import tables, train
 from kart.analysis import bench
-from kart.commands.command import integer
+from kart.commands.command import integer, standalone
 from kart.train import Config
 
 
@@ -72,4 +72,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    standalone(main)

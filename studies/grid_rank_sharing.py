@@ -17,6 +17,7 @@ import optuna
 
 from kart import search
 from kart.cli import main
+from kart.commands.command import standalone
 from kart.train import Config
 
 # small enough for a laptop: 17 tokens, width 32, two blocks
@@ -52,4 +53,4 @@ STUDY = search.Study(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(["study", "run", __file__, *sys.argv[1:]]))
+    standalone(main, ["study", "run", __file__, *sys.argv[1:]])

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from kart import augment, data, tables, train
-from kart.commands.command import integer
+from kart.commands.command import integer, standalone
 from kart.train import Config
 
 SHAPE = (500, 375)  # width, height: the most frequent ones of ImageNet
@@ -118,4 +118,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    standalone(main)

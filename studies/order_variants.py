@@ -14,6 +14,7 @@ import optuna
 
 from kart import search
 from kart.cli import main
+from kart.commands.command import standalone
 from kart.search import Arm
 from kart.train import Config
 
@@ -49,4 +50,4 @@ STUDY = search.Study(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(["study", "run", __file__, *sys.argv[1:]]))
+    standalone(main, ["study", "run", __file__, *sys.argv[1:]])

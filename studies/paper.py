@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kart import runs, statistics, tables
+from kart.commands.command import standalone
 
 OUT = Path("runs/paper")
 # the paper's recipe but for the size of images and of training
@@ -256,4 +257,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    standalone(main)

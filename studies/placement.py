@@ -13,6 +13,7 @@ from typing import Any
 
 from kart import models, search
 from kart.cli import main
+from kart.commands.command import standalone
 from kart.train import Config
 
 
@@ -51,4 +52,4 @@ STUDY = search.compare(
 )
 
 if __name__ == "__main__":
-    sys.exit(main(["study", "run", __file__, *sys.argv[1:]]))
+    standalone(main, ["study", "run", __file__, *sys.argv[1:]])

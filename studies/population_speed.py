@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kart import population, train
-from kart.commands.command import integer
+from kart.commands.command import integer, standalone
 from kart.tables import table
 from kart.train import Config
 
@@ -85,4 +85,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    standalone(main)

@@ -17,13 +17,12 @@ change of each operator is paired with softmax's own by seed.
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from kart import models, runs, statistics, tables, train
-from kart.commands.command import integer
+from kart.commands.command import integer, standalone
 from kart.runs import owned
 
 # top-1 by seed, of each size, of each operator
@@ -101,4 +100,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    standalone(main)

@@ -20,7 +20,7 @@ from typing import Any
 import optuna
 
 from kart import statistics
-from kart.commands.command import integer
+from kart.commands.command import integer, standalone
 from kart.search.storage import SAMPLERS, PerTrial
 from kart.tables import table
 
@@ -117,4 +117,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    standalone(main)

@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from kart import layers, nn, operators, optim, schema, statistics, tables, tree
-from kart.commands.command import integer
+from kart.commands.command import integer, standalone
 from kart.operators import Operator
 
 Params = dict[str, Any]
@@ -254,4 +254,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    standalone(main)

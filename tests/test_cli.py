@@ -1,10 +1,10 @@
 """The `kart` command, called in process: flags, tables, exit states, one-line errors."""
 
 import dataclasses
-import io
 import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,6 +59,19 @@ def test_train_then_eval(capsys, tmp_path):
     assert report["images"] == 360 and [one["seed"] for one in report["members"]] == [0, 1]
 
 
+def test_every_table_has_softmax_first_and_the_rest_as_they_were_named(capsys, tmp_path):
+    out, names = tmp_path / "runs", ["G1B", "softmax", "polynomial-0B"]
+    code, trained, _ = run(capsys, "train", "--operator", *names, *TINY, "--out", out)
+    assert code == 0
+    code, scored, _ = run(capsys, "eval", out)
+    assert code == 0
+    for text in (trained, scored):
+        shown = [line.split()[0] for line in text.splitlines() if line.startswith(tuple(names))]
+        assert shown[:3] == ["softmax", "G1B", "polynomial-0B"]
+    homes = [str(out / name) for name in ("polynomial-0B", "G1B", "softmax")]
+    assert [one.name for one in runs.compare(*homes)] == ["softmax", "polynomial-0B", "G1B"]
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_what_the_terminal_cannot_show_ends_no_command(encoding, tmp_path, monkeypatch):
     for name in (b"c\xe9", b"d"):
@@ -66,12 +79,23 @@ def test_what_the_terminal_cannot_show_ends_no_command(encoding, tmp_path, monke
         home.mkdir(parents=True)
         for i in range(6):
             Image.new("L", (8, 8), i).save(home / f"{i}.png")
-    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    monkeypatch.setattr(sys, "stdout", shown)
-    monkeypatch.setattr(sys, "argv", ["kart", "data", str(tmp_path / "set")])
-    assert cli.main() == 0
-    shown.flush()
-    assert b"c\\udce9" in shown.buffer.getvalue()
+    shown = tmp_path / "shown.txt"
+    with shown.open("w", encoding=encoding) as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        monkeypatch.setattr(sys, "argv", ["kart", "data", str(tmp_path / "set")])
+        assert cli.main() == 0
+        sys.stdout.flush()
+    assert b"c\\udce9" in shown.read_bytes()
+
+
+@pytest.mark.parametrize("argv", ["-u -m kart info --paper", "-m studies.paper --list"])
+def test_a_reader_that_left_ends_no_command(argv):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, *argv.split()]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert ended.returncode == 0 and ended.stderr == b""
 
 
 def test_an_operator_for_each_block(capsys, tmp_path):

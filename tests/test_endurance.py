@@ -16,6 +16,7 @@ STUDY += ["--confirm", "0", "--group", "1", "--val-limit", "100"]
 
 def watched(folder: Path, argv: list[str], journal: str) -> list[tuple[int, int]]:
     """Lines of `journal` that a `kart` process had written, and its resident bytes, along it."""
+    path = folder / "out" / journal  # looked for, it would meet files that are being replaced
     call = [sys.executable, "-m", "kart", *argv, "--quiet", "--threads", "1", "--out", "out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
@@ -23,7 +24,7 @@ def watched(folder: Path, argv: list[str], journal: str) -> list[tuple[int, int]
     seen = [(0, 0)]
     page = os.sysconf("SC_PAGE_SIZE")
     while process.poll() is None:
-        lines = sum(path.read_bytes().count(b"\n") for path in folder.rglob(journal))
+        lines = path.read_bytes().count(b"\n") if path.exists() else 0
         numbers = Path(f"/proc/{process.pid}/statm").read_text().split()
         # a process that has ended has no pages
         if lines > seen[-1][0] and int(numbers[1]):

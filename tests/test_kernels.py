@@ -745,6 +745,20 @@ def test_plain_softmax_attention_is_the_fused_kernel():
     assert torch.equal(kernels.softmax_attention(q, k, v), fused)
 
 
+def test_softmax_of_infinities_alone_is_no_number_but_in_the_fused_kernel():
+    q, k, v = torch.full((1, 3, 4), -1e30), torch.full((1, 5, 4), 1e10), torch.ones(1, 5, 4)
+    some = torch.ones(3, 5, dtype=torch.bool)
+    some[0], some[1, 2] = False, False
+    op = operators.softmax()
+    for mask in (None, torch.ones_like(some), some):
+        wanted = torch.full((1, 3, 4), torch.nan)
+        if mask is some:
+            wanted[:, 0] = 0  # a query without keys
+        assert_close(op.weights({}, q @ k.mT, mask) @ v, wanted, equal_nan=True)
+        assert_close(op.attend({}, q, k, v[..., :3], mask), wanted[..., :3], equal_nan=True)
+        assert_close(op.attend({}, q, k, v, mask), torch.zeros(1, 3, 4))
+
+
 # --- where gradients lie --------------------------------------------------------------------------
 
 

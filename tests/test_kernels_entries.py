@@ -176,6 +176,37 @@ def test_softmax_of_infinities_alone_is_no_number(form, engine):
     assert out.isnan().all()
 
 
+def overflowing(masked):
+    """Queries, keys of scores -inf but for the last query, and a mask; the third has no key."""
+    q = torch.tensor([-1e30, -1e30, -1e30, 1e-10])[:, None].requires_grad_()
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    if masked == "pairs":
+        mask[:, 1] = False
+    mask[2] = masked == "whole"
+    return q, torch.full((5, 1), 1e10), None if masked == "whole" else mask
+
+
+@pytest.mark.parametrize("engine", ["plain", "torch", "cpp"])
+@pytest.mark.parametrize("form", ["softmax", "inside", "beside"])
+@pytest.mark.parametrize("masked", ["whole", "rows", "pairs"])
+def test_what_is_hidden_makes_no_number_of_infinities(masked, form, engine):
+    if engine == "cpp" and kernels.engines()["cpp"] != "ready":
+        pytest.skip(kernels.engines()["cpp"])
+    q, keys, mask = overflowing(masked)
+    basis, units = None, {"table": torch.zeros(1, 8)}
+    if form == "softmax":
+        basis, units = bases.polynomial(1), {"coefs": torch.tensor([[0.0, 1.0]])}
+    out = kernels.entry_attention(
+        basis, units, q[None], keys[None], torch.ones(1, 5, 1), mask,
+        form=form, scale=1.0, engine=engine,
+    )  # fmt: skip
+    (slope,) = torch.autograd.grad(out.sum(), q)
+    row = torch.nan if mask is None else 0.0
+    wanted = torch.tensor([torch.nan, torch.nan, row, 1.0])[:, None]
+    assert_close(out[0], wanted, equal_nan=True)
+    assert slope[:2].isnan().all() and (mask is None or slope[2] == 0)
+
+
 @pytest.mark.parametrize(
     ("family", "form"), [x for x in PAIRS if x[0] in ("fourier", "rational", "table")]
 )

@@ -162,6 +162,12 @@ def test_softmax_beside_units_of_infinities_alone_is_no_number():
     y, out = kernels.contract_softmax(basis, coefs, q, k, torch.ones(1, heads, keys, 2))
     assert torch.equal(y, torch.zeros_like(y))
     assert out.isnan().all()
+    mask = torch.ones(5, keys, dtype=torch.bool)
+    mask[0], mask[1, 2] = False, False
+    y, out = kernels.contract_softmax(basis, coefs, q, k, torch.ones(1, heads, keys, 2), mask)
+    assert torch.equal(y, torch.zeros_like(y))
+    assert torch.equal(out[:, :, 0], torch.zeros_like(out[:, :, 0]))
+    assert out[:, :, 1:].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -214,6 +220,29 @@ def test_what_is_not_a_number_stays_seen(name):
     y = kernels.contract_units(UNITS[name], units_of(UNITS[name], 2, 5, 29), q, k)
     assert y[:, 1, 3].isnan().all()
     assert y.isnan().sum() == 5
+
+
+@pytest.mark.parametrize("engine", ["torch", "cpp"])
+def test_angles_are_those_of_float64_as_far_as_float32_has_any(engine):
+    def circle(angles):
+        """cos and sin of `angles`, which are scores as they are, and the sum of their slopes."""
+        q = angles[None, None, :, None].clone().requires_grad_()
+        coefs, key = torch.eye(2)[None, :, None], torch.ones(1, 1, 1, 1)
+        y = kernels.contract(bases.fourier(1), coefs, q, key, scale=1.0, engine=engine)
+        (slope,) = torch.autograd.grad(y.sum(), q)
+        return y[0, 0], slope[0, 0, :, 0]
+
+    angles = torch.cat([sign * torch.linspace(2**19, 2**22, 4001) for sign in (1, -1)])
+    y, slope = circle(angles)
+    exact = angles.double()
+    cosine, sine = exact.cos(), exact.sin()
+    assert_close(y.double(), torch.stack([cosine, sine], -1), rtol=0, atol=4e-7)
+    assert_close(slope.double(), cosine - sine, rtol=0, atol=8e-7)
+    y, slope = circle(torch.tensor([1e7, -1e10, 1e25, -3e38]))
+    assert_close(y.norm(dim=-1), torch.ones(4))
+    assert_close(slope, y[:, 0] - y[:, 1])
+    y, slope = circle(torch.tensor([torch.inf, -torch.inf, torch.nan]))
+    assert y.isnan().all() and slope.isnan().all()
 
 
 # --- transforms -----------------------------------------------------------------------------------

@@ -58,10 +58,20 @@ def test_bad_recipes_and_fields_name_themselves():
         recipes.config("paper", label_smoothing=0.1)
 
 
+def test_a_short_run_of_a_recipe_warms_up_for_half_of_itself_and_says_so():
+    short = recipes.config("paper", epochs=1)
+    assert recipes.overridden(short) == {"epochs": 1, "warmup_epochs": 0.5}
+    assert recipes.overridden(recipes.config("paper", epochs=10)) == {"epochs": 10}
+    with pytest.raises(ValueError, match="`warmup_epochs` <= epochs, 1, got 5"):
+        recipes.config("paper", epochs=1, warmup_epochs=5.0)
+    with pytest.raises(ValueError, match="`epochs`"):
+        recipes.config("paper", epochs="1")
+
+
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_every_recipe_trains(name):
     config = recipes.config(
-        name, epochs=1, warmup_epochs=0.5, batch_size=8, learning_rate=1e-3, train_limit=16,
+        name, epochs=1, batch_size=8, learning_rate=1e-3, train_limit=16,
         image_size=16, patch_size=8, threads=1, operator="G2B", embed_dim=8, depth=1, num_heads=2,
     )  # fmt: skip
     splits = train.load_data(config)

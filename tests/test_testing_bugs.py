@@ -3,8 +3,10 @@
 import functools
 import itertools
 import math
+import random
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 from torch.autograd.function import once_differentiable
@@ -71,6 +73,24 @@ class DoubledGradient(torch.autograd.Function):
         return 2 * grad * ctx.saved_tensors[0].cos()
 
 
+class HalfTheGradient(torch.autograd.Function):
+    """x, whose gradient is halved where it is of half precision."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 2 if grad.itemsize == 2 else grad
+
+
 class OnceDifferentiable(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -118,6 +138,16 @@ def seeds_the_world(generator, shape):
 
 def draws_from_the_world(generator, shape):
     return {"coefs": torch.randn(*shape, 4)}
+
+
+def seeded(make):
+    """Drawn, all but the first unit, from a generator of numpy's or Python's with its own seed."""
+
+    def init(generator, shape):
+        right, own = bases.fourier(2).init(generator, shape), make()
+        return tree.map(lambda leaf: leaf + torch.tensor([own() for _ in range(4)]), right)
+
+    return bases.fourier(2)._replace(init=init)
 
 
 def seeds_itself(generator, shape):
@@ -548,6 +578,22 @@ BASES = {
         "nonnegative",
     ),
     # single points, and far out
+    "no cosine of infinity": (
+        applied(lambda apply, p, x: apply(p, x).nan_to_num()),
+        "infinity_is_a_limit",
+    ),
+    "a bump at infinity": (
+        plain(lambda x: torch.where(x.isinf(), 1.0, torch.exp(-x * x))[..., None], 1),
+        "infinity_is_a_limit",
+    ),
+    "of the other sign at infinity": (
+        plain(lambda x: torch.where(x.isinf(), -x, x)[..., None], 1),
+        "infinity_is_a_limit",
+    ),
+    "the largest number at infinity": (
+        plain(lambda x: x.clamp(-1e4, 1e4).where(x.isinf(), x)[..., None], 1),
+        "infinity_is_a_limit",
+    ),
     "another function at zero": (plain(another_at(0.0), 1), "no_stray_points"),
     "another function at minus one": (plain(another_at(-1.0), 1), "no_stray_points"),
     "another function at a knot": (plain(another_at(0.3), 1, points=(0.3,)), "no_stray_points"),
@@ -608,6 +654,22 @@ BASES = {
     ),
     "init with a seed of its own": (
         bases.fourier(2)._replace(init=seeds_itself),
+        "init_follows_its_generator",
+    ),
+    "init with a seed of its own for numpy": (
+        seeded(lambda: numpy.random.default_rng(0).normal),
+        "init_follows_its_generator",
+    ),
+    "init with a seed of its own for numpy's old generator": (
+        seeded(lambda: numpy.random.RandomState(0).normal),
+        "init_follows_its_generator",
+    ),
+    "init with a seed of its own for numpy's bits": (
+        seeded(lambda: numpy.random.Generator(numpy.random.PCG64(7)).normal),
+        "init_follows_its_generator",
+    ),
+    "init with a seed of its own for Python": (
+        seeded(lambda: random.Random("own").random),
         "init_follows_its_generator",
     ),
     "init of one memory for all units": (
@@ -1083,6 +1145,19 @@ OPERATORS = {
             G,
         ),
         "half_follows_float32",
+    ),
+    "half of the gradient of q in half precision": (
+        attending(lambda attend, p, q, *rest: attend(p, HalfTheGradient.apply(q), *rest), G),
+        "half_gradients_follow_float32",
+    ),
+    "half of the gradient of parameters in half precision": (
+        attending(
+            lambda attend, p, q, *rest: attend(
+                tree.map(lambda x: HalfTheGradient.apply(x.to(q.dtype)).float(), p), q, *rest
+            ),
+            G,
+        ),
+        "half_gradients_follow_float32",
     ),
     # what a mask hides may be anything
     "mask as a factor": (weighing(as_factor), "poison_stays_hidden"),
@@ -2093,6 +2168,16 @@ def coarse(apply, params, images):
     return apply(kept, images)
 
 
+def looked_at_turned(name):
+    right = tiny("G2B:rank=3")
+
+    def intermediates(params, images):
+        aux = right.intermediates(params, images)
+        return {k: v.mT if k.endswith(name) else v for k, v in aux.items()}
+
+    return right._replace(intermediates=intermediates)
+
+
 def looked_at_the_first():
     right = tiny("softmax")
 
@@ -2189,6 +2274,9 @@ MODELS = {
         "keeps_shape_and_dtype",
     ),
     "intermediates of the first image for all": (looked_at_the_first(), "intermediates_agree"),
+    "weights transposed": (looked_at_turned("weights"), "queries_come_before_keys"),
+    "scores transposed": (looked_at_turned("scores"), "queries_come_before_keys"),
+    "values transposed": (looked_at_turned("values"), "queries_come_before_keys"),
     "images taken for contiguous": (
         seeing(lambda apply, p, images: apply(p, raw_pointer(images))),
         "layout_does_not_matter",
@@ -2309,6 +2397,21 @@ def test_a_right_function_of_autograd_passes(function, traits):
     assert ("curvature_is_right" in skipped) == ("second_derivative" in traits)
     for trait in traits:
         assert f"{trait} is declared not to hold" in skipped.values()
+
+
+def test_an_init_may_be_constant_or_seed_others_by_its_generator():
+    def by_numpy(generator, shape):
+        seed = int(torch.randint(2**31, (), generator=generator))
+        values = numpy.random.default_rng(seed).normal(size=(*shape, 4))
+        return {"coefs": torch.tensor(values, dtype=torch.float32)}
+
+    def constant(generator, shape):
+        return {"coefs": torch.tensor(numpy.linspace(-1.0, 1.0, 4)).float().repeat(*shape, 1)}
+
+    for init in (by_numpy, constant):
+        own = bases.fourier(2)._replace(init=init)
+        (result,) = testing.check_basis(own, only=["init_follows_its_generator"])
+        assert result.passed, result.message
 
 
 def test_an_operator_inherits_what_its_units_do_not_hold_under():

@@ -348,9 +348,20 @@ def expansion(
     recipe = (factory, {**options, "base": base, "init": init, "scales": scales})
     name = names.builtin(factory, {**options, "base": base})
     return _expansion(
-        family, expand, size, base, init, scales, orders, grid, options, traits,
-        recipe, name, pieces,
-    )  # fmt: skip
+        family,
+        expand,
+        size,
+        base,
+        init,
+        scales,
+        orders,
+        grid,
+        options,
+        traits,
+        recipe,
+        name,
+        pieces,
+    )
 
 
 def _expansion(
@@ -452,6 +463,17 @@ def linear(
     }  # fmt: skip
     name = names.own(family, expand, size, base, cpp)
     return _expansion(
-        family, expand, size, base, init, scales, orders, grid, options or {}, traits or {},
-        (linear, arguments), name, {"cpp": cpp},
-    )  # fmt: skip
+        family,
+        expand,
+        size,
+        base,
+        init,
+        scales,
+        orders,
+        grid,
+        options or {},
+        traits or {},
+        (linear, arguments),
+        name,
+        {"cpp": cpp},
+    )

@@ -77,6 +77,10 @@ def fourier(
     printed (the output of a head then grows like the number of keys), "scaled" N(0, 1 / (keys G))
     (default), "smooth" amplitudes falling as 1/k.
 
+    x is an angle in radians, and what is not finite gives NaN. The neighbours of a float32 of
+    2^22 = 4e6 are half a radian away: beyond, the compiled engines still give points of the unit
+    circle, but not those of torch.
+
     >>> fourier(2).expand(torch.tensor(0.0))
     tensor([1., 1., 0., 0.])
     """

@@ -2,8 +2,10 @@
 
 import argparse
 import difflib
+import io
 import math
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -28,6 +30,42 @@ class Command(NamedTuple):
     epilog: str | None = None
     commands: tuple["Command", ...] = ()
     reads: bool = False  # what others may have written: code that it names runs by `--code` alone
+
+
+class _Outlasting(io.FileIO):
+    """A file whose reader may leave, as `head` does: what it did not wait for is dropped."""
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            return memoryview(data).nbytes
+
+
+def outlast() -> None:
+    """Lets this process outlast its output: neither a reader that left nor a sign that the terminal
+    has not ends what ran for hours.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        try:
+            file = _Outlasting(stream.fileno(), "w", closefd=False)
+        except (AttributeError, OSError):  # closed, or no file, as in a notebook
+            continue
+        stream.flush()
+        text = io.TextIOWrapper(
+            io.BufferedWriter(file),
+            stream.encoding,
+            "backslashreplace",
+            line_buffering=stream.line_buffering or stream.write_through,  # the last with `-u`
+        )
+        setattr(sys, name, text)
+
+
+def standalone(main: Callable[..., int | None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Runs `main(argv)` as this process, which ends with the status that it returns."""
+    outlast()
+    sys.exit(main(argv))
 
 
 class Parser(argparse.ArgumentParser):

@@ -95,7 +95,10 @@ FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
         "learning_rate": (_rate, "peak of the schedule; `paper` for 5e-4 * batch / 512"),
         "start_learning_rate": (REAL, "where the warm-up begins"),
         "end_learning_rate": (REAL, "where the cosine ends"),
-        "warmup_epochs": (REAL, "linear warm-up, half of the run at most"),
+        "warmup_epochs": (
+            REAL,
+            "linear warm-up, <= --epochs; half of the run at most",
+        ),
         "weight_decay": (REAL, "decoupled weight decay"),
         "adam_eps": (REAL, "epsilon of AdamW"),
         "max_norm": (REAL, "global norm to which gradients are clipped"),

@@ -152,7 +152,7 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
             f"{parameters:,}",
             str(len(last)),
         ]
-        for operator, parameters, last in results
+        for operator, parameters, last in sorted(results, key=runs.baseline_first)
     ]
     header = ["operator", "val top-1 %", "val top-5 %", "val loss", "parameters", "n"]
     print("\n".join([tables.table(rows, header)] * bool(rows) + told))

@@ -44,7 +44,8 @@ def entry_attention(
 
     By `form` w is "plain" `f y`, f a factor of each query; "l1" `y / sum |y|`; "softmax"
     `softmax(y)`; "inside" `softmax(s + y)`; "beside" `f y + softmax(s)`; "simplex" y projected onto
-    the simplex. Scores are computed again in the backward; no N x M matrix is kept.
+    the simplex. Scores are computed again in the backward; no N x M matrix is kept. A query without
+    keys gets zeros, one whose softmax is of -inf alone NaN.
 
     Args:
         basis: the family of the functions, or None.
@@ -293,7 +294,7 @@ class _Block:
     def _softmax(self, y: Tensor) -> Tensor:
         if self.hidden is None:
             return torch.softmax(y, -1, out=self.room[2])
-        y = y.masked_fill(self.hidden, torch.finfo(y.dtype).min)
+        y = y.masked_fill(self.hidden, -math.inf)
         return torch.softmax(y, -1, out=self.room[2]).masked_fill_(self.hidden, 0)
 
     def _sizes(self, y: Tensor) -> Tensor:

@@ -100,12 +100,12 @@ def mix_values(y: Tensor, mix: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def softmax_rows(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax of each row over the keys that it attends to; a row of none is zero."""
+    """Softmax of each row over the keys that it attends to; a row of none is zero, of -inf NaN."""
     if mask is None:
         return scores.softmax(-1)
-    # a row without any key must come out zero: softmax of a row of -inf is NaN, of a finite row not
-    hidden = torch.where(mask, scores, torch.finfo(scores.dtype).min)
-    return torch.where(mask, hidden.softmax(-1), 0)
+    # a row without any key must come out zero, and its gradient too: not by way of NaN
+    hidden = torch.where(mask.any(-1, keepdim=True), -math.inf, scores.new_zeros(()))
+    return torch.where(mask, torch.where(mask, scores, hidden).softmax(-1), 0)
 
 
 def simplex_rows(y: Tensor, mask: Tensor | None) -> Tensor:

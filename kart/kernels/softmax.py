@@ -176,7 +176,9 @@ def softmax_attention(
     With a `table` of weights that are the same for all samples it is `(softmax(scale q k^T) +
     table) v`.
 
-    A query whose keys are all masked gets zeros. Holds under every transform of `torch.func`; on
+    A query whose keys are all masked gets zeros. One all of whose attended scores overflow to -inf
+    has no weights: it gets NaN, but where torch's fused kernel runs, which makes zeros of it. Holds
+    under every transform of `torch.func`; on
     the CPU also under double backward. On CUDA a second derivative by `torch.autograd` alone (not
     `torch.func`) is refused by torch's kernel.
 

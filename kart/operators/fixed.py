@@ -40,7 +40,9 @@ def on_simplex(each: int) -> dict[str, Any]:
 
 @remember
 def softmax() -> Operator:
-    """Rows of softmax; a row whose keys are all masked is zero."""
+    """Rows of softmax; a row whose keys are all masked is zero, one whose attended scores are all
+    -inf NaN, of which `kernels.softmax_attention` says more.
+    """
     return from_rows("softmax", softmax_rows, kernels.softmax_attention, traits=on_simplex(SOFTMAX))
 
 

@@ -26,13 +26,14 @@ result. Every record and checkpoint carries the id of its run, and is checked wh
 from kart.runs.identity import check_place, claim, describe, locked, members, read, read_config
 from kart.runs.names import OPTIONS, default_directory, homes, options_of, slug
 from kart.runs.records import check_finished, diverged, read_metrics, read_scores, write_scores
-from kart.runs.results import compare, distinct, find, group_size, parts
+from kart.runs.results import baseline_first, compare, distinct, find, group_size, parts
 from kart.runs.training import execute, restore, snapshot_steps
 from kart.runs.weights import Trained, load_trajectory, load_weights, only
 
 __all__ = [
     "OPTIONS",
     "Trained",
+    "baseline_first",
     "check_finished",
     "check_place",
     "claim",

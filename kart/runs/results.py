@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def find(*paths: str) -> list[Path]:
-    """The run directories at or below `paths`, sorted."""
-    every: set[Path] = set()
+    """The run directories at or below `paths`, in their order, those of one sorted."""
+    every: dict[Path, None] = {}
     for path in paths:
         try:
             found = {config.parent for config in identity.place_of(path).glob("**/config.json")}
@@ -29,16 +29,19 @@ def find(*paths: str) -> list[Path]:
                 "`run` needs a directory that `kart train` wrote, got "
                 f"{str(path)!r:.200} without any config.json. Check the path."
             )
-        every |= found
-    return sorted(every)
+        every |= dict.fromkeys(sorted(found))
+    return list(every)
 
 
 def distinct(*paths: str) -> list[Path]:
-    """The run directories at or below `paths`, of which no two may hold the same run or member."""
+    """The run directories at or below `paths`, the baseline's first, as every table has them; no
+    two may hold the same run or member.
+    """
     seen: dict[tuple[str, str], Path] = {}
-    found = find(*paths)
-    for directory in found:
+    found: list[tuple[str, Path]] = []
+    for directory in find(*paths):
         own = identity.read(directory)
+        found.append((operators.shown(own.configs[0].operator), directory))
         for config in own.configs:
             # wherever the data lay and it was trained
             place = {"data": "", "threads": None, "device": "cpu"}
@@ -51,7 +54,12 @@ def distinct(*paths: str) -> list[Path]:
                     "copy: it would be counted twice."
                 )
             seen[name] = directory
-    return found
+    return [directory for _, directory in sorted(found, key=baseline_first)]
+
+
+def baseline_first(row: Sequence[Any]) -> bool:
+    """The key that sorts rows which begin with the name of their operator: softmax first."""
+    return row[0] != "softmax"
 
 
 def compare(*paths: str, which: str = "last") -> "list[report.Result]":
@@ -123,7 +131,7 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
                 lost={name: seeds for name, seeds in diverged.items() if name not in found},
             )
         )
-    return sorted(results, key=lambda one: one.name != "softmax")
+    return results
 
 
 def _best(own: Sequence[Record]) -> int:

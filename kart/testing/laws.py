@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -100,34 +101,71 @@ def another_seed(seed: int) -> Iterator[None]:
         yield
 
 
-class _Draws(TorchDispatchMode):
-    """Notes the state of every generator that random numbers are drawn from, before the draw."""
+class _TorchDraws(TorchDispatchMode):
+    """Notes in `seen` the state of every generator that torch draws from, before the draw."""
 
-    def __init__(self) -> None:
+    def __init__(self, seen: list[Any]) -> None:
         super().__init__()
-        self.states: list[Tensor] = []
+        self.seen = seen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags:
             source = kwargs.get("generator") or torch.default_generator
-            self.states.append(source.get_state())
+            self.seen.append(source.get_state().numpy().tobytes())
         return func(*args, **kwargs)
+
+
+def _noting(make: Any, seen: list[Any]) -> Any:
+    """`make`, a function or class that is given a seed, which notes in `seen` what it is given."""
+
+    def note(*args: Any, **options: Any) -> None:
+        seen.append(repr((make, args, options)))
+
+    def called(*args: Any, **options: Any) -> Any:
+        note(*args, **options)
+        return make(*args, **options)
+
+    def initialised(self: Any, *args: Any, **options: Any) -> None:
+        note(*args, **options)
+        make.__init__(self, *args, **options)
+
+    # a class that others take for `make`, as they may ask what is an instance of it
+    return type(make.__name__, (make,), {"__init__": initialised}) if type(make) is type else called
+
+
+# what is made of a seed beside torch's generators
+SEEDED = [(random, "Random"), (numpy.random, "default_rng"), (numpy.random, "RandomState")]
+SEEDED += [(numpy.random, name) for name in ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")]
+
+
+@contextlib.contextmanager
+def _draws() -> Iterator[list[Any]]:
+    """Notes within the block what torch draws from, and the seeds of numpy's and Python's
+    generators that are made.
+    """
+    seen: list[Any] = []
+    with contextlib.ExitStack() as stack:
+        for module, name in SEEDED:
+            noting = _noting(getattr(module, name), seen)
+            stack.enter_context(unittest.mock.patch.object(module, name, noting))
+        stack.enter_context(_TorchDraws(seen))
+        yield seen
 
 
 def drawn_from_its_generator(init: Callable[[torch.Generator], Any], seed: int) -> tuple[Any, Any]:
     """Asserts that `init(generator)` gives twice the same, and draws no number that is the same for
     every generator; returns both.
     """
-    with _Draws() as drawn:
+    with _draws() as drawn:
         first = init(draw.generator(seed))
     with another_seed(seed + 7):
         again = init(draw.generator(seed))
     same_tree(again, first, "a second init", "the first")
-    with another_seed(seed + 8), _Draws() as elsewhere:
+    with another_seed(seed + 8), _draws() as elsewhere:
         init(draw.generator(seed + 1))
-    for i, (one, other) in enumerate(zip(drawn.states, elsewhere.states, strict=False)):
-        if torch.equal(one, other):
+    for i, (one, other) in enumerate(zip(drawn, elsewhere, strict=False)):
+        if one == other:
             raise AssertionError(
                 f"draw {i} of random numbers is the same for generators of seeds {seed} and "
                 f"{seed + 1}: it is from another, seeded in the same way every time"

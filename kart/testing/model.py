@@ -151,6 +151,35 @@ def intermediates_are_of_their_block(s: Subject, seed: int) -> None:
                     raise AssertionError(f"{name} {verb} with the parameters of {block}")
 
 
+def queries_come_before_keys(s: Subject, seed: int) -> None:
+    """intermediates name by block i scores and weights (.., H, N, M) and values (.., H, M, d): if
+    the weights are the transpose of what the operator makes of the scores, or what it makes of the
+    transpose, they are what it makes of the scores.
+
+    Rows are taken for columns: maps, spectra and entropies are those of the keys.
+    """
+    params, images = s.params(seed, torch.float64), s.batch(seed, 2, torch.float64)
+    aux = s.model.intermediates(params, images)
+    for i, site in enumerate(s.model.sites):
+        scores, weights, values = (
+            aux[f"blocks.{i}.{name}"] for name in ("scores", "weights", "values")
+        )
+        if values.shape[-2] != scores.shape[-1]:
+            raise AssertionError(f"blocks.{i}.values is {tuple(values.shape)}: wanted a row a key")
+        if scores.shape[-2] != scores.shape[-1]:
+            continue
+        own = s.model.operator_params(params, i)
+        made = site.operator.weights(own, scores)
+        # windows and gates make others of them, which are none of the three
+        differs = bool((weights - made).abs().amax() > 1e-9)
+        for name, turned in (
+            ("weights", made.mT),
+            ("scores", site.operator.weights(own, scores.mT)),
+        ):
+            if differs and bool((weights - turned).abs().amax() <= 1e-9):
+                raise AssertionError(f"blocks.{i}.{name} is transposed")
+
+
 def layout_does_not_matter(s: Subject, seed: int, dtype: torch.dtype) -> None:
     """apply sees numbers, not strides: images with channels last, parameters that are transposed,
     and any gradient handed to the backward count as their copies.
@@ -388,6 +417,11 @@ PROPERTIES = (
     Property(inputs_untouched, PAIR),
     Property(intermediates_agree, PAIR),
     Property(intermediates_are_of_their_block, SEED),
+    Property(
+        queries_come_before_keys,
+        SEED,
+        unfit=lambda s: None if hasattr(s.model, "sites") else "has no `sites` of operators",
+    ),
     Property(layout_does_not_matter, PAIR),
     Property(examples_stand_alone, {**PAIR, "poke": st.sampled_from([50.0, float("nan")])}),
     Property(vmap_is_a_loop, PAIR, "vmap"),

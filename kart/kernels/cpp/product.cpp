@@ -167,14 +167,19 @@ struct Forward {
         mask(span(keys.unit) * LANES) {}
 };
 
-// the scores of a tile in place of hidden ones -inf, and their greatest so far
+// the scores of a tile in place of hidden ones -inf, their greatest so far, and which queries have a key
 template <int V>
-static void take_weights(int keys, const float* scores, const int32_t* mask, float* weights, vec* greatest) {
+static void take_weights(int keys, const float* scores, const int32_t* mask, float* weights, vec* greatest,
+                         ivec* attend) {
   for (int m = 0; m < keys; ++m)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
       vec x = load(scores + m * LANES + v * W);
-      if (mask) x = *reinterpret_cast<const iloose*>(mask + m * LANES + v * W) ? x : splat(-INFINITY);
+      if (mask) {
+        const ivec kept = *reinterpret_cast<const iloose*>(mask + m * LANES + v * W);
+        x = kept ? x : splat(-INFINITY);
+        attend[v] |= kept;
+      }
       greatest[v] = clamp_above(greatest[v], x);
       store(weights + m * LANES + v * W, x);
     }
@@ -185,6 +190,7 @@ static void forward_block(const Features& family, const Shape& s, Forward& w, co
                           const uint8_t* mask_at, const Mask& mask, long queries) {
   std::fill(w.y.data, w.y.data + s.rank * LANES, 0.0f);
   vec greatest[2] = {splat(-INFINITY), splat(-INFINITY)};
+  ivec attend[2] = {ivec{}, ivec{}};
   const int32_t* kept = mask.data ? w.mask.data() : nullptr;
   const int most = span(w.keys.unit);
   for (long first = 0; first < s.keys; first += most) {
@@ -197,14 +203,14 @@ static void forward_block(const Features& family, const Shape& s, Forward& w, co
       gemm<ROWS, V, 1>(s.rank, (long)some * K, coefs + (first + m) * K * s.rank, s.rank, w.features, LANES, w.y, LANES,
                        true);
     }
-    if constexpr (SOFTMAX) take_weights<V>(keys, w.scores, kept, w.weights + first * LANES, greatest);
+    if constexpr (SOFTMAX) take_weights<V>(keys, w.scores, kept, w.weights + first * LANES, greatest, attend);
   }
   if constexpr (SOFTMAX) {
     vec total[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      // a query without keys: its weights are e^-inf whatever is taken away; without a mask scores of -inf alone are NaN
-      greatest[v] = !kept || greatest[v] > -INFINITY ? greatest[v] : vec{};
+      // a query without keys: its weights are e^-inf whatever is taken away; scores of -inf alone are NaN
+      if (kept) greatest[v] = attend[v] ? greatest[v] : vec{};
       total[v] = vec{};
     }
     for (long m = 0; m < s.keys; ++m)

@@ -42,10 +42,11 @@ static INLINE vec floor(vec x) {
 }
 static INLINE vec clamp(vec x, float low, float high) { return clamp_below(splat(high), clamp_above(splat(low), x)); }
 
-// Sine and cosine to 2 ulp of 1 for |x| < 2^22: whole quarter turns are taken off in three parts, each
-// product exact in the fused multiply-add (Cody and Waite), then polynomials on [-pi/4, pi/4] (Cephes).
-// Beyond, neighbouring floats are more than a radian apart: the remainder is held to one quarter turn, so
-// that the result stays bounded.
+// Sine and cosine to 1 ulp of 1 for |x| < 2^20 and 3 for |x| < 2^22: whole quarter turns are taken off in
+// three parts, each product exact in the fused multiply-add (Cody and Waite), then polynomials that are made
+// for [-pi/4, pi/4] (Cephes); the rounding of 2 / pi moves the remainder out of it, to 0.96 at 2^22. Beyond,
+// neighbouring floats are half a radian and more apart: the remainder is held, so that the result stays on
+// the unit circle.
 static INLINE void sincos(vec x, vec& sine, vec& cosine) {
   const vec shifted = x * 0.63661977236758134f + 12582912.0f;  // 1.5 * 2^23 rounds to an integer
   const vec turns = shifted - 12582912.0f;
@@ -53,7 +54,7 @@ static INLINE void sincos(vec x, vec& sine, vec& cosine) {
   vec r = x - turns * 1.57079637050628662f;
   r = r + turns * 4.37113900018624283e-8f;
   r = r + turns * 1.71512448e-15f;
-  r = clamp(r, -0.8f, 0.8f);
+  r = clamp(r, -1.0f, 1.0f);
   const vec z = r * r;
   const vec s = ((-1.9515295891e-4f * z + 8.3321608736e-3f) * z - 1.6666654611e-1f) * z * r + r;
   const vec c = ((2.443315711809948e-5f * z - 1.388731625493765e-3f) * z + 4.166664568298827e-2f) * z * z -

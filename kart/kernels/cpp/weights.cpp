@@ -173,6 +173,7 @@ static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const 
                           long n, long queries) {
   // `bad` is zero, or NaN where an entry is
   vec greatest[2] = {splat(-INFINITY), splat(-INFINITY)}, total[2] = {vec{}, vec{}}, bad[2] = {vec{}, vec{}}, low[2];
+  ivec attend[2] = {ivec{}, ivec{}};  // queries with a key
   for (long first = 0; first < s.keys; first += w.span()) {
     const int keys = std::min<long>(w.span(), s.keys - first);
     float* at = w.weights + first * LANES;
@@ -192,6 +193,7 @@ static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const 
         }
         if (mask.data) {
           const ivec kept = mask_of(w, i);
+          if (SOFT) attend[v] |= kept;
           if (FORM == 4) x = kept ? x : splat(-INFINITY);
           y = SIMPLEX || (SOFT && FORM < 4) ? (kept ? y : splat(-INFINITY)) : keep(y, kept);
         }
@@ -204,8 +206,8 @@ static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const 
   if (SIMPLEX) project<V>(s, w, bad, greatest, low, total);
   if (SOFT) {
     float* at = FORM == 4 ? w.soft : w.weights;
-    // a query without keys: its weights are e^-inf whatever is taken away; without a mask scores of -inf alone are NaN
-    for (int v = 0; v < V && mask.data; ++v) greatest[v] = greatest[v] > -INFINITY ? greatest[v] : vec{};
+    // a query without keys: its weights are e^-inf whatever is taken away; entries of -inf alone are NaN
+    for (int v = 0; v < V && mask.data; ++v) greatest[v] = attend[v] ? greatest[v] : vec{};
     for (long m = 0; m < s.keys; ++m)
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) {

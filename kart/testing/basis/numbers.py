@@ -6,7 +6,7 @@ from torch import Tensor
 from kart import tree
 from kart.testing import draw
 from kart.testing.basis.subject import THETA_X, Subject, phi_slack, rows, setting, within
-from kart.testing.compare import agree
+from kart.testing.compare import agree, unit
 from kart.testing.core import Property
 from kart.testing.draw import LARGE, SIMPLE, Theta
 from kart.testing.laws import vjp
@@ -70,8 +70,33 @@ def no_stray_points(s: Subject, theta: Theta) -> None:
         agree(here[i], middle[i], width[i], name, "its limit from either side", at)
 
 
+def infinity_is_a_limit(s: Subject, theta: Theta, dtype: torch.dtype) -> None:
+    """phi(inf) and phi(-inf) are NaN, or what phi(x) tends to as x goes there.
+
+    A score that overflowed is no number, and no one sees it: a clamp, a mask or `nan_to_num` has
+    made one of it.
+    """
+    powers = [10.0**2**j for j in range(9 if dtype == torch.float64 else 6)]
+    params = s.params(theta, (), dtype)
+    for sign in (1.0, -1.0):
+        x = sign * torch.tensor([*powers, float("inf")], dtype=dtype)
+        *_, a, b, c, d, end = s.basis.apply(params, x).double()
+        if end.isnan() or d.isnan() or d == end:
+            continue
+        # logarithms double or halve from point to point, nothing is slower
+        if end.isinf():
+            fine = bool((end > 0) == (d > 0)) and bool(a.abs() < b.abs() < c.abs() < d.abs())
+        else:
+            apart = (torch.stack([a, b, c, d]) - end).abs()
+            known = apart[3] <= unit(dtype) * (d.abs() + end.abs())
+            fine = bool(known) or bool((apart[1:] <= 0.9 * apart[:-1]).all())
+        if not fine:
+            raise AssertionError(f"phi({x[-1]}) is {end:.10g}, phi({x[-2]}) is {d:.10g}")
+
+
 PROPERTIES = (
     Property(float32_follows_float64, {**THETA_X, "x": rows(within)}),
     Property(half_rounds_once, {**THETA_X, "dtype": draw.half_types}),
     Property(no_stray_points, {"theta": draw.thetas}),
+    Property(infinity_is_a_limit, {"theta": draw.thetas, "dtype": draw.dtypes}),
 )
