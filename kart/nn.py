@@ -332,7 +332,8 @@ class Attention(torch.nn.Module):
         # one of another library may take what it likes, and adds to its weight what it likes
         own = type(self.qkv) is torch.nn.Linear
         # what only calls of it would run: hooks, such as those of pruned weights
-        hooked = self.qkv._forward_pre_hooks or self.qkv._forward_hooks or self.qkv._backward_hooks
+        kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+        hooked = any(getattr(self.qkv, kind) for kind in kinds)
         for name, given in (("x", x), ("context", x if context is None else context)):
             if given.dim() < 2 or given.shape[-1] != self.dim:
                 raise ValueError(

@@ -452,3 +452,16 @@ def test_a_module_is_kept_where_and_in_what_torch_keeps_its_own():
     single = nn.Attention(8, heads=2, tokens=5, operator="G2B")
     for one, other in zip(single.parameters(), module.parameters(), strict=True):
         assert one.dtype == torch.float32 and torch.equal(one, other.float())
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"],
+)
+def test_hooks_of_the_projection_run_under_cross_attention(kind):
+    module = nn.Attention(8, heads=2, tokens=5, operator="G3B", generator=source())
+    calls = []
+    getattr(module.qkv, f"register_{kind}")(lambda *args: calls.append(kind))
+    x, context = (torch.randn(1, n, 8, requires_grad=True) for n in (3, 5))
+    module(x, context=context).sum().backward()
+    assert calls
