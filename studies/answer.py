@@ -5,10 +5,9 @@
     python -m studies.answer report --out runs/answer                   # answer.html, answer.csv
 
 Factors: what mixes the tokens (`ARMS`), in `CELLS` that change one thing each (width, depth,
-training images, epochs, patches) from a common centre. Every arm has the same tuning budget: in the
-centre, and again in the cells of `RATES_IN`, the same learning rates, one seed each, chosen by
-validation.
-Then fresh seeds are trained at that rate in every cell and scored once on the test split; nothing
+training images, epochs, patches) from a common centre, and one that changes two. Every arm has the
+same tuning budget: in the centre, and again in the cells of `RATES_IN`, the same learning rates,
+one seed each, chosen by validation. Then fresh seeds are trained at that rate in every cell and scored once on the test split; nothing
 is chosen by the test split. First every arm gets `--seeds` seeds; then, while there is time, the
 arms whose interval against softmax holds 0 get more, up to `MOST_SEEDS`.
 
@@ -54,7 +53,7 @@ CENTRE = Config(
     threads=1,
 )
 
-# one factor at a time
+# one factor at a time, and more tokens with more steps
 CENTRE_CELL = "centre"
 CELLS: dict[str, dict[str, Any]] = {
     CENTRE_CELL: {},
@@ -68,6 +67,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "30 epochs": {"epochs": 30},
     "60 epochs": {"epochs": 60},
     "patch 4": {"patch_size": 4},
+    "patch 4, 45,000 images": {"patch_size": 4, "train_limit": 45000},
 }
 
 
@@ -80,6 +80,7 @@ RATES_IN: dict[str, tuple[float, ...]] = {
     "30 epochs": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
     "60 epochs": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
     "patch 4": (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3),
+    "patch 4, 45,000 images": (7.5e-4, 1.5e-3, 3e-3, 6e-3),
 }
 
 
@@ -279,13 +280,18 @@ FACTORS = {
 
 
 def by_factor(cells: Sequence[str]) -> dict[str, list[str]]:
-    """The cells of each factor in the order of its values, the centre among them."""
+    """The cells of each factor in the order of its values, the centre among them; then those that
+    change more than one.
+    """
     found = {}
     for field, words in FACTORS.items():
-        own = [cell for cell in cells if field in CELLS[cell]]
+        own = [cell for cell in cells if set(CELLS[cell]) == {field}]
         if own:
             own += [CENTRE_CELL] * (CENTRE_CELL in cells)
             found[words] = sorted(own, key=lambda c: CELLS[c].get(field, getattr(CENTRE, field)))
+    several = [cell for cell in cells if len(CELLS[cell]) > 1]
+    if several:
+        found["more than one at once"] = several
     return found or {"the centre": list(cells)}
 
 
