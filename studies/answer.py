@@ -7,9 +7,10 @@
 Factors: what mixes the tokens (`ARMS`), in `CELLS` that change one thing each (width, depth,
 training images, epochs, patches) from a common centre, and one that changes two. Every arm has the
 same tuning budget: in the centre, and again in the cells of `RATES_IN`, the same learning rates,
-one seed each, chosen by validation. Then fresh seeds are trained at that rate in every cell and scored once on the test split; nothing
-is chosen by the test split. First every arm gets `--seeds` seeds; then, while there is time, the
-arms whose interval against softmax holds 0 get more, up to `MOST_SEEDS`.
+one seed each, chosen by validation. Then fresh seeds are trained at that rate in every cell and
+scored once on the test split; nothing is chosen by the test split. First every arm gets `--seeds`
+seeds; then, while there is time, the arms whose interval against softmax holds 0 get more, up to
+`MOST_SEEDS`.
 
 Work is cut into units of seconds to minutes, each a file below `--out` that is written whole or not
 at all: it can be killed and started again, and any number of processes may share the directory.
