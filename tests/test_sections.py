@@ -120,6 +120,29 @@ def test_the_landscape_is_that_of_its_measures(results):
     assert page.count("<svg") == 3 and "16 validation images" in page
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_points_that_are_not_finite_are_counted_and_cost_only_their_roughness(
+    results, monkeypatch, value
+):
+    kept = landscape._kept_surface
+
+    def spoilt(context, member, kind, extent):
+        z = kept(context, member, kind, extent).clone()
+        if kind == "random" and member.name == "G2B" and member.seed == 0:
+            z[0, :2] = value
+        return z
+
+    monkeypatch.setattr(landscape, "_kept_surface", spoilt)
+    found = landscape.section(context(results, landscape.ANALYSIS))
+    page = " ".join(found.blocks)
+    said = f"2 of {landscape.GRID**2} points of G2B, seed 0, in the random plane"
+    assert page.count(said) == page.count("have a loss of nan or inf") == 1
+    assert page.count("<svg") == 3 and "1 of 2 not finite" in page
+    assert set(numbers(found, "G2B", "random_roughness")) == {1, None}
+    assert set(numbers(found, "G2B", "random_rise")) == {0, 1, None}
+    assert set(numbers(found, "G2B", "path_roughness")) == {0, 1, None}
+
+
 def test_numbers_of_the_landscape_do_not_depend_on_the_points_of_the_picture(results):
     coarse = landscape.measure(context(results, landscape.ANALYSIS), section.Member(results[1], 0))
     fine = landscape.measure(

@@ -556,7 +556,8 @@ def _kept_surface(context: Context, member: Member, kind: str, extent: float) ->
 
 def measure(context: Context, member: Member) -> dict[str, Tensor]:
     """The surfaces of a member over the plane of its path and over a random one, and the numbers
-    of both from `GRID` points a side, whatever the picture has.
+    of both from `GRID` points a side, whatever the picture has: where the loss of a point is not
+    finite, the roughness is nan, and such points are counted.
     """
     path, reach = _path(context, member), _reach(context)
     found: dict[str, Tensor] = {"coordinates": path["coordinates"], "explained": path["explained"]}
@@ -567,13 +568,16 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
         step = (len(z) - 1) // (GRID - 1)
         coarse, grid = z[::step, ::step], axes(extent, GRID)
         rises = sharpness(coarse, grid, RADIUS * extent)
+        lost = (~coarse.isfinite()).sum()
+        rough = roughness(coarse, grid) if lost == 0 else coarse.new_tensor(math.nan)
         found |= {
             f"{kind}_surface": z,
             f"{kind}_axes": axes(extent, len(z)),
             f"{kind}_loss": coarse[GRID // 2, GRID // 2],
             f"{kind}_rise": rises.mean,
             f"{kind}_largest": rises.largest,
-            f"{kind}_roughness": roughness(coarse, grid),
+            f"{kind}_roughness": rough,
+            f"{kind}_lost": lost,
         }
     return found
 
@@ -649,6 +653,17 @@ def section(context: Context) -> pages.Section:
         *differences(found, "random_roughness", "Roughness (%, random)", columns["random"][2]),
         *differences(found, "random_rise", "Mean rise (nats, random)", columns["random"][0]),
     ]
+    lost = [
+        pages.warning(
+            f"{own[f'{kind}_lost']:.0f} of {GRID**2} points of {name}, seed {seed}, in the "
+            f"{kind} plane have a loss of nan or inf: no roughness, and in the picture the "
+            "highest colour or none."
+        )
+        for kind in columns
+        for name, seeds in found.items()
+        for seed, own in seeds.items()
+        if own[f"{kind}_lost"]
+    ]
     told = (
         f"The loss on {count} validation images around the final weights; a spiky landscape would "
         "show as small islands of contours and as a large roughness. The pictures are "
@@ -658,7 +673,7 @@ def section(context: Context) -> pages.Section:
         "do not move in the random plane; of an operator a filter is what feeds one hidden value "
         "or one key of one head."
     )
-    return pages.Section([pages.text(told), *shown, *tables, pages.items(lines)], numbers)
+    return pages.Section([pages.text(told), *lost, *shown, *tables, pages.items(lines)], numbers)
 
 
 ANALYSIS = Analysis(
