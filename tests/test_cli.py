@@ -310,6 +310,13 @@ def test_another_configuration_in_the_directory_is_refused(capsys, tmp_path):
     assert code == 2 and "epochs: 1 there, 2 asked" in error
 
 
+def test_an_operator_that_does_not_fit_the_model_stops_before_any_is_trained(capsys, tmp_path):
+    out = tmp_path / "runs"
+    named = ["--operator", "softmax", "performer:width=31"]
+    code, _, error = run(capsys, "train", *TINY, *named, "--out", out)
+    assert code == 2 and "made for heads of 31 numbers" in error and not out.exists()
+
+
 def test_a_damaged_checkpoint_is_one_line(capsys, tmp_path):
     out = tmp_path / "run"
     assert run(capsys, "train", *TINY, "--out", out)[0] == 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Generator
 
 from kart import (
     data,
@@ -171,7 +172,9 @@ def _code_flags(configs: Sequence[Config]) -> list[str]:
 
 
 def _check(config: Config, splits: train.Splits, ranks: train.Ranks) -> None:
-    """Raises ValueError for what would stop `config` later: a bad operator, too large a batch."""
+    """Raises ValueError for what would stop `config` later: an operator that does not fit the
+    model, found by a pass over one image, too large a batch.
+    """
     model = train.build(config, splits.train)
     # weights, gradients and AdamW's two moments
     needed = 16 * cost.parameters(model).total
@@ -181,6 +184,9 @@ def _check(config: Config, splits: train.Splits, ranks: train.Ranks) -> None:
             f"`kart train` needs parameters that fit the {memory / 2**30:.0f} GiB of memory, got "
             f"{needed / 2**30:,.0f} GiB of them with their moments. Choose a smaller model."
         )
+    pixels = data.as_float(data.take(splits.val, torch.arange(1))[0])
+    with torch.no_grad():
+        model.apply(model.init(Generator()), train.prepare(pixels, splits.val, config))
     steps = config.epochs * train.batches(config, splits.train, ranks).steps_per_epoch
     if steps > MOST_STEPS:
         raise ValueError(
