@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
@@ -182,6 +183,25 @@ class Splits(NamedTuple):
 
     train: Dataset
     val: Dataset
+
+    def check(self) -> None:
+        """Raises ValueError unless both are data sets (see `Dataset.check`) of the same classes,
+        channels and statistics: a model that is trained on one can be scored on the other.
+        """
+        for dataset in self:
+            dataset.check()
+        for name in ("classes", "channels", "mean", "std"):
+            first, other = (getattr(dataset, name) for dataset in self)
+            if not np.array_equal(first, other):
+                raise ValueError(
+                    f"`Splits` needs training and validation images of the same `{name}`, got "
+                    f"{first!r:.200} and {other!r:.200}. Take those of the training images."
+                )
+        if not len(self.val.labels):
+            raise ValueError(
+                f"`Splits` needs one validation image or more, got none in {self.val.name!r}. Hold "
+                "some out of the training images."
+            )
 
 
 def load_data(config: Config, **options: Any) -> Splits:
@@ -626,6 +646,7 @@ def evaluate(
         raise ValueError(
             f"`evaluate` needs one image or more, got none in {dataset.name!r}. Add images."
         )
+    schema.check_integer("evaluate", "batch_size", batch_size, 1)
     dtype = getattr(torch, config.precision)
     with torch.no_grad():
         starts = list(range(0, count, batch_size))
@@ -637,6 +658,11 @@ def evaluate(
             images = prepare(data.as_float(pixels.to(config.device)), dataset, config)
             labels = labels.to(config.device)
             logits = apply(params, images.to(dtype)).float()
+            if logits.shape[-1] != len(dataset.classes):
+                raise ValueError(
+                    f"`evaluate` needs logits of the {len(dataset.classes)} classes of "
+                    f"{dataset.name!r}, got {logits.shape[-1]}. Take the model of these data."
+                )
             ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
             hits = ranked == labels[:, None]
             losses = cross_entropy(logits, F.one_hot(labels, logits.shape[-1]))
@@ -705,6 +731,7 @@ def solo(config: Config, splits: Splits, model: Model | None = None, ranks: Rank
             f'`solo` needs step="eager" with {ranks.size} processes, got {config.step!r}: the '
             "gradients leave the step to be averaged. Leave it out."
         )
+    splits.check()
     model = model or build(config, splits.train)
     source = batches(config, splits.train, ranks)
     functions = program(config, model, source.steps_per_epoch, ranks)

@@ -276,6 +276,16 @@ def test_the_layout_does_not_depend_on_the_size_of_groups(splits, tmp_path):
     assert runs.parts(configs[:1], 1, tmp_path) == [(configs[:1], tmp_path)]
 
 
+def test_statistics_of_any_numbers_are_stored(splits, tmp_path):
+    own = [
+        one._replace(classes=list(one.classes), mean=np.float32(one.mean), std=np.array(one.std))
+        for one in splits
+    ]
+    list(runs.execute(tmp_path / "run", [TINY], train.Splits(*own)))
+    assert runs.read(tmp_path / "run").data["mean"] == np.float32(splits.train.mean).tolist()
+    assert own[0].fingerprint == splits.train.fingerprint
+
+
 def test_fingerprints_are_of_content(splits):
     copy = splits.train._replace(images=np.array(splits.train.images), name="elsewhere")
     assert copy.fingerprint == splits.train.fingerprint

@@ -292,8 +292,9 @@ def test_populations_of_different_shapes_are_refused(splits):
         population.stacked([TINY, change(operator="softmax")], splits)
     with pytest.raises(ValueError, match="different seeds"):
         population.seeds(TINY, [1, 1])
-    with pytest.raises(ValueError, match="`size` >= 1"):
-        population.groups([TINY], 0)
+    for size in (0, "2"):
+        with pytest.raises(ValueError, match="an integer `size` >= 1, got"):
+            population.groups([TINY], size)
     with pytest.raises(ValueError, match="one config or more, got none"):
         population.groups([], 2)
 
@@ -501,6 +502,37 @@ def test_bad_hyperparameters_name_themselves(field):
 def test_a_batch_larger_than_the_data_is_refused(splits):
     with pytest.raises(ValueError, match="24 training images, got 25"):
         train.solo(change(batch_size=25), splits)
+
+
+@pytest.mark.parametrize(
+    ("change_of_val", "words"),
+    [
+        (lambda val: {"classes": val.classes[::-1]}, "the same `classes`, got .*'0', '1', .*'9',"),
+        (lambda val: {"classes": (*val.classes, "ten")}, "the same `classes`"),
+        (lambda val: {"mean": (0.1,)}, "the same `mean`"),
+        (lambda val: {"std": (0.1,)}, "the same `std`"),
+        (
+            lambda val: {"images": val.images.repeat(3, 1), "mean": (0.5,) * 3, "std": (0.5,) * 3},
+            "the same `channels`, got 1 and 3",
+        ),
+        (lambda val: {"images": val.images[:0], "labels": val.labels[:0]}, "one validation image"),
+    ],
+)
+def test_splits_that_do_not_agree_are_refused_before_training(change_of_val, words, splits):
+    other = splits._replace(val=splits.val._replace(**change_of_val(splits.val)))
+    for configs in ([TINY], members(0, 1)):
+        with pytest.raises(ValueError, match=f"`Splits` needs .*{words}"):
+            population.run(configs, other)
+
+
+def test_a_model_of_other_classes_is_not_scored(splits):
+    def apply(params, images):
+        return images.mean((2, 3)).expand(-1, 12)
+
+    with pytest.raises(ValueError, match="logits of the 10 classes of 'digits', got 12"):
+        train.evaluate(apply, {}, splits.val, TINY)
+    with pytest.raises(ValueError, match="`batch_size` >= 1, got 0"):
+        train.evaluate(apply, {}, splits.val, TINY, batch_size=0)
 
 
 def test_batches_are_a_pure_function_of_seed_and_step(splits):

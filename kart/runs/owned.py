@@ -20,8 +20,8 @@ def facts(splits: Splits) -> dict[str, Any]:
         "name": first.name,
         "classes": list(first.classes),
         "image": list(first.images.shape[1:]),  # channels, height, width
-        "mean": list(first.mean),
-        "std": list(first.std),
+        "mean": [float(x) for x in first.mean],
+        "std": [float(x) for x in first.std],
         "counts": {"train": len(first.labels), "val": len(splits.val.labels)},
         "fingerprint": {"train": first.fingerprint, "val": splits.val.fingerprint},
     }
