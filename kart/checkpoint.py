@@ -43,6 +43,11 @@ STALE_S = 3600.0
 # where other trainers put a state dict, and what they put before its names
 WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
 PREFIXES = ("module.", "_orig_mod.", "model.")
+# what to do about a donor with others than the model has
+OTHER_OPERATORS = (
+    "Create the model with the donor's operators (kart train: --operator), or leave them out of "
+    "the donor's weights to draw them anew."
+)
 
 
 def save(path: str | os.PathLike, params: Params, config: Any, **trees: Tree) -> None:
@@ -223,6 +228,8 @@ def from_timm(
         if names
     ]
     if problems:
+        if all(map(_operator, (*missing, *unexpected, *(told.split()[0] for told in wrong)))):
+            hints.append(OTHER_OPERATORS)
         advice = " ".join(dict.fromkeys(hints)) or (
             "Create the model with the donor's width, depth, heads and patch size, "
             "and remove what the model has no place for."
