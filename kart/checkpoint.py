@@ -19,7 +19,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +272,24 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` to `path` as JSON for readers, whole or not at all; see `schema.dumps`."""
     write_text(path, schema.dumps(value, indent=1) + "\n")
+
+
+def check_replaced(
+    function: str, path: Path, is_own: Callable[[dict[str, Any]], bool], *others: Path
+) -> None:
+    """Raises ValueError where `path`, JSON that is to be written beside the files `others`, is
+    there and not `is_own`, or one of them without it: what somebody else wrote is not replaced.
+    """
+    there = [one for one in (path, *others) if one.exists()]
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path in there else None
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if there and not (isinstance(found, dict) and is_own(found)):
+        raise ValueError(
+            f"`{function}` replaces what it wrote itself alone, got {str(there[0])!r} of something "
+            "else, where it is to write. Choose another name, or remove that file."
+        )
 
 
 def _some(names: list[str], limit: int = 8) -> str:

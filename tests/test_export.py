@@ -1,6 +1,7 @@
 """`kart export` and `kart predict`: the files give the run's logits, the images their classes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -203,6 +204,27 @@ def test_mistakes_are_one_line(run, argv, words, capsys, tmp_path, monkeypatch):
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_nothing_but_an_earlier_export_is_replaced(run, tmp_path, capsys):
+    home = tmp_path / "run"
+    shutil.copytree(run, home)
+    (tmp_path / "m.safetensors").write_text("of somebody")
+    places = [home / "last.safetensors", home / "config.safetensors", tmp_path / "m.safetensors"]
+    before = {path: path.read_bytes() for path in [*home.glob("*.*"), places[-1]]}
+    for out in places:
+        assert cli.main(["export", str(home), "--out", str(out)]) == 2
+        assert "of something else" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in [*home.glob("*.*"), places[-1]]}
+    # again, in another form, and then of another run in the one beside which another would stay
+    out = str(tmp_path / "own.safetensors")
+    for _ in range(2):
+        assert cli.main(["export", str(home), "--out", out]) == 0
+    one = runs.only(home)
+    export.write(out, one.model, one.params, {"run": "another"}, "safetensors")
+    argv = ["export", str(home), "--out", str(tmp_path / "own.pt2"), "--format", "torch"]
+    assert cli.main(argv) == 2
+    assert "own.json' of something else" in capsys.readouterr().err
 
 
 def test_predictions_are_those_of_the_run_on_its_own_pixels(run, expected, tmp_path, capsys):

@@ -95,6 +95,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.points % 10 != 1:
         raise ValueError(f"`--points` needs 11, 21, 31 or so on, got {args.points}. Take 41.")
     sections = _sections(args)
+    out = Path(args.out or Path(args.run[0]) / "report.html")
+    report.check_out(out)
     results, splits = _loaded(args)
     for directory in runs.find(*args.run):
         owned.check(str(directory), runs.read(directory).data, splits)
@@ -112,7 +114,6 @@ def _run(args: argparse.Namespace) -> int:
         for worker in workers:
             worker.join()
     minutes = max(0.0, args.minutes - (time.monotonic() - began) / 60)
-    out = Path(args.out or Path(args.run[0]) / "report.html")
     title = args.title or f"{', '.join(one.name for one in results)} on {splits.train.name}"
     done = report.analyse(
         results,
