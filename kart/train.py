@@ -117,7 +117,8 @@ class Config:
         need(self.warmup_epochs <= self.epochs, "warmup_epochs", f"<= epochs, {self.epochs}")
         need(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
         need(0 <= self.ema < 1, "ema", "in [0, 1)")
-        need(0 < self.eval_crop <= 1, "eval_crop", "in (0, 1]")
+        # the whole image is scaled to 1 / eval_crop of the model's side
+        need(0.1 <= self.eval_crop <= 1, "eval_crop", "in [0.1, 1]")
         smoothed = augment.smoothing(self.augment)
         need(
             not (smoothed and self.label_smoothing),
@@ -252,7 +253,15 @@ def build(config: Config, dataset: Dataset) -> Model:
             f"{min(height, width)}`)."
         )
     image_size = config.image_size or width
-    given.setdefault("patch_size", default_patch_size(image_size, config.model))
+    if "patch_size" not in given:
+        side = given["patch_size"] = default_patch_size(image_size, config.model)
+        if side < 4 and image_size // side > 64:
+            raise ValueError(
+                f"`build` needs `patch_size` for images of {image_size} pixels a side: the largest "
+                f"side to 16 that divides it is {side}, of which there are "
+                f"{(image_size // side) ** 2:,}. Pass `patch_size`, or another `image_size`, say "
+                f"{image_size // 16 * 16} (kart train: --patch-size, --image-size)."
+            )
     shape = {
         "image_size": image_size,
         "in_channels": dataset.images.shape[1],

@@ -492,6 +492,7 @@ def test_configs_survive_json_and_their_hash_names_them():
         {"end_learning_rate": 2e-3},
         {"start_learning_rate": 2e-3},
         {"warmup_epochs": 3.5},
+        {"eval_crop": 0.01},
     ],
 )
 def test_bad_hyperparameters_name_themselves(field):
@@ -564,6 +565,18 @@ def test_the_default_patch_divides_and_leaves_a_grid(size):
 def test_the_default_patch_of_common_sizes():
     sizes = {8: 2, 28: 7, 32: 4, 64: 8, 96: 12, 128: 16, 224: 16, 384: 16}
     assert {size: train.default_patch_size(size) for size in sizes} == sizes
+
+
+def test_a_side_that_no_patch_divides_is_refused_where_pixels_would_be_patches(splits):
+    def side(size, patch_size=None):
+        config = change(operator="softmax", image_size=size, patch_size=patch_size)
+        return train.build(config, splits.train).config.patch_size
+
+    for size in (97, 227, 254):
+        words = f"`patch_size` for images of {size} pixels .* say {size // 16 * 16} "
+        with pytest.raises(ValueError, match=words):
+            side(size)
+    assert side(227, 227) == 227 and side(37) == 1
 
 
 # parts of a batch, frozen parameters
