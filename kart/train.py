@@ -15,7 +15,7 @@ import json
 import math
 import time
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -362,9 +362,7 @@ class Program(NamedTuple):
     gradients: Callable[[State, Tensor, Tensor], tuple[Params, Tensor]]
 
 
-def value_and_gradients(
-    loss: Callable[[Params, Tensor, Tensor], Tensor],
-) -> Callable[[Params, Tensor, Tensor], tuple[Params, Tensor]]:
+def value_and_gradients(loss: Callable[..., Tensor]) -> Callable[..., tuple[Params, Tensor]]:
     """`(gradients, value)` of `loss` in its first argument, as `torch.func.grad_and_value`.
 
     That one keeps the graph of its own backward, in case it is differentiated again, which more
@@ -374,14 +372,14 @@ def value_and_gradients(
     """
     under_transform = grad_and_value(loss)
 
-    def run(params: Params, images: Tensor, targets: Tensor) -> tuple[Params, Tensor]:
+    def run(params: Params, *rest: Any) -> tuple[Params, Tensor]:
         flat = tree.leaves(params)
         plain = not torch.compiler.is_compiling() and not kernels.transforming()
         if not plain or any(leaf.requires_grad for leaf in flat):
-            return under_transform(params, images, targets)
+            return under_transform(params, *rest)
         with torch.enable_grad():
             leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
-            value = loss(leaves, images, targets)
+            value = loss(leaves, *rest)
             # an unused parameter has a gradient of zeros, as under torch.func
             found = iter(
                 torch.autograd.grad(
@@ -421,20 +419,22 @@ Differentiate = Callable[[Params, Tensor, Tensor], tuple[Params, Tensor]]
 
 
 def trained_alone(
-    config: Config, loss: Callable[[Params, Tensor, Tensor], Tensor]
+    held: Collection[str], loss: Callable[[Params, Tensor, Tensor], Tensor]
 ) -> Differentiate:
-    """`(gradients, value)` of `loss` where some parameters are frozen: gradients of zeros there."""
+    """`(gradients, value)` of `loss` where the parameters `held` are frozen: gradients of zeros
+    there.
+    """
+
+    def of_free(own: Params, params: Params, images: Tensor, targets: Tensor) -> Tensor:
+        named = tree.named(own)
+        merged = tree.map_named(lambda name, leaf: named.get(name, leaf), params)
+        return loss(merged, images, targets)
+
+    differentiate = value_and_gradients(of_free)
 
     def run(params: Params, images: Tensor, targets: Tensor) -> tuple[Params, Tensor]:
-        held = frozen(config, params)
         free = [name for name in tree.named(params) if name not in held]
-
-        def of_free(own: Params, images: Tensor, targets: Tensor) -> Tensor:
-            named = tree.named(own)
-            merged = tree.map_named(lambda name, leaf: named.get(name, leaf), params)
-            return loss(merged, images, targets)
-
-        grads, value = value_and_gradients(of_free)(tree.restrict(params, free), images, targets)
+        grads, value = differentiate(tree.restrict(params, free), params, images, targets)
         named = tree.named(grads)
         zeros = torch.zeros_like
         return tree.map_named(lambda n, x: named[n] if n in named else zeros(x), params), value
@@ -482,19 +482,21 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
     schedule = functools.partial(_schedule, config, steps_per_epoch)
     average = optim.ema(config.ema, warmup=config.ema_warmup)
     dtype = getattr(torch, config.precision)
-    one = trained_alone(config, loss) if config.held else value_and_gradients(loss)
+    # before a step: torch.compile cannot follow how patterns are matched
+    held = frozen(config, model.init(torch.Generator())) if config.held else set[str]()
+    one = trained_alone(held, loss) if held else value_and_gradients(loss)
     differentiated = accumulated(config.accumulate, one)
     clip = optim.clip_by_global_norm(config.max_norm)
 
-    def mask(params: Params) -> optim.Mask:
-        # of a frozen parameter the gradient is zero and so is its step, without decay
-        held = frozen(config, params) if config.held else set()
-        decays = optim.decay_mask()
-        return lambda name, leaf: name not in held and decays(name, leaf)
+    decays = optim.decay_mask()
 
-    def adamw(hyper: Hyper, params: Params) -> optim.Transformation:
+    def mask(name: str, leaf: Tensor) -> bool:
+        # of a frozen parameter the gradient is zero and so is its step, without decay
+        return name not in held and decays(name, leaf)
+
+    def adamw(hyper: Hyper) -> optim.Transformation:
         rate = schedule(hyper.learning_rate)
-        return optim.adamw(rate, hyper.weight_decay, eps=config.adam_eps, mask=mask(params))
+        return optim.adamw(rate, hyper.weight_decay, eps=config.adam_eps, mask=mask)
 
     def init(generator: torch.Generator) -> State:
         params = tree.to(model.init(generator), config.device)
@@ -502,7 +504,7 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
         hyper = Hyper(torch.tensor(config.peak_learning_rate), torch.tensor(config.weight_decay))
         return State(
             params,
-            optim.chain(clip, adamw(hyper, params)).init(params),
+            optim.chain(clip, adamw(hyper)).init(params),
             average.init(params) if config.ema else {},
             zero,
             zero - 1,
@@ -521,7 +523,7 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
 
     def step(state: State, hyper: Hyper, images: Tensor, targets: Tensor) -> tuple[State, Metrics]:
         grads, value = gradients(state, images, targets)
-        optimizer = optim.chain(clip, adamw(hyper, state.params))
+        optimizer = optim.chain(clip, adamw(hyper))
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         norm = opt_state[0].norm
         params = optim.apply_updates(state.params, updates)
@@ -551,12 +553,12 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
         norm = clip_state.norm
         fine = value.isfinite() & norm.isfinite() & (state.bad_step < 0)
         after = optim.apply_in_place(
-            adamw(hyper, state.params),
+            adamw(hyper),
             grads,
             state.optimizer[1],
             state.params,
             fine,
-            mask(state.params),
+            mask,
         )
         del grads
         clip_state = tree.map(lambda a, b: torch.where(fine, a, b), clip_state, state.optimizer[0])

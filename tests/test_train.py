@@ -111,14 +111,17 @@ def test_a_donated_state_trains_to_the_same_end(splits):
     assert without_time(r for _, r in plain) == without_time(r for _, r in donated)
 
 
-@pytest.mark.parametrize("members", [1, 2])
-def test_a_compiled_step_is_the_eager_one(members, splits, monkeypatch):
+@pytest.mark.parametrize(
+    ("members", "fields"), [(1, {}), (2, {}), (1, {"operator": "softmax", "freeze": ("blocks",)})]
+)
+def test_a_compiled_step_is_the_eager_one(members, fields, splits, monkeypatch):
     # one graph or an error; Inductor itself takes minutes, and is tested with the kernels
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **k: compiler(f, backend="aot_eager", **k))
     results = []
     for how in ("eager", "compiled"):
-        configs = population.seeds(change(step=how, depth=1), range(members))
+        one = change(step=how, depth=1, **fields)
+        configs = population.seeds(one, range(members))
         run = population.run(configs, splits)
         results.append(run.step(run.init(), run.hyper, *run.batch(0)))
     tree.map(lambda a, b: assert_close(a, b, rtol=1e-5, atol=1e-7), *results)
