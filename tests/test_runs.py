@@ -97,6 +97,13 @@ def test_reading_commands_refuse_other_data(command, home, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["eval", "analyse"])
+def test_other_data_of_fewer_images_are_told_as_others(command, home, capsys, tmp_path):
+    few = save_folder(tmp_path / "few", 20, size=(8, 8), mode="L")
+    code, _, error = call(capsys, command, home / "0", "--data", few)
+    assert code == 2 and "needs to be what" in error and "counts {'train': 24," in error
+
+
+@pytest.mark.parametrize("command", ["eval", "analyse"])
 def test_a_directory_that_is_not_here_is_no_public_name(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("KART_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(public, "read", lambda *args: pytest.fail("asks the network"))

@@ -46,9 +46,9 @@ def _loaded(args: argparse.Namespace) -> tuple[list[Any], train.Splits]:
     config = results[0].configs[0]
     assert results[0].homes is not None  # those that were read have them
     first = results[0].homes[0]
-    source = owned.place(str(first), runs.read(first).data, config.data, args.data)
-    config = dataclasses.replace(config, data=source)
-    return results, train.load_data(config)
+    own = runs.read(first).data
+    source = owned.place(str(first), own, config.data, args.data)
+    return results, owned.load(str(first), own, dataclasses.replace(config, data=source))
 
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
