@@ -266,7 +266,9 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         # a full disk says no name
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # where nothing can be written, nothing can be removed: that is told by what came before
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -1,14 +1,17 @@
 """Whose a run's files are: data, records, checkpoints and scores that do not fit are refused."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pictures import save_folder
 
-from kart import cli, population, runs, train
+from kart import checkpoint, cli, population, runs, train
 from kart.data import public
 from kart.runs import identity, owned
 from tests.tiny import ONE_BLOCK as TINY
@@ -151,8 +154,34 @@ def test_scores_of_another_moment_or_run_are_not_shown(home, capsys):
         code, text, error = call(capsys, "analyse", home)
         assert code == 2 and error.count("\n") == 1, change
         assert "test top-1" not in text
+    # on other test images, by which the runs cannot be compared
+    path.write_text(json.dumps({**good, "fingerprint": "x"}))
+    code, _, error = call(capsys, "analyse", home)
+    assert code == 2 and "on the same test images" in error and "Run `kart eval`" in error
     path.write_text(json.dumps(good))
     assert "test top-1" in call(capsys, "analyse", home)[1]
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "analyse"])
+def test_a_run_that_cannot_be_written_is_told_before_anything_is_computed(
+    command, home, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setattr(train, "evaluate", lambda *args, **more: pytest.fail("computes"))
+    place = ["--out", tmp_path / "new" / "run"] if command == "train" else [home / "0"]
+    code, _, error = call(capsys, command, *place)
+    assert code == 2 and "that can be written to, got" in error and error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_cannot_be_written_is_told_by_its_name(tmp_path, monkeypatch):
+    def refuse(*args, **more):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(args[0]))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match="Read-only file system: '.*note.json'"):
+        checkpoint.write_text(tmp_path / "note.json", "{}")
 
 
 def test_metrics_that_do_not_fit_are_refused(splits, home):

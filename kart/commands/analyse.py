@@ -97,6 +97,7 @@ def _run(args: argparse.Namespace) -> int:
     sections = _sections(args)
     out = Path(args.out or Path(args.run[0]) / "report.html")
     report.check_out(out)
+    runs.check_writable(Path(args.run[0]))  # which keeps what is computed
     results, splits = _loaded(args)
     for directory in runs.find(*args.run):
         owned.check(str(directory), runs.read(directory).data, splits)
