@@ -407,6 +407,9 @@ def test_normalise_by_hand():
     ):
         with pytest.raises(ValueError, match=words):
             data.normalise(images, (0.5, 0.2), (0.5, 0.1))
+    for mean, std in (((0.5, 0.2), (0.5, 0.0)), ((0.5, float("nan")), (0.5, 0.1))):
+        with pytest.raises(ValueError, match="finite means and deviations > 0, got"):
+            data.normalise(torch.zeros(2, 2, 2), mean, std)
     with pytest.raises(ValueError, match="`as_float` needs uint8 images, got torch.float32"):
         data.as_float(torch.zeros(1))
 
