@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from kart import schema
+
 Pipeline = Callable[[Generator, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 
 
@@ -35,10 +37,11 @@ def crop(generator: Generator, images: Tensor, padding: int = 4, mode: str = "ze
     height, width = images.shape[-2:]
     if mode not in ("zero", "reflect"):
         raise ValueError(f"`crop` needs `mode` 'zero' or 'reflect', got {mode!r}.")
-    if padding < 0 or (mode == "reflect" and padding >= min(height, width)):
+    schema.check_integer("crop", "padding", padding, 0)
+    if mode == "reflect" and padding >= min(height, width):
         raise ValueError(
-            f"`crop` needs `padding` >= 0 and, to reflect, below the sides {height} x {width}, got "
-            f"{padding}. Lower it."
+            f"`crop` needs `padding` below the sides {height} x {width} to reflect, got {padding}. "
+            "Lower it."
         )
     flat = images.flatten(0, -4)
     shift = torch.randint(0, 2 * padding + 1, (2, len(flat)), generator=generator)
@@ -65,8 +68,8 @@ def random_resized_crop(
     """
     _check("random_resized_crop", generator, images)
     height, width = images.shape[-2:]
-    if size is not None and size < 1:
-        raise ValueError(f"`random_resized_crop` needs `size` >= 1 or None, got {size}.")
+    if size is not None:
+        schema.check_integer("random_resized_crop", "size", size, 1)
     rows, columns = (height, width) if size is None else (size, size)
     flat = images.flatten(0, -4)
     corner, box = _boxes(generator, len(flat), height, width, scale, ratio)
@@ -164,10 +167,11 @@ def rand_augment(
     """
     _check("rand_augment", generator, images)
     _check_probability("rand_augment", "p", p)
-    if layers < 0 or not 0 <= std < math.inf or not 0 <= magnitude < math.inf:
+    _check_probability("rand_augment", "fill", fill)
+    schema.check_integer("rand_augment", "layers", layers, 0)
+    if not 0 <= std < math.inf or not 0 <= magnitude < math.inf:
         raise ValueError(
-            "`rand_augment` needs finite `magnitude`, `layers` and `std` >= 0, got "
-            f"{magnitude}, {layers} and {std}."
+            f"`rand_augment` needs finite `magnitude` and `std` >= 0, got {magnitude} and {std}."
         )
     flat = images.flatten(0, -4).clone()
     shape = (layers, len(flat))
@@ -262,8 +266,9 @@ def one_hot(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
 
     `smoothing` is spread evenly over all classes (Szegedy et al. 2016, arXiv:1512.00567).
     """
-    if labels.dtype != torch.int64:
-        raise ValueError(f"`one_hot` needs int64 labels, got {labels.dtype}.")
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        kind = getattr(labels, "dtype", type(labels).__name__)
+        raise ValueError(f"`one_hot` needs int64 labels, got {kind}.")
     _check_probability("one_hot", "smoothing", smoothing)
     # on a GPU the test would stall every step; `data.load` has made it once
     if labels.device.type == "cpu" and labels.numel():
@@ -297,7 +302,7 @@ def pipeline(name: str) -> Pipeline:
       mixed, labels smoothed by 0.1.
     """
     if name not in _PIPELINES:
-        near = difflib.get_close_matches(name, _PIPELINES) or list(_PIPELINES)
+        near = difflib.get_close_matches(str(name), _PIPELINES) or list(_PIPELINES)
         raise ValueError(
             f"`pipeline` needs one of {tuple(_PIPELINES)}, got {name!r}. Near: {', '.join(near)}."
         )
@@ -320,11 +325,11 @@ def after_crop(name: str) -> Pipeline | None:
 
 def resize(images: Tensor, size: int) -> Tensor:
     """Images `(..., C, height, width)` to `size` x `size`, bilinear, antialiased when smaller."""
-    if images.ndim < 3 or not images.is_floating_point() or size < 1:
+    schema.check_integer("resize", "size", size, 1)
+    if images.ndim < 3 or not images.is_floating_point():
         raise ValueError(
-            f"`resize` needs float images (..., C, height, width) and `size` >= 1, got "
-            f"{images.dtype} {tuple(images.shape)} and {size}. Turn bytes into floats by "
-            "`data.as_float`."
+            f"`resize` needs float images (..., C, height, width), got {images.dtype} "
+            f"{tuple(images.shape)}. Turn bytes into floats by `data.as_float`."
         )
     if images.shape[-2:] == (size, size):
         return images
@@ -573,8 +578,8 @@ def _per_image(values: Tensor, images: Tensor) -> Tensor:
 
 
 def _check_probability(name: str, argument: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"`{name}` needs `{argument}` in [0, 1], got {value}.")
+    if not schema.fits(value, float) or not 0 <= value <= 1:
+        raise ValueError(f"`{name}` needs `{argument}` in [0, 1], got {value!r}.")
 
 
 def _check(name: str, generator: Generator, images: Tensor, labels: Tensor | None = None) -> None:

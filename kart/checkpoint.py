@@ -19,7 +19,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,11 @@ STALE_S = 3600.0
 # where other trainers put a state dict, and what they put before its names
 WRAPPERS = ("state_dict", "model", "state_dict_ema", "model_ema")
 PREFIXES = ("module.", "_orig_mod.", "model.")
+# what to do about a donor with others than the model has
+OTHER_OPERATORS = (
+    "Create the model with the donor's operators (kart train: --operator), or leave them out of "
+    "the donor's weights to draw them anew."
+)
 
 
 def save(path: str | os.PathLike, params: Params, config: Any, **trees: Tree) -> None:
@@ -223,6 +228,8 @@ def from_timm(
         if names
     ]
     if problems:
+        if all(map(_operator, (*missing, *unexpected, *(told.split()[0] for told in wrong)))):
+            hints.append(OTHER_OPERATORS)
         advice = " ".join(dict.fromkeys(hints)) or (
             "Create the model with the donor's width, depth, heads and patch size, "
             "and remove what the model has no place for."
@@ -259,12 +266,32 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         # a full disk says no name
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # where nothing can be written, nothing can be removed: that is told by what came before
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` to `path` as JSON for readers, whole or not at all; see `schema.dumps`."""
     write_text(path, schema.dumps(value, indent=1) + "\n")
+
+
+def check_replaced(
+    function: str, path: Path, is_own: Callable[[dict[str, Any]], bool], *others: Path
+) -> None:
+    """Raises ValueError where `path`, JSON that is to be written beside the files `others`, is
+    there and not `is_own`, or one of them without it: what somebody else wrote is not replaced.
+    """
+    there = [one for one in (path, *others) if one.exists()]
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path in there else None
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if there and not (isinstance(found, dict) and is_own(found)):
+        raise ValueError(
+            f"`{function}` replaces what it wrote itself alone, got {str(there[0])!r} of something "
+            "else, where it is to write. Choose another name, or remove that file."
+        )
 
 
 def _some(names: list[str], limit: int = 8) -> str:

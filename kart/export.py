@@ -7,6 +7,7 @@ and what the classes are called stands in a JSON file beside it.
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kart import checkpoint, transfer, tree
+from kart import checkpoint, schema, transfer, tree
 from kart.kernels import family, plain
 from kart.models import Model
 
@@ -125,7 +126,8 @@ def write(
     """Writes the model to `path` in the form `form`, and `about` as JSON beside it.
 
     Args:
-        path: a file that ends in the suffix of the form; it is replaced whole.
+        path: a file that ends in the suffix of the form; an earlier export is replaced whole, and
+            of several forms beside one JSON file all are to be of the same `about`.
         model: a model whose operators are named, so that its config can be stored.
         params: its parameters, on the CPU.
         about: how images are standardised, classes, whose weights they are.
@@ -147,6 +149,14 @@ def write(
         raise ValueError(
             f"`export` needs a file in a directory that exists, got {str(path)!r}. Make it first."
         )
+    told = json.loads(schema.dumps({"format": form, **about, "versions": checkpoint.versions()}))
+    beside = path.with_suffix(".json")
+
+    def is_own(found: dict[str, Any]) -> bool:
+        same = all(found.get(name) == told[name] for name in about)
+        return found.get("format") in FORMATS and (found["format"] == form or same)
+
+    checkpoint.check_replaced("export", beside, is_own, path)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         own = tree.map(lambda leaf: leaf.detach().cpu(), params)
@@ -158,8 +168,8 @@ def write(
                 f"`export` cannot write {model.config.operator!r} as {form}: torch says "
                 f"{str(err).strip().splitlines()[0]!r:.200}. Choose safetensors, for kart."
             ) from err
+        # before the file, which is known for an export by it
+        checkpoint.write_json(beside, told)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    told = {"format": form, **about, "versions": checkpoint.versions()}
-    checkpoint.write_json(path.with_suffix(".json"), told)

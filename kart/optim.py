@@ -522,7 +522,7 @@ def average_in_place(average: Ema, state: EmaState, params: Params, fine: Tensor
 def constant(value: float | Tensor) -> Schedule:
     """The schedule that is always `value`."""
     _check_rate("constant", "value", value)
-    return lambda step: torch.zeros_like(step, dtype=torch.float64) + value
+    return lambda step: torch.zeros_like(torch.as_tensor(step), dtype=torch.float64) + value
 
 
 def warmup_cosine(
@@ -534,7 +534,8 @@ def warmup_cosine(
 ) -> Schedule:
     """Linear from `start` to `base` over `warmup_steps`, then half a cosine to `end`.
 
-    The first update has step 0 and the rate `start`; from `total_steps` on it is `end`. The paper's
+    The first update has step 0 (a number will do, to look at it) and the rate `start`; from
+    `total_steps` on it is `end`. The paper's
     (its Table 5): 5 epochs of warm-up, 100 in all, `base` of `paper_learning_rate`.
 
     Reference: Loshchilov and Hutter, "SGDR", 2017, arXiv:1608.03983, equation 5.
@@ -545,12 +546,12 @@ def warmup_cosine(
     needs = f"> `warmup_steps` = {warmup_steps}"
     _check("warmup_cosine", "total_steps", total_steps, total_steps > warmup_steps, needs)
 
-    def schedule(step: Tensor) -> Tensor:
-        now = step.double()
+    def schedule(step: Tensor | int) -> Tensor:
+        now = torch.as_tensor(step).double()
         rising = start + (base - start) * now / max(warmup_steps, 1)
         share = ((now - warmup_steps) / (total_steps - warmup_steps)).clamp(0, 1)
         falling = end + (base - end) * 0.5 * (1 + torch.cos(math.pi * share))
-        return torch.where(step < warmup_steps, rising, falling)
+        return torch.where(now < warmup_steps, rising, falling)
 
     return schedule
 

@@ -9,12 +9,13 @@ small to fill the machine: `fastest_group` measures where that ends.
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
-from kart import train, tree
+from kart import schema, train, tree
 from kart.models import Model
 from kart.train import Config, Hyper, Record, Run, Splits, State
 
@@ -44,6 +45,7 @@ def stacked(configs: Sequence[Config], splits: Splits, model: Model | None = Non
     then amplifies as it does any rounding.
     """
     _check(configs)
+    splits.check()
     config = configs[0]
     model = model or train.build(config, splits.train)
     source = train.batches(config, splits.train)
@@ -149,8 +151,7 @@ def groups(configs: Sequence[Config], size: int) -> list[list[Config]]:
     >>> [len(group) for group in groups([Config(seed=i) for i in range(5)], 3)]
     [3, 2]
     """
-    if size < 1:
-        raise ValueError(f"`groups` needs `size` >= 1, got {size}. Use 1 to train one by one.")
+    schema.check_integer("groups", "size", size, 1, "Use 1 to train one by one.")
     if not configs:
         raise ValueError("`groups` needs one config or more, got none.")
     count = -(-len(configs) // size)
@@ -179,7 +180,7 @@ def split_record(record: Record, size: int) -> list[Record]:
 
 
 def fit(
-    configs: Sequence[Config], splits: Splits | None = None, group: int | str = "auto"
+    configs: Sequence[Config], splits: Splits | None = None, group: int | Literal["auto"] = "auto"
 ) -> Iterator[list[Record]]:
     """Trains all `configs`; yields, after each epoch of a group, one record a member of it.
 
@@ -189,7 +190,7 @@ def fit(
     """
     _check(configs)
     splits = splits or train.load_data(configs[0])
-    size = fastest_group(configs, splits)[0] if group == "auto" else int(group)
+    size = fastest_group(configs, splits)[0] if group == "auto" else group
     first = 0
     for part in groups(configs, size):
         count = len(part)

@@ -15,10 +15,11 @@ import json
 import math
 import time
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
@@ -116,7 +117,8 @@ class Config:
         need(self.warmup_epochs <= self.epochs, "warmup_epochs", f"<= epochs, {self.epochs}")
         need(0 <= self.label_smoothing < 1, "label_smoothing", "in [0, 1)")
         need(0 <= self.ema < 1, "ema", "in [0, 1)")
-        need(0 < self.eval_crop <= 1, "eval_crop", "in (0, 1]")
+        # the whole image is scaled to 1 / eval_crop of the model's side
+        need(0.1 <= self.eval_crop <= 1, "eval_crop", "in [0.1, 1]")
         smoothed = augment.smoothing(self.augment)
         need(
             not (smoothed and self.label_smoothing),
@@ -183,6 +185,25 @@ class Splits(NamedTuple):
     train: Dataset
     val: Dataset
 
+    def check(self) -> None:
+        """Raises ValueError unless both are data sets (see `Dataset.check`) of the same classes,
+        channels and statistics: a model that is trained on one can be scored on the other.
+        """
+        for dataset in self:
+            dataset.check()
+        for name in ("classes", "channels", "mean", "std"):
+            first, other = (getattr(dataset, name) for dataset in self)
+            if not np.array_equal(first, other):
+                raise ValueError(
+                    f"`Splits` needs training and validation images of the same `{name}`, got "
+                    f"{first!r:.200} and {other!r:.200}. Take those of the training images."
+                )
+        if not len(self.val.labels):
+            raise ValueError(
+                f"`Splits` needs one validation image or more, got none in {self.val.name!r}. Hold "
+                "some out of the training images."
+            )
+
 
 def load_data(config: Config, **options: Any) -> Splits:
     """Training and validation split of `config.data`; `options` go to `kart.data.load`."""
@@ -232,7 +253,15 @@ def build(config: Config, dataset: Dataset) -> Model:
             f"{min(height, width)}`)."
         )
     image_size = config.image_size or width
-    given.setdefault("patch_size", default_patch_size(image_size, config.model))
+    if "patch_size" not in given:
+        side = given["patch_size"] = default_patch_size(image_size, config.model)
+        if side < 4 and image_size // side > 64:
+            raise ValueError(
+                f"`build` needs `patch_size` for images of {image_size} pixels a side: the largest "
+                f"side to 16 that divides it is {side}, of which there are "
+                f"{(image_size // side) ** 2:,}. Pass `patch_size`, or another `image_size`, say "
+                f"{image_size // 16 * 16} (kart train: --patch-size, --image-size)."
+            )
     shape = {
         "image_size": image_size,
         "in_channels": dataset.images.shape[1],
@@ -333,9 +362,7 @@ class Program(NamedTuple):
     gradients: Callable[[State, Tensor, Tensor], tuple[Params, Tensor]]
 
 
-def value_and_gradients(
-    loss: Callable[[Params, Tensor, Tensor], Tensor],
-) -> Callable[[Params, Tensor, Tensor], tuple[Params, Tensor]]:
+def value_and_gradients(loss: Callable[..., Tensor]) -> Callable[..., tuple[Params, Tensor]]:
     """`(gradients, value)` of `loss` in its first argument, as `torch.func.grad_and_value`.
 
     That one keeps the graph of its own backward, in case it is differentiated again, which more
@@ -345,14 +372,14 @@ def value_and_gradients(
     """
     under_transform = grad_and_value(loss)
 
-    def run(params: Params, images: Tensor, targets: Tensor) -> tuple[Params, Tensor]:
+    def run(params: Params, *rest: Any) -> tuple[Params, Tensor]:
         flat = tree.leaves(params)
         plain = not torch.compiler.is_compiling() and not kernels.transforming()
         if not plain or any(leaf.requires_grad for leaf in flat):
-            return under_transform(params, images, targets)
+            return under_transform(params, *rest)
         with torch.enable_grad():
             leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
-            value = loss(leaves, images, targets)
+            value = loss(leaves, *rest)
             # an unused parameter has a gradient of zeros, as under torch.func
             found = iter(
                 torch.autograd.grad(
@@ -392,20 +419,22 @@ Differentiate = Callable[[Params, Tensor, Tensor], tuple[Params, Tensor]]
 
 
 def trained_alone(
-    config: Config, loss: Callable[[Params, Tensor, Tensor], Tensor]
+    held: Collection[str], loss: Callable[[Params, Tensor, Tensor], Tensor]
 ) -> Differentiate:
-    """`(gradients, value)` of `loss` where some parameters are frozen: gradients of zeros there."""
+    """`(gradients, value)` of `loss` where the parameters `held` are frozen: gradients of zeros
+    there.
+    """
+
+    def of_free(own: Params, params: Params, images: Tensor, targets: Tensor) -> Tensor:
+        named = tree.named(own)
+        merged = tree.map_named(lambda name, leaf: named.get(name, leaf), params)
+        return loss(merged, images, targets)
+
+    differentiate = value_and_gradients(of_free)
 
     def run(params: Params, images: Tensor, targets: Tensor) -> tuple[Params, Tensor]:
-        held = frozen(config, params)
         free = [name for name in tree.named(params) if name not in held]
-
-        def of_free(own: Params, images: Tensor, targets: Tensor) -> Tensor:
-            named = tree.named(own)
-            merged = tree.map_named(lambda name, leaf: named.get(name, leaf), params)
-            return loss(merged, images, targets)
-
-        grads, value = value_and_gradients(of_free)(tree.restrict(params, free), images, targets)
+        grads, value = differentiate(tree.restrict(params, free), params, images, targets)
         named = tree.named(grads)
         zeros = torch.zeros_like
         return tree.map_named(lambda n, x: named[n] if n in named else zeros(x), params), value
@@ -453,19 +482,21 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
     schedule = functools.partial(_schedule, config, steps_per_epoch)
     average = optim.ema(config.ema, warmup=config.ema_warmup)
     dtype = getattr(torch, config.precision)
-    one = trained_alone(config, loss) if config.held else value_and_gradients(loss)
+    # before a step: torch.compile cannot follow how patterns are matched
+    held = frozen(config, model.init(torch.Generator())) if config.held else set[str]()
+    one = trained_alone(held, loss) if held else value_and_gradients(loss)
     differentiated = accumulated(config.accumulate, one)
     clip = optim.clip_by_global_norm(config.max_norm)
 
-    def mask(params: Params) -> optim.Mask:
-        # of a frozen parameter the gradient is zero and so is its step, without decay
-        held = frozen(config, params) if config.held else set()
-        decays = optim.decay_mask()
-        return lambda name, leaf: name not in held and decays(name, leaf)
+    decays = optim.decay_mask()
 
-    def adamw(hyper: Hyper, params: Params) -> optim.Transformation:
+    def mask(name: str, leaf: Tensor) -> bool:
+        # of a frozen parameter the gradient is zero and so is its step, without decay
+        return name not in held and decays(name, leaf)
+
+    def adamw(hyper: Hyper) -> optim.Transformation:
         rate = schedule(hyper.learning_rate)
-        return optim.adamw(rate, hyper.weight_decay, eps=config.adam_eps, mask=mask(params))
+        return optim.adamw(rate, hyper.weight_decay, eps=config.adam_eps, mask=mask)
 
     def init(generator: torch.Generator) -> State:
         params = tree.to(model.init(generator), config.device)
@@ -473,7 +504,7 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
         hyper = Hyper(torch.tensor(config.peak_learning_rate), torch.tensor(config.weight_decay))
         return State(
             params,
-            optim.chain(clip, adamw(hyper, params)).init(params),
+            optim.chain(clip, adamw(hyper)).init(params),
             average.init(params) if config.ema else {},
             zero,
             zero - 1,
@@ -492,7 +523,7 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
 
     def step(state: State, hyper: Hyper, images: Tensor, targets: Tensor) -> tuple[State, Metrics]:
         grads, value = gradients(state, images, targets)
-        optimizer = optim.chain(clip, adamw(hyper, state.params))
+        optimizer = optim.chain(clip, adamw(hyper))
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         norm = opt_state[0].norm
         params = optim.apply_updates(state.params, updates)
@@ -522,12 +553,12 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
         norm = clip_state.norm
         fine = value.isfinite() & norm.isfinite() & (state.bad_step < 0)
         after = optim.apply_in_place(
-            adamw(hyper, state.params),
+            adamw(hyper),
             grads,
             state.optimizer[1],
             state.params,
             fine,
-            mask(state.params),
+            mask,
         )
         del grads
         clip_state = tree.map(lambda a, b: torch.where(fine, a, b), clip_state, state.optimizer[0])
@@ -626,6 +657,7 @@ def evaluate(
         raise ValueError(
             f"`evaluate` needs one image or more, got none in {dataset.name!r}. Add images."
         )
+    schema.check_integer("evaluate", "batch_size", batch_size, 1)
     dtype = getattr(torch, config.precision)
     with torch.no_grad():
         starts = list(range(0, count, batch_size))
@@ -637,6 +669,11 @@ def evaluate(
             images = prepare(data.as_float(pixels.to(config.device)), dataset, config)
             labels = labels.to(config.device)
             logits = apply(params, images.to(dtype)).float()
+            if logits.shape[-1] != len(dataset.classes):
+                raise ValueError(
+                    f"`evaluate` needs logits of the {len(dataset.classes)} classes of "
+                    f"{dataset.name!r}, got {logits.shape[-1]}. Take the model of these data."
+                )
             ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
             hits = ranked == labels[:, None]
             losses = cross_entropy(logits, F.one_hot(labels, logits.shape[-1]))
@@ -705,6 +742,7 @@ def solo(config: Config, splits: Splits, model: Model | None = None, ranks: Rank
             f'`solo` needs step="eager" with {ranks.size} processes, got {config.step!r}: the '
             "gradients leave the step to be averaged. Leave it out."
         )
+    splits.check()
     model = model or build(config, splits.train)
     source = batches(config, splits.train, ranks)
     functions = program(config, model, source.steps_per_epoch, ranks)

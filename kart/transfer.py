@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from torch import Generator, Tensor
 
 from kart import checkpoint, models, tree
+from kart.bases import Basis
 from kart.models import Model
 from kart.models.model import find, place
 from kart.operators import Operator
@@ -14,6 +15,12 @@ Params = dict[str, Any]
 
 
 TEACHER = "teacher"  # where a student of `with_attention` has the parameters of its teacher
+
+
+# options of operators and bases that say how parameters are drawn
+DRAWN = frozenset(("init", "mix", "start"))
+# and those by which the weights are another function of them, which training may change
+CHANGED = DRAWN | {"base", "normalise", "project"}
 
 
 class Begun(NamedTuple):
@@ -44,13 +51,16 @@ def begin(
         donor: a state dict, or nested parameters.
         generator: draws what the donor does not give.
         like: the donor's model, where it is one of kart's; without it operators must fit as they
-            are.
+            are, and are taken for those of `model`.
         same_classes: False replaces the classifier in any case.
 
     Raises:
-        ValueError: names every leaf that is missing, unexpected or of another shape.
+        ValueError: names every leaf that is missing, unexpected or of another shape, or an operator
+            of the donor whose parameters mean something else.
     """
     params = dict(donor)
+    if like is not None:
+        _check_operators("begin", model, like, CHANGED)
     if like is not None and like.config.patch_size == model.config.patch_size:
         _, params = models.resize(like, params, model.config.image_size)
     named = tree.named(params)
@@ -61,6 +71,32 @@ def begin(
     mine = tree.named(found)
     fits = {name for name, leaf in mine.items() if _shape(named.get(name)) == leaf.shape}
     return Begun(found, [name for name in mine if name not in fits and name != "pos_embed"])
+
+
+def _meaning(value: Any, free: frozenset[str]) -> Any:
+    """What the parameters of an operator mean: its options and those of its basis, but `free`."""
+    if isinstance(value, Operator):
+        return _meaning({**value.options, "basis": value.basis}, free)
+    if isinstance(value, Basis):
+        return value.family, _meaning(value.options, free)
+    if isinstance(value, Mapping):
+        return {name: _meaning(one, free) for name, one in value.items() if name not in free}
+    if isinstance(value, list | tuple):
+        return [_meaning(one, free) for one in value]
+    return value if isinstance(value, str | int | float) else type(value).__name__
+
+
+def _check_operators(function: str, model: Model, like: Model, free: frozenset[str]) -> None:
+    """Refuses a donor with parameters of other functions, which their shapes need not tell."""
+    for ours, theirs in zip(model.sites, like.sites, strict=False):
+        learned = all(one.operator.traits.get("learned", True) for one in (ours, theirs))
+        told = [_meaning(one.operator, free) for one in (ours, theirs)]
+        if learned and ours.path == theirs.path and told[0] != told[1]:
+            raise ValueError(
+                f"`{function}` needs a donor with the operators of the model, got "
+                f"{theirs.operator.name!r} for {ours.operator.name!r} at {ours.path!r}: its "
+                f"parameters mean something else. {checkpoint.OTHER_OPERATORS}"
+            )
 
 
 FILTERS = "patch_embed.proj.weight"
@@ -171,6 +207,8 @@ def teach(
     Raises:
         ValueError: for a donor that is not such a model, or has other operators.
     """
+    if like is not None:
+        _check_operators("attention_from", teacher, like, DRAWN)
     rest = {name: node for name, node in donor.items() if name.split(".")[0] != "head"}
     wrong = "`attention_from` needs a teacher with the operators of `operator`, got one"
     channels = channels_of(donor)

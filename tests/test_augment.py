@@ -525,7 +525,7 @@ def test_center_crop_is_timms_resize_and_cut():
         (lambda g, x: augment.crop(g, x, mode="wrap"), "'zero' or 'reflect', got 'wrap'"),
         (lambda g, x: augment.random_resized_crop(g, x, (0.0, 1.0)), "`scale`"),
         (lambda g, x: augment.random_resized_crop(g, x, ratio=(2.0, 1.0)), "`ratio`"),
-        (lambda g, x: augment.random_resized_crop(g, x, size=0), "`size` >= 1 or None, got 0"),
+        (lambda g, x: augment.random_resized_crop(g, x, size=0), "an integer `size` >= 1, got 0"),
         (lambda g, x: augment.rand_augment(g, x, magnitude=math.nan), "finite `magnitude`"),
         (lambda g, x: augment.color_jitter(g, x, 2.0), "`strength` in \\[0, 1\\], got 2.0"),
         (lambda g, x: augment.rand_augment(g, x, layers=-1), "`layers`"),
@@ -542,6 +542,14 @@ def test_center_crop_is_timms_resize_and_cut():
         (lambda g, x: augment.pipeline("none")(g, x.byte(), torch.arange(4), 4, 8), "float images"),
         (lambda g, x: augment.resize(x, 0), "`size` >= 1"),
         (lambda g, x: augment.center_crop(x, 8, 0.0), "`ratio` in \\(0, 1\\]"),
+        (lambda g, x: augment.flip(g, x, p="half"), "`p` in \\[0, 1\\], got 'half'"),
+        (lambda g, x: augment.crop(g, x, padding=2.5), "an integer `padding` >= 0, got 2.5"),
+        (lambda g, x: augment.random_resized_crop(g, x, size=2.5), "`size` >= 1, got 2.5"),
+        (lambda g, x: augment.rand_augment(g, x, layers=1.5), "integer `layers` >= 0, got 1.5"),
+        (lambda g, x: augment.rand_augment(g, x, fill=math.nan), "`fill` in \\[0, 1\\], got nan"),
+        (lambda g, x: augment.resize(x, 2.5), "an integer `size` >= 1, got 2.5"),
+        (lambda g, x: augment.one_hot([1, 2], 3), "needs int64 labels, got list"),
+        (lambda g, x: augment.pipeline(None), "got None. Near: none"),
     ],
 )
 def test_bad_input_is_named(call, words):

@@ -333,6 +333,34 @@ def test_divergence_is_status_1_and_says_where(capsys, tmp_path):
     assert code == 1 and "training stopped at step" in error
 
 
+def test_heads_and_blocks_of_the_same_operators_have_homes_of_their_own(tmp_path):
+    specs = ["softmax", "softmax+G1B", ("softmax", "G1B")]
+    configs = [Config(operator=spec, depth=2) for spec in specs]
+    homes = runs.homes(configs, tmp_path)
+    assert len(set(homes)) == 3 and homes == runs.homes(configs, tmp_path)
+    assert homes[0] == tmp_path / "softmax"
+    assert [home.name[:12] for home in homes[1:]] == ["softmax-G1B-"] * 2
+
+
+def test_a_page_replaces_nothing_but_an_earlier_page(capsys, tmp_path):
+    home = tmp_path / "run"
+    assert run(capsys, "train", *TINY, "--out", home)[0] == 0
+    argv = ["analyse", home, "--sections", "scores"]
+    (tmp_path / "table.csv").write_text("of somebody\n")
+    before = {path: path.read_bytes() for path in (home / "config.json", tmp_path / "table.csv")}
+    for out, words in (
+        (home / "config.html", "config.json' of something else"),
+        (tmp_path / "table.html", "table.csv' of something else"),
+        (tmp_path / "page.json", "ends in .html"),
+        (tmp_path / "page", "ends in .html"),
+    ):
+        code, _, error = run(capsys, *argv, "--out", out)
+        assert code == 2 and words in error and not out.exists()
+    assert before == {path: path.read_bytes() for path in before}
+    for _ in range(2):
+        assert run(capsys, *argv, "--out", tmp_path / "page.html")[0] == 0
+
+
 def test_tables_and_spreads():
     assert tables.spread([0.5]) == "50.00"
     assert tables.spread([0.5, 0.7]) == "60.00 ± 14.14"

@@ -407,6 +407,9 @@ def test_normalise_by_hand():
     ):
         with pytest.raises(ValueError, match=words):
             data.normalise(images, (0.5, 0.2), (0.5, 0.1))
+    for mean, std in (((0.5, 0.2), (0.5, 0.0)), ((0.5, float("nan")), (0.5, 0.1))):
+        with pytest.raises(ValueError, match="finite means and deviations > 0, got"):
+            data.normalise(torch.zeros(2, 2, 2), mean, std)
     with pytest.raises(ValueError, match="`as_float` needs uint8 images, got torch.float32"):
         data.as_float(torch.zeros(1))
 
@@ -423,8 +426,13 @@ def test_normalise_by_hand():
         ({"labels": np.array(["a", "b"] * 3)}, "`labels` .* int64 .n,., got <U1"),
         ({"labels": [0, 1] * 3}, "`labels` .* got list"),
         ({"classes": ("a",)}, "`classes` to be two names or more"),
+        ({"classes": (0, 1)}, "`classes` to be two names or more, no one twice, got .0, 1"),
+        ({"classes": ("a", "a")}, "`classes` to be .* no one twice, got .'a', 'a'"),
+        ({"name": None}, "`name` to be a string, got None"),
         ({"mean": (120.0,) * 3}, "`mean` to be 3 numbers in 0 to 1, .* got .120.0"),
         ({"mean": (0.5,)}, "`mean` to be 3 numbers"),
+        ({"mean": 0.5}, "`mean` to be 3 numbers .* got 0.5"),
+        ({"mean": None}, "`mean` to be 3 numbers .* got None"),
         ({"std": (0.0,) * 3}, "`std` to be 3 numbers"),
         ({"std": (float("nan"),) * 3}, "`std` to be 3 numbers"),
     ],

@@ -217,6 +217,13 @@ def test_cache_is_private(tmp_path, monkeypatch):
         data.load(root)
 
 
+def test_a_long_name_of_long_letters_fits_a_file_name(tmp_path):
+    root = save_folder(tmp_path / ("类" * 85), 12)  # 255 bytes, all that there may be
+    assert len(data.load(root, cache=tmp_path / "cache").labels) > 0
+    (entry,) = entries(tmp_path / "cache")
+    assert entry.startswith("类" * 26 + "-fit-")
+
+
 def test_the_key_has_the_path_and_every_file(tmp_path):
     first = save_folder(tmp_path / "a" / "set", 12)
     shutil.copytree(first, tmp_path / "b" / "set")

@@ -10,7 +10,7 @@ import pytest
 from pictures import CLASSES, picture, save_folder, save_table
 from PIL import Image
 
-from kart import data
+from kart import cli, data
 from kart.data import names, splits
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "datasets" / "cifar10"
@@ -109,6 +109,17 @@ def test_contact_sheet(tmp_path):
 
 
 # what a data set says of itself
+
+
+def test_a_sheet_does_not_become_a_part_of_the_data(tmp_path, capsys):
+    root = save_folder(tmp_path / "set", 12)
+    first = root / "ant" / "000.png"
+    before = first.read_bytes()
+    for place in (root / "sheet.png", first):
+        assert cli.main(["data", str(root), "--sheet", str(place)]) == 2
+        assert "a file outside of the data" in capsys.readouterr().err
+    assert not (root / "sheet.png").exists() and first.read_bytes() == before
+    assert cli.main(["data", str(root), "--sheet", str(tmp_path / "sheet.png")]) == 0
 
 
 def test_fingerprint_depends_on_all_that_is_learned_from(tmp_path):

@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 import pytest
 from pictures import CLASSES, encoded, entries, numbers, picture, same, save_folder, save_table
+from pyarrow import parquet
 
 from kart import cli, data, runs
 
@@ -46,7 +47,7 @@ def test_columns_by_type_and_by_name(tmp_path):
     dataset = data.load(root, label_column="bare")
     assert dataset.classes == tuple("01234")
     assert [n % 5 for n in numbers(dataset)] == dataset.labels.tolist()
-    with pytest.raises(ValueError, match="integer or ClassLabel labels .* 'text'"):
+    with pytest.raises(ValueError, match="integer or ClassLabel labels .* 'text'.* or save"):
         data.load(root, label_column="text")
 
 
@@ -263,6 +264,17 @@ def test_other_names_are_refused(tmp_path, names, split, words):
     write(tmp_path / "set" / f"{split}.parquet", names=names)
     with pytest.raises(ValueError, match=f"same class names everywhere, got .*{split}.* {words}"):
         data.load(tmp_path / "set")
+
+
+def test_a_name_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "set" / "train.parquet"
+    write(path)
+    table = parquet.read_table(path)
+    notes = {key: text.replace(b'"bee"', b'"ant"') for key, text in table.schema.metadata.items()}
+    parquet.write_table(table.replace_schema_metadata(notes), path)
+    for read in (data.describe, data.load):
+        with pytest.raises(ValueError, match="got .*train.parquet' with a name twice. Rename"):
+            read(tmp_path / "set")
 
 
 def test_names_beside_bare_numbers_are_refused(tmp_path):

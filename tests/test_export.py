@@ -1,6 +1,7 @@
 """`kart export` and `kart predict`: the files give the run's logits, the images their classes."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ def write(run, path, form):
     about = json.loads(path.with_suffix(".json").read_text())
     assert about["classes"][3] == "3" and len(about["mean"]) == len(about["std"]) == 1
     assert about["run"] == runs.read(run).id and about["image_size"] == 8
+    assert about["image"] == [1, 8, 8]
 
 
 def test_kart_reads_its_own_file_in_a_line(run, expected, tmp_path):
@@ -205,6 +207,27 @@ def test_mistakes_are_one_line(run, argv, words, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_but_an_earlier_export_is_replaced(run, tmp_path, capsys):
+    home = tmp_path / "run"
+    shutil.copytree(run, home)
+    (tmp_path / "m.safetensors").write_text("of somebody")
+    places = [home / "last.safetensors", home / "config.safetensors", tmp_path / "m.safetensors"]
+    before = {path: path.read_bytes() for path in [*home.glob("*.*"), places[-1]]}
+    for out in places:
+        assert cli.main(["export", str(home), "--out", str(out)]) == 2
+        assert "of something else" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in [*home.glob("*.*"), places[-1]]}
+    # again, in another form, and then of another run in the one beside which another would stay
+    out = str(tmp_path / "own.safetensors")
+    for _ in range(2):
+        assert cli.main(["export", str(home), "--out", out]) == 0
+    one = runs.only(home)
+    export.write(out, one.model, one.params, {"run": "another"}, "safetensors")
+    argv = ["export", str(home), "--out", str(tmp_path / "own.pt2"), "--format", "torch"]
+    assert cli.main(argv) == 2
+    assert "own.json' of something else" in capsys.readouterr().err
+
+
 def test_predictions_are_those_of_the_run_on_its_own_pixels(run, expected, tmp_path, capsys):
     dataset = data.load("digits", "val")
     names = []
@@ -222,6 +245,33 @@ def test_predictions_are_those_of_the_run_on_its_own_pixels(run, expected, tmp_p
         best = share.topk(2)
         wanted = [f"{int(i)} {100 * float(p):.1f} %" for p, i in zip(*best, strict=True)]
         assert line.split("  ", 1)[1].split() == " ".join(wanted).split()
+
+
+def test_the_json_beside_a_file_says_how_to_predict_without_kart(tmp_path, capsys):
+    home, path = tmp_path / "run", tmp_path / "photograph.png"
+    more = ["--image-size", "12", "--eval-crop", "0.75", "--out", str(home)]
+    assert cli.main(["train", "--operator", "G2B", *FLAGS, *more]) == 0
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 100), np.uint8)
+    Image.fromarray(pixels).save(path)
+    write_to = tmp_path / "m.pt2"
+    assert cli.main(["export", str(home), "--format", "torch", "--out", str(write_to)]) == 0
+    about = json.loads(write_to.with_suffix(".json").read_text())
+    capsys.readouterr()
+    assert cli.main(["predict", str(home), str(path), "--top", "10"]) == 0
+    words = capsys.readouterr().out.splitlines()[-1].split()[1:]
+    told = {name: float(share) for name, share in zip(words[::3], words[1::3], strict=True)}
+    # Pillow, torch and the file
+    side, size = about["image"][1], about["image_size"]
+    image = Image.open(path).resize((side, side), Image.Resampling.BICUBIC)
+    x = torch.from_numpy(np.asarray(image).astype(np.float32))[None, None] / 255
+    scaled = int(size / about["eval_crop"])
+    x = torch.nn.functional.interpolate(x, size=(scaled, scaled), mode="bilinear")
+    start = (scaled - size) // 2
+    x = x[..., start : start + size, start : start + size]
+    x = (x - about["mean"][0]) / about["std"][0]
+    shares = torch.export.load(write_to).module()(x)[0].softmax(-1)
+    for name, share in zip(about["classes"], shares.tolist(), strict=True):
+        assert abs(told[name] - 100 * share) < 0.051
 
 
 def test_many_images_are_predicted_some_at_a_time(run, tmp_path, capsys, monkeypatch):

@@ -300,6 +300,12 @@ def test_warmup_cosine_without_warmup_begins_at_the_base():
     assert_close(rates, torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64), atol=1e-15, rtol=0)
 
 
+def test_a_schedule_can_be_looked_at_by_numbers():
+    for schedule in (optim.warmup_cosine(2.0, 2, 6), optim.constant(0.5)):
+        for step in (0, 1, 2, 5, 9):
+            assert torch.equal(schedule(step), schedule(torch.tensor(step)))
+
+
 def test_the_schedule_of_the_paper():
     base = optim.paper_learning_rate(32)
     assert_close(base, 3.125e-5)

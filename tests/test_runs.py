@@ -1,14 +1,17 @@
 """Whose a run's files are: data, records, checkpoints and scores that do not fit are refused."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pictures import save_folder
 
-from kart import cli, population, runs, train
+from kart import checkpoint, cli, population, runs, train
 from kart.data import public
 from kart.runs import identity, owned
 from tests.tiny import ONE_BLOCK as TINY
@@ -97,6 +100,13 @@ def test_reading_commands_refuse_other_data(command, home, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["eval", "analyse"])
+def test_other_data_of_fewer_images_are_told_as_others(command, home, capsys, tmp_path):
+    few = save_folder(tmp_path / "few", 20, size=(8, 8), mode="L")
+    code, _, error = call(capsys, command, home / "0", "--data", few)
+    assert code == 2 and "needs to be what" in error and "counts {'train': 24," in error
+
+
+@pytest.mark.parametrize("command", ["eval", "analyse"])
 def test_a_directory_that_is_not_here_is_no_public_name(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("KART_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(public, "read", lambda *args: pytest.fail("asks the network"))
@@ -144,8 +154,34 @@ def test_scores_of_another_moment_or_run_are_not_shown(home, capsys):
         code, text, error = call(capsys, "analyse", home)
         assert code == 2 and error.count("\n") == 1, change
         assert "test top-1" not in text
+    # on other test images, by which the runs cannot be compared
+    path.write_text(json.dumps({**good, "fingerprint": "x"}))
+    code, _, error = call(capsys, "analyse", home)
+    assert code == 2 and "on the same test images" in error and "Run `kart eval`" in error
     path.write_text(json.dumps(good))
     assert "test top-1" in call(capsys, "analyse", home)[1]
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "analyse"])
+def test_a_run_that_cannot_be_written_is_told_before_anything_is_computed(
+    command, home, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setattr(train, "evaluate", lambda *args, **more: pytest.fail("computes"))
+    place = ["--out", tmp_path / "new" / "run"] if command == "train" else [home / "0"]
+    code, _, error = call(capsys, command, *place)
+    assert code == 2 and "that can be written to, got" in error and error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_cannot_be_written_is_told_by_its_name(tmp_path, monkeypatch):
+    def refuse(*args, **more):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(args[0]))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match="Read-only file system: '.*note.json'"):
+        checkpoint.write_text(tmp_path / "note.json", "{}")
 
 
 def test_metrics_that_do_not_fit_are_refused(splits, home):
@@ -274,6 +310,16 @@ def test_the_layout_does_not_depend_on_the_size_of_groups(splits, tmp_path):
         parts = runs.parts(configs, size, tmp_path)
         assert [directory.name for _, directory in parts] == [f"group-{i}" for i in range(names)]
     assert runs.parts(configs[:1], 1, tmp_path) == [(configs[:1], tmp_path)]
+
+
+def test_statistics_of_any_numbers_are_stored(splits, tmp_path):
+    own = [
+        one._replace(classes=list(one.classes), mean=np.float32(one.mean), std=np.array(one.std))
+        for one in splits
+    ]
+    list(runs.execute(tmp_path / "run", [TINY], train.Splits(*own)))
+    assert runs.read(tmp_path / "run").data["mean"] == np.float32(splits.train.mean).tolist()
+    assert own[0].fingerprint == splits.train.fingerprint
 
 
 def test_fingerprints_are_of_content(splits):

@@ -111,14 +111,17 @@ def test_a_donated_state_trains_to_the_same_end(splits):
     assert without_time(r for _, r in plain) == without_time(r for _, r in donated)
 
 
-@pytest.mark.parametrize("members", [1, 2])
-def test_a_compiled_step_is_the_eager_one(members, splits, monkeypatch):
+@pytest.mark.parametrize(
+    ("members", "fields"), [(1, {}), (2, {}), (1, {"operator": "softmax", "freeze": ("blocks",)})]
+)
+def test_a_compiled_step_is_the_eager_one(members, fields, splits, monkeypatch):
     # one graph or an error; Inductor itself takes minutes, and is tested with the kernels
     compiler = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **k: compiler(f, backend="aot_eager", **k))
     results = []
     for how in ("eager", "compiled"):
-        configs = population.seeds(change(step=how, depth=1), range(members))
+        one = change(step=how, depth=1, **fields)
+        configs = population.seeds(one, range(members))
         run = population.run(configs, splits)
         results.append(run.step(run.init(), run.hyper, *run.batch(0)))
     tree.map(lambda a, b: assert_close(a, b, rtol=1e-5, atol=1e-7), *results)
@@ -292,8 +295,9 @@ def test_populations_of_different_shapes_are_refused(splits):
         population.stacked([TINY, change(operator="softmax")], splits)
     with pytest.raises(ValueError, match="different seeds"):
         population.seeds(TINY, [1, 1])
-    with pytest.raises(ValueError, match="`size` >= 1"):
-        population.groups([TINY], 0)
+    for size in (0, "2"):
+        with pytest.raises(ValueError, match="an integer `size` >= 1, got"):
+            population.groups([TINY], size)
     with pytest.raises(ValueError, match="one config or more, got none"):
         population.groups([], 2)
 
@@ -491,6 +495,7 @@ def test_configs_survive_json_and_their_hash_names_them():
         {"end_learning_rate": 2e-3},
         {"start_learning_rate": 2e-3},
         {"warmup_epochs": 3.5},
+        {"eval_crop": 0.01},
     ],
 )
 def test_bad_hyperparameters_name_themselves(field):
@@ -501,6 +506,37 @@ def test_bad_hyperparameters_name_themselves(field):
 def test_a_batch_larger_than_the_data_is_refused(splits):
     with pytest.raises(ValueError, match="24 training images, got 25"):
         train.solo(change(batch_size=25), splits)
+
+
+@pytest.mark.parametrize(
+    ("change_of_val", "words"),
+    [
+        (lambda val: {"classes": val.classes[::-1]}, "the same `classes`, got .*'0', '1', .*'9',"),
+        (lambda val: {"classes": (*val.classes, "ten")}, "the same `classes`"),
+        (lambda val: {"mean": (0.1,)}, "the same `mean`"),
+        (lambda val: {"std": (0.1,)}, "the same `std`"),
+        (
+            lambda val: {"images": val.images.repeat(3, 1), "mean": (0.5,) * 3, "std": (0.5,) * 3},
+            "the same `channels`, got 1 and 3",
+        ),
+        (lambda val: {"images": val.images[:0], "labels": val.labels[:0]}, "one validation image"),
+    ],
+)
+def test_splits_that_do_not_agree_are_refused_before_training(change_of_val, words, splits):
+    other = splits._replace(val=splits.val._replace(**change_of_val(splits.val)))
+    for configs in ([TINY], members(0, 1)):
+        with pytest.raises(ValueError, match=f"`Splits` needs .*{words}"):
+            population.run(configs, other)
+
+
+def test_a_model_of_other_classes_is_not_scored(splits):
+    def apply(params, images):
+        return images.mean((2, 3)).expand(-1, 12)
+
+    with pytest.raises(ValueError, match="logits of the 10 classes of 'digits', got 12"):
+        train.evaluate(apply, {}, splits.val, TINY)
+    with pytest.raises(ValueError, match="`batch_size` >= 1, got 0"):
+        train.evaluate(apply, {}, splits.val, TINY, batch_size=0)
 
 
 def test_batches_are_a_pure_function_of_seed_and_step(splits):
@@ -532,6 +568,18 @@ def test_the_default_patch_divides_and_leaves_a_grid(size):
 def test_the_default_patch_of_common_sizes():
     sizes = {8: 2, 28: 7, 32: 4, 64: 8, 96: 12, 128: 16, 224: 16, 384: 16}
     assert {size: train.default_patch_size(size) for size in sizes} == sizes
+
+
+def test_a_side_that_no_patch_divides_is_refused_where_pixels_would_be_patches(splits):
+    def side(size, patch_size=None):
+        config = change(operator="softmax", image_size=size, patch_size=patch_size)
+        return train.build(config, splits.train).config.patch_size
+
+    for size in (97, 227, 254):
+        words = f"`patch_size` for images of {size} pixels .* say {size // 16 * 16} "
+        with pytest.raises(ValueError, match=words):
+            side(size)
+    assert side(227, 227) == 227 and side(37) == 1
 
 
 # parts of a batch, frozen parameters

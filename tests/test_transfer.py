@@ -83,8 +83,57 @@ def test_operators_of_a_donor_move_with_it():
     assert_close(model.apply(params, images(16)), wanted_model.apply(wanted, images(16)))
     with pytest.raises(ValueError, match="operator"):  # of another rank
         transfer.begin(vit("G2B:rank=5"), theirs, seeded(), donor)
-    with pytest.raises(ValueError, match="unexpected"):  # softmax has no place for them
+    # softmax has no place for them
+    with pytest.raises(
+        ValueError, match="unexpected .* Create the model with the donor's operators"
+    ):
         transfer.begin(vit(), theirs, seeded(), donor)
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        ("G3B", "polynomial-5B"),
+        ("G3B", "bspline-3B"),
+        ("dog-B", "mexican_hat-B"),
+        ("G3U", "chebyshev-5U"),
+        ("shannon-B", "shannon-B:reading=index"),
+        ("softmax+G3B", "softmax+polynomial-5B"),
+    ],
+)
+def test_parameters_of_other_functions_are_refused(own, other):
+    donor = vit(own)
+    for model in (vit(other), vit(other, image_size=16)):
+        with pytest.raises(ValueError, match="for '.*mean something else. Create the model with"):
+            transfer.begin(model, donor.init(seeded()), seeded(), donor)
+
+
+SPECS = ["G2B", "softconv", "relative", "static", "gated", "softmax+G2B", "performer"]
+ORDERS = ["generated", "by_distance", "by_offset", "elementwise"]
+
+
+@pytest.mark.parametrize("spec", [*SPECS, *(f"G2B:order={order}" for order in ORDERS)])
+def test_an_operator_begins_with_its_own_at_another_size(spec):
+    donor = vit(spec)
+    params, drawn = transfer.begin(vit(spec, image_size=16), donor.init(seeded()), seeded(), donor)
+    assert drawn == [] and params["pos_embed"].shape == (1, 17, 8)
+
+
+@pytest.mark.parametrize("change_of", ["base=softmax", "project=simplex", "init=paper"])
+def test_what_comes_behind_the_functions_may_change(change_of):
+    donor, theirs = vit("G2B"), vit("G2B").init(seeded())
+    params, drawn = transfer.begin(vit(f"G2B:{change_of}"), theirs, seeded(), donor)
+    assert drawn == [] and torch.equal(
+        tree.named(params)["blocks.0.operator.mix"], tree.named(theirs)["blocks.0.operator.mix"]
+    )
+    # a teacher is who attends as before
+    other = vit(f"G2B:{change_of}")
+    student = transfer.with_attention(vit(transfer.given()), other)
+    if change_of == "init=paper":
+        transfer.teach(student.init(seeded()), other, theirs, donor)
+    else:
+        with pytest.raises(ValueError, match="`attention_from` needs .* mean something else"):
+            transfer.teach(student.init(seeded()), other, theirs, donor)
 
 
 def test_the_head_is_drawn_where_classes_differ():

@@ -70,6 +70,19 @@ def select(names: Sequence[str]) -> tuple[Analysis, ...]:
     return tuple(one for one in SECTIONS if one.name in names)
 
 
+def check_out(out: str | os.PathLike) -> None:
+    """Raises ValueError unless a page can be written to `out`, with its numbers beside it: a name
+    that ends in .html, where nothing but an earlier page is replaced.
+    """
+    path = Path(out)
+    if path.suffix not in (".html", ".htm"):
+        raise ValueError(f"`report` needs a file that ends in .html, got {str(path)!r}. Rename it.")
+    beside = path.with_suffix(".json")
+    checkpoint.check_replaced(
+        "report", beside, lambda found: "sections" in found, path, path.with_suffix(".csv")
+    )
+
+
 def analyse(
     results: Sequence[Result],
     splits: Splits,
@@ -88,7 +101,8 @@ def analyse(
     retrain: int = Context.retrain,
 ) -> list[Done]:
     """Computes `sections` of `results`, all on the data of `splits`, and writes the page to `out`,
-    whole or not at all, and its numbers beside it with the suffixes `.json` and `.csv`.
+    whole or not at all, and its numbers beside it with the suffixes `.json` and `.csv`; see
+    `check_out`.
 
     Args:
         results: one an operator; the first is the baseline.
@@ -106,6 +120,7 @@ def analyse(
     """
     if not results:
         raise ValueError("`report` needs at least one result, got none. Train something first.")
+    check_out(out)
     context = Context(
         results,
         splits,

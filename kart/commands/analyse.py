@@ -46,9 +46,9 @@ def _loaded(args: argparse.Namespace) -> tuple[list[Any], train.Splits]:
     config = results[0].configs[0]
     assert results[0].homes is not None  # those that were read have them
     first = results[0].homes[0]
-    source = owned.place(str(first), runs.read(first).data, config.data, args.data)
-    config = dataclasses.replace(config, data=source)
-    return results, train.load_data(config)
+    own = runs.read(first).data
+    source = owned.place(str(first), own, config.data, args.data)
+    return results, owned.load(str(first), own, dataclasses.replace(config, data=source))
 
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
@@ -95,6 +95,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.points % 10 != 1:
         raise ValueError(f"`--points` needs 11, 21, 31 or so on, got {args.points}. Take 41.")
     sections = _sections(args)
+    out = Path(args.out or Path(args.run[0]) / "report.html")
+    report.check_out(out)
+    runs.check_writable(Path(args.run[0]))  # which keeps what is computed
     results, splits = _loaded(args)
     for directory in runs.find(*args.run):
         owned.check(str(directory), runs.read(directory).data, splits)
@@ -112,7 +115,6 @@ def _run(args: argparse.Namespace) -> int:
         for worker in workers:
             worker.join()
     minutes = max(0.0, args.minutes - (time.monotonic() - began) / 60)
-    out = Path(args.out or Path(args.run[0]) / "report.html")
     title = args.title or f"{', '.join(one.name for one in results)} on {splits.train.name}"
     done = report.analyse(
         results,

@@ -27,7 +27,14 @@ def _run(args: argparse.Namespace) -> int:
         )
     names = ("image_column", "label_column", "config", "revision")
     options = {name: getattr(args, name) for name in names}
-    print(data.summary(data.describe(args.source, **options)))
+    found = data.describe(args.source, **options)
+    root = Path(args.source.partition("?")[0]).expanduser()
+    if sheet is not None and root.is_dir() and sheet.resolve().is_relative_to(root.resolve()):
+        raise ValueError(
+            f"`--sheet` needs a file outside of the data, got {args.sheet!r}, which would be "
+            "one of their images. Choose another place."
+        )
+    print(data.summary(found))
     if sheet is not None:
         data.contact_sheet(args.source, **options).save(sheet)
         print(f"written to {sheet}")

@@ -34,6 +34,7 @@ def _run(args: argparse.Namespace) -> int:
         if len(bad) < len(configs):
             # the test split is read once, at the end
             runs.check_finished(directory, runs.read_metrics(directory))
+            runs.check_writable(directory)
             ended.append(directory)
     if not ended:
         raise ValueError(
@@ -61,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
                     "diverged": bad.get(member.seed, -1),
                 }
             )
-        runs.write_scores(directory, args.split, args.checkpoint, scores, len(dataset.labels))
+        runs.write_scores(directory, args.split, args.checkpoint, scores, dataset)
         for member, score in zip(own.configs, scores, strict=True):
             if member.seed not in bad:
                 by_setting.setdefault(_setting(member, own.data), []).append(score)

@@ -32,6 +32,7 @@ def _run(args: argparse.Namespace) -> int:
         "seed": one.config.seed,
         "checkpoint": args.checkpoint,
         "classes": one.identity.data["classes"],
+        "image": one.identity.data["image"],
         "image_size": one.model.config.image_size,
         "eval_crop": one.config.eval_crop,
         "precision": one.config.precision,
@@ -50,6 +51,8 @@ COMMAND = Command(
     _run,
     reads=True,
     description="Writes the weights of one finished run. The file maps standardised images to "
-    "logits; mean, deviation, size and classes stand in the JSON file beside it. Weights are "
+    "logits. The JSON file beside it has the classes, mean and deviation, and how images come to "
+    "the model's size: cut to `image` (channels, height, width), scaled to `image_size` over "
+    "`eval_crop`, of which the centre is left. Weights are "
     "float32, those of bfloat16 runs too; so are the logits of a file for torch or onnx.",
 )

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 
 import torch
@@ -85,6 +86,11 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         raise ValueError(
             f"`normalise` needs images (..., C, height, width), C means and C deviations, got "
             f"shape {tuple(images.shape)}, {len(mean)} and {len(std)}. Take both from the data set."
+        )
+    if not all(map(math.isfinite, (*mean, *std))) or not all(value > 0 for value in std):
+        raise ValueError(
+            "`normalise` needs finite means and deviations > 0, got "
+            f"{mean!r:.100} and {std!r:.100}. Take both from the data set."
         )
     shift, scale = (x.new_tensor(tuple(values))[:, None, None] for values in (mean, std))
     return (x - shift) / scale

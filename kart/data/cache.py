@@ -63,7 +63,7 @@ def directory(cache: str | Path | None) -> Path:
 
 def place(base: Path, name: str, role: str, key: list) -> Path:
     """The directory of an entry: `name` is for readers, `role` and `key` make it another one."""
-    stem = re.sub(r"[^\w.-]+", "-", name)[:80]
+    stem = re.sub(r"[^\w.-]+", "-", name).encode()[:80].decode(errors="ignore")
     return base / f"{stem}-{role}-{_digest(key)[:20]}"
 
 

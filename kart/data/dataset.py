@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 
+from kart import schema
+
 if TYPE_CHECKING:
     from kart.data.pictures import Pictures
 
@@ -66,17 +68,21 @@ class Dataset(NamedTuple):
                 self._refuse(field, f"an array, {wanted}", f"{own} of shape {np.shape(value)}")
         if len(labels) != len(images):
             self._refuse("labels", f"one of each of {len(images)} images", str(len(labels)))
-        count = len(self.classes)
-        if count < 2:
-            self._refuse("classes", "two names or more", str(self.classes))
+        count = len(set(self.classes)) if schema.fits(self.classes, tuple[str, ...]) else 0
+        if count < 2 or count < len(self.classes):
+            self._refuse("classes", "two names or more, no one twice", f"{self.classes!r:.200}")
+        if not isinstance(self.name, str):
+            self._refuse("name", "a string", f"{self.name!r:.50}")
         if len(labels) and not 0 <= labels.min() <= labels.max() < count:
             bounds = f"{labels.min()} to {labels.max()}"
             self._refuse("labels", f"numbers of its {count} classes, 0 to {count - 1}", bounds)
         for name, low in (("mean", 0.0), ("std", 1e-6)):
-            values = getattr(self, name)
-            if len(values) != images.shape[1] or not all(low <= x <= 1 for x in values):
-                needed = f"{images.shape[1]} numbers in {low:g} to 1, of pixels in [0, 1]"
-                self._refuse(name, needed, f"{tuple(values)}")
+            given, own = getattr(self, name), images.shape[1]
+            values = np.asarray(given)
+            fits = values.shape == (own,) and values.dtype.kind in "fiu"
+            if not fits or not ((values >= low) & (values <= 1)).all():
+                needed = f"{own} numbers in {low:g} to 1, of pixels in [0, 1]"
+                self._refuse(name, needed, f"{given!r:.200}")
 
     def _refuse(self, field: str, needed: str, got: str) -> NoReturn:
         raise ValueError(
@@ -109,7 +115,7 @@ class Dataset(NamedTuple):
         Computed at every call, at some 1.5 GB a second. Of `Pictures` names and sizes of the files
         stand for the pixels.
         """
-        digest = hashlib.sha256(repr((self.classes, self.images.shape)).encode())
+        digest = hashlib.sha256(repr((tuple(self.classes), self.images.shape)).encode())
         digest.update(np.ascontiguousarray(self.labels).data)
         if not isinstance(self.images, np.ndarray):
             digest.update(self.images.identity)

@@ -37,7 +37,8 @@ def choose(columns: dict[str, Column], image: str | None, label: str | None) -> 
     if columns[label].kind not in ("classes", "integer"):
         raise ValueError(
             f"`load` needs integer or ClassLabel labels in `label_column`, got "
-            f"{columns[label].text} in {label!r}. Name another column of {sorted(columns)}."
+            f"{columns[label].text} in {label!r}. Name another column of {sorted(columns)}, or "
+            "save the table again with its classes numbered from 0."
         )
     return image, label
 
@@ -91,13 +92,15 @@ def renumbering(
 ) -> np.ndarray | None:
     """What turns a label among `names` into one among `classes`; None where they are the same.
 
-    With `whole` no name may be missing. A name that `classes` does not have is an error.
+    With `whole` no name may be missing. A name that `classes` does not have, or one that is there
+    twice, is an error.
     """
-    if names == classes:
+    twice = len(set(names)) < len(names)
+    if names == classes and not twice:
         return None
     more = [name for name in names if name not in classes]
     less = [name for name in classes if name not in names] if whole else []
-    if more or less or len(set(names)) < len(names):
+    if more or less or twice:
         raise ValueError(
             f"`load` needs the same class names everywhere, got {where!r} "
             + " and ".join(

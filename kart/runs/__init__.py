@@ -27,6 +27,7 @@ from kart.runs.identity import check_place, claim, describe, locked, members, re
 from kart.runs.names import OPTIONS, default_directory, homes, options_of, slug
 from kart.runs.records import check_finished, diverged, read_metrics, read_scores, write_scores
 from kart.runs.results import baseline_first, compare, distinct, find, group_size, parts
+from kart.runs.room import check_writable
 from kart.runs.training import execute, restore, snapshot_steps
 from kart.runs.weights import Trained, load_trajectory, load_weights, only
 
@@ -36,6 +37,7 @@ __all__ = [
     "baseline_first",
     "check_finished",
     "check_place",
+    "check_writable",
     "claim",
     "compare",
     "default_directory",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kart import checkpoint, code, operators, population, recipes, schema
-from kart.runs import owned
+from kart.runs import owned, room
 from kart.train import Config, Splits
 
 FORMAT = 3  # of a run directory: raised when its files, or what they mean, change
@@ -92,6 +92,7 @@ def check_place(directory: Path) -> None:
             )
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"`out` needs a directory, got the file {str(directory)!r}.")
+    room.check_writable(directory)
     if not directory.exists() or (directory / "config.json").exists():
         return
     others = [entry.name for entry in directory.iterdir() if not entry.name.startswith(".")]

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kart import operators
 from kart.train import Config
@@ -28,19 +29,27 @@ def slug(text: str) -> str:
 
 def default_directory(configs: Sequence[Config], seeds: Sequence[int]) -> Path:
     """Where runs go that name no directory: it depends on all that they are."""
-    text = json.dumps([[config.asdict() for config in configs], list(seeds)], sort_keys=True)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    digest = _digest([[config.asdict() for config in configs], list(seeds)])[:12]
     return Path("runs") / f"{slug(Path(configs[0].data).name)}-{digest}"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def homes(configs: Sequence[Config], out: Path) -> list[Path]:
     """The directory of each of several operators below `out`; `out` itself for one."""
     if len(configs) == 1:
         return [out]
-    found = [out / slug(str(config.operator)) for config in configs]
-    if len(set(found)) < len(found):
+    specs = [config.operator for config in configs]
+    if len(set(specs)) < len(specs):
         raise ValueError(
             "`operator` needs different operators, got "
-            f"{[operators.shown(config.operator) for config in configs]}. Drop the repeats."
+            f"{[operators.shown(spec) for spec in specs]}. Drop the repeats."
         )
-    return found
+    names = [slug(str(spec)) for spec in specs]
+    # heads and blocks of the same operators, for one
+    return [
+        out / (name if names.count(name) == 1 else f"{name}-{_digest(spec)[:6]}")
+        for name, spec in zip(names, specs, strict=True)
+    ]

@@ -2,6 +2,7 @@
 whether data are its own, and be used without them.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ def facts(splits: Splits) -> dict[str, Any]:
         "name": first.name,
         "classes": list(first.classes),
         "image": list(first.images.shape[1:]),  # channels, height, width
-        "mean": list(first.mean),
-        "std": list(first.std),
+        "mean": [float(x) for x in first.mean],
+        "std": [float(x) for x in first.std],
         "counts": {"train": len(first.labels), "val": len(splits.val.labels)},
         "fingerprint": {"train": first.fingerprint, "val": splits.val.fingerprint},
     }
@@ -89,7 +90,9 @@ def empty(own: dict[str, Any]) -> Dataset:
 
 def load(where: str, own: dict[str, Any], config: Config) -> Splits:
     """Training and validation data of a run, after a check that they are its own."""
-    splits = train.load_data(config)
+    # of others there may be fewer than the run took
+    every = train.load_data(dataclasses.replace(config, train_limit=None))
+    splits = every._replace(train=every.train.part(slice(config.train_limit)))
     check(where, own, splits)
     return splits
 

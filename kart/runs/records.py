@@ -8,6 +8,7 @@ from typing import Any
 
 import kart
 from kart import checkpoint, schema
+from kart.data import Dataset
 from kart.runs import identity
 from kart.runs.identity import Identity
 from kart.train import Record
@@ -120,14 +121,15 @@ def _scored(directory: Path, own: Identity, split: str, which: str) -> dict[str,
 
 
 def write_scores(
-    directory: Path, split: str, which: str, scores: list[dict[str, float]], images: int
+    directory: Path, split: str, which: str, scores: list[dict[str, float]], dataset: Dataset
 ) -> None:
-    """Stores what `kart eval` found of the members of a finished run."""
+    """Stores what `kart eval` found of the members of a finished run on a split of its data."""
     own = identity.read(directory)
     report = {
         OWNER: own.id,
         **_scored(directory, own, split, which),
-        "images": images,
+        "images": len(dataset.labels),
+        "fingerprint": dataset.fingerprint,
         "members": scores,
         "versions": checkpoint.versions(),
     }

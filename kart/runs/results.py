@@ -67,13 +67,14 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
     been scored by `kart eval`. Seeds that diverged are left out of them, and named, as are
     operators of which no seed is left.
 
-    Raises ValueError for runs that differ in more than operator and seed, or are unfinished.
+    Raises ValueError for runs that differ in more than operator and seed, are unfinished, or were
+    scored on other test images than one another.
     """
     from kart.analysis import report
 
     found: dict[str, list[tuple[Config, list[Record], train.Params, Any, Path, int]]] = {}
     diverged: dict[str, dict[int, int]] = {}
-    images: set[int] = set()
+    images: dict[Any, tuple[int, Path]] = {}  # by what they are
     for directory in distinct(*paths):
         configs = identity.members(directory)
         metrics = records.read_metrics(directory)
@@ -87,7 +88,7 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
         scores: list[Any] = [None] * len(configs)
         if stored is not None:
             scores = stored["members"]
-            images.add(stored["images"])
+            images.setdefault(stored.get("fingerprint"), (stored["images"], directory))
         for i, params in enumerate(weights.load_weights(directory, which)):
             if configs[i].seed not in bad:
                 own = [epoch[i] for epoch in epochs]
@@ -111,6 +112,12 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
             "Analyse them one by one."
         )
     tested = all(one[3] is not None for one in every)
+    if tested and len(images) > 1:
+        others = ", ".join(repr(str(home)) for _, home in images.values())
+        raise ValueError(
+            f"`run` needs scores on the same test images, got those on others in {others}. Run "
+            "`kart eval` on all of them again."
+        )
     results = []
     for operator, members in found.items():
         members.sort(key=lambda one: one[0].seed)
@@ -123,7 +130,7 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
                 by_epoch,
                 params,
                 test=scores if tested else None,
-                test_images=next(iter(images)) if len(images) == 1 and tested else None,
+                test_images=next(iter(images.values()))[0] if tested else None,
                 homes=homes,
                 snapshots=functools.partial(_snapshots, homes, [c.seed for c in configs]),
                 epochs=at if which == "best" else None,

@@ -26,6 +26,16 @@ def check(directory: Path, needed: int) -> None:
         )
 
 
+def check_writable(directory: Path) -> None:
+    """Raises ValueError where nothing can be written to `directory`, which may not be there yet."""
+    there = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK):
+        raise ValueError(
+            f"`run` needs a directory that can be written to, got {str(directory)!r}. Copy the "
+            "run to one, or choose another."
+        )
+
+
 def wait_for(directory: Path, needed: int, seconds: float, write: Callable[[], None]) -> None:
     """Calls `write`, and calls it again while the disk of `directory` is full, up to `seconds`.
 
