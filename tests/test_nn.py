@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 from torch.testing import assert_close
 
-from kart import bases, nn, operators, tree
+from kart import bases, models, nn, operators, tree
 
 SPECS = ["softmax", "G3B:rank=3", "rational-3/2B:rank=2", "2*softmax+2*G2B:rank=2"]
 HEADS, TOKENS, DIM = 4, 7, 16
@@ -410,6 +410,48 @@ def test_what_is_pruned_is_trained_and_loaded_whatever_is_called(place, use):
             kept = getattr(part, f"{name}_orig") * getattr(part, f"{name}_mask")
             getattr(plain.get_submodule(place), name).copy_(kept)
         assert_close(uses[use](module), uses[use](plain))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("place", ["operator", "operator.units"])
+@pytest.mark.parametrize("use", ["self", "weights"])
+def test_a_norm_of_weights_is_of_the_parameters_as_they_are(place, use):
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    uses = {
+        "self": lambda module: module(x),
+        "weights": lambda module: module.operator.weights(*module.project(x)[:2]),
+    }
+    name = {"operator": "mix", "operator.units": "coefs"}[place]
+    module, plain = (nn.Attention(32, 4, 9, "G2B:rank=3") for _ in range(2))
+    part = module.get_submodule(place)
+    torch.nn.utils.weight_norm(part, name)
+    for _ in range(2):
+        uses[use](module).sum().backward()  # a stale graph is gone the second time
+        with torch.no_grad():
+            getattr(part, f"{name}_g").mul_(2)
+            getattr(plain.get_submodule(place), name).mul_(2)
+        assert_close(uses[use](module), uses[use](plain))
+
+
+def test_what_is_drawn_can_be_held_and_trained():
+    def drawing(drawn):
+        return operators.softmax()._replace(name="mine", init=lambda *_: drawn)
+
+    for drawn, words in (
+        ({"units": {"index": torch.arange(3)}}, r"got torch.int64 at 'units.index'. What is not l"),
+        (
+            {"units": [torch.zeros(3)]},
+            "nested dicts of floating-point tensors, got list at 'units'",
+        ),
+        (torch.zeros(3), "nested dicts of floating-point tensors, got torch.float32. What"),
+        ({"units": {0: torch.zeros(3)}}, "names without dots as keys, got 0 in 'units'. Rename it"),
+        ({"a.b": torch.zeros(3)}, "names without dots as keys, got 'a.b'. Rename it"),
+    ):
+        model = models.create("vit_nano", drawing(drawn), image_size=8, patch_size=4)
+        with pytest.raises(ValueError, match=f"`mine.init` needs .*{words}"):
+            nn.operator(drawing(drawn), 2, 9)
+        with pytest.raises(ValueError, match=f"`mine.init` needs .*{words}"):
+            model.init(source())
 
 
 def test_what_does_not_fit_is_named():
