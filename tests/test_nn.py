@@ -226,6 +226,16 @@ def test_compiled_equals_eager(spec):
     torch.compiler.reset()
 
 
+def test_one_graph_has_masks_of_any_number_of_samples():
+    module = attention()
+    torch.compiler.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in (2, 3):
+        x, mask = tokens(batch, TOKENS), torch.rand(batch, 1, 1, TOKENS, generator=source()) > 0.3
+        assert_close(compiled(x, mask=mask), module(x, mask=mask))
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("spec", [*SPECS, "softconv:prefix=0,rows=1", "G2:order=elementwise"])
 def test_a_recorded_graph_equals_eager(spec):
     module, x = attention(spec), tokens(2, TOKENS)

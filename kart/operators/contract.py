@@ -206,7 +206,7 @@ def check_mask(
     if mask is None:
         return
     shape = tuple(mask.shape)
-    fits = not shape or shape[-1] in (1, keys)
+    fits = len(shape) == 0 or shape[-1] in (1, keys)
     fits = fits and (len(shape) < 2 or shape[-2] in (1, queries))
     if mask.dtype != torch.bool or not fits:
         raise ValueError(
