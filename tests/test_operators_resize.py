@@ -240,7 +240,7 @@ def test_a_lattice_that_an_operator_would_take_for_another_is_refused(spec, new,
 
 def test_an_operator_that_does_not_say_where_its_keys_are_is_refused():
     op, params = drawn("G2", 17)
-    with pytest.raises(ValueError, match="says where its keys are"):
+    with pytest.raises(ValueError, match="says where its keys are.* or the trait `length_free`"):
         operators.resize(op._replace(resize=None), params, 17, 65)
     mixed = operators.hybrid([operators.softmax(), op._replace(resize=None)])
     params = mixed.init(torch.Generator(), 2, 17)

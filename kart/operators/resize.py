@@ -187,5 +187,6 @@ def resize(op: Operator, params: Params, old_tokens: Tokens, new_tokens: Tokens)
         return params
     raise ValueError(
         f"`resize` needs an operator that says where its keys are (`Operator.resize`), got "
-        f"{op.name!r}. Give it one, or call `init` for the new number of keys."
+        f"{op.name!r}. Give it one, or the trait `length_free` where parameters fit any number, or "
+        "call `init` for the new number of keys."
     )
