@@ -236,14 +236,24 @@ class Operator(Tree):
     def resize(self, old_tokens: Tokens, new_tokens: Tokens) -> "Operator":
         """This module, its parameters moved to another number of keys by `kart.operators.resize`.
 
-        The parameters are new ones: make the optimiser after it.
+        The parameters are new ones, those that are frozen frozen: make the optimiser after it.
         """
+        own = dict(self.named_parameters(remove_duplicate=False))
         found = tree.map(lambda x: x.detach(), self.tree())
+        computed = sorted(tree.named(found).keys() - own.keys())
+        if computed:
+            raise ValueError(
+                f"`resize` needs parameters of the module's own, got {computed[0]!r}, which is "
+                "computed of others. Make it one first, by prune.remove or "
+                "parametrize.remove_parametrizations of torch.nn.utils."
+            )
         moved = operators.resize(self.op, found, old_tokens, new_tokens)
         for name in moved:
             delattr(self, name)
         self._names.clear()
         self.register(moved)
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(own[name].requires_grad)
         if self.tokens is not None:
             before, after = (lattice("tokens", one) for one in (old_tokens, new_tokens))
             self.tokens += after.patches - before.patches

@@ -275,6 +275,25 @@ def test_resize_moves_the_parameters():
     q, k, v = qkv(keys=26)
     assert module(q, k, v).shape == q.shape
     assert all(p.is_leaf and p.requires_grad for p in module.parameters())
+    module.units.requires_grad_(False)
+    module.resize(26, 17)
+    assert {name for name, p in module.named_parameters() if p.requires_grad} == {"mix"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: prune.l1_unstructured(m, "mix", amount=0.5),
+        lambda m: torch.nn.utils.parametrizations.weight_norm(m.units, "coefs"),
+    ],
+)
+def test_resize_refuses_what_is_computed_and_leaves_it_whole(change):
+    module = nn.operator("G3B:rank=3", HEADS, TOKENS)
+    change(module)
+    before = module(*qkv())
+    with pytest.raises(ValueError, match="parameters of the module's own, got '(mix|units.coefs)'"):
+        module.resize((1, 2, 3), (1, 2, 4))
+    assert torch.equal(module(*qkv()), before)
 
 
 def test_bad_input_is_named():
