@@ -52,17 +52,19 @@ def _timm(model: Model, params: Params, path: Path) -> None:
     checkpoint.write_tensors(path, tensors)
 
 
-def program(model: Model, params: Params) -> torch.export.ExportedProgram:
-    """The graph of `torch.export` of a model, for any number of images."""
-    config = model.config
+def _recorded(module: nn.Module, config: Any) -> torch.export.ExportedProgram:
     # two images: torch takes a batch of one for a constant
     example = torch.zeros(2, config.in_channels, config.image_size, config.image_size)
     batch = {"images": {0: torch.export.Dim("batch")}}
-    module = Exported(model, params).eval()
     with torch.no_grad():
         # an engine looks once at the values of a basis, which it cannot while it is traced
         module(example)
         return torch.export.export(module, (example,), dynamic_shapes=batch, strict=False)
+
+
+def program(model: Model, params: Params) -> torch.export.ExportedProgram:
+    """The graph of `torch.export` of a model, for any number of images."""
+    return _recorded(Exported(model, params).eval(), model.config)
 
 
 def _torch(model: Model, params: Params, path: Path) -> None:
@@ -102,8 +104,13 @@ def _onnx(model: Model, params: Params, path: Path) -> None:
     with warnings.catch_warnings(), _errors_alone("onnxscript", "torch.onnx"):
         # of torch's own use of what it has deprecated
         warnings.simplefilter("ignore")
-        # the streamed product is an operation of kart's own, which ONNX has not
-        whole = program(model, params).run_decompositions({PRODUCT: _materialised})
+        # the streamed product is an operation of kart's own, which ONNX has not; recorded anew, the
+        # constants of a basis are those of the graph
+        graph: Any = program(model, params).module()
+        for node in graph.graph.find_nodes(op="call_function", target=PRODUCT):
+            node.target = _materialised
+        graph.recompile()
+        whole = _recorded(graph, model.config)
         found = torch.onnx.export(
             whole, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
         )

@@ -13,10 +13,13 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from kart import layers, operators, schema, tree
 from kart.kernels.transforms import autocasting
 from kart.operators import Cache
+from kart.operators.contract import draw
 from kart.operators.resize import Tokens, lattice
 
 Params = dict[str, Any]
@@ -66,6 +69,9 @@ def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> 
 
 # --- parameters -----------------------------------------------------------------------------------
 
+# hooks of torch that set a parameter from others, but at calls of the very module alone
+COMPUTING = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
+
 
 class Tree(torch.nn.Module):
     """A nested dict of tensors as parameters, by the same dotted names."""
@@ -91,11 +97,10 @@ class Tree(torch.nn.Module):
 
     def tree(self) -> Params:
         """The parameters as nested dicts, as the pure functions take them; those that torch
-        computes, as of `torch.nn.utils.parametrize` and `prune`, as they are now.
+        computes, as of `torch.nn.utils.parametrize`, `prune` and `weight_norm`, as they are now.
         """
         for hook in self._forward_pre_hooks.values():
-            # which sets what it pruned, but at calls of the very module alone
-            if isinstance(hook, prune.BasePruningMethod):
+            if isinstance(hook, COMPUTING):
                 hook(self, ())
         # by name: a parametrisation has parameters and modules of its own beside these
         found = {name: getattr(self, name) for name in self._names}
@@ -195,7 +200,7 @@ class Operator(Tree):
         self.op = op
         self.heads = heads
         self.tokens = tokens
-        drawn = op.init(seeded(generator), heads, 1 if tokens is None else tokens)
+        drawn = draw(op, seeded(generator), heads, 1 if tokens is None else tokens)
         self.register(tree.to(drawn, **placed(device, dtype)))
 
     def extra_repr(self) -> str:
@@ -231,14 +236,24 @@ class Operator(Tree):
     def resize(self, old_tokens: Tokens, new_tokens: Tokens) -> "Operator":
         """This module, its parameters moved to another number of keys by `kart.operators.resize`.
 
-        The parameters are new ones: make the optimiser after it.
+        The parameters are new ones, those that are frozen frozen: make the optimiser after it.
         """
+        own = dict(self.named_parameters(remove_duplicate=False))
         found = tree.map(lambda x: x.detach(), self.tree())
+        computed = sorted(tree.named(found).keys() - own.keys())
+        if computed:
+            raise ValueError(
+                f"`resize` needs parameters of the module's own, got {computed[0]!r}, which is "
+                "computed of others. Make it one first, by prune.remove or "
+                "parametrize.remove_parametrizations of torch.nn.utils."
+            )
         moved = operators.resize(self.op, found, old_tokens, new_tokens)
         for name in moved:
             delattr(self, name)
         self._names.clear()
         self.register(moved)
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(own[name].requires_grad)
         if self.tokens is not None:
             before, after = (lattice("tokens", one) for one in (old_tokens, new_tokens))
             self.tokens += after.patches - before.patches

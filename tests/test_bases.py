@@ -1,6 +1,7 @@
 """The families of functions: each through its property suite, golden values, inits, bad input."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -333,3 +334,28 @@ def test_features_that_are_not_stacked_on_a_last_axis_are_named(expand, got):
         ValueError, match=rf"`mine` needs `expand` to .*\(3, 2\), got {got}\. Stack"
     ):
         basis.expand(torch.ones(3))
+
+
+# --- copies ---------------------------------------------------------------------------------------
+
+
+def halves(generator, shape):
+    return {"coefs": bases.normal(generator, (*shape, 1))}
+
+
+def halve(params, x):
+    return params["coefs"][..., 0] * x / 2
+
+
+def nothing(x):
+    return None
+
+
+def test_what_a_basis_is_pickles_with_it():
+    by_hand = bases.Basis("halves", 1, halves, halve, nothing, None, None, {"by": 2}, {"odd": True})
+    assert pickle.loads(pickle.dumps(by_hand)) == by_hand
+    told = bases.fourier(2)._replace(traits={"mine": 1.0}, family="waves")
+    copied = pickle.loads(pickle.dumps(told))
+    assert (copied.traits, copied.family) == (told.traits, told.family)
+    with pytest.raises(TypeError, match="as its factory made it, got a changed 'fourier'"):
+        pickle.dumps(bases.fourier(2)._replace(apply=halve))

@@ -29,6 +29,9 @@ def sinc(grid: int = 4, width: float = 1.0):
 
 hats = bases.gaussian_rbf(3)
 
+def waves(rank: int = 2):
+    return bases.fourier(rank)
+
 def halved(share: float = 0.5):
     return operators.from_rows("halved", lambda scores, mask: share * scores.softmax(-1))
 
@@ -89,7 +92,11 @@ def test_overrides_reach_it(own):
         ("waves.py:sinc-1/2/3B", "takes 2 numbers, got 3"),
         ("waves.py:sinc-4B:grid=3", "given twice"),
         ("waves.py:sinc-B:heihgt=3", "no effect"),
-        ("waves.py:broken-B", "waves.py, line 20: RuntimeError: no such thing"),
+        ("waves.py:broken-B", "waves.py, line 23: RuntimeError: no such thing"),
+        ("waves.py:sinc-0B", "got 0. Pass a larger one."),
+        ("waves.py:waves-B:rank=3", "rank is an option of low_rank and of waves: rename that of w"),
+        ("waves.py", "what is in a file is named waves.py:NAME-NUMBERS, B or U behind them"),
+        ("waves.py:sinc-b", "what is in a file is named waves.py:NAME-NUMBERS"),
         ("waves.py:text-B", "must be a basis or an operator"),
         ("waves.py:nothing-B", "It has"),
         ("nowhere.py:sinc-B", "there is no file"),

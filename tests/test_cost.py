@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from kart import cli, models, operators, tree
-from kart.analysis import cost
+from kart.analysis import cost, roofline
 from tests.tiny import drawn
 
 TINY = {"image_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -370,6 +370,17 @@ def test_an_operator_that_does_not_tell_its_operations_is_not_counted():
     for op in (own, bare, operators.parse("softmax").operator):
         told = cost.uncounted(models.create("vit_nano", op, **sizes))
         assert (told == "halved has no trait `activation_flops`") == (op.name == "halved")
+    mixed = operators.hybrid([operators.softmax(), own])
+    assert (
+        cost.uncounted(models.create("vit_nano", mixed, **sizes))
+        == "halved has no trait `activation_flops`"
+    )
+    for measure in (
+        lambda: cost.streamed_flops(bare, 2, 5, 4),
+        lambda: roofline.attention(bare, 1, 2, 5, 4, 4),
+    ):
+        with pytest.raises(ValueError, match="needs .* got 'halved'"):
+            measure()
     counted = own._replace(traits={**own.traits, "activation_flops": lambda n, unit: 4 * n * n})
     model = models.create("vit_nano", counted, **sizes)
     tokens = model.sites[0].tokens

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from kart import checkpoint, cli, data, export, models, operators, runs, tree
+from kart import bases, checkpoint, cli, data, export, models, operators, runs, tree
 from kart.commands import predict
 from kart.models import blocks
 
@@ -172,6 +172,19 @@ def test_onnx_of_every_kind_of_operator(operator, tmp_path, session):
     for count in (1, 3):
         found = session(tmp_path / "m.onnx", images[:count])
         assert_close(found, logits[:count], rtol=1e-5, atol=1e-5)
+
+
+def test_features_of_ones_own_bring_their_constants(tmp_path, session):
+    centres = torch.tensor([-1.0, 0.0, 2.0])
+    bumps = bases.linear(lambda x: (-((x[..., None] - centres) ** 2)).exp(), 3, family="bumps")
+    sizes = {"image_size": 8, "patch_size": 4, "in_channels": 1, "num_classes": 5}
+    own = operators.low_rank(bumps, rank=2)
+    model = models.create("vit_nano", own, embed_dim=8, depth=1, num_heads=2, **sizes)
+    params = model.init(torch.Generator().manual_seed(0))
+    export.write(tmp_path / "m.onnx", model, params, {}, "onnx")
+    images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    found = session(tmp_path / "m.onnx", images)
+    assert_close(found, model.apply(params, images), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["torch", "onnx"])

@@ -1,8 +1,10 @@
 """Every family in the C++ engine, in float32 and half types, against the plain expression."""
 
+import functools
 import math
 import subprocess
 import sys
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -471,6 +473,85 @@ def test_names_tell_features_apart():
     assert len(set(names)) == len(names)
     # what does not change the features does not change the name
     assert bases.fourier(3, init="paper").pieces.name == bases.fourier(3).pieces.name
+
+
+class Sines(NamedTuple):
+    pitch: float
+    more: Any = None
+
+    def __call__(self, x):
+        return (x * self.pitch).sin()[..., None]
+
+
+class Cosines(NamedTuple):
+    pitch: float
+    more: Any = None
+
+    def __call__(self, x):
+        return (x * self.pitch).cos()[..., None]
+
+
+class Attributes:
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+    def __call__(self, x):
+        return (x * self.pitch + self.shift)[..., None]
+
+
+def by_a_method(pitch):
+    class Features:
+        def __call__(self, x):
+            return self.of(x)[..., None]
+
+        def of(self, x):
+            return x * pitch
+
+    return Features()
+
+
+def by_a_module(pitch):
+    class Features(torch.nn.Module):
+        def forward(self, x):
+            return (x * pitch)[..., None]
+
+    return Features()
+
+
+def by_a_class(pitch):
+    class Features:
+        @staticmethod
+        def of(x):
+            return (x * pitch)[..., None]
+
+    return lambda x: Features.of(x)
+
+
+def scaled(x, pitch, shift):
+    return (x * pitch + shift)[..., None]
+
+
+FIRST, SECOND = torch.ones(2), torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Sines(1.0), Cosines(1.0)),
+        (Sines(1.0, (1, (2,), 3)), Sines(1.0, (1, (2, 3)))),
+        (Sines(1.0, (FIRST, SECOND, FIRST)), Sines(1.0, (FIRST, SECOND, SECOND))),
+        (Attributes(pitch=1.0, shift=2.0), Attributes(pitch=1.0, shift=3.0)),
+        (functools.partial(scaled, pitch=1, shift=2), functools.partial(scaled, pitch=1, shift=3)),
+        (by_a_method(1.0), by_a_method(2.0)),
+        (by_a_module(1.0), by_a_module(2.0)),
+        (by_a_class(1.0), by_a_class(2.0)),
+    ],
+    ids=["fields", "nested", "again", "attributes", "partial", "method", "module", "class"],
+)
+def test_names_tell_apart_what_objects_and_their_classes_do(one, other):
+    first, second = (bases.linear(expand, 1, family="own") for expand in (one, other))
+    assert first.pieces.name != second.pieces.name
+    assert first.pieces.name == bases.linear(one, 1, family="own").pieces.name
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

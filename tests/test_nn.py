@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 from torch.testing import assert_close
 
-from kart import bases, nn, operators, tree
+from kart import bases, models, nn, operators, tree
 
 SPECS = ["softmax", "G3B:rank=3", "rational-3/2B:rank=2", "2*softmax+2*G2B:rank=2"]
 HEADS, TOKENS, DIM = 4, 7, 16
@@ -226,6 +226,16 @@ def test_compiled_equals_eager(spec):
     torch.compiler.reset()
 
 
+def test_one_graph_has_masks_of_any_number_of_samples():
+    module = attention()
+    torch.compiler.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in (2, 3):
+        x, mask = tokens(batch, TOKENS), torch.rand(batch, 1, 1, TOKENS, generator=source()) > 0.3
+        assert_close(compiled(x, mask=mask), module(x, mask=mask))
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("spec", [*SPECS, "softconv:prefix=0,rows=1", "G2:order=elementwise"])
 def test_a_recorded_graph_equals_eager(spec):
     module, x = attention(spec), tokens(2, TOKENS)
@@ -265,6 +275,25 @@ def test_resize_moves_the_parameters():
     q, k, v = qkv(keys=26)
     assert module(q, k, v).shape == q.shape
     assert all(p.is_leaf and p.requires_grad for p in module.parameters())
+    module.units.requires_grad_(False)
+    module.resize(26, 17)
+    assert {name for name, p in module.named_parameters() if p.requires_grad} == {"mix"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: prune.l1_unstructured(m, "mix", amount=0.5),
+        lambda m: torch.nn.utils.parametrizations.weight_norm(m.units, "coefs"),
+    ],
+)
+def test_resize_refuses_what_is_computed_and_leaves_it_whole(change):
+    module = nn.operator("G3B:rank=3", HEADS, TOKENS)
+    change(module)
+    before = module(*qkv())
+    with pytest.raises(ValueError, match="parameters of the module's own, got '(mix|units.coefs)'"):
+        module.resize((1, 2, 3), (1, 2, 4))
+    assert torch.equal(module(*qkv()), before)
 
 
 def test_bad_input_is_named():
@@ -410,6 +439,48 @@ def test_what_is_pruned_is_trained_and_loaded_whatever_is_called(place, use):
             kept = getattr(part, f"{name}_orig") * getattr(part, f"{name}_mask")
             getattr(plain.get_submodule(place), name).copy_(kept)
         assert_close(uses[use](module), uses[use](plain))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("place", ["operator", "operator.units"])
+@pytest.mark.parametrize("use", ["self", "weights"])
+def test_a_norm_of_weights_is_of_the_parameters_as_they_are(place, use):
+    x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    uses = {
+        "self": lambda module: module(x),
+        "weights": lambda module: module.operator.weights(*module.project(x)[:2]),
+    }
+    name = {"operator": "mix", "operator.units": "coefs"}[place]
+    module, plain = (nn.Attention(32, 4, 9, "G2B:rank=3") for _ in range(2))
+    part = module.get_submodule(place)
+    torch.nn.utils.weight_norm(part, name)
+    for _ in range(2):
+        uses[use](module).sum().backward()  # a stale graph is gone the second time
+        with torch.no_grad():
+            getattr(part, f"{name}_g").mul_(2)
+            getattr(plain.get_submodule(place), name).mul_(2)
+        assert_close(uses[use](module), uses[use](plain))
+
+
+def test_what_is_drawn_can_be_held_and_trained():
+    def drawing(drawn):
+        return operators.softmax()._replace(name="mine", init=lambda *_: drawn)
+
+    for drawn, words in (
+        ({"units": {"index": torch.arange(3)}}, r"got torch.int64 at 'units.index'. What is not l"),
+        (
+            {"units": [torch.zeros(3)]},
+            "nested dicts of floating-point tensors, got list at 'units'",
+        ),
+        (torch.zeros(3), "nested dicts of floating-point tensors, got torch.float32. What"),
+        ({"units": {0: torch.zeros(3)}}, "names without dots as keys, got 0 in 'units'. Rename it"),
+        ({"a.b": torch.zeros(3)}, "names without dots as keys, got 'a.b'. Rename it"),
+    ):
+        model = models.create("vit_nano", drawing(drawn), image_size=8, patch_size=4)
+        with pytest.raises(ValueError, match=f"`mine.init` needs .*{words}"):
+            nn.operator(drawing(drawn), 2, 9)
+        with pytest.raises(ValueError, match=f"`mine.init` needs .*{words}"):
+            model.init(source())
 
 
 def test_what_does_not_fit_is_named():

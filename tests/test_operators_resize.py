@@ -240,7 +240,7 @@ def test_a_lattice_that_an_operator_would_take_for_another_is_refused(spec, new,
 
 def test_an_operator_that_does_not_say_where_its_keys_are_is_refused():
     op, params = drawn("G2", 17)
-    with pytest.raises(ValueError, match="says where its keys are"):
+    with pytest.raises(ValueError, match="says where its keys are.* or the trait `length_free`"):
         operators.resize(op._replace(resize=None), params, 17, 65)
     mixed = operators.hybrid([operators.softmax(), op._replace(resize=None)])
     params = mixed.init(torch.Generator(), 2, 17)
@@ -260,3 +260,38 @@ def test_generated_keeps_its_output_where_every_patch_becomes_four():
     assert_close(op.attend(moved, q, *fine), op.attend(params, q, k, v))
     assert operators.resize(op, params, 17, 17) is params
     assert operators.generated(bases.fourier(2), 3, features=5, reach=8).resize is None
+
+
+def steps(**traits):
+    """phi(x) = height tanh(weight x), a family of one's own without features."""
+
+    def init(generator, shape):
+        height, weight = bases.normal(generator, (2, *shape))
+        return {"height": height, "weight": weight}
+
+    def apply(params, x):
+        return params["height"] * (params["weight"] * x).tanh()
+
+    return bases.Basis("steps", 2, init, apply, lambda x: None, None, None, {}, traits)
+
+
+def test_a_family_of_ones_own_says_what_is_weighed_anew_and_starts_at_zero():
+    told, silent = steps(amplitude="height"), steps()
+    op = operators.low_rank(told, rank=2)
+    params = op.init(torch.Generator().manual_seed(0), HEADS, 17)
+    ones = {"units": tree.map(torch.ones_like, params["units"]), "mix": params["mix"]}
+    moved = operators.resize(op, ones, 17, 65)["units"]
+    assert_close(moved["height"][..., 1:], torch.full((HEADS, 2, 64), 16 / 64))
+    assert_close(moved["weight"], torch.ones(HEADS, 2, 65))
+    q, k, v = torch.randn(3, HEADS, 17, 4, generator=torch.Generator().manual_seed(1))
+    for make in (operators.elementwise, operators.by_offset):
+        grown = make(told, base="softmax")
+        start = grown.init(torch.Generator().manual_seed(0), HEADS, 17)
+        assert_close(grown.attend(start, q, k, v), (q @ k.mT / 2).softmax(-1) @ v)
+        with pytest.raises(ValueError, match="got 'steps', which does not. Name it in its trait"):
+            make(silent, base="softmax")
+    for op in (operators.low_rank(silent, rank=2), operators.by_offset(silent)):
+        params = op.init(torch.Generator().manual_seed(0), HEADS, 17)
+        assert operators.resize(op, params, 17, 17).keys() == params.keys()
+        with pytest.raises(ValueError, match="`resize` needs a basis that says which of its"):
+            operators.resize(op, params, 17, 65)

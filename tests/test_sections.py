@@ -289,6 +289,37 @@ def test_functions_that_are_not_of_the_score_alone_are_named():
     assert "No operator here learns functions" not in " ".join(found.blocks)
 
 
+STEPS = """
+from kart import bases
+
+def init(generator, shape):
+    height, slope = bases.normal(generator, (2, *shape))
+    return {"height": height, "slope": slope}
+
+def apply(params, x):
+    return params["height"] * (params["slope"] * x).tanh()
+
+def expand(x):
+    return None
+
+silent = bases.Basis("steps", 2, init, apply, expand, None, None, {}, {})
+told = silent._replace(traits={"amplitude": "height"})
+"""
+
+
+def test_functions_of_a_family_of_ones_own_are_dropped_by_what_it_says_is_a_factor(tmp_path):
+    (tmp_path / "steps.py").write_text(STEPS)
+    silent, told = (result(f"{tmp_path}/steps.py:{name}-B:rank=2") for name in ("silent", "told"))
+    found = functions.section(context([silent, told], functions.ANALYSIS))
+    page = " ".join(found.blocks)
+    assert f"{silent.name}: nothing is dropped" in page and f"{told.name}:" not in page
+    assert len(numbers(found, told.name, "top1_pruned_0.1")) == 1
+    assert not numbers(found, silent.name, "top1_pruned_0.1")
+    model = context([silent], functions.ANALYSIS).model(silent.configs[0])
+    with pytest.raises(ValueError, match="`prune` needs a basis that says which of its param"):
+        functions.prune(model, silent.params[0], 0.1)
+
+
 def test_pictures_say_of_which_seeds_they_are():
     alike = context([result("softmax"), result("G2B")], spectra.ANALYSIS)
     assert alike.first_seeds == "seed 0"

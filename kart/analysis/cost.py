@@ -194,8 +194,9 @@ def uncounted(model: Model) -> str | None:
     for site in model.sites:
         if site.biased and not site.operator.traits.get("of_scores", True):
             return f"{site.operator.name} takes queries and keys, which position biases make wider"
-        if not all("activation_flops" in one.traits for one, _ in _counted(site.operator, 1)):
-            return f"{site.operator.name} has no trait `activation_flops`"
+        for one, _ in _counted(site.operator, 1):
+            if "activation_flops" not in one.traits:
+                return f"{one.name} has no trait `activation_flops`"
     return None
 
 
@@ -231,7 +232,7 @@ def streamed_flops(op: Operator, heads: int, tokens: int, width: int) -> int:
     The weights are never multiplied with the values: scores N^2 d, features times coefficients
     N^2 K r, and N r d twice. The paper's form has 2 N^2 d and the activation.
     """
-    if op.options["kind"] != "low_rank" or op.basis is None or op.options["project"]:
+    if op.options.get("kind") != "low_rank" or op.basis is None or op.options["project"]:
         raise ValueError(
             f"`streamed_flops` needs a low-rank operator without projection, got {op.name!r}. "
             "Use `activation_flops`."

@@ -34,7 +34,7 @@ from kart.bases import Params
 from kart.models import Model
 from kart.models.model import find
 from kart.operators import Operator
-from kart.operators.resize import amplitudes
+from kart.operators.resize import amplitude, check_amplitude
 from kart.operators.sums import parts_of
 
 # whose functions are not of the score alone
@@ -405,7 +405,7 @@ def _prune_units(group: Group, name: str, threshold: float) -> tuple[str, Tensor
     basis = group.operator.basis
     assert basis is not None
     units = _lifted(group.operator, group.params[name])
-    leaf = next(key for key in amplitudes(basis) if key in units)
+    leaf = check_amplitude("prune", basis)
     given = units[leaf].detach()
     pairs = basis.family == "fourier"
     if basis.coefficients is not None:
@@ -715,8 +715,11 @@ def _dropped(
     context: Context, learned: Sequence[Result], numbers: list[pages.Number]
 ) -> list[pages.Markup]:
     """The table of what dropping small terms costs, of each first seed."""
-    rows = []
+    rows, without = [], []
     for result in learned:
+        if _sizeless(context.model(result.configs[0])):
+            without.append(result.name)
+            continue
         own = _pruned(context, Member(result, 0))
         cells = [
             f"{100 * float(top1):.1f} ({100 * float(left):.0f})"
@@ -734,7 +737,15 @@ def _dropped(
         "first seed."
     )
     header = ["operator", "whole", *(f"below {t:g}" for t in THRESHOLDS)]
-    return [pages.table(header, rows, caption)]
+    told = "nothing is dropped, as the family has no trait amplitude that names a factor."
+    notes = [pages.note(f"{', '.join(without)}: {told}")] if without else []
+    return [*([pages.table(header, rows, caption)] if rows else []), *notes]
+
+
+def _sizeless(model: Model) -> bool:
+    """Whether any unit of a model is of a family that names no amplitude."""
+    ones = [one for operator in model.operators for one in _simple(operator) if learns(one)]
+    return any(one.basis is not None and not amplitude(one.basis) for one in ones)
 
 
 def _shapes(

@@ -73,14 +73,14 @@ def attention(
         ValueError: for what is neither softmax nor low rank in Fourier features.
     """
     square, rows = tokens * tokens * batch * heads, tokens * batch * heads
-    if op.options["kind"] == "softmax":
+    if op.options.get("kind") == "softmax":
         # q, k, v and out; then besides their gradients, and the logarithm of each row's sum
         memory = [4 * width * each + 4, 8 * width * each + 4]
         return [
             Work(2 * products * square * width, rows * numbers, square)
             for products, numbers in zip((2, 5), memory, strict=True)
         ]
-    low_rank = op.options["kind"] == "low_rank"
+    low_rank = op.options.get("kind") == "low_rank"
     if not low_rank or op.options["base"] or op.options["project"] or not _fourier(op.basis):
         raise ValueError(
             f"`attention` needs softmax or Fourier units of low rank, got {op.name!r}. Choose one."

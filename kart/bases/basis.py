@@ -112,8 +112,9 @@ class Basis(NamedTuple):
     `apply(params, x) == (features(x) * coefficients(params)).sum(-1)`; both are None where `expand`
     returns None. `options` are the hyperparameters and `traits` the properties that `kart.testing`
     holds the family to; "operations" among them are those of a unit on one number, where they are
-    not K. `pieces` are for the engines of `kart.kernels`; `recipe` is the call that made the basis,
-    by which it is pickled.
+    not K. `pieces` are for the engines of `kart.kernels`; `recipe` is the call of a factory of kart
+    that made the basis, by which it is pickled. One made by hand has neither, and pickles as its
+    fields, if they do.
     """
 
     family: str
@@ -129,16 +130,16 @@ class Basis(NamedTuple):
     recipe: tuple[Callable[..., "Basis"], Mapping[str, Any]] | None = None
 
     def __reduce__(self):
+        if self.recipe is None:
+            return type(self), tuple(self)
         functions = (self.init, self.apply, self.expand, self.features, self.coefficients)
-        made = self.recipe is not None and all(
-            f is None or getattr(f, "recipe", None) is self.recipe for f in functions
-        )
-        if not made:
+        if any(f and getattr(f, "recipe", None) is not self.recipe for f in functions):
             raise TypeError(
                 f"pickling needs a basis as its factory made it, got a changed {self.family!r}. "
                 "Pickle what it was made of, and make it again."
             )
-        return _again, self.recipe
+        said = {name: getattr(self, name) for name in ("family", "size", "options", "traits")}
+        return _again, (*self.recipe, said)
 
     def __copy__(self):
         return self
@@ -148,8 +149,10 @@ class Basis(NamedTuple):
         return self
 
 
-def _again(factory: Callable[..., Basis], arguments: Mapping[str, Any]) -> Basis:
-    return factory(**arguments)
+def _again(
+    factory: Callable[..., Basis], arguments: Mapping[str, Any], said: Mapping[str, Any]
+) -> Basis:
+    return factory(**arguments)._replace(**said)
 
 
 # the largest grid or degree: a feature each, of which a unit has that many parameters

@@ -69,5 +69,24 @@ False
 # Not linear in its parameters
 
 Such a family (`bases.rational`, the wavelets) writes `init` and `apply` itself, as a `bases.Basis`
-whose `expand` returns None; it runs in bounded memory, but slower than one with features.
+whose `expand` returns None; it runs in bounded memory, but slower than one with features. Its trait
+`amplitude` names the parameter that is a factor of the function: what a start at zero sets to zero,
+`operators.resize` weighs anew and `functions.prune` drops.
+
+>>> def steps():
+...     def init(generator, shape):  # of any shape, () among them
+...         keys = shape[-1] if shape else 1
+...         heights, slopes = bases.normal(generator, (2, *shape))
+...         return {"height": heights / keys**0.5, "slope": 1 + slopes}
+...
+...     def apply(params, x):
+...         wide = x.float() if x.itemsize < 4 else x
+...         return (params["height"] * (params["slope"] * wide).tanh()).to(x.dtype)
+...
+...     traits = {"amplitude": "height"}
+...     return bases.Basis("steps", 2, init, apply, lambda x: None, None, None, {}, traits)
+>>> operator = operators.low_rank(steps(), rank=4)
+>>> params = operator.init(torch.Generator().manual_seed(0), 2, 9)
+>>> operator.attend(params, q, k, v).shape
+torch.Size([2, 9, 8])
 """

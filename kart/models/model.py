@@ -11,6 +11,7 @@ from kart import factories, operators
 from kart.models.windows import Cut
 from kart.models.work import Layers
 from kart.operators import Operator
+from kart.operators.contract import draw
 
 Params = dict[str, Any]
 # what `operator` may be: a spec, an Operator, or one of either per block
@@ -135,7 +136,7 @@ def add_operators(generator: Generator, sites: Sequence[Site], params: Params) -
     backbone.
     """
     for site in {site.path: site for site in sites}.values():
-        drawn = site.operator.init(generator, site.heads, site.tokens)
+        drawn = draw(site.operator, generator, site.heads, site.tokens)
         params = place(params, site.path, drawn)
     return params
 

@@ -97,6 +97,32 @@ def check_sizes(heads: int, tokens: int) -> None:
         )
 
 
+def draw(op: Operator, generator: Generator, heads: int, tokens: int) -> Params:
+    """What `op.init` draws; ValueError unless it is nested dicts of floating-point tensors, which
+    modules and checkpoints can hold and optimisers can train.
+    """
+    drawn = op.init(generator, heads, tokens)
+    _check_drawn(op.name, drawn, "")
+    return drawn
+
+
+def _check_drawn(name: str, node: Any, path: str) -> None:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if not isinstance(key, str) or not key or "." in key:
+                raise ValueError(
+                    f"`{name}.init` needs names without dots as keys, got {key!r}"
+                    f"{f' in {path!r}' if path else ''}. Rename it."
+                )
+            _check_drawn(name, value, f"{path}.{key}" if path else key)
+    elif not path or not isinstance(node, Tensor) or not node.is_floating_point():
+        kind = node.dtype if isinstance(node, Tensor) else type(node).__name__
+        raise ValueError(
+            f"`{name}.init` needs to give nested dicts of floating-point tensors, got {kind}"
+            f"{f' at {path!r}' if path else ''}. What is not learned is a constant of the factory."
+        )
+
+
 def check_fits_memory(name: str, numbers: int, what: str) -> None:
     """Raises ValueError where float32 parameters are more than this machine's memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -180,7 +206,7 @@ def check_mask(
     if mask is None:
         return
     shape = tuple(mask.shape)
-    fits = not shape or shape[-1] in (1, keys)
+    fits = len(shape) == 0 or shape[-1] in (1, keys)
     fits = fits and (len(shape) < 2 or shape[-2] in (1, queries))
     if mask.dtype != torch.bool or not fits:
         raise ValueError(

@@ -27,7 +27,7 @@ from kart.operators.contract import (
     from_forms,
     two_axes,
 )
-from kart.operators.resize import amplitudes
+from kart.operators.resize import amplitudes, check_amplitude
 
 NORMALISATIONS = ("count", "l1", "softmax")
 
@@ -88,7 +88,7 @@ def from_entries(
     check_basis(name, basis)
     check_form(name, normalise, base, inside)
     start = default_start(name, start, normalise, base, inside)
-    check_no_base(name, basis, start)
+    check_starts(name, basis, start)
     check_choice(name, "engine", engine, ENGINES)
     rows = normalise if normalise in ("l1", "softmax") else None
     form = "inside" if inside else rows or ("beside" if base else "plain")
@@ -185,14 +185,16 @@ def draw_units(
     basis: Basis, generator: Generator, heads: int, scale: float, start: str
 ) -> dict[str, Tensor]:
     """Units `(H,)`, their amplitudes times `scale`, or zero with start "zero"."""
-    scaled = set(amplitudes(basis))
+    scaled = amplitudes(basis)
     factor = 0.0 if start == "zero" else scale
     units = basis.init(generator, (heads,))
     return {name: leaf * factor if name in scaled else leaf for name, leaf in units.items()}
 
 
-def check_no_base(name: str, basis: Basis, start: str) -> None:
-    """Raises ValueError where units have a base activation that no parameter can make zero."""
+def check_starts(name: str, basis: Basis, start: str) -> None:
+    """Raises ValueError where units are to start at zero, which no parameter of theirs can do."""
+    if start == "zero":
+        check_amplitude(name, basis)
     held = basis.options.get("base", "zero") != "zero" and not basis.options.get("scales")
     if start == "zero" and held:
         raise ValueError(

@@ -56,7 +56,7 @@ def output_units(basis: Basis, generator: Generator, heads: int, tokens: int, in
     if basis.options.get("init") == "paper":
         return units
     # the base activation starts with weight 1, as in a layer of KAN
-    scaled = set(amplitudes(basis)) - {"scale_base"}
+    scaled = amplitudes(basis) - {"scale_base"}
     return {name: leaf * tokens**-0.5 if name in scaled else leaf for name, leaf in units.items()}
 
 

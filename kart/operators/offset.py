@@ -35,7 +35,7 @@ from kart.operators.relative import (
     table_shapes,
     tokens_in,
 )
-from kart.operators.resize import Lattice, amplitudes
+from kart.operators.resize import Lattice, amplitudes, check_amplitude
 from kart.operators.static import check_square, default_start
 from kart.operators.sums import added
 
@@ -109,7 +109,9 @@ def by_offset(
             f"`by_offset` needs units without a base activation, got base="
             f"{basis.options['base']!r}. Leave it out: the table is in its place."
         )
-    scaled = set(amplitudes(basis))
+    if begin == "zero":
+        check_amplitude("by_offset", basis)
+    scaled = amplitudes(basis)
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
         lattice = lattice_of("by_offset", tokens, prefix, rows)
@@ -169,6 +171,8 @@ def by_offset(
 
     def resize(params: Params, old: Lattice, new: Lattice) -> Params:
         units = params["units"]
+        if old.patches != new.patches:
+            check_amplitude("resize", basis)
         moved = {
             leaf: resize_table(
                 {part: own[leaf] for part, own in units.items()}, old, new, leaf in scaled

@@ -102,11 +102,28 @@ def check_read(name: str, new: Lattice, read: Lattice) -> None:
         )
 
 
-def amplitudes(basis: Basis) -> tuple[str, ...]:
-    """The leaves that the units of a basis are linear in, the base activation's with them."""
-    named = basis.traits.get("amplitude") or ("coefs" if basis.coefficients is not None else None)
-    names = (named,) if named else ("coefs", "weight", "numerator")
-    return (*names, "scale_base")
+def amplitude(basis: Basis) -> str | None:
+    """The leaf that the units of a basis are linear in: "coefs" of a linear family, of another what
+    its trait `amplitude` names, else None.
+    """
+    return basis.traits.get("amplitude") or ("coefs" if basis.coefficients is not None else None)
+
+
+def amplitudes(basis: Basis) -> set[str]:
+    """That leaf, where there is one, and the scale of the base activation."""
+    named = amplitude(basis)
+    return {"scale_base", named} if named else {"scale_base"}
+
+
+def check_amplitude(name: str, basis: Basis) -> str:
+    """The leaf that the units of a basis are linear in; ValueError where none is named."""
+    named = amplitude(basis)
+    if named is None:
+        raise ValueError(
+            f"`{name}` needs a basis that says which of its parameters is a factor of the "
+            f"function, got {basis.family!r}, which does not. Name it in its trait `amplitude`."
+        )
+    return named
 
 
 def moving(axes: Mapping[str, Sequence[int]], basis: Basis) -> Callable[..., Params]:
@@ -123,6 +140,8 @@ def moving(axes: Mapping[str, Sequence[int]], basis: Basis) -> Callable[..., Par
                 f"{basis.options['base']!r} of weight 1, which adds up over the keys. Train with "
                 "`scales=True`, whose weight of it is a parameter."
             )
+        if old.patches != new.patches:
+            check_amplitude("resize", basis)
         scaled = amplitudes(basis)
 
         def move(leaf: Tensor, name: str, amplitude: bool) -> Tensor:
@@ -168,5 +187,6 @@ def resize(op: Operator, params: Params, old_tokens: Tokens, new_tokens: Tokens)
         return params
     raise ValueError(
         f"`resize` needs an operator that says where its keys are (`Operator.resize`), got "
-        f"{op.name!r}. Give it one, or call `init` for the new number of keys."
+        f"{op.name!r}. Give it one, or the trait `length_free` where parameters fit any number, or "
+        "call `init` for the new number of keys."
     )

@@ -188,6 +188,10 @@ def read_head(spec: str, text: str, factories: Sequence[Factory], order: str | N
         return own
     alone = {f.__name__: f for f in factories if not takes_basis(f)}
     written, colon, tail = text.partition(":")
+    if written.endswith(".py"):
+        raise refusal(
+            spec, f"what is in a file is named {written}:NAME-NUMBERS, B or U behind them"
+        )
     options = read_options(spec, tail) if colon else {}
     match = HEAD.fullmatch(written)
     name = match["name"] if match else None
@@ -284,6 +288,12 @@ def read_own(spec: str, text: str, orders: Mapping[str, Factory], order: str | N
             f"{type(made).__name__}",
         )
     make = pick_order(spec, named or order, orders)
+    for field in sorted(own.keys() & parameters(make).keys() - {"base"}):
+        raise refusal(
+            spec,
+            f"{field} is an option of {make.__name__} and of {name}: rename that of {name}, or "
+            "give it as a number",
+        )
     return Head(spec, make, name, factory, numbers, options, sharing, named, source)
 
 
@@ -292,7 +302,8 @@ def call_own(spec: str, source: str, factory: Callable[..., Any], given: Mapping
     try:
         return factory(**given)
     except Exception as error:
-        raise refusal(spec, f"its factory raised {code.where(error, source)}") from error
+        why = code.where(error, source).rstrip(".")
+        raise refusal(spec, f"its factory raised {why}") from error
 
 
 def fits(value: Any, default: Any) -> bool:
