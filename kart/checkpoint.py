@@ -245,6 +245,15 @@ def versions() -> dict[str, str]:
     }
 
 
+def check_beside(path: str | os.PathLike, *suffixes: str) -> None:
+    """Raises ValueError where files of the name of `path` with `suffixes` would overwrite it."""
+    if Path(path).suffix in suffixes:
+        raise ValueError(
+            f"`out` needs a name that does not end in {', '.join(suffixes)}, which are written "
+            f"beside it, got {str(path)!r}. Choose another ending."
+        )
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes `text` to `path`, whole or not at all."""
     path = Path(path)

@@ -710,6 +710,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"`--out` needs a file in a directory that exists, got {args.out!r}. Make it first."
         )
+    checkpoint.check_beside(path, ".png")
     began = time.monotonic()
 
     def progress(what: str) -> None:

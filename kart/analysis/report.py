@@ -106,6 +106,7 @@ def analyse(
     """
     if not results:
         raise ValueError("`report` needs at least one result, got none. Train something first.")
+    checkpoint.check_beside(out, ".json", ".csv")
     context = Context(
         results,
         splits,
