@@ -988,6 +988,18 @@ def test_names_of_the_users_own_are_no_formulas_and_choices_of_any_kind(tmp_path
         assert "cost $x_{$" in shown
 
 
+def test_ticks_of_a_logarithmic_parameter_are_its_values():
+    kind = optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True)
+    study = optuna.create_study(direction="maximize")
+    for rate in (1.64e-3, 1e-2, 2.46e-2):  # which used to be at 0.002 and 0.02
+        made = {"params": {"rate": rate}, "distributions": {"rate": kind}}
+        study.add_trial(optuna.trial.create_trial(value=0.5, user_attrs={"scores": {}}, **made))
+    figure = plots.slice_figure(study, SimpleNamespace(objectives=["accuracy"]))
+    (axes,) = figure.axes
+    for place, text in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True):
+        assert float(text.get_text()) == pytest.approx(place, rel=0.05)
+
+
 def test_a_winner_of_which_a_seed_diverged_is_not_confirmed_again(monkeypatch):
     about = {"key": "k", "config": TINY.asdict(), "scores": {"0": 0.5}}
     study = completed([(0.5, {})], **about)

@@ -154,7 +154,7 @@ def slice_figure(study: optuna.Study, settings: Settings) -> Any:
             low, high = min(xs), max(xs)
             ticks = sorted({low, high}) if high < 4 * low else [low, (low * high) ** 0.5, high]
             whole = isinstance(values[0], int)
-            ax.set_xticks(ticks, [f"{x:.0f}" if whole else f"{x:.1g}" for x in ticks])
+            ax.set_xticks(ticks, [f"{x:.0f}" if whole else f"{x:.2g}" for x in ticks])
             ax.set_xticks([], minor=True)
         if labels:
             ax.set_xticks(range(len(labels)), list(map(_plain, labels)))
