@@ -49,10 +49,12 @@ def run(name: str) -> ModuleType:
             return importlib.import_module(name)
         if not Path(name).is_file():
             raise ModuleNotFoundError(f"there is no file {name}")
-        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+        # named as no import is, for dataclasses to find it under its name while it runs
+        spec = importlib.util.spec_from_file_location(Path(name).name, name)
         if spec is None or spec.loader is None:
             raise ModuleNotFoundError(f"{name} is no Python file")
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
         spec.loader.exec_module(module)
         return module
     except Exception as error:

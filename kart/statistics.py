@@ -38,7 +38,8 @@ def interval(
     Cutting keeps the coverage: what lies outside was impossible. For accuracies `accuracy` is the
     better choice.
     """
-    mean, why = _mean(values, "interval")
+    values = _numbers(values, "interval")
+    mean, why = _mean(values)
     if why:
         return Interval(mean, low, high, len(values), why)
     half = _student(level, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
@@ -55,12 +56,12 @@ def accuracy(values: Sequence[float], images: int | None = None, level: float = 
     `images` and none without. Degrees of freedom by Welch and Satterthwaite, half an image is added
     on either side for the logit of 0 and 1 (Anscombe, 1956).
     """
-    _check_fractions("accuracy", values)
-    if images is not None and images < 1:
+    values = _fractions(values, "accuracy")
+    if images is not None and not images >= 1:
         raise ValueError(
             f"`accuracy` needs `images` >= 1, got {images!r}. Pass how many were scored, or None."
         )
-    mean, why = _mean(values, "accuracy")
+    mean, why = _mean(values)
     n = len(values)
     if n == 1 or (why and images is None):
         return Interval(mean, 0.0, 1.0, n, why)
@@ -87,13 +88,14 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
     Pairs belong together: a seed fixes the batches and the backbone's initial weights of both, and
     both are measured on the same images.
     """
-    if len(ours) != len(theirs) or not ours:
+    if len(ours) != len(theirs) or not len(ours):
         raise ValueError(
             f"`difference` needs as many values on both sides, one a seed, got {len(ours)} and "
             f"{len(theirs)}. Train both with the same seeds."
         )
-    _check_fractions("difference", [*ours, *theirs])
-    return interval([a - b for a, b in zip(ours, theirs, strict=True)], low=-1.0, high=1.0)
+    both = _fractions([*ours, *theirs], "difference")
+    found = [a - b for a, b in zip(both, both[len(ours) :], strict=False)]
+    return interval(found, low=-1.0, high=1.0)
 
 
 def ratio(part: Sequence[float], whole: Sequence[float], level: float = 0.95) -> Interval:
@@ -108,7 +110,8 @@ def ratio(part: Sequence[float], whole: Sequence[float], level: float = 0.95) ->
             f"`ratio` needs two or more pairs, got {n} and {len(whole)} values. "
             "Confirm with the same seeds, at least two."
         )
-    (a, _), (b, _) = _mean(part, "ratio"), _mean(whole, "ratio")
+    part, whole = _numbers(part, "ratio"), _numbers(whole, "ratio")
+    (a, _), (b, _) = _mean(part), _mean(whole)
     found = a / b if b else math.nan
     if _equal(part) and _equal(whole):
         return Interval(found, -math.inf, math.inf, n, f"{n} equal seeds")
@@ -149,21 +152,32 @@ def left_out(name: str, diverged: Mapping[int, int]) -> list[str]:
     ]
 
 
-def _check_fractions(function: str, values: Sequence[float]) -> None:
-    if any(not 0 <= value <= 1 for value in values):
+def _numbers(values: Sequence[float], function: str) -> list[float]:
+    """`values`, a list or an array of one axis, as a list of finite numbers, one at least."""
+    try:
+        found = [float(value) for value in values]
+    except (TypeError, ValueError):
+        found = []
+    if not found or not all(map(math.isfinite, found)):
         raise ValueError(
-            f"`{function}` needs fractions in [0, 1], got {min(values)!r} to {max(values)!r}. "
-            "Divide per cents by 100."
-        )
-
-
-def _mean(values: Sequence[float], function: str) -> tuple[float, str]:
-    """The mean, and why there is no interval, "" where there is one."""
-    if not values or not all(math.isfinite(value) for value in values):
-        raise ValueError(
-            f"`{function}` needs one finite value a seed or more, got {list(values)}. "
+            f"`{function}` needs one finite value a seed or more, got {values!r:.200}. "
             "Leave out the seeds that diverged, and say so."
         )
+    return found
+
+
+def _fractions(values: Sequence[float], function: str) -> list[float]:
+    found = _numbers(values, function)
+    if not 0 <= min(found) <= max(found) <= 1:
+        raise ValueError(
+            f"`{function}` needs fractions in [0, 1], got {min(found)!r} to {max(found)!r}. "
+            "Divide per cents by 100."
+        )
+    return found
+
+
+def _mean(values: Sequence[float]) -> tuple[float, str]:
+    """The mean, and why there is no interval, "" where there is one."""
     if len(values) == 1:
         return values[0], "one seed"
     return statistics.fmean(values), f"{len(values)} equal seeds" if _equal(values) else ""

@@ -33,7 +33,7 @@ import torch
 
 from kart import checkpoint, data, pages, schema, statistics, tables, train
 from kart.analysis import cost, figures
-from kart.commands.command import standalone
+from kart.commands.command import number, standalone
 from kart.statistics import Interval
 from kart.train import Config
 
@@ -852,7 +852,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if verb == "work":
             one.add_argument("--data", default="uoft-cs/cifar10", help="as kart train takes it")
-            one.add_argument("--minutes", type=float, default=30.0, help="begin no unit later")
+            one.add_argument("--minutes", type=number(0), default=30.0, help="begin no unit later")
     args = parser.parse_args(argv)
     if args.what == "report":
         print("\n\n".join(report(args.out)))

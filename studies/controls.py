@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kart import cli, models, search, statistics
-from kart.commands.command import standalone
+from kart.commands.command import choice, standalone
 from kart.search import Confirmed
 from kart.train import Config
 
@@ -103,9 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="further flags go to `kart study run`, such as --data, --threads 1",
     )
     parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--settings", default=",".join(SETTINGS), help="comma-separated")
+    parser.add_argument(
+        "--settings", default=",".join(SETTINGS), help=f"comma-separated, of {', '.join(SETTINGS)}"
+    )
     args, flags = parser.parse_known_args(argv)
-    for name in args.settings.split(","):
+    names = [
+        choice("--settings", name.strip(), list(SETTINGS)) for name in args.settings.split(",")
+    ]
+    for name in names:
         print(f"== {name}")
         directory = Path(args.out) / name.replace(" ", "-")
         given = ["run", __file__, "--out", str(directory), *SETTINGS[name], *flags]

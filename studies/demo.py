@@ -165,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace, command: str) -> None:
     out = Path(args.out)
-    if not out.absolute().parent.is_dir():
+    if out.is_dir() or not out.absolute().parent.is_dir():
         raise ValueError(
             f"`--out` needs a file in a directory that exists, got {args.out!r}. Make it first."
         )

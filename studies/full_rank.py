@@ -18,7 +18,7 @@ import torch
 
 from kart import tables, train
 from kart.analysis import bench
-from kart.commands.command import integer, standalone
+from kart.commands.command import integer, number, standalone
 from kart.train import Config
 
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=integer(1), default=200)
     parser.add_argument("--batch-size", type=integer(1), default=4)
     parser.add_argument("--images", type=integer(1), default=64, help="training images (64)")
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--learning-rate", type=number(0), default=2e-4)
     args = parser.parse_args(argv)
     if args.images < args.batch_size:
         parser.error(f"--images needs at least --batch-size {args.batch_size}, got {args.images}")

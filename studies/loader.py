@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from kart import augment, data, tables, train
+from kart import augment, data, models, tables, train
 from kart.commands.command import integer, standalone
+from kart.commands.config import check_device
 from kart.train import Config
 
 SHAPE = (500, 375)  # width, height: the most frequent ones of ImageNet
@@ -83,11 +84,14 @@ def trained_per_second(model: str, size: int, device: str, splits: train.Splits)
 def main(argv: list[str] | None = None) -> None:
     """Prints both tables."""
     arguments = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    arguments.add_argument("--images", type=integer(1), default=300)
+    # the training split has a batch of them
+    arguments.add_argument("--images", type=integer(2 * BATCH), default=300)
     arguments.add_argument("--size", type=integer(1), default=224)
-    arguments.add_argument("--model", nargs="*", default=["vit_tiny"])
+    known = list(filter(models.classifies, models.MODELS))
+    arguments.add_argument("--model", nargs="*", choices=known, default=["vit_tiny"])
     arguments.add_argument("--device", default="cpu")
     args = arguments.parse_args(argv)
+    check_device(args.device)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder, cache = photographs(Path(scratch) / "photographs", args.images), Path(scratch)

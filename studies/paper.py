@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kart import runs, statistics, tables
-from kart.commands.command import standalone
+from kart.commands.command import number, standalone
 
 OUT = Path("runs/paper")
 # the paper's recipe but for the size of images and of training
@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="the rows and their commands")
     parser.add_argument("--table", action="store_true", help="published numbers and ours")
     parser.add_argument("--scale", default="paper", choices=list(SCALES))
-    parser.add_argument("--minutes", type=float, default=9.0, help="of a slice (default 9)")
+    parser.add_argument("--minutes", type=number(0), default=9.0, help="of a slice (default 9)")
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR")
     args, rest = parser.parse_known_args(argv)
     if args.list:

@@ -25,13 +25,15 @@ from kart.search.storage import SAMPLERS, PerTrial
 from kart.tables import table
 
 Table = dict[tuple[Any, ...], float]
+# those that choose what to try: grid and brute take points from a queue
+CHOOSING = [name for name in SAMPLERS if name not in ("grid", "brute")]
 RECORDED = Path(__file__).with_suffix(".csv")
 
 
 def read(path: Path, arm: str) -> tuple[list[str], list[list[Any]], Table]:
     """Parameters, their values in order, and the accuracy of each point, of a study's CSV."""
     with open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["arm"] == arm]
+        rows = [row for row in csv.DictReader(file) if row.get("arm") == arm]
     rows = [row for row in rows if row["state"] == "complete"]
     names = [name for name in (rows[0] if rows else {}) if name.startswith("param.")]
     names = [name for name in names if len({row[name] for row in rows}) > 1]
@@ -86,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--table", type=Path, default=RECORDED, metavar="CSV")
     parser.add_argument("--arm", default="KArAt")
-    parser.add_argument("--samplers", nargs="+", default=["random", "tpe", "gp"])
+    parser.add_argument("--samplers", nargs="+", choices=CHOOSING, default=["random", "tpe", "gp"])
     parser.add_argument("--trials", type=integer(1), default=24)
     parser.add_argument("--seeds", type=integer(1), default=40)
     args = parser.parse_args(argv)

@@ -25,7 +25,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from kart import layers, nn, operators, optim, schema, statistics, tables, tree
-from kart.commands.command import integer, standalone
+from kart.commands.command import integer, number, standalone
 from kart.operators import Operator
 
 Params = dict[str, Any]
@@ -150,12 +150,12 @@ def read_results(path: Path, settings: dict[str, Any]) -> dict[str, dict[int, di
     """What is done, by arm and seed; raises ValueError where it was done otherwise."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     lines = path.read_text().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
+    for place, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
         except ValueError as error:
             raise ValueError(
-                f"`text` needs whole lines in {path}, got line {number} that is cut off. Remove "
+                f"`text` needs whole lines in {path}, got line {place} that is cut off. Remove "
                 "it: what it was to hold is trained again."
             ) from error
         if record["settings"] != settings:
@@ -201,14 +201,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--seeds", type=integer(1), default=3)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after these")
+    parser.add_argument(
+        "--minutes", type=number(0), default=math.inf, help="start no run after these"
+    )
     parser.add_argument("--arms", default=None, help=f"separated by ;, of {'; '.join(ARMS)}")
     parser.add_argument("--steps", type=integer(1), default=600)
     parser.add_argument("--batch", type=integer(1), default=16, help="windows of the longest (16)")
     parser.add_argument("--width", type=integer(1), default=64)
     parser.add_argument("--depth", type=integer(1), default=2)
     parser.add_argument("--heads", type=integer(1), default=4)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=number(0), default=3e-3)
     parser.add_argument("--lengths", type=integer(1), nargs="+", default=[16, 32, 48, 64])
     parser.add_argument("--evaluate", type=integer(1), nargs="+", default=list(LENGTHS))
     parser.add_argument("--held-out", type=integer(1), default=20000, help="characters (20000)")

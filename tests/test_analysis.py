@@ -352,6 +352,12 @@ def analysed(results, folder, **options):
     return done, (folder / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", ["page.json", "page.csv"])
+def test_a_page_does_not_take_the_place_of_its_numbers(name, results, tmp_path):
+    with pytest.raises(ValueError, match="needs a file that ends in .html"):
+        report.analyse(results, None, (), out=tmp_path / name, title="t", command="c")
+
+
 def words_of(text):
     return " ".join(Page(text).words)
 

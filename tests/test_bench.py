@@ -101,6 +101,13 @@ def test_a_cliff_at_some_size_is_seen(monkeypatch):
     assert "reach 1.5: missed" in bench.show(rows)
 
 
+def test_a_plot_does_not_take_the_place_of_the_numbers(tmp_path, capsys):
+    argv = ["bench", "--quick", "--repeats", "1", "--sizes", "0", "--out", str(tmp_path / "c.png")]
+    assert cli.main(argv) == 2
+    assert "`--out` needs a name that does not end in .png" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_step_and_its_memory_are_measured():
     args = argparse.Namespace(device="cpu", precision="float32", step_batch=1, repeats=1)

@@ -75,6 +75,7 @@ def test_processes_change_nothing(capsys, tmp_path):
     ("argv", "words"),
     [
         (["--out", "no/such/folder/r.html"], "directory that exists"),
+        (["--out", "."], "directory that exists"),
         (["--epochs", "0"], "`epochs`"),
         (["--seeds", "1", "1"], "different seeds"),
     ],

@@ -74,9 +74,6 @@ def asked(tmp_path):
 
     def ask(sampler, out):
         path.write_text(textwrap.dedent(QUESTION % sampler))
-        from kart.search import question
-
-        question._module.cache_clear()
         return ["study", "run", str(path), "--out", str(tmp_path / out), *FLAGS]
 
     return ask

@@ -20,7 +20,7 @@ import torch
 from optuna.trial import TrialState
 from pictures import save_folder
 
-from kart import bases, cli, data, operators, pages, population, train, tree
+from kart import bases, cli, data, operators, pages, population, search, train, tree
 from kart.search import plots, question, report, space, storage, trials, work
 from kart.search.trials import objective, train_members
 from kart.train import Config
@@ -134,6 +134,49 @@ def test_points_of_finite_spaces_and_of_grids():
     assert values == pytest.approx([1e-3, 10**-2.5, 1e-2]) and max(values) <= 1e-2
 
 
+def test_a_space_may_use_all_of_a_trial_and_prune_points():
+    def picky(trial):
+        size = trial.suggest_int(name="size", low=1, high=3)
+        rate = trial.suggest_categorical(name="rate", choices=[1e-3, 2e-3])
+        trial.set_user_attr("note", trial.number)
+        if size == 1 or (size, rate) == (3, 2e-3):
+            raise optuna.TrialPruned("too small")
+        return change(embed_dim=8 * size, learning_rate=rate)
+
+    assert space.first(picky).embed_dim == 16
+    points = [tuple(point.values()) for point in space.enumerate_space(picky)]
+    assert points == [(2, 1e-3), (2, 2e-3), (3, 1e-3)]
+    assert sorted(space.fingerprint(picky)["distributions"]) == ["rate", "size"]
+    assert space.first(space.fixed(picky, {"size": 3})).embed_dim == 24
+    with pytest.raises(ValueError, match="raises TrialPruned at every point"):
+        space.first(space.fixed(picky, {"size": 1}))
+
+
+def test_a_fixed_value_is_one_that_steps_reach():
+    for distribution, good, bad in (
+        (optuna.distributions.IntDistribution(1, 9, step=2), 3, 4),
+        (optuna.distributions.FloatDistribution(0.1, 0.7, step=0.2), 0.3, 0.4),
+    ):
+        assert space.contains(distribution, good) and not space.contains(distribution, bad)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"grid": (9, 1)}, "`grid`"),  # which used to draw G1 alone
+        ({"rank": (0, 4)}, "`rank`"),
+        ({"grid": (1.0, 3.0)}, "`grid`"),
+        ({"degree": 3}, "`degree`"),
+        ({"families": "fourier"}, "`families`"),
+        ({"sharing": ("both",)}, "`sharing`"),
+        ({"sharing": ()}, "`sharing`"),
+    ],
+)
+def test_what_no_operator_can_be_drawn_from_is_named(options, words):
+    with pytest.raises(ValueError, match=f"`suggest_operator` needs {words}"):
+        space.suggest_operator(optuna.create_study().ask(), **options)
+
+
 # members
 
 
@@ -204,6 +247,56 @@ def test_a_repeat_trains_further_seeds_and_pools_them(splits):
     assert len(best) == 1 and len(best[0].scores) == 4
 
 
+def test_a_repeat_is_not_stopped_early_for_its_seeds_count(splits):
+    class Always(optuna.pruners.BasePruner):
+        def prune(self, study, trial):
+            return trial.number > 0
+
+    study = optuna.create_study(direction="maximize", pruner=Always())
+    for rate in (5e-3, 5e-3, 6e-3):
+        study.enqueue_trial({"learning_rate": rate})
+    study.optimize(objective(learning_rate_only, splits, seeds=1), n_trials=3)
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "PRUNED"]
+    assert study.trials[1].user_attrs["n"] == 2
+
+
+def test_a_point_that_cannot_be_trained_is_named_or_pruned_by_its_space(splits):
+    def heads(trial):
+        count = trial.suggest_int("heads", 3, 3)
+        if trial.number:
+            raise optuna.TrialPruned("no heads of memory")
+        return change(num_heads=count)
+
+    study = optuna.create_study(direction="maximize", study_name="s")
+    function = objective(heads, splits)
+    words = r"trial 0 of 's' with {'heads': 3}: `vit` needs `embed_dim` divisible .*TrialPruned"
+    with pytest.raises(ValueError, match=words):
+        study.optimize(function, n_trials=1)
+    study.optimize(function, n_trials=1)
+    assert study.trials[1].user_attrs["reason"] == "pruned by its space: no heads of memory"
+    assert report.tally(study)["pruned by the space"] == 1
+
+
+def test_a_limit_of_memory_is_no_lack_of_memory(splits):
+    study = optuna.create_study(direction="maximize")
+    study.optimize(objective(karat, splits, limits={"memory": 1e-9}), n_trials=1)
+    found = report.tally(study)
+    assert (found["over a limit"], found["out of memory"]) == (1, 0)
+
+
+def test_trials_that_were_added_by_hand_are_told_apart(splits):
+    study = optuna.create_study(direction="maximize")
+    study.add_trial(optuna.trial.create_trial(value=0.99))
+    study.optimize(objective(learning_rate_only, splits, seeds=1), n_trials=1)
+    (best,) = work.candidates(study)
+    assert best.trial.number == 1 and work.winners(study) == [best]
+    found = report.tally(study)
+    assert (found["complete"], found["added by hand"]) == (1, 1)
+    settings = SimpleNamespace(objectives=["accuracy"])
+    axes = plots.history_figure({"one": study}, settings).axes[0]
+    assert axes.get_ylim()[1] < 99
+
+
 def test_what_exceeds_a_limit_is_never_trained(splits, monkeypatch):
     monkeypatch.setattr(trials, "train_members", None)
     study = optuna.create_study(direction="maximize")
@@ -261,7 +354,18 @@ def test_a_study_of_other_directions_trains_nothing(splits, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{"seeds": 0}, {"objectives": ["speed"]}, {"limits": {"step_time": 1.0}}]
+    "options",
+    [
+        {"seeds": 0},
+        {"seeds": 2.0},
+        {"group": 0},  # which used to be all seeds
+        {"objectives": ["speed"]},
+        {"objectives": ["parameters"]},  # by whose direction accuracies were pruned
+        {"objectives": ["accuracy", "accuracy"]},
+        {"objectives": "accuracy"},
+        {"limits": {"step_time": 1.0}},
+        {"limits": {"memory": "1e6"}},
+    ],
 )
 def test_bad_options_of_an_objective_name_themselves(options):
     with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
@@ -385,7 +489,6 @@ def asked(tmp_path):
     """Path of a study file, and the flags of a run of it."""
     path = tmp_path / "rates.py"
     path.write_text(textwrap.dedent(QUESTION.format(high=1e-2)))
-    question._module.cache_clear()
     flags = ["--val-limit", "20", "--threads", "1", "--quiet", "--group", "2"]
     return path, ["run", str(path), "--out", str(tmp_path / "out"), *flags]
 
@@ -553,7 +656,6 @@ def test_other_versions_and_spaces_are_refused_and_nothing_is_touched(
         assert "versions.kart" in capsys.readouterr().err
     monkeypatch.undo()
     path.write_text(textwrap.dedent(QUESTION.format(high=2e-2)))
-    question._module.cache_clear()
     for argument in (argv, ["work", str(path), "--out", str(tmp_path / "out")]):
         assert kart_study(argument) == 2
         assert "spaces.softmax.distributions.learning_rate" in capsys.readouterr().err
@@ -587,6 +689,103 @@ def test_grid_and_brute_try_all_points_once(asked, tmp_path):
     assert kart_study([*argv, *flags]) == 0
     for study in opened(tmp_path / "brute").values():
         assert sorted(trial.params["rank"] for trial in study.trials) == [2, 3]
+
+
+def test_more_trials_are_more_points_of_a_grid(asked, tmp_path, capsys):
+    path, argv = asked
+    argv += ["--sampler", "grid", "--levels", "2", "--confirm", "0", "--set", "epochs=1"]
+    assert kart_study([*argv, "--trials", "4"]) == 0
+    assert "G1: 2 of its 4 points, drawn" in capsys.readouterr().out
+    before = listed(tmp_path / "out")
+    assert kart_study([*argv, "--trials", "20"]) == 0
+    for arm, study in opened(tmp_path / "out").items():
+        points = {tuple(sorted(trial.params.items())) for trial in study.trials}
+        assert len(points) == len(study.trials) == 4
+        assert listed(tmp_path / "out")[arm][:2] == before[arm]
+
+
+def test_flags_that_every_arm_overrides_are_refused(asked, tmp_path, capsys):
+    path, argv = asked
+    path.write_text(path.read_text().replace("operator=operator", "operator=operator, epochs=2"))
+    assert kart_study([*argv, "--epochs", "5"]) == 2
+    assert "fields that the arms leave alone, got 'epochs'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_seeds_that_are_kept_for_winners_are_refused(asked, capsys):
+    path, argv = asked
+    assert kart_study([*argv, "--set", "seed=9999"]) == 2
+    assert "`seed` needs to leave the seeds from 10,000 on" in capsys.readouterr().err
+
+
+def test_other_data_are_refused_by_a_worker_and_for_the_winners(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KART_CACHE", str(tmp_path / "cache"))
+    path, out = tmp_path / "rates.py", ["--out", str(tmp_path / "out")]
+    text = textwrap.dedent(QUESTION.format(high=1e-2)).replace("train_limit=24, ", "")
+    path.write_text(text)
+    flags = ["--threads", "1", "--quiet"]
+    for name, start in (("own", 0), ("same", 0), ("other", 100)):
+        save_folder(tmp_path / name, 40, size=(8, 8), start=start)
+    own, same, other = (["--data", str(tmp_path / name)] for name in ("own", "same", "other"))
+    tiny = ["--set", "epochs=1", "--trials", "2", "--seeds", "1", "--group", "1", "--confirm", "0"]
+    assert kart_study(["init", str(path), *out, *flags, *tiny, *own]) == 0
+    for refused, argv in (
+        (True, ["work", str(path), *out, *flags, *other]),
+        (False, ["work", str(path), *out, *flags, *same]),
+        (True, ["report", *out, *flags, "--confirm", "1", *other]),
+        (False, ["report", *out, *flags, "--confirm", "1", *same]),
+    ):
+        capsys.readouterr()
+        assert kart_study(argv) == 2 * refused
+        error = capsys.readouterr().err
+        assert ("dataset.images.train" in error) == refused
+    assert all(map(work.confirmed, opened(tmp_path / "out").values()))
+
+
+def test_an_answer_that_fails_is_named_and_what_was_confirmed_is_kept(asked, tmp_path, capsys):
+    path, argv = asked
+    path.write_text(path.read_text().replace("confirm=2", "confirm=1, answer=lambda found: 1 / 0"))
+    assert kart_study([*argv, "--trials", "2", "--set", "epochs=1"]) == 2
+    error = capsys.readouterr().err
+    assert "`answer` of 'rates' failed: " in error and "ZeroDivisionError" in error
+    (command,) = re.findall(r"`kart study (report [^`]*)`", error)
+    assert kart_study(shlex.split(command)) == 0
+    assert "fresh seeds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"config": {"epochs": 1}}, "a kart.train.Config as `config`"),
+        ({"arms": {}}, "`arms` as a dict"),
+        ({"arms": [karat]}, "`arms` as a dict"),
+        ({"arms": {"one": lambda trial: TINY}}, r"`arms` of functions .* as 'one'"),
+        ({"seeds": 2.5}, "`seeds` of type int, got 2.5"),
+        ({"sampler": None}, "`sampler` of type str"),
+    ],
+)
+def test_a_study_of_other_kinds_is_refused(fields, words):
+    with pytest.raises(ValueError, match=f"`Study` needs {words}"):
+        search.Study(**{"config": TINY, "arms": {"one": karat}, **fields})
+
+
+def test_a_file_may_hold_dataclasses_and_is_read_anew(tmp_path):
+    path = tmp_path / "own.py"
+    text = """
+from __future__ import annotations
+import dataclasses
+from kart import search
+from kart.train import Config
+
+@dataclasses.dataclass
+class Setting:
+    epochs: int = 1
+
+STUDY = search.Study(Config(epochs=Setting().epochs), {"one": lambda trial, config: config})
+"""
+    for epochs in (1, 2):
+        path.write_text(text.replace("= 1", f"= {epochs}"))
+        assert question.load(str(path)).study.config.epochs == epochs
 
 
 def test_the_commands_on_the_page_run_when_pasted(asked, tmp_path):
@@ -763,7 +962,10 @@ def completed(values, **attrs):
         }
         study.add_trial(
             optuna.trial.create_trial(
-                value=value, params=params, distributions=kinds, user_attrs=attrs
+                value=value,
+                params=params,
+                distributions=kinds,
+                user_attrs={"scores": {}, **attrs},
             )
         )
     return study
@@ -784,6 +986,18 @@ def test_names_of_the_users_own_are_no_formulas_and_choices_of_any_kind(tmp_path
     ):
         shown = html.unescape(pages.figure(figure, "odd", "alt"))
         assert "cost $x_{$" in shown
+
+
+def test_ticks_of_a_logarithmic_parameter_are_its_values():
+    kind = optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True)
+    study = optuna.create_study(direction="maximize")
+    for rate in (1.64e-3, 1e-2, 2.46e-2):  # which used to be at 0.002 and 0.02
+        made = {"params": {"rate": rate}, "distributions": {"rate": kind}}
+        study.add_trial(optuna.trial.create_trial(value=0.5, user_attrs={"scores": {}}, **made))
+    figure = plots.slice_figure(study, SimpleNamespace(objectives=["accuracy"]))
+    (axes,) = figure.axes
+    for place, text in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True):
+        assert float(text.get_text()) == pytest.approx(place, rel=0.05)
 
 
 def test_a_winner_of_which_a_seed_diverged_is_not_confirmed_again(monkeypatch):

@@ -9,6 +9,7 @@ from statistics import stdev
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -140,6 +141,24 @@ def test_what_no_interval_can_be_of_is_refused():
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="`ratio` needs one finite value a seed"):
             statistics.ratio([1.0, 2.0], [1.0, bad])
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple])
+def test_values_may_be_an_array(kind):
+    # which used to be an ambiguous truth value
+    values, others = [0.5, 0.625, 0.75], [0.25, 0.5, 0.5]
+    one, other = kind(values), kind(others)
+    assert statistics.interval(one) == statistics.interval(values)
+    assert statistics.accuracy(one, 8) == statistics.accuracy(values, 8)
+    assert statistics.difference(one, other) == statistics.difference(values, others)
+    assert statistics.ratio(one, other) == statistics.ratio(values, others)
+
+
+def test_what_is_not_a_number_is_named_as_such():
+    with pytest.raises(ValueError, match="`accuracy` needs `images` >= 1, got nan"):
+        statistics.accuracy([0.5, 0.6], images=math.nan)
+    with pytest.raises(ValueError, match="`difference` needs one finite value a seed"):
+        statistics.difference([0.5, math.nan], [0.1, 0.2])
 
 
 def test_texts():

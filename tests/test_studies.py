@@ -15,14 +15,17 @@ from torch.testing import assert_close
 
 from kart import cli, data, models, operators, runs, train
 from kart.analysis import cost
+from kart.commands import command
 from kart.search import question, space, storage, work
 from kart.search.work import Confirmed
 from studies import (
+    answer,
     batching,
     cluster,
     controls,
     full_rank,
     loader,
+    paper,
     per_block,
     placement,
     population_speed,
@@ -287,7 +290,15 @@ def test_other_sizes_of_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):
         (cluster, ["--workers", "0"], "--workers: needs an integer >= 1, got 0"),
         (full_rank, ["--data", "digits", "--steps", "0"], "--steps: needs an integer >= 1"),
         (full_rank, ["--data", "digits", "--images", "3"], "--images needs at least --batch-size"),
-        (loader, ["--images", "0"], "--images: needs an integer >= 1, got 0"),
+        (loader, ["--images", "20"], "--images: needs an integer >= 40, got 20"),
+        (loader, ["--model", "vit_tniy"], "invalid choice: 'vit_tniy'"),
+        (answer, ["work", "--minutes", "nan"], "--minutes: needs a finite number, got 'nan'"),
+        (paper, ["tiny-g3b-cifar10", "--minutes", "inf"], "--minutes: needs a finite number"),
+        (samplers, ["--samplers", "tpee"], "invalid choice: 'tpee'"),
+        (samplers, ["--samplers", "grid"], "invalid choice: 'grid'"),  # which drew at random
+        (samplers, ["--table", __file__], "every point of a grid, got 0"),
+        (text, ["--out", "new", "--minutes", "nan"], "--minutes: needs a finite number"),
+        (text, ["--out", "new", "--learning-rate", "-1"], "needs a number >= 0, got -1"),
         (population_speed, ["--seeds", "0"], "--seeds: needs an integer >= 1, got 0"),
         (resolution, ["RUN", "--limit", "-5"], "--limit: needs an integer >= 1, got -5"),
         (samplers, ["--trials", "0"], "--trials: needs an integer >= 1, got 0"),
@@ -301,6 +312,16 @@ def test_studies_refuse_numbers_that_are_none(study, argv, words, tmp_path, monk
         study.main(argv)
     assert caught.value.code == 2 and words in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_study_as_a_process_names_a_mistake_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["controls.py"])
+    argv = ["--out", str(tmp_path / "out"), "--settings", "standrad"]
+    with pytest.raises(SystemExit) as caught:
+        command.standalone(controls.main, argv)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert "controls: error: `--settings` needs one of standard," in error
 
 
 def test_text_refuses_what_it_cannot_train(tmp_path, capsys):

@@ -710,6 +710,11 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"`--out` needs a file in a directory that exists, got {args.out!r}. Make it first."
         )
+    if path.suffix == ".png":
+        raise ValueError(
+            f"`--out` needs a name that does not end in .png, that of the plot beside it, got "
+            f"{args.out!r}. Name it .json."
+        )
     began = time.monotonic()
 
     def progress(what: str) -> None:

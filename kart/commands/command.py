@@ -63,9 +63,16 @@ def outlast() -> None:
 
 
 def standalone(main: Callable[..., int | None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs `main(argv)` as this process, which ends with the status that it returns."""
+    """Runs `main(argv)` as this process, which ends with the status that it returns, or with 2 and
+    one line for a mistake that it raises.
+    """
     outlast()
-    sys.exit(main(argv))
+    try:
+        sys.exit(main(argv))
+    except (ValueError, OSError, ImportError) as error:
+        told = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).stem}: error: {told}", file=sys.stderr)
+        sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):

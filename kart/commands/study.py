@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import dataclasses
 import os
 import shlex
 import socket
@@ -241,7 +242,7 @@ def _give_code(study: "Study") -> None:
 
 def _set_up(args: argparse.Namespace) -> Opened:
     from kart.search import question, storage, work
-    from kart.search.trials import LIMITS, OBJECTIVES, loader
+    from kart.search.trials import LIMITS, OBJECTIVES, check_objectives, loader
 
     where = work.home(None if args.storage else args.out, args.storage)
     found = question.load(args.study)
@@ -249,10 +250,10 @@ def _set_up(args: argparse.Namespace) -> Opened:
     _give_code(study)
     changes = dict(study.tiny) if args.tiny else {}
     given = ("data", "epochs", "train_limit", "trials", "seeds", "confirm", "sampler", "pruner")
-    changes |= {n: getattr(args, n) for n in given if getattr(args, n) is not None}
+    flags = {n: getattr(args, n) for n in given if getattr(args, n) is not None}
     asked, fix = _pairs(args.set, "--set"), _pairs(args.fix, "--fix")
-    study = question.with_changes(study, {**changes, **asked})
-    question.check_effects(study, asked, fix)
+    study = question.with_changes(study, {**changes, **flags, **asked})
+    question.check_effects(study, {**flags, **asked}, fix)
     if args.levels is not None and study.sampler != "grid":
         raise ValueError("`--levels` needs `--sampler grid`, got it without. Leave it out.")
     choice("--sampler", study.sampler, list(storage.SAMPLERS))
@@ -265,8 +266,7 @@ def _set_up(args: argparse.Namespace) -> Opened:
             )
     limits = {name: getattr(args, f"max_{name}") for name in LIMITS}
     objectives = [choice("--objectives", n, list(OBJECTIVES)) for n in args.objectives.split(",")]
-    if len(set(objectives)) < len(objectives):
-        raise ValueError(f"`--objectives` needs different ones, got {objectives}. Drop one.")
+    check_objectives(objectives)
     if len(objectives) > 1:
         if args.pruner not in (None, "none"):
             raise ValueError(
@@ -357,12 +357,21 @@ def _named(where: "Home", name: str) -> str:
 
 
 def _write(opened: Opened, out: str, arms: "Arms") -> None:
+    from kart import code
     from kart.search import report, work
 
     settings = opened.settings
     found = report.results(arms)
     if opened.study is not None and opened.study.answer is not None and found:
-        work.save_answer(arms, opened.study.answer(found))
+        try:
+            told = opened.study.answer(found)
+        except Exception as error:
+            raise ValueError(
+                f"`answer` of {settings.study!r} failed: {code.where(error, settings.named)}. What "
+                "was confirmed is kept; without an answer the report is written by `kart study "
+                f"report {_named(opened.where, settings.study)}`."
+            ) from error
+        work.save_answer(arms, told)
     answer = work.stored_answer(arms)
     paths = report.write(
         Path(out),
@@ -376,6 +385,18 @@ def _write(opened: Opened, out: str, arms: "Arms") -> None:
     if answer is not None:
         print(answer)
     print("written: " + ", ".join(str(path) for path in paths))
+
+
+def _check_data(args: argparse.Namespace, opened: Opened) -> None:
+    """Raises ValueError unless the data are here what the study was started with."""
+    from kart.search import storage, work
+    from kart.search.trials import loader
+    from kart.train import Config
+
+    found = opened.settings
+    config = dataclasses.replace(Config.fromdict(found.config), **_elsewhere(args))
+    now = work.describe_data(loader(found.val_limit)(config))
+    storage.check_same(found, storage.changed(found, dataset=now), opened.where.name)
 
 
 def _search(args: argparse.Namespace, opened: Opened, place: Mapping[str, Any]) -> bool:
@@ -427,6 +448,7 @@ def _init(args: argparse.Namespace) -> int:
 
 def _work(args: argparse.Namespace) -> int:
     opened = _join(args)
+    _check_data(args, opened)
     if _search(args, opened, _elsewhere(args)):
         where = _named(opened.where, opened.settings.study)
         print(f"finished; write the report with: kart study report {where}")
@@ -441,6 +463,7 @@ def _report(args: argparse.Namespace) -> int:
     opened = _open(args, args.study)
     arms = storage.studies(opened.database, opened.settings)
     if args.confirm:
+        _check_data(args, opened)
         work.confirm(arms, opened.settings, args.confirm, _elsewhere(args), args.quiet)
     _write(opened, args.out, arms)
     return 0

@@ -23,7 +23,9 @@ The docstring is the question, `STUDY` says the rest, and the file is all there 
 ... )
 
 Every arm has its own learning rate: an operator compared at the rate that suits another loses by
-that alone. The control ignores the scores; what is above it is due to them.
+that alone. The control ignores the scores; what is above it is due to them. A point that cannot be
+trained, such as heads that do not divide the width, is pruned where it is drawn:
+`raise optuna.TrialPruned("heads")`; a grid leaves it out.
 
 # Run it
 

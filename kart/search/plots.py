@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from kart.analysis import figures
 from kart.search.storage import Settings, original
-from kart.search.trials import OBJECTIVES
+from kart.search.trials import OBJECTIVES, trained
 from kart.statistics import Interval
 
 Arms = Mapping[str, optuna.Study]
@@ -44,7 +44,7 @@ def _scale(objective: str) -> float:
 
 
 def _complete(study: optuna.Study) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return trained(study.get_trials(deepcopy=False))
 
 
 def confirmation_figure(rows: Sequence[tuple[str, Sequence[Interval | None]]]) -> Any:
@@ -100,7 +100,7 @@ def importances(study: optuna.Study) -> dict[str, float]:
     """What each parameter has to do with good values of the first objective, summing to one; empty
     for less than eight complete trials.
     """
-    complete = _complete(study)
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if len(complete) < 8 or not complete[0].params:
         return {}
     # PED-ANOVA asks what brings low values, and warns of that whatever it is given
@@ -154,7 +154,7 @@ def slice_figure(study: optuna.Study, settings: Settings) -> Any:
             low, high = min(xs), max(xs)
             ticks = sorted({low, high}) if high < 4 * low else [low, (low * high) ** 0.5, high]
             whole = isinstance(values[0], int)
-            ax.set_xticks(ticks, [f"{x:.0f}" if whole else f"{x:.1g}" for x in ticks])
+            ax.set_xticks(ticks, [f"{x:.0f}" if whole else f"{x:.2g}" for x in ticks])
             ax.set_xticks([], minor=True)
         if labels:
             ax.set_xticks(range(len(labels)), list(map(_plain, labels)))
@@ -176,7 +176,7 @@ def pareto_figure(arms: Arms, settings: Settings) -> Any:
     figure, axes = _axes(4.2 * len(others), 3.2, len(others))
     for column, (ax, name) in enumerate(zip(axes, others, strict=True), 1):
         for i, (arm, study) in enumerate(arms.items()):
-            front = sorted(study.best_trials, key=lambda t: t.values[column])
+            front = sorted(trained(study.best_trials), key=lambda t: t.values[column])
             for trials, style in (
                 (_complete(study), {"color": figures.COLOURS[i % 6], "ls": "", "alpha": 0.5}),
                 (front, {**figures.look(i), "label": f"{_plain(arm)}: front"}),

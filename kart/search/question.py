@@ -3,20 +3,19 @@
 import ast
 import dataclasses
 import difflib
-import functools
 import hashlib
 import importlib.util
+import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import optuna
 
 import kart
-from kart import schema
+from kart import code, schema
 from kart.search.space import Space, contains, distributions, first, fixed
 from kart.train import Config
 
@@ -62,6 +61,34 @@ class Study:
     pruner: str = "median"
     tiny: Mapping[str, Any] = field(default_factory=lambda: TINY)
     answer: Callable[[Mapping[str, Any]], str] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, Config):
+            raise ValueError(
+                f"`Study` needs a kart.train.Config as `config`, got {self.config!r:.100}. Write "
+                "Config(...)."
+            )
+        named = isinstance(self.arms, Mapping) and all(isinstance(n, str) for n in self.arms)
+        if not named or not self.arms:
+            raise ValueError(
+                f"`Study` needs `arms` as a dict of search spaces by name, got {self.arms!r:.100}. "
+                'Write {"softmax": space, ...}, the baseline first.'
+            )
+        for name, arm in self.arms.items():
+            try:
+                inspect.signature(arm).bind(None, self.config)
+            except TypeError as error:
+                raise ValueError(
+                    f"`Study` needs `arms` of functions (trial, config) -> Config, got {arm!r:.100}"
+                    f" as {name!r} ({error}). Change it."
+                ) from None
+        for name, kind in typing.get_type_hints(Study).items():
+            value = getattr(self, name)
+            if kind in (int, str) and not schema.fits(value, kind):
+                raise ValueError(
+                    f"`Study` needs `{name}` of type {schema.name(kind)}, got {value!r:.100}. "
+                    "Change it."
+                )
 
     def spaces(self, config: Config, fix: Mapping[str, Any]) -> dict[str, Space]:
         """The space of each arm over `config`, with the parameters in `fix` fixed."""
@@ -118,16 +145,6 @@ def locate(name: str) -> Path:
     return found[name][0]
 
 
-@functools.lru_cache
-def _module(path: Path) -> ModuleType:
-    name = f"studies.{path.stem}" if path.parent.name == "studies" else path.stem
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None  # it ends in .py
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 class Question(NamedTuple):
     """A study with its name, its question as text, and the fingerprint of its source."""
 
@@ -141,7 +158,7 @@ class Question(NamedTuple):
 def load(name: str) -> Question:
     """The question that a study's file asks, by name or path. This runs the file."""
     path = locate(name)
-    module = _module(path)
+    module = code.run(str(path))
     study = getattr(module, "STUDY", None)
     if not isinstance(study, Study):
         raise ValueError(
@@ -185,8 +202,8 @@ def check_effects(study: Study, changes: Mapping[str, Any], fix: Mapping[str, An
     for name, value in changes.items():
         if hasattr(study.config, name) and all(getattr(one, name) != value for one in made):
             raise ValueError(
-                f"`--set` needs fields that the arms leave alone, got {name!r}, which they set "
-                "themselves. Leave it out, or write a study of your own."
+                f"`--set` and other flags need fields that the arms leave alone, got {name!r}, "
+                "which they set themselves. Leave it out, or write a study of your own."
             )
     known: dict[str, list[Any]] = {}
     for arm in study.spaces(study.config, {}).values():

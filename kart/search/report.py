@@ -18,6 +18,7 @@ from kart.analysis import figures
 from kart.search import plots
 from kart.search.plots import Arms
 from kart.search.storage import Settings, original
+from kart.search.trials import trained
 from kart.search.work import Candidate, Confirmed, best_confirmed, candidates, confirmed, winners
 from kart.statistics import Interval
 
@@ -325,12 +326,21 @@ def page(view: View) -> str:
     return pages.page(view.question.partition("\n")[0] or settings.study, sections(view), lead)
 
 
+# how the reasons for pruning are told apart, in the order of the table
+KINDS = {
+    "stopped early": "stopped after epoch",
+    "pruned by the space": "pruned by its space",
+    "diverged": " seeds diverged, at step",
+    "out of memory": "out of memory",
+    "over a limit": "over the limit",
+}
+
+
 def reason_kind(reason: str) -> str:
     """The kind of a reason for pruning."""
-    for kind in ("pruner", "diverged", "memory", "limit"):
-        if kind in reason:
-            return {"limit": "over a limit", "memory": "out of memory"}.get(kind, kind)
-    return "other"
+    # what follows the colon may be the user's own
+    words = reason.partition(":")[0]
+    return next((kind for kind, mark in KINDS.items() if mark in words), "other")
 
 
 def tally(study: optuna.Study) -> dict[str, float]:
@@ -338,16 +348,14 @@ def tally(study: optuna.Study) -> dict[str, float]:
     trials = study.get_trials(deepcopy=False)
     pruned = [t for t in trials if t.state == TrialState.PRUNED]
     kinds = collections.Counter(reason_kind(t.user_attrs.get("reason", "")) for t in pruned)
-    complete = [t for t in trials if t.state == TrialState.COMPLETE]
+    complete = trained(trials)
     failed = [t for t in trials if t.state == TrialState.FAIL]
     lost = sum(t.duration.total_seconds() for t in failed if t.duration is not None)
     spent = [t.user_attrs.get("spent", {}) for t in trials if t.state != TrialState.FAIL]
     return {
         "complete": len(complete),
-        "stopped early": kinds["pruner"],
-        "diverged": kinds["diverged"],
-        "out of memory": kinds["out of memory"],
-        "over a limit": kinds["over a limit"],
+        **{kind: kinds[kind] for kind in KINDS},
+        "added by hand": sum(t.state == TrialState.COMPLETE for t in trials) - len(complete),
         "retried": sum(original(t) != t.number for t in trials),
         "lost for good": len(failed) - sum(original(t) != t.number for t in trials),
         "repeats": sum(t.user_attrs["n"] > len(t.user_attrs["scores"]) for t in complete),

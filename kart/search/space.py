@@ -25,7 +25,7 @@ from optuna.distributions import (
     distribution_to_json,
 )
 
-from kart import bases
+from kart import bases, schema
 from kart.train import Config
 
 Space = Callable[[optuna.Trial], Config]
@@ -67,11 +67,22 @@ def suggest_operator(
     `rank` (logarithmic) and `sharing`; an interval of one value suggests nothing. The string is
     what `kart.models.create` and `Config` take as `operator`.
     """
-    known = sorted(bases.FAMILIES)
-    if not families or set(families) - set(known):
-        raise ValueError(
-            f"`suggest_operator` needs `families` among {known}, got {list(families)}. Choose some."
-        )
+    shared = {"blockwise": "B", "universal": "U"}
+    for argument, given, known in (
+        ("families", families, sorted(bases.FAMILIES)),
+        ("sharing", sharing, list(shared)),
+    ):
+        if isinstance(given, str) or not given or set(given) - set(known):
+            raise ValueError(
+                f"`suggest_operator` needs `{argument}` among {known}, got {given!r}. List some."
+            )
+    for argument, pair, least in (("grid", grid, 0), ("degree", degree, 0), ("rank", rank, 1)):
+        whole = isinstance(pair, tuple | list) and all(schema.fits(one, int) for one in pair)
+        if not whole or len(pair) != 2 or not least <= pair[0] <= pair[1]:
+            raise ValueError(
+                f"`suggest_operator` needs `{argument}` as two integers, the lower one first and "
+                f"at least {least}, got {pair!r}. Write (1, 9)."
+            )
     family = choose(trial, "family", families)
     numbers = bases.NUMBERS.get(family, ())
     size = ""
@@ -81,7 +92,7 @@ def suggest_operator(
     elif numbers == ("degree",):
         size = str(integer(trial, "degree", *degree))
     drawn = integer(trial, "rank", *rank, log=True)
-    letter = {"blockwise": "B", "universal": "U"}[choose(trial, "sharing", sharing)]
+    letter = shared[choose(trial, "sharing", sharing)]
     head = f"G{size}" if family == "fourier" else f"{family}-{size}"
     return f"{head}{letter}:rank={drawn}"
 
@@ -128,10 +139,10 @@ class Fixed:
         if not name.startswith("suggest_"):
             return found
 
-        def suggest(parameter: str, *args: Any, **options: Any) -> Any:
-            if parameter in self._values:
-                return self._values[parameter]
-            return found(parameter, *args, **options)
+        def suggest(name: str, *args: Any, **options: Any) -> Any:
+            if name in self._values:
+                return self._values[name]
+            return found(name, *args, **options)
 
         return suggest
 
@@ -143,22 +154,31 @@ def fixed(space: Space, values: Mapping[str, Any]) -> Space:
     return lambda trial: space(Fixed(trial, values))  # type: ignore[arg-type]
 
 
-class _Recorder:
+class _Recorder(optuna.trial.FixedTrial):
     """A trial that takes given values, else the first or lowest, and records what was asked."""
 
     def __init__(self, given: Params):
-        self.given = given
-        self.params: Params = {}
-        self.distributions: dict[str, BaseDistribution] = {}
-        self.number = 0
+        super().__init__(given)
+        self._given = given
+        self._taken: Params = {}
+        self._asked: dict[str, BaseDistribution] = {}
+
+    @property
+    def params(self) -> Params:
+        return self._taken
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        return self._asked
 
     def _take(self, name: str, distribution: BaseDistribution, default: Any) -> Any:
-        value = self.given.get(name, default)
-        self.params[name], self.distributions[name] = value, distribution
+        value = self._given.get(name, default)
+        self._taken[name], self._asked[name] = value, distribution
         return value
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return self._take(name, CategoricalDistribution(list(choices)), choices[0])
+        distribution = CategoricalDistribution(list(choices))
+        return self._take(name, distribution, distribution.choices[0])
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False):
         return self._take(name, IntDistribution(low, high, log, step), low)
@@ -169,14 +189,39 @@ class _Recorder:
         return self._take(name, FloatDistribution(low, high, log, step), low)
 
 
-def _record(space: Space, given: Params) -> tuple[_Recorder, Config]:
+def draw(space: Space, trial: optuna.trial.BaseTrial) -> Config:
+    """The config that `space` makes of a trial; raises ValueError where it is none."""
+    made = space(trial)  # type: ignore[arg-type]
+    if not isinstance(made, Config):
+        raise ValueError(
+            f"a search needs a `space` that returns a kart.train.Config, got "
+            f"{type(made).__name__} of a trial. Return `Config(...)`, or the config of an arm with "
+            "fields replaced."
+        )
+    return made
+
+
+def _record(space: Space, given: Params) -> tuple[_Recorder, Config | None]:
+    """What was asked for at a point and its config, None where the space prunes it."""
     recorder = _Recorder(given)
-    return recorder, space(recorder)  # type: ignore[arg-type]
+    try:
+        return recorder, draw(space, recorder)
+    except optuna.TrialPruned:
+        return recorder, None
 
 
 def first(space: Space) -> Config:
-    """The config of the space's first point: first choices, lowest numbers."""
-    return _record(space, {})[1]
+    """The config of the space's first point, first choices and lowest numbers; where it prunes that
+    one, of the first that it does not prune.
+    """
+    for point in itertools.chain([{}], _points(space, 3, {})):
+        made = _record(space, point)[1]
+        if made is not None:
+            return made
+    raise ValueError(
+        "a search needs a space that can be trained somewhere, got one that raises TrialPruned at "
+        "every point that was tried: lowest, middle and highest numbers, every choice."
+    )
 
 
 def _probe(space: Space) -> tuple[dict[str, list[BaseDistribution]], list[str]]:
@@ -192,7 +237,7 @@ def _probe(space: Space) -> tuple[dict[str, list[BaseDistribution]], list[str]]:
     while todo:
         given = todo.pop(0)
         recorder, made = _record(space, given)
-        keys.append(key(made))
+        keys.append("pruned" if made is None else key(made))
         for name, distribution in recorder.distributions.items():
             if distribution not in found.setdefault(name, []):
                 found[name].append(distribution)
@@ -216,7 +261,9 @@ def contains(distribution: BaseDistribution, value: Any) -> bool:
     kinds = int if isinstance(distribution, IntDistribution) else (int, float)
     if not isinstance(value, kinds) or isinstance(value, bool):
         return False
-    return distribution.low <= value <= distribution.high
+    steps = (value - distribution.low) / (distribution.step or 1)
+    on_grid = distribution.step is None or abs(steps - round(steps)) < 1e-8
+    return distribution.low <= value <= distribution.high and on_grid
 
 
 def fingerprint(space: Space) -> dict[str, Any]:
@@ -251,7 +298,7 @@ def _values(distribution: BaseDistribution, levels: int | None) -> list[Any]:
 
 
 def enumerate_space(space: Space, levels: int | None = None) -> list[Params]:
-    """All points of a space, parameter by parameter; branches are followed.
+    """All points of a space that it does not prune, parameter by parameter; branches are followed.
 
     Args:
         levels: how many values to take of each interval; None takes all, which an interval of
@@ -267,10 +314,11 @@ def enumerate_space(space: Space, levels: int | None = None) -> list[Params]:
 
 
 def _points(space: Space, levels: int | None, given: Params) -> Iterator[Params]:
-    recorder, _ = _record(space, given)
+    recorder, made = _record(space, given)
     open_names = [name for name in recorder.params if name not in given]
     if not open_names:
-        yield dict(recorder.params)
+        if made is not None:
+            yield dict(recorder.params)
         return
     name = open_names[0]
     try:

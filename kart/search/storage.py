@@ -13,7 +13,7 @@ import json
 import sqlite3
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -283,12 +283,19 @@ def create(storage: RDBStorage, settings: Settings, points: dict[str, list[dict]
             directions=directions,
             load_if_exists=True,
         )
-        queued = len(study.get_trials(deepcopy=False))
-        for point in (points or {}).get(arm, [])[queued:]:
-            study.enqueue_trial(point)
+        enqueue(study, (points or {}).get(arm, ()))
         made.append(study)
     for study in made:
         study.set_user_attr("settings", settings.asdict())
+
+
+def enqueue(study: optuna.Study, points: Sequence[Mapping[str, Any]]) -> None:
+    """Puts those of `points` into the queue of an arm that it has not had."""
+    trials = study.get_trials(deepcopy=False)
+    known = [trial.system_attrs.get("fixed_params") for trial in trials]
+    for point in points:
+        if dict(point) not in known:
+            study.enqueue_trial(dict(point))
 
 
 def save_settings(storage: RDBStorage, settings: Settings, directory: Path | None) -> None:

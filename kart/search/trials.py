@@ -20,8 +20,8 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from kart import data, operators, population, train, tree
-from kart.search.space import Space, key, shape
+from kart import data, operators, population, schema, train, tree
+from kart.search.space import Space, draw, key, shape
 from kart.train import Config, Record, Splits, State
 
 OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
@@ -142,11 +142,22 @@ class Evaluation(NamedTuple):
     run: Callable[[list[Task]], list[Outcome]]
 
 
+def trained(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """The complete trials that were trained here: what was added to an Optuna study by hand tells
+    its sampler something, but has no config and no seeds.
+    """
+    return [
+        trial
+        for trial in trials
+        if trial.state == TrialState.COMPLETE and "scores" in trial.user_attrs
+    ]
+
+
 def scores_of(trials: Iterable[FrozenTrial], name: str) -> dict[int, float]:
     """Validation accuracy by seed over all complete trials of the configuration named `name`."""
     found: dict[int, float] = {}
-    for trial in trials:
-        if trial.state == TrialState.COMPLETE and trial.user_attrs.get("key") == name:
+    for trial in trained(trials):
+        if trial.user_attrs["key"] == name:
             found |= {int(seed): score for seed, score in trial.user_attrs["scores"].items()}
     return found
 
@@ -189,6 +200,20 @@ def loader(val_limit: int | None = None) -> Callable[[Config], Splits]:
     return lambda config: load(Config(**{name: getattr(config, name) for name in fields}))
 
 
+def check_objectives(names: Sequence[str]) -> None:
+    """Raises ValueError unless `names` are different ones of `OBJECTIVES`, accuracy among them."""
+    given = [names] if isinstance(names, str) else list(names)
+    if isinstance(names, str) or set(given) - set(OBJECTIVES) or len(set(given)) < len(given):
+        raise ValueError(
+            f"`objectives` needs a list of different ones of {list(OBJECTIVES)}, got {names!r}."
+        )
+    if "accuracy" not in given:
+        raise ValueError(
+            f"`objectives` needs accuracy among them, by which trials are stopped early and "
+            f"winners chosen, got {given}. Add it: accuracy,{','.join(given)}."
+        )
+
+
 def evaluation(
     space: Space,
     load: Callable[[Config], Splits],
@@ -205,29 +230,33 @@ def evaluation(
     and where the data is here (`device`, `threads`, `data`).
     """
     limits = dict(limits or {})
-    if seeds < 1:
-        raise ValueError(f"`objective` needs `seeds` >= 1, got {seeds}. Use 3.")
-    if not objectives or set(objectives) - set(OBJECTIVES):
+    schema.check_integer("objective", "seeds", seeds, 1, "Use 3.")
+    size = seeds if group is None else group
+    schema.check_integer("objective", "group", size, 1, "Leave it out to train all at once.")
+    check_objectives(objectives)
+    if set(limits) - set(LIMITS) or not all(schema.fits(one, float) for one in limits.values()):
         raise ValueError(
-            f"`objective` needs `objectives` among {list(OBJECTIVES)}, got {list(objectives)}."
+            f"`objective` needs `limits` of {list(LIMITS)}, a number each, got {limits}. Leave out "
+            "what has none."
         )
-    if set(limits) - set(LIMITS):
-        raise ValueError(f"`objective` needs `limits` of {list(LIMITS)}, got {sorted(limits)}.")
-    size = group or seeds
     several = len(objectives) > 1
 
     def prepare(trial: optuna.Trial) -> Task | Outcome:
-        chosen = space(trial)
-        if not isinstance(chosen, Config):
+        try:
+            chosen = draw(space, trial)
+            name = key(chosen)
+            trial.set_user_attr("config", chosen.asdict())
+            trial.set_user_attr("key", name)
+            here = dataclasses.replace(chosen, **(place or {}))
+            cost = costs(here, load(here), min(size, seeds))
+        except optuna.TrialPruned as error:
+            return Outcome(None, f"pruned by its space: {error}")
+        except ValueError as error:
             raise ValueError(
-                f"`objective` needs a `space` that returns a kart.train.Config, got "
-                f"{type(chosen).__name__} of a trial. Return `Config(...)`."
-            )
-        name = key(chosen)
-        trial.set_user_attr("config", chosen.asdict())
-        trial.set_user_attr("key", name)
-        here = dataclasses.replace(chosen, **(place or {}))
-        cost = costs(here, load(here), min(size, seeds))
+                f"trial {trial.number} of {trial.study.study_name!r} with {trial.params}: {error} "
+                "If this point cannot be trained, prune it in its space: `raise "
+                "optuna.TrialPruned(why)`."
+            ) from error
         trial.set_user_attr("cost", cost)
         if "flops" in (*limits, *objectives) and "flops" not in cost:
             raise ValueError(
@@ -271,7 +300,8 @@ def evaluation(
                 if i in stopped or not scores:
                     continue
                 task.trial.report(statistics.fmean(scores), epoch)
-                if task.trial.should_prune():
+                # the mean over all seeds of a configuration would lack those that did badly
+                if not task.earlier and task.trial.should_prune():
                     stopped[i] = f"stopped after epoch {epoch} of {epochs} by the pruner"
             return [m for m, i in enumerate(owner) if i in stopped]
 
@@ -328,9 +358,10 @@ def objective(
 
     The value is the mean validation accuracy (a fraction) after the last epoch; its standard error,
     the scores of the seeds, the costs and the config are user attributes. The mean over the seeds
-    is reported after each epoch. A configuration that has been tried trains further seeds, and its
-    value is the mean over all. Divergence of more than half of the seeds, a lack of memory and a
-    cost over a limit prune the trial, with the reason as the user attribute `reason`.
+    is reported after each epoch but the last. A configuration that has been tried trains further
+    seeds, none of which is stopped early, and its value is the mean over all. Divergence of more
+    than half of the seeds, a lack of memory, a cost over a limit and `optuna.TrialPruned` from the
+    space prune the trial, with the reason as the user attribute `reason`.
 
     Args:
         space: maps a trial to the config to train; the config's seed is the first of the seeds.

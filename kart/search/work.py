@@ -31,6 +31,7 @@ from kart.search.trials import (
     loader,
     scores_of,
     train_members,
+    trained,
 )
 from kart.train import Config, Splits
 
@@ -62,11 +63,29 @@ def home(out: str | None, url: str | None) -> Home:
     return Home(Path(out), store.directory_url(Path(out).resolve()))
 
 
+def describe_data(splits: Splits) -> dict[str, Any]:
+    """What the settings of a study say of its data: equal where the images and labels are."""
+    images = splits.train.images
+    return {
+        "train": len(images),
+        "val": len(splits.val.images),
+        "image": list(images.shape[1:]),
+        "classes": len(splits.train.classes),
+        "mean": [round(value, 6) for value in splits.train.mean],
+        "images": {name: one.fingerprint[:16] for name, one in splits._asdict().items()},
+    }
+
+
 def settings_for(asked: Question, splits: Splits, options: Mapping[str, Any]) -> Settings:
     """The settings of a study that is to start; `options` are the fields that `Study` has not."""
     study = asked.study
     spaces = study.spaces(study.config, options["fix"])
-    images = splits.train.images
+    last = study.config.seed + study.seeds * (study.trials // len(study.arms))
+    if last > FRESH_SEED:
+        raise ValueError(
+            f"`seed` needs to leave the seeds from {FRESH_SEED:,} on to the winners, got "
+            f"{study.config.seed} for {study.trials} trials of {study.seeds} seeds. Lower it."
+        )
     return Settings(
         study=asked.name,
         named=asked.named,
@@ -75,13 +94,7 @@ def settings_for(asked: Question, splits: Splits, options: Mapping[str, Any]) ->
         versions=store.versions(),
         config=dataclasses.replace(study.config, **PLACE).asdict(),
         spaces={arm: fingerprint(space) for arm, space in spaces.items()},
-        dataset={
-            "train": len(images),
-            "val": len(splits.val.images),
-            "image": list(images.shape[1:]),
-            "classes": len(splits.train.classes),
-            "mean": [round(value, 6) for value in splits.train.mean],
-        },
+        dataset=describe_data(splits),
         seeds=study.seeds,
         trials=study.trials,
         confirm=study.confirm,
@@ -102,6 +115,9 @@ def points_of(settings: Settings, spaces: Mapping[str, Space]) -> dict[str, list
         generator = data.generator_for("points", settings.sampler_seed, arm)
         order = torch.randperm(len(points), generator=generator).tolist()
         queues[arm] = [points[i] for i in order][: settings.per_arm]
+        if len(points) > settings.per_arm:
+            told = f"{settings.per_arm} of its {len(points)} points, drawn"
+            print(f"{arm}: {told}; --trials gives it more")
     return queues
 
 
@@ -148,6 +164,8 @@ def set_up(
         if found is not None:
             store.check_same(found, settings, where.name)
             mend(where, found, study)
+        else:  # before anything is written
+            settings = dataclasses.replace(settings, group=settings.group or measure())
         directory.mkdir(parents=True, exist_ok=True)
         storage = store.open_database(where.url, settings.heartbeat, create=found is None)
     else:
@@ -163,6 +181,9 @@ def set_up(
     else:
         settings = dataclasses.replace(settings, group=settings.group or found.group)
         if settings != found:
+            points = points_of(settings, study.spaces(study.config, settings.fix)) or {}
+            for arm, one in store.studies(storage, settings).items():
+                store.enqueue(one, points.get(arm, ()))
             store.save_settings(storage, settings, directory)
     return storage, settings
 
@@ -200,7 +221,7 @@ class Candidate(NamedTuple):
 
 def candidates(study: optuna.Study) -> list[Candidate]:
     """The configurations with a value, best first."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    trials = trained(study.get_trials(deepcopy=False))
     last = {trial.user_attrs["key"]: trial for trial in trials}
     found = []
     for name, trial in last.items():
@@ -215,7 +236,7 @@ def winners(study: optuna.Study) -> list[Candidate]:
     found = candidates(study)
     if len(study.directions) == 1:
         return found[:1]
-    front = {trial.user_attrs["key"] for trial in study.best_trials}
+    front = {trial.user_attrs["key"] for trial in trained(study.best_trials)}
     return [one for one in found if one.key in front]
 
 
@@ -454,7 +475,7 @@ def confirm(
     """
     load = loader(settings.val_limit)
 
-    def trained(study: optuna.Study, one: Candidate) -> int:
+    def seeds_of(study: optuna.Study, one: Candidate) -> int:
         found = confirmed(study).get(one.key)
         return 0 if found is None else len(found.val) + len(found.diverged)
 
@@ -462,7 +483,7 @@ def confirm(
         (study, one)
         for study in arms.values()
         for one in winners(study)
-        if trained(study, one) < seeds
+        if seeds_of(study, one) < seeds
     ]
     for study, one in tables.bar(
         todo, desc="fresh seeds", unit="winner", disable=quiet or not todo
