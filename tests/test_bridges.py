@@ -202,6 +202,14 @@ def test_a_timm_layer_copies():
         assert_close(twin(x), layer(x), rtol=0, atol=0)
 
 
+def test_a_class_of_layers_pickles_as_models_of_timms_keep_it():
+    made = timm.attention("G2B:rank=2", tokens=5, generator=torch.Generator().manual_seed(3))
+    again = pickle.loads(pickle.dumps({"attn_layer": made}))["attn_layer"]
+    one, other = (layer(8, num_heads=2) for layer in (made, again))
+    assert_close(other.state_dict(), one.state_dict(), rtol=0, atol=0)
+    assert copy.deepcopy(made) is made
+
+
 def test_timm_bad_input_is_named():
     with pytest.raises(ValueError, match=r"`attention` needs one way of sharing, got 'G3B'"):
         timm.attention("G3B", TOKENS, sharing="universal")

@@ -10,6 +10,7 @@ Blocks of timm's that compute attention by themselves, as `ParallelScalingBlock`
 (vit_base_patch16_xp_224), leave `attn_layer` aside without a word and keep softmax.
 """
 
+import copyreg
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,20 @@ class Attention(nn.Attention):
         return self.proj_drop(self.proj(self.norm(nn.merge_heads(out))))
 
 
+class _Made(type):
+    """What `attention` makes, which pickles as the call of it: models of timm's keep the class."""
+
+    call: tuple[Any, ...]
+
+
+def _again(operator: Any, tokens: Any, sharing: Any, generator: Any) -> type[torch.nn.Module]:
+    """`attention` of what a class was made of."""
+    return attention(operator, tokens, sharing=sharing, generator=generator)
+
+
+copyreg.pickle(_Made, lambda made: (_again, made.call))  # type: ignore[arg-type]
+
+
 def attention(
     operator: str | operators.Operator = "G3B",
     tokens: int | None = None,
@@ -99,8 +114,10 @@ def attention(
     source = nn.seeded(generator)
     made: list[nn.Operator] = []
 
-    class Layer(torch.nn.Module):
-        """Makes an `Attention`, which unlike a class of a function pickles."""
+    class Layer(torch.nn.Module, metaclass=_Made):
+        """Makes an `Attention`, which pickles as any module."""
+
+        call = (operator, tokens, sharing, generator)
 
         def __new__(
             cls,
