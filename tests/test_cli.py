@@ -359,6 +359,8 @@ def test_a_page_replaces_nothing_but_an_earlier_page(capsys, tmp_path):
     assert before == {path: path.read_bytes() for path in before}
     for _ in range(2):
         assert run(capsys, *argv, "--out", tmp_path / "page.html")[0] == 0
+        for beside in ("page.json", "page.csv"):  # a page alone is replaced, as it is named
+            (tmp_path / beside).unlink()
 
 
 def test_tables_and_spreads():

@@ -72,15 +72,14 @@ def select(names: Sequence[str]) -> tuple[Analysis, ...]:
 
 def check_out(out: str | os.PathLike) -> None:
     """Raises ValueError unless a page can be written to `out`, with its numbers beside it: a name
-    that ends in .html, where nothing but an earlier page is replaced.
+    that ends in .html, beside which nothing but the numbers of an earlier page is replaced.
     """
     path = Path(out)
     if path.suffix not in (".html", ".htm"):
         raise ValueError(f"`report` needs a file that ends in .html, got {str(path)!r}. Rename it.")
     beside = path.with_suffix(".json")
-    checkpoint.check_replaced(
-        "report", beside, lambda found: "sections" in found, path, path.with_suffix(".csv")
-    )
+    own = path.with_suffix(".csv")
+    checkpoint.check_replaced("report", beside, lambda found: "sections" in found, own)
 
 
 def analyse(
