@@ -290,9 +290,10 @@ def by_factor(cells: Sequence[str]) -> dict[str, list[str]]:
         if own:
             own += [CENTRE_CELL] * (CENTRE_CELL in cells)
             found[words] = sorted(own, key=lambda c: CELLS[c].get(field, getattr(CENTRE, field)))
-    several = [cell for cell in cells if len(CELLS[cell]) > 1]
-    if several:
-        found["more than one at once"] = several
+    for cell in cells:
+        if len(CELLS[cell]) > 1:
+            words = " and ".join(FACTORS[field] for field in FACTORS if field in CELLS[cell])
+            found.setdefault(words, []).append(cell)
     return found or {"the centre": list(cells)}
 
 

@@ -174,3 +174,11 @@ def test_the_tables_keep_names_with_commas(tmp_path, monkeypatch):
             rows = list(csv.reader(file))
         assert {len(row) for row in rows} == {width}
         assert "2,000 images" in {row[0] for row in rows}
+
+
+def test_a_cell_that_changes_two_things_is_of_neither_factor_alone():
+    found = answer.by_factor(list(answer.CELLS))
+    cells = [cell for group in found.values() for cell in group]
+    assert set(cells) == set(answer.CELLS)
+    assert found["images and side of a patch"] == ["patch 4, 45,000 images"]
+    assert cells.count("patch 4, 45,000 images") == 1
