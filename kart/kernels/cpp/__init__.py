@@ -2,8 +2,8 @@
 
 A family's piece (`kart.bases.basis.Cpp`) is compiled together with product.cpp, or units.cpp for
 units that are not linear in their parameters, with the machine's own compiler for its own
-instruction set (AVX-512 or AVX2); see `build`. Where the processor has a tile unit (AMX-BF16) the
-sums over long rows are its own, as exact as in float32; see amx.h. Before its first use in a
+instruction set (AVX-512, AVX2 or NEON); see `build`. Where the processor has a tile unit (AMX-BF16)
+the sums over long rows are its own, as exact as in float32; see amx.h. Before its first use in a
 process a library is held against the plain expression. Where anything fails, no compiler, another
 processor, a failed build or check, the reason is logged once and the torch engine runs instead.
 

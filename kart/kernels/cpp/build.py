@@ -38,15 +38,17 @@ log = logging.getLogger("kart.kernels")
 ROOT = Path(__file__).parent
 HEADERS = ("vector.h", "amx.h", "tile.h", "operands.h", "unit.h", "linear.h")
 SOURCES = (*HEADERS, "product.cpp", "units.cpp", "weights.cpp", "mix.cpp", "dense.cpp")
+# what names the processor and its instructions to a compiler for Arm
+NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 # no -ffast-math: it deletes the rounding by a magic number and gives wrong sines
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
+FLAGS = ("-O3", NATIVE, "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 # comparisons of vectors of another size than the registers' warn of their calling convention
 FLAGS += ("-Wno-psabi",)
 DIGEST = hashlib.sha256().digest_size
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """What NATIVE depends on."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("flags", "Features")):

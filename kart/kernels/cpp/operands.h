@@ -102,8 +102,8 @@ struct Matrix {
   // the rows, `padded` floats each, zero beyond the last, for the vector unit
   const float* rows() {
     if (!ready) {
-      packed.need((whole + W) * padded);  // a panel is read as W rows
-      pack_rows(source.data, source.n, source.d, source_rows, whole + W, width, padded, source_scale, packed);
+      packed.need((whole + PANEL) * padded);
+      pack_rows(source.data, source.n, source.d, source_rows, whole + PANEL, width, padded, source_scale, packed);
       ready = true;
     }
     return packed;
@@ -180,7 +180,7 @@ struct Rows : Matrix<false> {
       return;
     }
     if (!in_panels) {
-      panels.need(round_up(count, ROWS) / ROWS * padded * W);
+      panels.need(panel_floats(count, padded));
       pack_panels(rows(), padded, count, panels);
       in_panels = true;
     }
@@ -188,7 +188,7 @@ struct Rows : Matrix<false> {
     for (int n = 0; n < rows_;) {
       // a first row within a panel: what is left of it
       const int within = (first + n) % ROWS, some = std::min(ROWS - within, rows_ - n);
-      gemm<ROWS, V, 1>(some, width, panels + (first + n) / ROWS * padded * W + within, W, lanes, LANES, out + n * LANES,
+      gemm<ROWS, V, 1>(some, width, panels + panel_floats(first + n - within, padded) + within, PANEL, lanes, LANES, out + n * LANES,
                        LANES, false);
       n += some;
     }

@@ -324,8 +324,6 @@ struct Soft {
 
 extern "C" {
 
-int kart_lanes() { return W; }
-
 // y is contiguous (batch, heads, queries, rank); returns 0, or 1 without memory
 int kart_forward(const Shape* shape, const float* options, const Strided* q, const Strided* k, const Coefs* coefs,
                  int own, const Mask* mask, float scale, const Soft* soft, float* y, int threads) try {

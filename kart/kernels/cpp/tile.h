@@ -2,7 +2,7 @@
 //
 // Vector lanes are queries. A tile of KEYS keys by LANES queries goes through scores, features and
 // products without leaving the level-1 cache; every product is one `gemm` with its sums in registers, so
-// block sizes follow the number of registers: with those of AVX-512, AVX2 spills and is 26 x slower.
+// block sizes follow the number of registers, 32 but in AVX2: with those of the others it spills and is 26 x slower.
 
 #pragma once
 
@@ -14,6 +14,7 @@
 #include <new>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "vector.h"
@@ -22,12 +23,17 @@
 constexpr int ROWS = 12;    // rows of sums, two vectors each, of the 32 registers
 constexpr int WIDE = 4;     // vectors of a row where rows are 64 long ..
 constexpr int WIDE_ROWS = 6;
+#elif defined(__aarch64__)
+constexpr int ROWS = 10;    // of the 32 some hold several factors: a product takes one lane of a register
+constexpr int WIDE = 4;
+constexpr int WIDE_ROWS = 5;
 #else
 constexpr int ROWS = 6;
 constexpr int WIDE = 2;
 constexpr int WIDE_ROWS = 6;
 #endif
 constexpr int LANES = 2 * W;
+constexpr int PANEL = (ROWS + W - 1) / W * W;  // ROWS in whole vectors
 
 static long round_up(long x, long step) { return (x + step - 1) / step * step; }
 
@@ -165,20 +171,15 @@ static float dot(const float* a, const float* b, int64_t step, long count) {
   return sum;
 }
 
-// swaps the blocks of S x S off the diagonal of every block of 2S x 2S
-template <int S>
-static inline __attribute__((always_inline)) void transpose_blocks(vec (&x)[W]) {
-  ivec low, high;
-  for (int l = 0; l < W; ++l) {
-    low[l] = l & S ? W + l - S : l;
-    high[l] = l & S ? W + l : l + S;
-  }
+// swaps the blocks of S x S off the diagonal of every block of 2S x 2S; L counts lanes
+template <int S, int... L>
+static INLINE void transpose_blocks(vec (&x)[W], std::integer_sequence<int, L...>) {
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i)
     if (!(i & S)) {
       const vec a = x[i], b = x[i + S];
-      x[i] = __builtin_shuffle(a, b, low);
-      x[i + S] = __builtin_shuffle(a, b, high);
+      x[i] = pick<(L & S ? W + L - S : L)...>(a, b);
+      x[i + S] = pick<(L & S ? W + L : L + S)...>(a, b);
     }
 }
 
@@ -187,10 +188,11 @@ static void transpose(const float* in, long row, float* out, long column) {
   vec x[W];
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) x[i] = load(in + i * row);
-  if constexpr (W == 16) transpose_blocks<8>(x);
-  transpose_blocks<4>(x);
-  transpose_blocks<2>(x);
-  transpose_blocks<1>(x);
+  const std::make_integer_sequence<int, W> lanes;
+  if constexpr (W > 8) transpose_blocks<8>(x, lanes);
+  if constexpr (W > 4) transpose_blocks<4>(x, lanes);
+  transpose_blocks<2>(x, lanes);
+  transpose_blocks<1>(x, lanes);
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) store(out + i * column, x[i]);
 }
@@ -210,11 +212,14 @@ static void pack_lanes(const float* rows, long width, float* out) {
     for (long i = 0; i < LANES; i += W) transpose(rows + i * width + c, width, out + c * LANES + i, LANES);
 }
 
-// packed rows of keys in panels of ROWS keys: element c of a panel's keys side by side, W apart from element c + 1
+// packed rows of keys in panels of ROWS keys: element c of a panel's keys side by side, PANEL apart from element c + 1;
+// of rows beyond the last key PANEL are read
 static void pack_panels(const float* rows, long width, long keys, float* out) {
-  for (long m = 0; m < keys; m += ROWS, out += width * W)
-    for (long c = 0; c < width; c += W) transpose(rows + m * width + c, width, out + c * W, W);
+  for (long m = 0; m < keys; m += ROWS, out += width * PANEL)
+    for (long i = 0; i < PANEL; i += W)
+      for (long c = 0; c < width; c += W) transpose(rows + (m + i) * width + c, width, out + c * PANEL + i, PANEL);
 }
+static long panel_floats(long keys, long width) { return round_up(keys, ROWS) / ROWS * width * PANEL; }
 
 // rows of LANES integers, -1 where x[row * row_step + lane * lane_step] is not 0
 static void pack_mask(const uint8_t* x, int64_t row_step, int64_t lane_step, long rows, long lanes, int32_t* out) {

@@ -18,8 +18,8 @@ struct Scratch {
   Scratch(const Shape& s, bool backward)
       : width(round_up(s.width, W)),
         blocks(round_up(std::min<long>(SPAN, s.queries), LANES) / LANES),
-        panels(round_up(s.keys, ROWS) / ROWS * width * W),
-        keys((s.keys + W) * width),
+        panels(panel_floats(s.keys, width)),
+        keys((s.keys + PANEL) * width),
         query_lanes(blocks * width * LANES),
         query_rows(blocks * LANES * width),
         dy(backward ? s.rank * blocks * LANES : 0),
@@ -31,7 +31,7 @@ struct Scratch {
         mask(blocks * ROWS * LANES) {}
 
   void take_keys(const Strided& k, const float* x, const Shape& s) {
-    pack_rows(x, k.n, k.d, s.keys, s.keys + W, s.width, width, 1.0f, keys);
+    pack_rows(x, k.n, k.d, s.keys, s.keys + PANEL, s.width, width, 1.0f, keys);
     pack_panels(keys, width, s.keys, panels);
   }
   void take_queries(const Strided& q, const float* x, long count, float scale, const Shape& s) {
@@ -45,7 +45,7 @@ struct Scratch {
   void take_scores(const Shape& s, long first, int count, long queries, const uint8_t* mask_at, const Mask& m) {
     for (long i = 0; i < queries; i += LANES) {
       float* out = scores + i * ROWS;
-      gemm<ROWS, 2, 1>(count, s.width, panels + first / ROWS * width * W, W, query_lanes + i * width, LANES, out,
+      gemm<ROWS, 2, 1>(count, s.width, panels + panel_floats(first, width), PANEL, query_lanes + i * width, LANES, out,
                        LANES, false);
       if (!m.data) continue;
       int32_t* kept = mask.data() + i * ROWS;
@@ -57,8 +57,6 @@ struct Scratch {
 };
 
 extern "C" {
-
-int kart_lanes() { return W; }
 
 int kart_forward(const Shape* shape, const float* options, const Strided* q, const Strided* k, const Coefs* units,
                  int own, const Mask* mask, float scale, const void*, float* y, int threads) try {

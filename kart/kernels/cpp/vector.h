@@ -1,4 +1,4 @@
-// Vectors of floats for AVX-512 or AVX2: what `struct Piece` and `struct Unit` of a family are written in.
+// Vectors of floats for AVX-512, AVX2 or NEON: what `struct Piece` and `struct Unit` of a family are written in.
 // Comparisons give vectors of integers, -1 for true, which `? :` selects by. No -ffast-math: it would delete
 // the rounding by a magic number.
 
@@ -13,8 +13,10 @@
 constexpr int W = 16;       // floats in a vector
 #elif defined(__AVX2__) && defined(__FMA__)
 constexpr int W = 8;
+#elif defined(__aarch64__)
+constexpr int W = 4;
 #else
-#error "needs AVX-512 (F, DQ) or AVX2 with FMA"
+#error "needs AVX-512 (F, DQ), AVX2 with FMA, or 64-bit Arm"
 #endif
 
 typedef float vec __attribute__((vector_size(4 * W)));
@@ -27,6 +29,16 @@ static INLINE void store(float* p, vec x) { *reinterpret_cast<loose*>(p) = x; }
 // x - 0 is x to the bit and costs nothing; 0 + x is an addition for each, for it is 0 where x is -0
 static INLINE vec splat(float x) { return x - vec{}; }
 static INLINE vec keep(vec x, ivec mask) { return (vec)((ivec)x & mask); }
+
+// lanes FROM of the two, those of b counted on from a's
+template <int... FROM>
+static INLINE vec pick(vec a, vec b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, FROM...);
+#else
+  return __builtin_shuffle(a, b, (ivec){FROM...});
+#endif
+}
 
 static INLINE vec magnitude(vec x) { return (vec)((ivec)x & INT32_MAX); }
 // 1, -1, or 0 for 0

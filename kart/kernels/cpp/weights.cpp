@@ -302,8 +302,6 @@ struct Extra {
 
 extern "C" {
 
-int kart_lanes() { return W; }
-
 // returns 0, or 1 without memory
 int kart_forward(const Shape* shape, const float* options, const Strided* q, const Strided* k, const Strided* v,
                  const Mask* mask, const Extra* extra, int own, float scale, const Room* out, int threads) try {
