@@ -239,6 +239,12 @@ def test_fingerprints_tell_other_files(folder, tmp_path, photographs):
     assert loaded(copy).fingerprint != first.fingerprint
 
 
+def test_workers_are_the_cores_but_one_where_the_system_tells_no_affinity(folder, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert loaded(folder, workers=None).images.workers == 3
+
+
 def test_the_way_is_chosen_by_size_and_said(folder, monkeypatch, caplog):
     assert isinstance(loaded(folder, stream=None).images, np.ndarray)
     assert "stay in their files" not in caplog.text

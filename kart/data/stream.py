@@ -102,7 +102,9 @@ def load(
 ) -> Dataset:
     """One split of `found` with `Pictures` for images."""
     if workers is None:
-        workers = max(0, len(os.sched_getaffinity(0)) - 1)
+        # macOS does not tell which cores a process may use
+        asked = getattr(os, "sched_getaffinity", None)
+        workers = max(0, (len(asked(0)) if asked else os.cpu_count() or 1) - 1)
     source, places = found.source, dict[str, Path]()
     if source is None or not all(p.suffix.lower() in files.IMAGES for p in source.files):
         source, places = unpacked.source(found, base, split)
