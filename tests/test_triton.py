@@ -187,6 +187,7 @@ def own_coefficients() -> None:
 def families() -> None:
     every = [bases.polynomial(0), bases.polynomial(3), bases.chebyshev(0), bases.chebyshev(5)]
     every += [bases.gaussian_rbf(5, span=(-2.0, 3.0)), bases.bspline(3, span=(-1.0, 2.0))]
+    every += [bases.bspline(4, degree, span=(-2.0, 2.0)) for degree in (1, 2, 4, 5)]
     for basis in every:
         compare(*case(basis, 20, 33, rank=5, heads=1), scale=0.7)
     for base in ("identity", "silu", "gelu"):
@@ -471,13 +472,15 @@ def test_a_basis_is_known_by_what_its_family_declares():
         bases.chebyshev(3, span=(-1.0, 5.0)),
         bases.gaussian_rbf(4),
         bases.bspline(6, span=(-3.0, 3.0), base="identity"),
+        bases.bspline(6, degree=1),
         *UNITS,
     ]:
         kind = engine.kind_of(family_of(basis))
         assert kind is not None and kind.name == basis.family and kind.size == basis.size
     fourier = bases.fourier(2)
     for basis in [
-        bases.bspline(6, degree=2),
+        bases.bspline(6, degree=0),
+        bases.bspline(6, degree=6),
         bases.linear(torch.nn.functional.one_hot, 2, family="mine"),
         bases.linear(lambda x: torch.stack([x.sin(), x.cos()], -1), 2, family="fourier"),
         bases.linear(lambda x: torch.stack([x, x], -1), 2, family="chebyshev"),

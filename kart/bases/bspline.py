@@ -1,5 +1,6 @@
 """B-splines on a uniform grid, of KAN."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -60,20 +61,31 @@ struct Piece {
 };
 """
 
-# the cubic spline centred at 0, on unit intervals: (2 - |v|)+^3 / 6 - 4 (1 - |v|)+^3 / 6
-TRITON = """
+
+def _triton(degree: int) -> str:
+    """The spline centred at 0, on unit intervals: sum_k (-1)^k C(p + 1, k) (h - k - |v|)+^p / p!,
+    h = (p + 1) / 2, over k < h.
+    """
+    half, lines = (degree + 1) / 2, list[str]()
+    for k in range((degree + 2) // 2):
+        weight = (-1) ** k * math.comb(degree + 1, k) / math.factorial(degree)
+        power = " * ".join(["r"] * (degree - 1)) or "tl.where(r > 0.0, 1.0, 0.0)"
+        lines.append(f"""
+    r = tl.maximum({half - k} - tl.abs(v), 0.0)
+    power = {weight} * {power}
+    value += power * r
+    slope += power""")
+    return f"""
 def start(x, gate, origin, density, FAST: tl.constexpr):
     return (x - origin) * density, gate
 
 
 def feature(state, density, J: tl.constexpr, SIZE: tl.constexpr):
     t, gate = state
-    v = t - (J - 1)
-    near = tl.maximum(1.0 - tl.abs(v), 0.0)
-    far = tl.maximum(2.0 - tl.abs(v), 0.0)
-    value = (far * far * far - 4.0 * near * near * near) * 0.16666666666666666 * gate
-    slope = density * (4.0 * near * near - far * far) * tl.where(v < 0.0, -0.5, 0.5) * gate
-    return value, slope, state
+    v = t - (J + {(1 - degree) / 2})
+    value = tl.zeros_like(t)
+    slope = tl.zeros_like(t){"".join(lines)}
+    return value * gate, slope * density * tl.where(v < 0.0, {degree}.0, -{degree}.0) * gate, state
 """
 
 
@@ -141,5 +153,6 @@ def bspline(
             "points": tuple(low + j * step for j in range(-degree, grid + degree + 1)),
         },
         cpp=Cpp(CPP, {"GRID": grid, "DEGREE": degree}, (low, 1 / step)),
-        triton=Triton(TRITON, low, 1 / step) if degree == 3 else None,
+        # higher powers cancel, and a step has no such sum
+        triton=Triton(_triton(degree), low, 1 / step) if 1 <= degree <= 5 else None,
     )
