@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator
@@ -82,11 +82,7 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
     named = configs_of(args)
     seeds = [config.seed for config in population.seeds(named[0], args.seeds)]
     splits = train.load_data(named[0], workers=args.workers)
-    if args.workers is not None and not isinstance(splits.train.images, data.Pictures):
-        raise ValueError(
-            f"`--workers` has no effect on {splits.train.name!r}, whose images are decoded: "
-            "leave it out, or let them stream with `--stream yes`."
-        )
+    _check_flags(args, len(seeds), splits, ranks)
     out = Path(args.out) if args.out else runs.default_directory(named, seeds)
     args.out = str(out)  # where the traceback of what nobody foresaw goes
     homes = runs.homes(named, out)
@@ -95,7 +91,43 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
         _check(config, splits, ranks)
         for _, directory in runs.parts(population.seeds(config, seeds), 1, home):
             runs.check_place(directory)
-    if args.group != "auto" and len(seeds) == 1:
+    if ranks.size > 1:
+        described = [runs.describe([config], splits)["run"] for config in named]
+        distributed.check_same(ranks, "data and configuration", " ".join(described))
+    if ranks.rank:
+        for config in named:
+            for one in population.seeds(config, seeds):
+                with contextlib.suppress(train.Diverged):  # which rank 0 tells
+                    distributed.follow(ranks, one, splits)
+        return 0
+    if named[0].recipe is not None:
+        changes = recipes.overridden(named[0])
+        shown = ", ".join(f"{name} {value}" for name, value in changes.items())
+        print(f"recipe {named[0].recipe}{', but ' if shown else ''}{shown}")
+    results: list[_Result] = []
+    told: list[str] = []
+    for config, home in zip(named, homes, strict=True):
+        result, lines = _train_one(population.seeds(config, seeds), splits, home, args, ranks)
+        told += lines
+        if result.records:
+            results.append(result)
+    print("\n".join([_table(results)] * bool(results) + told))
+    if results:
+        score = shlex.join(["kart", "eval", str(out), *_code_flags(named)])
+        print(f"written to {out}; score it on the test split with: {score}")
+    return 0 if len(results) == len(named) else 1
+
+
+def _check_flags(
+    args: argparse.Namespace, seeds: int, splits: train.Splits, ranks: train.Ranks
+) -> None:
+    """Raises ValueError for flags without effect; several processes train one seed at a time."""
+    if args.workers is not None and not isinstance(splits.train.images, data.Pictures):
+        raise ValueError(
+            f"`--workers` has no effect on {splits.train.name!r}, whose images are decoded: "
+            "leave it out, or let them stream with `--stream yes`."
+        )
+    if args.group != "auto" and seeds == 1:
         raise ValueError("`--group` needs several seeds, got one. Leave it out.")
     if ranks.size > 1:
         if args.group not in ("auto", 1):
@@ -104,46 +136,47 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
                 "population is one process. Leave it out."
             )
         args.group = 1
-        described = [runs.describe([config], splits)["run"] for config in named]
-        distributed.check_same(ranks, "data and configuration", " ".join(described))
-    if ranks.rank == 0 and named[0].recipe is not None:
-        changes = recipes.overridden(named[0])
-        shown = ", ".join(f"{name} {value}" for name, value in changes.items())
-        print(f"recipe {named[0].recipe}{', but ' if shown else ''}{shown}")
-    results: list[tuple[str, int, list[Record]]] = []
-    told: list[str] = []
-    for config, home in zip(named, homes, strict=True):
-        configs = population.seeds(config, seeds)
-        if ranks.rank:
-            for one in configs:
-                with contextlib.suppress(train.Diverged):  # which rank 0 tells
-                    distributed.follow(ranks, one, splits)
-            continue
-        size = _group_size(configs, splits, args.group, home)
-        parts = runs.parts(configs, size, home)
-        last: list[Record] = []
-        name, bad, parameters = operators.shown(config.operator), dict[int, int](), 0
-        for part, directory in parts:
-            try:
-                found = _train(part, splits, directory, args.quiet, args.space_timeout, ranks)
-            except train.Diverged as error:
-                # the seeds of other parts go on, as those of this one would
-                found, shown = [], ", ".join(str(one.seed) for one in part)
-                print(f"kart: {name} seed {shown}: {error}", file=sys.stderr)
-            if found:
-                parameters = tree.size(runs.load_weights(directory)[0])
-            last += [one for one in found if one["diverged"] < 0]
-            bad |= runs.diverged(directory)
-        print(
-            "".join(f"{one}\n" for one in {donors.told(home) for _, home in parts} if one), end=""
-        )
-        told += statistics.left_out(name, bad)
-        if unused := cost.told(cost.unused(train.build(config, splits.train))):
-            told.append(f"{name} has parameters without effect: {unused}.")
-        if last:
-            results.append((name, parameters, last))
-    if ranks.rank:
-        return 0
+
+
+class _Result(NamedTuple):
+    """An operator: its name, its parameters, and the last records of the seeds that are fine."""
+
+    operator: str
+    parameters: int
+    records: list[Record]
+
+
+def _train_one(
+    configs: Sequence[Config],
+    splits: train.Splits,
+    home: Path,
+    args: argparse.Namespace,
+    ranks: train.Ranks,
+) -> tuple[_Result, list[str]]:
+    """Trains the seeds of one operator below `home`; and what is to be told at the end."""
+    size = _group_size(configs, splits, args.group, home)
+    parts = runs.parts(configs, size, home)
+    last: list[Record] = []
+    name, bad, parameters = operators.shown(configs[0].operator), dict[int, int](), 0
+    for part, directory in parts:
+        try:
+            found = _train(part, splits, directory, args.quiet, args.space_timeout, ranks)
+        except train.Diverged as error:
+            # the seeds of other parts go on, as those of this one would
+            found, shown = [], ", ".join(str(one.seed) for one in part)
+            print(f"kart: {name} seed {shown}: {error}", file=sys.stderr)
+        if found:
+            parameters = tree.size(runs.load_weights(directory)[0])
+        last += [one for one in found if one["diverged"] < 0]
+        bad |= runs.diverged(directory)
+    print("".join(f"{one}\n" for one in {donors.told(home) for _, home in parts} if one), end="")
+    told = statistics.left_out(name, bad)
+    if unused := cost.told(cost.unused(train.build(configs[0], splits.train))):
+        told.append(f"{name} has parameters without effect: {unused}.")
+    return _Result(name, parameters, last), told
+
+
+def _table(results: Sequence[_Result]) -> str:
     rows = [
         [
             operator,
@@ -156,11 +189,7 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
         for operator, parameters, last in sorted(results, key=runs.baseline_first)
     ]
     header = ["operator", "val top-1 %", "val top-5 %", "val loss", "parameters", "n"]
-    print("\n".join([tables.table(rows, header)] * bool(rows) + told))
-    if rows:
-        score = shlex.join(["kart", "eval", str(out), *_code_flags(named)])
-        print(f"written to {out}; score it on the test split with: {score}")
-    return 0 if len(rows) == len(named) else 1
+    return tables.table(rows, header)
 
 
 def _code_flags(configs: Sequence[Config]) -> list[str]:
