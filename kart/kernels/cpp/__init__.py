@@ -170,11 +170,12 @@ class _Case(NamedTuple):
     scale: float
 
 
-def _cases(family: Family) -> list[_Case]:
+def _cases(family: Family, attempt: int) -> list[_Case]:
     """Odd sizes, strides and masks: more than one block of queries and of keys, and a rest of each;
-    widths and ranks of no whole vector, below and above those that the tile unit takes.
+    widths and ranks of no whole vector, below and above those that the tile unit takes. Each
+    attempt draws anew, smaller scores than the one before.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(attempt)
     draw = functools.partial(torch.randn, generator=generator, dtype=torch.float32)
     batch, heads = 2, 2
     small, large = (37, 45, 7, 13, 5), (135, 147, 70, 13, 66)
@@ -193,7 +194,7 @@ def _cases(family: Family) -> list[_Case]:
         mask = torch.rand(1, heads, queries, keys, generator=generator) < 0.7
         dy, dout = draw(batch, heads, queries, rank), draw(batch, heads, queries, value_width)
         leaves = {"q": q, "k": k, "v": v.transpose(1, 2), **units}
-        cases.append(_Case(leaves, mask if own > 1 else None, dy, dout, scale))
+        cases.append(_Case(leaves, mask if own > 1 else None, dy, dout, scale * 0.8**attempt))
     return cases
 
 
@@ -251,9 +252,22 @@ def _found(engine: Engine, family: Family, case: _Case, softmax: bool) -> dict[s
     return found | {f"d{name}": x for name, x in zip(units, pulled, strict=True)}
 
 
+def _steady(family: Family, case: _Case) -> bool:
+    """Whether roundings of the scores do no more than the check tolerates, as near a pole."""
+    moved = case._replace(scale=case.scale * (1 + 2**-20))
+    with untransformed():
+        try:
+            build.compare(_wanted(family, moved, False), _wanted(family, case, False), family.width)
+        except RuntimeError:
+            return False
+    return True
+
+
 def _check(engine: Engine, family: Family, softmax: bool) -> None:
     """RuntimeError unless the kernels agree with the plain expressions."""
-    for case in _cases(family):
+    draws = (_cases(family, attempt) for attempt in range(16))
+    steady = (cases for cases in draws if all(_steady(family, case) for case in cases))
+    for case in next(steady, _cases(family, 0)):
         # one at a time: what torch.func does inside forbids `requires_grad_` again to what follows
         with untransformed():
             found = _found(engine, family, case, softmax)
