@@ -552,6 +552,24 @@ def test_blocks_that_share_an_operator_share_a_panel():
     assert list(pruned.dropped) == ["operator.0", "operator.1"]
 
 
+def test_functions_before_training_are_those_that_a_run_began_with():
+    # not those that its seed draws, where its weights came from another run
+    one = result("G2B", seeds=(0,), start="runs/donor")
+    own = context([one], functions.ANALYSIS, shown=0)
+    look, began = own.look(one), one.snapshots(0)[0][1]
+    operator = look.model.operators[0]
+    x = functions.score_range(look.seen("scores", 0), operator)
+    now, then = (
+        functions.curves(operator, look.model.operator_params(params, 0), x)
+        for params in (look.params, began)
+    )
+    found = numbers(functions.section(own), "G2B", "change_block_1_panel_1")
+    assert found[0] == pytest.approx(100 * float(functions.moved(now, then)[0]), rel=1e-5)
+    unknown = context([one._replace(snapshots=None)], functions.ANALYSIS, shown=0)
+    page = " ".join(functions.section(unknown).blocks)
+    assert "began with other weights and kept no trajectory" in page
+
+
 def test_operators_of_blocks_that_differ_are_described_apart():
     model = models.create("vit_nano", "softmax|...|G2B|G3B", image_size=8, patch_size=4)
     assert scores.described("mine", model) == (

@@ -138,7 +138,7 @@ class Look(NamedTuple):
     result: Result
     model: Model
     params: Params
-    initial: Params  # the weights before training
+    initial: Params | None  # the weights before training, where they are known
     pixels: Tensor  # in [0, 1], (B, C, height, width)
     aux: dict[str, Tensor]  # of `model.intermediates`
 
@@ -278,7 +278,12 @@ class Context:
         with torch.no_grad():
             aux = model.intermediates(result.params[0], self.images(config, count)[0])
         pixels = augment.center_crop(pixels, c.image_size, config.eval_crop)
-        initial = model.init(torch.Generator().manual_seed(config.seed))
+        # weights that came from elsewhere are kept by a trajectory alone
+        initial = None
+        if config.start is None:
+            initial = model.init(torch.Generator().manual_seed(config.seed))
+        elif config.trajectory and result.snapshots is not None:
+            initial = result.snapshots(0)[0][1]
         found = Look(result, model, result.params[0], initial, pixels, aux)
         self.memory[f"look {result.name}"] = found
         return found
