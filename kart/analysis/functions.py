@@ -608,13 +608,15 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
                 seen = seen_by(group, scores)
                 x = score_range(seen, group.operator)
                 values = curves(group.operator, group.params, x)
-                near.append(torch.stack([fit.mean() for fit in fits(values, x, density(seen, x))]))
+                near.append(
+                    torch.stack([fit.flatten() for fit in fits(values, x, density(seen, x))])
+                )
         found = {}
         if len(shares) == len(model.sites):
             by_block = torch.stack([share.mean() for share in shares])
             found = {"score_share": torch.cat(shares).mean(), "by_block": by_block}
         if near:
-            means = torch.stack(near).mean(0)
+            means = torch.cat(near, 1).mean(1)
             found |= {f"r2_{name}": means[i] for i, name in enumerate(Fits._fields)}
         return found
 
@@ -707,8 +709,8 @@ def section(context: Context) -> pages.Section:
         pages.beside(*pictures),
         pages.text(
             "Units that are alike up to scale and sign (correlation 0.95 over the scores seen), "
-            "the four largest groups of the last block, first head that learns; dotted the "
-            "simplest formula that fits the leading unit over these scores."
+            "last block, first head that learns: up to four groups, each led by the unit that "
+            "varies most of those left; dotted the simplest formula that fits it over these scores."
         ),
         *shown,
     ]
@@ -765,7 +767,10 @@ def _shapes(
         for group in learned_groups(look.model.operators[block], params):
             assert group.operator.basis is not None
             if group.operator.basis.family == "fourier":
-                amplitudes_of[result.name] = harmonics(group.operator, group.params)
+                name = result.name
+                if name in amplitudes_of:  # of hybrid heads each group
+                    name += f", head {group.first + 1}"
+                amplitudes_of[name] = harmonics(group.operator, group.params)
             own = seen_by(group, scores)
             x = score_range(own, group.operator)
             seen = density(own, x)
@@ -775,7 +780,9 @@ def _shapes(
                 continue  # all scores seen are at one point: nothing has a shape there
             formulas = [symbolic.candidate(values[int(i)], x, seen) for i in groups.leaders]
             numbers += [
-                pages.Number(result.name, f"formula_{i + 1}_r2", one.r2, "", look.seed)
+                pages.Number(
+                    result.name, f"formula_head_{group.first + 1}_{i + 1}_r2", one.r2, "", look.seed
+                )
                 for i, one in enumerate(formulas)
             ]
             name = f"functions-alike-{len(shown)}"
@@ -785,7 +792,7 @@ def _shapes(
             shown.append(pages.figure(fig, name, alt, caption))
     if amplitudes_of:
         alt = f"Amplitude by harmonic of {', '.join(amplitudes_of)}"
-        caption = "Amplitude by harmonic, last block: mean over units, band over heads."
+        caption = "Amplitude by harmonic, last block: root mean square over units, band over heads."
         shown.append(
             pages.figure(plot_harmonics(amplitudes_of), "functions-harmonics", alt, caption)
         )
@@ -855,7 +862,7 @@ ANALYSIS = Analysis(
     "functions",
     "The functions that each head learned",
     section,
-    version=2,
+    version=3,
     minutes=1.0,
     measure=measure,
 )

@@ -468,8 +468,10 @@ def seeds_table(
 
 def differences(found: Measured, measure: str, what: str, column: Column) -> list[str]:
     """A sentence an operator: how its `what` differs from that of the first, seed by seed, and
-    which seeds it leaves out, as only one of the two has them or a finite value there.
+    which seeds it leaves out, as only one of the two has them or a finite value there. The interval
+    is cut to what two values in [low, high] can be apart.
     """
+    most = column.high - column.low
     names = list(found)
     base = {seed: own[measure] for seed, own in found[names[0]].items() if measure in own}
     lines = []
@@ -486,7 +488,7 @@ def differences(found: Measured, measure: str, what: str, column: Column) -> lis
         if not apart:
             lines.append(f"{what} of {name} and of {names[0]}: no seed has finite values of both.")
             continue
-        mean = statistics.interval(list(apart.values()))
+        mean = statistics.interval(list(apart.values()), low=-most, high=most)
         clear = not mean.why and not mean.low <= 0 <= mean.high
         nearest, digits = column.scale * min(abs(mean.low), abs(mean.high)), column.digits
         while clear and round(nearest, digits) == 0:  # or it would read as zero
