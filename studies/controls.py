@@ -80,8 +80,10 @@ def answer(found: Mapping[str, Confirmed]) -> str:
     for beside in ("", " + softmax"):
         names = [f"{name}{beside}" for name in ("polynomial-0", "G3")]
         if all(name in found for name in names):
-            part, whole = (statistics.pairs(found[n].test, base) for n in names)
-            if len(part) == len(whole) > 1:
+            tests = [found[name].test for name in names]
+            seeds = sorted(set(base).intersection(*tests))
+            part, whole = ([one[seed] - base[seed] for seed in seeds] for one in tests)
+            if len(seeds) > 1:
                 lines.append(
                     f"share of the gain of {names[1]} left in {names[0]}: {share(part, whole)}"
                 )

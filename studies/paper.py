@@ -193,7 +193,9 @@ def work(row: Row, scale: str, minutes: float, out: Path, rest: Sequence[str]) -
 
 
 def ours(row: Row, scale: str, out: Path = OUT) -> str:
-    """Our top-1 of a row with n and interval, how far it is, or `-`."""
+    """Our top-1 of a row with n and interval, of seeds that did not diverge; how far it is, or
+    `-`.
+    """
     directory = home(row, scale, out)
     places = sorted(path.parent for path in directory.glob("**/config.json"))
     if not places:
@@ -203,10 +205,19 @@ def ours(row: Row, scale: str, out: Path = OUT) -> str:
     found = [score for score in scores if score is not None]
     if len(found) < len(places):
         return f"({done} of {total} epochs)"
-    values = [member["top1"] for score in found for member in score["members"]]
+    bad = {(i, seed) for i, place in enumerate(places) for seed in runs.diverged(place)}
+    values = [
+        member["top1"]
+        for i, score in enumerate(found)
+        for member in score["members"]
+        if (i, member["seed"]) not in bad
+    ]
+    told = f", {len(bad)} diverged" if bad else ""
+    if not values:
+        return f"n = 0{told}"
     images = {score["images"] for score in found}
     shown = statistics.accuracy(values, images.pop() if len(images) == 1 else None)
-    return f"{shown.text()}, n = {len(values)}"
+    return f"{shown.text()}, n = {len(values)}{told}"
 
 
 def table(scale: str, out: Path = OUT) -> str:

@@ -35,7 +35,16 @@ def test_curves_of_a_known_unit():
     values = functions.curves(operator, params, X)
     assert_close(values, torch.stack([X.cos(), 2 * X.sin()]).reshape(1, 1, 2, 9))
     assert_close(functions.key_means(values), (X.cos() / 2 + X.sin()).reshape(1, 1, 9))
-    assert functions.strongest(values, params, 1).tolist() == [[1]]
+    assert functions.strongest(values, params["mix"], 1).tolist() == [[1]]
+
+
+def test_the_strongest_units_after_a_mix_are_the_largest_alone():
+    # of `project_first` W comes before the units, and its columns are of other keys
+    operator = operators.project_first(bases.fourier(1), rank=1)
+    coefs = torch.tensor([[[[1.0, 0.0]], [[2.0, 0.0]]]])
+    params = {"units": {"coefs": coefs}, "mix": torch.tensor([[[9.0, 1.0]]])}
+    (ax,) = functions.plot(operator, params, X, count=1).axes
+    assert_close(torch.tensor(ax.lines[-1].get_ydata()), 2 * X.cos())
 
 
 @pytest.mark.parametrize(
@@ -107,6 +116,8 @@ def test_how_far_units_moved():
     values = torch.randn(3, 4, 5, 9, generator=torch.Generator().manual_seed(0))
     assert_close(functions.moved(values, values), torch.zeros(3))
     assert_close(functions.moved(3 * values, values), torch.full((3,), 2.0))
+    assert functions.moved(values, 0 * values).isposinf().all()
+    assert_close(functions.moved(0 * values, 0 * values), torch.zeros(3))
 
 
 def test_hybrid_heads_keep_their_numbers():
@@ -135,7 +146,7 @@ def test_where_to_look():
         (lambda: functions.curves(*drawn("G3B"), torch.arange(3)), "floating-point"),
         (lambda: functions.plot(*drawn("relu")), "learnable units, got 'relu'"),
         (
-            lambda: functions.strongest(torch.ones(1, 2, 3, 9), {}, 7),
+            lambda: functions.strongest(torch.ones(1, 2, 3, 9), None, 7),
             "1 <= `count` <= 6 units a head, got 7",
         ),
     ],

@@ -8,6 +8,7 @@ import random
 
 import pytest
 
+from kart import statistics
 from studies import answer
 
 
@@ -106,13 +107,58 @@ def test_the_share_of_the_scores_and_the_trends_are_found_again():
     assert answer.gain(scores, "centre", "G3").mean == pytest.approx(0.05, abs=2e-3)
     share = answer.score_share(scores, "centre")
     assert share.low < 0.2 < share.high and share.high - share.low < 0.15
-    trend = answer.trends(found)[0]["G3"]
+    trend = answer.trends(found)["G3"]
     assert trend.centre[0] == pytest.approx(5.0, abs=0.15) and trend.runs == 15
     for field, wanted in (("train_limit", -0.5), ("embed_dim", -1.0)):
         slope, low, high = trend.slopes[field]
         assert slope == pytest.approx(wanted, abs=0.1) and low < slope < high < 0
     # five points at one a doubling of the width: crossed after five doublings
     assert "width" in answer.crossing(trend) and "images" in answer.crossing(trend)
+
+
+def test_trends_cover_lines_that_cells_and_seeds_lie_beside():
+    wanted = {
+        "centre": 5.0,
+        "width 32": 5.5,
+        "width 128": 4.5,
+        "2,000 images": 7.0,
+        "4,000 images": 6.0,
+        "16,000 images": 4.0,
+    }
+    found = [
+        record(cell, arm, seed, 0.4)
+        for cell, arm, seed in itertools.product(wanted, ("softmax", "G3"), range(3))
+    ]
+    draw, hits, count = random.Random(0), [0, 0, 0], 200
+    for _ in range(count):
+        # what all seeds of a cell share, as a gain that bends has it
+        points = {cell: own + 2 * draw.gauss(0, 1) for cell, own in wanted.items()}
+        for one in found:
+            if one["arm"] == "G3":
+                one["test_top1"] = 0.4 + (points[one["cell"]] + draw.gauss(0, 1)) / 100
+        trend = answer.trends(found)["G3"]
+        lines = trend.centre, trend.slopes["train_limit"], trend.slopes["embed_dim"]
+        for i, (true, (_, low, high)) in enumerate(zip((5.0, -1.0, -0.5), lines, strict=True)):
+            hits[i] += low < true < high
+    assert all(0.91 < hit / count < 0.99 for hit in hits)
+
+
+def test_arms_in_no_more_cells_than_numbers_have_no_trend():
+    found = made_up({"G3": lambda images, width: 5.0 - images}, noise=0.1)
+    few = [one for one in found if one["cell"] in ("centre", "width 32", "2,000 images")]
+    assert answer.trends(few) == {} and answer.trends(found)["G3"].runs == 15
+
+
+def test_how_often_an_arm_like_softmax_is_clear_of_zero_when_seeds_are_added():
+    draw, clear, count = random.Random(0), 0, 1500
+    for _ in range(count):
+        gains = [draw.gauss(0, 0.01) for _ in range(answer.MOST_SEEDS)]
+        for n in range(answer.SEEDS, answer.MOST_SEEDS + 1):
+            found = statistics.interval(gains[:n])
+            if not found.low < 0 < found.high:
+                clear += 1
+                break
+    assert clear / count == pytest.approx(0.14, abs=0.02) and "in 14 of 100" in answer.LOOKS_WORDS
 
 
 def test_a_unit_trains_and_reads_the_test_split_for_fresh_seeds_alone(tmp_path, monkeypatch):

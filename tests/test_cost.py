@@ -260,7 +260,7 @@ def test_counted_memory_is_what_a_step_keeps(operator, form):
     weights = sum(x.numel() * 4 for x in tree.leaves(params))
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     kept = cost.kept_bytes(lambda: model.apply(params, images)) - weights
-    assert counted == pytest.approx(kept, rel=0.1)
+    assert counted == pytest.approx(kept, rel=0.04)
 
 
 def test_the_naive_form_keeps_what_the_paper_complains_of():

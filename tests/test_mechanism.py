@@ -113,7 +113,7 @@ def test_the_mean_matrix_of_windows_is_that_of_whole_ones():
     _, fitted = mechanism.swap(model, params, "position", aux)
     own = fitted["layers"]["0"]["blocks"]
     assert_close(own["0"]["operator"]["matrix"], aux["blocks.0.weights"].mean((0, 1)))
-    # of the four windows of a shifted grid the first has no mask
+    # of the four windows of a shifted grid the first has no mask; the others keep part of its rows
     assert_close(own["1"]["operator"]["matrix"], aux["blocks.1.weights"][:, 0].mean(0))
 
 
@@ -507,6 +507,17 @@ def test_the_section_is_that_of_its_measures(splits):
     # functions of the place have no fit over scores
     measures = {x.measure for x in found.numbers if x.operator == names[3]}
     assert "cost_position" in measures and "cost_affine" not in measures
+
+
+def test_blocks_without_functions_are_left_out_of_a_block_at_a_time(splits):
+    # which used to cost the section, of all operators
+    name = "softmax|G2B:rank=2"
+    own = section.Context([result(name, splits, (0,))], splits, name="mechanism", examples=16)
+    found = mechanism.section(dataclasses.replace(own, retrain=0))
+    measures = {one.measure for one in found.numbers if one.measure.startswith("cost_affine")}
+    assert measures == {"cost_affine", "cost_affine_block_2"}
+    measures = {one.measure for one in found.numbers if one.measure.startswith("cost_position_")}
+    assert measures == {"cost_position_block_1", "cost_position_block_2"}
 
 
 def test_the_section_is_kept_and_stops_at_its_minutes(splits, tmp_path, monkeypatch):

@@ -93,6 +93,9 @@ def test_a_row_trains_in_slices_and_stands_in_its_own_table(tmp_path, capsys, mo
     assert "another setting than the paper's" in text and "published" not in text
     assert "n = 1" in text and "tiny-g3b-cifar10" in text
     assert paper.ours(row, "paper", tmp_path) == "-"
+    # a seed that diverged was scored with its last good weights
+    monkeypatch.setattr(runs, "diverged", lambda directory: {0: 5})
+    assert paper.ours(row, "cpu", tmp_path) == "n = 0, 1 diverged"
 
 
 def test_rows_that_cannot_be_named_or_trained_say_so(capsys):

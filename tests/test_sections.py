@@ -114,6 +114,7 @@ def test_the_landscape_is_that_of_its_measures(results):
         ("path_rise", rises.mean),
         ("path_largest", rises.largest),
         ("path_loss", z[5, 5]),
+        ("path_distance", (path[0] - path[-1]).norm()),
     ):
         assert numbers(found, "G2B", measure)[1] == pytest.approx(float(value), rel=1e-4, abs=1e-5)
     page = " ".join(found.blocks)
@@ -278,6 +279,29 @@ def test_functions_of_hybrids_are_fitted_over_the_scores_of_their_heads():
     assert "last block, head 2." in " ".join(found.blocks)
 
 
+def test_every_group_of_heads_is_counted_and_shown():
+    # the mean was over groups, however many units they have, and a group hid the one before
+    name = "2*G2B+G3B:rank=2"
+    one = result(name, (0,), num_heads=3, embed_dim=9)
+    own = context([one], functions.ANALYSIS, shown=0)
+    found = functions.section(own)
+    model, aux = aux_of(section.Member(one, 0), own.images(one.configs[0], 64)[0])
+    every = []
+    groups = list(
+        functions.learned_groups(model.operators[0], model.operator_params(one.params[0], 0))
+    )
+    for group in groups:
+        seen = functions.seen_by(group, aux["blocks.0.scores"])
+        x = functions.score_range(seen, group.operator)
+        values = functions.curves(group.operator, group.params, x)
+        every += functions.fits(values, x, functions.density(seen, x)).affine.flatten().tolist()
+    mean = sum(every) / len(every)
+    assert numbers(found, name, "r2_affine")[0] == pytest.approx(mean, rel=1e-6)
+    assert f"Amplitude by harmonic of {name}, {name}, head 3" in " ".join(found.blocks)
+    named = [(number.measure, number.seed) for number in found.numbers]
+    assert len(named) == len(set(named))
+
+
 def test_functions_that_are_not_of_the_score_alone_are_named():
     both = [result("G2B:order=elementwise", (0,)), result("G2B:order=by_distance", (0,))]
     found = functions.section(context(both, functions.ANALYSIS))
@@ -416,6 +440,14 @@ def test_differences_are_paired_by_seed():
     assert third == "Height of d and of a: no seed has finite values of both."
 
 
+def test_a_difference_stays_within_what_two_values_can_be_apart():
+    found = {"a": {0: {"x": 0.1}, 1: {"x": 0.2}}, "b": {0: {"x": 0.9}, 1: {"x": 0.3}}}
+    (share,) = section.differences(found, "x", "Share", section.percent("x", "x"))
+    assert "+45.0 [-100.0, +100.0]" in share
+    (one_sided,) = section.differences(found, "x", "Size", section.Column("x", "x", 1, low=0.0))
+    assert "+0.5 [-4.0, +4.9]" in one_sided
+
+
 def test_accuracies_are_paired_by_seed_and_never_by_place():
     def scored(operator, by_seed):
         top1 = [{"val_top1": value} for value in by_seed.values()]
@@ -550,6 +582,24 @@ def test_blocks_that_share_an_operator_share_a_panel():
     assert scores.described("G2U", model).endswith(", 2 that blocks share")
     pruned = functions.prune(model, one.params[0], 0.1)
     assert list(pruned.dropped) == ["operator.0", "operator.1"]
+
+
+def test_functions_before_training_are_those_that_a_run_began_with():
+    # not those that its seed draws, where its weights came from another run
+    one = result("G2B", seeds=(0,), start="runs/donor")
+    own = context([one], functions.ANALYSIS, shown=0)
+    look, began = own.look(one), one.snapshots(0)[0][1]
+    operator = look.model.operators[0]
+    x = functions.score_range(look.seen("scores", 0), operator)
+    now, then = (
+        functions.curves(operator, look.model.operator_params(params, 0), x)
+        for params in (look.params, began)
+    )
+    found = numbers(functions.section(own), "G2B", "change_block_1_panel_1")
+    assert found[0] == pytest.approx(100 * float(functions.moved(now, then)[0]), rel=1e-5)
+    unknown = context([one._replace(snapshots=None)], functions.ANALYSIS, shown=0)
+    page = " ".join(functions.section(unknown).blocks)
+    assert "began with other weights and kept no trajectory" in page
 
 
 def test_operators_of_blocks_that_differ_are_described_apart():

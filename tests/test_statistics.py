@@ -84,6 +84,23 @@ def test_an_accuracy_covers_the_accuracy_on_other_seeds_and_images(seeds, images
     assert np.mean(hits) > 0.94
 
 
+@pytest.mark.parametrize(("seeds", "least", "most"), [(2, 0.88, 0.91), (3, 0.92, 0.94)])
+def test_an_accuracy_of_few_seeds_covers_what_it_says(seeds, least, most):
+    """All images alike, so that seeds are right on others each time, and spread of their own."""
+    rng, image = np.random.default_rng(0), math.sqrt(0.5 * 0.5 / 10_000)
+    covered = []
+    for times in (2, 4, 8):
+        hits = []
+        for _ in range(1000):
+            shared = 0.5 + rng.normal(0, image)
+            found = statistics.accuracy(shared + rng.normal(0, times * image, seeds), 10_000)
+            hits.append(found.low <= 0.5 <= found.high)
+        covered.append(np.mean(hits))
+    assert min(covered) == pytest.approx(least, abs=0.02)
+    assert max(covered) == pytest.approx(most, abs=0.02)
+    assert f"{round(100 * least)} to {round(100 * most)} %" in statistics.FEW
+
+
 def test_a_difference_by_hand():
     # differences 1, 2, 3 hundredths: mean 2, deviation 1, t(2) = 4.303
     found = statistics.difference([0.02, 0.04, 0.06], [0.01, 0.02, 0.03])

@@ -121,6 +121,11 @@ def test_the_answer_of_the_controls_by_hand():
     # gains 6, 5, 6 of 10: mean 5.667 +- 4.3027 * 0.57735 / sqrt 3 = 1.434, over exactly 10
     assert "left in polynomial-0: 0.57 [0.42, 0.71], n = 3" in text
     assert controls.answer({}) == "softmax has no result."
+    # of seeds that all three have, whichever diverged in each
+    del found["polynomial-0"].test[1]
+    found["G3"] = confirmed({0: 0.60, 1: 0.9, 2: 0.64, 3: 0.9})
+    text = controls.answer(found)
+    assert "left in polynomial-0: 0.60 (2 equal seeds), n = 2" in text
 
 
 def test_population_speed_measures(capsys):

@@ -25,6 +25,7 @@ from kart import layers, models, pages, schema, tables, train, tree
 from kart.analysis import curvature
 from kart.analysis.section import Analysis, Context
 from kart.models import Model, Site, work
+from kart.models.blocks import merge_heads
 from kart.operators import Operator
 from kart.operators.contract import SOFTMAX
 from kart.operators.projected import factors_of, pays, projected
@@ -263,10 +264,11 @@ def kept_bytes(call: Callable[[], Any], beside: Any = ()) -> int:
 
 
 def _kept_by_heads(
-    op: Operator, heads: int, tokens: int, width: int, form: str, size: int
+    op: Operator, heads: int, tokens: int, width: int, form: str, size: int, joined: bool
 ) -> tuple[int, int]:
-    """Bytes that `heads` keep from q, k and v (included) to their output: an image, and once.
-    `form` "projected" is from q and k to the output of the block, of width `size`.
+    """Bytes that `heads` keep from q, k and v (included) to their output: an image, and once; with
+    `joined` to the projection behind them, whose input may be what they keep themselves. `form`
+    "projected" is from q and k to the output of the block, of width `size`.
     """
     generator = Generator().manual_seed(0)
     params = tree.map(lambda x: x.requires_grad_(), op.init(generator, heads, tokens))
@@ -292,14 +294,17 @@ def _kept_by_heads(
             return projected_kept(images)
         # all three in one storage, as the projection to them leaves them
         qkv = torch.randn(images, tokens, 3, heads, width, generator=generator, requires_grad=True)
+        weight = torch.ones(1, heads * width, requires_grad=True)
 
         def attend() -> Tensor:
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
             if form == "streamed":
-                return op.attend(params, q, k, v)
-            return op.weights(params, q @ k.mT * width**-0.5) @ v
+                y = op.attend(params, q, k, v)
+            else:
+                y = op.weights(params, q @ k.mT * width**-0.5) @ v
+            return F.linear(merge_heads(y), weight) if joined else y
 
-        return kept_bytes(attend)
+        return kept_bytes(attend, weight)
 
     # from two images on, for what is repeated along a batch
     two, three = kept(2), kept(3)
@@ -328,12 +333,12 @@ def _kept_by_model(model: Model, dtype: torch.dtype) -> tuple[int, int]:
 def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_each: int = 4) -> int:
     """Bytes that a training step keeps from the forward for the backward.
 
-    Counted per block, in floats of N D an image: the inputs of both norms (2) and of the four
-    linear layers (1 + 1 + 1 + 4), and the GELU's input (4). From q, k and v (3) to the output of
-    the heads the operator is asked: `kept_bytes` of two heads on two and three random images, at
-    the model's N and d. `form` "streamed" is kart's `attend`: KArAt keeps q, k, v, its hidden
-    values (N r a head), W^T V and the batch's copies of W; in float32, where attention meets its
-    projections first (see `kart.operators.projected`), neither v nor the output of the heads.
+    Counted per block, in floats of N D an image: the inputs of both norms (2) and of three linear
+    layers (1 + 1 + 4), and the GELU's input (4). From q, k and v (3) to the output of the heads,
+    which the fourth takes, the operator is asked: `kept_bytes` of two heads on two and three random
+    images, at the model's N and d. `form` "streamed" is kart's `attend`: KArAt keeps q, k, v, its
+    hidden values (N r a head), W^T V and the batch's copies of W; in float32, where attention meets
+    its projections first (see `kart.operators.projected`), neither v nor the output of the heads.
     "naive" is the materialised form of the paper: for KArAt scores, features, what their
     derivatives need and weights, each N^2 a head; for softmax the weights.
 
@@ -356,7 +361,7 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
         each, once = _kept_by_model(model, torch.float32 if bytes_each == 4 else torch.bfloat16)
         return batch * each + once
     n, hidden = c.tokens, int(c.embed_dim * c.mlp_ratio)
-    block = n * (5 * c.embed_dim + 2 * hidden)
+    block = n * (4 * c.embed_dim + 2 * hidden)
     images = (n - 1) * c.in_channels * c.patch_size**2
     floats = float(batch * (c.depth * block + images + n * c.embed_dim))
     known: dict[tuple[int, int], tuple[int, int]] = {}
@@ -365,11 +370,14 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
         hybrid, way = operator.options.get("kind") == "hybrid", form
         if form == "streamed" and bytes_each == 4 and pays(factors_of(operator), like, c.num_heads):
             way = "projected"
-            floats -= batch * like.numel()  # the output of the heads
+        elif hybrid:
+            floats += batch * like.numel()  # the output of all heads, put together anew
         for op, count in operator.options["groups"] if hybrid else [(operator, c.num_heads)]:
             few = min(2, count)  # a single head is laid out otherwise
             if (id(op), few) not in known:
-                known[id(op), few] = _kept_by_heads(op, few, n, width, way, c.embed_dim)
+                known[id(op), few] = _kept_by_heads(
+                    op, few, n, width, way, c.embed_dim, joined=not hybrid
+                )
             each, once = known[id(op), few]
             floats += count / few * (batch * each + once) / 4
     return int(floats * bytes_each)

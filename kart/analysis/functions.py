@@ -95,14 +95,15 @@ def unit_quantiles(values: Tensor, levels: tuple[float, ...] = (0.05, 0.5, 0.95)
     return values.flatten(1, 2).quantile(values.new_tensor(levels), dim=1)
 
 
-def strongest(values: Tensor, params: Params, count: int = 4) -> Tensor:
-    """Indices `(H, count)`, into the flattened (P, M), of the units that move the weights most.
+def strongest(values: Tensor, mix: Tensor | None = None, count: int = 4) -> Tensor:
+    """Indices `(H, count)`, into the flattened (P, M), of the units that move the weights most, of
+    `values (H, P, M, X)`.
 
-    That is the root mean square over x, for `low_rank` times the norm of the unit's column of W.
+    That is the root mean square over x; where W follows the units, as in `low_rank`, times the norm
+    of the unit's column of it, `mix (H, M, P)`.
     """
     size = values.square().mean(-1).sqrt()  # (H, P, M)
-    mix = params.get("mix")
-    if mix is not None and mix.shape[-1] == size.shape[1] and mix.shape[-2] == size.shape[2]:
+    if mix is not None:
         size = size * mix.detach().norm(dim=-2)[..., None]
     size = size.flatten(1)
     if not 1 <= count <= size.shape[1]:
@@ -230,10 +231,10 @@ def _range(groups: Sequence[Group], seen: Sequence[Tensor] | None) -> Tensor:
 
 def moved(values: Tensor, initial: Tensor) -> Tensor:
     """How far training moved each head's units, `(H, P, M, X)` twice to `(H,)`: the root mean
-    square of the change over that of the initial functions.
+    square of the change over that of the initial functions; infinite from zero.
     """
     change = (values - initial).square().flatten(1).mean(-1)
-    return (change / initial.square().flatten(1).mean(-1)).sqrt()
+    return torch.where(change > 0, change / initial.square().flatten(1).mean(-1), 0.0).sqrt()
 
 
 def density(scores: Tensor, x: Tensor) -> Tensor:
@@ -460,7 +461,10 @@ def plot(
     for group, start in zip(groups, starts, strict=True):
         values = curves(group.operator, group.params, where)
         before = None if start is None else curves(group.operator, start, where)
-        chosen = strongest(values, group.params, min(count, values[0, ..., 0].numel()))
+        # of `project_first` W comes before the units
+        after = group.operator.options.get("kind") != "project_first"
+        mix = group.params.get("mix") if after else None
+        chosen = strongest(values, mix, min(count, values[0, ..., 0].numel()))
         bands = unit_quantiles(values)
         for h, units in enumerate(chosen):
             lines = values[h].flatten(0, 1)[units]
@@ -604,13 +608,15 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
                 seen = seen_by(group, scores)
                 x = score_range(seen, group.operator)
                 values = curves(group.operator, group.params, x)
-                near.append(torch.stack([fit.mean() for fit in fits(values, x, density(seen, x))]))
+                near.append(
+                    torch.stack([fit.flatten() for fit in fits(values, x, density(seen, x))])
+                )
         found = {}
         if len(shares) == len(model.sites):
             by_block = torch.stack([share.mean() for share in shares])
             found = {"score_share": torch.cat(shares).mean(), "by_block": by_block}
         if near:
-            means = torch.stack(near).mean(0)
+            means = torch.cat(near, 1).mean(1)
             found |= {f"r2_{name}": means[i] for i, name in enumerate(Fits._fields)}
         return found
 
@@ -703,8 +709,8 @@ def section(context: Context) -> pages.Section:
         pages.beside(*pictures),
         pages.text(
             "Units that are alike up to scale and sign (correlation 0.95 over the scores seen), "
-            "the four largest groups of the last block, first head that learns; dotted the "
-            "simplest formula that fits the leading unit over these scores."
+            "last block, first head that learns: up to four groups, each led by the unit that "
+            "varies most of those left; dotted the simplest formula that fits it over these scores."
         ),
         *shown,
     ]
@@ -761,7 +767,10 @@ def _shapes(
         for group in learned_groups(look.model.operators[block], params):
             assert group.operator.basis is not None
             if group.operator.basis.family == "fourier":
-                amplitudes_of[result.name] = harmonics(group.operator, group.params)
+                name = result.name
+                if name in amplitudes_of:  # of hybrid heads each group
+                    name += f", head {group.first + 1}"
+                amplitudes_of[name] = harmonics(group.operator, group.params)
             own = seen_by(group, scores)
             x = score_range(own, group.operator)
             seen = density(own, x)
@@ -771,7 +780,9 @@ def _shapes(
                 continue  # all scores seen are at one point: nothing has a shape there
             formulas = [symbolic.candidate(values[int(i)], x, seen) for i in groups.leaders]
             numbers += [
-                pages.Number(result.name, f"formula_{i + 1}_r2", one.r2, "", look.seed)
+                pages.Number(
+                    result.name, f"formula_head_{group.first + 1}_{i + 1}_r2", one.r2, "", look.seed
+                )
                 for i, one in enumerate(formulas)
             ]
             name = f"functions-alike-{len(shown)}"
@@ -781,7 +792,7 @@ def _shapes(
             shown.append(pages.figure(fig, name, alt, caption))
     if amplitudes_of:
         alt = f"Amplitude by harmonic of {', '.join(amplitudes_of)}"
-        caption = "Amplitude by harmonic, last block: mean over units, band over heads."
+        caption = "Amplitude by harmonic, last block: root mean square over units, band over heads."
         shown.append(
             pages.figure(plot_harmonics(amplitudes_of), "functions-harmonics", alt, caption)
         )
@@ -809,19 +820,25 @@ def _pictures(looks: Sequence[Look]) -> tuple[list[pages.Markup], list[pages.Num
         for names in [together[i] for i in some_blocks(len(together))]:
             block = names[0]
             operator = look.model.operators[block]
-            now, then = (look.model.operator_params(p, block) for p in (look.params, look.initial))
+            now, then = look.model.operator_params(look.params, block), None
+            if look.initial is not None:
+                then = look.model.operator_params(look.initial, block)
             groups = list(learned_groups(operator, now))
             if not groups:
                 continue
             scores = torch.cat([look.seen("scores", i) for i in names])
             x = _range(groups, [seen_by(group, scores) for group in groups])
+            starts = [] if then is None else learned_groups(operator, then)
             distances = [
                 100 * float(value)
-                for a, b in zip(groups, learned_groups(operator, then), strict=True)
+                for a, b in zip(groups, starts, strict=False)
                 for value in moved(curves(a.operator, a.params, x), curves(b.operator, b.params, x))
             ]
             where = _blocks(names, len(look.model.sites))
-            far = ", ".join(f"{value:.0f}\N{NO-BREAK SPACE}%" for value in distances)
+            far = "not known, as it began with other weights and kept no trajectory"
+            if distances:
+                percents = (f"{value:.0f}\N{NO-BREAK SPACE}%" for value in distances)
+                far = ", ".join("from zero" if "inf" in one else one for one in percents)
             numbers += [
                 pages.Number(
                     look.result.name, f"change_block_{block + 1}_panel_{i + 1}", d, "%", look.seed
@@ -845,7 +862,7 @@ ANALYSIS = Analysis(
     "functions",
     "The functions that each head learned",
     section,
-    version=2,
+    version=3,
     minutes=1.0,
     measure=measure,
 )

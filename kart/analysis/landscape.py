@@ -494,11 +494,11 @@ def _path(context: Context, member: Member) -> dict[str, Tensor]:
 
     def compute() -> dict[str, Tensor]:
         path, plane, explained = _plane(context, member)
-        length = torch.linalg.vector_norm(path[-1].double())
+        distance = torch.linalg.vector_norm(path[0].double() - path[-1].double())
         found = {"coordinates": coordinates(path, plane), "explained": explained.double()}
-        return {**found, "length": length}
+        return {**found, "distance": distance}
 
-    return context.kept("path", member, compute)
+    return context.kept("path and distance", member, compute)
 
 
 def _plane(context: Context, member: Member) -> tuple[Tensor, Tensor, Tensor]:
@@ -562,7 +562,7 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
     path, reach = _path(context, member), _reach(context)
     found: dict[str, Tensor] = {"coordinates": path["coordinates"], "explained": path["explained"]}
     found["explained_by_two"] = path["explained"].sum()
-    found["path_length"] = torch.hypot(*path["coordinates"][0])
+    found["path_distance"] = path["distance"]
     for kind, extent in (("path", reach), ("random", 1.0)):
         z = _kept_surface(context, member, kind, extent)
         step = (len(z) - 1) // (GRID - 1)
@@ -628,7 +628,7 @@ def section(context: Context) -> pages.Section:
             Column("path_largest", "largest rise", 3, "nats"),
             percent("path_roughness", "roughness %"),
             percent("explained_by_two", "path explained %"),
-            Column("path_length", "distance trained", 1, low=0.0),
+            Column("path_distance", "distance trained", 1, low=0.0),
         ],
         "random": [
             Column("random_rise", "mean rise", 3, "nats"),

@@ -88,7 +88,8 @@ def swap(
     those of its own head and key. What is beside the functions stays: W, softmax, tables,
     projections. "position" replaces the whole operator, of any kind, by the mean over images of its
     attention matrix, which ignores the scores. Blocks that shared an operator get one each. Windows
-    count as images, but for those that the mask of a shift cuts.
+    count as images, but for those that the mask of a shift cuts: of the mean matrix these keep what
+    it gives the keys that they see, and rows of softmax sum to less than 1 there.
 
     Args:
         model, params: a trained model.
@@ -577,6 +578,8 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
         found = {"top1": _top1(context, config, *new)}
         if not whole:
             for i in shown:
+                if kind != "position" and not _learns(model.operators[i]):
+                    continue  # a block between others that has no functions
                 context.check()
                 one = swap(model, member.params, kind, aux(), [i])
                 found[f"top1_block_{i + 1}"] = _top1(context, config, *one)
@@ -612,7 +615,8 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
         own = by_kind[kind]
         found[f"cost_{kind}"] = whole["top1"] - own["top1"]
         for i in shown:
-            found[f"cost_{kind}_block_{i + 1}"] = whole["top1"] - own[f"top1_block_{i + 1}"]
+            if f"top1_block_{i + 1}" in own:
+                found[f"cost_{kind}_block_{i + 1}"] = whole["top1"] - own[f"top1_block_{i + 1}"]
         if steps:
             found[f"left_{kind}"] = whole["again"] - own["again"]
     seen = context.kept(f"position images={few}", member, position)
@@ -659,6 +663,12 @@ def section(context: Context) -> pages.Section:
     found = scalars(context, measure)
     shown, numbers = _costs(context, found)
     place = "Position is the place in a window, and a mean matrix that of all windows of a block."
+    sites = [site for one in context.results for site in context.model(one.configs[0]).sites]
+    if any(site.cut is not None and len(site.cut.whole) < site.cut.count for site in sites):
+        place += (
+            " In windows that a mask cuts it loses what it gave masked keys, so that in its place "
+            "something is lost even where attention ignores the scores."
+        )
     blocks: list[pages.Markup] = [*windowed(context, place), *shown]
     for part in (_gradients(context), _shares(context, found), _layouts(context)):
         blocks += part[0]

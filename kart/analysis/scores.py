@@ -117,7 +117,7 @@ def section(context: Context) -> pages.Section:
         f"Intervals of a mean are Student's on the scale of the logit and cover seeds{chosen}; "
         "those of a difference pair by seed, on the same images, and cover seeds alone: initial "
         "weights and order of batches, which operators share. Another data set or another recipe "
-        "is covered by neither."
+        f"is covered by neither. With few seeds, {statistics.FEW}."
     )
     blocks = [pages.table(header, rows, caption)]
     blocks += [pages.items(found)] if found else []

@@ -138,7 +138,7 @@ class Look(NamedTuple):
     result: Result
     model: Model
     params: Params
-    initial: Params  # the weights before training
+    initial: Params | None  # the weights before training, where they are known
     pixels: Tensor  # in [0, 1], (B, C, height, width)
     aux: dict[str, Tensor]  # of `model.intermediates`
 
@@ -278,7 +278,12 @@ class Context:
         with torch.no_grad():
             aux = model.intermediates(result.params[0], self.images(config, count)[0])
         pixels = augment.center_crop(pixels, c.image_size, config.eval_crop)
-        initial = model.init(torch.Generator().manual_seed(config.seed))
+        # weights that came from elsewhere are kept by a trajectory alone
+        initial = None
+        if config.start is None:
+            initial = model.init(torch.Generator().manual_seed(config.seed))
+        elif config.trajectory and result.snapshots is not None:
+            initial = result.snapshots(0)[0][1]
         found = Look(result, model, result.params[0], initial, pixels, aux)
         self.memory[f"look {result.name}"] = found
         return found
@@ -463,8 +468,10 @@ def seeds_table(
 
 def differences(found: Measured, measure: str, what: str, column: Column) -> list[str]:
     """A sentence an operator: how its `what` differs from that of the first, seed by seed, and
-    which seeds it leaves out, as only one of the two has them or a finite value there.
+    which seeds it leaves out, as only one of the two has them or a finite value there. The interval
+    is cut to what two values in [low, high] can be apart.
     """
+    most = column.high - column.low
     names = list(found)
     base = {seed: own[measure] for seed, own in found[names[0]].items() if measure in own}
     lines = []
@@ -481,7 +488,7 @@ def differences(found: Measured, measure: str, what: str, column: Column) -> lis
         if not apart:
             lines.append(f"{what} of {name} and of {names[0]}: no seed has finite values of both.")
             continue
-        mean = statistics.interval(list(apart.values()))
+        mean = statistics.interval(list(apart.values()), low=-most, high=most)
         clear = not mean.why and not mean.low <= 0 <= mean.high
         nearest, digits = column.scale * min(abs(mean.low), abs(mean.high)), column.digits
         while clear and round(nearest, digits) == 0:  # or it would read as zero

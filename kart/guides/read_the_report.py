@@ -44,14 +44,15 @@ not by itself what the decision rests on: the pointing game, on images whose obj
 # How tokens are mixed
 
 What accuracy is lost where every learned function is replaced by the constant, the affine function
-or the exponential nearest to it: a cost that is not clear of zero says that the shape it had does
-not matter. The first column replaces the whole attention matrix by its mean over images, which no
-image can change. Below it what is left of the cost after some more steps of training, the share of
-the output that position explains, and what the mean matrix looks like.
+or the exponential nearest to it: the upper end of a cost's interval says how much the shape that it
+had can matter, where one that is not clear of zero alone may only say that seeds are few. The first
+column replaces the whole attention matrix by its mean over images, which no image can change. Below
+it what is left of the cost after some more steps of training, the share of the output that position
+explains, and what the mean matrix looks like.
 
 # A study's page
 
 The table of winners has two columns of accuracy: of the search (chosen by, hence too good) and of
-fresh seeds. The parameters that mattered are ranked by how much of the variance they explain among
-the trials made; it says nothing beyond the space that was searched.
+fresh seeds. The parameters that mattered are ranked by how far their values in the better trials
+differ from those in all of them (PED-ANOVA); it says nothing beyond the space that was searched.
 """

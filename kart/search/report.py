@@ -171,11 +171,11 @@ def _outcome(view: View) -> pages.Section:
         blocks.append(
             pages.note(
                 "Top-1 in per cent, mean and 95 % interval: Student's on the scale of the logit, "
-                "over seeds and the choice of the images. The search chose by its validation "
-                "accuracy; the winners were then trained again with fresh seeds, the same for "
-                "every arm, and scored once on the test split. n: seeds of the search, fresh "
-                'seeds. "search - fresh" is the optimism of searching; "test - baseline" pairs '
-                "seeds with the first arm's, and its interval is over seeds alone."
+                f"over seeds and the choice of the images; {statistics.FEW}. The search chose by "
+                "its validation accuracy; the winners were then trained again with fresh seeds, "
+                "the same for every arm, and scored once on the test split. n: seeds of the "
+                'search, fresh seeds. "search - fresh" is the optimism of searching; "test - '
+                "baseline\" pairs seeds with the first arm's, and its interval is over seeds alone."
             )
         )
         readings = {arm: len(confirmed(study)) for arm, study in view.arms.items()}
