@@ -166,7 +166,8 @@ def write(
     checkpoint.check_replaced("export", beside, is_own, path)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
-        own = tree.map(lambda leaf: leaf.detach().cpu(), params)
+        # a copy: a member of several is a part of their tensors, which torch would write whole
+        own = tree.map(lambda leaf: leaf.detach().cpu().clone(), params)
         try:
             FORMATS[form](model, own, temporary)
         # torch's exporters have many errors, all of them of this kind

@@ -139,7 +139,8 @@ def given() -> Operator:
         _unmasked(mask)
         return params["weights"].to(v.dtype) @ v
 
-    options, traits = {"kind": "given"}, {"learned": False, "length_free": True}
+    options = {"kind": "given"}
+    traits = {"learned": False, "length_free": True, "whole": True}
     return Operator("given", init, weights, attend, options=options, traits=traits)
 
 
@@ -153,8 +154,8 @@ def with_attention(student: Model, teacher: Model) -> Model:
     the same images, and learn all else.
 
     Its parameters are the student's, and below `teacher` those of the teacher, which get no
-    gradients. Queries and keys of the student are without effect. The paper trains ViT-Tiny so on
-    the attention of ViT-Tiny with G3B.
+    gradients. Queries and keys of the student, and the gates and positions of a ConViT, are without
+    effect. The paper trains ViT-Tiny so on the attention of ViT-Tiny with G3B.
 
     Args:
         student: a model made with `operator=given()`.

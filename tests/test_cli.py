@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,25 @@ def test_a_run_begins_with_another_and_keeps_what_is_frozen(capsys, tmp_path):
     assert all((a == b).all() for a, b in zip(kept, was, strict=True))
     assert (after["head"]["weight"] != before["head"]["weight"]).any()
     assert run(capsys, "eval", out)[0] == 0
+
+
+def test_what_one_of_several_runs_lacks_is_told_before_the_first_is_trained(capsys, tmp_path):
+    donor, out = tmp_path / "donor", tmp_path / "run"
+    flags = ["train", *TINY, "--rank", 2]
+    assert run(capsys, *flags, "--operator", "G2B", "--seeds", 0, 1, "--out", donor)[0] == 0
+    for more, words in [
+        (["G2B:scales=true", "G2B", "--freeze", "*.scale_basis"], "matches none of"),
+        (["G2B", "--seeds", 0, 1, 2, "--group", 1, "--from", donor], "one of [0, 1]"),
+        (["G2B", "G1B", "--attention-from", donor], "its parameters mean something else"),
+        (["G2B", "softmax", "--from", donor], "unexpected blocks.0.operator"),
+    ]:
+        code, _, error = run(capsys, *flags, "--out", out, "--operator", *more)
+        assert code == 2 and words in error and not out.exists()
+    # what was begun goes on without its donor
+    argv = [*flags, "--operator", "G2B", "--from", donor, "--out", out]
+    assert run(capsys, *argv)[0] == 0
+    shutil.rmtree(donor)
+    assert run(capsys, *argv)[0] == 0
 
 
 def test_analyse_writes_a_page_with_the_scores_that_there_are(capsys, tmp_path):

@@ -393,6 +393,7 @@ BLIND = ["static", "polynomial-0", "relative", "G2:order=by_distance", "2*static
 # a synthesizer's relu may be zero for the one query that a ViT reads in its last block
 CASES = [(name, one) for name in ("vit", "swin", "convit", "vitdet") for one in BLIND]
 CASES += [("swin", "synthesizer:width=8"), ("vitdet", "synthesizer:width=4")]
+CASES += [("vit", "polynomial-0:order=by_offset")]
 
 
 @pytest.mark.parametrize(("name", "operator"), CASES)

@@ -73,6 +73,17 @@ def test_the_graph_of_torch_export_takes_any_batch(run, expected, tmp_path):
         assert_close(module(images[:count]), logits[:count], rtol=0, atol=1e-5)
 
 
+def test_a_member_of_several_is_exported_without_the_others(tmp_path):
+    model = models.create("vit_nano", image_size=8, patch_size=4, depth=1)
+    params = model.init(torch.Generator().manual_seed(0))
+    sizes = []
+    for i, own in enumerate((params, tree.unstack(tree.stack([params] * 4))[3])):
+        path = tmp_path / f"{i}.pt2"
+        export.write(path, model, own, {}, "torch")  # nor does torch warn
+        sizes.append(path.stat().st_size)
+    assert sizes[1] < 1.1 * sizes[0]
+
+
 def test_onnx_without_its_packages_is_one_line(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     argv = ["export", str(run), "--out", str(tmp_path / "m.onnx"), "--format", "onnx"]

@@ -798,3 +798,12 @@ def test_room_like_is_as_wide_as_it_is_read():
     for x in (rows, alone, shared, torch.randn(2, 3, 4, 5).mT):
         assert laid_like(alone, x).stride() == room_like(x).stride()
         assert torch.equal(laid_like(alone, x), alone)
+
+
+@pytest.mark.parametrize("operator", ["by_offset", "full_rank,engine=plain"])
+def test_constant_units_have_no_slope_by_queries_and_keys(operator):
+    op = operators.parse(f"polynomial-0:order={operator}").operator
+    params = op.init(torch.Generator().manual_seed(0), 2, 10)
+    q, k = (draw(2, 10, 3, dtype=torch.float32).requires_grad_() for _ in range(2))
+    out = op.attend(params, q, k, draw(2, 10, 3, dtype=torch.float32))
+    assert not any(x.any() for x in torch.autograd.grad(out.sum(), (q, k), allow_unused=False))

@@ -80,6 +80,12 @@ def test_any_leading_axes_and_vmap_over_examples(operator):
     assert_close(vmap(model.apply, (None, 0))(params, images), logits)
 
 
+def test_the_one_block_of_a_list_of_one_shares_with_itself():
+    listed, plain = (small(spec, depth=1) for spec in ("G2U|...", "G2U"))
+    params, images = start(plain)
+    assert_close(listed.apply(params, images), plain.apply(params, images), rtol=0, atol=0)
+
+
 def test_universal_is_blockwise_with_tied_operators_and_its_gradient_the_sum():
     universal, blockwise = small("G2U"), small("G2B")
     params, images = start(universal)

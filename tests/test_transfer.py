@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from kart import cli, export, models, runs, train, transfer, tree
 from kart.train import Config
+from tests.tiny import CONVIT
 
 SHAPE = {"embed_dim": 8, "depth": 2, "num_heads": 2, "patch_size": 4}
 TINY = Config(
@@ -252,17 +253,24 @@ def test_bad_donors_are_one_line(donor_run, splits, tmp_path):
 # attention alone
 
 
+def gated(operator):
+    return models.create("convit_nano", operator, **CONVIT, locality=3.0)
+
+
+@pytest.mark.parametrize("make", [vit, gated])
 @pytest.mark.parametrize("teacher", ["softmax", "G3B", "G2U"])
-def test_a_student_with_its_teachers_backbone_is_the_teacher(teacher):
-    teacher, student = vit(teacher), vit(transfer.given())
+def test_a_student_with_its_teachers_backbone_is_the_teacher(make, teacher):
+    teacher, student = make(teacher), make(transfer.given())
     theirs = teacher.init(seeded(1))
     own = student.init(seeded(2))
     shared = tree.named(theirs)
     own = tree.map_named(lambda name, leaf: shared[name], own)
     model = transfer.with_attention(student, teacher)
     own["teacher"] = theirs
-    assert_close(model.apply(own, images()), teacher.apply(theirs, images()), rtol=1e-5, atol=1e-5)
-    seen, wanted = (m.intermediates(p, images()) for m, p in ((model, own), (teacher, theirs)))
+    c = teacher.config
+    given = images(c.image_size).expand(-1, c.in_channels, -1, -1)
+    assert_close(model.apply(own, given), teacher.apply(theirs, given), rtol=1e-5, atol=1e-5)
+    seen, wanted = (m.intermediates(p, given) for m, p in ((model, own), (teacher, theirs)))
     assert_close(seen["blocks.1.weights"], wanted["blocks.1.weights"])
 
 

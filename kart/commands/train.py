@@ -89,8 +89,12 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
     # nothing is written before all of it is known to be in order
     for config, home in zip(named, homes, strict=True):
         _check(config, splits, ranks)
-        for _, directory in runs.parts(population.seeds(config, seeds), 1, home):
+        members = population.seeds(config, seeds)
+        for _, directory in runs.parts(members, 1, home):
             runs.check_place(directory)
+        # a run that was begun needs its donor no more
+        if ranks.rank == 0 and not any(home.glob("**/last.safetensors")):
+            donors.check(members, splits)
     if ranks.size > 1:
         described = [runs.describe([config], splits)["run"] for config in named]
         distributed.check_same(ranks, "data and configuration", " ".join(described))
@@ -202,7 +206,7 @@ def _code_flags(configs: Sequence[Config]) -> list[str]:
 
 def _check(config: Config, splits: train.Splits, ranks: train.Ranks) -> None:
     """Raises ValueError for what would stop `config` later: an operator that does not fit the
-    model, found by a pass over one image, too large a batch.
+    model, found by a pass over one image, parameters that it has not, too large a batch.
     """
     model = train.build(config, splits.train)
     # weights, gradients and AdamW's two moments
@@ -216,7 +220,7 @@ def _check(config: Config, splits: train.Splits, ranks: train.Ranks) -> None:
     pixels = data.as_float(data.take(splits.val, torch.arange(1))[0])
     with torch.no_grad():
         model.apply(model.init(Generator()), train.prepare(pixels, splits.val, config))
-    steps = config.epochs * train.batches(config, splits.train, ranks).steps_per_epoch
+    steps = config.epochs * train.solo(config, splits, model, ranks).steps_per_epoch
     if steps > MOST_STEPS:
         raise ValueError(
             f"`--epochs` needs at most {MOST_STEPS:,} steps together, got {steps:,}: even at 1 ms "

@@ -40,6 +40,8 @@ def pullback(fn: Callable[..., Any], *primals: Tensor) -> Callable[..., tuple[Te
         y = fn(*leaves)
 
     def pull(cotangent: Tensor) -> tuple[Tensor, ...]:
+        if not isinstance(y, tuple) and not y.requires_grad:  # it depends on none of them
+            return tuple(map(torch.zeros_like, leaves))
         return torch.autograd.grad(y, leaves, cotangent, materialize_grads=True)
 
     return pull

@@ -87,16 +87,18 @@ def convit(operator: Choice = "softmax", **fields: Any) -> Model:
         x = layers.patch_embed(params["patch_embed"], images) + params["pos_embed"][0]
         for i, site in enumerate(sites):
             own, name = params["blocks"][str(i)], f"blocks.{i}"
+            mixed = i < gated and not site.operator.traits.get("whole")
             if i == gated:
                 x = blocks.prepend_class(params, x)
             if i < gated:
                 attend = blocks.attend_at(site, params, look, name)
-                attn = functools.partial(gated_attention, heads=heads, side=side, attend=attend)
+                shape = {"heads": heads, "side": side, "mixed": mixed}
+                attn = functools.partial(gated_attention, **shape, attend=attend)
             else:
                 attn = blocks.attention_at(site, params, look, name)
             x = blocks.block(own, x, attn, images.dtype)
             if look is not None:
-                if i < gated:
+                if mixed:
                     content = look[f"{name}.weights"]
                     look[f"{name}.weights"] = mix(
                         own["attn"], content, positions(own["attn"], side)
@@ -148,12 +150,16 @@ def mix(params: Params, content: Tensor, positional: Tensor) -> Tensor:
 
 
 def gated_attention(
-    params: Params, x: Tensor, heads: int, side: int, attend: blocks.Attend
+    params: Params, x: Tensor, heads: int, side: int, mixed: bool, attend: blocks.Attend
 ) -> Tensor:
-    """Gated positional self-attention, `(..., N, D)` to `(..., N, D)`."""
+    """Gated positional self-attention, `(..., N, D)` to `(..., N, D)`; that of `attend` alone
+    unless `mixed`.
+    """
     q, k = blocks.split_heads(layers.linear(params["qk"], x), heads, parts=2)
     (v,) = blocks.split_heads(layers.linear(params["v"], x), heads, parts=1)
-    out = mix(params, attend(q, k, v), positions(params, side).to(v.dtype) @ v)
+    out = attend(q, k, v)
+    if mixed:
+        out = mix(params, out, positions(params, side).to(v.dtype) @ v)
     return layers.linear(params["proj"], blocks.merge_heads(out))
 
 

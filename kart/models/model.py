@@ -195,7 +195,7 @@ def choose(function: str, given: Choice, depth: int, fields: Mapping[str, Any]) 
             f"and `sharing`={asked!r}. Drop the letter of the spec or the argument."
         )
     sharing = modes.pop() if modes else "blockwise"
-    if sharing == "universal" and not single:
+    if sharing == "universal" and len(ones) > 1:
         raise ValueError(
             f"`{function}` needs one operator for universal sharing, got {len(ones)}. "
             "Give one spec, or share blockwise."

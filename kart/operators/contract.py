@@ -56,10 +56,11 @@ class Operator(NamedTuple):
     "learned" (has parameters) and "length_free" (the parameters fit any number of keys); further
     "self_attention" (queries are the tokens of the keys), "by_length" (weights are by the number of
     keys), "by_place" (by the place of the key), "queries_last" (by the offset to the key, of
-    queries that are the last of the keys), "of_scores" (False where `weights` is an
-    error, as scores do not determine them), and `product_flops(tokens, width)` and
-    `activation_flops(tokens, unit)`, what a head multiplies with q, k and v, and does from scores
-    to weights if a unit costs `unit` a score, for those whose cost `kart.analysis.cost` is to know.
+    queries that are the last of the keys), "whole" (they are all that a block attends with: a
+    ConViT mixes no positions in), "of_scores" (False where `weights` is an error, as scores do not
+    determine them), and `product_flops(tokens, width)` and `activation_flops(tokens, unit)`, what a
+    head multiplies with q, k and v, and does from scores to weights if a unit costs `unit` a score,
+    for those whose cost `kart.analysis.cost` is to know.
     `resize(params, old, new)` moves parameters to another lattice of keys (see
     `kart.operators.resize`), None where there is nothing to move. `call` is the call that made the
     tuple, by which it pickles. `factors` gives weights that are a product of few columns as that

@@ -67,6 +67,13 @@ def _classes(path: Path) -> list[str] | None:
         return None
 
 
+def check(configs: Sequence[Config], splits: Splits) -> None:
+    """Raises ValueError unless each of `configs` can begin with its donor, if it names one."""
+    for config in configs:
+        if config.start is not None or config.attention_from is not None:
+            begin(train.solo(config, splits), [config], splits)
+
+
 def begin(run: Run, configs: Sequence[Config], splits: Splits) -> tuple[State, dict[str, Any]]:
     """The first state of a run, and what `start.json` says of the donor; without a donor nothing.
 
