@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 from torch.testing import assert_close
 
 from kart import bases, models, nn, operators, tree
+from kart.bridges import multihead
 
 SPECS = ["softmax", "G3B:rank=3", "rational-3/2B:rank=2", "2*softmax+2*G2B:rank=2"]
 HEADS, TOKENS, DIM = 4, 7, 16
@@ -352,6 +353,25 @@ def steps(module, wrapped, rank, world):
 
 def state(module):
     return list(module.named_parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*nested")  # torch: a prototype
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_to_be_padded(layout):
+    rows = [torch.ones(3, DIM), torch.ones(TOKENS, DIM)]
+    x = torch.nested.nested_tensor(rows, layout=layout)
+    module = attention()
+    multi = multihead.MultiheadAttention(DIM, HEADS, tokens=TOKENS, batch_first=True)
+    calls = {
+        "Attention": lambda: module(x),
+        "operator": lambda: module.operator(x, x, x),
+        "MultiheadAttention": lambda: multi(x, x, x),
+        "softmax.attend": lambda: operators.softmax().attend({}, x, x, x),
+        "softmax.weights": lambda: operators.softmax().weights({}, x),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"`{name}` needs .* a nested one. Pad it with"):
+            call()
 
 
 def train_wrapped(rank, world, path):

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from kart import layers, nn, operators
 from kart.bridges import arguments
+from kart.operators.contract import check_padded
 
 
 class MultiheadAttention(torch.nn.Module):
@@ -157,6 +158,7 @@ class MultiheadAttention(torch.nn.Module):
             average_attn_weights: over the heads; else they are (B, H, N, M).
             is_causal: masks what comes later, whether or not `attn_mask` does.
         """
+        check_padded("MultiheadAttention", query, key, value)
         single = query.dim() == 2
         if single:
             inputs = [x[None] for x in (query, key, value)]
