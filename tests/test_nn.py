@@ -10,7 +10,6 @@ from torch.nn.utils import prune
 from torch.testing import assert_close
 
 from kart import bases, models, nn, operators, tree
-from kart.bridges import multihead
 
 SPECS = ["softmax", "G3B:rank=3", "rational-3/2B:rank=2", "2*softmax+2*G2B:rank=2"]
 HEADS, TOKENS, DIM = 4, 7, 16
@@ -361,11 +360,9 @@ def test_nested_tensors_are_to_be_padded(layout):
     rows = [torch.ones(3, DIM), torch.ones(TOKENS, DIM)]
     x = torch.nested.nested_tensor(rows, layout=layout)
     module = attention()
-    multi = multihead.MultiheadAttention(DIM, HEADS, tokens=TOKENS, batch_first=True)
     calls = {
         "Attention": lambda: module(x),
         "operator": lambda: module.operator(x, x, x),
-        "MultiheadAttention": lambda: multi(x, x, x),
         "softmax.attend": lambda: operators.softmax().attend({}, x, x, x),
         "softmax.weights": lambda: operators.softmax().weights({}, x),
     }
