@@ -62,9 +62,26 @@ def _recorded(module: nn.Module, config: Any) -> torch.export.ExportedProgram:
         return torch.export.export(module, (example,), dynamic_shapes=batch, strict=False)
 
 
+PRODUCT = torch.ops.kart.contract_forward.default
+
+
+def _materialised(
+    q: Tensor, k: Tensor, coefs: Tensor, mask: Tensor | None, scale: float, basis: str, engine: str
+) -> Tensor:
+    """The product of `kart.kernels.core` in operations of torch: features of all scores at once."""
+    return plain.contract(family.family_named(basis).basis, coefs, q, k, mask, scale)
+
+
 def program(model: Model, params: Params) -> torch.export.ExportedProgram:
-    """The graph of `torch.export` of a model, for any number of images."""
-    return _recorded(Exported(model, params).eval(), model.config)
+    """The graph of `torch.export` of a model, for any number of images, in operations of torch
+    alone: it runs where kart is not installed.
+    """
+    graph: Any = _recorded(Exported(model, params).eval(), model.config).module()
+    # recorded anew, the constants of a basis are those of the graph
+    for node in graph.graph.find_nodes(op="call_function", target=PRODUCT):
+        node.target = _materialised
+    graph.recompile()
+    return _recorded(graph, model.config)
 
 
 def _torch(model: Model, params: Params, path: Path) -> None:
@@ -85,16 +102,6 @@ def _errors_alone(*names: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-PRODUCT = torch.ops.kart.contract_forward.default
-
-
-def _materialised(
-    q: Tensor, k: Tensor, coefs: Tensor, mask: Tensor | None, scale: float, basis: str, engine: str
-) -> Tensor:
-    """The product of `kart.kernels.core` in operations of torch: features of all scores at once."""
-    return plain.contract(family.family_named(basis).basis, coefs, q, k, mask, scale)
-
-
 def _onnx(model: Model, params: Params, path: Path) -> None:
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
@@ -104,15 +111,12 @@ def _onnx(model: Model, params: Params, path: Path) -> None:
     with warnings.catch_warnings(), _errors_alone("onnxscript", "torch.onnx"):
         # of torch's own use of what it has deprecated
         warnings.simplefilter("ignore")
-        # the streamed product is an operation of kart's own, which ONNX has not; recorded anew, the
-        # constants of a basis are those of the graph
-        graph: Any = program(model, params).module()
-        for node in graph.graph.find_nodes(op="call_function", target=PRODUCT):
-            node.target = _materialised
-        graph.recompile()
-        whole = _recorded(graph, model.config)
         found = torch.onnx.export(
-            whole, input_names=["images"], output_names=["logits"], dynamo=True, verbose=False
+            program(model, params),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamo=True,
+            verbose=False,
         )
     assert found is not None
     found.save(str(path), external_data=False)

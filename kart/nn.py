@@ -19,7 +19,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from kart import layers, operators, schema, tree
 from kart.kernels.transforms import autocasting
 from kart.operators import Cache
-from kart.operators.contract import draw
+from kart.operators.contract import check_padded, draw
 from kart.operators.resize import Tokens, lattice
 
 Params = dict[str, Any]
@@ -208,6 +208,7 @@ class Operator(Tree):
 
     def ready(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Params, Tensor, Tensor, Tensor]:
         """Parameters, and q, k, v with as many heads each."""
+        check_padded("operator", q, k, v)
         if q.dim() < 3 or q.shape[-3] != self.heads:
             raise ValueError(
                 f"`operator` needs `q` (..., {self.heads}, N, d), got {tuple(q.shape)}. Put "
@@ -350,6 +351,7 @@ class Attention(torch.nn.Module):
         kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
         hooked = any(getattr(self.qkv, kind) for kind in kinds)
         for name, given in (("x", x), ("context", x if context is None else context)):
+            check_padded("Attention", given)
             if given.dim() < 2 or given.shape[-1] != self.dim:
                 raise ValueError(
                     f"`Attention` needs `{name}` (B, N, {self.dim}), got {tuple(given.shape)}. "

@@ -92,7 +92,12 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
         *parents, last = path.split(".")
         node = root
         for key in parents:
-            node = node.setdefault(key, {})
+            node = node.setdefault(key, {}) if isinstance(node, dict) else node
+        if not isinstance(node, dict) or last in node:
+            raise ValueError(
+                f"`tree.unflatten` needs paths none of which begins another, got {path!r} beside "
+                "such a one. Rename it."
+            )
         node[last] = leaf
     return root
 

@@ -121,6 +121,26 @@ def test_multihead_inside_torchs_encoder_is_not_passed_over():
     assert (seen[:, :5] - expected[:, :5]).abs().max() > 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:.*nested")  # torch: a prototype
+def test_multihead_put_into_an_encoder_says_how_it_is_evaluated():
+    # torch makes nested tensors where the number of heads is even
+    layer = torch.nn.TransformerEncoderLayer(DIM, 2, 16, dropout=0.0, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 1)
+    ours = MultiheadAttention(DIM, 2, batch_first=True, operator="softmax")
+    ours.load_state_dict(model.layers[0].self_attn.state_dict())
+    x, padding = normal(2, TOKENS, DIM), torch.zeros(2, TOKENS, dtype=torch.bool)
+    padding[:, 5:] = True
+    expected = model.train()(x, src_key_padding_mask=padding)
+    model.layers[0].self_attn = ours
+    model.eval()
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="got a nested one.* Set `use_nested_tensor = False`"):
+            model(x, src_key_padding_mask=padding)
+        model.use_nested_tensor = False
+        found = model(x, src_key_padding_mask=padding)
+    assert_close(found[:, :5], expected[:, :5])
+
+
 def test_multihead_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match=r"`MultiheadAttention` needs `dropout` 0, got 0.1"):
         MultiheadAttention(DIM, HEADS, dropout=0.1, operator="softmax")

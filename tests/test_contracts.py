@@ -112,6 +112,7 @@ from kart import models, operators, tree
 specs = ["softmax", "G2", "rational", "static:base=softmax", "G2:order=full_rank", "tempered"]
 specs += ["G2:order=elementwise", "sparsemax", "relative:inside=true", "gated", "linformer"]
 specs += ["G2:order=by_offset", "G2:base=softmax,mix=linear", "synthesizer:width=3", "dog"]
+specs += ["G2:order=generated", "G2:order=generated,reach=none,prefix=1,features=5", "softconv"]
 
 
 def draw(generator, *shape):
@@ -124,6 +125,8 @@ def found():
         params = op.init(generator, 2, 5)
         q, k, v = (draw(generator, 2, 2, 5, 3) for _ in range(3))
         yield params, op.attend(params, q, k, v)
+        if spec in ("softconv", "G2:order=by_offset"):
+            yield operators.resize(op, params, 5, 10), draw(generator, 0)
     for name in ("vit_nano", "convit_tiny", "swin_tiny", "vitdet_tiny"):
         sizes = {"image_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 8, "num_heads": 4}
         sizes |= {"depth": 2, "gated_blocks": 1} if name == "convit_tiny" else {}

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -82,6 +84,24 @@ def test_a_member_of_several_is_exported_without_the_others(tmp_path):
         export.write(path, model, own, {}, "torch")  # nor does torch warn
         sizes.append(path.stat().st_size)
     assert sizes[1] < 1.1 * sizes[0]
+
+
+def test_the_graph_runs_where_kart_is_not(tmp_path):
+    bumps = bases.linear(lambda x: x[..., None] ** torch.arange(3) / 9, 3, family="bumps")
+    own = operators.hybrid([operators.low_rank(bumps, 2), operators.parse("G1B:rank=2").operator])
+    sizes = {"image_size": 8, "patch_size": 4, "in_channels": 1, "num_classes": 5}
+    model = models.create("vit_nano", own, embed_dim=8, depth=1, num_heads=2, **sizes)
+    params = model.init(torch.Generator().manual_seed(0))
+    images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    export.write(tmp_path / "m.pt2", model, params, {}, "torch")
+    torch.save(images, tmp_path / "images.pt")
+    text = (
+        "import sys, torch; sys.modules['kart'] = None; program = torch.export.load('m.pt2'); "
+        "torch.save(program.module()(torch.load('images.pt')).detach(), 'logits.pt')"
+    )
+    subprocess.run([sys.executable, "-c", text], cwd=tmp_path, check=True, timeout=120)
+    found = torch.load(tmp_path / "logits.pt")
+    assert_close(found, model.apply(params, images), rtol=0, atol=1e-5)
 
 
 def test_onnx_without_its_packages_is_one_line(run, tmp_path, capsys, monkeypatch):

@@ -315,6 +315,12 @@ def test_formulas_as_they_are_written():
     assert symbolic.candidate(torch.sin(0.1 * x), x).name == "affine"
 
 
+def test_points_of_a_formula_stand_in_any_order():
+    x = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    found = symbolic.candidate(2 * torch.sin(1.5 * x) + 1, x)
+    assert found.name == "sin" and found.r2 > 1 - 1e-8
+
+
 def test_a_formula_fits_where_scores_are():
     step = torch.where(X < 0, torch.zeros(()), X * X)
     found = symbolic.candidate(step, X, (X > 0).float())

@@ -354,6 +354,23 @@ def state(module):
     return list(module.named_parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*nested")  # torch: a prototype
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_to_be_padded(layout):
+    rows = [torch.ones(3, DIM), torch.ones(TOKENS, DIM)]
+    x = torch.nested.nested_tensor(rows, layout=layout)
+    module = attention()
+    calls = {
+        "Attention": lambda: module(x),
+        "operator": lambda: module.operator(x, x, x),
+        "softmax.attend": lambda: operators.softmax().attend({}, x, x, x),
+        "softmax.weights": lambda: operators.softmax().weights({}, x),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"`{name}` needs .* a nested one. Pad it with"):
+            call()
+
+
 def train_wrapped(rank, world, path):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

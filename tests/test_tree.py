@@ -78,6 +78,12 @@ def test_unflatten_inverts_named():
     assert tree.unflatten(tree.named(nested)) == nested
 
 
+@pytest.mark.parametrize("flat", [{"a": 1, "a.b": 2}, {"a.b": 2, "a": 1}, {"a": 1, "a.b.c": 2}])
+def test_unflatten_loses_no_leaf(flat):
+    with pytest.raises(ValueError, match="`tree.unflatten` needs paths none of which begins anoth"):
+        tree.unflatten(flat)
+
+
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_unstack_inverts_stack(dim):
     trees = [

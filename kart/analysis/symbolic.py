@@ -154,7 +154,7 @@ def _fit(
     name: str, target: Tensor, whole: float, mean: float, x: Tensor, roots: Tensor
 ) -> Candidate:
     shape = SHAPES[name]
-    middle, half = float(x[0] + x[-1]) / 2, float(x[-1] - x[0]) / 2
+    middle, half = float(x.max() + x.min()) / 2, float(x.max() - x.min()) / 2
     scales = torch.logspace(-1, 1.4, 37, dtype=x.dtype, device=x.device) / half
     scales = scales if shape.scaled else scales.new_ones(1)
     scales = torch.cat([scales, -scales]) if shape.turned else scales

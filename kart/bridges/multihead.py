@@ -14,6 +14,8 @@ class MultiheadAttention(torch.nn.Module):
     """`torch.nn.MultiheadAttention` with a row operator: the same call, names and masks.
 
     Weights of the original load (`strict=False`: the operator's, `operator.<name>`, are its own).
+    Put into a `torch.nn.TransformerEncoder` that is made already, set its `use_nested_tensor` to
+    False: nested tensors are refused.
 
     Args:
         embed_dim, num_heads, bias, kdim, vdim, batch_first, device, dtype: as there.
@@ -157,6 +159,12 @@ class MultiheadAttention(torch.nn.Module):
             average_attn_weights: over the heads; else they are (B, H, N, M).
             is_causal: masks what comes later, whether or not `attn_mask` does.
         """
+        if any(x.is_nested for x in (query, key, value)):
+            raise ValueError(
+                "`MultiheadAttention` needs tensors of one length, got a nested one, as "
+                "torch.nn.TransformerEncoder makes them of a padding mask without gradients. Set "
+                "`use_nested_tensor = False` of that encoder; else pad them, and pass the mask."
+            )
         single = query.dim() == 2
         if single:
             inputs = [x[None] for x in (query, key, value)]

@@ -14,7 +14,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
         default="safetensors",
         choices=["safetensors", "timm", "torch", "onnx"],
         help="safetensors (default): for kart.checkpoint.load; timm: its names of the weights; "
-        "torch: a graph of torch.export; onnx",
+        "torch: a graph of torch.export, which runs without kart; onnx",
     )
     parser.add_argument("--checkpoint", default="last", choices=["last", "best"])
     parser.add_argument(

@@ -254,7 +254,7 @@ def _folding(family: Family) -> tuple[Callable[[Tensor], Tensor], list[list[floa
     """
     fold = family.own("fold") or (lambda coefs: coefs)
     with untransformed():
-        return fold, fold(torch.eye(family.width, dtype=torch.float64)).tolist()
+        return fold, fold(torch.eye(family.width, dtype=torch.float64, device="cpu")).tolist()
 
 
 def _features(family: Family, x: Tensor, order: int, raw: bool) -> list[Tensor]:
@@ -393,7 +393,7 @@ def backward_tangent(
         width, keys = family.width, coefs.shape[3]
         same = [(j, j, 1.0) for j in range(width)]
         folded = [(i, j, w) for i, row in enumerate(matrix) for j, w in enumerate(row) if w]
-        adjoint = torch.tensor(matrix, dtype=torch.float64).to(wide(coefs)).mT
+        adjoint = torch.tensor(matrix, dtype=torch.float64, device="cpu").to(wide(coefs)).mT
         slopes, tslopes = (fold(wide(x).mT).flatten(-2) for x in (coefs, tcoefs))
         both = torch.cat([slopes, tslopes], dim=2)  # (B or 1, H, 2 r, K M)
         dq, dk, dcoefs = [], [], []

@@ -164,8 +164,18 @@ def check_choice(name: str, argument: str, value: str | None, allowed: Sequence[
         )
 
 
+def check_padded(name: str, *tensors: Tensor) -> None:
+    """Raises ValueError for nested tensors: operators take rows of one length, and a mask."""
+    if any(x.is_nested for x in tensors):
+        raise ValueError(
+            f"`{name}` needs tensors of one length, got a nested one. Pad it with "
+            "`torch.nested.to_padded_tensor`, and say in a mask which keys there are."
+        )
+
+
 def check_scores(name: str, scores: Tensor, mask: Tensor | None) -> None:
     """Raises ValueError unless scores are `(..., H, N, M)` and the mask fits them."""
+    check_padded(f"{name}.weights", scores)
     if scores.dim() < 2 or not scores.dtype.is_floating_point or 0 in scores.shape[-2:]:
         raise ValueError(
             f"`{name}.weights` needs floating-point `scores` (..., H, N, M) with N, M >= 1, got "
@@ -177,6 +187,7 @@ def check_scores(name: str, scores: Tensor, mask: Tensor | None) -> None:
 
 def check_qkv(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     """Raises ValueError unless q, k, v and the mask fit together."""
+    check_padded(f"{name}.attend", q, k, v)
     fits = (
         min(q.dim(), k.dim(), v.dim()) >= 2
         and q.shape[-1] == k.shape[-1]

@@ -45,7 +45,7 @@ def cosines(places: Tensor, count: int) -> Tensor:
 
 def sequence(keys: int, count: int, reach: int) -> Tensor:
     """Features `(M, J)` of tokens 0..M - 1, in float64; beyond `reach` they are mirrored."""
-    return cosines((torch.arange(keys, dtype=torch.float64) + 0.5) / reach, count)
+    return cosines((torch.arange(keys, dtype=torch.float64, device="cpu") + 0.5) / reach, count)
 
 
 def lattice(keys: int, count: int, prefix: int) -> Tensor:
@@ -58,9 +58,9 @@ def lattice(keys: int, count: int, prefix: int) -> Tensor:
             f"`generated` needs {prefix} prefix tokens and a square of patches, got {keys} keys. "
             "Set `prefix`, or `reach` for a sequence."
         )
-    one = cosines((torch.arange(side, dtype=torch.float64) + 0.5) / side, waves)
+    one = cosines((torch.arange(side, dtype=torch.float64, device="cpu") + 0.5) / side, waves)
     both = (one[:, None, :, None] * one[None, :, None, :]).reshape(side * side, waves * waves)
-    return torch.block_diag(torch.eye(prefix, dtype=torch.float64), both)
+    return torch.block_diag(torch.eye(prefix, dtype=torch.float64, device="cpu"), both)
 
 
 @remember

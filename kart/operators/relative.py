@@ -127,8 +127,8 @@ def cubic_weights(old: int, new: int) -> Tensor:
 
     On the way down the kernel is widened; at the ends its weights are scaled to a sum of one.
     """
-    there = torch.arange(1 - new, new, dtype=torch.float64)[:, None] * (old / new)
-    here = torch.arange(1 - old, old, dtype=torch.float64)
+    there = torch.arange(1 - new, new, dtype=torch.float64, device="cpu")[:, None] * (old / new)
+    here = torch.arange(1 - old, old, dtype=torch.float64, device="cpu")
     x = (there - here).abs() / max(1.0, old / new)
     near = 1.5 * x**3 - 2.5 * x**2 + 1
     far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2

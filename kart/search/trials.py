@@ -357,11 +357,12 @@ def objective(
     """An objective for `optuna.Study.optimize`: trains `seeds` seeds of the config `space(trial)`.
 
     The value is the mean validation accuracy (a fraction) after the last epoch; its standard error,
-    the scores of the seeds, the costs and the config are user attributes. The mean over the seeds
-    is reported after each epoch but the last. A configuration that has been tried trains further
-    seeds, none of which is stopped early, and its value is the mean over all. Divergence of more
-    than half of the seeds, a lack of memory, a cost over a limit and `optuna.TrialPruned` from the
-    space prune the trial, with the reason as the user attribute `reason`.
+    the scores of the seeds, the costs and the config (`Config.fromdict` reads it) are user
+    attributes. The mean over the seeds is reported after each epoch but the last. A configuration
+    that has been tried trains further seeds, none of which is stopped early, and its value is the
+    mean over all. Divergence of more than half of the seeds, a lack of memory, a cost over a limit
+    and `optuna.TrialPruned` from the space prune the trial, with the reason as the user attribute
+    `reason`.
 
     Args:
         space: maps a trial to the config to train; the config's seed is the first of the seeds.
