@@ -52,16 +52,6 @@ def _timm(model: Model, params: Params, path: Path) -> None:
     checkpoint.write_tensors(path, tensors)
 
 
-def _recorded(module: nn.Module, config: Any) -> torch.export.ExportedProgram:
-    # two images: torch takes a batch of one for a constant
-    example = torch.zeros(2, config.in_channels, config.image_size, config.image_size)
-    batch = {"images": {0: torch.export.Dim("batch")}}
-    with torch.no_grad():
-        # an engine looks once at the values of a basis, which it cannot while it is traced
-        module(example)
-        return torch.export.export(module, (example,), dynamic_shapes=batch, strict=False)
-
-
 PRODUCT = torch.ops.kart.contract_forward.default
 
 
@@ -72,16 +62,38 @@ def _materialised(
     return plain.contract(family.family_named(basis).basis, coefs, q, k, mask, scale)
 
 
-def program(model: Model, params: Params) -> torch.export.ExportedProgram:
-    """The graph of `torch.export` of a model, for any number of images, in operations of torch
-    alone: it runs where kart is not installed.
+def graph(
+    module: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any = None
+) -> torch.export.ExportedProgram:
+    """The graph of `torch.export` of a module with operators of kart inside, in operations of torch
+    alone: it runs where kart is not installed, and `torch.onnx.export` takes it.
+
+    Args:
+        module: a `torch.nn` module, such as a timm model of yours with attention of `kart.bridges`,
+            on the CPU; it is recorded in the mode that it is in, so call `eval` first.
+        inputs: an example of its arguments. torch takes a size of one for a constant: give two
+            images where the batch is to be free.
+        dynamic_shapes: which sizes are free, as `torch.export.export` takes it.
     """
-    graph: Any = _recorded(Exported(model, params).eval(), model.config).module()
-    # recorded anew, the constants of a basis are those of the graph
-    for node in graph.graph.find_nodes(op="call_function", target=PRODUCT):
-        node.target = _materialised
-    graph.recompile()
-    return _recorded(graph, model.config)
+    with torch.no_grad():
+        # an engine looks once at the values of a basis, which it cannot while it is traced
+        module(*inputs)
+        first: Any = torch.export.export(
+            module, inputs, dynamic_shapes=dynamic_shapes, strict=False
+        ).module()
+        for node in first.graph.find_nodes(op="call_function", target=PRODUCT):
+            node.target = _materialised
+        first.recompile()
+        # recorded anew, the constants of a basis are those of the graph
+        return torch.export.export(first, inputs, dynamic_shapes=dynamic_shapes, strict=False)
+
+
+def program(model: Model, params: Params) -> torch.export.ExportedProgram:
+    """`graph` of a model with its parameters, for any number of images."""
+    config = model.config
+    example = torch.zeros(2, config.in_channels, config.image_size, config.image_size)
+    batch = {"images": {0: torch.export.Dim("batch")}}
+    return graph(Exported(model, params).eval(), (example,), batch)
 
 
 def _torch(model: Model, params: Params, path: Path) -> None:

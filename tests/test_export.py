@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from kart import bases, checkpoint, cli, data, export, models, operators, runs, tree
+from kart import bases, checkpoint, cli, data, export, models, nn, operators, runs, tree
 from kart.commands import predict
 from kart.models import blocks
 
@@ -102,6 +102,24 @@ def test_the_graph_runs_where_kart_is_not(tmp_path):
     subprocess.run([sys.executable, "-c", text], cwd=tmp_path, check=True, timeout=120)
     found = torch.load(tmp_path / "logits.pt")
     assert_close(found, model.apply(params, images), rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own use of it
+@pytest.mark.parametrize("spec", ["G2B:rank=3", "bspline-G3B:rank=2,base=softmax"])
+def test_a_module_of_ones_own_is_recorded_in_operations_of_torch(spec, tmp_path, session):
+    generator = torch.Generator().manual_seed(0)
+    attention = nn.Attention(8, heads=2, tokens=5, operator=spec, generator=generator)
+    module = torch.nn.Sequential(torch.nn.LayerNorm(8), attention).eval()
+    batch = ({0: torch.export.Dim("batch")},)
+    found = export.graph(module, (torch.zeros(2, 5, 8),), batch)
+    assert not [node for node in found.graph.nodes if "kart" in str(node.target)]
+    path = tmp_path / "m.onnx"
+    torch.onnx.export(found, input_names=["images"], verbose=False).save(str(path))
+    tokens = torch.randn(3, 5, 8, generator=generator)
+    with torch.no_grad():
+        expected = module(tokens)
+        assert_close(found.module()(tokens), expected, rtol=1e-5, atol=1e-5)
+    assert_close(session(path, tokens), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_onnx_without_its_packages_is_one_line(run, tmp_path, capsys, monkeypatch):
