@@ -314,8 +314,9 @@ def score_share(
 
 def tuning(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """What the choice of rates did, as head and rows: of each arm in the centre and in the cells
-    with rates of their own validation top-1 by rate, `*` at the best, and the gain over softmax
-    there and, where it was run too, with every arm at the rate of the centre.
+    with rates of their own validation top-1 by rate, `*` at the best and whether it is the lowest
+    or highest tried, and the gain over softmax there and, where it was run too, with every arm at
+    the rate of the centre.
     """
     tried = sorted({*RATES, *itertools.chain(*RATES_IN.values())})
     own, centre = tested(records), tested(records, own=False)
@@ -329,8 +330,10 @@ def tuning(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[s
         if not found:
             continue
         best = best_rates(records, cell).get(arm)
+        ends = {min(found): " lowest", max(found): " highest"}
+        marks = {best: "*" + ends.get(best, "")} if best else {}
         scores = [
-            f"{100 * found[rate]:.1f}{'*' if rate == best else ''}" if rate in found else ""
+            f"{100 * found[rate]:.1f}{marks.get(rate, '')}" if rate in found else ""
             for rate in tried
         ]
         gains = [gain(one, cell, arm) if arm != "softmax" else None for one in (own, centre)]
@@ -728,9 +731,10 @@ def report(out: Path) -> list[str]:
         pages.Section(
             [
                 pages.text(
-                    "Validation top-1 in per cent by learning rate, one seed each, * the best; the "
-                    "gain over softmax with every arm at its best rate of that cell, and, where "
-                    "it was run, with every arm at its best rate of the centre."
+                    "Validation top-1 in per cent by learning rate, one seed each, * the best, "
+                    "lowest or highest where better ones may lie beyond those tried; the gain over "
+                    "softmax with every arm at its best rate of that cell, and, where it was run, "
+                    "with every arm at its best rate of the centre."
                 ),
                 pages.table(tuned, tuned_rows),
             ],

@@ -17,6 +17,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 from pictures import save_folder
 
@@ -805,6 +806,28 @@ def test_the_commands_on_the_page_run_when_pasted(asked, tmp_path):
             assert one is not None and 0 <= one.low <= one.mean <= one.high <= 1
     assert rows[0].difference is None and rows[1].difference is not None
     assert rows[0].test is not None and rows[0].test.n == 5
+
+
+@pytest.mark.parametrize(
+    ("searched", "value", "shown"),
+    [
+        (FloatDistribution(1e-4, 1e-2, log=True), 8e-3, "x 0.008 (upper end)"),
+        (FloatDistribution(1e-4, 1e-2, log=True), 7.9e-3, "x 0.0079"),
+        (FloatDistribution(0.0, 1.0), 0.05, "x 0.05 (lower end)"),
+        (FloatDistribution(0.0, 1.0, step=0.01), 0.01, "x 0.01"),
+        (FloatDistribution(0.5, 0.5), 0.5, "x 0.5"),
+        (IntDistribution(1, 64, log=True), 64, "x 64 (upper end)"),
+        (IntDistribution(1, 64), 63, "x 63"),
+        (CategoricalDistribution([2e-3, 5e-4, 1e-3]), 2e-3, "x 0.002 (upper end)"),
+        (CategoricalDistribution([2e-3, 5e-4, 1e-3]), 1e-3, "x 0.001"),
+        (CategoricalDistribution([1e-3]), 1e-3, "x 0.001"),
+        (CategoricalDistribution(["a", 1]), 1, "x 1"),
+        (CategoricalDistribution([True, False]), True, "x True"),
+    ],
+)
+def test_what_lies_at_an_end_of_what_was_searched_says_so(searched, value, shown):
+    trial = optuna.trial.create_trial(params={"x": value}, distributions={"x": searched}, value=0.5)
+    assert report.describe(trial) == shown
 
 
 @pytest.mark.parametrize("direction", ["maximize", "minimize"])

@@ -5,13 +5,20 @@ import csv
 import io
 import itertools
 import json
+import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
-from optuna.trial import TrialState
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.trial import FrozenTrial, TrialState
 
 from kart import checkpoint, operators, pages, statistics
 from kart.analysis import figures
@@ -38,11 +45,40 @@ class View(NamedTuple):
     answer: Callable[[Mapping[str, Confirmed]], str] | None = None
 
 
-def describe(params: Mapping[str, Any]) -> str:
-    """Parameters of a trial in a few characters: `grid 3, rank 12`."""
+def _end(value: Any, searched: BaseDistribution) -> str:
+    """Which end of what was searched a number is at, as in `ENDS`."""
+    if isinstance(searched, FloatDistribution | IntDistribution):
+        places = searched.low, value, searched.high
+    else:
+        assert isinstance(searched, CategoricalDistribution)
+        numbers = [
+            x for x in searched.choices if isinstance(x, int | float) and not isinstance(x, bool)
+        ]
+        if len(numbers) < len(searched.choices):
+            return ""
+        places = min(numbers), value, max(numbers)
+    if searched.single():
+        return ""
+    if getattr(searched, "log", False):
+        places = map(math.log, places)
+    low, place, high = places
+    drawn = isinstance(searched, FloatDistribution) and searched.step is None
+    near = 0.05 * (high - low) if drawn else 0.0
+    return " (lower end)" * (place <= low + near) or " (upper end)" * (place >= high - near)
+
+
+ENDS = (
+    "Lower, upper end: of what was searched, or within a twentieth of it; better ones may lie "
+    "beyond."
+)
+
+
+def describe(trial: FrozenTrial) -> str:
+    """Parameters of a trial in a few characters: `grid 3, rank 12 (upper end)`."""
     shown = [
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in params.items()
+        (f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}")
+        + _end(value, trial.distributions[name])
+        for name, value in trial.params.items()
     ]
     return ", ".join(shown) or "nothing to choose"
 
@@ -98,7 +134,7 @@ def lines(arms: Arms, settings: Settings) -> list[str]:
     for row in result_rows(arms, settings):
         parts = {"search": row.search, "fresh seeds": row.val, "test": row.test}
         shown = ", ".join(f"{name} {one.text()}" for name, one in parts.items() if one)
-        found[row.arm].append(f"{row.arm}: {describe(row.best.trial.params)}: {shown} %")
+        found[row.arm].append(f"{row.arm}: {describe(row.best.trial)}: {shown} %")
     for arm, study in arms.items():
         if not found[arm]:
             found[arm].append(f"{arm}: no value yet, {_why_none(study)}")
@@ -132,7 +168,7 @@ def _outcome(view: View) -> pages.Section:
     cells = []
     for row in rows:
         operator = operators.shown(row.best.config["operator"])
-        params = describe(row.best.trial.params)
+        params = describe(row.best.trial)
         n = f"{row.search.n}, {row.test.n}" if row.test else f"{row.search.n}"
         bad = pages.Markup(f"<br>{row.diverged} diverged") if row.diverged else ""
         optimism = f"{100 * (row.search.mean - row.val.mean):.2f}" if row.val else "-"
@@ -160,6 +196,8 @@ def _outcome(view: View) -> pages.Section:
     filled = [i for i in range(len(header)) if not cells or any(row[i] != "-" for row in cells)]
     shown = [[row[i] for i in filled] for row in cells]
     blocks.append(pages.table([header[i] for i in filled], shown, words=(len(filled) - 1,)))
+    if any(" end)" in describe(row.best.trial) for row in rows):
+        blocks.append(pages.note(ENDS))
     if not done:
         command = _command("report", view, "--confirm", str(view.settings.confirm or 5))
         told = (
