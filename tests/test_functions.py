@@ -362,7 +362,11 @@ OPERATOR = operators.parse("G2B:rank=2").operator
         (lambda: functions.prune(model_of("softmax"), {}, 1.0), "`threshold` < 1"),
         (
             lambda: functions.prune(model_of("softmax"), model_of("softmax").init(seeded()), 0.1),
-            "fixed operators alone",
+            "operators that are fixed",
+        ),
+        (
+            lambda: functions.prune(m := model_of("G2B:order=by_offset"), m.init(seeded()), 0.1),
+            "or by offset, all of which it leaves as they are",
         ),
         (lambda: functions.plot_harmonics({}), "got none"),
         (lambda: symbolic.clusters(torch.ones(121), X), r"values \(n, X\)"),

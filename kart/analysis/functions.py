@@ -365,7 +365,8 @@ def prune(model: Model, params: Params, threshold: float) -> Pruned:
     A term is a harmonic of a Fourier unit (both a_k and b_k), a coefficient of another linear
     basis, a whole unit where the family is not linear. Its size is its amplitude, for `low_rank`
     times the norm of the unit's column of W, and it is dropped where that is below `threshold`
-    times the largest of its head. A base activation of the units stays.
+    times the largest of its head. A base activation of the units stays, and so do functions of the
+    distance and units by offset.
 
     What it costs is the difference of `train.evaluate` with both parameters.
 
@@ -395,8 +396,8 @@ def prune(model: Model, params: Params, threshold: float) -> Pruned:
             dropped[at] = counts
     if not dropped:
         raise ValueError(
-            "`prune` needs a model that learns functions of scores, got fixed operators alone "
-            "or functions of the place. There is nothing to drop."
+            "`prune` needs a model that learns functions of scores, got operators that are fixed, "
+            "of the distance, or by offset, all of which it leaves as they are."
         )
     return Pruned(tree.map_named(lambda name, leaf: changed.get(name, leaf), params), dropped)
 
