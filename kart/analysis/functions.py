@@ -42,10 +42,12 @@ PLACED = ("by_offset", "by_distance")
 
 
 def _units(operator: Operator, params: Params) -> Params:
-    if operator.basis is None:
+    by_offset = operator.options.get("kind") == "by_offset"
+    if operator.basis is None or by_offset or parts_of(operator):
         raise ValueError(
-            f"`curves` needs an operator with learnable units, got {operator.name!r}. "
-            "A fixed function is the same in every head."
+            f"`curves` needs an operator whose units have axes (H, P, M), got {operator.name!r}. "
+            "Of hybrid heads and sums pass a group of `learned_groups`; fixed functions have no "
+            "units, and those by offset have other axes."
         )
     found = params.get("units", params.get("first"))
     if found is None:
@@ -450,8 +452,9 @@ def plot(
     groups = list(learned_groups(operator, params))
     if not groups:
         raise ValueError(
-            f"`plot` needs an operator with learnable units, got {operator.name!r}. "
-            "A fixed function is the same in every head."
+            f"`plot` needs learned functions of the score, got {operator.name!r}. Fixed functions "
+            "are the same in every head, those by offset are not drawn, and `curves` shows those "
+            "of the distance."
         )
     starts = [None] * len(groups)
     if initial is not None:
