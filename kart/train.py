@@ -38,7 +38,8 @@ class Config:
     """Everything that determines a run. Fields of the model that are None take the model's default.
 
     `learning_rate` None is the paper's rule, 5e-4 * batch / 512. `threads` None takes torch's
-    number; a run records it, since on a CPU the number of threads changes the last bits.
+    number; a run records it, since on a CPU the number of threads changes the last bits. The
+    warm-up is half of the run at most, whatever `warmup_epochs`.
     """
 
     recipe: str | None = None  # the name of the one in kart.recipes that it was made of

@@ -223,6 +223,14 @@ def test_flops_of_heads_that_differ_and_of_sums():
         assert cost.activation_flops(op, 1, 5) == 75
 
 
+def test_what_is_not_known_of_an_operator_is_said():
+    for spec in ("G3B:order=elementwise", "softmax+G3B:order=by_distance"):
+        with pytest.raises(ValueError, match="as a trait, got 'G3B:order=(elementwise|by_dist)"):
+            cost.activation_flops(operators.parse(spec).operator, 2, 17)
+    with pytest.raises(ValueError, match="learned units, got 'softmax'"):
+        cost.unit_flops(operators.softmax())
+
+
 def test_streaming_needs_fewer_operations_than_the_papers_form():
     model = models.create("vit_tiny", operator="G3B")
     op = model.operators[0]

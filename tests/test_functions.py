@@ -89,6 +89,11 @@ def test_harmonics_of_known_coefficients(scales):
     assert fig.axes[0].get_window_extent().width > 250
 
 
+def curves_of(spec):
+    operator = operators.parse(spec).operator
+    return functions.curves(operator, operator.init(seeded(), 2, 5), X)
+
+
 def model_of(spec, **options):
     return models.create(
         "vit_nano", spec, embed_dim=8, depth=2, num_heads=2, image_size=8, patch_size=4, **options
@@ -362,7 +367,21 @@ OPERATOR = operators.parse("G2B:rank=2").operator
         (lambda: functions.prune(model_of("softmax"), {}, 1.0), "`threshold` < 1"),
         (
             lambda: functions.prune(model_of("softmax"), model_of("softmax").init(seeded()), 0.1),
-            "fixed operators alone",
+            "operators that are fixed",
+        ),
+        (
+            lambda: functions.prune(m := model_of("G2B:order=by_offset"), m.init(seeded()), 0.1),
+            "or by offset, all of which it leaves as they are",
+        ),
+        (lambda: curves_of("G2B:order=by_offset"), r"axes \(H, P, M\), got 'G2B:order=by_offset'"),
+        (lambda: curves_of("softmax+G2B"), "pass a group of `learned_groups`"),
+        (lambda: curves_of("G2B:order=beside_relative"), "pass a group of `learned_groups`"),
+        (lambda: curves_of("softmax"), "fixed functions have no units"),
+        (
+            lambda: functions.plot(
+                op := operators.parse("G2B:order=by_distance").operator, op.init(seeded(), 2, 5)
+            ),
+            "`curves` shows those of the distance",
         ),
         (lambda: functions.plot_harmonics({}), "got none"),
         (lambda: symbolic.clusters(torch.ones(121), X), r"values \(n, X\)"),

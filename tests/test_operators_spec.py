@@ -174,6 +174,11 @@ def test_overrides_reach_every_head_that_leaves_them_open():
     assert operators.parse("softmax", rank=None, base=None).operator.name == "softmax"
 
 
+def test_the_docstring_of_parse_names_every_order():
+    orders = {spec.split("order=")[1] for spec in operators.EXAMPLES if "order=" in spec}
+    assert orders <= set(re.findall(r"\w+", operators.parse.__doc__ or ""))
+
+
 def test_open_options_are_those_that_an_override_may_give():
     assert operators.options("softmax") == set()
     assert {"rank", "project", "base", "unit_base", "scales", "mix", "order"} <= operators.options(

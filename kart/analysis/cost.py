@@ -148,7 +148,11 @@ def unit_flops(op: Operator) -> int:
     as the paper counts, else one a feature.
     """
     basis = op.basis
-    assert basis is not None
+    if basis is None:
+        raise ValueError(
+            f"`unit_flops` needs an operator with learned units, got {op.name!r}. Look at "
+            "`activation_flops`."
+        )
     count = basis.traits.get("operations", basis.size)
     return count + (basis.options.get("base", "zero") != "zero")
 
@@ -167,6 +171,12 @@ def _counted(op: Operator, heads: int) -> Iterator[tuple[Operator, int]]:
 
 def activation_flops(op: Operator, heads: int, tokens: int) -> int:
     """Operations from scores to weights of `heads` heads of `tokens` queries and keys."""
+    for one, _ in _counted(op, heads):
+        if "activation_flops" not in one.traits:
+            raise ValueError(
+                f"`activation_flops` needs operators that have it as a trait, got {one.name!r}. "
+                "Give it that trait (see `Operator`)."
+            )
     return sum(
         count * one.traits["activation_flops"](tokens, unit_flops(one) if one.basis else 0)
         for one, count in _counted(op, heads)

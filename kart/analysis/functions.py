@@ -42,10 +42,12 @@ PLACED = ("by_offset", "by_distance")
 
 
 def _units(operator: Operator, params: Params) -> Params:
-    if operator.basis is None:
+    by_offset = operator.options.get("kind") == "by_offset"
+    if operator.basis is None or by_offset or parts_of(operator):
         raise ValueError(
-            f"`curves` needs an operator with learnable units, got {operator.name!r}. "
-            "A fixed function is the same in every head."
+            f"`curves` needs an operator whose units have axes (H, P, M), got {operator.name!r}. "
+            "Of hybrid heads and sums pass a group of `learned_groups`; fixed functions have no "
+            "units, and those by offset have other axes."
         )
     found = params.get("units", params.get("first"))
     if found is None:
@@ -365,7 +367,8 @@ def prune(model: Model, params: Params, threshold: float) -> Pruned:
     A term is a harmonic of a Fourier unit (both a_k and b_k), a coefficient of another linear
     basis, a whole unit where the family is not linear. Its size is its amplitude, for `low_rank`
     times the norm of the unit's column of W, and it is dropped where that is below `threshold`
-    times the largest of its head. A base activation of the units stays.
+    times the largest of its head. A base activation of the units stays, and so do functions of the
+    distance and units by offset.
 
     What it costs is the difference of `train.evaluate` with both parameters.
 
@@ -395,8 +398,8 @@ def prune(model: Model, params: Params, threshold: float) -> Pruned:
             dropped[at] = counts
     if not dropped:
         raise ValueError(
-            "`prune` needs a model that learns functions of scores, got fixed operators alone "
-            "or functions of the place. There is nothing to drop."
+            "`prune` needs a model that learns functions of scores, got operators that are fixed, "
+            "of the distance, or by offset, all of which it leaves as they are."
         )
     return Pruned(tree.map_named(lambda name, leaf: changed.get(name, leaf), params), dropped)
 
@@ -449,8 +452,9 @@ def plot(
     groups = list(learned_groups(operator, params))
     if not groups:
         raise ValueError(
-            f"`plot` needs an operator with learnable units, got {operator.name!r}. "
-            "A fixed function is the same in every head."
+            f"`plot` needs learned functions of the score, got {operator.name!r}. Fixed functions "
+            "are the same in every head, those by offset are not drawn, and `curves` shows those "
+            "of the distance."
         )
     starts = [None] * len(groups)
     if initial is not None:

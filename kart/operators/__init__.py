@@ -73,9 +73,11 @@ def parse(spec: str, **overrides: Any) -> Spec:
     `FAMILY-NUMBERS` then `B` (blockwise) or `U` (universal), then `:option=value,...`. The family
     defaults to fourier, `G3` is its grid; `polynomial-0`, `chebyshev-4` give degrees and
     `rational-5/4` both degrees. Options: `rank`, `project=simplex`, `base=softmax` or a unit's
-    `identity|silu|gelu` (also `unit_base`), `init`, `mix`, `scales=true`,
-    `order=low_rank|full_rank|project_first|two_stage`, and the family's own (`degree`,
-    `span=-4..4`, `omega`, `reading`). Heads that differ are joined with `+`: `2*softmax+G3B`.
+    `identity|silu|gelu` (also `unit_base`), `init`, `mix`, `scales=true`, the family's own
+    (`degree`, `span=-4..4`, `omega`, `reading`), and the order with its own (`reach`, `normalise`):
+    `order=low_rank|full_rank|project_first|two_stage|by_offset|beside_relative|elementwise` or
+    `by_distance|generated`. What has no units stands by its name, as `relative:inside=true`. Heads
+    that differ are joined with `+`: `2*softmax+G3B`.
 
     A basis or operator of your own, or a factory of one, stands behind its module or file, which
     is run: `my_module:sinc-B`, `sinc.py:sinc-8U:rank=4`. Numbers are the first arguments of its
