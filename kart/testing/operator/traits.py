@@ -10,7 +10,16 @@ from kart import tree
 from kart.testing import draw
 from kart.testing.compare import agree, spread, unit
 from kart.testing.core import Property
-from kart.testing.operator.subject import MASK, PAIR, ROW, Row, Subject, mask_of, scores_of
+from kart.testing.operator.subject import (
+    MASK,
+    PAIR,
+    ROW,
+    Row,
+    Subject,
+    key_axes,
+    mask_of,
+    scores_of,
+)
 
 
 def length_free(s: Subject, row: Row) -> None:
@@ -18,7 +27,7 @@ def length_free(s: Subject, row: Row) -> None:
 
     Parameters of one key are stretched over all of them, where a model has rows of any length.
     """
-    grown = [name for name, axes in s.key_axes(row.heads).items() if axes]
+    grown = [name for name, axes in key_axes(s.op, row.heads).items() if axes]
     if grown:
         raise AssertionError(f"another shape with 6 keys than with 5: {', '.join(grown)}")
 
