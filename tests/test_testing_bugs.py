@@ -1585,6 +1585,21 @@ def padding_by_zeros(q, k, v, mask):
     return attention(q, k, v, mask & (k != 0).any(-1)[..., None, :])
 
 
+def open_inputs(generator, **sizes):
+    return attention_inputs(generator, **sizes)[:3]
+
+
+def plain_attention(q, k, v):
+    return (q @ k.mT / root(q)).softmax(-1) @ v
+
+
+def from_zero_on(q, k, v):
+    """Rows whose scores are all far below zero underflow, and divide by zero."""
+    scores = q @ k.mT / root(q)
+    powers = (scores - scores.amax(-1, keepdim=True).clamp(min=0)).exp()
+    return powers / powers.sum(-1, keepdim=True) @ v
+
+
 def unshifted(q, k, v, mask):
     powers = torch.where(mask, (q @ k.mT * q.shape[-1] ** -0.5).exp(), 0)
     return powers / powers.sum(-1, keepdim=True).clamp(min=1e-30) @ v
@@ -1709,6 +1724,10 @@ KERNELS = {
         "special_values",
     ),
     "overflow of exp": (fast_attention(unshifted), "special_values"),
+    "largest score looked for from zero on": (
+        (from_zero_on, plain_attention, open_inputs, {**SIZES, "keys": [3, 4, 5]}),
+        "special_values",
+    ),
     "overflow of float16": (
         fast_attention(lambda q, k, v, mask: attention(q, k, v * 1e5, mask) / 1e5),
         "half",
