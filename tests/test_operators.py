@@ -528,3 +528,9 @@ def test_groups_of_a_mixture_survive_a_copy():
 def test_a_factory_keeps_its_signature_and_says_what_made_a_tuple():
     assert list(inspect.signature(operators.low_rank).parameters)[:2] == ["basis", "rank"]
     assert repr(operators.softmax().call) == "<call of softmax>"
+
+
+def test_what_an_operator_of_ones_own_is_made_of_is_at_hand():
+    made = operators.from_forms("own", None, lambda p, s, mask: s, lambda p, q, k, v, mask: v)
+    assert {"from_forms", "from_logits", "from_rows"} <= set(operators.__all__)
+    assert made.name == "own" and not made.traits["learned"]

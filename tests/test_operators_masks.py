@@ -146,6 +146,17 @@ def test_a_mask_without_axes_shows_all_or_nothing(spec, show):
 HALF = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
+@pytest.mark.parametrize("shape", MASKS, ids=str)
+def test_rows_of_ones_own_that_ignore_the_mask_leak_into_neither_form(shape):
+    # from_rows promises scores of zero where they are masked, and drops what rows hold there
+    op = operators.from_rows("own", lambda scores, mask: 1 + scores.relu())
+    _, _, q, k, v = drawn("softmax", 0)
+    mask = draw_mask(shape, 1)
+    wanted = torch.where(mask, 1 + (q @ k.mT / D**0.5).relu(), 0)
+    assert_close(op.weights({}, q @ k.mT / D**0.5, mask), wanted)
+    assert_close(op.attend({}, q, k, v, mask), wanted @ v)
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @given(spec=specs, shape=st.sampled_from([None, *MASKS]), seed=st.integers(0, 2**31))
 def test_half_inputs_are_computed_in_float32_and_rounded_once(dtype, spec, shape, seed):

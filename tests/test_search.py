@@ -713,10 +713,18 @@ def test_flags_that_every_arm_overrides_are_refused(asked, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_seeds_that_are_kept_for_winners_are_refused(asked, capsys):
+def test_winners_are_confirmed_with_seeds_that_no_arm_has_used(asked, tmp_path):
     path, argv = asked
-    assert kart_study([*argv, "--set", "seed=9999"]) == 2
-    assert "`seed` needs to leave the seeds from 10,000 on" in capsys.readouterr().err
+    # one arm that sets a seed of its own, among those that winners are confirmed with as a rule
+    own = 'operator=operator, seed=10_000 if operator == "softmax" else 0'
+    path.write_text(path.read_text().replace("operator=operator", own))
+    assert kart_study([*argv, "--set", "epochs=1", "--group", "1"]) == 0
+    arms = opened(tmp_path / "out")
+    trained = [one for study in arms.values() for one in work.candidates(study)]
+    used = {seed for one in trained for seed in one.scores}
+    assert 10_001 in used
+    fresh = [set(one.val) for study in arms.values() for one in work.confirmed(study).values()]
+    assert len(fresh) == 2 and fresh[0] == fresh[1] and not fresh[0] & used
 
 
 def test_other_data_are_refused_by_a_worker_and_for_the_winners(tmp_path, monkeypatch, capsys):

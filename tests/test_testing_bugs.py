@@ -157,6 +157,29 @@ def seeds_itself(generator, shape):
     return tree.map(lambda leaf: torch.randn(leaf.shape, generator=own), right)
 
 
+def starts_again(generator, shape):
+    """Drawn from a generator of its own with the seed of the other: every block starts alike."""
+    own = torch.Generator().manual_seed(generator.initial_seed())
+    return bases.fourier(2).init(own, shape)
+
+
+def puts_back(generator, shape):
+    state = generator.get_state()
+    params = bases.fourier(2).init(generator, shape)
+    generator.set_state(state)
+    return params
+
+
+def looked_up(whole):
+    """Two steps from a table, whose index is a whole number of too few bits."""
+
+    def features(x):
+        table = torch.tensor([0.0, 1.0, -1.0], dtype=x.dtype)
+        return torch.where(x.isnan(), x, table[whole(x.floor()).clamp(0, 2).long()])[..., None]
+
+    return plain(features, 1, points=(1.0, 2.0), smooth=-1)
+
+
 def changes_default_dtype(apply, params, x):
     torch.set_default_dtype(torch.float64)
     return apply(params, x)
@@ -656,6 +679,16 @@ BASES = {
         bases.fourier(2)._replace(init=seeds_itself),
         "init_follows_its_generator",
     ),
+    "init with the first seed of its generator": (
+        bases.fourier(2)._replace(init=starts_again),
+        "init_follows_its_generator",
+    ),
+    "init that puts its generator back": (
+        bases.fourier(2)._replace(init=puts_back),
+        "init_follows_its_generator",
+    ),
+    "an index of 32 bits": (looked_up(lambda t: t.int()), "infinity_is_a_limit"),
+    "an index of 64 bits": (looked_up(lambda t: t.long()), "infinity_is_a_limit"),
     "init with a seed of its own for numpy": (
         seeded(lambda: numpy.random.default_rng(0).normal),
         "init_follows_its_generator",
@@ -866,6 +899,20 @@ def silent_values(attend, params, q, k, v, mask):
     return infinite_or_none(scores, mask) @ silenced(v, mask)
 
 
+def counted(weights, params, scores, mask):
+    """A mean over the keys of a mask, which has an axis of one where it is of queries alone."""
+    count = scores.shape[-1] if mask is None else mask.sum(-1, keepdim=True).clamp(min=1)
+    mean = scores.sigmoid() / count
+    return mean if mask is None else torch.where(mask, mean, 0)
+
+
+def centred_in_place(weights, params, scores, mask):
+    """Where nothing is differentiated, and nothing is masked."""
+    if mask is None and not scores.requires_grad and not wrapped(scores):
+        scores -= scores.amax(-1, keepdim=True)
+    return weights(params, scores, mask)
+
+
 def infinite_or_none(scores, mask):
     if mask is None:
         return scores.softmax(-1)
@@ -996,6 +1043,7 @@ OPERATORS = {
     "mask of the first example for all": (attending(mask_of(4, 0), G), "queries_stand_alone"),
     "mask of the first head for all": (attending(mask_of(3, -3), G), "heads_stand_alone"),
     "mask transposed": (attending(transposed_mask), "masks_broadcast"),
+    "keys counted along an axis of one": (weighing(counted), "masks_broadcast"),
     # two forms of one operator
     "weights and attend of two minds": (
         attending(lambda attend, p, q, k, v, mask: attend(p, -q, k, v, mask), G),
@@ -1075,6 +1123,7 @@ OPERATORS = {
         attending(scaling_in_place),
         "inputs_untouched",
     ),
+    "scores centred in place": (weights_alone(centred_in_place), "inputs_untouched"),
     "running statistic": (attending(Swelling()), "deterministic"),
     "dropout": (
         attending(
@@ -1102,6 +1151,11 @@ OPERATORS = {
     ),
     "branch on values": (attending(branching), "vmap_is_a_loop"),
     # declared
+    "parameters of one key declared to fit any": (
+        parsed("G2:rank=2"),
+        "length_free",
+        {"traits": {"length_free": True}},
+    ),
     "rank declared too small": (parsed("G2:rank=3"), "rank", {"traits": {"rank": 2}}),
     "rows that do not sum to one": (parsed("sigmoid"), "simplex", {"traits": {"simplex": True}}),
     "negative weights": (
@@ -1531,6 +1585,21 @@ def padding_by_zeros(q, k, v, mask):
     return attention(q, k, v, mask & (k != 0).any(-1)[..., None, :])
 
 
+def open_inputs(generator, **sizes):
+    return attention_inputs(generator, **sizes)[:3]
+
+
+def plain_attention(q, k, v):
+    return (q @ k.mT / root(q)).softmax(-1) @ v
+
+
+def from_zero_on(q, k, v):
+    """Rows whose scores are all far below zero underflow, and divide by zero."""
+    scores = q @ k.mT / root(q)
+    powers = (scores - scores.amax(-1, keepdim=True).clamp(min=0)).exp()
+    return powers / powers.sum(-1, keepdim=True) @ v
+
+
 def unshifted(q, k, v, mask):
     powers = torch.where(mask, (q @ k.mT * q.shape[-1] ** -0.5).exp(), 0)
     return powers / powers.sum(-1, keepdim=True).clamp(min=1e-30) @ v
@@ -1655,6 +1724,10 @@ KERNELS = {
         "special_values",
     ),
     "overflow of exp": (fast_attention(unshifted), "special_values"),
+    "largest score looked for from zero on": (
+        (from_zero_on, plain_attention, open_inputs, {**SIZES, "keys": [3, 4, 5]}),
+        "special_values",
+    ),
     "overflow of float16": (
         fast_attention(lambda q, k, v, mask: attention(q, k, v * 1e5, mask) / 1e5),
         "half",
@@ -2412,6 +2485,13 @@ def test_an_init_may_be_constant_or_seed_others_by_its_generator():
         own = bases.fourier(2)._replace(init=init)
         (result,) = testing.check_basis(own, only=["init_follows_its_generator"])
         assert result.passed, result.message
+
+
+def test_features_that_are_constant_pass():
+    # of which vmap knows nothing but the shape of x
+    ones = plain(lambda x: torch.ones(*x.shape, 1, dtype=x.dtype), 1)
+    results = testing.check_basis(ones, max_examples=5)
+    assert [result.message for result in results if result.passed is False] == []
 
 
 def test_an_operator_inherits_what_its_units_do_not_hold_under():

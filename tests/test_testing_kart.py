@@ -328,6 +328,29 @@ def test_patches_permute_without_a_class_token():
     assert result.passed, result
 
 
+@pytest.mark.parametrize("operator, fields", [("polynomial-4B", {}), ("G3B", {"num_heads": 5})])
+def test_patches_permute_where_features_or_heads_are_as_many_as_tokens(operator, fields):
+    sizes = {"image_size": 4, "patch_size": 2, "embed_dim": 10, "depth": 1, "num_heads": 2}
+    model = models.create("vit_nano", operator=f"{operator}:rank=3", **{**sizes, **fields})
+    [result] = check_model(model, only=["patches_permute"], max_examples=FEW)
+    assert result.passed, result
+
+
+def test_patches_permute_whatever_leads_the_positions():
+    base = tiny("softmax")
+
+    def init(generator):
+        params = base.init(generator)
+        return {**params, "pos_embed": params["pos_embed"][0]}
+
+    model = base._replace(
+        init=init,
+        apply=lambda p, images: base.apply({**p, "pos_embed": p["pos_embed"][None]}, images),
+    )
+    [result] = check_model(model, only=["patches_permute"], max_examples=FEW)
+    assert result.passed, result
+
+
 def training(operator, rate=1e-3, decay=0.05, **fields):
     """The step of `kart.train` on random images, with schedules that start at once."""
     given = {**TINY, "operator": operator}

@@ -35,7 +35,7 @@ from typing import Any
 from kart.operators import spec as language
 from kart.operators.cache import Cache, step
 from kart.operators.comparators import entmax, gated, synthesizer, tempered
-from kart.operators.contract import Factored, Operator, Source, from_logits, from_rows
+from kart.operators.contract import Factored, Operator, Source, from_forms, from_logits, from_rows
 from kart.operators.elementwise import by_distance, elementwise
 from kart.operators.fixed import relu, sigmoid, softmax, sparsemax
 from kart.operators.generated import generated
@@ -61,10 +61,10 @@ EXAMPLES = language.examples(OPERATORS)
 
 __all__ = ["Cache", "EXAMPLES", "Factored", "OPERATORS", "Operator", "Source", "Spec", "added"]
 __all__ += ["beside_relative", "by_distance", "by_offset", "cosformer", "each_block", "elementwise"]
-__all__ += ["entmax", "from_logits", "from_rows", "full_rank", "gated", "generated", "hybrid"]
-__all__ += ["linformer", "low_rank", "options", "parse", "performer", "project_first", "relative"]
-__all__ += ["relu", "resize", "shown", "sigmoid", "softconv", "softmax", "sources", "sparsemax"]
-__all__ += ["static", "step", "synthesizer", "tempered", "two_stage"]
+__all__ += ["entmax", "from_forms", "from_logits", "from_rows", "full_rank", "gated", "generated"]
+__all__ += ["hybrid", "linformer", "low_rank", "options", "parse", "performer", "project_first"]
+__all__ += ["relative", "relu", "resize", "shown", "sigmoid", "softconv", "softmax", "sources"]
+__all__ += ["sparsemax", "static", "step", "synthesizer", "tempered", "two_stage"]
 
 
 def parse(spec: str, **overrides: Any) -> Spec:

@@ -409,17 +409,18 @@ def from_rows(
     """An operator without parameters from `rows(scores, mask)`, the weights of whole rows.
 
     `rows` sees float32 or float64 scores, zero where they are masked, and a mask of at least two
-    axes. `product(q, k, v, mask)` is `rows(q k^T / sqrt(d)) v` without the N x M weights where that
-    can be; q, k and v come in their own dtype. `options` and `traits` are recorded in the result.
+    axes; what they hold at masked keys is dropped. `product(q, k, v, mask)` is `rows(q k^T /
+    sqrt(d)) v` without the N x M weights where that can be; q, k and v come in their own dtype.
+    `options` and `traits` are recorded in the result.
     """
 
     def weights(params: Params, scores: Tensor, mask: Tensor | None) -> Tensor:
-        return rows(scores, mask)
+        return only(rows(scores, mask), mask)
 
     def attend(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if product is not None:
             return product(q, k, v, mask)
-        return rows(scores_of(q, k, None), mask) @ wide(v)
+        return weights(params, only(scores_of(q, k, None), mask), mask) @ wide(v)
 
     traits = {"length_free": True, **(traits or {})}
     return from_forms(name, None, weights, attend, options=options, traits=traits)

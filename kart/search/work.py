@@ -35,7 +35,7 @@ from kart.search.trials import (
 )
 from kart.train import Config, Splits
 
-# far from the seeds that trials use, so that no winner is confirmed on a seed that chose it
+# the first of the seeds that winners are confirmed with, unless trials have used it
 FRESH_SEED = 10_000
 
 
@@ -80,12 +80,6 @@ def settings_for(asked: Question, splits: Splits, options: Mapping[str, Any]) ->
     """The settings of a study that is to start; `options` are the fields that `Study` has not."""
     study = asked.study
     spaces = study.spaces(study.config, options["fix"])
-    last = study.config.seed + study.seeds * (study.trials // len(study.arms))
-    if last > FRESH_SEED:
-        raise ValueError(
-            f"`seed` needs to leave the seeds from {FRESH_SEED:,} on to the winners, got "
-            f"{study.config.seed} for {study.trials} trials of {study.seeds} seeds. Lower it."
-        )
     return Settings(
         study=asked.name,
         named=asked.named,
@@ -463,6 +457,13 @@ def best_confirmed(study: optuna.Study) -> Confirmed | None:
     return next((stored[one.key] for one in winners(study) if one.key in stored), None)
 
 
+def fresh_seeds(arms: Mapping[str, optuna.Study], count: int) -> range:
+    """The seeds that winners are confirmed with, the same for all arms: none that chose any."""
+    used = (seed for study in arms.values() for one in candidates(study) for seed in one.scores)
+    first = max(FRESH_SEED, 1 + max(used, default=0))
+    return range(first, first + count)
+
+
 def confirm(
     arms: Mapping[str, optuna.Study],
     settings: Settings,
@@ -473,24 +474,24 @@ def confirm(
     """Trains the best of each arm again with `seeds` fresh seeds, the same for all arms, and scores
     them on the test split; what has been confirmed is not touched again.
     """
-    load = loader(settings.val_limit)
+    load, fresh = loader(settings.val_limit), fresh_seeds(arms, seeds)
 
-    def seeds_of(study: optuna.Study, one: Candidate) -> int:
+    def seeds_of(study: optuna.Study, one: Candidate) -> set[int]:
         found = confirmed(study).get(one.key)
-        return 0 if found is None else len(found.val) + len(found.diverged)
+        return set() if found is None else {*found.val, *found.diverged}
 
     todo = [
         (study, one)
         for study in arms.values()
         for one in winners(study)
-        if seeds_of(study, one) < seeds
+        if not seeds_of(study, one) >= set(fresh)
     ]
     for study, one in tables.bar(
         todo, desc="fresh seeds", unit="winner", disable=quiet or not todo
     ):
         began = time.perf_counter()
         config = dataclasses.replace(Config.fromdict(one.config), **place)
-        members = population.seeds(config, range(FRESH_SEED, FRESH_SEED + seeds))
+        members = population.seeds(config, fresh)
         splits = load(config)
         results = train_members(members, splits, settings.group)
         test = data.load(config.data, "test", image_size=config.decode_size, stream=config.stream)

@@ -348,14 +348,20 @@ def inputs_untouched(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.
 def special_values(
     s: Subject, seed: int, sizes: dict[str, int], place: int, kind: str, dtype: torch.dtype
 ) -> None:
-    """fast(x) = plain(x), and finite, with one argument all zero, in ties, or 50 times as large,
-    where the plain form is finite.
+    """fast(x) = plain(x), and finite, with one argument all zero, in ties, 50 times as large, or
+    100 lower, where the plain form is finite.
 
-    A shortcut for zeros, an order of ties, or an overflow that the plain form does not have.
+    A shortcut for zeros, an order of ties, or an overflow that the plain form does not have; a
+    largest number that is looked for from zero on.
     """
     case = s.drawn(seed, sizes, dtype)
     chosen = place % len(case.places)
-    change = {"zero": lambda x: x * 0, "ties": torch.round, "large": lambda x: x * 50}[kind]
+    change = {
+        "zero": lambda x: x * 0,
+        "ties": torch.round,
+        "large": lambda x: x * 50,
+        "low": lambda x: x - 100,
+    }[kind]
     floats = [change(x) if i == chosen else x for i, x in enumerate(case.floats)]
     exact, limit = _exactly(case.plain, floats, dtype)
     if not bool(exact.isfinite().all()):
@@ -425,7 +431,7 @@ def half_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dt
 CASE: dict[str, Any] = {"seed": draw.seeds, "sizes": sizes}
 PAIR: dict[str, Any] = {**CASE, "dtype": draw.dtypes}
 
-KINDS = st.sampled_from(["zero", "ties", "large"])
+KINDS = st.sampled_from(["zero", "ties", "large", "low"])
 
 PROPERTIES = (
     Property(values, PAIR),

@@ -112,7 +112,11 @@ class _TorchDraws(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags:
             source = kwargs.get("generator") or torch.default_generator
-            self.seen.append(source.get_state().numpy().tobytes())
+            before = source.get_state()
+            drawn = func(*args, **kwargs)
+            if not torch.equal(source.get_state(), before):  # an order of one number takes none
+                self.seen.append(before.numpy().tobytes())
+            return drawn
         return func(*args, **kwargs)
 
 
@@ -155,21 +159,33 @@ def _draws() -> Iterator[list[Any]]:
 
 def drawn_from_its_generator(init: Callable[[torch.Generator], Any], seed: int) -> tuple[Any, Any]:
     """Asserts that `init(generator)` gives twice the same, and draws no number that is the same for
-    every generator; returns both.
+    every generator, or again from a generator that has been drawn from; returns both.
     """
+    source = draw.generator(seed)
     with _draws() as drawn:
-        first = init(draw.generator(seed))
+        first = init(source)
+    with _draws() as following:
+        init(source)
     with another_seed(seed + 7):
         again = init(draw.generator(seed))
     same_tree(again, first, "a second init", "the first")
     with another_seed(seed + 8), _draws() as elsewhere:
         init(draw.generator(seed + 1))
-    for i, (one, other) in enumerate(zip(drawn, elsewhere, strict=False)):
-        if one == other:
-            raise AssertionError(
-                f"draw {i} of random numbers is the same for generators of seeds {seed} and "
-                f"{seed + 1}: it is from another, seeded in the same way every time"
-            )
+    for others, what in (
+        (
+            elsewhere,
+            f"for generators of seeds {seed} and {seed + 1}: it is from another, seeded in the "
+            "same way every time",
+        ),
+        (
+            following,
+            "for one generator used twice: what is drawn next, as for another block, starts as a "
+            "copy. Draw from the generator itself, and leave it where that ends",
+        ),
+    ):
+        for i, (one, other) in enumerate(zip(drawn, others, strict=False)):
+            if one == other:
+                raise AssertionError(f"draw {i} of random numbers is the same {what}")
     return first, again
 
 
@@ -209,12 +225,12 @@ def vmaps(f: Callable[..., Any], axes: Sequence[int | None], args: Sequence[Any]
         ]
 
     ends = tuple(None if axis is None else -1 for axis in axes)
-    at_end = vmap(f, in_dims=ends, out_dims=-1)(*put(lambda t: t.movedim(0, -1)))
+    at_end = vmap(f, in_dims=ends)(*put(lambda t: t.movedim(0, -1)))
     twice = vmap(vmap(f, in_dims=tuple(axes)), in_dims=tuple(axes))
     nested = twice(*put(lambda t: torch.stack([t.flip(0), t])))
     return {
         "": vmap(f, in_dims=tuple(axes))(*args),
-        ", of the last axis,": tree.map(lambda t: t.movedim(-1, 0), at_end),
+        ", of the last axis,": at_end,
         ", within another,": tree.map(lambda t: t[1], nested),
     }
 

@@ -14,6 +14,7 @@ from kart.testing.compare import agree, agree_trees, close, same, spread, unit
 from kart.testing.core import Property, Suite, dtypes_of, require
 from kart.testing.draw import Theta
 from kart.testing.laws import vjp
+from kart.testing.operator.subject import key_axes
 
 Params = dict[str, Any]
 
@@ -353,14 +354,19 @@ def patches_permute(s: Subject, seed: int) -> None:
     cells = cells.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)[:, order].unflatten(1, (side, side))
     moved = cells.permute(0, 3, 1, 4, 2, 5).flatten(-2).flatten(-3, -2)
 
+    # not by their length, which others may have too
+    counts = len(tokens), prefix + (side + 1) ** 2
+    axes = {
+        f"{site.path}.{name}": found
+        for site in getattr(s.model, "sites", ())
+        for name, found in key_axes(site.operator, site.heads, counts).items()
+    }
+
     def permuted(name: str, leaf: Tensor) -> Tensor:
         if name == "pos_embed":
-            return leaf[:, tokens]
-        if "operator" not in name.split("."):
-            return leaf
-        for axis, size in enumerate(leaf.shape):
-            if size == len(tokens):
-                leaf = leaf.index_select(axis, tokens)
+            return leaf[..., tokens, :]
+        for axis in axes.get(name, ()):
+            leaf = leaf.index_select(axis, tokens)
         return leaf
 
     wanted = s.model.apply(params, images)
@@ -406,6 +412,9 @@ def _no_patches(s: Subject) -> str | None:
     known = "pos_embed" in params and hasattr(config, "patch_size")
     if not known:
         return "has no `pos_embed` and no patches"
+    own = any("operator" in name.split(".") for name in tree.named(params))
+    if own and not hasattr(s.model, "sites"):
+        return "has operators and no `sites`, which say what of them counts keys"
     # ConViT knows the class token by its block and patches by their offsets, too
     whole = params["pos_embed"].shape[-2] == getattr(config, "tokens", None)
     return None if whole else "has tokens without a position in `pos_embed`"

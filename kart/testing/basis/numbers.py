@@ -74,14 +74,24 @@ def infinity_is_a_limit(s: Subject, theta: Theta, dtype: torch.dtype) -> None:
     """phi(inf) and phi(-inf) are NaN, or what phi(x) tends to as x goes there.
 
     A score that overflowed is no number, and no one sees it: a clamp, a mask or `nan_to_num` has
-    made one of it.
+    made one of it. Where phi stands still and moves again farther out, an index overflowed: clamp
+    before `.long()`.
     """
     powers = [10.0**2**j for j in range(9 if dtype == torch.float64 else 6)]
     params = s.params(theta, (), dtype)
     for sign in (1.0, -1.0):
         x = sign * torch.tensor([*powers, float("inf")], dtype=dtype)
-        *_, a, b, c, d, end = s.basis.apply(params, x).double()
-        if end.isnan() or d.isnan() or d == end:
+        y = s.basis.apply(params, x).double()
+        *_, a, b, c, d, end = y
+        if end.isnan() or d.isnan():
+            continue
+        still = y[1:] == y[:-1]
+        for i in (still[:-1] & ~still[1:] & (x.abs()[:-2] > max(1e3, s.reach))).nonzero()[:, 0]:
+            raise AssertionError(
+                f"phi({x[i]}) and phi({x[i + 1]}) are {y[i]:.10g}, phi({x[i + 2]}) is "
+                f"{y[i + 2]:.10g}"
+            )
+        if d == end:
             continue
         # logarithms double or halve from point to point, nothing is slower
         if end.isinf():

@@ -104,14 +104,15 @@ def masking_is_deleting(s: Subject, row: Row, kept: list[bool], dtype: torch.dty
 
 
 def masks_broadcast(s: Subject, row: Row, seed: int, dtype: torch.dtype) -> None:
-    """attend with a mask (M,), (N, M), (H, N, M) or (B, 1, 1, M) is attend with its expansion, and
-    with a mask of True attend without.
+    """attend with a mask (M,), (N, 1), (N, M), (H, N, M) or (B, 1, 1, M) is attend with its
+    expansion, and with a mask of True attend without.
 
-    A mask of queries and keys takes another path than a mask of keys, and the two differ.
+    A mask of queries and keys takes another path than a mask of keys, and the two differ, or keys
+    are counted along an axis of one.
     """
     x = s.inputs(row, dtype)
     full = (row.batch, row.heads, row.queries, row.keys)
-    shapes = [full[3:], full[2:], full[1:], (row.batch, 1, 1, row.keys)]
+    shapes = [full[3:], (row.queries, 1), full[2:], full[1:], (row.batch, 1, 1, row.keys)]
     for shape in shapes:
         mask = torch.rand(shape, generator=draw.generator(seed)) > 0.4
         # not `expand`, which strides of zero could give away

@@ -59,17 +59,20 @@ def init_follows_its_generator(s: Subject, row: Row) -> None:
 
 
 def inputs_untouched(s: Subject, row: Row, dtype: torch.dtype) -> None:
-    """attend, weights and their gradients write to none of theta, q, k, v.
+    """attend, weights and their gradients write to none of theta, q, k, v, scores and mask.
 
     In-place changes reach whoever else holds the tensor.
     """
     x = s.inputs(row, dtype)
-    with laws.untouched(**x._asdict()):
+    scores = scores_of(x.q, x.k)
+    hidden = torch.arange(row.queries)[:, None] % 2 == torch.arange(row.keys) % 2
+    with laws.untouched(**x._asdict(), scores=scores, mask=hidden):
         out, pullback = laws.vjp(s.op.attend, *x)
         pullback(torch.ones_like(out))
         # plain as well: what nobody differentiates is where writing in place pays
-        s.op.attend(*x)
-        s.op.weights(x.params, scores_of(x.q, x.k))
+        for mask in (None, hidden):
+            s.op.attend(*x, mask)
+            s.op.weights(x.params, scores, mask)
 
 
 def global_state_untouched(s: Subject) -> None:

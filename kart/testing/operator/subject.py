@@ -43,6 +43,15 @@ class Inputs(NamedTuple):
     v: Tensor
 
 
+def key_axes(op: Any, heads: int, tokens: tuple[int, int] = (5, 6)) -> dict[str, list[int]]:
+    """The axes of every leaf that count keys: those that grow with their number."""
+    small, large = (tree.named(op.init(draw.generator(0), heads, count)) for count in tokens)
+    return {
+        name: [i for i, n in enumerate(leaf.shape) if large[name].shape[i] != n]
+        for name, leaf in small.items()
+    }
+
+
 class Subject(NamedTuple):
     """An operator as the checks see it; `heads` is fixed where it works for one number alone."""
 
@@ -62,19 +71,9 @@ class Subject(NamedTuple):
         q, k, v = tensors
         return Inputs(tree.to(params, dtype), (q * row.size).to(dtype), k.to(dtype), v.to(dtype))
 
-    def key_axes(self, heads: int) -> dict[str, list[int]]:
-        """The axes of every leaf that count keys: those that grow by one with their number."""
-        small, large = (
-            tree.named(self.op.init(draw.generator(0), heads, tokens)) for tokens in (5, 6)
-        )
-        return {
-            name: [i for i, n in enumerate(leaf.shape) if large[name].shape[i] != n]
-            for name, leaf in small.items()
-        }
-
     def keep(self, params: Params, index: Tensor, heads: int) -> Params:
         """Parameters whose keys are `index` of those of `params`."""
-        axes = self.key_axes(heads)
+        axes = key_axes(self.op, heads)
 
         def picked(name: str, leaf: Tensor) -> Tensor:
             for axis in axes[name]:

@@ -10,7 +10,26 @@ from kart import tree
 from kart.testing import draw
 from kart.testing.compare import agree, spread, unit
 from kart.testing.core import Property
-from kart.testing.operator.subject import MASK, PAIR, ROW, Row, Subject, mask_of, scores_of
+from kart.testing.operator.subject import (
+    MASK,
+    PAIR,
+    ROW,
+    Row,
+    Subject,
+    key_axes,
+    mask_of,
+    scores_of,
+)
+
+
+def length_free(s: Subject, row: Row) -> None:
+    """init(generator, H, M) gives leaves of the same shapes for every number M of keys.
+
+    Parameters of one key are stretched over all of them, where a model has rows of any length.
+    """
+    grown = [name for name, axes in key_axes(s.op, row.heads).items() if axes]
+    if grown:
+        raise AssertionError(f"another shape with 6 keys than with 5: {', '.join(grown)}")
 
 
 def rank(s: Subject, row: Row, queries: int, keys: int) -> None:
@@ -136,6 +155,7 @@ def hidden_units_permute(s: Subject, row: Row, seed: int, dtype: torch.dtype) ->
 TURNS = st.one_of(st.integers(-5, 5), st.sampled_from([40, -200, 1600]))
 
 PROPERTIES = (
+    Property(length_free, ROW, "length_free", (True,)),
     Property(
         rank, {**ROW, "queries": st.integers(5, 9), "keys": st.integers(5, 9)}, "rank", (1, 4)
     ),
