@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from kart import schema
 from kart.train import Config
 
 # Table 5 of the paper; the batch is its CIFAR's, ImageNet takes 128. Its label smoothing of 0.1 is
@@ -75,11 +76,8 @@ def config(name: str, **given: Any) -> Config:
     known = {field.name for field in dataclasses.fields(Config)} - {"recipe"}
     unknown = sorted(set(given) - known)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, cutoff=0.3)
-        raise ValueError(
-            f"`config` needs fields of Config, got {unknown[0]!r}. "
-            f"Near: {', '.join(near) or 'none'}."
-        )
+        near = schema.near_matches(unknown[0], known)
+        raise ValueError(f"`config` needs fields of Config, got {unknown[0]!r}.{near}")
     values = {**fields(name), **given, "recipe": name}
     if "warmup_epochs" not in given and isinstance(values["epochs"], int):
         values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 2)

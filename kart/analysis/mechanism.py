@@ -104,8 +104,7 @@ def swap(
     >>> torch.allclose(simpler.apply(fitted, images), model.apply(params, images), atol=1e-5)
     True
     """
-    if kind not in KINDS:
-        raise ValueError(f"`swap` needs `kind` in {list(KINDS)}, got {kind!r}. Choose one.")
+    schema.check_choice("swap", "kind", kind, KINDS)
     depth = len(model.sites)
     chosen = range(depth) if blocks is None else blocks
     if not all(isinstance(i, int) and 0 <= i < depth for i in chosen):

@@ -177,15 +177,6 @@ def check_input(name: str, x: Tensor) -> None:
         )
 
 
-def check_choice(function: str, argument: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raises ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(
-            f"`{function}` needs `{argument}` in {sorted(allowed)}, got {value!r}. "
-            "Choose one of them."
-        )
-
-
 def check_integer(function: str, argument: str, value: Any, least: int, most: float = MOST) -> None:
     """Raises ValueError unless `value` is an integer from `least` to `most`."""
     schema.check_integer(function, argument, value, least, "Pass a larger one.")
@@ -238,7 +229,7 @@ def assemble(
     `core` is a nonlinear family's function of (params, x), `expand` the features of a linear one;
     `name` and `pieces` are fields of `Pieces`.
     """
-    check_choice(family, "base", base, list(BASES))
+    schema.check_choice(family, "base", base, BASES)
     activation = BASES[base]
 
     def init(generator: Generator, shape: Sequence[int]) -> Params:
@@ -383,7 +374,8 @@ def _expansion(
     pieces: Mapping[str, Any],
 ) -> Basis:
     check_integer(family, "size", size, 1, math.inf)
-    check_choice(family, "init", init, ["paper", "scaled"] + ["smooth"] * (orders is not None))
+    starts = ["paper", "scaled"] + ["smooth"] * (orders is not None)
+    schema.check_choice(family, "init", init, starts)
     if orders is not None and (len(orders) != size or min(orders) < 1):
         raise ValueError(
             f"`{family}` needs `orders` of {size} positive integers, got {orders!r}. "

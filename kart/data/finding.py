@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from kart import schema
 from kart.data import digits, files, folders, public, tables
 from kart.data.dataset import Dataset, Unused
 from kart.data.names import SHORT, Public
-from kart.data.source import Source, near
+from kart.data.source import Source
 
 
 class BuiltIn(NamedTuple):
@@ -116,7 +117,8 @@ def find(source: str | Path, options: Options) -> Finding:
         )
     raise ValueError(
         f"`load` needs `source` to be one of {', '.join([*BUILT_IN, *SHORT])}, a directory or a "
-        f"public name like 'uoft-cs/cifar10', got {text!r}.{near(text, _candidates(text))}"
+        f"public name like 'uoft-cs/cifar10', got {text!r}."
+        + schema.near_matches(text, _candidates(text))
     )
 
 

@@ -18,7 +18,6 @@ from kart.kernels.plain import wide
 from kart.operators.contract import (
     Factored,
     Operator,
-    check_choice,
     check_keys,
     from_forms,
     from_rows,
@@ -202,8 +201,8 @@ def synthesizer(
         base: None, or "softmax", which is added.
     """
     check_width("synthesizer", width)
-    check_choice("synthesizer", "normalise", normalise, ["softmax"])
-    check_choice("synthesizer", "base", base, ["softmax"])
+    schema.check_choice("synthesizer", "normalise", normalise, [None, "softmax"])
+    schema.check_choice("synthesizer", "base", base, [None, "softmax"])
     from_softmax = base is not None and normalise is None
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:

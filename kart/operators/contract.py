@@ -5,7 +5,6 @@ An operator of one's own starts at `from_rows` (a function of scores alone), `fr
 masked; the first two compute in float32 where the input is half precision.
 """
 
-import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -144,23 +143,6 @@ def check_basis(name: str, basis: Basis) -> None:
     if not isinstance(basis, Basis):
         raise ValueError(
             f"`{name}` needs a Basis first, got {basis!r}. Pass for example bases.fourier(grid=3)."
-        )
-
-
-def near_matches(text: Any, allowed: Sequence[str]) -> list[str]:
-    """Up to three of `allowed` that `text` may have meant, whatever its case."""
-    folded = {name.casefold(): name for name in allowed}
-    near = difflib.get_close_matches(str(text).casefold(), folded, n=3, cutoff=0.5)
-    return [folded[name] for name in near]
-
-
-def check_choice(name: str, argument: str, value: str | None, allowed: Sequence[str]) -> None:
-    """Raises ValueError unless `value` is None or among `allowed`."""
-    if value is not None and value not in allowed:
-        near = near_matches(value, allowed)
-        advice = f"Near matches: {', '.join(near)}." if near else "Choose one of them."
-        raise ValueError(
-            f"`{name}` needs `{argument}` None or in {list(allowed)}, got {value!r}. {advice}"
         )
 
 
@@ -568,9 +550,9 @@ def from_logits(
         options, traits: recorded in the result.
         rank: the number of columns of factored logits, where it is below the width of a head.
     """
-    check_choice(name, "project", project, ["simplex"])
-    check_choice(name, "base", base, ["softmax"])
-    check_choice(name, "engine", engine, kernels.ENGINES)
+    schema.check_choice(name, "project", project, [None, "simplex"])
+    schema.check_choice(name, "base", base, [None, "softmax"])
+    schema.check_choice(name, "engine", engine, kernels.ENGINES)
 
     def rows(logits: Logits, scores: Tensor | None, mask: Tensor | None) -> Tensor:
         y = logits.dense() if isinstance(logits, Factored) else logits

@@ -23,7 +23,6 @@ from kart.operators.contract import (
     Operator,
     attended_keys,
     check_basis,
-    check_choice,
     from_forms,
     two_axes,
 )
@@ -43,8 +42,8 @@ def each_head(basis: Basis, units: Params, x: Tensor) -> Tensor:
 
 def check_form(name: str, normalise: str | None, base: str | None, inside: bool) -> None:
     """Raises ValueError unless these say one thing about what becomes of the entries."""
-    check_choice(name, "normalise", normalise, NORMALISATIONS)
-    check_choice(name, "base", base, ["softmax"])
+    schema.check_choice(name, "normalise", normalise, (None, *NORMALISATIONS))
+    schema.check_choice(name, "base", base, [None, "softmax"])
     if not isinstance(inside, bool):
         raise ValueError(f"`{name}` needs `inside` True or False, got {inside!r}.")
     if inside and (base or normalise):
@@ -89,7 +88,7 @@ def from_entries(
     check_form(name, normalise, base, inside)
     start = default_start(name, start, normalise, base, inside)
     check_starts(name, basis, start)
-    check_choice(name, "engine", engine, ENGINES)
+    schema.check_choice(name, "engine", engine, ENGINES)
     rows = normalise if normalise in ("l1", "softmax") else None
     form = "inside" if inside else rows or ("beside" if base else "plain")
     alone = "inside" if inside else rows or "plain"

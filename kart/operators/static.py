@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from kart import bases, kernels
+from kart import bases, kernels, schema
 from kart.bases import Params
 from kart.factories import remember
 from kart.kernels.plain import scores as scores_of
@@ -19,7 +19,6 @@ from kart.kernels.plain import wide
 from kart.operators.contract import (
     Factored,
     Operator,
-    check_choice,
     check_fits_memory,
     check_keys,
     check_rank,
@@ -47,8 +46,8 @@ def check_form(
     name: str, signed: bool, normalise: str | None, base: str | None, inside: bool
 ) -> None:
     """Raises ValueError unless these say one thing about what becomes of the matrix."""
-    check_choice(name, "normalise", normalise, ["softmax"])
-    check_choice(name, "base", base, ["softmax"])
+    schema.check_choice(name, "normalise", normalise, [None, "softmax"])
+    schema.check_choice(name, "base", base, [None, "softmax"])
     for argument, value in (("signed", signed), ("inside", inside)):
         if not isinstance(value, bool):
             raise ValueError(f"`{name}` needs `{argument}` True or False, got {value!r}.")
@@ -208,7 +207,7 @@ def from_matrix(
 
 def default_start(name: str, start: str | None, base: str | None, inside: bool) -> str:
     """The start that was asked for; "zero" beside or inside softmax, "scaled" alone."""
-    check_choice(name, "start", start, STARTS)
+    schema.check_choice(name, "start", start, (None, *STARTS))
     return start or ("zero" if base or inside else "scaled")
 
 
