@@ -159,23 +159,18 @@ def _simpler(op: Operator, params: Params, form: str, scores: Tensor) -> tuple[O
     """An operator with simple functions in place of its learned ones, seen at scores
     `(B, H, N, M)`.
     """
-    if "groups" in op.options:
-        counts = [count for _, count in op.options["groups"]]
+    parts = parts_of(op)
+    if parts:
+        counts = [count for _, count in op.options.get("groups", ())]
+        seen = scores.split(counts, 1) if counts else [scores] * len(parts)
         found = [
             _simpler(part, params[str(i)], form, own)
-            for i, ((part, _), own) in enumerate(
-                zip(op.options["groups"], scores.split(counts, 1), strict=True)
-            )
+            for i, (part, own) in enumerate(zip(parts, seen, strict=True))
         ]
-        heads = [part for (part, _), count in zip(found, counts, strict=True) for _ in range(count)]
-        return operators.hybrid(heads), {str(i): own for i, (_, own) in enumerate(found)}
-    if "parts" in op.options:
-        found = [
-            _simpler(part, params[str(i)], form, scores)
-            for i, part in enumerate(op.options["parts"])
-        ]
-        new = operators.added([part for part, _ in found])
-        return new, {str(i): own for i, (_, own) in enumerate(found)}
+        new = [part for part, _ in found]
+        heads = [part for part, count in zip(new, counts, strict=False) for _ in range(count)]
+        whole = operators.hybrid(heads) if counts else operators.added(new)
+        return whole, {str(i): own for i, (_, own) in enumerate(found)}
     if op.basis is None:
         return op, params
     units = list(_units(op, params, scores.double()))
