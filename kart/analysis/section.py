@@ -104,11 +104,6 @@ class Member(NamedTuple):
         return self.result.params[self.index]
 
     @property
-    def records(self) -> list[Record]:
-        """Its record of each epoch."""
-        return [epoch[self.index] for epoch in self.result.records]
-
-    @property
     def home(self) -> Path | None:
         """Its run directory, where it has one."""
         return None if self.result.homes is None else self.result.homes[self.index]
