@@ -6,7 +6,6 @@ What is given stands over the recipe; `overridden` says where it did, and runs r
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -57,10 +56,8 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 def fields(name: str) -> dict[str, Any]:
     """The fields of `Config` that the recipe `name` sets."""
     if name not in RECIPES:
-        near = difflib.get_close_matches(str(name), RECIPES, cutoff=0.3) or list(RECIPES)
-        raise ValueError(
-            f"`recipe` needs one of {list(RECIPES)}, got {name!r}. Near: {', '.join(near)}."
-        )
+        near = ", ".join(schema.near(name, RECIPES) or RECIPES)
+        raise ValueError(f"`recipe` needs one of {list(RECIPES)}, got {name!r}. Near: {near}.")
     return dict(RECIPES[name])
 
 
@@ -76,8 +73,8 @@ def config(name: str, **given: Any) -> Config:
     known = {field.name for field in dataclasses.fields(Config)} - {"recipe"}
     unknown = sorted(set(given) - known)
     if unknown:
-        near = schema.near_matches(unknown[0], known)
-        raise ValueError(f"`config` needs fields of Config, got {unknown[0]!r}.{near}")
+        near = ", ".join(schema.near(unknown[0], known)) or "none"
+        raise ValueError(f"`config` needs fields of Config, got {unknown[0]!r}. Near: {near}.")
     values = {**fields(name), **given, "recipe": name}
     if "warmup_epochs" not in given and isinstance(values["epochs"], int):
         values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 2)

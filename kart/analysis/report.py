@@ -9,7 +9,6 @@ named by the content it was found in, so a second call is quick and one that was
 
 import csv
 import dataclasses
-import difflib
 import hashlib
 import io
 import json
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kart import checkpoint, pages
+from kart import checkpoint, pages, schema
 from kart.analysis import (
     attention,
     cost,
@@ -62,7 +61,7 @@ def select(names: Sequence[str]) -> tuple[Analysis, ...]:
     known = [one.name for one in SECTIONS]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            near = schema.near(name, known)
             raise ValueError(
                 f"`sections` needs names among {', '.join(known)}, got {name!r}."
                 + (f" Did you mean {near[0]!r}?" if near else "")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Generator, Tensor
 
-from kart import factories, operators, schema
+from kart import factories, operators
 from kart.models.windows import Cut
 from kart.models.work import Layers
 from kart.operators import Operator
@@ -155,7 +155,11 @@ def choose(function: str, given: Choice, depth: int, fields: Mapping[str, Any]) 
     Sharing is what `fields` ask for or the letter of the spec says, else blockwise.
     """
     asked = fields.get("sharing")
-    schema.check_choice(function, "sharing", asked, (None, "blockwise", "universal"))
+    if asked not in (None, "blockwise", "universal"):
+        raise ValueError(
+            f'`{function}` needs `sharing` "blockwise" or "universal", got {asked!r}. Choose one '
+            "of them."
+        )
     single = isinstance(given, str | Operator)
     ones = [given] if single else list(given)
     if not single and len(ones) != depth:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from kart import code, schema
+from kart import code
 from kart.testing import core
 from kart.testing.api import SUITES
 from kart.testing.core import Result, Suite
@@ -49,7 +49,10 @@ def load(target: str, kind: str = "basis") -> Any:
 
 def suite_of(kind: str, target: str) -> Suite:
     """The suite of the object that `target` names; a kernel is a `kart.testing.Kernel`."""
-    schema.check_choice("kart test", "kind", kind, SUITES)
+    if kind not in SUITES:
+        raise ValueError(
+            f"`kind` needs to be one of {', '.join(SUITES)}, got {kind!r}. Choose one of them."
+        )
     obj = load(target, kind)
     if kind != "kernel":
         return SUITES[kind](obj, name=target)
