@@ -251,9 +251,12 @@ def own_match(text: str) -> re.Match[str] | None:
     return None if known or not code.is_name(source) else match
 
 
-def sources(spec: str) -> set[str]:
-    """The modules and files of the user's own that a spec names; nothing is run."""
-    heads = [part.partition("*")[2] or part for part in str(spec).split("+")]
+def sources(operator: str | Sequence[str]) -> set[str]:
+    """The modules and files of the user's own that a spec, or those of the blocks, name; nothing
+    is run.
+    """
+    specs = [operator] if isinstance(operator, str) else operator
+    heads = [part.partition("*")[2] or part for spec in specs for part in str(spec).split("+")]
     return {match["source"] for match in map(own_match, heads) if match is not None}
 
 
