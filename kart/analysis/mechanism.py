@@ -38,7 +38,7 @@ from kart.models.model import place
 from kart.models.resize import lattice
 from kart.operators import Operator
 from kart.operators.contract import sum_units
-from kart.operators.relative import entry_index, flatten_table
+from kart.operators.relative import PARTS, entry_index, flatten_table
 from kart.operators.sums import parts_of
 from kart.train import Config, Splits
 
@@ -245,7 +245,7 @@ def _units(op: Operator, params: Params, scores: Tensor) -> Iterator[_Units]:
             return zeros.index_add(-1, index, y.flatten(-2))
 
         def back(coefs: Tensor) -> dict[str, Tensor]:
-            shapes = {name: table[name].shape for name in _TABLE if name in table}
+            shapes = {name: table[name].shape for name in PARTS if name in table}
             parts = coefs.split([shape[1] * shape[2] for shape in shapes.values()], 1)
             return {
                 f"units.{name}": part.reshape(*shape, -1)
@@ -258,10 +258,6 @@ def _units(op: Operator, params: Params, scores: Tensor) -> Iterator[_Units]:
             f"`swap` needs functions of one score, got {op.name!r}, whose functions are of the "
             'place or of something else. "position" takes any operator.'
         )
-
-
-# the parts of a table by offset, in the order of `flatten_table`
-_TABLE = ("offsets", "to_prefix", "from_prefix", "prefix")
 
 
 def _nearest(basis: Basis, units: _Units, form: str, shift: float) -> Tensor:
