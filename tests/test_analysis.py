@@ -558,14 +558,13 @@ def test_sections_are_chosen_by_name():
 
 def test_a_context_gives_the_same_images_and_draws_to_all(results):
     context = section.Context(results, train.load_data(TINY), name="x")
-    images, labels = context.images(TINY, 5, skip=2)
+    images, labels = context.images(TINY, 5)
     again, _ = context.images(TINY, 7)
-    assert len(labels) == 5 and torch.equal(images, again[2:])
+    assert len(labels) == 5 and torch.equal(images, again[:5])
     assert torch.equal(torch.rand(3, generator=context.generator("a")),
                        torch.rand(3, generator=context.generator("a")))  # fmt: skip
     members = list(context.members())
     assert [(m.name, m.seed) for m in members[:3]] == [("softmax", 0), ("softmax", 1), ("G2B", 0)]
-    assert members[0].records[-1] == results[0].records[-1][0]
     assert len({member.key for member in members}) == 6
     with pytest.raises(ValueError, match="--trajectory"):
         members[0].snapshots()
