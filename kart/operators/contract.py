@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from kart import bases, factories, kernels, schema
 from kart.bases import Basis, Params
+from kart.kernels import arguments
 from kart.kernels.core import no_autocast
 from kart.kernels.entries import ENGINES as ENTRIES
 from kart.kernels.plain import scores as scores_of
@@ -197,26 +198,18 @@ def check_mask(
     """Raises ValueError unless the mask is boolean and broadcasts to `(..., queries, keys)`, with
     leading axes `leads` of the other tensors.
     """
-    if mask is None:
+    arguments.check_mask(name, mask, queries, keys)
+    if mask is None or mask.dim() <= 2:
         return
-    shape = tuple(mask.shape)
-    fits = len(shape) == 0 or shape[-1] in (1, keys)
-    fits = fits and (len(shape) < 2 or shape[-2] in (1, queries))
-    if mask.dtype != torch.bool or not fits:
+    try:
+        torch.broadcast_shapes(mask.shape[:-2], *leads)
+    except RuntimeError:
+        others = " and ".join(dict.fromkeys(str(tuple(lead)) for lead in leads))
         raise ValueError(
-            f"`{name}` needs a boolean `mask` (True = attend) broadcasting to (..., H, {queries}, "
-            f"{keys}), got {mask.dtype} of shape {shape}. A mask of keys is (..., 1, 1, {keys})."
-        )
-    if leads and len(shape) > 2:
-        try:
-            torch.broadcast_shapes(shape[:-2], *leads)
-        except RuntimeError:
-            others = " and ".join(dict.fromkeys(str(tuple(lead)) for lead in leads))
-            raise ValueError(
-                f"`{name}` needs a `mask` whose axes before the last two broadcast with those of "
-                f"the other tensors, {others}, got shape {shape}. A mask of keys is (B, 1, 1, "
-                f"{keys})."
-            ) from None
+            f"`{name}` needs a `mask` whose axes before the last two broadcast with those of "
+            f"the other tensors, {others}, got shape {tuple(mask.shape)}. A mask of keys is (B, 1, "
+            f"1, {keys})."
+        ) from None
 
 
 def check_keys(name: str, expected: int, keys: int) -> None:
