@@ -5,7 +5,6 @@ for each image (for each batch of B where said) and come from an explicit CPU ge
 gives the same draws on every device. Inputs are never written to; dtypes are kept.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -302,10 +301,8 @@ def pipeline(name: str) -> Pipeline:
       mixed, labels smoothed by 0.1.
     """
     if name not in _PIPELINES:
-        near = difflib.get_close_matches(str(name), _PIPELINES) or list(_PIPELINES)
-        raise ValueError(
-            f"`pipeline` needs one of {tuple(_PIPELINES)}, got {name!r}. Near: {', '.join(near)}."
-        )
+        near = ", ".join(schema.near(name, _PIPELINES) or _PIPELINES)
+        raise ValueError(f"`pipeline` needs one of {[*_PIPELINES]}, got {name!r}. Near: {near}.")
     return _PIPELINES[name].run
 
 

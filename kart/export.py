@@ -157,8 +157,7 @@ def write(
         form: "safetensors" (kart's own), "timm", "torch" or "onnx".
     """
     path = Path(path)
-    if form not in FORMATS:
-        raise ValueError(f"`export` needs a format in {list(FORMATS)}, got {form!r}.")
+    schema.check_choice("export", "form", form, FORMATS)
     if path.suffix != SUFFIXES[form]:
         raise ValueError(
             f"`export` needs a file that ends in {SUFFIXES[form]} for {form}, got {str(path)!r}."

@@ -6,6 +6,7 @@ replaced since (`op._replace(name=...)`) is stored beside the call, so that a co
 to what the factory made.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
@@ -14,22 +15,14 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@dataclasses.dataclass(eq=False, repr=False, slots=True)
 class Call:
     """The call that made a tuple: a factory, its arguments, and the fields that it returned."""
 
-    __slots__ = ("args", "factory", "fields", "kwargs")
-
-    def __init__(
-        self,
-        factory: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        fields: Mapping[str, Any],
-    ):
-        self.factory = factory
-        self.args = args
-        self.kwargs = kwargs
-        self.fields = fields
+    factory: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    fields: Mapping[str, Any]
 
     def __repr__(self) -> str:
         return f"<call of {self.factory.__qualname__}>"

@@ -51,6 +51,16 @@ def split_outputs(params: Params, shares: Sequence[int]) -> list[Params]:
     return [{name: leaf[i] for name, leaf in parts.items()} for i in range(len(shares))]
 
 
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """`(..., N, H d)` to `(..., H, N, d)`."""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """`(..., H, N, d)` to `(..., N, H d)`."""
+    return x.transpose(-3, -2).flatten(-2)
+
+
 def layer_norm_init(size: int) -> Params:
     """Parameters of `layer_norm`, ones and zeros."""
     return {"weight": torch.ones(size, **DRAWN), "bias": torch.zeros(size, **DRAWN)}

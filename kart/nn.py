@@ -18,6 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from kart import layers, operators, schema, tree
 from kart.kernels.transforms import autocasting
+from kart.layers import merge_heads, split_heads
 from kart.operators import Cache
 from kart.operators.contract import check_padded, draw
 from kart.operators.resize import Tokens, lattice
@@ -26,16 +27,6 @@ Params = dict[str, Any]
 
 
 # --- tensors --------------------------------------------------------------------------------------
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """`(..., N, H d)` to `(..., H, N, d)`."""
-    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """`(..., H, N, d)` to `(..., N, H d)`."""
-    return x.transpose(-3, -2).flatten(-2)
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:

@@ -417,28 +417,33 @@ def _packs(params: Mapping[str, Tensor], alike: Mask) -> list[list[str]]:
     return packs
 
 
+def _each(of_dicts: Callable[..., Any], of_tensors: Callable[..., Any], *states: State) -> State:
+    """What is made of the dicts of alike states, and of the tensors outside of them, in their
+    tuples.
+    """
+    first = states[0]
+    if isinstance(first, dict | Tensor):
+        return (of_dicts if isinstance(first, dict) else of_tensors)(*states)
+    parts = [_each(of_dicts, of_tensors, *own) for own in zip(*states, strict=True)]
+    return first._make(parts) if hasattr(first, "_make") else tuple(parts)  # type: ignore
+
+
 def _flat(state: State) -> State:
     """`state` with dotted paths as the keys of its dicts."""
-    if isinstance(state, dict):
-        return tree.flatten(state)
-    if isinstance(state, Tensor):
-        return state
-    parts = [_flat(part) for part in state]
-    return state._make(parts) if hasattr(state, "_make") else tuple(parts)  # type: ignore
+    return _each(tree.flatten, lambda x: x, state)
 
 
 def _packed(state: State, names: list[str]) -> State:
     """A flat `state` with one tensor in its dicts, of all entries of `names`, under the first."""
-    if isinstance(state, dict):
-        first = state[names[0]]
+
+    def pack(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        first = leaves[names[0]]
         if len(names) == 1:
             return {names[0]: first}
-        entries = torch.cat([state[name].flatten() for name in names])
+        entries = torch.cat([leaves[name].flatten() for name in names])
         return {names[0]: entries.view((1,) * (first.ndim - 1) + (-1,))}
-    if isinstance(state, Tensor):
-        return state
-    parts = [_packed(part, names) for part in state]
-    return state._make(parts) if hasattr(state, "_make") else tuple(parts)  # type: ignore
+
+    return _each(pack, lambda x: x, state)
 
 
 def _chosen(fine: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -450,7 +455,8 @@ def _settle(old: State, part: State, new: State, fine: Tensor, names: list[str])
     """Writes the entries of `new`, the next state of `part = _packed(old, names)`, into the tensors
     of `old` where `fine`; the result has the dicts of `old` and the other tensors of `new`.
     """
-    if isinstance(old, dict):
+
+    def write(old: Params, part: Params, new: Params) -> Params:
         chosen = _chosen(fine, new[names[0]], part[names[0]])
         if len(names) == 1:
             old[names[0]].copy_(chosen)
@@ -460,20 +466,13 @@ def _settle(old: State, part: State, new: State, fine: Tensor, names: list[str])
         for leaf, entries in zip(leaves, chosen.flatten().split(sizes), strict=True):
             leaf.copy_(entries.view(leaf.shape))
         return old
-    if isinstance(old, Tensor):
-        return _chosen(fine, new, old)
-    parts = [_settle(*three, fine, names) for three in zip(old, part, new, strict=True)]
-    return old._make(parts) if hasattr(old, "_make") else tuple(parts)  # type: ignore
+
+    return _each(write, lambda old, part, new: _chosen(fine, new, old), old, part, new)
 
 
 def _with_dicts(state: State, after: State) -> State:
     """`after` with the dicts of `state`, whose tensors have been written."""
-    if isinstance(state, dict):
-        return state
-    if isinstance(state, Tensor):
-        return after
-    parts = [_with_dicts(*two) for two in zip(state, after, strict=True)]
-    return state._make(parts) if hasattr(state, "_make") else tuple(parts)  # type: ignore
+    return _each(lambda own, _: own, lambda _, new: new, state, after)
 
 
 def apply_in_place(

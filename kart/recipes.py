@@ -6,11 +6,11 @@ What is given stands over the recipe; `overridden` says where it did, and runs r
 """
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from kart import schema
 from kart.train import Config
 
 # Table 5 of the paper; the batch is its CIFAR's, ImageNet takes 128. Its label smoothing of 0.1 is
@@ -56,10 +56,8 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 def fields(name: str) -> dict[str, Any]:
     """The fields of `Config` that the recipe `name` sets."""
     if name not in RECIPES:
-        near = difflib.get_close_matches(str(name), RECIPES, cutoff=0.3) or list(RECIPES)
-        raise ValueError(
-            f"`recipe` needs one of {list(RECIPES)}, got {name!r}. Near: {', '.join(near)}."
-        )
+        near = ", ".join(schema.near(name, RECIPES) or RECIPES)
+        raise ValueError(f"`recipe` needs one of {list(RECIPES)}, got {name!r}. Near: {near}.")
     return dict(RECIPES[name])
 
 
@@ -75,11 +73,8 @@ def config(name: str, **given: Any) -> Config:
     known = {field.name for field in dataclasses.fields(Config)} - {"recipe"}
     unknown = sorted(set(given) - known)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], known, cutoff=0.3)
-        raise ValueError(
-            f"`config` needs fields of Config, got {unknown[0]!r}. "
-            f"Near: {', '.join(near) or 'none'}."
-        )
+        near = ", ".join(schema.near(unknown[0], known)) or "none"
+        raise ValueError(f"`config` needs fields of Config, got {unknown[0]!r}. Near: {near}.")
     values = {**fields(name), **given, "recipe": name}
     if "warmup_epochs" not in given and isinstance(values["epochs"], int):
         values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 2)

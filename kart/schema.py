@@ -1,9 +1,11 @@
 """Values from files and callers: whether they are of annotated types, and JSON that all read."""
 
+import difflib
 import json
 import math
 import types
 import typing
+from collections.abc import Collection, Iterable
 from typing import Any
 
 
@@ -29,6 +31,27 @@ def check_integer(function: str, argument: str, value: Any, least: int, advice: 
     if not fits(value, int) or value < least:
         told = f"`{function}` needs an integer `{argument}` >= {least}, got {value!r}. {advice}"
         raise ValueError(told.strip())
+
+
+def check_choice(function: str, argument: str, value: Any, allowed: Collection[Any]) -> None:
+    """Raises ValueError unless `value` is among `allowed`: words, and None."""
+    if value not in allowed:
+        words = [word for word in allowed if word is not None]
+        some = "None or in" if None in allowed else "in"
+        advice = near_matches(value, words) or " Choose one of them."
+        raise ValueError(f"`{function}` needs `{argument}` {some} {words}, got {value!r}.{advice}")
+
+
+def near(word: Any, known: Iterable[str]) -> list[str]:
+    """Up to three of `known` that `word` may have meant, whatever its case."""
+    folded = {name.casefold(): name for name in known}
+    return [folded[name] for name in difflib.get_close_matches(str(word).casefold(), folded)]
+
+
+def near_matches(word: Any, known: Iterable[str]) -> str:
+    """The end of a message on an unknown `word`: those of `known` that are near, if any."""
+    found = near(word, known)
+    return f" Near matches: {', '.join(found)}." if found else ""
 
 
 def name(kind: Any) -> str:

@@ -103,8 +103,7 @@ class Config:
         blocks = models.each_block(self.operator, self.model, depth=self.depth)
         object.__setattr__(self, "operator", blocks)
         for name in ("epochs", "batch_size", "accumulate"):
-            value = getattr(self, name)
-            need(isinstance(value, int) and value >= 1, name, "an integer >= 1")
+            need(getattr(self, name) >= 1, name, "an integer >= 1")
         for name in ("start_learning_rate", "end_learning_rate", "warmup_epochs", "weight_decay"):
             need(0 <= getattr(self, name) < math.inf, name, ">= 0 and finite")
         for name in ("adam_eps", "max_norm"):
@@ -132,9 +131,9 @@ class Config:
         need(not self.recompute or self.step == "eager", "step", '"eager" with `recompute`')
         need(self.precision in ("float32", "bfloat16"), "precision", '"float32" or "bfloat16"')
         need(self.threads is None or self.threads >= 1, "threads", ">= 1, or None")
-        need(isinstance(self.seed, int) and self.seed >= 0, "seed", "an integer >= 0")
+        need(self.seed >= 0, "seed", "an integer >= 0")
         kept = self.trajectory
-        need(isinstance(kept, int) and (kept == 0 or kept >= 3), "trajectory", "0, or 3 and more")
+        need(kept == 0 or kept >= 3, "trajectory", "0, or 3 and more")
         parts = self.accumulate
         need(self.batch_size % parts == 0, "accumulate", f"to divide the batch, {self.batch_size}")
         alone = self.attention_from is None or self.start is None
@@ -583,14 +582,7 @@ def whole(config: Config, step: Step) -> Step:
     return torch.compile(step, fullgraph=True) if config.step == "compiled" else step
 
 
-class Batches(NamedTuple):
-    """Batches of a split as a pure function of (seed, step)."""
-
-    steps_per_epoch: int
-    at: Callable[[int, int], tuple[Tensor, Tensor]]
-
-
-def batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> Batches:
+def batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> data.Reader:
     """`at(seed, step)` gives images `(B, C, height, width)`, normalised, and targets `(B,
     classes)`; with several ranks, the part of them that is this one's.
 
@@ -626,7 +618,7 @@ def batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> Batches:
         images, targets = pipeline(generator, images, labels.to(config.device), classes, size)
         return data.normalise(images[own], dataset.mean, dataset.std), targets[own]
 
-    return Batches(steps_per_epoch, at)
+    return data.Reader(steps_per_epoch, at)
 
 
 def prepare(images: Tensor, dataset: Dataset, config: Config) -> Tensor:

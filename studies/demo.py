@@ -35,6 +35,7 @@ import torch
 
 from kart import data, population, tables, train, tree
 from kart.analysis import cost, report, scores, training
+from kart.analysis.section import Context
 from kart.commands.command import standalone
 from kart.train import Config
 
@@ -184,7 +185,8 @@ def _run(args: argparse.Namespace, command: str) -> None:
     images = len(data.load(recipe.data, "test", image_size=recipe.decode_size).labels)
     print(printed(results, splits, images))
     title = f"{', '.join(OPERATORS[:-1])} and {OPERATORS[-1]} on handwritten digits"
-    report.analyse(results, splits, report.select(SECTIONS), out=out, title=title, command=command)
+    context = Context(results, splits)
+    report.analyse(context, report.select(SECTIONS), out=out, title=title, command=command)
     print(f"\nreport: {out.absolute()}, its numbers beside it as .json and .csv")
 
 

@@ -522,11 +522,11 @@ def test_blocks_without_functions_are_left_out_of_a_block_at_a_time(splits):
 
 def test_the_section_is_kept_and_stops_at_its_minutes(splits, tmp_path, monkeypatch):
     results = [result("G2B:rank=2", splits, [0])]
-    options = {"title": "t", "command": "c", "cache": tmp_path, "examples": 16, "retrain": 0}
-    chosen = report.select(["mechanism"])
-    (late,) = report.analyse(results, splits, chosen, 0.0, tmp_path / "a.html", **options)
+    context = section.Context(results, splits, cache=tmp_path, examples=16, retrain=0)
+    chosen, options = report.select(["mechanism"]), {"title": "t", "command": "c"}
+    (late,) = report.analyse(context, chosen, 0.0, tmp_path / "a.html", **options)
     assert "its minutes are used up" in late.problem
-    (done,) = report.analyse(results, splits, chosen, out=tmp_path / "a.html", **options)
+    (done,) = report.analyse(context, chosen, out=tmp_path / "a.html", **options)
     assert done.problem == ""
     assert not any("again" in one.measure for one in done.section.numbers)
 
@@ -536,7 +536,7 @@ def test_the_section_is_kept_and_stops_at_its_minutes(splits, tmp_path, monkeypa
     monkeypatch.setattr(mechanism, "swap", never)
     for path in tmp_path.glob("mechanism-*.json"):
         path.unlink()
-    (again,) = report.analyse(results, splits, chosen, out=tmp_path / "a.html", **options)
+    (again,) = report.analyse(context, chosen, out=tmp_path / "a.html", **options)
     assert again.section.numbers == done.section.numbers
 
 

@@ -465,17 +465,17 @@ def test_accuracies_are_paired_by_seed_and_never_by_place():
 
 def test_what_several_processes_measured_is_not_measured_again(results, tmp_path, monkeypatch):
     chosen = report.select(["spectra", "landscape"])
+    own = section.Context(results, SPLITS, cache=tmp_path, examples=16, points=11)
     for part in (0, 1):
-        own = section.Context(results, SPLITS, cache=tmp_path, examples=16, points=11)
-        report.measure(own, chosen, 10.0, part, 2)
+        report.measure(dataclasses.replace(own, memory={}), chosen, 10.0, part, 2)
 
     def never(*args, **options):
         raise AssertionError("it is kept")
 
     monkeypatch.setattr(landscape, "surface", never)
     monkeypatch.setattr(spectra, "singular_values", never)
-    options = {"title": "t", "command": "c", "cache": tmp_path, "examples": 16, "points": 11}
-    done = report.analyse(results, SPLITS, chosen, out=tmp_path / "page.html", **options)
+    own = dataclasses.replace(own, memory={})
+    done = report.analyse(own, chosen, out=tmp_path / "page.html", title="t", command="c")
     assert [one.problem for one in done] == ["", ""]
 
 
@@ -494,10 +494,8 @@ def test_what_cannot_be_is_one_line_and_the_others_are_shown(change, limit, word
         last = [(10 * i, spoiled[0]) for i in range(4)]
         change = {"params": spoiled, "snapshots": lambda index: last}
     chosen = report.select(["training", "landscape", "weights"])
-    options = {"title": "t", "command": "c", "examples": 16, "points": 11, "limit_mib": limit}
-    done = report.analyse(
-        [one._replace(**change)], SPLITS, chosen, out=tmp_path / "page.html", **options
-    )
+    own = section.Context([one._replace(**change)], SPLITS, examples=16, points=11, limit_mib=limit)
+    done = report.analyse(own, chosen, out=tmp_path / "page.html", title="t", command="c")
     assert [bool(part.problem) for part in done] == [False, True, True]
     assert words in done[-1].problem and "\n" not in done[-1].problem
     assert "Not shown" in (tmp_path / "page.html").read_text()
@@ -510,11 +508,11 @@ ALL = ["scores", "training", "functions", "attention", "mechanism", "spectra", "
 @pytest.mark.parametrize("name", ["swin_nano", "convit_nano"])
 def test_models_whose_blocks_differ_have_every_section(name, tmp_path):
     sizes = SIZES if name == "swin_nano" else {**SIZES, "image_size": 8}
-    own = [result(operator, seeds=(0,), model=name, **sizes) for operator in OPERATORS]
+    results = [result(operator, seeds=(0,), model=name, **sizes) for operator in OPERATORS]
+    own = section.Context(results, SPLITS, examples=4, retrain=0)
     page = tmp_path / "report.html"
-    options = {"title": "runs", "command": "kart analyse", "examples": 4, "retrain": 0}
-    options |= {"minutes": 60}  # on a busy machine, too
-    done = report.analyse(own, SPLITS, report.select(ALL), out=page, **options)
+    # an hour: on a busy machine, too
+    done = report.analyse(own, report.select(ALL), 60, page, title="runs", command="kart analyse")
     assert {one.name: one.problem for one in done} == dict.fromkeys(ALL, "")
     text = page.read_text()
     assert "not counted" not in text and "No rollout" in text and "rollout, mass" not in text

@@ -18,7 +18,7 @@ import torch
 from torch.testing import assert_close
 
 from kart import bases, kernels
-from kart.bases.basis import Triton, assemble, expansion
+from kart.bases.basis import Shared, Triton, assemble, expansion
 from kart.kernels import core, plain
 from kart.kernels import triton as engine
 from kart.kernels.family import Family, Product, family_of
@@ -212,9 +212,9 @@ def sines(size: int) -> bases.Basis:
     def expand(x):
         return torch.stack([((x - 1) * 0.5 * (j + 1)).sin() for j in range(size)], -1)
 
-    shared = {"base": "zero", "init": "scaled", "scales": False}
+    shared = Shared("zero", "scaled", False)
     piece = Triton(SINES, 1.0, 0.5, rescale=lambda coefs: coefs.mul_(0.5))
-    return expansion(sines, expand, size, **shared, options={"size": size}, traits={}, triton=piece)
+    return expansion(sines, expand, size, shared, options={"size": size}, traits={}, triton=piece)
 
 
 def new_families() -> None:

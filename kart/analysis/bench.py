@@ -42,6 +42,8 @@ from kart.models import blocks
 from kart.train import Config
 
 Timed = dict[str, list[float]]
+Say = Callable[[str], None]  # of progress
+Rows = Iterator[dict[str, Any]]
 
 # what and variant: the ratio to reach, and the next one
 TARGETS = {
@@ -267,9 +269,7 @@ def _variants(setting: Setting, device: str, inputs: tuple) -> dict[str, Attend]
     return found
 
 
-def operator_level(
-    args: argparse.Namespace, clock: Clock, progress: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
+def operator_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
     """Forward, and forward + backward, of one attention operator."""
     settings = list(SETTINGS[:2] if args.quick else SETTINGS + TABLES + LENGTH_FREE)
     if args.precision == "float32" and not args.quick:
@@ -311,9 +311,7 @@ def operator_level(
             }
 
 
-def cache_level(
-    args: argparse.Namespace, clock: Clock, progress: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
+def cache_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
     """A token more of one sequence, attending to itself and to those in the cache."""
     progress(STEP)
     dtype = getattr(torch, args.precision)
@@ -334,9 +332,7 @@ def cache_level(
         yield {"what": STEP, "variant": name, "batch": 1, "both": both}
 
 
-def block_level(
-    args: argparse.Namespace, clock: Clock, progress: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
+def block_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
     """Attention with the projections before and after it, of one block of the paper's ViTs."""
     dtype = getattr(torch, args.precision)
     for model_name, batch in BLOCKS.items():
@@ -375,9 +371,7 @@ def drawn_sizes(count: int) -> list[tuple[int, int, int]]:
     return [(tokens, width, rank) for tokens, width, rank in sizes]
 
 
-def size_level(
-    args: argparse.Namespace, clock: Clock, progress: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
+def size_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
     """Forward and backward of G = 3 at drawn sizes, beside the cost interpolated from all of them.
 
     The cost of a size is a sum of what it has to do: products of scores with the width and of
@@ -459,9 +453,7 @@ def step_call(
 STEPS = {"softmax": "softmax", "auto": "G3B", "auto G=1": "G1B", "naive": "G3B:engine=plain"}
 
 
-def step_level(
-    args: argparse.Namespace, clock: Clock, progress: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
+def step_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
     """The whole training step of ViT-Tiny: loss, gradients, AdamW."""
     progress("training step")
     batch = args.step_batch
@@ -536,9 +528,7 @@ FULL_RANK = {
 }
 
 
-def memory_level(
-    args: argparse.Namespace, progress: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
+def memory_level(args: argparse.Namespace, progress: Say) -> Rows:
     """Peak memory above parameters of a ViT-Tiny training step, each in a process of its own."""
     specs = {name: (spec, args.step_batch) for name, spec in STEPS.items()}
     specs |= {f"{name}, vmap": specs[name] for name in ("softmax", "auto")} | FULL_RANK
@@ -552,9 +542,7 @@ def memory_level(
         yield {**row, "grown_mib": grown, "ratio": grown / reference}
 
 
-def paper_level(
-    args: argparse.Namespace, progress: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
+def paper_level(args: argparse.Namespace, progress: Say) -> Rows:
     """Peak memory of the nine models of the paper's Table 13 at batch 32, on a GPU as there."""
     for name, spec, *_, memory in cost.PAPER:
         progress(f"memory, {name} {spec} at batch 32")

@@ -194,10 +194,7 @@ def top_eigenvalues(
     >>> top_eigenvalues(loss, torch.ones(3), 2, torch.Generator(), which="largest")
     tensor([4., 2.])
     """
-    if which not in WHICH:
-        raise ValueError(
-            f"`top_eigenvalues` needs `which` in {list(WHICH)}, got {which!r}. Choose one of them."
-        )
+    schema.check_choice("top_eigenvalues", "which", which, WHICH)
     size = tree.size(params)
     if not schema.fits(count, int) or not 1 <= count <= size:
         raise ValueError(

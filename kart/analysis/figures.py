@@ -48,6 +48,17 @@ def grid(rows: int, columns: int, width: float, height: float, **options: Any) -
     return fig, axes
 
 
+def panels(
+    count: int, most: int, width: float, height: float, **options: Any
+) -> tuple[Any, list[Any]]:
+    """A Figure of `count` axes, at most `most` in a row, and these axes; as of `grid`."""
+    columns = min(most, count)
+    fig, axes = grid(-(-count // columns), columns, width, height, **options)
+    for ax in axes.flat[count:]:
+        ax.remove()
+    return fig, list(axes.flat[:count])
+
+
 def wrapped(name: str) -> str:
     """A name on lines of 40 characters, so that a long one stays within its panel."""
     return "\n".join(textwrap.wrap(name, 40))

@@ -85,18 +85,6 @@ def curves(operator: Operator, params: Params, x: Tensor) -> Tensor:
         return operator.basis.apply(units, x[:, None, None, None]).movedim(0, -1)
 
 
-def key_means(values: Tensor) -> Tensor:
-    """Means over keys, `(H, P, M, X)` to `(H, P, X)`: hidden value p, over M, of a row of scores
-    that are all x.
-    """
-    return values.mean(-2)
-
-
-def unit_quantiles(values: Tensor, levels: tuple[float, ...] = (0.05, 0.5, 0.95)) -> Tensor:
-    """Quantiles over a head's units, `(H, P, M, X)` to `(levels, H, X)`."""
-    return values.flatten(1, 2).quantile(values.new_tensor(levels), dim=1)
-
-
 def strongest(values: Tensor, mix: Tensor | None = None, count: int = 4) -> Tensor:
     """Indices `(H, count)`, into the flattened (P, M), of the units that move the weights most, of
     `values (H, P, M, X)`.
@@ -286,7 +274,7 @@ def fits(values: Tensor, x: Tensor, density: Tensor | None = None) -> Fits:
     >>> [round(float(r), 3) for r in fits(2 * x.exp() + 1, x)]
     [0.814, 0.172, 0.986, 1.0]
     """
-    weights = _grid_weights("fits", values, x, density)
+    weights = symbolic.grid_weights("fits", values, x, density)
     points = x.to(weights)
     # exp of the largest is 1: the same fit, without overflow
     one, exp = torch.ones_like(points), (points - points.max()).exp()
@@ -303,22 +291,6 @@ def fits(values: Tensor, x: Tensor, density: Tensor | None = None) -> Fits:
         along = (rows @ basis[:, sizes > 1e-10]).square().sum(-1)
         found[name] = torch.where(whole > 0, along / whole.clamp(min=1e-300), 1.0).clamp(max=1)
     return Fits(**found)
-
-
-def _grid_weights(name: str, values: Tensor, x: Tensor, density: Tensor | None) -> Tensor:
-    """The weights of the points, float64, of sum 1."""
-    given = torch.ones(len(x)) if density is None else density
-    fits = x.dim() == 1 and values.shape[-1:] == x.shape == given.shape
-    if not fits or not bool((given >= 0).all()) or float(given.sum()) <= 0:
-        raise ValueError(
-            f"`{name}` needs values (..., X), x (X) and a density (X) >= 0, got "
-            f"{tuple(values.shape)}, {tuple(x.shape)} and {tuple(given.shape)}. Take `curves` and "
-            "`density` at the same x."
-        )
-    if not bool(values.isfinite().all()):
-        raise ValueError(f"`{name}` needs finite values, got nan or inf. Leave them out.")
-    given = given.double().to(values.device)
-    return given / given.sum()
 
 
 def harmonics(operator: Operator, params: Params) -> Tensor:
@@ -469,11 +441,11 @@ def plot(
         after = group.operator.options.get("kind") != "project_first"
         mix = group.params.get("mix") if after else None
         chosen = strongest(values, mix, min(count, values[0, ..., 0].numel()))
-        bands = unit_quantiles(values)
+        bands = values.flatten(1, 2).quantile(values.new_tensor([0.05, 0.95]), dim=1)
         for h, units in enumerate(chosen):
             lines = values[h].flatten(0, 1)[units]
             dotted = None if before is None else before[h].flatten(0, 1)[units]
-            panels.append((group.first + h, lines, bands[::2, h], dotted))
+            panels.append((group.first + h, lines, bands[:, h], dotted))
     parts = [
         (head, [None if part is None else part.cpu().numpy() for part in rest])
         for head, *rest in panels
@@ -510,17 +482,14 @@ def _panels(
     label: str,
 ) -> Any:
     """A panel for each (head, what `draw(ax, x, ...)` takes), four in a row, over `scores` each."""
-    columns = min(4, len(parts))
-    fig, axes = figures.grid(-(-len(parts) // columns), columns, 1.9, 1.6, sharex=True, sharey=True)
-    for i, (ax, (head, values)) in enumerate(zip(axes.flat, parts, strict=False)):
+    fig, axes = figures.panels(len(parts), 4, 1.9, 1.6, sharex=True, sharey=True)
+    for i, (ax, (head, values)) in enumerate(zip(axes, parts, strict=True)):
         ax.axhline(0, color=figures.QUIET, lw=0.5)
         draw(ax, x.cpu().numpy(), *values)
         ax.set_xlim(float(x[0]), float(x[-1]))
         if scores is not None:
             _silhouette(ax, x, scores[i])
         ax.set_title(f"head {head + 1}", fontsize=8)
-    for ax in axes.flat[len(parts) :]:
-        ax.set_visible(False)
     fig.supxlabel("score", fontsize=8, color=figures.INK)
     fig.supylabel(label, fontsize=8, color=figures.INK)
     return fig

@@ -38,20 +38,6 @@ GRID = 11  # points a side of the surfaces that the numbers of the page are of
 RADIUS = 0.4  # share of the extent within which those take the sharpness
 
 
-def _check_path(name: str, path: Tensor) -> None:
-    if path.dim() != 2 or not path.dtype.is_floating_point or len(path) < 3 or path.shape[1] < 2:
-        raise ValueError(
-            f"`{name}` needs a path (T, P) of T >= 3 snapshots of P >= 2 weights, got "
-            f"{path.dtype} of shape {tuple(path.shape)}. Train with a longer `trajectory`."
-        )
-    if not bool(path.isfinite().all()):
-        bad = (~path.isfinite().all(1)).nonzero().flatten().tolist()
-        raise ValueError(
-            f"`{name}` needs finite weights, got nan or inf in snapshots {bad[:5]} of {len(path)}. "
-            "The run diverged; leave it out."
-        )
-
-
 def directions(path: Tensor) -> tuple[Tensor, Tensor]:
     """The two directions in which a path moved most, `(T, P)` to `(2, P)`, orthonormal, and the
     share of its variance that each explains, `(2,)`.
@@ -68,7 +54,17 @@ def directions(path: Tensor) -> tuple[Tensor, Tensor]:
     (tensor([[0.6000, 0.8000, 0.0000],
             [0.0000, 0.0000, 1.0000]]), [0.962, 0.038])
     """
-    _check_path("directions", path)
+    if path.dim() != 2 or not path.dtype.is_floating_point or len(path) < 3 or path.shape[1] < 2:
+        raise ValueError(
+            "`directions` needs a path (T, P) of T >= 3 snapshots of P >= 2 weights, got "
+            f"{path.dtype} of shape {tuple(path.shape)}. Train with a longer `trajectory`."
+        )
+    bad = (~path.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"`directions` needs finite weights, got nan or inf in snapshots {bad[:5]} of "
+            f"{len(path)}. The run diverged; leave it out."
+        )
     whole = float(sum(part.square().sum() for part in _differences(path)))
     if whole == 0:
         raise ValueError(
@@ -402,7 +398,7 @@ def plot(
     """
     _check_named(surfaces, axes)
     levels, _ = _levels(surfaces.values(), 13)
-    fig, cells = _cells(len(surfaces), 2.9, 2.7)
+    fig, cells = figures.panels(len(surfaces), 3, 2.9, 2.7)
     colours = _colours(levels)
     drawn = None
     for ax, (name, z) in zip(cells, surfaces.items(), strict=True):
@@ -437,7 +433,7 @@ def plot_surfaces(surfaces: Mapping[str, Tensor], axes: Mapping[str, Tensor]) ->
     """
     _check_named(surfaces, axes)
     levels, low = _levels(surfaces.values(), 13)
-    fig, cells = _cells(len(surfaces), 3.0, 2.8, subplot_kw={"projection": "3d"})
+    fig, cells = figures.panels(len(surfaces), 3, 3.0, 2.8, subplot_kw={"projection": "3d"})
     shown = _colours(levels)
     for ax, (name, z) in zip(cells, surfaces.items(), strict=True):
         grid = torch.meshgrid(*axes[name].cpu(), indexing="ij")
@@ -456,15 +452,6 @@ def plot_surfaces(surfaces: Mapping[str, Tensor], axes: Mapping[str, Tensor]) ->
         ax.locator_params(nbins=5)
         ax.set_box_aspect(None, zoom=0.85)  # room for the label of the height
     return fig
-
-
-def _cells(count: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
-    """A Figure and its axes for `count` panels, three in a row."""
-    columns = min(3, count)
-    fig, cells = figures.grid(-(-count // columns), columns, width, height, **options)
-    for ax in cells.flat[count:]:
-        ax.remove()
-    return fig, list(cells.flat[:count])
 
 
 def _check_named(surfaces: Mapping[str, Tensor], axes: Mapping[str, Tensor]) -> None:

@@ -38,7 +38,7 @@ from kart.models.model import place
 from kart.models.resize import lattice
 from kart.operators import Operator
 from kart.operators.contract import sum_units
-from kart.operators.relative import entry_index, flatten_table
+from kart.operators.relative import PARTS, entry_index, flatten_table
 from kart.operators.sums import parts_of
 from kart.train import Config, Splits
 
@@ -104,8 +104,7 @@ def swap(
     >>> torch.allclose(simpler.apply(fitted, images), model.apply(params, images), atol=1e-5)
     True
     """
-    if kind not in KINDS:
-        raise ValueError(f"`swap` needs `kind` in {list(KINDS)}, got {kind!r}. Choose one.")
+    schema.check_choice("swap", "kind", kind, KINDS)
     depth = len(model.sites)
     chosen = range(depth) if blocks is None else blocks
     if not all(isinstance(i, int) and 0 <= i < depth for i in chosen):
@@ -160,23 +159,18 @@ def _simpler(op: Operator, params: Params, form: str, scores: Tensor) -> tuple[O
     """An operator with simple functions in place of its learned ones, seen at scores
     `(B, H, N, M)`.
     """
-    if "groups" in op.options:
-        counts = [count for _, count in op.options["groups"]]
+    parts = parts_of(op)
+    if parts:
+        counts = [count for _, count in op.options.get("groups", ())]
+        seen = scores.split(counts, 1) if counts else [scores] * len(parts)
         found = [
             _simpler(part, params[str(i)], form, own)
-            for i, ((part, _), own) in enumerate(
-                zip(op.options["groups"], scores.split(counts, 1), strict=True)
-            )
+            for i, (part, own) in enumerate(zip(parts, seen, strict=True))
         ]
-        heads = [part for (part, _), count in zip(found, counts, strict=True) for _ in range(count)]
-        return operators.hybrid(heads), {str(i): own for i, (_, own) in enumerate(found)}
-    if "parts" in op.options:
-        found = [
-            _simpler(part, params[str(i)], form, scores)
-            for i, part in enumerate(op.options["parts"])
-        ]
-        new = operators.added([part for part, _ in found])
-        return new, {str(i): own for i, (_, own) in enumerate(found)}
+        new = [part for part, _ in found]
+        heads = [part for part, count in zip(new, counts, strict=False) for _ in range(count)]
+        whole = operators.hybrid(heads) if counts else operators.added(new)
+        return whole, {str(i): own for i, (_, own) in enumerate(found)}
     if op.basis is None:
         return op, params
     units = list(_units(op, params, scores.double()))
@@ -251,7 +245,7 @@ def _units(op: Operator, params: Params, scores: Tensor) -> Iterator[_Units]:
             return zeros.index_add(-1, index, y.flatten(-2))
 
         def back(coefs: Tensor) -> dict[str, Tensor]:
-            shapes = {name: table[name].shape for name in _TABLE if name in table}
+            shapes = {name: table[name].shape for name in PARTS if name in table}
             parts = coefs.split([shape[1] * shape[2] for shape in shapes.values()], 1)
             return {
                 f"units.{name}": part.reshape(*shape, -1)
@@ -264,10 +258,6 @@ def _units(op: Operator, params: Params, scores: Tensor) -> Iterator[_Units]:
             f"`swap` needs functions of one score, got {op.name!r}, whose functions are of the "
             'place or of something else. "position" takes any operator.'
         )
-
-
-# the parts of a table by offset, in the order of `flatten_table`
-_TABLE = ("offsets", "to_prefix", "from_prefix", "prefix")
 
 
 def _nearest(basis: Basis, units: _Units, form: str, shift: float) -> Tensor:

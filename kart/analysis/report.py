@@ -1,6 +1,7 @@
 """One page that takes trained runs apart, side by side: a list of sections, one file each.
 
-    report.analyse(results, splits, out="report.html", title="...", command="...")
+    context = section.Context(results, splits)
+    report.analyse(context, out="report.html", title="...", command="...")
 
 Beside the page its numbers are written as JSON and CSV. What a section found is kept below `cache`,
 named by the content it was found in, so a second call is quick and one that was killed goes on.
@@ -8,17 +9,16 @@ named by the content it was found in, so a second call is quick and one that was
 
 import csv
 import dataclasses
-import difflib
 import hashlib
 import io
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kart import checkpoint, pages
+from kart import checkpoint, pages, schema
 from kart.analysis import (
     attention,
     cost,
@@ -32,7 +32,6 @@ from kart.analysis import (
     weights,
 )
 from kart.analysis.section import Analysis, Context, Member, OutOfTime, Result
-from kart.train import Splits
 
 # in the order of the page; to add an analysis, add its line
 SECTIONS: tuple[Analysis, ...] = (
@@ -62,7 +61,7 @@ def select(names: Sequence[str]) -> tuple[Analysis, ...]:
     known = [one.name for one in SECTIONS]
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            near = schema.near(name, known)
             raise ValueError(
                 f"`sections` needs names among {', '.join(known)}, got {name!r}."
                 + (f" Did you mean {near[0]!r}?" if near else "")
@@ -83,54 +82,29 @@ def check_out(out: str | os.PathLike) -> None:
 
 
 def analyse(
-    results: Sequence[Result],
-    splits: Splits,
+    context: Context,
     sections: Sequence[Analysis] = SECTIONS,
     minutes: float = float("inf"),
     out: str | os.PathLike = "report.html",
     *,
     title: str,
     command: str,
-    shown: int = 4,
-    cache: Path | None = None,
-    say: Callable[[str], None] = lambda line: None,
-    examples: int = Context.examples,
-    points: int = Context.points,
-    limit_mib: int = Context.limit_mib,
-    retrain: int = Context.retrain,
 ) -> list[Done]:
-    """Computes `sections` of `results`, all on the data of `splits`, and writes the page to `out`,
-    whole or not at all, and its numbers beside it with the suffixes `.json` and `.csv`; see
-    `check_out`.
+    """Computes `sections` of the results of `context`, and writes the page to `out`, whole or not
+    at all, and its numbers beside it with the suffixes `.json` and `.csv`; see `check_out`.
 
     Args:
-        results: one an operator; the first is the baseline.
-        splits: training and validation data.
         sections: which, see `select`.
         minutes: for all slow sections together. Each may use its share of what is left, or its own
             limit where none are given; one that does not get done says so on the page.
         out: the page.
         title: its headline.
         command: what a reader would run to make it again.
-        shown: images whose attention is shown, the first of the validation split.
-        cache: directory for what is kept between calls; None keeps nothing.
-        say: called with a line of progress.
-        examples, points, limit_mib, retrain: as in `Context`.
     """
+    results = context.results
     if not results:
         raise ValueError("`report` needs at least one result, got none. Train something first.")
     check_out(out)
-    context = Context(
-        results,
-        splits,
-        shown,
-        cache,
-        say,
-        examples=examples,
-        points=points,
-        limit_mib=limit_mib,
-        retrain=retrain,
-    )
     end = time.monotonic() + 60 * minutes
     done = []
     for i, one in enumerate(sections):

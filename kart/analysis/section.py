@@ -104,11 +104,6 @@ class Member(NamedTuple):
         return self.result.params[self.index]
 
     @property
-    def records(self) -> list[Record]:
-        """Its record of each epoch."""
-        return [epoch[self.index] for epoch in self.result.records]
-
-    @property
     def home(self) -> Path | None:
         """Its run directory, where it has one."""
         return None if self.result.homes is None else self.result.homes[self.index]
@@ -217,11 +212,11 @@ class Context:
         """The model of a config, for these data."""
         return train.build(config, self.splits.train)
 
-    def images(self, config: Config, count: int, skip: int = 0) -> tuple[Tensor, Tensor]:
-        """The validation images `skip` to `skip + count` as the model takes them, and their labels:
-        the same for all operators, fewer where there are no more.
+    def images(self, config: Config, count: int) -> tuple[Tensor, Tensor]:
+        """The first `count` validation images as the model takes them, and their labels: the same
+        for all operators, fewer where there are no more.
         """
-        chosen = torch.arange(skip, min(skip + count, len(self.splits.val.labels)))
+        chosen = torch.arange(min(count, len(self.splits.val.labels)))
         pixels, labels = data.take(self.splits.val, chosen)
         prepared = train.prepare(data.as_float(pixels), self.splits.val, config)
         return prepared, labels

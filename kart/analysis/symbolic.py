@@ -10,22 +10,33 @@ from torch import Tensor
 from kart.analysis import figures
 
 
+def grid_weights(
+    name: str, values: Tensor, x: Tensor, density: Tensor | None, shape: str = "(..., X)"
+) -> Tensor:
+    """The weights of the points of functions `values` of `shape` at `x (X)`, float64, of sum 1."""
+    given = torch.ones(len(x)) if density is None else density
+    fits = x.dim() == 1 and values.shape[-1:] == x.shape == given.shape
+    fits &= shape == "(..., X)" or values.dim() == 2
+    if not fits or not bool((given >= 0).all()) or float(given.sum()) <= 0:
+        raise ValueError(
+            f"`{name}` needs values {shape}, x (X) and a density (X) >= 0, got "
+            f"{tuple(values.shape)}, {tuple(x.shape)} and {tuple(given.shape)}. Take "
+            "`functions.curves`, flattened, and `density` at the same x."
+        )
+    if not bool(values.isfinite().all()):
+        raise ValueError(
+            f"`{name}` needs finite values, got {int((~values.isfinite()).sum())} values nan or "
+            "inf. Leave them out."
+        )
+    given = given.double().to(values.device)
+    return given / given.sum()
+
+
 def _checked(name: str, values: Tensor, x: Tensor, density: Tensor | None) -> tuple[Tensor, Tensor]:
     """Values `(n, X)` less their means, each point times the root of its weight, and those roots;
     float64.
     """
-    given = torch.ones_like(x) if density is None else density
-    if values.dim() != 2 or x.dim() != 1 or not values.shape[-1:] == x.shape == given.shape:
-        raise ValueError(
-            f"`{name}` needs values (n, X), x (X) and a density (X), got {tuple(values.shape)}, "
-            f"{tuple(x.shape)} and {tuple(given.shape)}. Flatten `functions.curves`."
-        )
-    if not bool(values.isfinite().all() & (given >= 0).all()) or float(given.sum()) <= 0:
-        raise ValueError(
-            f"`{name}` needs finite values and a density >= 0 with a sum > 0, got "
-            f"{int((~values.isfinite()).sum())} values nan or inf. Leave them out."
-        )
-    weights = given.double().to(values.device) / given.double().sum().to(values.device)
+    weights = grid_weights(name, values, x, density, "(n, X)")
     centred = values.double() - (values.double() * weights).sum(-1, keepdim=True)
     return centred * weights.sqrt(), weights.sqrt()
 
@@ -242,15 +253,11 @@ def plot(
             f"`plot` needs clusters and a formula for each or for none, got {count} clusters and "
             f"{len(formulas)} formulas. Pass `candidate` of each leader."
         )
-    columns = min(4, count)
-    fig, axes = figures.grid(-(-count // columns), columns, 2.1, 1.8, sharex=True)
+    fig, axes = figures.panels(count, 4, 2.1, 1.8, sharex=True)
     centred = values.detach().double() - values.detach().double().mean(-1, keepdim=True)
     size = centred.norm(dim=-1, keepdim=True).clamp(min=1e-300) / len(x) ** 0.5
     where = x.cpu().numpy()
-    for i, ax in enumerate(axes.flat):
-        if i >= count:
-            ax.set_visible(False)
-            continue
+    for i, ax in enumerate(axes):
         leader = int(found.leaders[i])
         members = (found.labels == i).nonzero().flatten()
         rows = (centred / size)[members[:: max(1, len(members) // lines)]]

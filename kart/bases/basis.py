@@ -177,15 +177,6 @@ def check_input(name: str, x: Tensor) -> None:
         )
 
 
-def check_choice(function: str, argument: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raises ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(
-            f"`{function}` needs `{argument}` in {sorted(allowed)}, got {value!r}. "
-            "Choose one of them."
-        )
-
-
 def check_integer(function: str, argument: str, value: Any, least: int, most: float = MOST) -> None:
     """Raises ValueError unless `value` is an integer from `least` to `most`."""
     schema.check_integer(function, argument, value, least, "Pass a larger one.")
@@ -238,7 +229,7 @@ def assemble(
     `core` is a nonlinear family's function of (params, x), `expand` the features of a linear one;
     `name` and `pieces` are fields of `Pieces`.
     """
-    check_choice(family, "base", base, list(BASES))
+    schema.check_choice(family, "base", base, BASES)
     activation = BASES[base]
 
     def init(generator: Generator, shape: Sequence[int]) -> Params:
@@ -329,61 +320,38 @@ def assemble(
     )
 
 
+class Shared(NamedTuple):
+    """What every linear family takes, see `linear`."""
+
+    base: str
+    init: str
+    scales: bool
+
+
 def expansion(
     factory: Callable[..., Basis],
     expand: Callable[[Tensor], Tensor],
     size: int,
+    shared: Shared,
     *,
-    base: str,
-    init: str,
-    scales: bool,
     orders: Sequence[int] | None = None,
     grid: int | None = None,
     options: Mapping[str, Any],
     traits: Mapping[str, Any],
+    own: tuple[str, Mapping[str, Any], str] | None = None,
     **pieces: Any,
 ) -> Basis:
-    """A linear family of kart's, of which `options` and the shared arguments make another.
+    """A linear family, of which `options` and `shared` make another by `factory`; or with `own` the
+    family of that name, made by these arguments, whose functions have that name.
 
     `pieces` are fields of `Pieces`; the rest is as in `linear`.
     """
-    family = factory.__name__
-    recipe = (factory, {**options, "base": base, "init": init, "scales": scales})
-    name = names.builtin(factory, {**options, "base": base})
-    return _expansion(
-        family,
-        expand,
-        size,
-        base,
-        init,
-        scales,
-        orders,
-        grid,
-        options,
-        traits,
-        recipe,
-        name,
-        pieces,
-    )
-
-
-def _expansion(
-    family: str,
-    expand: Callable[[Tensor], Tensor],
-    size: int,
-    base: str,
-    init: str,
-    scales: bool,
-    orders: Sequence[int] | None,
-    grid: int | None,
-    options: Mapping[str, Any],
-    traits: Mapping[str, Any],
-    recipe: tuple[Callable[..., Basis], Mapping[str, Any]],
-    name: str,
-    pieces: Mapping[str, Any],
-) -> Basis:
+    base, init, scales = shared
+    name = names.builtin(factory, {**options, "base": base}) if own is None else own[2]
+    family, arguments, _ = own or (factory.__name__, {**options, **shared._asdict()}, name)
     check_integer(family, "size", size, 1, math.inf)
-    check_choice(family, "init", init, ["paper", "scaled"] + ["smooth"] * (orders is not None))
+    starts = ["paper", "scaled"] + ["smooth"] * (orders is not None)
+    schema.check_choice(family, "init", init, starts)
     if orders is not None and (len(orders) != size or min(orders) < 1):
         raise ValueError(
             f"`{family}` needs `orders` of {size} positive integers, got {orders!r}. "
@@ -417,7 +385,9 @@ def _expansion(
 
     options = {"init": init, **options}
     return assemble(
-        family, size, draw, None, checked, base, scales, options, traits, recipe, name, **pieces
+        *(family, size, draw, None, checked, base, scales, options, traits),
+        *((factory, arguments), name),
+        **pieces,
     )
 
 
@@ -465,18 +435,15 @@ def linear(
         "cpp": cpp,
     }  # fmt: skip
     name = names.own(family, expand, size, base, cpp)
-    return _expansion(
-        family,
+    return expansion(
+        linear,
         expand,
         size,
-        base,
-        init,
-        scales,
-        orders,
-        grid,
-        options or {},
-        traits or {},
-        (linear, arguments),
-        name,
-        {"cpp": cpp},
+        Shared(base, init, scales),
+        orders=orders,
+        grid=grid,
+        options=options or {},
+        traits=traits or {},
+        own=(family, arguments, name),
+        cpp=cpp,
     )

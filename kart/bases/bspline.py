@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kart.bases.basis import Basis, Cpp, Triton, check_integer, check_span, expansion
+from kart.bases.basis import Basis, Cpp, Shared, Triton, check_integer, check_span, expansion
 
 CPP = """
 struct Piece {
@@ -139,9 +139,7 @@ def bspline(
         bspline,
         expand,
         size,
-        base=base,
-        init=init,
-        scales=scales,
+        Shared(base, init, scales),
         options={"grid": grid, "degree": degree, "span": (low, high)},
         traits={
             "bounded": 1.0,

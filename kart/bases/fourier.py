@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from kart.bases.basis import Basis, Cpp, Triton, check_integer, expansion
+from kart.bases.basis import Basis, Cpp, Shared, Triton, check_integer, expansion
 
 CPP = """
 struct Piece {
@@ -111,9 +111,7 @@ def fourier(
         fourier,
         expand,
         2 * grid,
-        base=base,
-        init=init,
-        scales=scales,
+        Shared(base, init, scales),
         orders=[*range(1, grid + 1)] * 2,
         grid=grid,
         options={"grid": grid},

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kart.bases.basis import Basis, Cpp, Triton, check_integer, check_span, expansion
+from kart.bases.basis import Basis, Cpp, Shared, Triton, check_integer, check_span, expansion
 
 MONOMIALS = """
 struct Piece {
@@ -113,9 +113,7 @@ def polynomial(
         polynomial,
         expand,
         degree + 1,
-        base=base,
-        init=init,
-        scales=scales,
+        Shared(base, init, scales),
         orders=range(1, degree + 2),
         options={"degree": degree},
         traits={"smooth": math.inf, "points": (0.0, 1.0, -1.0)},
@@ -161,9 +159,7 @@ def chebyshev(
         chebyshev,
         expand,
         degree + 1,
-        base=base,
-        init=init,
-        scales=scales,
+        Shared(base, init, scales),
         orders=range(1, degree + 2),
         options={"degree": degree, "span": (low, high)},
         traits={"bounded": 1.0, "smooth": 0, "points": (low, (low + high) / 2, high)},

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
+from kart import schema
 from kart.bases import names
 from kart.bases.basis import (
     Basis,
@@ -12,7 +13,6 @@ from kart.bases.basis import (
     Params,
     Triton,
     assemble,
-    check_choice,
     check_integer,
     normal,
 )
@@ -121,7 +121,7 @@ def rational(
     """
     check_integer("rational", "numerator", numerator, 0)
     check_integer("rational", "denominator", denominator, 1)
-    check_choice("rational", "init", init, ["paper", "scaled"])
+    schema.check_choice("rational", "init", init, ["paper", "scaled"])
 
     def draw(generator: Generator, shape: tuple[int, ...]) -> Params:
         a = normal(generator, (*shape, numerator + 1))

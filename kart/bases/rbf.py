@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kart.bases.basis import Basis, Cpp, Triton, check_integer, check_span, expansion
+from kart.bases.basis import Basis, Cpp, Shared, Triton, check_integer, check_span, expansion
 
 CPP = """
 struct Piece {
@@ -64,9 +64,7 @@ def gaussian_rbf(
         gaussian_rbf,
         expand,
         grid,
-        base=base,
-        init=init,
-        scales=scales,
+        Shared(base, init, scales),
         options={"grid": grid, "span": (low, high)},
         traits={"bounded": 1.0, "nonnegative": True, "smooth": math.inf}
         | {"points": tuple(low + j * width for j in range(grid))},

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from kart import schema
 from kart.bases import names
-from kart.bases.basis import DRAWN, Basis, Cpp, Params, Triton, assemble, check_choice, normal
+from kart.bases.basis import DRAWN, Basis, Cpp, Params, Triton, assemble, normal
 
 # of every wavelet, after a `struct Psi` with the mother function and its slope
 UNIT = """
@@ -281,7 +282,7 @@ def _wavelet(
     (K = 3).
     """
     family = factory.__name__
-    check_choice(family, "init", init, ["paper", "scaled"])
+    schema.check_choice(family, "init", init, ["paper", "scaled"])
 
     def draw(generator: Generator, shape: tuple[int, ...]) -> Params:
         weight = normal(generator, shape)
@@ -332,7 +333,7 @@ def mexican_hat(
     The paper and its project page print opposite signs: `reading` "usual" has the sign above,
     "negated" the other. As w is drawn from a symmetric law and learned, the two are one model.
     """
-    check_choice("mexican_hat", "reading", reading, ["usual", "negated"])
+    schema.check_choice("mexican_hat", "reading", reading, ["usual", "negated"])
     factor = 2 / (math.pi**0.25 * math.sqrt(3)) * (1 if reading == "usual" else -1)
 
     def psi(t: Tensor) -> Tensor:
@@ -392,7 +393,7 @@ def meyer(
     a^2 - 20 a^3) on [0, 1]. The paper prints m(nu(abs(t))), `reading` "printed"; the wavelet-KAN
     code in circulation has m(abs(t)), "direct".
     """
-    check_choice("meyer", "reading", reading, ["printed", "direct"])
+    schema.check_choice("meyer", "reading", reading, ["printed", "direct"])
 
     def nu(a: Tensor) -> Tensor:
         a = a.clamp(0, 1)
@@ -442,7 +443,7 @@ def shannon(
     axis of `shape` (the keys), a fixed factor per unit, as `hamming_window(x.shape[-1])` in
     wavelet-KAN code in circulation.
     """
-    check_choice("shannon", "reading", reading, ["argument", "index"])
+    schema.check_choice("shannon", "reading", reading, ["argument", "index"])
     if not 0 < half_width < math.inf:
         raise ValueError(
             f"`shannon` needs a finite `half_width` > 0, got {half_width!r}. Pass a multiple of pi."

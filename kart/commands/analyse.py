@@ -7,11 +7,14 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kart import code, runs, tables, train
 from kart.commands.command import Command, file, integer, number
 from kart.runs import owned
+
+if TYPE_CHECKING:
+    from kart.analysis.section import Context
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
@@ -40,42 +43,39 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="where the data is now, if it has moved")
 
 
-def _loaded(args: argparse.Namespace) -> tuple[list[Any], train.Splits]:
-    """The runs as results, and their data."""
+def _context(args: argparse.Namespace) -> "Context":
+    """The runs as results, their data, and what sections may ask for besides."""
+    from kart.analysis.section import Context
+
     results = runs.compare(*args.run, which=args.checkpoint)
     config = results[0].configs[0]
     assert results[0].homes is not None  # those that were read have them
     first = results[0].homes[0]
     own = runs.read(first).data
     source = owned.place(str(first), own, config.data, args.data)
-    return results, owned.load(str(first), own, dataclasses.replace(config, data=source))
-
-
-def _asked(args: argparse.Namespace) -> dict[str, Any]:
-    """What sections may ask for beside runs and data, as `Context` has it."""
-    return {
-        "shown": args.images,
-        "cache": Path(args.run[0]) / "analysis",
-        "say": _say,
-        "examples": args.examples,
-        "points": args.points,
-        "limit_mib": args.memory_mib,
-        "retrain": args.retrain,
-    }
+    return Context(
+        results,
+        owned.load(str(first), own, dataclasses.replace(config, data=source)),
+        args.images,
+        Path(args.run[0]) / "analysis",
+        _say,
+        examples=args.examples,
+        points=args.points,
+        limit_mib=args.memory_mib,
+        retrain=args.retrain,
+    )
 
 
 def _measure(args: argparse.Namespace, part: int) -> None:
     """The part of one process."""
     import torch
 
-    from kart.analysis import report, section
+    from kart.analysis import report
 
     torch.set_num_threads(1)
     for name in args.code:
         code.use(name)
-    results, splits = _loaded(args)
-    context = section.Context(results, splits, **_asked(args))
-    report.measure(context, _sections(args), args.minutes, part, args.processes)
+    report.measure(_context(args), _sections(args), args.minutes, part, args.processes)
 
 
 def _say(line: str) -> None:
@@ -98,7 +98,8 @@ def _run(args: argparse.Namespace) -> int:
     out = Path(args.out or Path(args.run[0]) / "report.html")
     report.check_out(out)
     runs.check_writable(Path(args.run[0]))  # which keeps what is computed
-    results, splits = _loaded(args)
+    context = _context(args)
+    results, splits = context.results, context.splits
     for directory in runs.find(*args.run):
         owned.check(str(directory), runs.read(directory).data, splits)
     if args.processes > 1:
@@ -117,14 +118,7 @@ def _run(args: argparse.Namespace) -> int:
     minutes = max(0.0, args.minutes - (time.monotonic() - began) / 60)
     title = args.title or f"{', '.join(one.name for one in results)} on {splits.train.name}"
     done = report.analyse(
-        results,
-        splits,
-        sections,
-        minutes,
-        out,
-        title=title,
-        command=shlex.join(["kart", *args.given]),
-        **_asked(args),
+        context, sections, minutes, out, title=title, command=shlex.join(["kart", *args.given])
     )
     split = "val" if results[0].test is None else "test"
     rows = []

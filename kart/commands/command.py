@@ -1,7 +1,6 @@
 """What a command is, and the types of its flags: one parser for all, one line for every mistake."""
 
 import argparse
-import difflib
 import io
 import math
 import re
@@ -9,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
+
+from kart import schema
 
 # products of larger numbers overflow
 MOST = 1e30
@@ -98,8 +99,8 @@ class Parser(argparse.ArgumentParser):
     def refuse(self, unknown: Sequence[str]) -> NoReturn:
         """Raises for arguments that nothing has taken, with the flags that are near."""
         flags = set(re.findall(r"--[a-z][a-z-]*", self.format_help()))
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=3)
-        self.error(f"`{unknown[0]}` is no argument{near_matches(near)}")
+        near = schema.near_matches(unknown[0].partition("=")[0], flags)
+        self.error(f"`{unknown[0]}` is no argument.{near}".rstrip("."))
 
 
 def add(parser: Parser, commands: Sequence[Command]) -> None:
@@ -122,19 +123,12 @@ def add(parser: Parser, commands: Sequence[Command]) -> None:
         child.set_defaults(call=one.run, parser=child)
 
 
-def near_matches(near: Sequence[str]) -> str:
-    """The end of a sentence on a name that is unknown."""
-    return f". Near matches: {', '.join(near)}" if near else ""
-
-
 def choice(flag: str, value: str, allowed: Sequence[str]) -> str:
     """`value` if it is one of `allowed`, else a ValueError with the near ones."""
     if value in allowed:
         return value
-    near = difflib.get_close_matches(value, allowed, n=3, cutoff=0.4)
-    raise ValueError(
-        f"`{flag}` needs one of {', '.join(allowed)}, got {value!r}{near_matches(near)}."
-    )
+    near = schema.near_matches(value, allowed)
+    raise ValueError(f"`{flag}` needs one of {', '.join(allowed)}, got {value!r}.{near}")
 
 
 def place(text: str) -> str:

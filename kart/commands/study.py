@@ -234,10 +234,8 @@ def _give_code(study: "Study") -> None:
     from kart.search.space import first
 
     for space in study.spaces(study.config, {}).values():
-        chosen = first(space).operator
-        for spec in [chosen] if isinstance(chosen, str) else chosen:
-            for name in operators.sources(spec):
-                code.use(name)
+        for name in operators.sources(first(space).operator):
+            code.use(name)
 
 
 def _set_up(args: argparse.Namespace) -> Opened:
@@ -373,14 +371,8 @@ def _write(opened: Opened, out: str, arms: "Arms") -> None:
             ) from error
         work.save_answer(arms, told)
     answer = work.stored_answer(arms)
-    paths = report.write(
-        Path(out),
-        arms,
-        settings,
-        settings.question,
-        _named(opened.where, settings.study),
-        None if answer is None else lambda _: answer,
-    )
+    where = _named(opened.where, settings.study)
+    paths = report.write(report.View(arms, settings, where, Path(out), answer))
     print("\n".join(report.lines(arms, settings)))
     if answer is not None:
         print(answer)

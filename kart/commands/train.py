@@ -198,10 +198,8 @@ def _table(results: Sequence[_Result]) -> str:
 
 def _code_flags(configs: Sequence[Config]) -> list[str]:
     """What other commands must be told to run of the code that the operators name."""
-    chosen = [config.operator for config in configs]
-    specs = [spec for one in chosen for spec in ([one] if isinstance(one, str) else one)]
-    names = sorted(set[str]().union(*map(operators.sources, specs)))
-    return [word for name in names for word in ("--code", name)]
+    names = set[str]().union(*(operators.sources(config.operator) for config in configs))
+    return [word for name in sorted(names) for word in ("--code", name)]
 
 
 def _check(config: Config, splits: train.Splits, ranks: train.Ranks) -> None:

@@ -265,14 +265,10 @@ def _whole(path: Path) -> bool:
     manifest = read(path)
     if manifest is None:
         return False
-    return all(_safe_blocks(path / name) == blocks for name, blocks in manifest.blocks.items())
-
-
-def _safe_blocks(path: Path) -> tuple[str, ...] | None:
     try:
-        return _blocks(path)
+        return all(_blocks(path / name) == blocks for name, blocks in manifest.blocks.items())
     except OSError:
-        return None
+        return False
 
 
 def _blocks(path: Path) -> tuple[str, ...]:

@@ -4,26 +4,19 @@ import os
 import re
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from kart.data import digits, files, folders, public, tables
-from kart.data.dataset import Dataset, Unused
+from kart import schema
+from kart.data import files, folders, public, tables
+from kart.data.dataset import Unused
 from kart.data.names import SHORT, Public
-from kart.data.source import Source, near
+from kart.data.source import Source
 
-
-class BuiltIn(NamedTuple):
-    """A source that needs no files: `load(name, split, image_size)`, and where it is from."""
-
-    load: Callable[[str, str, int | None], Dataset]
-    origin: str
-
-
+# sources that need no files, which `digits.load` loads, and where they are from
 BUILT_IN = {
-    "digits": BuiltIn(digits.load, "the digits of scikit-learn"),
-    "masked_digits": BuiltIn(digits.load, "the masked digits of scikit-learn"),
+    "digits": "the digits of scikit-learn",
+    "masked_digits": "the masked digits of scikit-learn",
 }
 
 
@@ -116,7 +109,8 @@ def find(source: str | Path, options: Options) -> Finding:
         )
     raise ValueError(
         f"`load` needs `source` to be one of {', '.join([*BUILT_IN, *SHORT])}, a directory or a "
-        f"public name like 'uoft-cs/cifar10', got {text!r}.{near(text, _candidates(text))}"
+        f"public name like 'uoft-cs/cifar10', got {text!r}."
+        + schema.near_matches(text, _candidates(text))
     )
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from kart import schema
 from kart.data import files, splits
 from kart.data.dataset import Unused
 from kart.data.files import Folder, Found
-from kart.data.source import Row, Source, near
+from kart.data.source import Row, Source
 
 _RENAME = "if they are classes, rename them, for instance to 'class_train'."
 
@@ -45,8 +46,8 @@ def read(root: Path, found: Found) -> Source:
             place = next(path for path, found_name in images if found_name == name)
             raise ValueError(
                 f"`load` needs labels among the training classes {classes}, got {name!r} for "
-                f"{str(place)!r} ({count} images of {split!r}).{near(name, classes)} "
-                "Rename the folder, or move it away."
+                f"{str(place)!r} ({count} images of {split!r}). Rename the folder, or move it away."
+                + schema.near_matches(name, classes)
             )
     index = {name: i for i, name in enumerate(classes)}
 

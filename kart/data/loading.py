@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from kart import schema
 from kart.data import cache as entries
 from kart.data import changes, digits, finding, images, splits, statistics
 from kart.data import stream as streaming
 from kart.data.cache import Manifest
 from kart.data.dataset import SPLITS, Converted, Dataset
 from kart.data.finding import Finding, Options
-from kart.data.source import EMPTY, Row, Source, check_labels, near
+from kart.data.source import EMPTY, Row, Source, check_labels
 
 _FORMAT = 3  # part of every cache key: raise it when the layout, the splits or what is read changes
 _LARGEST = 8192  # pixels a side
@@ -84,8 +85,7 @@ def load(
             outside the classes, images of several sizes without `image_size`, or a library that is
             missing.
     """
-    if not isinstance(split, str) or split not in SPLITS:
-        raise ValueError(f"`load` needs `split` in {SPLITS}, got {split!r}.{near(split, SPLITS)}")
+    schema.check_choice("load", "split", split, SPLITS)
     given = Options(image_column, label_column, config, revision)
     source, options = asked(source, given, image_size)
     if train_limit is not None and (type(train_limit) is not int or train_limit < 1):
@@ -99,7 +99,7 @@ def load(
                 f"`load` streams directories and public data sets alone, got {str(source)!r}. "
                 "Leave `stream` out."
             )
-        dataset = finding.BUILT_IN[str(source)].load(str(source), split, image_size)
+        dataset = digits.load(str(source), split, image_size)
     else:
         found = finding.find(source, options)
         base = entries.directory(cache)

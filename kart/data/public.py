@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from kart import schema
 from kart.data import splits, tables
 from kart.data.dataset import Unused
 from kart.data.names import Public
-from kart.data.source import INSTALL, Row, Source, first_line, near, unreadable
+from kart.data.source import INSTALL, Row, Source, first_line, unreadable
 
 
 def read(
@@ -38,7 +39,7 @@ def read(
     except Exception as err:
         raise ValueError(
             f"`load` could not open {source!r}: {first_line(err)} Check the spelling and the "
-            f"network.{near(source, candidates)}"
+            f"network.{schema.near_matches(source, candidates)}"
         ) from err
     found = splits.roles(streams)
     if public.test:

@@ -33,7 +33,9 @@ class Cut(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """`at(seed, step)` gives uint8 images `(B, C, height, width)` and int64 labels `(B,)`."""
+    """Batches as a pure function of (seed, step): `at(seed, step)` gives images `(B, C, height,
+    width)`, uint8 where they are as they were read, and their labels, int64 `(B,)`, or targets.
+    """
 
     steps_per_epoch: int
     at: Callable[[int, int], tuple[Tensor, Tensor]]

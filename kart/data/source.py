@@ -1,6 +1,5 @@
 """A data set that is found but not decoded yet."""
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -45,12 +44,6 @@ def check_labels(
             f"`load` needs labels among the training classes {told}, got {labels[wrong[0]]} for "
             f"{where(int(wrong[0]))} ({len(wrong)} such). Correct or remove them."
         )
-
-
-def near(word: object, candidates: Sequence[str]) -> str:
-    """A sentence with the candidates that look like `word`, or nothing."""
-    matches = difflib.get_close_matches(str(word), candidates)
-    return f" Near matches: {', '.join(matches)}." if matches else ""
 
 
 def unreadable(source: object, err: Exception) -> ValueError:

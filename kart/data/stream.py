@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,16 +134,21 @@ def load(
     parts = splits.partition(labels, splits.cuts(source.rows))
     of = "train" if split in parts else split
     index = parts.get(split, np.arange(len(rows[of])))
-    sample = [rows["train"][i] for i in parts["train"][:SAMPLE]]
-    mean, std = _statistics(found, base, image_size, lambda: pictures(sample, places["train"]))
+    note = _Note(base, found, ["statistics", image_size])
+    known = note.read()
+    if known is None:
+        sample = pictures([rows["train"][i] for i in parts["train"][:SAMPLE]], places["train"])
+        mean, std = statistics.mean_and_std(np.asarray(sample))
+        known = {"mean": mean, "std": std}
+        note.write(known)
     renumbered = source.renumbered.get(of, 0) and len(index)
     return Dataset(
         pictures([rows[of][i] for i in index], places[of]),
         np.array([rows[of][i].label for i in index], dtype=np.int64),
         source.classes,
         found.name,
-        mean,
-        std,
+        tuple(known["mean"]),
+        tuple(known["std"]),
         unused=source.unused,
         converted=changes.tally(seen[of].changes(), seen[of].grey(), index, channels, renumbered),
     )
@@ -169,19 +173,15 @@ def _noted(found: Finding, base: Path, name: str, rows: list[Row]) -> Seen:
     if (known := note.read()) is not None:
         kinds = [(bool(grey), tuple(told)) for grey, told in known["kinds"]]
         return Seen(known["kind"], kinds, [(h, w) for h, w in known["shapes"]])
-    headers = list(_headers(name, rows))
+    with ThreadPoolExecutor(8) as pool:
+        told = pool.map(_header, rows)
+        headers = list(tqdm(told, f"reading {name}", len(rows), unit=" images", disable=None))
     kinds = sorted({(header.grey, header.changes) for header in headers})
     place = {kind: i for i, kind in enumerate(kinds)}
     shapes = sorted({(header.size[1], header.size[0]) for header in headers})
     seen = Seen([place[header.grey, header.changes] for header in headers], kinds, shapes)
     note.write(seen._asdict())
     return seen
-
-
-def _headers(name: str, rows: list[Row]) -> Iterator[images.Header]:
-    with ThreadPoolExecutor(8) as pool:
-        told = pool.map(_header, rows)
-        yield from tqdm(told, f"reading {name}", len(rows), unit=" images", disable=None)
 
 
 def _header(row: Row) -> images.Header:
@@ -193,18 +193,6 @@ def _header(row: Row) -> images.Header:
         if start == b"\xff\xd8" and b"\xff\xd9" not in file.read():
             return images.decode(row.file, row.where)[1]
     return images.header(row.file, row.where)
-
-
-def _statistics(
-    found: Finding, base: Path, image_size: int | None, sample: Callable[[], Pictures]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    note = _Note(base, found, ["statistics", image_size])
-    known = note.read()
-    if known is None:
-        mean, std = statistics.mean_and_std(np.asarray(sample()))
-        known = {"mean": mean, "std": std}
-        note.write(known)
-    return tuple(known["mean"]), tuple(known["std"])
 
 
 class _Note:

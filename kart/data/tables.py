@@ -301,12 +301,10 @@ def _rows(
                             int(label if numbers is None else numbers[label]),
                         )
                         number += 1
-        except ValueError as err:
-            # Arrow's own are ValueErrors too
+        # Arrow's own may be ValueErrors too
+        except Exception as err:
             if str(err).startswith("`load`"):
                 raise
-            raise unreadable(table.path, err) from err
-        except Exception as err:
             raise unreadable(table.path, err) from err
 
 

@@ -66,14 +66,6 @@ def source(found: Finding, base: Path, split: str) -> tuple[Source, dict[str, Pa
     return whole, places
 
 
-def _unpack(path: Path, opened: Source, split: str, classes: Sequence[str] | None) -> Index:
-    cache.build(path, _filler(opened, split, classes), damaged=os.path.lexists(path))
-    index = _read(path)
-    if index is None:
-        raise cache.lost(path)
-    return index
-
-
 def _path(found: Finding, base: Path, split: str) -> Path:
     return cache.place(base, found.name, f"{split}-files", [_FORMAT, found.identity, split])
 
@@ -82,7 +74,7 @@ def _file(path: Path, number: int) -> Path:
     return path / f"{number // _FOLDER:05d}" / f"{number:08d}"
 
 
-def _filler(opened: Source, split: str, classes: Sequence[str] | None) -> Callable[[Path], None]:
+def _unpack(path: Path, opened: Source, split: str, classes: Sequence[str] | None) -> Index:
     def fill(work: Path) -> None:
         entry, index = work / "entry", Index([], [], [], [], [], [], {})
         rows, size = opened.rows[split](), opened.sizes[split]
@@ -108,7 +100,11 @@ def _filler(opened: Source, split: str, classes: Sequence[str] | None) -> Callab
         )
         cache.write_json(entry / "index.json", whole._asdict())
 
-    return fill
+    cache.build(path, fill, damaged=os.path.lexists(path))
+    index = _read(path)
+    if index is None:
+        raise cache.lost(path)
+    return index
 
 
 def _read(path: Path) -> Index | None:

@@ -60,9 +60,15 @@ def check(
 
 
 def check_mask(
-    function: str, mask: Tensor | None, queries: int, keys: int, device: torch.device
+    function: str,
+    mask: Tensor | None,
+    queries: int,
+    keys: int,
+    device: torch.device | None = None,
 ) -> None:
-    """Raises ValueError unless the mask is boolean and broadcasts to (..., queries, keys)."""
+    """Raises ValueError unless the mask is boolean and broadcasts to (..., queries, keys), on the
+    `device` where one is given.
+    """
     if mask is None:
         return
     fits = isinstance(mask, Tensor) and mask.dtype == torch.bool
@@ -75,7 +81,7 @@ def check_mask(
             f"`{function}` needs a boolean `mask` (True = attend) broadcasting to (..., H, "
             f"{queries}, {keys}), got {got}. A mask of keys is (..., 1, 1, {keys})."
         )
-    if mask.device != device:
+    if device is not None and mask.device != device:
         raise ValueError(
             f"`{function}` needs its tensors on one device, got `q` on {device} and `mask` on "
             f"{mask.device}. Move them with `.to`."

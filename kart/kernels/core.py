@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kart import schema
 from kart.kernels import chunked, cpp, plain, triton
 from kart.kernels.arguments import broadcast_leading, check, flat_mask, laid_like, room_like
 from kart.kernels.family import Family, Product, family_named, family_of, pin, recordable
@@ -326,10 +327,7 @@ def contract(
     Raises:
         ValueError: names the argument that does not fit.
     """
-    if engine not in ENGINES:
-        raise ValueError(
-            f"`contract` needs `engine` in {list(ENGINES)}, got {engine!r}. Choose one of them."
-        )
+    schema.check_choice("contract", "engine", engine, ENGINES)
     if basis.features is None:
         raise ValueError(
             f"`contract` needs a basis that is linear in its coefficients, got {basis.family!r}. "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kart import schema
 from kart.kernels import fused, plain, stream
 from kart.kernels.arguments import broadcast_leading, check, flat_mask, four_axes
 from kart.kernels.cpp import weights as compiled
@@ -62,10 +63,7 @@ def entry_attention(
     """
     name = "entry_attention"
     for argument, value, allowed in (("form", form, plain.FORMS), ("engine", engine, ENGINES)):
-        if value not in allowed:
-            raise ValueError(
-                f"`{name}` needs `{argument}` in {list(allowed)}, got {value!r}. Choose one."
-            )
+        schema.check_choice(name, argument, value, allowed)
     if basis is None and form not in ("inside", "beside"):
         raise ValueError(
             f"`{name}` needs `form` inside or beside for a table, got {form!r}. Without softmax of "

@@ -4,7 +4,6 @@ Each model is a file that composes `blocks.py` and ends in its `FAMILY`; FAMILIE
 """
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -64,19 +63,13 @@ def create(name: str, operator: Choice = "softmax", **overrides: Any) -> Model:
         )
     found = [f for f in FAMILIES.values() if isinstance(name, str) and name in f.sizes]
     if not found:
-        near = difflib.get_close_matches(str(name), MODELS, n=3, cutoff=0.3) or list(MODELS)
-        raise ValueError(
-            f"`create` needs a model name in {list(MODELS)}, got {name!r}. "
-            f"Near matches: {', '.join(near)}."
-        )
+        near = schema.near_matches(name, MODELS)
+        raise ValueError(f"`create` needs a model name in {list(MODELS)}, got {name!r}.{near}")
     fields = {f.name for f in dataclasses.fields(found[0].config) if f.init} - {"operator"}
     unknown = sorted(set(overrides) - fields)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], fields, n=3, cutoff=0.3)
-        raise ValueError(
-            f"`create` needs overrides among {sorted(fields)}, got {unknown}. "
-            f"Near matches: {', '.join(near) or 'none'}."
-        )
+        near = schema.near_matches(unknown[0], fields)
+        raise ValueError(f"`create` needs overrides among {sorted(fields)}, got {unknown}.{near}")
     hints = typing.get_type_hints(found[0].config)
     for field, value in overrides.items():
         optional = value is None and field == "sharing"  # left to the spec

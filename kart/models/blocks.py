@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from kart import layers
+from kart.layers import merge_heads
 from kart.models.model import Model, Site, find
 from kart.operators.contract import Factors
 from kart.operators.projected import factors_of, pays, projected
@@ -80,12 +81,7 @@ def prepend_class(params: Params, x: Tensor) -> Tensor:
 def split_heads(qkv: Tensor, heads: int, parts: int = 3) -> tuple[Tensor, ...]:
     """`(..., N, parts D)` to `parts` tensors `(..., H, N, d)`."""
     split = qkv.split(qkv.shape[-1] // parts, -1)
-    return tuple(x.unflatten(-1, (heads, -1)).transpose(-3, -2) for x in split)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """`(..., H, N, d)` to `(..., N, D)`."""
-    return x.transpose(-3, -2).flatten(-2)
+    return tuple(layers.split_heads(x, heads) for x in split)
 
 
 def attention_init(generator: Generator, size: int, bias: bool = True) -> Params:
@@ -182,18 +178,20 @@ def classify(params: Params, x: Tensor) -> Tensor:
     return layers.linear(params["head"], layers.layer_norm(params["norm"], x[..., 0, :]))
 
 
-Forward = Callable[[Params, Tensor, dict[str, Tensor] | None], Tensor]
+Forward = Callable[[Params, Tensor, dict[str, Tensor] | None], Any]
 
 
 def model(config: Any, init: Callable[[Generator], Params], forward: Forward, sites: Any) -> Model:
-    """The Model of `forward(params, images, look)`, which fills `look` where it is not None."""
+    """The Model of `forward(params, images, look)`, which gives logits, or maps by name, and fills
+    `look` where it is not None.
+    """
 
-    def apply(params: Params, images: Tensor) -> Tensor:
+    def apply(params: Params, images: Tensor) -> Any:
         return forward(params, images, None)
 
     def intermediates(params: Params, images: Tensor) -> dict[str, Tensor]:
         look: dict[str, Tensor] = {}
-        look["logits"] = forward(params, images, look)
-        return look
+        found = forward(params, images, look)
+        return {**look, **(found if isinstance(found, dict) else {"logits": found})}
 
     return Model(config, init, apply, intermediates, tuple(sites))

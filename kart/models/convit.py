@@ -11,7 +11,6 @@ The class token enters behind the gated blocks, which have one key less than the
 sharing keeps one operator for each of the two, `params["operator"]["gated"]` and `["plain"]`.
 """
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass, field
@@ -52,15 +51,14 @@ def convit(operator: Choice = "softmax", **fields: Any) -> Model:
         raise ValueError(
             f"`convit` needs `locality` >= 0 and finite, got {config.locality!r}. It uses 1."
         )
-    chosen = choose("convit", operator, config.depth, fields)
-    config = dataclasses.replace(config, operator=chosen.names, sharing=chosen.sharing)
+    config, operators = choose("convit", operator, config, fields)
     size, heads = config.embed_dim, config.num_heads
     side = config.image_size // config.patch_size
 
     def site(i: int) -> Site:
         shared = f"operator.{'gated' if i < gated else 'plain'}"
         path = shared if config.sharing == "universal" else f"blocks.{i}.operator"
-        return Site(path, chosen.operators[i], heads, side * side + (i >= gated), size // heads)
+        return Site(path, operators[i], heads, side * side + (i >= gated), size // heads)
 
     sites = [site(i) for i in range(config.depth)]
 
@@ -160,7 +158,7 @@ def gated_attention(
     out = attend(q, k, v)
     if mixed:
         out = mix(params, out, positions(params, side).to(v.dtype) @ v)
-    return layers.linear(params["proj"], blocks.merge_heads(out))
+    return layers.linear(params["proj"], layers.merge_heads(out))
 
 
 def work_of(config: ConViTConfig) -> work.Layers:

@@ -141,20 +141,15 @@ def add_operators(generator: Generator, sites: Sequence[Site], params: Params) -
     return params
 
 
-class Chosen(NamedTuple):
-    """What a choice of operators comes to: names for the config, one operator a block, sharing."""
-
-    names: str | tuple[str, ...]
-    operators: tuple[Operator, ...]
-    sharing: str
-
-
-def choose(function: str, given: Choice, depth: int, fields: Mapping[str, Any]) -> Chosen:
-    """The operators of `depth` blocks from `given` and, in `fields`, sharing, rank, project, base.
+def choose(
+    function: str, given: Choice, config: Any, fields: Mapping[str, Any]
+) -> tuple[Any, tuple[Operator, ...]]:
+    """`config` with the names of the operators and their sharing, and the operators of its blocks,
+    from `given` and, in `fields`, sharing, rank, project, base.
 
     Sharing is what `fields` ask for or the letter of the spec says, else blockwise.
     """
-    asked = fields.get("sharing")
+    asked, depth = fields.get("sharing"), config.depth
     if asked not in (None, "blockwise", "universal"):
         raise ValueError(
             f'`{function}` needs `sharing` "blockwise" or "universal", got {asked!r}. Choose one '
@@ -202,4 +197,5 @@ def choose(function: str, given: Choice, depth: int, fields: Mapping[str, Any]) 
         )
     names = tuple(spec.operator.name for spec in specs)
     blocks = tuple(spec.operator for spec in specs) * (depth if single else 1)
-    return Chosen(names[0] if single else names, blocks, sharing)
+    chosen = {"operator": names[0] if single else names, "sharing": sharing}
+    return dataclasses.replace(config, **chosen), blocks

@@ -10,7 +10,6 @@ block, and stages have 3, 6, 12 and 24. It is possible where heads agree: univer
 operator a stage, `params["operator"]["<stage>"]`, shared by the blocks of the stage.
 """
 
-import dataclasses
 import functools
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -115,8 +114,7 @@ def swin(operator: Choice = "softmax", **fields: Any) -> Model:
     """A Swin from an operator (or one a block) and the fields of `SwinConfig`."""
     config = SwinConfig(**fields)
     _check(config)
-    chosen = choose("swin", operator, config.depth, fields)
-    config = dataclasses.replace(config, operator=chosen.names, sharing=chosen.sharing)
+    config, operators = choose("swin", operator, config, fields)
     stages, universal = config.stages, config.sharing == "universal"
     places = [(stage, block) for stage in stages for block in range(stage.depth)]
     sites = [
@@ -126,7 +124,7 @@ def swin(operator: Choice = "softmax", **fields: Any) -> Model:
             cut=windows.Cut(s.side, s.window, s.shift(b)),
             biased=True,
         )
-        for (s, b), op in zip(places, chosen.operators, strict=True)
+        for (s, b), op in zip(places, operators, strict=True)
     ]
 
     def init(generator: Generator) -> Params:

@@ -4,7 +4,6 @@ Parameters carry the names of timm's ViT (`blocks.0.attn.qkv.weight`), so that w
 ways; the row operator adds `blocks.<i>.operator` (blockwise) or one `operator` (universal).
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,13 +39,12 @@ def vit(operator: Choice = "softmax", **fields: Any) -> Model:
     """A vision transformer from an operator (or one a block) and the fields of `ViTConfig`."""
     config = ViTConfig(**fields)
     checks.columnar("vit", config, "num_classes")
-    chosen = choose("vit", operator, config.depth, fields)
-    config = dataclasses.replace(config, operator=chosen.names, sharing=chosen.sharing)
+    config, operators = choose("vit", operator, config, fields)
     size, heads, tokens = config.embed_dim, config.num_heads, config.tokens
     universal = config.sharing == "universal"
     sites = [
         Site("operator" if universal else f"blocks.{i}.operator", op, heads, tokens, size // heads)
-        for i, op in enumerate(chosen.operators)
+        for i, op in enumerate(operators)
     ]
 
     def init(generator: Generator) -> Params:

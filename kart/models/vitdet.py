@@ -6,7 +6,6 @@ divide is padded, and padding is masked. Positions are learned and absolute: the
 the paper adds are left out. There is no class token and no classifier.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -76,8 +75,7 @@ def vitdet(operator: Choice = "softmax", **fields: Any) -> Model:
     """
     config = ViTDetConfig(**fields)
     _check(config)
-    chosen = choose("vitdet", operator, config.depth, fields)
-    config = dataclasses.replace(config, operator=chosen.names, sharing=chosen.sharing)
+    config, operators = choose("vitdet", operator, config, fields)
     size, heads = config.embed_dim, config.num_heads
     side = config.image_size // config.patch_size
 
@@ -86,9 +84,9 @@ def vitdet(operator: Choice = "softmax", **fields: Any) -> Model:
         shared = f"operator.{'whole' if whole else 'windows'}"
         path = shared if config.sharing == "universal" else f"blocks.{i}.operator"
         cut = config.cut(i)
-        return Site(path, chosen.operators[i], heads, cut.window**2, size // heads, cut)
+        return Site(path, operators[i], heads, cut.window**2, size // heads, cut)
 
-    sites = tuple(site(i) for i in range(config.depth))
+    sites = [site(i) for i in range(config.depth)]
 
     def init(generator: Generator) -> Params:
         patch, hidden = config.patch_size, int(size * config.mlp_ratio)
@@ -104,7 +102,7 @@ def vitdet(operator: Choice = "softmax", **fields: Any) -> Model:
         return add_operators(generator, sites, params)
 
     def forward(
-        params: Params, images: Tensor, look: dict[str, Tensor] | None = None
+        params: Params, images: Tensor, look: dict[str, Tensor] | None
     ) -> dict[str, Tensor]:
         blocks.check_images(images, config.in_channels, config.image_size)
         blocks.check_params(params, sites, {"blocks": config.depth})
@@ -120,14 +118,7 @@ def vitdet(operator: Choice = "softmax", **fields: Any) -> Model:
         levels = pyramid.pyramid(params["pyramid"], x.to(images.dtype))
         return dict(zip(config.strides, levels, strict=True))
 
-    def apply(params: Params, images: Tensor) -> dict[str, Tensor]:
-        return forward(params, images)
-
-    def intermediates(params: Params, images: Tensor) -> dict[str, Tensor]:
-        look: dict[str, Tensor] = {}
-        return {**forward(params, images, look), **look}
-
-    return Model(config, init, apply, intermediates, sites)
+    return blocks.model(config, init, forward, sites)
 
 
 def windowed_attention(

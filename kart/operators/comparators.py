@@ -18,7 +18,6 @@ from kart.kernels.plain import wide
 from kart.operators.contract import (
     Factored,
     Operator,
-    check_choice,
     check_keys,
     from_forms,
     from_rows,
@@ -30,7 +29,7 @@ from kart.operators.contract import (
 from kart.operators.fixed import on_simplex
 from kart.operators.relative import check_geometry, lattice_of
 from kart.operators.resize import Lattice, check_read, interpolate
-from kart.operators.static import check_square, matrix_values
+from kart.operators.static import check_square, matrix_values, mixed
 
 
 def entmax_rows(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -169,11 +168,6 @@ def gated(prefix: int | None = None, rows: int | None = None, locality: float = 
     )
 
 
-def check_width(name: str, width: Any) -> None:
-    """Raises ValueError unless `width` can be that of a head."""
-    schema.check_integer(name, "width", width, 1, "It is embed_dim / num_heads.")
-
-
 def check_head(name: str, expected: int, q: Tensor) -> None:
     """Raises ValueError unless queries have the width that parameters are for."""
     if q.shape[-1] != expected:
@@ -201,9 +195,9 @@ def synthesizer(
         normalise: "softmax", or None.
         base: None, or "softmax", which is added.
     """
-    check_width("synthesizer", width)
-    check_choice("synthesizer", "normalise", normalise, ["softmax"])
-    check_choice("synthesizer", "base", base, ["softmax"])
+    schema.check_integer("synthesizer", "width", width, 1, "It is embed_dim / num_heads.")
+    schema.check_choice("synthesizer", "normalise", normalise, [None, "softmax"])
+    schema.check_choice("synthesizer", "base", base, [None, "softmax"])
     from_softmax = base is not None and normalise is None
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
@@ -215,11 +209,11 @@ def synthesizer(
         return {"first": first, "bias": bias, "second": second * scale, "shift": shift}
 
     def hidden(q: Tensor, first: Tensor, bias: Tensor) -> Tensor:
-        return (mixed_right(q, first) + bias[:, None]).relu()
+        return (mixed(q, first) + bias[:, None]).relu()
 
     def block(q: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
         first, bias, second, shift, mask = rest
-        logits = mixed_right(hidden(q, first, bias), second) + shift[:, None]
+        logits = mixed(hidden(q, first, bias), second) + shift[:, None]
         return softmax_rows(logits, mask) @ v
 
     def attend(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -264,10 +258,3 @@ def synthesizer(
             "activation_flops": lambda tokens, unit: each * tokens**2,
         },
     )
-
-
-def mixed_right(x: Tensor, matrix: Tensor) -> Tensor:
-    """`x (..., H, N, a)` times `matrix (H, a, b)`; a matmul would repeat the matrix a sample."""
-    if torch.compiler.is_exporting():  # ONNX wants as many axes in every ellipsis
-        return x @ matrix
-    return torch.einsum("...na,...ab->...nb", x, matrix)

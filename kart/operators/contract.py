@@ -5,7 +5,6 @@ An operator of one's own starts at `from_rows` (a function of scores alone), `fr
 masked; the first two compute in float32 where the input is half precision.
 """
 
-import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +14,7 @@ from torch import Generator, Tensor
 
 from kart import bases, factories, kernels, schema
 from kart.bases import Basis, Params
+from kart.kernels import arguments
 from kart.kernels.core import no_autocast
 from kart.kernels.entries import ENGINES as ENTRIES
 from kart.kernels.plain import scores as scores_of
@@ -147,23 +147,6 @@ def check_basis(name: str, basis: Basis) -> None:
         )
 
 
-def near_matches(text: Any, allowed: Sequence[str]) -> list[str]:
-    """Up to three of `allowed` that `text` may have meant, whatever its case."""
-    folded = {name.casefold(): name for name in allowed}
-    near = difflib.get_close_matches(str(text).casefold(), folded, n=3, cutoff=0.5)
-    return [folded[name] for name in near]
-
-
-def check_choice(name: str, argument: str, value: str | None, allowed: Sequence[str]) -> None:
-    """Raises ValueError unless `value` is None or among `allowed`."""
-    if value is not None and value not in allowed:
-        near = near_matches(value, allowed)
-        advice = f"Near matches: {', '.join(near)}." if near else "Choose one of them."
-        raise ValueError(
-            f"`{name}` needs `{argument}` None or in {list(allowed)}, got {value!r}. {advice}"
-        )
-
-
 def check_padded(name: str, *tensors: Tensor) -> None:
     """Raises ValueError for nested tensors: operators take rows of one length, and a mask."""
     if any(x.is_nested for x in tensors):
@@ -215,26 +198,18 @@ def check_mask(
     """Raises ValueError unless the mask is boolean and broadcasts to `(..., queries, keys)`, with
     leading axes `leads` of the other tensors.
     """
-    if mask is None:
+    arguments.check_mask(name, mask, queries, keys)
+    if mask is None or mask.dim() <= 2:
         return
-    shape = tuple(mask.shape)
-    fits = len(shape) == 0 or shape[-1] in (1, keys)
-    fits = fits and (len(shape) < 2 or shape[-2] in (1, queries))
-    if mask.dtype != torch.bool or not fits:
+    try:
+        torch.broadcast_shapes(mask.shape[:-2], *leads)
+    except RuntimeError:
+        others = " and ".join(dict.fromkeys(str(tuple(lead)) for lead in leads))
         raise ValueError(
-            f"`{name}` needs a boolean `mask` (True = attend) broadcasting to (..., H, {queries}, "
-            f"{keys}), got {mask.dtype} of shape {shape}. A mask of keys is (..., 1, 1, {keys})."
-        )
-    if leads and len(shape) > 2:
-        try:
-            torch.broadcast_shapes(shape[:-2], *leads)
-        except RuntimeError:
-            others = " and ".join(dict.fromkeys(str(tuple(lead)) for lead in leads))
-            raise ValueError(
-                f"`{name}` needs a `mask` whose axes before the last two broadcast with those of "
-                f"the other tensors, {others}, got shape {shape}. A mask of keys is (B, 1, 1, "
-                f"{keys})."
-            ) from None
+            f"`{name}` needs a `mask` whose axes before the last two broadcast with those of "
+            f"the other tensors, {others}, got shape {tuple(mask.shape)}. A mask of keys is (B, 1, "
+            f"1, {keys})."
+        ) from None
 
 
 def check_keys(name: str, expected: int, keys: int) -> None:
@@ -569,9 +544,9 @@ def from_logits(
         options, traits: recorded in the result.
         rank: the number of columns of factored logits, where it is below the width of a head.
     """
-    check_choice(name, "project", project, ["simplex"])
-    check_choice(name, "base", base, ["softmax"])
-    check_choice(name, "engine", engine, kernels.ENGINES)
+    schema.check_choice(name, "project", project, [None, "simplex"])
+    schema.check_choice(name, "base", base, [None, "softmax"])
+    schema.check_choice(name, "engine", engine, kernels.ENGINES)
 
     def rows(logits: Logits, scores: Tensor | None, mask: Tensor | None) -> Tensor:
         y = logits.dense() if isinstance(logits, Factored) else logits

@@ -8,7 +8,7 @@ that come one by one. `from_entries` makes both.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -23,7 +23,6 @@ from kart.operators.contract import (
     Operator,
     attended_keys,
     check_basis,
-    check_choice,
     from_forms,
     two_axes,
 )
@@ -41,10 +40,19 @@ def each_head(basis: Basis, units: Params, x: Tensor) -> Tensor:
     return torch.einsum("...hnmk,hk->...hnm", basis.features(x), coefs)
 
 
+class Form(NamedTuple):
+    """What becomes of entries, and at which `start`: see `from_entries`."""
+
+    normalise: str | None
+    base: str | None
+    inside: bool
+    start: str | None
+
+
 def check_form(name: str, normalise: str | None, base: str | None, inside: bool) -> None:
     """Raises ValueError unless these say one thing about what becomes of the entries."""
-    check_choice(name, "normalise", normalise, NORMALISATIONS)
-    check_choice(name, "base", base, ["softmax"])
+    schema.check_choice(name, "normalise", normalise, (None, *NORMALISATIONS))
+    schema.check_choice(name, "base", base, [None, "softmax"])
     if not isinstance(inside, bool):
         raise ValueError(f"`{name}` needs `inside` True or False, got {inside!r}.")
     if inside and (base or normalise):
@@ -58,12 +66,9 @@ def from_entries(
     name: str,
     entries: Callable[[Params, Tensor | None, Tensor, Tensor], Tensor],
     basis: Basis,
+    given: Form,
     *,
     of_scores: bool,
-    normalise: str | None,
-    base: str | None,
-    inside: bool,
-    start: str | None,
     engine: str,
     options: Mapping[str, Any] | None = None,
 ) -> Operator:
@@ -78,18 +83,19 @@ def from_entries(
         entries: of parameters, scores `(..., H, n, M)` (None unless `of_scores`), places of the
             queries `(n, 1)` and of the keys `(M,)`; `(..., H, n, M)`.
         basis: of the units.
+        given: see above. Its start is "scaled", as the basis draws, without a normalisation over
+            sqrt(tokens); "zero", of which Y = 0; None for "zero" beside or inside softmax, else
+            "scaled".
         of_scores: whether entries are of the scores.
-        normalise, base, inside: see above.
-        start: "scaled", as the basis draws, without a normalisation over sqrt(tokens); "zero", of
-            which Y = 0; None for "zero" beside or inside softmax, else "scaled".
         engine: of `kart.kernels.entry_attention`.
         options: recorded in the result.
     """
     check_basis(name, basis)
+    normalise, base, inside, start = given
     check_form(name, normalise, base, inside)
     start = default_start(name, start, normalise, base, inside)
     check_starts(name, basis, start)
-    check_choice(name, "engine", engine, ENGINES)
+    schema.check_choice(name, "engine", engine, ENGINES)
     rows = normalise if normalise in ("l1", "softmax") else None
     form = "inside" if inside else rows or ("beside" if base else "plain")
     alone = "inside" if inside else rows or "plain"
@@ -152,13 +158,7 @@ def from_entries(
         out = out.expand(*lead, *out.shape[-2:])
         return out if factor is None else out * factor
 
-    options = {
-        **(options or {}),
-        "normalise": normalise,
-        "base": base,
-        "inside": inside,
-        "start": start,
-    }
+    options = {**(options or {}), **given._asdict(), "start": start}
     found: dict[str, Any] = {"length_free": True, "queries_last": not of_scores}
     if inside or (normalise == "softmax" and not base):
         found["simplex"] = True
@@ -239,11 +239,8 @@ def elementwise(
         "elementwise",
         entries,
         basis,
+        Form(normalise, base, inside, start),
         of_scores=True,
-        normalise=normalise,
-        base=base,
-        inside=inside,
-        start=start,
         engine=engine,
     )
 
@@ -297,11 +294,8 @@ def by_distance(
         "by_distance",
         entries,
         basis,
+        Form(normalise, base, inside, start),
         of_scores=False,
-        normalise=normalise,
-        base=base,
-        inside=inside,
-        start=start,
         engine=engine,
         options={"reach": reach},
     )

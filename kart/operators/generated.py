@@ -19,7 +19,6 @@ from kart.operators.contract import (
     Operator,
     attended_keys,
     check_basis,
-    check_choice,
     check_fits_memory,
     check_rank,
     from_forms,
@@ -99,9 +98,9 @@ def generated(
     """
     check_basis("generated", basis)
     check_rank("generated", rank)
-    check_choice("generated", "mix", mix, STARTS)
-    check_choice("generated", "normalise", normalise, ["count"])
-    check_choice("generated", "base", base, ["softmax"])
+    schema.check_choice("generated", "mix", mix, (None, *STARTS))
+    schema.check_choice("generated", "normalise", normalise, [None, "count"])
+    schema.check_choice("generated", "base", base, [None, "softmax"])
     for argument, value, least in (
         ("features", features, prefix + 1),
         ("reach", 1 if reach is None else reach, 1),

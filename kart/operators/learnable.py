@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from kart import bases, kernels
+from kart import bases, kernels, schema
 from kart.bases import Basis, Params
 from kart.factories import remember
 from kart.kernels.plain import wide
@@ -26,7 +26,6 @@ from kart.operators.contract import (
     Source,
     Streamed,
     check_basis,
-    check_choice,
     check_fits_memory,
     check_rank,
     from_logits,
@@ -142,7 +141,7 @@ def low_rank(
         engine: of `kart.kernels.contract`.
     """
     check_rank("low_rank", rank)
-    check_choice("low_rank", "mix", mix, MIXES)
+    schema.check_choice("low_rank", "mix", mix, (None, *MIXES))
     start = mix or ("zero" if base == "softmax" else "scaled")
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:

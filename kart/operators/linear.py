@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from kart import bases, kernels
+from kart import bases, kernels, schema
 from kart.bases import Params
 from kart.factories import remember
 from kart.kernels.plain import wide
-from kart.operators.comparators import check_head, check_width, mixed_right
+from kart.operators.comparators import check_head
 from kart.operators.contract import (
     Factored,
     Operator,
@@ -22,6 +22,7 @@ from kart.operators.contract import (
     softmax_rows,
 )
 from kart.operators.resize import Lattice, interpolate
+from kart.operators.static import mixed
 
 ALONE = "queries and keys by themselves"  # what determines weights that scores do not
 
@@ -85,7 +86,7 @@ def performer(width: int = 64, features: int = 64) -> Operator:
         width: d, the numbers of a head, embed_dim / num_heads.
         features: m.
     """
-    check_width("performer", width)
+    schema.check_integer("performer", "width", width, 1, "It is embed_dim / num_heads.")
     check_rank("performer", features)
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
@@ -106,7 +107,7 @@ def performer(width: int = 64, features: int = 64) -> Operator:
         w = (directions * (math.sqrt(width) / length)).mT  # (H, d, m)
         q, k = q * width**-0.25, k * width**-0.25
         # the term of |q| is the same for all keys: it cancels
-        a, b = mixed_right(q, w), mixed_right(k, w) - k.square().sum(-1, keepdim=True) / 2
+        a, b = mixed(q, w), mixed(k, w) - k.square().sum(-1, keepdim=True) / 2
         # one query costs the same in either form, and is then rounded as it is among others
         if not same_for_all_queries(mask) or (mask is not None and q.shape[-2] == 1):
             return kernels.by_queries(block, [a], [b, v], mask, features)

@@ -44,7 +44,12 @@ def hybrid(operators: Sequence[Operator]) -> Operator:
         check(heads)
         return {str(i): op.init(generator, count, tokens) for i, (op, count) in enumerate(groups)}
 
-    def by_group(call: Callable[..., Tensor], *tensors: Tensor, mask: Tensor | None) -> Tensor:
+    def by_group(
+        form: Callable[[Operator], Callable[..., Tensor]],
+        params: Params,
+        mask: Tensor | None,
+        *tensors: Tensor,
+    ) -> Tensor:
         for tensor in tensors:
             check(tensor.shape[-3] if tensor.dim() >= 3 else 0)
         columns = [tensor.split(counts, dim=-3) for tensor in tensors]
@@ -53,24 +58,18 @@ def hybrid(operators: Sequence[Operator]) -> Operator:
         else:
             masks = [mask] * len(groups)
         parts = [
-            call(i, op, *(column[i] for column in columns), mask=masks[i])
+            form(op)(params[str(i)], *(column[i] for column in columns), masks[i])
             for i, (op, _) in enumerate(groups)
         ]
         return torch.cat(parts, dim=-3)
 
     def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        return by_group(
-            lambda i, op, s, mask: op.weights(params[str(i)], s, mask), scores, mask=mask
-        )
+        return by_group(lambda op: op.weights, params, mask, scores)
 
     def attend(
         params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        return by_group(
-            lambda i, op, q, k, v, mask: op.attend(params[str(i)], q, k, v, mask),
-            *(q, k, v),
-            mask=mask,
-        )
+        return by_group(lambda op: op.attend, params, mask, q, k, v)
 
     options = {"kind": "hybrid", "groups": groups}
     name = "+".join(f"{count}*{op.name}" for op, count in groups)

@@ -8,7 +8,7 @@ with softmax, so that whatever they gain over `softconv` is a function of the sc
 import torch
 from torch import Generator, Tensor
 
-from kart import kernels
+from kart import kernels, schema
 from kart.bases import Basis, Params
 from kart.factories import remember
 from kart.kernels.plain import scores as scores_of
@@ -16,7 +16,6 @@ from kart.kernels.plain import wide
 from kart.operators.contract import (
     Operator,
     check_basis,
-    check_choice,
     check_fits_memory,
     from_forms,
     only,
@@ -102,7 +101,7 @@ def by_offset(
     """
     check_basis("by_offset", basis)
     check_geometry("by_offset", prefix, rows)
-    check_choice("by_offset", "base", base, ["softmax"])
+    schema.check_choice("by_offset", "base", base, [None, "softmax"])
     begin = default_start("by_offset", start, base, False)
     if basis.options.get("base", "zero") != "zero":
         raise ValueError(

@@ -16,8 +16,11 @@ from kart.bases import Params
 from kart.factories import remember
 from kart.kernels.transforms import untransformed
 from kart.operators.contract import Operator, check_fits_memory
-from kart.operators.resize import Lattice, interpolate
-from kart.operators.static import default_start, from_matrix
+from kart.operators.resize import Lattice, check_prefix, interpolate
+from kart.operators.static import Form, default_start, from_matrix
+
+# of a table, in the order of `flatten_table`
+PARTS = ("offsets", "to_prefix", "from_prefix", "prefix")
 
 
 def check_geometry(name: str, prefix: int | None, rows: int | None) -> None:
@@ -104,8 +107,7 @@ def lattice_in(table: Params) -> Lattice:
 
 def flatten_table(table: Params) -> Tensor:
     """The entries of all parts one after the other, `(H, E, ...)`."""
-    parts = ("offsets", "to_prefix", "from_prefix", "prefix")
-    return torch.cat([table[name].flatten(1, 2) for name in parts if name in table], 1)
+    return torch.cat([table[name].flatten(1, 2) for name in PARTS if name in table], 1)
 
 
 def expand_table(table: Params) -> Tensor:
@@ -148,11 +150,7 @@ def resize_table(table: Params, old: Lattice, new: Lattice, amplitude: bool) -> 
             f"`resize` needs `old_tokens` as the ({own.prefix}, {own.rows}, {own.columns}) of "
             f"`params`, got ({prefix}, {old.rows}, {old.columns}). Name their lattice."
         )
-    if new.prefix not in (None, prefix):
-        raise ValueError(
-            f"`resize` needs `new_tokens` with the {prefix} prefix tokens of `old_tokens`, got "
-            f"{new.prefix}. Pass ({prefix}, {new.rows}, {new.columns})."
-        )
+    check_prefix(prefix, new)
     if (old.rows, old.columns) == (new.rows, new.columns):
         return table
     offsets = table["offsets"]
@@ -223,11 +221,7 @@ def relative(
         init,
         expand_table,
         tokens_in,
-        signed=signed,
-        normalise=normalise,
-        base=base,
-        inside=inside,
-        start=begin,
+        Form(signed, normalise, base, inside, begin),
         resize=resize,
         options={"prefix": prefix, "rows": rows},
     )

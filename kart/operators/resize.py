@@ -60,6 +60,16 @@ def lattice(argument: str, tokens: Tokens) -> Lattice:
     )
 
 
+def check_prefix(prefix: int | None, new: Lattice) -> None:
+    """Raises ValueError unless the lattice `new` has `prefix` tokens before its patches."""
+    if new.prefix not in (None, prefix):
+        raise ValueError(
+            f"`resize` needs `new_tokens` with the {prefix} prefix tokens of `old_tokens`, got "
+            f"{new.prefix}. Tokens without a place are kept: pass ({prefix}, {new.rows}, "
+            f"{new.columns})."
+        )
+
+
 def interpolate(leaf: Tensor, axis: int, old: Lattice, new: Lattice, amplitude: bool) -> Tensor:
     """`leaf` with its axis of keys on another lattice; `amplitude` ones are weighted by P / P'."""
     keys = leaf.shape[axis]
@@ -70,12 +80,7 @@ def interpolate(leaf: Tensor, axis: int, old: Lattice, new: Lattice, amplitude: 
             f"{old.rows} x {old.columns} patches. Name the lattice: `resize(op, params, "
             f"old_tokens=(prefix, rows, columns), new_tokens=...)`."
         )
-    if new.prefix not in (None, prefix):
-        raise ValueError(
-            f"`resize` needs `new_tokens` with the {prefix} prefix tokens of `old_tokens`, got "
-            f"{new.prefix}. Tokens without a place are kept: pass ({prefix}, {new.rows}, "
-            f"{new.columns})."
-        )
+    check_prefix(prefix, new)
     if (old.rows, old.columns) == (new.rows, new.columns):
         return leaf
     last = leaf.movedim(axis, -1)

@@ -13,8 +13,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kart import bases, code
-from kart.operators.contract import Operator, near_matches
+from kart import bases, code, schema
+from kart.operators.contract import Operator
 from kart.operators.mixtures import hybrid
 
 Factory = Callable[..., Operator]
@@ -198,7 +198,7 @@ def read_head(spec: str, text: str, factories: Sequence[Factory], order: str | N
     known = (name in alone or name in bases.FAMILIES) if name else bool(match and match["numbers"])
     if match is None or not known:
         names = [*examples(factories), *bases.FAMILIES]
-        near = near_matches(written, names) or names[:6]
+        near = schema.near(written, names) or names[:6]
         raise refusal(spec, f"there is no operator {written!r}", near)
     sharing = SHARING[match["sharing"]]
     if name in alone:
@@ -226,8 +226,8 @@ def pick_order(spec: str, name: str | None, orders: Mapping[str, Factory]) -> Fa
     if name is None:
         return next(iter(orders.values()))
     if name not in orders:
-        near = near_matches(name, list(orders))
-        raise refusal(spec, f"order must be one of {', '.join(orders)}, got {name!r}", near)
+        why = f"order must be one of {', '.join(orders)}, got {name!r}"
+        raise refusal(spec, why, schema.near(name, orders))
     return orders[name]
 
 
@@ -251,9 +251,12 @@ def own_match(text: str) -> re.Match[str] | None:
     return None if known or not code.is_name(source) else match
 
 
-def sources(spec: str) -> set[str]:
-    """The modules and files of the user's own that a spec names; nothing is run."""
-    heads = [part.partition("*")[2] or part for part in str(spec).split("+")]
+def sources(operator: str | Sequence[str]) -> set[str]:
+    """The modules and files of the user's own that a spec, or those of the blocks, name; nothing
+    is run.
+    """
+    specs = [operator] if isinstance(operator, str) else operator
+    heads = [part.partition("*")[2] or part for spec in specs for part in str(spec).split("+")]
     return {match["source"] for match in map(own_match, heads) if match is not None}
 
 
@@ -327,7 +330,7 @@ def checked(head: Head, given: Mapping[str, Any]) -> dict[str, Any]:
             words = ["softmax", *bases.BASES]
             if value is not None and value not in words:
                 why = f"`base` must be one of {', '.join(words)}, got {value!r}"
-                raise refusal(head.text, why, near_matches(value, words))
+                raise refusal(head.text, why, schema.near(value, words))
             name = "unit_base" if value in bases.BASES else "base"
         if name not in known:
             what = head.family or (head.text if head.source else head.factory.__name__)
@@ -335,7 +338,7 @@ def checked(head: Head, given: Mapping[str, Any]) -> dict[str, Any]:
             raise refusal(
                 head.text,
                 f"{name!r} has no effect on {what}: {takes}",
-                near_matches(name, list(known)),
+                schema.near(name, known),
             )
         if name in options:
             raise refusal(head.text, f"option {name!r} is given twice")
@@ -453,5 +456,5 @@ def place(
             spec,
             f"{name}={value!r}, given beside it, has no effect: the spec takes {known}, and what "
             "it says itself holds",
-            near_matches(name, sorted(names)),
+            schema.near(name, sorted(names)),
         )

@@ -5,13 +5,13 @@ beside softmax, or inside it. `static` is the matrix itself, full or of low rank
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from kart import bases, kernels
+from kart import bases, kernels, schema
 from kart.bases import Params
 from kart.factories import remember
 from kart.kernels.plain import scores as scores_of
@@ -19,7 +19,6 @@ from kart.kernels.plain import wide
 from kart.operators.contract import (
     Factored,
     Operator,
-    check_choice,
     check_fits_memory,
     check_keys,
     check_rank,
@@ -43,12 +42,21 @@ def check_square(name: str, expected: int, queries: int, keys: int) -> None:
         )
 
 
-def check_form(
-    name: str, signed: bool, normalise: str | None, base: str | None, inside: bool
-) -> None:
-    """Raises ValueError unless these say one thing about what becomes of the matrix."""
-    check_choice(name, "normalise", normalise, ["softmax"])
-    check_choice(name, "base", base, ["softmax"])
+class Form(NamedTuple):
+    """What becomes of a matrix T, see `from_matrix`, and at which `start`: "zero" where T is 0."""
+
+    signed: bool
+    normalise: str | None
+    base: str | None
+    inside: bool
+    start: str
+
+
+def check_form(name: str, form: Form) -> None:
+    """Raises ValueError unless a form says one thing about what becomes of the matrix."""
+    signed, normalise, base, inside, _ = form
+    schema.check_choice(name, "normalise", normalise, [None, "softmax"])
+    schema.check_choice(name, "base", base, [None, "softmax"])
     for argument, value in (("signed", signed), ("inside", inside)):
         if not isinstance(value, bool):
             raise ValueError(f"`{name}` needs `{argument}` True or False, got {value!r}.")
@@ -65,7 +73,9 @@ def check_form(
 
 
 def mixed(matrix: Tensor, v: Tensor) -> Tensor:
-    """`matrix (H, N, M)` times `v (..., H, M, e)`; a matmul would repeat the matrix a sample."""
+    """`matrix (H, N, M)` times `v (..., H, M, e)`, where either may have more axes in front; a
+    matmul would repeat the other a sample.
+    """
     if torch.compiler.is_exporting():  # ONNX wants as many axes in every ellipsis
         return matrix @ v
     return torch.einsum("...nm,...me->...ne", matrix, v)
@@ -94,12 +104,8 @@ def from_matrix(
     init: Callable[[Generator, int, int], Params],
     matrix: Callable[[Params], Tensor | Factored],
     tokens: Callable[[Params], int],
+    form: Form,
     *,
-    signed: bool = True,
-    normalise: str | None = None,
-    base: str | None = None,
-    inside: bool = False,
-    start: str = "scaled",
     rank: int | None = None,
     resize: Callable[..., Params] | None = None,
     options: Mapping[str, Any] | None = None,
@@ -114,12 +120,13 @@ def from_matrix(
         init: draws the parameters; the sizes are checked before.
         matrix: T of the parameters, `(H, N, M)` or its factors.
         tokens: the number of tokens that parameters are for.
-        start: "zero" where the parameters of `init` make T = 0.
+        form: see above.
         rank: of the factors, None for a matrix.
         resize: see `Operator`.
         options: recorded in the result.
     """
-    check_form(name, signed, normalise, base, inside)
+    check_form(name, form)
+    signed, normalise, base, inside, start = form
 
     def entries(t: Tensor) -> Tensor:
         return t if signed else functional.softplus(t) / t.shape[-1]
@@ -184,14 +191,7 @@ def from_matrix(
         built = rank is not None and (not signed or normalise is not None or inside)
         return tokens**2 * (each + (rank if built and rank else 0))
 
-    options = {
-        **(options or {}),
-        "signed": signed,
-        "normalise": normalise,
-        "base": base,
-        "inside": inside,
-        "start": start,
-    }
+    options = {**(options or {}), **form._asdict()}
     traits: dict[str, Any] = {"self_attention": True}
     traits |= {"product_flops": product_flops, "activation_flops": activation_flops}
     if inside or normalise and not base:
@@ -208,7 +208,7 @@ def from_matrix(
 
 def default_start(name: str, start: str | None, base: str | None, inside: bool) -> str:
     """The start that was asked for; "zero" beside or inside softmax, "scaled" alone."""
-    check_choice(name, "start", start, STARTS)
+    schema.check_choice(name, "start", start, (None, *STARTS))
     return start or ("zero" if base or inside else "scaled")
 
 
@@ -278,11 +278,7 @@ def static(
         init,
         matrix,
         lambda params: params["matrix" if rank is None else "keys"].shape[1],
-        signed=signed,
-        normalise=normalise,
-        base=base,
-        inside=inside,
-        start=begin,
+        Form(signed, normalise, base, inside, begin),
         rank=rank,
         resize=resize,
         options={"rank": rank},

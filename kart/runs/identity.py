@@ -66,9 +66,7 @@ def describe(configs: Sequence[Config], splits: Splits) -> dict[str, Any]:
 
 def _code(config: Config) -> dict[str, str | None]:
     """Fingerprints of the user's own sources that the operators of `config` name."""
-    specs = [config.operator] if isinstance(config.operator, str) else config.operator
-    names = set[str]().union(*map(operators.sources, specs))
-    return {name: code.fingerprint(name) for name in sorted(names)}
+    return {name: code.fingerprint(name) for name in sorted(operators.sources(config.operator))}
 
 
 def _check_code(where: str, config: Config, own: dict[str, str | None]) -> None:

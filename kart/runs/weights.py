@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kart import checkpoint, population, train
+from kart import checkpoint, population, schema, train
 from kart.models import Model
 from kart.runs import identity, owned, records
 from kart.train import Config
@@ -30,10 +30,7 @@ def load_weights(directory: str | os.PathLike, which: str = "last") -> list[trai
     """The weights of each member of a run directory, from its "last" or "best" checkpoint; each
     member has its own best epoch.
     """
-    if which not in ("last", "best"):
-        raise ValueError(
-            f'`which` needs to be "last" or "best", got {which!r}. Choose one of them.'
-        )
+    schema.check_choice("load_weights", "which", which, ("last", "best"))
     own = identity.read(directory)
     path = Path(directory) / f"{which}.safetensors"
     if not path.exists():

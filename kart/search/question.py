@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -137,11 +136,8 @@ def locate(name: str) -> Path:
         return Path(name).resolve()
     found = available()
     if name not in found:
-        near = difflib.get_close_matches(name, found, n=3, cutoff=0.3) or list(found)
-        raise ValueError(
-            f"`study` needs a file or one of {list(found)}, got {name!r}. "
-            f"Near matches: {', '.join(near) or 'none'}."
-        )
+        near = schema.near_matches(name, found)
+        raise ValueError(f"`study` needs a file or one of {list(found)}, got {name!r}.{near}")
     return found[name][0]
 
 
@@ -175,11 +171,8 @@ def with_changes(study: Study, changes: Mapping[str, Any]) -> Study:
     shared = {f.name for f in dataclasses.fields(Config)}
     unknown = sorted(set(changes) - own - shared)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], own | shared, n=3, cutoff=0.3)
-        raise ValueError(
-            f"`--set` needs fields of Config, got {unknown[0]!r}. "
-            f"Near matches: {', '.join(near) or 'none'}."
-        )
+        near = schema.near_matches(unknown[0], own | shared)
+        raise ValueError(f"`--set` needs fields of Config, got {unknown[0]!r}.{near}")
     for cls in (Config, Study):
         hints = typing.get_type_hints(cls)
         for name, value in changes.items():
@@ -211,10 +204,9 @@ def check_effects(study: Study, changes: Mapping[str, Any], fix: Mapping[str, An
             known.setdefault(name, []).extend(found)
     for name, value in fix.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or list(known)
             raise ValueError(
-                f"`--fix` needs a parameter of the study, got {name!r}. Near matches: "
-                f"{', '.join(near)}."
+                f"`--fix` needs one of {list(known)}, parameters of the study, got {name!r}."
+                + schema.near_matches(name, known)
             )
         if not any(contains(one, value) for one in known[name]):
             raise ValueError(

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,15 +34,14 @@ TOP = 8
 
 class View(NamedTuple):
     """What the sections of the page are made of; `where` are the flags that name the study's home,
-    `directory` holds the page.
+    quoted for a shell, `directory` holds the page, `answer` is what the study concludes.
     """
 
     arms: Arms
     settings: Settings
-    question: str
     where: str
     directory: Path
-    answer: Callable[[Mapping[str, Confirmed]], str] | None = None
+    answer: str | None = None
 
 
 def _end(value: Any, searched: BaseDistribution) -> str:
@@ -191,7 +190,7 @@ def _outcome(view: View) -> pages.Section:
         )
     blocks: list[str] = []
     if view.answer is not None and done:
-        blocks.append(pages.code(view.answer(done)))
+        blocks.append(pages.code(view.answer))
     # a column that nothing fills, as before winners are confirmed, would push others off a phone
     filled = [i for i in range(len(header)) if not cells or any(row[i] != "-" for row in cells)]
     shown = [[row[i] for i in filled] for row in cells]
@@ -330,7 +329,7 @@ def rerun(view: View) -> str:
 
 
 def _how(view: View) -> pages.Section:
-    rest = view.question.partition("\n")[2].strip()
+    rest = view.settings.question.partition("\n")[2].strip()
     blocks = [pages.code(rerun(view)), *([pages.code(rest)] if rest else [])]
     stored = json.dumps(view.settings.asdict(), indent=1)
     return pages.Section(
@@ -361,7 +360,8 @@ def page(view: View) -> str:
         f"{settings.dataset['val']:,} validation images), sampler {settings.sampler}, pruner "
         f"{settings.pruner}."
     )
-    return pages.page(view.question.partition("\n")[0] or settings.study, sections(view), lead)
+    title = settings.question.partition("\n")[0] or settings.study
+    return pages.page(title, sections(view), lead)
 
 
 # how the reasons for pruning are told apart, in the order of the table
@@ -435,26 +435,16 @@ def rows(arms: Arms) -> list[dict[str, Any]]:
     return found
 
 
-def write(
-    directory: Path,
-    arms: Arms,
-    settings: Settings,
-    question: str,
-    where: str,
-    answer: Callable[[Mapping[str, Confirmed]], str] | None = None,
-) -> tuple[Path, Path]:
-    """Writes `report.html` and `trials.csv` into a directory; returns their paths. `where` are the
-    flags that name the study's home, quoted for a shell.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    found = rows(arms)
+def write(view: View) -> tuple[Path, Path]:
+    """Writes `report.html` and `trials.csv` into the directory of a view; returns their paths."""
+    view.directory.mkdir(parents=True, exist_ok=True)
+    found = rows(view.arms)
     columns = list(dict.fromkeys(name for row in found for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(found)
-    paths = directory / "report.html", directory / "trials.csv"
-    view = View(arms, settings, question, where, directory, answer)
+    paths = view.directory / "report.html", view.directory / "trials.csv"
     checkpoint.write_text(paths[0], page(view))
     checkpoint.write_text(paths[1], text.getvalue())
     return paths
