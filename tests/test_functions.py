@@ -367,7 +367,7 @@ OPERATOR = operators.parse("G2B:rank=2").operator
         (lambda: functions.prune(model_of("softmax"), {}, 1.0), "`threshold` < 1"),
         (
             lambda: functions.prune(model_of("softmax"), model_of("softmax").init(seeded()), 0.1),
-            "operators that are fixed",
+            "fixed operators alone",
         ),
         (
             lambda: functions.prune(m := model_of("G2B:order=by_offset"), m.init(seeded()), 0.1),
@@ -376,7 +376,7 @@ OPERATOR = operators.parse("G2B:rank=2").operator
         (lambda: curves_of("G2B:order=by_offset"), r"axes \(H, P, M\), got 'G2B:order=by_offset'"),
         (lambda: curves_of("softmax+G2B"), "pass a group of `learned_groups`"),
         (lambda: curves_of("G2B:order=beside_relative"), "pass a group of `learned_groups`"),
-        (lambda: curves_of("softmax"), "fixed functions have no units"),
+        (lambda: curves_of("softmax"), "Fixed functions have no units"),
         (
             lambda: functions.plot(
                 op := operators.parse("G2B:order=by_distance").operator, op.init(seeded(), 2, 5)

@@ -355,7 +355,10 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
     Of other families, and of models that attend as a teacher does, there is the streamed form
     alone, measured: `kept_bytes` of a forward pass of two and of three random images.
     """
-    schema.check_choice("activation_memory", "form", form, ("streamed", "naive"))
+    if form not in ("streamed", "naive"):
+        raise ValueError(
+            f'`activation_memory` needs `form` "streamed" or "naive", got {form!r}. Choose one.'
+        )
     schema.check_integer("activation_memory", "batch", batch, 1)
     c = model.config
     if not weighed(model) and form == "naive":

@@ -42,12 +42,16 @@ PLACED = ("by_offset", "by_distance")
 
 
 def _units(operator: Operator, params: Params) -> Params:
-    by_offset = operator.options.get("kind") == "by_offset"
-    if operator.basis is None or by_offset or parts_of(operator):
+    if operator.basis is None and not parts_of(operator):
+        raise ValueError(
+            f"`curves` needs an operator with learnable units, got {operator.name!r}. Fixed "
+            "functions have no units: they are the same in every head."
+        )
+    if parts_of(operator) or operator.options.get("kind") == "by_offset":
         raise ValueError(
             f"`curves` needs an operator whose units have axes (H, P, M), got {operator.name!r}. "
-            "Of hybrid heads and sums pass a group of `learned_groups`; fixed functions have no "
-            "units, and those by offset have other axes."
+            "Of hybrid heads and sums pass a group of `learned_groups`; units by offset have other "
+            "axes."
         )
     found = params.get("units", params.get("first"))
     if found is None:
@@ -370,8 +374,8 @@ def prune(model: Model, params: Params, threshold: float) -> Pruned:
             dropped[at] = counts
     if not dropped:
         raise ValueError(
-            "`prune` needs a model that learns functions of scores, got operators that are fixed, "
-            "of the distance, or by offset, all of which it leaves as they are."
+            "`prune` needs a model that learns functions of scores, got fixed operators alone, or "
+            "functions of the distance or by offset, all of which it leaves as they are."
         )
     return Pruned(tree.map_named(lambda name, leaf: changed.get(name, leaf), params), dropped)
 
@@ -424,9 +428,9 @@ def plot(
     groups = list(learned_groups(operator, params))
     if not groups:
         raise ValueError(
-            f"`plot` needs learned functions of the score, got {operator.name!r}. Fixed functions "
-            "are the same in every head, those by offset are not drawn, and `curves` shows those "
-            "of the distance."
+            f"`plot` needs functions of the score in learnable units, got {operator.name!r}. Fixed "
+            "functions are the same in every head, those by offset are not drawn, and `curves` "
+            "shows those of the distance."
         )
     starts = [None] * len(groups)
     if initial is not None:
