@@ -672,7 +672,11 @@ def report(out: Path) -> list[str]:
                 *(
                     pages.table(
                         ["arm", *group],
-                        [[arm, *(own.get(c, "") for c in group)] for arm, own in stacks.items()],
+                        [
+                            [arm, *(own.get(c, "") for c in group)]
+                            for arm, own in stacks.items()
+                            if own.keys() & set(group)
+                        ],
                         f"By {words}: test top-1, and the points over softmax with their interval.",
                     )
                     for words, group in by_factor(cells).items()
@@ -702,14 +706,18 @@ def report(out: Path) -> list[str]:
                             *(
                                 [part, *(stacked(found[c]) for c in group)]
                                 for part, found in gains.items()
+                                if any(found[c] for c in group)
                             ),
                             [
                                 "share of G3's gain that polynomial-0 has not",
-                                *(stacked(shares_found[c], 1.0) for c in group),
+                                *(
+                                    "unclear" if one and one.why else stacked(one, 1.0)
+                                    for one in map(shares_found.get, group)
+                                ),
                             ],
                         ],
-                        f"By {words}. The share has Fieller's interval, without bounds where the "
-                        "gain itself is not clear.",
+                        f"By {words}. The share has Fieller's interval, and is unclear where the "
+                        "gain itself is not clear of 0.",
                     )
                     for words, group in by_factor(cells).items()
                 ),
