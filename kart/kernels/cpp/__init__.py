@@ -322,7 +322,7 @@ def status() -> str:
 def refuses(product: Product, softmax: bool = False) -> str:
     """Why this engine cannot run a product; "" if it can."""
     if any(x.dtype not in DTYPES for x in (product.q, product.k, product.coefs)):
-        return "the C++ engine computes in float32 alone"
+        return "the C++ engine computes in float32 alone, and takes half precision beside it"
     return engine_of(product.family, softmax)[1]
 
 

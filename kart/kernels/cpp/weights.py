@@ -280,7 +280,7 @@ def engine_of(family: Family | None, form: str, matrix: bool = False) -> tuple[E
 def refuses(x: Weighted) -> str:
     """Why this engine cannot run; "" if it can."""
     if any(y.dtype not in DTYPES for y in (x.q, x.theta)):
-        return "the C++ engine computes in float32 alone"
+        return "the C++ engine computes in float32 alone, and takes half precision beside it"
     return engine_of(x.family, x.form, x.matrix)[1]
 
 
