@@ -1,7 +1,9 @@
 """The tables of the answer as the README has them, from the file of all runs.
 
-python -m studies.answer_tables                          # studies/answer_runs.csv
-python -m studies.answer_tables runs/answer/runs.csv     # what `studies.answer report` wrote
+    python -m studies.answer_tables                          # studies/answer_runs.csv
+    python -m studies.answer_tables runs/answer/runs.csv     # what `studies.answer report` wrote
+
+`tests/test_answer_tables.py` holds the README to them.
 """
 
 import argparse
@@ -86,10 +88,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def points(found: Interval | None, sign: str = "+") -> str:
     """A difference in points of top-1, `+6.4 [+5.9, +6.9]`."""
-    if found is None:
-        return ""
-    low, high = (f"{100 * one:{sign}.1f}" for one in (found.low, found.high))
-    return f"{100 * found.mean:{sign}.1f} [{low}, {high}]"
+    return "" if found is None else found.text(digits=1, sign=sign)
 
 
 def share(scores: Scores, cell: str) -> str:
@@ -97,7 +96,7 @@ def share(scores: Scores, cell: str) -> str:
     found = answer.score_share(scores, cell)
     if found is None:
         return ""
-    return "unclear" if found.why else f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    return "unclear" if found.why else found.text(1.0)
 
 
 def top1(scores: Scores, cell: str, arm: str) -> str:

@@ -99,7 +99,7 @@ def load(
                 f"`load` streams directories and public data sets alone, got {str(source)!r}. "
                 "Leave `stream` out."
             )
-        dataset = digits.load(str(source), split, image_size)
+        dataset = finding.BUILT_IN[str(source)].load(str(source), split, image_size)
     else:
         found = finding.find(source, options)
         base = entries.directory(cache)

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kart import tables
-from kart.data import changes, digits, finding, images, splits
+from kart.data import changes, finding, images, splits
 from kart.data.dataset import SPLITS, Converted, Unused
 from kart.data.finding import Options
 from kart.data.loading import asked, load
@@ -348,13 +348,14 @@ def _split(
 
 
 def _built_in(name: str) -> Description:
-    datasets = {split: digits.load(name, split, None) for split in SPLITS}
+    source = finding.BUILT_IN[name]
+    datasets = {split: source.load(name, split, None) for split in SPLITS}
     train = datasets["train"]
     height, width = train.images.shape[2:]
     mode = "L" if train.channels == 1 else "RGB"
     found = {
         split: SplitDescription(
-            origin=finding.BUILT_IN[name],
+            origin=source.origin,
             counts=dict(zip(dataset.classes, dataset.counts, strict=True)),
             sizes={(width, height): len(dataset.labels)},
             modes={mode: len(dataset.labels)},
