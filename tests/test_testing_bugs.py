@@ -560,6 +560,16 @@ BASES = {
         applied(lambda apply, p, x: apply({"coefs": p["coefs"].detach()}, x)),
         "parameter_gradient_is_right",
     ),
+    "shift without influence": (
+        bases.fourier(2)._replace(
+            init=lambda generator, shape: {
+                **bases.fourier(2).init(generator, shape),
+                "shift": torch.randn(shape, generator=generator),
+            },
+            apply=lambda p, x: bases.fourier(2).apply({"coefs": p["coefs"]}, x),
+        ),
+        "every_parameter_counts",
+    ),
     "no second derivative": (
         plain(lambda x: OnceDifferentiable.apply(x)[..., None], 1),
         "curvature_is_right",
@@ -1150,6 +1160,12 @@ OPERATORS = {
         "forward_meets_reverse",
     ),
     "branch on values": (attending(branching), "vmap_is_a_loop"),
+    "temperature without influence": (
+        attending(lambda attend, p, q, k, v, mask: attend({}, q, k, v, mask))._replace(
+            init=lambda generator, heads, tokens: {"tau": torch.rand(heads, generator=generator)}
+        ),
+        "every_parameter_counts",
+    ),
     # declared
     "parameters of one key declared to fit any": (
         parsed("G2:rank=2"),

@@ -278,6 +278,15 @@ def all_finite(found: dict[str, Tensor]) -> None:
         raise AssertionError(f"not finite: {', '.join(odd)}")
 
 
+def every_leaf_counts(f: Callable[[Any], Tensor], params: Any, seed: int) -> None:
+    """Asserts that no leaf of `params` has a derivative of zero in all of `f(params)`."""
+    y, pullback = vjp(f, params)
+    (slopes,) = pullback(torch.randn(y.shape, generator=draw.generator(seed), dtype=y.dtype))
+    dead = [name for name, leaf in tree.named(slopes).items() if leaf.numel() and not leaf.any()]
+    if dead:
+        raise AssertionError(f"without influence: {dead}")
+
+
 def adjoint(f: Callable[..., Tensor], x: tuple[Any, ...], seed: int, factor: float) -> None:
     """Asserts `<u, J v> = <J^T u, v>` for the Jacobian J of f at x, within `factor` roundings."""
     source = draw.generator(seed)

@@ -9,7 +9,7 @@ from kart.testing import draw
 from kart.testing.basis.subject import THETA_X, Params, Subject, rows, setting, within
 from kart.testing.core import Property, show
 from kart.testing.draw import Theta
-from kart.testing.laws import adjoint, check_slope, vjp
+from kart.testing.laws import adjoint, check_slope, every_leaf_counts, vjp
 
 
 def finite_with_derivatives(s: Subject, theta: Theta, x: list[float]) -> None:
@@ -100,10 +100,21 @@ def parameter_gradient_is_right(s: Subject, theta: Theta, x: list[float], seed: 
     check_slope(along, torch.zeros_like(values), 1.0, "d phi / d theta")
 
 
+def every_parameter_counts(s: Subject, seed: int) -> None:
+    """d phi / d theta is not zero over the reach of the basis for any leaf theta.
+
+    A parameter is drawn, counted and saved, but not used.
+    """
+    x = torch.linspace(-s.reach, s.reach, 32, dtype=torch.float64)
+    params = s.params(Theta(seed, 1.0), (1,), torch.float64)
+    every_leaf_counts(lambda params: s.basis.apply(params, x[:, None]), params, seed)
+
+
 PROPERTIES = (
     Property(finite_with_derivatives, {**THETA_X, "x": rows(within)}),
     Property(forward_meets_reverse, {**THETA_X, "seed": draw.seeds}, "forward_mode"),
     Property(gradient_is_right, THETA_X),
     Property(curvature_is_right, THETA_X, "second_derivative"),
     Property(parameter_gradient_is_right, {**THETA_X, "seed": draw.seeds}),
+    Property(every_parameter_counts, {"seed": draw.seeds}),
 )

@@ -10,7 +10,7 @@ from kart import tree
 from kart.testing import draw
 from kart.testing.compare import agree, agree_trees
 from kart.testing.core import Property
-from kart.testing.laws import adjoint, check_line, vjp, vmaps
+from kart.testing.laws import adjoint, check_line, every_leaf_counts, vjp, vmaps
 from kart.testing.operator.subject import (
     KIND,
     MASK,
@@ -115,6 +115,15 @@ def per_example_gradients(s: Subject, row: Row) -> None:
     agree_trees(summed, grad(loss)(*x), 64, "the sum of gradients of", "the whole")
 
 
+def every_parameter_counts(s: Subject, seed: int) -> None:
+    """d attend / d theta is not zero for any leaf theta, once training has moved it.
+
+    A parameter is drawn, counted and saved, but not used.
+    """
+    x = s.inputs(Row(seed, 2, s.heads or 2, 5, 5, 4, jitter=0.3), torch.float64)
+    every_leaf_counts(lambda params: s.op.attend(params, *x[1:]), x.params, seed)
+
+
 MASKED: dict[str, Any] = {**ROW, "kept": MASK, "mask": KIND, "seed": draw.seeds}
 
 PROPERTIES = (
@@ -123,4 +132,5 @@ PROPERTIES = (
     Property(curvature_is_right, MASKED, "second_derivative"),
     Property(vmap_is_a_loop, PAIR, "vmap"),
     Property(per_example_gradients, ROW, "vmap"),
+    Property(every_parameter_counts, {"seed": draw.seeds}),
 )
