@@ -10,19 +10,30 @@ from tqdm import tqdm
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """Rows of text under a header, columns aligned."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return "\n".join(aligned([header, ["-" * width for width in widths], *rows]))
+    """Rows of text under a header, columns aligned; see `aligned`."""
+    head, *body = _printed([header, *rows])
+    rule = ["-" * max(map(len, column)) for column in zip(head, *body, strict=True)]
+    return "\n".join(aligned([head, rule, *body]))
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A line of text a row, the first column to the left, the others to the right."""
+    """A line of text a row, the first column to the left, the others to the right. What does not
+    print, as a line break in the name of a class, is shown as Python escapes it.
+    """
+    rows = _printed(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
+        for row in rows
+    ]
+
+
+def _printed(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [
+        ["".join(c if c.isprintable() else repr(c)[1:-1] for c in cell) for cell in row]
         for row in rows
     ]
 

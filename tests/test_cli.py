@@ -392,6 +392,11 @@ def test_tables_and_spreads():
     assert runs.slug("G3B:rank=24,base=softmax") == "G3B-rank-24-base-softmax"
 
 
+def test_names_that_do_not_print_stay_in_their_row():
+    text = tables.table([["a\nb\x1b[31m", "1"], ["\u00e9", "2"]], ["name", "n"])
+    assert text.splitlines()[2:] == ["a\\nb\\x1b[31m  1", "\u00e9             2"]
+
+
 def test_interrupting_says_how_to_go_on(capsys, tmp_path, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
