@@ -6,7 +6,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kart.bases.basis import Basis, Cpp, Shared, Triton, check_integer, check_span, expansion
+from kart.bases.basis import (
+    Basis,
+    Cpp,
+    Shared,
+    Triton,
+    check_integer,
+    check_span,
+    expansion,
+    last_axis,
+)
 
 CPP = """
 struct Piece {
@@ -128,11 +137,11 @@ def bspline(
             values = [*row, u * values[-1] / k]
         # splines that end before or start behind the grid have places of their own beside it
         first = cell.nan_to_num(0).long() + degree + 1
-        places = first[..., None] + torch.arange(degree + 1, device=x.device)
-        room = x.new_zeros(*x.shape, size + 2 * (degree + 1) + 1)
-        y = room.scatter(-1, places, torch.stack(values, -1))[..., degree + 1 : degree + 1 + size]
+        own = torch.arange(degree + 1, device=x.device).view(-1, *[1] * x.dim())
+        room = x.new_zeros(size + 2 * (degree + 1) + 1, *x.shape)
+        y = room.scatter(0, first + own, torch.stack(values))[degree + 1 : degree + 1 + size]
         # NaN scores stay NaN and do not become zeros
-        return torch.where(torch.isnan(x)[..., None], x[..., None], y)
+        return last_axis(torch.where(torch.isnan(x), x, y))
 
     step = (high - low) / grid
     return expansion(

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from kart.bases.basis import Basis, Cpp, Shared, Triton, check_integer, expansion
+from kart.bases.basis import Basis, Cpp, Shared, Triton, check_integer, expansion, last_axis
 
 CPP = """
 struct Piece {
@@ -59,9 +59,9 @@ def harmonics(x: Tensor, grid: int) -> tuple[list[Tensor], list[Tensor]]:
     cosines, sines = [x.cos()], [x.sin()]
     for k in range(2, grid + 1):
         i, j = k // 2 - 1, k - k // 2 - 1
-        c = cosines[i] * cosines[j] - sines[i] * sines[j]
-        s = sines[i] * cosines[j] + cosines[i] * sines[j]
-        radius = 1.5 - 0.5 * (c * c + s * s)
+        c = torch.addcmul(cosines[i] * cosines[j], sines[i], sines[j], value=-1)
+        s = torch.addcmul(sines[i] * cosines[j], cosines[i], sines[j])
+        radius = torch.rsub(torch.addcmul(c * c, s, s), 1.5, alpha=0.5)
         cosines.append(c * radius)
         sines.append(s * radius)
     return cosines, sines
@@ -88,7 +88,7 @@ def fourier(
 
     def expand(x: Tensor) -> Tensor:
         cosines, sines = harmonics(x, grid)
-        return torch.stack(cosines + sines, dim=-1)
+        return last_axis(torch.stack(cosines + sines))
 
     def fill(out: Tensor, x: Tensor) -> None:
         rows = out.unbind(1)

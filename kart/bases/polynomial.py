@@ -6,7 +6,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kart.bases.basis import Basis, Cpp, Shared, Triton, check_integer, check_span, expansion
+from kart.bases.basis import (
+    Basis,
+    Cpp,
+    Shared,
+    Triton,
+    check_integer,
+    check_span,
+    expansion,
+    last_axis,
+)
 
 MONOMIALS = """
 struct Piece {
@@ -96,7 +105,7 @@ def polynomial(
         powers = [torch.ones_like(x)]
         for _ in range(degree):
             powers.append(powers[-1] * x)
-        return torch.stack(powers, dim=-1)
+        return last_axis(torch.stack(powers))
 
     def fill(out: Tensor, x: Tensor) -> None:
         rows = out.unbind(1)
@@ -145,7 +154,7 @@ def chebyshev(
         values = [torch.ones_like(t), t]
         for _ in range(2, degree + 1):
             values.append(2 * t * values[-1] - values[-2])
-        return torch.stack(values[: degree + 1], dim=-1)
+        return last_axis(torch.stack(values[: degree + 1]))
 
     def fold(coefs: Tensor) -> Tensor:
         # T_n' = 2 n (T_{n-1} + T_{n-3} + ..), its T_0 once

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kart.bases.basis import Basis, Cpp, Shared, Triton, check_integer, check_span, expansion
+from kart.bases.basis import (
+    Basis,
+    Cpp,
+    Shared,
+    Triton,
+    check_integer,
+    check_span,
+    expansion,
+    last_axis,
+)
 
 CPP = """
 struct Piece {
@@ -58,7 +67,8 @@ def gaussian_rbf(
 
     def expand(x: Tensor) -> Tensor:
         centres = torch.arange(grid, dtype=x.dtype, device=x.device) * width + low
-        return torch.exp(-(((x[..., None] - centres) / width) ** 2))
+        centres = centres.view(-1, *[1] * x.dim())
+        return last_axis(torch.exp(-(((x - centres) / width) ** 2)))
 
     return expansion(
         gaussian_rbf,

@@ -291,7 +291,8 @@ def _apply(
     family = family_named(name)
     if forward_levels() > 1:
         return _plain(family, q, k, coefs, mask, scale)
-    return _Forward.apply(family, engine, scale, q, k, coefs, mask)
+    forward = _Forward.apply if recorded() else _Forward.forward
+    return forward(family, engine, scale, q, k, coefs, mask)
 
 
 # --- the entry ------------------------------------------------------------------------------------

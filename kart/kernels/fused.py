@@ -49,7 +49,9 @@ def apply(op: Fused, *inputs: Tensor | None) -> tuple[Tensor, ...]:
 def _run(op: Fused, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """The results of the forward; of no samples the outputs alone, without a kernel."""
     some = inputs[0] is not None and inputs[0].shape[0]
-    return _Forward.apply(op, *inputs) if some else tuple(op.expression(*inputs))
+    if not some:
+        return tuple(op.expression(*inputs))
+    return _Forward.apply(op, *inputs) if recorded() else _raw_forward(op, inputs)
 
 
 # what takes the operations on tensors of a type; torch's stubs bind it wrongly

@@ -18,7 +18,7 @@ from kart.kernels.arguments import broadcast_leading, check, check_mask, flat_ma
 from kart.kernels.core import choose, contract, engine_for
 from kart.kernels.cpp import dense
 from kart.kernels.family import Product, family_of
-from kart.kernels.transforms import Quick, batchable, forward_levels, no_autocast
+from kart.kernels.transforms import Quick, batchable, forward_levels, no_autocast, recorded
 
 # scores in a chunk: 4 MiB of float32, a few of which are alive at a time
 CHUNK = 2**20
@@ -64,7 +64,7 @@ class _Recompute(Quick):
 
 def _recompute(fn: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
     with no_autocast(next(x for x in tensors if x is not None)):
-        if torch.compiler.is_compiling() or forward_levels():
+        if torch.compiler.is_compiling() or forward_levels() or not recorded():
             return fn(*tensors)
         return _Recompute.apply(fn, *tensors)  # type: ignore[no-any-return]
 
@@ -393,8 +393,8 @@ def by_queries(
     """
     split = [x for x in rows if x is not None]
     count, keys = split[0].shape[-2], next(x for x in whole if x is not None).shape[-2]
-    leads = [x.shape[:-2] for x in (*rows, *whole, mask) if x is not None]
-    each = math.prod(torch.broadcast_shapes(*leads)) * keys * numbers
+    named = {f"argument {i}": x for i, x in enumerate((*rows, *whole, mask))}
+    each = math.prod(broadcast_leading("by_queries", **named)) * keys * numbers
     step = _queries(each, count)
 
     def parts(x: Tensor | None, cut: bool) -> Sequence[Tensor | None]:

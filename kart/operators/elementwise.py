@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from kart import kernels, schema
 from kart.bases import Basis, Params
 from kart.factories import remember
+from kart.kernels.arguments import broadcast_leading
 from kart.kernels.entries import ENGINES
 from kart.kernels.plain import softmax_rows, weigh, wide
 from kart.operators import static
@@ -132,10 +133,9 @@ def from_entries(
     def of_each(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Any, factor: Any) -> Tensor:
         units, of = params["units"], basis if of_scores else None
         if not of_scores:
-            # every offset once
-            first = torch.arange(1 - q.shape[-2], k.shape[-2], device=q.device)
-            none = torch.zeros(1, dtype=first.dtype, device=q.device)
-            units = {"table": entries(params, None, first[:, None], none)[..., 0]}
+            # every offset once, as those of one query
+            keys = torch.arange(q.shape[-2] - 1, -k.shape[-2], -1, device=q.device)
+            units = {"table": entries(params, None, keys.new_zeros(1, 1), keys)[..., 0, :]}
         return kernels.entry_attention(
             of, units, q, k, v, mask, form=form, factor=factor, engine=engine
         )
@@ -154,7 +154,7 @@ def from_entries(
         place, _ = places(q.shape[-2], k.shape[-2], q.device)
         out = kernels.by_queries(block, [place], [v, *leaves], mask, 2)
         # the axes of q and k, which have no other part
-        lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], out.shape[:-2])
+        lead = broadcast_leading(name, q=q, k=k, out=out)
         out = out.expand(*lead, *out.shape[-2:])
         return out if factor is None else out * factor
 
@@ -280,15 +280,17 @@ def by_distance(
     schema.check_integer("by_distance", "reach", reach, 1, advice)
 
     def entries(params: Params, scores: Tensor | None, place: Tensor, keys: Tensor) -> Tensor:
-        # every offset once: a block of n queries and M keys has n + M - 1 of them
-        first = place[0, 0] - keys[-1]
+        alone, offsets = len(place) == 1, place - keys
+        if not alone:
+            # every offset once: a block of n queries and M keys has n + M - 1 of them
+            first = place[0] - keys[-1]
+            index = offsets - first
+            offsets = first + torch.arange(len(place) + len(keys) - 1, device=keys.device)
         leaf = next(iter(params["units"].values()))
-        dtype = torch.promote_types(leaf.dtype, torch.float32)
-        offsets = first + torch.arange(len(place) + len(keys) - 1, device=keys.device)
-        u = (1 + offsets.abs()).to(dtype).log() * offsets.sign() * (math.pi / math.log1p(reach))
-        table = each_head(basis, params["units"], u[None, None])[:, 0]
-        index = place - keys - first
-        return table[:, index]
+        offsets = offsets.reshape(1, -1).to(torch.promote_types(leaf.dtype, torch.float32))
+        u = offsets.abs().log1p().copysign(offsets) * (math.pi / math.log1p(reach))
+        table = each_head(basis, params["units"], u[None])
+        return table if alone else table[:, 0, index]
 
     return from_entries(
         "by_distance",

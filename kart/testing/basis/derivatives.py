@@ -106,7 +106,8 @@ def every_parameter_counts(s: Subject, seed: int) -> None:
     A parameter is drawn, counted and saved, but not used.
     """
     x = torch.linspace(-s.reach, s.reach, 32, dtype=torch.float64)
-    params = s.params(Theta(seed, 1.0), (1,), torch.float64)
+    # of several functions: one may be zero at all of these places
+    params = s.params(Theta(seed, 1.0), (8,), torch.float64)
     every_leaf_counts(lambda params: s.basis.apply(params, x[:, None]), params, seed)
 
 
