@@ -128,20 +128,22 @@ def bspline(
         if degree == 0:
             cell = torch.where(place.detach() == grid, cell.new_tensor(grid - 1.0), cell)
         u = place - cell  # in [0, 1) within the grid
-        # values[i] is the spline that started degree - i intervals before this one
-        values = [torch.ones_like(x)]
-        for k in range(1, degree + 1):
-            row = [(1 - u) * values[0] / k]
+        rising = [u + i for i in range(degree)]
+        falling = [1 + i - u for i in range(degree)]
+        # values[i] is the spline that started degree - i intervals before this one, times degree!
+        zero = 0 * cell  # or NaN, which stays NaN and does not become zero
+        values = [falling[0], u] if degree else [zero + 1]
+        for k in range(2, degree + 1):
+            row = [falling[0] * values[0]]
             for i in range(1, k):
-                row.append(((u + (k - i)) * values[i - 1] + (i + 1 - u) * values[i]) / k)
-            values = [*row, u * values[-1] / k]
+                row.append((rising[k - i] * values[i - 1]).addcmul(falling[i], values[i]))
+            values = [*row, u * values[-1]]
         # splines that end before or start behind the grid have places of their own beside it
         first = cell.nan_to_num(0).long() + degree + 1
         own = torch.arange(degree + 1, device=x.device).view(-1, *[1] * x.dim())
-        room = x.new_zeros(size + 2 * (degree + 1) + 1, *x.shape)
-        y = room.scatter(0, first + own, torch.stack(values))[degree + 1 : degree + 1 + size]
-        # NaN scores stay NaN and do not become zeros
-        return last_axis(torch.where(torch.isnan(x), x, y))
+        room = zero.expand(size + 2 * (degree + 1) + 1, *x.shape)
+        some = torch.stack(values) / math.factorial(degree)
+        return last_axis(room.scatter(0, first + own, some)[degree + 1 : degree + 1 + size])
 
     step = (high - low) / grid
     return expansion(

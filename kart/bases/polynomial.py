@@ -151,9 +151,9 @@ def chebyshev(
 
     def expand(x: Tensor) -> Tensor:
         t = ((x - (low + high) / 2) / ((high - low) / 2)).clamp(-1, 1)
-        values = [torch.ones_like(t), t]
+        values, twice = [torch.ones_like(t), t], 2 * t
         for _ in range(2, degree + 1):
-            values.append(2 * t * values[-1] - values[-2])
+            values.append(twice * values[-1] - values[-2])
         return last_axis(torch.stack(values[: degree + 1]))
 
     def fold(coefs: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ def gaussian_rbf(
     def expand(x: Tensor) -> Tensor:
         centres = torch.arange(grid, dtype=x.dtype, device=x.device) * width + low
         centres = centres.view(-1, *[1] * x.dim())
-        return last_axis(torch.exp(-(((x - centres) / width) ** 2)))
+        away = x - centres
+        return last_axis(away.new_zeros(()).addcmul(away, away, value=-(width**-2)).exp())
 
     return expansion(
         gaussian_rbf,
