@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kart.kernels.family import Family, Product
 from kart.kernels.plain import pullback, wide, wide_dtype
-from kart.kernels.transforms import fresh_keys, unseen, untransformed
+from kart.kernels.transforms import unseen, untransformed
 
 Features = Callable[[Tensor], Tensor]
 
@@ -146,6 +146,8 @@ class _Tile:
             y.view(shape[0], family.width * shape[2], -1) for y in (self.features, self.pulled)
         )  # (G, K M, S n)
         self.fill, self.folds = family.own("fill"), family.own("fold") is not None
+        # of the two buffers the second is that of a backward
+        self.pulls = len(room) > 1 and not self.folds
         self.pairs = [*zip(self.features.unbind(1), self.pulled.unbind(1), strict=True)]
 
     def load(self, q: Tensor, k: Tensor, hidden: Tensor | None) -> None:
@@ -153,14 +155,23 @@ class _Tile:
         torch.bmm(k, q.mT, out=self.scores)
         if hidden is not None:
             self.x.masked_fill_(hidden, 0)
-        if self.fill is not None:
+        if self.fill is not None and not self.pulls:
             self.fill(self.features, self.x)
         else:
-            self.features.copy_(self.family.features(self.x).movedim(-1, 1))
+            self.features.copy_(self._made().movedim(-1, 1))
         if hidden is not None and self.multiplies:
             self.features.mul_((~hidden).to(self.x.dtype).unsqueeze(1))
         elif hidden is not None:
             self.features.masked_fill_(hidden.unsqueeze(1), 0)
+
+    def _made(self) -> Tensor:
+        """Features of the scores; where `score_gradient` pulls through them, with their graph."""
+        if not self.pulls:
+            return self.family.features(self.x)
+        with untransformed(), torch.enable_grad():
+            self.leaf = self.x.detach().requires_grad_()
+            self.traced = self.family.features(self.leaf)
+            return self.traced.detach()
 
     def score_gradient(self, slopes: Tensor, dy: Tensor) -> Tensor:
         """`dL/ds`, `(G S, M, n)`, from `slopes (G, K M, r)` and `dy (G, r, S n)`; ends the scores
@@ -172,9 +183,11 @@ class _Tile:
             for features, pulled in self.pairs[1:]:
                 self.x.addcmul_(features, pulled)
             return self.scores
-        include, exclude = fresh_keys()
-        with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
-            (gradient,) = pullback(self.family.features, self.x)(self.pulled.movedim(1, -1))
+        if not self.traced.requires_grad:  # they depend on no score
+            return self.scores.zero_()
+        with untransformed():
+            cotangent = self.pulled.movedim(1, -1)
+            (gradient,) = torch.autograd.grad(self.traced, self.leaf, cotangent)
         if self.hidden is not None:
             gradient = gradient.masked_fill(self.hidden, 0)
         return gradient.transpose(1, 2).flatten(0, 1)
