@@ -74,11 +74,12 @@ def grad_levels() -> int:
 
 
 def recorded() -> bool:
-    """Whether what is called now is differentiated or transformed further; the backward of a plain
+    """Whether what is called now is differentiated, transformed or traced; the backward of a plain
     loss is not, and may call what it needs without an autograd.Function around it.
     """
     return (
         torch.is_grad_enabled()
+        or torch.jit.is_tracing()
         or bool(_functorch.get_interpreter_stack())
         or forward_ad._current_level >= 0
     )
