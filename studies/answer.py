@@ -76,7 +76,7 @@ CELLS: dict[str, dict[str, Any]] = {
 RATES_IN: dict[str, tuple[float, ...]] = {
     "width 128": (7.5e-4, 1.5e-3),
     "16,000 images": (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
-    "45,000 images": (1.5e-3, 3e-3, 6e-3, 1.2e-2),
+    "45,000 images": (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
     "30 epochs": (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
     "60 epochs": (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
     "patch 4": (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3),
