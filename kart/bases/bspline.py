@@ -128,7 +128,7 @@ def bspline(
         if degree == 0:
             cell = torch.where(place.detach() == grid, cell.new_tensor(grid - 1.0), cell)
         u = place - cell  # in [0, 1) within the grid
-        rising = [u + i for i in range(degree)]
+        rising = [u, *(u + i for i in range(1, degree))]
         falling = [1 + i - u for i in range(degree)]
         # values[i] is the spline that started degree - i intervals before this one, times degree!
         zero = 0 * cell  # or NaN, which stays NaN and does not become zero
