@@ -123,7 +123,8 @@ def bspline(
     def expand(x: Tensor) -> Tensor:
         # held where no spline is: far outside its powers would be infinite, and their share of the
         # gradient, zero times infinity, NaN
-        place = ((x - low) * (grid / (high - low))).clamp(-degree - 1, size + 1)
+        # with the axis of splines at once: torch's tangents of 0-d tensors change their dtype
+        place = ((x[None] - low) * (grid / (high - low))).clamp(-degree - 1, size + 1)
         cell = place.detach().floor()
         if degree == 0:
             cell = torch.where(place.detach() == grid, cell.new_tensor(grid - 1.0), cell)
@@ -142,7 +143,7 @@ def bspline(
         first = cell.nan_to_num(0).long() + degree + 1
         own = torch.arange(degree + 1, device=x.device).view(-1, *[1] * x.dim())
         room = zero.expand(size + 2 * (degree + 1) + 1, *x.shape)
-        some = torch.stack(values) / math.factorial(degree)
+        some = torch.cat(values) / math.factorial(degree)
         return last_axis(room.scatter(0, first + own, some)[degree + 1 : degree + 1 + size])
 
     step = (high - low) / grid
