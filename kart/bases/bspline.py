@@ -114,13 +114,14 @@ def bspline(
     def expand(x: Tensor) -> Tensor:
         # held where no spline is: far outside its powers would be infinite, and their share of the
         # gradient, zero times infinity, NaN
-        place = ((x - low) * (grid / (high - low))).clamp(-degree - 1, size + 1)
+        # with its last axis at once: torch's tangents of 0-d tensors change their dtype
+        place = ((x[..., None] - low) * (grid / (high - low))).clamp(-degree - 1, size + 1)
         cell = place.detach().floor()
         if degree == 0:
             cell = torch.where(place.detach() == grid, cell.new_tensor(grid - 1.0), cell)
         u = place - cell  # in [0, 1) within the grid
         # values[i] is the spline that started degree - i intervals before this one
-        values = [torch.ones_like(x)]
+        values = [torch.ones_like(u)]
         for k in range(1, degree + 1):
             row = [(1 - u) * values[0] / k]
             for i in range(1, k):
@@ -128,9 +129,9 @@ def bspline(
             values = [*row, u * values[-1] / k]
         # splines that end before or start behind the grid have places of their own beside it
         first = cell.nan_to_num(0).long() + degree + 1
-        places = first[..., None] + torch.arange(degree + 1, device=x.device)
+        places = first + torch.arange(degree + 1, device=x.device)
         room = x.new_zeros(*x.shape, size + 2 * (degree + 1) + 1)
-        y = room.scatter(-1, places, torch.stack(values, -1))[..., degree + 1 : degree + 1 + size]
+        y = room.scatter(-1, places, torch.cat(values, -1))[..., degree + 1 : degree + 1 + size]
         # NaN scores stay NaN and do not become zeros
         return torch.where(torch.isnan(x)[..., None], x[..., None], y)
 
