@@ -33,7 +33,10 @@ Schedule = Callable[[Tensor], Tensor]
 Mask = Callable[[str, Tensor], bool]
 
 
-SPARED = ("cls_token", "pos_embed", "shift", "scale", "scale_base", "scale_basis")
+SPARED = (
+    *("cls_token", "pos_embed", "relative_position_bias_table"),
+    *("shift", "scale", "scale_base", "scale_basis"),
+)
 
 
 class Transformation(NamedTuple):
@@ -266,7 +269,8 @@ def momentum(decay: float = 0.9, nesterov: bool = False) -> Transformation:
 
 
 def decay_mask(operators: bool = True) -> Mask:
-    """Which leaves decay: those of two axes and more, but neither class token nor positions.
+    """Which leaves decay: those of two axes and more, but neither class token nor positions, nor
+    the relative position biases of a Swin.
 
     The rule of timm and DeiT, which the paper's recipe follows; also spared are scales and shifts
     of learned units, which decay would pull to a function of no or of infinite width.
@@ -533,9 +537,9 @@ def warmup_cosine(
 ) -> Schedule:
     """Linear from `start` to `base` over `warmup_steps`, then half a cosine to `end`.
 
-    The first update has step 0 (a number will do, to look at it) and the rate `start`; from
-    `total_steps` on it is `end`. The paper's
-    (its Table 5): 5 epochs of warm-up, 100 in all, `base` of `paper_learning_rate`.
+    The first update has step 0 (a number will do, to look at it) and the rate `start`, or `base`
+    without a warm-up; from `total_steps` on it is `end`. The paper's (its Table 5): 5 epochs of
+    warm-up, 100 in all, `base` of `paper_learning_rate`.
 
     Reference: Loshchilov and Hutter, "SGDR", 2017, arXiv:1608.03983, equation 5.
     """
