@@ -870,6 +870,7 @@ def test_several_objectives_have_a_front_in_the_report(asked, tmp_path):
         (["run", "nowhere.py", "--out", "x"], "needs a file"),
         (["run", "grid_rank_sharing"], "`--out DIR`"),
         (["run", "grid_rank_sharing", "--out", "x", "--set", "epoch=3"], "epochs"),
+        (["run", "grid_rank_sharing", "--out", "x", "--set", "recipe=paper"], "got 'recipe'"),
         (["run", "grid_rank_sharing", "--out", "x", "--trials", "0"], "at least 2"),
         (["run", "grid_rank_sharing", "--out", "x", "--storage", "sqlite:///a.db"], "`--out DIR`"),
         (

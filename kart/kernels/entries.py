@@ -69,6 +69,11 @@ def entry_attention(
             f"`{name}` needs `form` inside or beside for a table, got {form!r}. Without softmax of "
             "the scores the weights are those of every sample: multiply them with `v`."
         )
+    if factor is not None and form not in ("plain", "beside"):
+        raise ValueError(
+            f"`{name}` needs no `factor` in the form {form!r}, got one of shape "
+            f"{tuple(factor.shape)}. Leave it out, or choose plain or beside."
+        )
     check(name, q, k, mask, scale, v=v)
     if v.dim() < 3 or v.shape[-2] != k.shape[-2]:
         raise ValueError(
