@@ -282,10 +282,6 @@ def test_bad_input_is_named():
         kernels.entry_attention(None, table, q, k, v, form="inside")
     with pytest.raises(ValueError, match=r"needs `form` inside or beside for a table, got 'l1'"):
         kernels.entry_attention(None, {}, q, k, v, form="l1")
-    for form in ("l1", "softmax", "inside", "simplex"):
-        with pytest.raises(ValueError, match=f"needs no `factor` in the form '{form}'"):
-            factor = torch.ones(4, 1).double()
-            kernels.entry_attention(basis, units, q, k, v, form=form, factor=factor)
     with pytest.raises(ValueError, match=r"cannot run engine='cpp' here: .* float32 alone"):
         kernels.entry_attention(basis, units, q, k, v, engine="cpp")
     assert entries.ENGINES[0] == "auto"

@@ -54,7 +54,8 @@ def entry_attention(
             - m + M - 1 the entry of query n and key m, for the forms "inside" and "beside".
         q, k, v: `(..., H, N, d)`, `(..., H, M, d)` and `(..., H, M, e)`.
         mask: boolean, True = attend, broadcasting to `(..., H, N, M)`.
-        factor: f, broadcasting to `(..., H, N, 1)`; of the forms "plain" and "beside".
+        factor: f, broadcasting to `(..., H, N, 1)`; the forms but "plain" and "beside", in which it
+            has no place, do not read it.
         scale: of the scores; default `d^-1/2`.
         engine: "auto", "torch", "cpp", or "plain", the materialised reference.
 
@@ -68,11 +69,6 @@ def entry_attention(
         raise ValueError(
             f"`{name}` needs `form` inside or beside for a table, got {form!r}. Without softmax of "
             "the scores the weights are those of every sample: multiply them with `v`."
-        )
-    if factor is not None and form not in ("plain", "beside"):
-        raise ValueError(
-            f"`{name}` needs no `factor` in the form {form!r}, got one of shape "
-            f"{tuple(factor.shape)}. Leave it out, or choose plain or beside."
         )
     check(name, q, k, mask, scale, v=v)
     if v.dim() < 3 or v.shape[-2] != k.shape[-2]:
