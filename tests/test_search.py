@@ -167,6 +167,8 @@ def test_a_fixed_value_is_one_that_steps_reach():
         ({"grid": (9, 1)}, "`grid`"),  # which used to draw G1 alone
         ({"rank": (0, 4)}, "`rank`"),
         ({"grid": (1.0, 3.0)}, "`grid`"),
+        ({"grid": (0, 0)}, "`grid` with one that fourier can have"),
+        ({"grid": (1, 1), "families": ["fourier", "gaussian_rbf"]}, "`grid` with one"),
         ({"degree": 3}, "`degree`"),
         ({"families": "fourier"}, "`families`"),
         ({"sharing": ("both",)}, "`sharing`"),
