@@ -63,7 +63,7 @@ def random_resized_crop(
 
     The box covers a share of the area uniform in `scale` with log(width / height) uniform in
     log `ratio`; whole pixels, the first of ten draws that fits, else the largest centred box (as
-    torchvision). Pixels outside of the box are never read.
+    torchvision). Pixels outside of the box have no weight but rounding.
     """
     _check("random_resized_crop", generator, images)
     height, width = images.shape[-2:]

@@ -103,6 +103,7 @@ def save(path: str | os.PathLike, params: Params, config: Any, **trees: Tree) ->
         },
     }
     try:
+        _check_keys(config)
         text = _sealed(header)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
@@ -490,6 +491,16 @@ def _damaged(function: str, where: str, why: str) -> ValueError:
         f"`{function}` needs a checkpoint as kart wrote it, got {where}, which is damaged: {why}. "
         "Take an earlier checkpoint."
     )
+
+
+def _check_keys(value: Any) -> None:
+    """Raises TypeError where a dict has keys that JSON would turn into strings."""
+    for key in value if isinstance(value, Mapping) else ():
+        if not isinstance(key, str):
+            raise TypeError(f"the key {key!r} is no string")
+    parts = value.values() if isinstance(value, Mapping) else value
+    for part in parts if isinstance(value, Mapping | list | tuple) else ():
+        _check_keys(part)
 
 
 def _sealed(header: dict[str, Any]) -> str:

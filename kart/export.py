@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kart import checkpoint, schema, transfer, tree
+from kart import checkpoint, models, operators, schema, transfer, tree
 from kart.kernels import family, plain
 from kart.models import Model
 
@@ -43,7 +43,17 @@ class Exported(nn.Module):
 
 
 def _safetensors(model: Model, params: Params, path: Path) -> None:
-    checkpoint.save(path, params, dataclasses.asdict(model.config))
+    config = dataclasses.asdict(model.config)
+    try:
+        # code of one's own is run where it is named alone
+        if not operators.sources(model.config.operator):
+            models.from_config(config)
+    except ValueError as error:
+        raise ValueError(
+            "`export` needs a model made of specs for safetensors, whose config can make it again, "
+            f"got operators {model.config.operator!r}. Name them by specs, or choose torch or onnx."
+        ) from error
+    checkpoint.save(path, params, config)
 
 
 def _timm(model: Model, params: Params, path: Path) -> None:
@@ -151,7 +161,7 @@ def write(
     Args:
         path: a file that ends in the suffix of the form; an earlier export is replaced whole, and
             of several forms beside one JSON file all are to be of the same `about`.
-        model: a model whose operators are named, so that its config can be stored.
+        model: a model; for "safetensors" made of specs, by which its config makes it again.
         params: its parameters, on the CPU.
         about: how images are standardised, classes, whose weights they are.
         form: "safetensors" (kart's own), "timm", "torch" or "onnx".

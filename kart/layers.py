@@ -12,13 +12,14 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from kart import kernels
-from kart.bases import DRAWN
+from kart.bases.basis import DRAWN, check_generator, check_input
 
 Params = dict[str, Any]
 
 
 def truncated_normal(generator: Generator, *shape: int, std: float = 0.02) -> Tensor:
     """N(0, std^2) cut at two standard deviations, as ViTs are initialised, `shape`, on the CPU."""
+    check_generator(generator)
     weight = torch.empty(shape, **DRAWN)
     return torch.nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std, generator=generator)
 
@@ -31,6 +32,7 @@ def linear_init(generator: Generator, in_size: int, out_size: int, bias: bool = 
 
 def linear(params: Params, x: Tensor) -> Tensor:
     """`(..., in)` to `(..., out)`."""
+    check_input("linear", x)
     weight = params["weight"].to(x.dtype)
     bias = params["bias"].to(x.dtype) if "bias" in params else None
     if x.dim() <= 3:
@@ -101,6 +103,7 @@ def patch_embed(params: Params, images: Tensor) -> Tensor:
     A product of reshaped patches: under `vmap` over a population a convolution would become a
     grouped one, which is slow.
     """
+    check_input("patch_embed", images)
     weight, bias = params["proj"]["weight"], params["proj"]["bias"]
     p = weight.shape[-1]
     *lead, channels, height, width = images.shape

@@ -268,8 +268,9 @@ def momentum(decay: float = 0.9, nesterov: bool = False) -> Transformation:
 def decay_mask(operators: bool = True) -> Mask:
     """Which leaves decay: those of two axes and more, but neither class token nor positions.
 
-    The rule of timm and DeiT, which the paper's recipe follows; also spared are scales and shifts
-    of learned units, which decay would pull to a function of no or of infinite width.
+    The rule of timm and DeiT for ViTs, which the paper's recipe follows (of a Swin timm spares the
+    relative position biases, too; here they decay). Also spared are scales and shifts of learned
+    units, which decay would pull to a function of no or of infinite width.
     `operators=False` spares the learned attention operators altogether (every leaf below a key
     `operator`).
     """
@@ -533,9 +534,9 @@ def warmup_cosine(
 ) -> Schedule:
     """Linear from `start` to `base` over `warmup_steps`, then half a cosine to `end`.
 
-    The first update has step 0 (a number will do, to look at it) and the rate `start`; from
-    `total_steps` on it is `end`. The paper's
-    (its Table 5): 5 epochs of warm-up, 100 in all, `base` of `paper_learning_rate`.
+    The first update has step 0 (a number will do, to look at it) and the rate `start`, or `base`
+    without a warm-up; from `total_steps` on it is `end`. The paper's (its Table 5): 5 epochs of
+    warm-up, 100 in all, `base` of `paper_learning_rate`.
 
     Reference: Loshchilov and Hutter, "SGDR", 2017, arXiv:1608.03983, equation 5.
     """

@@ -1,8 +1,9 @@
 """Means over seeds with intervals that say no more than is known.
 
-Three rules hold everywhere: one seed, or seeds that are all equal, give no interval but the reason
-for it in words; an interval never leaves the range of what it is about; and what an interval covers
-(seeds, or seeds and images) is in the name of the function that makes it.
+Three rules hold everywhere. Where nothing varies (one seed, or seeds that are all equal and no
+images counted) there is no interval, but the reason for it in words. An interval never leaves the
+range of what it is about. What it covers, seeds or seeds and images, the function that makes it
+says.
 """
 
 import math

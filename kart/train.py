@@ -37,6 +37,7 @@ Record = dict[str, Any]
 class Config:
     """Everything that determines a run. Fields of the model that are None take the model's default.
 
+    `recipe` is the name that `kart.recipes.config` notes, and sets nothing by itself.
     `learning_rate` None is the paper's rule, 5e-4 * batch / 512. `threads` None takes torch's
     number; a run records it, since on a CPU the number of threads changes the last bits. The
     warm-up is half of the run at most, whatever `warmup_epochs`.
@@ -130,6 +131,7 @@ class Config:
         # a compiled step plans its memory by itself
         need(not self.recompute or self.step == "eager", "step", '"eager" with `recompute`')
         need(self.precision in ("float32", "bfloat16"), "precision", '"float32" or "bfloat16"')
+        need(_is_device(self.device), "device", 'one that torch knows, such as "cpu" or "cuda:0"')
         need(self.threads is None or self.threads >= 1, "threads", ">= 1, or None")
         need(self.seed >= 0, "seed", "an integer >= 0")
         kept = self.trajectory
@@ -203,6 +205,13 @@ class Splits(NamedTuple):
                 f"`Splits` needs one validation image or more, got none in {self.val.name!r}. Hold "
                 "some out of the training images."
             )
+
+
+def _is_device(name: str) -> bool:
+    try:
+        return bool(torch.device(name).type)
+    except RuntimeError:
+        return False
 
 
 def load_data(config: Config, **options: Any) -> Splits:

@@ -41,10 +41,9 @@ def begin(
 
     Positions, and the donor's operators, are resized to the images of `model`. Filters of grey
     images on colour ones see the mean of the channels; those of colour on grey ones see the grey in
-    every channel. The classifier is
-    drawn anew where the donor's has other classes, or none. Operators that the donor lacks are
-    drawn; low-rank ones with `base=softmax` start with a mix of zero, so that on a donor with
-    softmax the logits are the donor's.
+    every channel. The classifier is drawn anew where the donor's has other classes, or none.
+    Operators that the donor lacks are drawn; low-rank ones with `base=softmax` start with a mix of
+    zero, so that on a donor with softmax the logits are the donor's.
 
     Args:
         model: what will be trained.
@@ -62,7 +61,8 @@ def begin(
     if like is not None:
         _check_operators("begin", model, like, CHANGED)
     if like is not None and like.config.patch_size == model.config.patch_size:
-        _, params = models.resize(like, params, model.config.image_size)
+        nested = tree.unflatten(tree.named(params))
+        _, params = models.resize(like, nested, model.config.image_size)
     named = tree.named(params)
     if not same_classes:
         named = {name: leaf for name, leaf in named.items() if name.split(".")[0] != "head"}

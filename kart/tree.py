@@ -58,7 +58,15 @@ def named(tree: Tree) -> dict[str, Any]:
     >>> named({"blocks": {"0": {"bias": 1}}, "head": 2})
     {'blocks.0.bias': 1, 'head': 2}
     """
-    return {_name(path): leaf for path, leaf in _pytree.tree_flatten_with_path(tree)[0]}
+    pairs = _pytree.tree_flatten_with_path(tree)[0]
+    found = {_name(path): leaf for path, leaf in pairs}
+    if len(found) < len(pairs):
+        twice = next(name for name in found if [_name(path) for path, _ in pairs].count(name) > 1)
+        raise ValueError(
+            f"`tree.named` needs a path for each leaf, got two at {twice!r}. Rename a key that has "
+            "a dot in it."
+        )
+    return found
 
 
 def map_named(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
@@ -82,7 +90,8 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts from dotted paths, the inverse of `named` on nested dicts.
+    """Nested dicts from dotted paths, the inverse of `named` on nested dicts; empty ones, which
+    have no leaf, do not come back.
 
     >>> unflatten({"blocks.0.bias": 1, "head": 2})
     {'blocks': {'0': {'bias': 1}}, 'head': 2}

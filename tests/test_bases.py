@@ -1,5 +1,6 @@
 """The families of functions: each through its property suite, golden values, inits, bad input."""
 
+import functools
 import math
 import pickle
 
@@ -283,6 +284,17 @@ def test_huge_scores_stay_finite_where_a_bound_is_declared(family):
         assert basis.apply(params, x).isfinite().all()
 
 
+@pytest.mark.parametrize("family", bases.FAMILIES)
+def test_one_number_has_forward_derivatives(family):
+    basis = bases.FAMILIES[family]()
+    params = basis.init(torch.Generator().manual_seed(0), ())
+    for x in (torch.tensor(0.3), torch.tensor(0.3, dtype=torch.bfloat16)):
+        phi = functools.partial(basis.apply, params)
+        slope, curve = torch.func.jacfwd(phi), torch.func.hessian(phi)
+        assert_close(slope(x).to(x), torch.func.grad(phi)(x))
+        assert curve(x).isfinite()
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -295,7 +307,12 @@ def test_huge_scores_stay_finite_where_a_bound_is_declared(family):
         (lambda: bases.bspline(2, 3, (0.0, math.inf)), "finite low < high"),
         (lambda: bases.gaussian_rbf(1), "`grid` >= 2"),
         (lambda: bases.rational(2, 0), "`denominator` >= 1"),
+        (lambda: bases.bspline(2, span=None), "`span` = (low, high)"),
+        (lambda: bases.chebyshev(2, span="ab"), "`span` = (low, high)"),
+        (lambda: bases.fourier(2.0), "got 2.0. Pass a Python int."),
         (lambda: bases.morlet(0.0), "finite `omega` > 0"),
+        (lambda: bases.morlet("5"), "finite `omega` > 0"),
+        (lambda: bases.shannon(half_width=None), "finite `half_width` > 0"),
         (lambda: bases.shannon(half_width=-1.0), "finite `half_width` > 0"),
         (lambda: bases.meyer("upside down"), "`reading` in"),
         (lambda: bases.linear(torch.sin, 2, orders=[1]), "`orders` of 2 positive integers"),

@@ -108,6 +108,13 @@ def test_a_plot_does_not_take_the_place_of_the_numbers(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("flag", ["--sizes", "--step-batch"])
+def test_a_quick_run_takes_no_flags_of_the_others(flag, tmp_path, capsys):
+    argv = ["bench", "--quick", flag, "4", "--out", str(tmp_path / "c.json")]
+    assert cli.main(argv) == 2
+    assert f"`{flag}` has no effect with `--quick`" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_step_and_its_memory_are_measured():
     args = argparse.Namespace(device="cpu", precision="float32", step_batch=1, repeats=1)

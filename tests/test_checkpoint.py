@@ -306,6 +306,7 @@ def test_a_tree_the_file_lacks_is_refused(tmp_path):
         ({"a": torch.ones(1).to_sparse()}, {}, "needs dense tensors"),
         ({}, {"a": torch.ones(1)}, "needs a config of JSON values"),
         ({}, {"a": float("nan")}, "needs a config of JSON values"),
+        ({}, {"a": [{1: 2}]}, "needs a config of JSON values.*the key 1 is no string"),
     ],
 )
 def test_what_cannot_be_saved_is_named_and_nothing_written(tmp_path, params, config, words):

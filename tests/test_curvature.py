@@ -155,6 +155,28 @@ def test_restarts_find_what_one_sweep_does_not():
         curvature.top_eigenvalues(loss, params, 3, seeded(), vectors=12, limit=20)
 
 
+@pytest.mark.parametrize("limit", [0, 11, 12, 15, 29])
+def test_no_more_products_are_spent_than_allowed(limit):
+    values = torch.cat([torch.tensor([-9.0, 8.0, 7.5]), torch.linspace(-7, 7, 97)]).tolist()
+    loss, params = quadratic(symmetric(values))
+    spent = []
+
+    def counted(w):
+        spent.append(1)
+        return loss(w)
+
+    with pytest.raises(ValueError, match=f"more than {limit} Hessian-vector"):
+        curvature.top_eigenvalues(counted, params, 3, seeded(), vectors=12, limit=limit)
+    assert len(spent) <= limit
+
+
+@pytest.mark.parametrize("tolerance", [0, -1, math.nan])
+def test_a_tolerance_that_nothing_meets_is_refused(tolerance):
+    loss, params = quadratic(symmetric([2.0, 1.0]))
+    with pytest.raises(ValueError, match="0 < `tolerance` < 1"):
+        curvature.top_eigenvalues(loss, params, 1, seeded(), tolerance=tolerance)
+
+
 def test_eigenvalues_of_a_hessian_of_low_rank():
     values = [4.0, 2.0, 2.0, -1.0] + [0.0] * 96
     loss, params = quadratic(symmetric(values))

@@ -234,6 +234,10 @@ def test_features_of_ones_own_bring_their_constants(tmp_path, session):
     images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     found = session(tmp_path / "m.onnx", images)
     assert_close(found, model.apply(params, images), rtol=0, atol=1e-5)
+    # a file that nobody could make a model of
+    with pytest.raises(ValueError, match="needs a model made of specs .* got operators 'low_rank'"):
+        export.write(tmp_path / "m.safetensors", model, params, {}, "safetensors")
+    assert not (tmp_path / "m.safetensors").exists()
 
 
 @pytest.mark.parametrize("form", ["torch", "onnx"])

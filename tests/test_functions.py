@@ -1,5 +1,7 @@
 """Functions with known coefficients: fits, harmonics, pruning, clusters, formulas, dependence."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -316,6 +318,9 @@ def test_formulas_as_they_are_written():
     assert symbolic.candidate(torch.full_like(x, 2.5), x)(x[:2]).tolist() == [2.5, 2.5]
     noise = torch.randn(121, generator=seeded()).double()
     assert symbolic.candidate(noise, x).r2 < 0.3
+    for margin in (-0.1, math.nan):
+        with pytest.raises(ValueError, match="`margin`"):
+            symbolic.candidate(noise, x, margin=margin)
     # simple before better: a sine that is hardly bent is a line
     assert symbolic.candidate(torch.sin(0.1 * x), x).name == "affine"
 

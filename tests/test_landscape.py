@@ -279,6 +279,8 @@ PLANE = torch.eye(6).double()[:2]
         (lambda: landscape.sharpness(torch.ones(5, 5), GRID, 0.1), r"got 1 within"),
         (lambda: landscape.sharpness(torch.ones(4, 4), landscape.axes(1.0, 4), 1.0), "odd number"),
         (lambda: landscape.sharpness(torch.ones(5, 4), GRID, 1.0), "its axes"),
+        (lambda: landscape.sharpness(torch.ones(5, 5), GRID, 1.5), "`radius` <= 1, how far"),
+        (lambda: landscape.coordinates(torch.eye(3), torch.ones(2, 3)), "that span a plane"),
         (lambda: landscape.roughness(torch.full((5, 5), torch.inf), GRID), "25 points nan or inf"),
         (lambda: landscape.plot({}, {}), "of the same names"),
         (lambda: landscape.plot({"a": torch.full((5, 5), torch.nan)}, {"a": GRID}), "got none"),

@@ -1,9 +1,10 @@
 """Layers against torch's own modules."""
 
+import pytest
 import torch
 from torch.testing import assert_close
 
-from kart import layers
+from kart import layers, models
 
 
 def test_linear_norm_and_mlp_are_torchs():
@@ -74,3 +75,18 @@ def test_layer_norm_has_the_right_hessian_under_every_transform():
     expected = torch.autograd.functional.hessian(loss, start)
     assert_close(torch.func.hessian(loss)(start), expected)
     assert_close(torch.func.jacrev(torch.func.jacrev(loss))(start), expected)
+
+
+def test_integers_would_make_every_weight_zero():
+    drawn = torch.Generator().manual_seed(0)
+    linear, patches = layers.linear_init(drawn, 4, 3), layers.patch_embed_init(drawn, 1, 2, 3)
+    with pytest.raises(ValueError, match="`linear` needs floating-point"):
+        layers.linear(linear, torch.ones(2, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="`patch_embed` needs floating-point"):
+        layers.patch_embed(patches, torch.ones(1, 4, 4, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("generator", [None, 0])
+def test_torchs_own_generator_is_never_drawn_from(generator):
+    with pytest.raises(ValueError, match="`init` needs a `torch.Generator` on the CPU"):
+        models.create("vit_nano").init(generator)

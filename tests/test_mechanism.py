@@ -585,6 +585,7 @@ APART[:, 1] = -APART[:, 0]
             ),
             "that a factory made",
         ),
+        (lambda: mechanism.swap(MODEL, PARAMS, "affine", {}, blocks=[]), r"`blocks` .*got \[\]"),
         (lambda: mechanism.retrain(TINY, MODEL, PARAMS, (), -1), "`steps` >= 0"),
         (lambda: mechanism.retrain(TINY, MODEL, PARAMS, (), 1, rate=0.0), "`rate` <= 1"),
         (

@@ -458,6 +458,22 @@ def test_bad_tensors_name_the_argument():
         operators.hybrid([])
     with pytest.raises(ValueError, match="as many heads as operators, 2, got 1"):
         mixed.attend({}, q[:, :2], k[:, :1], v[:, :2])
+    two = {"0": {}, "1": {}}
+    with pytest.raises(ValueError, match="`hybrid.attend` needs a `mask` whose axes"):
+        mixed.attend(two, q[:, :2], k[:, :2], v[:, :2], torch.ones(3, 4, 6, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    "spec", ["G2", "G2:order=elementwise", "static", "tempered", "G2:order=by_offset"]
+)
+def test_rows_of_other_heads_than_the_parameters_are_refused(spec, heads):
+    op, params, q, k, v = setting(spec, 5, 5)
+    few = [torch.cat([x, x], 1)[:, :heads] for x in (q, k, v)]
+    with pytest.raises(ValueError, match=f"needs parameters of {heads} heads, got those of 3"):
+        op.attend(params, *few)
+    with pytest.raises(ValueError, match=f"needs parameters of {heads} heads, got those of 3"):
+        op.weights(params, scores_of(*few[:2]))
 
 
 HUGE = 10**30

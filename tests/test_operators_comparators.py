@@ -354,6 +354,7 @@ def test_gated_attention_looks_at_the_same_place_of_a_finer_picture():
         ("performer:features=0", "`rank` >= 1"),
         ("linformer:rank=0", "`rank` >= 1"),
         ("gated:prefix=-1", "`prefix` >= 0"),
+        ("gated:locality=-1", "finite `locality` >= 0"),
         ("entmax:alpha=2", "takes no options"),
     ],
 )

@@ -167,6 +167,8 @@ def test_a_fixed_value_is_one_that_steps_reach():
         ({"grid": (9, 1)}, "`grid`"),  # which used to draw G1 alone
         ({"rank": (0, 4)}, "`rank`"),
         ({"grid": (1.0, 3.0)}, "`grid`"),
+        ({"grid": (0, 0)}, "`grid` with one that fourier can have"),
+        ({"grid": (1, 1), "families": ["fourier", "gaussian_rbf"]}, "`grid` with one"),
         ({"degree": 3}, "`degree`"),
         ({"families": "fourier"}, "`families`"),
         ({"sharing": ("both",)}, "`sharing`"),
@@ -870,6 +872,7 @@ def test_several_objectives_have_a_front_in_the_report(asked, tmp_path):
         (["run", "nowhere.py", "--out", "x"], "needs a file"),
         (["run", "grid_rank_sharing"], "`--out DIR`"),
         (["run", "grid_rank_sharing", "--out", "x", "--set", "epoch=3"], "epochs"),
+        (["run", "grid_rank_sharing", "--out", "x", "--set", "recipe=paper"], "got 'recipe'"),
         (["run", "grid_rank_sharing", "--out", "x", "--trials", "0"], "at least 2"),
         (["run", "grid_rank_sharing", "--out", "x", "--storage", "sqlite:///a.db"], "`--out DIR`"),
         (

@@ -487,6 +487,7 @@ def test_configs_survive_json_and_their_hash_names_them():
         {"ema": 1.0},
         {"batching": "sideways"},
         {"precision": "float8"},
+        {"device": "tpu"},
         {"threads": 0},
         {"seed": -1},
         {"accumulate": 0},

@@ -73,6 +73,9 @@ def test_another_size_of_images_is_the_resized_donor(operator):
     wanted_model, wanted = models.resize(donor, theirs, 16)
     found = model.apply(params, images(16))
     assert_close(found, wanted_model.apply(wanted, images(16)), rtol=1e-5, atol=1e-5)
+    # a state dict, in which an operator without parameters leaves nothing
+    again, _ = transfer.begin(model, tree.named(theirs), seeded(), donor)
+    tree.map(lambda a, b: assert_close(a, b, rtol=0, atol=0), again, params)
 
 
 def test_operators_of_a_donor_move_with_it():

@@ -152,3 +152,8 @@ def test_ravel_and_unravel_are_inverse():
 def test_ravel_refuses(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_two_leaves_of_one_path_are_refused():
+    with pytest.raises(ValueError, match="a path for each leaf, got two at 'a.b'"):
+        tree.named({"a.b": 1, "a": {"b": 2}})

@@ -39,6 +39,7 @@ def test_levels_have_their_strides():
     nested = model.apply(params, images[None, :, None])
     assert_close({k: v[0, :, 0] for k, v in nested.items()}, levels)
     assert_close(model.apply(params, images[0]), {k: v[0] for k, v in levels.items()})
+    assert model.apply(params, images[:0])["p0"].shape == (0, 6, 32, 32)
 
 
 @pytest.mark.parametrize("operator", ["softmax", "sigmoid", "relu", "G2B:rank=3", "G2U:rank=3"])

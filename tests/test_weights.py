@@ -143,6 +143,7 @@ def test_histograms_share_bins():
     [
         (lambda: weights.hill(torch.ones(())), r"\(\.\.\., n\)"),
         (lambda: weights.hill(torch.ones(100), 0.0), "0 < `share` < 1"),
+        (lambda: weights.hill(torch.ones(100), torch.nan), "0 < `share` < 1"),
         (lambda: weights.hill(torch.ones(5), 0.1), "one value in it"),
         (lambda: weights.hill(torch.zeros(50)), "got zeros among them"),
         (lambda: weights.kurtosis(torch.tensor([1.0, torch.nan])), "1 nan or inf"),

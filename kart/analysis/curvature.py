@@ -184,7 +184,7 @@ def top_eigenvalues(
         tolerance: residual over the largest magnitude at which an eigenvalue counts as found;
             default the square root of the precision of `params`. Its error is below that, and about
             the square of it where it lies apart.
-        limit: how many Hessian-vector products may be spent.
+        limit: how many Hessian-vector products may be spent, `vectors` of them at the start.
 
     Raises ValueError where the limit does not suffice.
 
@@ -202,32 +202,36 @@ def top_eigenvalues(
             f"{count!r}. Ask for 5."
         )
     steps = min(size, 2 * count + 20 if vectors is None else vectors)
-    if steps < min(size, count + 2):
+    if not schema.fits(steps, int) or steps < min(size, count + 2):
         raise ValueError(
             f"`top_eigenvalues` needs `vectors` >= {min(size, count + 2)}, got {vectors}. "
             "Leave it out."
+        )
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise ValueError(
+            f"`top_eigenvalues` needs 0 < `tolerance` < 1, got {tolerance!r}. Leave it out."
         )
     space = _Space(loss, params, steps)
     dtype = space.basis.dtype
     close = space.precision**0.5 if tolerance is None else tolerance
     first = space.normal(generator)
     space.basis[0] = first / torch.linalg.vector_norm(first)
-    kept = used = 0
+    kept = used = found = 0
     while True:
+        if used + steps - kept > limit:
+            raise ValueError(
+                f"`top_eigenvalues` needs more than {limit} Hessian-vector products for {count} "
+                f"eigenvalues, got {found} of them. Raise `limit` or `tolerance`, or ask for fewer."
+            )
         filled, left = space.grow(kept, steps, generator)
         used += filled - kept
         values, directions = torch.linalg.eigh(space.projected)
         order = WHICH[which](values).argsort(descending=True)
         largest = float(values.abs().max())
         residuals = left * directions[-1, order[:count]].abs()
-        if filled == size or bool((residuals <= close * largest).all()):
+        found = int((residuals <= close * largest).sum())
+        if filled == size or found == count:
             return values[order[:count]].to(dtype)
-        if used >= limit:
-            found = int((residuals <= close * largest).sum())
-            raise ValueError(
-                f"`top_eigenvalues` needs more than {limit} Hessian-vector products for {count} "
-                f"eigenvalues, got {found} of them. Raise `limit` or `tolerance`, or ask for fewer."
-            )
         # the wanted vectors and as many of the next as let the new ones be half of the space
         kept = min(count + (steps - count) // 2, steps - 1)
         best = order[:kept]

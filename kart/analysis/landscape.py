@@ -133,7 +133,13 @@ def coordinates(path: Tensor, directions: Tensor) -> Tensor:
     plane = directions.double()
     parts = zip(_differences(path), plane.split(COLUMNS, dim=1), strict=True)
     along = sum((d @ p.mT for d, p in parts), plane.new_zeros(len(path) - 1, 2))
-    found = torch.linalg.solve(plane @ plane.mT, along.mT).mT
+    gram = plane @ plane.mT
+    if not float(gram.det()) > 1e-12 * float(gram.diagonal().prod()):
+        raise ValueError(
+            f"`coordinates` needs `directions` that span a plane, got parallel ones or zeros of "
+            f"lengths {gram.diagonal().sqrt().tolist()}. Take those of `directions`."
+        )
+    found = torch.linalg.solve(gram, along.mT).mT
     return torch.cat([found, found.new_zeros(1, 2)])
 
 
@@ -320,8 +326,9 @@ def sharpness(z: Tensor, axes: Tensor, radius: float) -> Sharpness:
     """How far the loss rises within `radius` of the centre: the largest rise and the mean over
     the grid points there, in the unit of the loss.
 
-    `radius` is in that of the axes. The grid must have the centre (0, 0) as a point. Of a quadratic
-    c |x|^2 / 2 the rises are c radius^2 / 2 and about half of that.
+    `radius` is in the unit of the axes. The grid must have the centre (0, 0) as a point, and reach
+    as far as `radius` on every side. Of a quadratic c |x|^2 / 2 the rises are c radius^2 / 2 and
+    about half of that.
 
     >>> grid = axes(1.0, 5)
     >>> z = grid[0][:, None] ** 2 + grid[1] ** 2
@@ -336,6 +343,12 @@ def sharpness(z: Tensor, axes: Tensor, radius: float) -> Sharpness:
         raise ValueError(
             f"`sharpness` needs a grid with the point (0, 0) and 4 more within {radius!r}, got "
             f"{int(within.sum())} within. Use an odd number of points, or a larger radius."
+        )
+    reach = float(torch.minimum(-axes.amin(-1), axes.amax(-1)).min())
+    if radius > reach * (1 + 1e-9):
+        raise ValueError(
+            f"`sharpness` needs `radius` <= {reach:g}, how far the grid reaches from its centre, "
+            f"got {radius!r}. Take a surface of a larger `extent`."
         )
     rise = z[within] - z[centre]
     return Sharpness(rise.max(), rise.mean())

@@ -107,7 +107,7 @@ def swap(
     schema.check_choice("swap", "kind", kind, KINDS)
     depth = len(model.sites)
     chosen = range(depth) if blocks is None else blocks
-    if not all(isinstance(i, int) and 0 <= i < depth for i in chosen):
+    if not chosen or not all(schema.fits(i, int) and 0 <= i < depth for i in chosen):
         raise ValueError(
             f"`swap` needs `blocks` from 0 to {depth - 1}, got {list(chosen)}. Count from 0."
         )

@@ -151,6 +151,8 @@ def candidate(
     >>> found.name, round(found.r2, 4), found.formula
     ('sin', 1.0, '2 sin(1.5 x) + 1')
     """
+    if not 0 <= margin <= 1:
+        raise ValueError(f"`candidate` needs 0 <= `margin` <= 1, got {margin!r}. Leave it out.")
     centred, roots = _checked("candidate", values[None], x, density)
     target, whole = centred[0], float(centred[0].square().sum())
     mean = float((values.double() * roots.square()).sum())

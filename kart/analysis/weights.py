@@ -53,8 +53,8 @@ def hill(values: Tensor, share: float = 0.1) -> Tensor:
     3.0
     """
     _check_values("hill", values, 2)
-    count = int(share * values.shape[-1])
-    if not 0 < share < 1 or count < 1:
+    count = int(share * values.shape[-1]) if 0 < share < 1 else 0
+    if count < 1:
         raise ValueError(
             f"`hill` needs 0 < `share` < 1 and one value in it, got {share!r} of "
             f"{values.shape[-1]} values. The default is 0.1."

@@ -16,6 +16,9 @@ Triton, a family declares beside its features, in one file.
 | `gaussian_rbf` | sum_j c_j exp(-((x - t_j) / h)^2) | - |
 | `rational` | (a_0 + .. + a_m x^m) / (1 + abs(b_1 x + .. + b_n x^n)) | Table 6 |
 | `mexican_hat`, `morlet`, `dog`, `meyer`, `shannon` | w psi((x - tau) / s) | Table 6 |
+
+All take `base`, `init` and `scales`, of which `linear` says more; `init="smooth"` is for `fourier`,
+`polynomial` and `chebyshev`, whose features have an order.
 """
 
 from collections.abc import Callable

@@ -179,7 +179,8 @@ def check_input(name: str, x: Tensor) -> None:
 
 def check_integer(function: str, argument: str, value: Any, least: int, most: float = MOST) -> None:
     """Raises ValueError unless `value` is an integer from `least` to `most`."""
-    schema.check_integer(function, argument, value, least, "Pass a larger one.")
+    advice = "Pass a larger one." if schema.fits(value, int) else "Pass a Python int."
+    schema.check_integer(function, argument, value, least, advice)
     if value > most:
         raise ValueError(
             f"`{function}` needs an integer `{argument}` <= {most}, got {value!r}. "
@@ -189,7 +190,8 @@ def check_integer(function: str, argument: str, value: Any, least: int, most: fl
 
 def check_span(function: str, span: Sequence[float]) -> tuple[float, float]:
     """The ends of a span; ValueError unless they are finite and in order."""
-    if len(span) != 2 or not -math.inf < span[0] < span[1] < math.inf:
+    pair = schema.fits(span, tuple[float, ...]) and len(span) == 2
+    if not pair or not -math.inf < span[0] < span[1] < math.inf:
         raise ValueError(
             f"`{function}` needs `span` = (low, high) with finite low < high, got {span!r}. "
             "Pass for example (-4.0, 4.0)."
@@ -204,15 +206,20 @@ def last_axis(features: Tensor) -> Tensor:
     return features.movedim(0, -1)
 
 
-def normal(generator: Generator, shape: Sequence[int]) -> Tensor:
-    """Standard normal float32 `shape`, drawn on the CPU, so that a seed means the same numbers on
-    every device.
-    """
+def check_generator(generator: Any) -> None:
+    """Raises ValueError unless `generator` is one on the CPU: None would be torch's global one."""
     if not isinstance(generator, Generator) or generator.device.type != "cpu":
         raise ValueError(
             f"`init` needs a `torch.Generator` on the CPU first, got {generator!r}. "
             "Draw with torch.Generator().manual_seed(seed), then move with tree.to(params, device)."
         )
+
+
+def normal(generator: Generator, shape: Sequence[int]) -> Tensor:
+    """Standard normal float32 `shape`, drawn on the CPU, so that a seed means the same numbers on
+    every device.
+    """
+    check_generator(generator)
     return torch.randn(tuple(shape), generator=generator, **DRAWN)
 
 

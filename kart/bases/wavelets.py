@@ -351,10 +351,10 @@ def mexican_hat(
 def morlet(
     omega: float = 5.0, *, base: str = "zero", init: str = "scaled", scales: bool = False
 ) -> Basis:
-    """Morlet (Table 6): w cos(omega t) exp(-t^2 / 2), t = (x - tau) / s; its mean is exp(-omega^2 /
-    2), not exactly 0.
+    """Morlet (Table 6): w cos(omega t) exp(-t^2 / 2), t = (x - tau) / s; its integral over t is
+    sqrt(2 pi) w exp(-omega^2 / 2), not exactly 0.
     """
-    if not 0 < omega < math.inf:
+    if not schema.fits(omega, float) or not 0 < omega < math.inf:
         raise ValueError(f"`morlet` needs a finite `omega` > 0, got {omega!r}. The paper uses 5.")
 
     def psi(t: Tensor) -> Tensor:
@@ -444,7 +444,7 @@ def shannon(
     wavelet-KAN code in circulation.
     """
     schema.check_choice("shannon", "reading", reading, ["argument", "index"])
-    if not 0 < half_width < math.inf:
+    if not schema.fits(half_width, float) or not 0 < half_width < math.inf:
         raise ValueError(
             f"`shannon` needs a finite `half_width` > 0, got {half_width!r}. Pass a multiple of pi."
         )

@@ -110,6 +110,6 @@ COMMAND = Command(
     _flags,
     _run,
     reads=True,
-    description="Scores every run at or below a directory. This is the only command that reads "
-    "the test split.",
+    description="Scores every run at or below a directory, on the test split unless told "
+    "otherwise. Only `kart study`, of its winners, scores on that split, too.",
 )

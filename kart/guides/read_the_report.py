@@ -1,8 +1,8 @@
 """Read the report.
 
-`kart analyse RUN` and `kart study report` write one self-contained page; what it shows is beside it
-as JSON and CSV. It holds the sections that the runs allow, in this order, and says in one line why
-another is missing.
+`kart analyse RUN` writes one self-contained page, and its numbers beside it as JSON and CSV. It
+holds the sections that the runs allow, those below in this order, and says in one line why another
+is missing. `kart study report` writes a page of its own, and its trials as CSV.
 
 # The numbers
 
@@ -52,7 +52,8 @@ explains, and what the mean matrix looks like.
 
 # A study's page
 
-The table of winners has two columns of accuracy: of the search (chosen by, hence too good) and of
-fresh seeds. The parameters that mattered are ranked by how far their values in the better trials
+The table of winners has three columns of accuracy: on the test split and on validation images with
+fresh seeds, and on validation images of the search, which chose by it (hence too good). The
+parameters that mattered are ranked by how far their values in the better trials
 differ from those in all of them (PED-ANOVA); it says nothing beyond the space that was searched.
 """

@@ -54,7 +54,8 @@ def entry_attention(
             - m + M - 1 the entry of query n and key m, for the forms "inside" and "beside".
         q, k, v: `(..., H, N, d)`, `(..., H, M, d)` and `(..., H, M, e)`.
         mask: boolean, True = attend, broadcasting to `(..., H, N, M)`.
-        factor: f, broadcasting to `(..., H, N, 1)`; of the forms "plain" and "beside".
+        factor: f, broadcasting to `(..., H, N, 1)`; the forms but "plain" and "beside", in which it
+            has no place, do not read it.
         scale: of the scores; default `d^-1/2`.
         engine: "auto", "torch", "cpp", or "plain", the materialised reference.
 

@@ -177,10 +177,10 @@ def softmax_attention(
     table) v`.
 
     A query whose keys are all masked gets zeros. One all of whose attended scores overflow to -inf
-    has no weights: it gets NaN, but where torch's fused kernel runs, which makes zeros of it. Holds
-    under every transform of `torch.func`; on
-    the CPU also under double backward. On CUDA a second derivative by `torch.autograd` alone (not
-    `torch.func`) is refused by torch's kernel.
+    has no weights: it gets NaN, but where torch's fused kernel runs, which makes zeros of it.
+
+    Holds under every transform of `torch.func`; on the CPU also under double backward. On CUDA a
+    second derivative by `torch.autograd` alone (not `torch.func`) is refused by torch's kernel.
 
     Args:
         q, k, v: `(..., H, N, d)`, `(..., H, M, d)` and `(..., H, M, e)`.

@@ -79,10 +79,11 @@ class Model(NamedTuple):
     """A model as pure functions of its parameters.
 
     `init(generator)` draws them; `apply(params, images)` maps `(..., Cin, height, width)` to logits
-    `(..., C)`; `intermediates(params, images)` returns, by name, "blocks.<i>.scores" and
-    "blocks.<i>.weights" `(..., H, N, M)`, "blocks.<i>.values" `(..., H, M, d)`,
-    "blocks.<i>.tokens" `(..., N, D)` and "logits". `sites` say, block by block, which operator
-    stands there and where its parameters are.
+    `(..., C)`, or of a ViTDet to maps by level; `intermediates(params, images)` returns, by name,
+    "blocks.<i>.scores" and "blocks.<i>.weights" `(..., H, N, M)`, "blocks.<i>.values" `(..., H, M,
+    d)`, of blocks with windows with an axis of those before the heads, "blocks.<i>.tokens" `(...,
+    N, D)`, and "logits" or the maps. `sites` say, block by block, which operator stands there and
+    where its parameters are.
     """
 
     config: Any
@@ -119,6 +120,11 @@ class Family(NamedTuple):
 def find(params: Params, path: str) -> Params:
     """The subtree of `params` at a dotted path."""
     for key in path.split("."):
+        if key not in params:
+            raise ValueError(
+                f"a model needs parameters with {path!r}, got none called {key!r} among "
+                f"{[*params]!r:.100}. Create the model with the config that they were made with."
+            )
         params = params[key]
     return params
 

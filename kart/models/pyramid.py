@@ -29,7 +29,7 @@ def conv(params: Params, x: Tensor) -> Tensor:
     weight = params["weight"].to(x.dtype)
     images = x.movedim(-1, -3).reshape(-1, x.shape[-1], *x.shape[-3:-1])
     y = F.conv2d(images, weight, padding=weight.shape[-1] // 2)
-    return layers.layer_norm(params["norm"], y.movedim(-3, -1).reshape(*x.shape[:-1], -1))
+    return layers.layer_norm(params["norm"], y.movedim(-3, -1).reshape(*x.shape[:-1], len(weight)))
 
 
 def double_init(generator: Generator, in_size: int, out_size: int) -> Params:

@@ -38,7 +38,8 @@ def move(old: Model, new: Model, params: Params) -> Params:
     params = tree.map_named(reaching, params)
     pairs = {was.path: (was, now) for was, now in zip(old.sites, new.sites, strict=True)}
     for path, (was, now) in pairs.items():
-        if was.tokens != now.tokens:
+        # a state dict has nothing of an operator without parameters
+        if was.tokens != now.tokens and was.operator.traits.get("learned", True):
             sizes = lattice(was.tokens), lattice(now.tokens)
             own = operators.resize(was.operator, find(params, path), *sizes)
             params = place(params, path, own)

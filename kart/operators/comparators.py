@@ -120,6 +120,10 @@ def gated(prefix: int | None = None, rows: int | None = None, locality: float = 
         locality: how sharply heads look at one neighbour of a square around the query at the start.
     """
     check_geometry("gated", prefix, rows)
+    if not schema.fits(locality, float) or not 0 <= locality < math.inf:
+        raise ValueError(
+            f"`gated` needs a finite `locality` >= 0, got {locality!r}. ConViT uses 1."
+        )
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
         lattice_of("gated", tokens, prefix, rows)

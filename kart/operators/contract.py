@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Generator, Tensor
 
-from kart import bases, factories, kernels, schema
+from kart import bases, factories, kernels, schema, tree
 from kart.bases import Basis, Params
 from kart.kernels import arguments
 from kart.kernels.core import no_autocast
@@ -222,6 +222,21 @@ def check_keys(name: str, expected: int, keys: int) -> None:
         )
 
 
+def check_heads(name: str, params: Params, *tensors: Tensor) -> None:
+    """Raises ValueError unless every leaf of the parameters leads with the heads that the tensors
+    `(..., H, N, .)` have together, or with one, which broadcasts: the heads of the output are those
+    of the input.
+    """
+    heads = max(x.shape[-3] if x.dim() > 2 else 1 for x in tensors)
+    found = {tuple(leaf.shape[:1]) for leaf in tree.leaves(params)}
+    if found - {(heads,), (1,)}:
+        told = " and ".join(str(*sizes) for sizes in sorted(found))
+        raise ValueError(
+            f"`{name}` needs parameters of {heads} heads, got those of {told or 'none'}. "
+            f"Call `init(generator, {heads}, tokens)`, or put the heads before the tokens."
+        )
+
+
 # --- masks and rows -------------------------------------------------------------------------------
 
 
@@ -348,6 +363,7 @@ def from_forms(
             )
         check_scores(name, scores, mask)
         check_own(params)
+        check_heads(name, params, scores)
         if fits is not None:
             fits(params, *scores.shape[-2:])
         mask = two_axes(mask)
@@ -359,6 +375,7 @@ def from_forms(
     ) -> Tensor:
         check_qkv(name, q, k, v, mask)
         check_own(params)
+        check_heads(name, params, q, k, v)
         if fits is not None:
             fits(params, q.shape[-2], k.shape[-2])
         mask, dtype = two_axes(mask), v.dtype

@@ -225,9 +225,10 @@ def elementwise(
             vary; "l1", over the sum of magnitudes of the row; "softmax", softmax(phi(S)).
         base: None, or "softmax", which is added.
         inside: softmax(S + phi(S)) instead.
-        start: "scaled", as the basis draws, without a normalisation over sqrt(tokens), which keeps
-            the output of a head at the size of its values; "zero", with which softmax beside or
-            around starts as exactly softmax. Default "zero" with softmax, else "scaled".
+        start: "scaled", as the basis draws the functions of (H,), amplitudes over sqrt(H), and
+            without a normalisation over sqrt(tokens), so that the size of a head's output does not
+            depend on their number; "zero", with which softmax beside or around starts as exactly
+            softmax. Default "zero" with softmax, else "scaled".
         engine: of `kart.kernels.entry_attention`.
     """
 
@@ -272,8 +273,7 @@ def by_distance(
         base: None, or "softmax", which is added.
         inside: softmax(S + phi(u)) instead.
         reach: the offset at which u is pi, the longest that is trained on.
-        start: "scaled" (without a normalisation over sqrt(tokens)) or "zero"; default "zero" with
-            softmax, else "scaled".
+        start: "scaled" or "zero", as in `elementwise`; default "zero" with softmax, else "scaled".
         engine: of `kart.kernels.entry_attention`, where the scores have a part.
     """
     advice = "Pass the longest sequence of training."

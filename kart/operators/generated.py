@@ -89,8 +89,9 @@ def generated(
             reach; None for a square of patches, whose places are relative to its side: sums over
             more patches grow, which `operators.resize` makes up for.
         prefix: tokens before the patches of a lattice, which have features of their own.
-        normalise: None; "count", sums over the keys as means times `reach`, so that what a head
-            puts out keeps its size for rows of any number of attended keys.
+        normalise: None; "count", sums over the keys as means times `reach`: a sum of like terms
+            keeps its size for rows of any number of attended keys, one of noise grows where they
+            are few.
         base: None, or "softmax", which is added.
         mix: how W is drawn, as in `low_rank`: "scaled", or "zero", with which `base="softmax"`
             starts as exactly softmax. Default "zero" with `base="softmax"`, else "scaled".

@@ -134,10 +134,10 @@ def low_rank(
         rank: r; the paper uses 12.
         project: None, or "simplex": each row is projected onto the probability simplex (Alg. 1).
         base: None, or "softmax": softmax(S) + W Phi(S).
-        mix: how W is drawn: "scaled" N(0, 1 / (r M)), which keeps the output of a head at the size
-            of its values whatever M is; "linear" U(-1/sqrt r, 1/sqrt r), torch's default for a
-            linear layer; "zero", with which `base="softmax"` starts as exactly softmax. Default
-            "scaled", and "zero" with `base="softmax"`.
+        mix: how W is drawn: "scaled" N(0, 1 / (r M)), which keeps the size of a head's output
+            whatever M is (with Fourier units that of its values); "linear" U(-1/sqrt r, 1/sqrt r),
+            torch's default for a linear layer; "zero", with which `base="softmax"` starts as
+            exactly softmax. Default "scaled", and "zero" with `base="softmax"`.
         engine: of `kart.kernels.contract`.
     """
     check_rank("low_rank", rank)

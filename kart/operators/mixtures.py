@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 
 from kart.bases import Params
 from kart.factories import remember
-from kart.operators.contract import Operator, check_sizes
+from kart.operators.contract import Operator, check_qkv, check_scores, check_sizes
 from kart.operators.sums import of_parts
 
 
@@ -64,11 +64,13 @@ def hybrid(operators: Sequence[Operator]) -> Operator:
         return torch.cat(parts, dim=-3)
 
     def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
+        check_scores("hybrid", scores, mask)
         return by_group(lambda op: op.weights, params, mask, scores)
 
     def attend(
         params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     ) -> Tensor:
+        check_qkv("hybrid", q, k, v, mask)
         return by_group(lambda op: op.attend, params, mask, q, k, v)
 
     options = {"kind": "hybrid", "groups": groups}

@@ -23,7 +23,9 @@ def of_parts(parts: Sequence[Operator]) -> dict[str, Any]:
 
     def resize(params: Params, old: Lattice, new: Lattice) -> Params:
         return {
-            str(i): params[str(i)] if op.resize is None else op.resize(params[str(i)], old, new)
+            str(i): params.get(str(i), {})
+            if op.resize is None
+            else op.resize(params[str(i)], old, new)
             for i, op in enumerate(parts)
         }
 

@@ -64,8 +64,9 @@ def suggest_operator(
     """A learnable row operator as a spec string, such as "G3B:rank=12".
 
     Suggests `family` where there are several, `grid` or `degree` for the families that have one,
-    `rank` (logarithmic) and `sharing`; an interval of one value suggests nothing. The string is
-    what `kart.models.create` and `Config` take as `operator`.
+    `rank` (logarithmic) and `sharing`; an interval of one value suggests nothing. Grids that are
+    too small for the family drawn are left out. The string is what `kart.models.create` and
+    `Config` take as `operator`.
     """
     shared = {"blockwise": "B", "universal": "U"}
     for argument, given, known in (
@@ -82,6 +83,12 @@ def suggest_operator(
             raise ValueError(
                 f"`suggest_operator` needs `{argument}` as two integers, the lower one first and "
                 f"at least {least}, got {pair!r}. Write (1, 9)."
+            )
+    for family in families:
+        if bases.NUMBERS.get(family) == ("grid",) and not _takes(family, grid[1]):
+            raise ValueError(
+                f"`suggest_operator` needs `grid` with one that {family} can have, got {grid!r}. "
+                "Write (1, 9)."
             )
     family = choose(trial, "family", families)
     numbers = bases.NUMBERS.get(family, ())
