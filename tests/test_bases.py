@@ -294,6 +294,7 @@ def test_huge_scores_stay_finite_where_a_bound_is_declared(family):
         (lambda: bases.rational(2, 0), "`denominator` >= 1"),
         (lambda: bases.morlet(0.0), "finite `omega` > 0"),
         (lambda: bases.shannon(half_width=-1.0), "finite `half_width` > 0"),
+        (lambda: bases.shannon("index", 2.0), 'reading="argument" for `half_width`'),
         (lambda: bases.meyer("upside down"), "`reading` in"),
         (lambda: bases.linear(torch.sin, 2, orders=[1]), "`orders` of 2 positive integers"),
         (lambda: bases.fourier(2).init(3, (2,)), r"`torch.Generator` on the CPU first"),
