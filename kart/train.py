@@ -337,12 +337,15 @@ def batch_loss(model: Model, batching: str) -> Callable[[Params, Tensor, Tensor]
     return native if batching == "native" else mapped
 
 
+def warmup_steps(config: Config, steps_per_epoch: int) -> int:
+    """The steps of the warm-up: a run shorter than two of them warms up for half of itself."""
+    return min(int(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch // 2)
+
+
 def _schedule(config: Config, steps_per_epoch: int, peak: Tensor) -> optim.Schedule:
-    total_steps = config.epochs * steps_per_epoch
-    # a run shorter than two warm-ups warms up for half of itself
-    warmup_steps = min(int(config.warmup_epochs * steps_per_epoch), total_steps // 2)
+    rising, total = warmup_steps(config, steps_per_epoch), config.epochs * steps_per_epoch
     return optim.warmup_cosine(
-        peak, warmup_steps, total_steps, config.start_learning_rate, config.end_learning_rate
+        peak, rising, total, config.start_learning_rate, config.end_learning_rate
     )
 
 

@@ -296,6 +296,17 @@ def test_seeds_one_by_one_go_into_directories_of_their_own(capsys, tmp_path):
             ["train", "--start-learning-rate", "0", "--warmup-epochs", "0"],
             "`--start-learning-rate` has no effect without a warm-up",
         ),
+        (["train", "--warmup-epochs", "0.01"], "where 0.01 epochs"),
+        (
+            ["train", "--train-limit", "32", "--epochs", "1", "--start-learning-rate", "0"],
+            "no effect in a run of 1 steps",
+        ),
+        (
+            ["train", "--train-limit", "64", "--epochs", "1", "--end-learning-rate", "0"],
+            "the last of them at the peak",
+        ),
+        (["train", "--eval-crop", "0.9"], "stay so over 0.9. Give 0.88 or less"),
+        (["info", "--sharing", "universal"], "no effect without an operator that learns"),
         (["train", "--augment", "flipp"], "flip"),
         (["train", "--model", "vit_tin"], "vit_tiny"),
         (["eval", "nowhere"], "config.json"),
