@@ -806,6 +806,11 @@ def loop(
                 "with `begin_with(run.init(), params)` and kart.transfer's `begin(...).params` or "
                 "`teach(...)`, or train in a directory."
             )
+        if config.trajectory and on_step is None:
+            raise ValueError(
+                f"`loop` needs `on_step` to keep the {config.trajectory} snapshots of `trajectory`, "
+                "got none. Leave `trajectory` out, or train in a directory."
+            )
         state = run.init()
     first = int(state.step.max())
     total = config.epochs * run.steps_per_epoch

@@ -805,7 +805,10 @@ def test_the_commands_on_the_page_run_when_pasted(asked, tmp_path):
     lines = re.findall(r"kart study ((?:work|report) [^<#\n]*--out [^<#\n]*)", text)
     assert [line.split()[0] for line in lines] == ["report", "work", "report"]
     for line in lines:
-        assert kart_study([*shlex.split(line), "--threads", "1", "--quiet"]) == 0
+        threads = (
+            [] if line.split()[0] == "report" and "--confirm" not in line else ["--threads", "1"]
+        )
+        assert kart_study([*shlex.split(line), *threads, "--quiet"]) == 0
     (url,) = re.findall(r"optuna-dashboard ([^<#\n]*)", text)
     assert Path(shlex.split(url)[0].removeprefix("sqlite:///")).exists()
     rows = report.result_rows(opened(tmp_path / "a b"), storage.read_settings(tmp_path / "a b"))
@@ -876,6 +879,33 @@ def test_several_objectives_have_a_front_in_the_report(asked, tmp_path):
             ["run", "grid_rank_sharing", "--out", "x", "--pruner", "asha"]
             + ["--objectives", "accuracy,flops"],
             "`--pruner` needs one objective",
+        ),
+        *(
+            (["run", "grid_rank_sharing", "--tiny", "--out", "x", *flags.split()], words)
+            for flags, words in (
+                ("--set recipe=small", "got 'recipe'"),
+                ("--set trajectory=5", "got 'trajectory'"),
+                ("--set start=runs", "got 'start'"),
+                ("--set threads=2", "give `--threads`"),
+                ("--set device=cuda", "give `--device`"),
+                ("--epochs 2 --set epochs=1", "got 'epochs' beside `--epochs`"),
+                # the lowest of those that the arms search
+                ("--set learning_rate=0.0005", "got 'learning_rate'"),
+                ("--set ema_warmup=false", "`--set ema_warmup` has no effect without"),
+                ("--pruner asha", "no effect on runs of one epoch"),
+                ("--storage-timeout 3", "`--storage-timeout` needs `--storage`"),
+            )
+        ),
+        *(
+            (
+                [*argv.split(), "--out", "x", "--storage", "postgresql://user@host/kart"],
+                "needs `--out` or `--storage`",
+            )
+            for argv in ("init grid_rank_sharing", "work grid_rank_sharing", "status")
+        ),
+        *(
+            (["report", "--out", "x", *flags.split()], "needs `--confirm`")
+            for flags in ("--data digits", "--device cpu", "--threads 1")
         ),
         (["work", "grid_rank_sharing", "--out", "nowhere"], "without study.json"),
         (["work", "grid_rank_sharing", "--storage", "not a url"], "postgresql://"),

@@ -15,7 +15,7 @@ import optuna
 
 import kart
 from kart import code, schema
-from kart.search.space import Space, contains, distributions, first, fixed
+from kart.search.space import Space, contains, distributions, fixed, probe
 from kart.train import Config
 
 Arm = Callable[[optuna.Trial, Config], Config]
@@ -187,16 +187,26 @@ def with_changes(study: Study, changes: Mapping[str, Any]) -> Study:
     return dataclasses.replace(study, config=config, **mine)
 
 
-def check_effects(study: Study, changes: Mapping[str, Any], fix: Mapping[str, Any]) -> None:
-    """Raises ValueError for a change of the config that every arm overrides, and for a fixed
-    parameter that no arm has, or not with this value.
+# fields of Config that say nothing of a trial, and what to do instead
+IDLE = {
+    **dict.fromkeys(("start", "attention_from", "trajectory"), "Train in directories instead"),
+    "recipe": "It names what a config was made of: set the fields of the recipe",
+    "device": "It is of each process: give `--device`",
+    "threads": "It is of each process: give `--threads`",
+}
+
+
+def check_effects(
+    before: Study, study: Study, changes: Mapping[str, Any], fix: Mapping[str, Any]
+) -> None:
+    """Raises ValueError for a change of the config, from `before` to `study`, that says nothing of
+    a trial or that every arm overrides or searches, and for a fixed parameter that no arm has, or
+    not with this value.
     """
-    made = [first(arm) for arm in study.spaces(study.config, {}).values()]
-    for name, value in changes.items():
-        if hasattr(study.config, name) and all(getattr(one, name) != value for one in made):
+    for name in changes:
+        if name in IDLE:
             raise ValueError(
-                f"`--set` and other flags need fields that the arms leave alone, got {name!r}, "
-                "which they set themselves. Leave it out, or write a study of your own."
+                f"`--set` needs fields that a trial has a use for, got {name!r}. {IDLE[name]}."
             )
     known: dict[str, list[Any]] = {}
     for arm in study.spaces(study.config, {}).values():
@@ -211,4 +221,20 @@ def check_effects(study: Study, changes: Mapping[str, Any], fix: Mapping[str, An
         if not any(contains(one, value) for one in known[name]):
             raise ValueError(
                 f"`--fix` needs a value that {name!r} can take, {known[name][0]}, got {value!r}."
+            )
+    made, was = (
+        [
+            [c for c in probe(arm)[1] if c is not None]
+            for arm in one.spaces(one.config, fix).values()
+        ]
+        for one in (study, before)
+    )
+    for name, value in changes.items():
+        if not hasattr(study.config, name):
+            continue
+        now, then = ([[getattr(c, name) for c in arm] for arm in arms] for arms in (made, was))
+        if now == then and not any(all(one == value for one in arm) for arm in now):
+            raise ValueError(
+                f"`--set` and other flags need fields that the arms leave alone, got {name!r}, "
+                "which they set themselves. Leave it out, or write a study of your own."
             )
