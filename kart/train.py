@@ -808,8 +808,8 @@ def loop(
             )
         if config.trajectory and on_step is None:
             raise ValueError(
-                f"`loop` needs `on_step` to keep the {config.trajectory} snapshots of `trajectory`, "
-                "got none. Leave `trajectory` out, or train in a directory."
+                f"`loop` needs `on_step` to keep the {config.trajectory} snapshots of "
+                "`trajectory`, got none. Leave `trajectory` out, or train in a directory."
             )
         state = run.init()
     first = int(state.step.max())

@@ -280,6 +280,20 @@ def test_seeds_one_by_one_go_into_directories_of_their_own(capsys, tmp_path):
         (["train", "--accumulate", "7"], "to divide the batch"),
         (["train", "--out", ""], "needs a name"),
         (["bench", "--out", "no/where.json"], "a directory that exists"),
+        *(
+            (["analyse", "run", "--sections", names, flag, "64"], f"`{flag}` has no effect")
+            for names, flag in (
+                ("scores,attention", "--examples"),
+                ("landscape", "--images"),
+                ("curvature", "--points"),
+                ("spectra", "--retrain"),
+                ("attention", "--memory-mib"),
+                ("scores,training", "--minutes"),
+                ("cost", "--processes"),
+            )
+        ),
+        (["bench", "--quick", "--step-batch", "2"], "no effect with `--quick`"),
+        (["bench", "--quick", "--sizes", "2"], "no effect with `--quick`"),
         (["analyse", "run", "--out", "no/where.html"], "a directory that exists"),
         (["train", "--seeds", "9" * 30], "an integer <= "),
         (["train", "--from", "nowhere"], "not there"),

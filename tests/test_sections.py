@@ -354,6 +354,35 @@ def test_pictures_say_of_which_seeds_they_are():
     assert "Pictures: seed 0 of softmax, 3 of G2B, at the start" in page
 
 
+class Recording(section.Context):
+    """A context that knows which of its options were read."""
+
+    def __getattribute__(self, name):
+        if name in section.OPTIONS:
+            object.__getattribute__(self, "memory").setdefault("read", set()).add(name)
+        return object.__getattribute__(self, name)
+
+
+def test_sections_say_which_options_they_use():
+    results = [result("G2B", seeds=(0,))]
+    for one in report.SECTIONS:
+        options = {"examples": 16, "points": 11, "retrain": 1}
+        own = Recording(results, SPLITS, name=one.name, **options)
+        own.memory["read"] = set()
+        one.section(own)
+        assert own.memory["read"] == {*one.uses}, one.name
+
+
+def test_pictures_of_more_images_change_no_number(monkeypatch):
+    one, plot = result("G2B", seeds=(0,)), attention.plot
+    monkeypatch.setattr(attention, "plot", lambda pixels, maps: plot(pixels[:1], maps[:1]))
+    few, many = (context([one], functions.ANALYSIS, shown=shown) for shown in (1, 80))
+    assert functions.measure(few, next(few.members())) == functions.measure(
+        many, next(many.members())
+    )
+    assert attention._maps(few)[1] == attention._maps(many)[1]
+
+
 def test_attention_without_pictures(results):
     shown = attention.section(context(results, attention.ANALYSIS, shown=1))
     found = attention.section(context(results, attention.ANALYSIS, shown=0))

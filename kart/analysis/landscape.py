@@ -670,4 +670,5 @@ ANALYSIS = Analysis(
     minutes=13.0,
     needs=trajectories,
     measure=measure,
+    uses=("examples", "points", "limit_mib"),
 )

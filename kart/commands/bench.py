@@ -18,9 +18,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--step-batch", type=count, metavar="INT", help="batch of a step (default 8; GPU 128)"
     )
-    parser.add_argument(
-        "--sizes", type=integer(0), default=16, metavar="INT", help="drawn sizes (default 16)"
-    )
+    parser.add_argument("--sizes", type=integer(0), metavar="INT", help="drawn sizes (default 16)")
     parser.add_argument("--quick", action="store_true", help="operator level only")
     parser.add_argument(
         "--out", type=file, default="cost.json", help="JSON; the plot goes beside it"
@@ -31,6 +29,13 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     from kart.analysis import bench
 
+    for name in ("step_batch", "sizes"):
+        if args.quick and getattr(args, name) is not None:
+            raise ValueError(
+                f"`--{name.replace('_', '-')}` has no effect with `--quick`, which measures single "
+                "operators alone. Leave one of them out."
+            )
+    args.sizes = 16 if args.sizes is None else args.sizes
     bench.run(args)
     return 0
 
