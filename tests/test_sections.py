@@ -118,7 +118,13 @@ def test_the_landscape_is_that_of_its_measures(results):
     ):
         assert numbers(found, "G2B", measure)[1] == pytest.approx(float(value), rel=1e-4, abs=1e-5)
     page = " ".join(found.blocks)
-    assert page.count("<svg") == 3 and "16 validation images" in page
+    assert page.count("<svg") == 3 and "16 validation images around the final weights;" in page
+
+
+def test_the_landscape_says_around_which_weights_each_plane_is():
+    own = context([result("softmax", seeds=(0,))._replace(epochs=[0])], landscape.ANALYSIS)
+    page = " ".join(landscape.section(own).blocks)
+    assert "in the random plane around those of the best epoch;" in page
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
