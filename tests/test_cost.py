@@ -436,6 +436,27 @@ def test_operators_of_the_scores_leave_nothing_without_effect(operator):
     assert cost.unused(model) == {}
 
 
+@pytest.mark.parametrize(
+    "operator",
+    [
+        *("G2B:scales=true", "G2U:scales=true", "rational-2/2:scales=true", "dog:scales=true"),
+        *("G2:order=generated,scales=true", "G1+G2:scales=true", "softmax|G2:scales=true"),
+        "G2:order=beside_relative,scales=true",
+    ],
+)
+def test_scales_of_no_base_activation_are_those_without_gradient(operator):
+    sizes = {"image_size": 8, "patch_size": 2, "in_channels": 1, "depth": 2}
+    model = models.create("vit_nano", operator=operator, **sizes)
+    params, images = drawn(model)
+    slopes = tree.named(torch.func.grad(lambda p: model.apply(p, images).sin().sum())(params))
+    idle = sum(x.numel() for path, x in slopes.items() if "scale_base" in path and not x.any())
+    assert idle and cost.unused(model) == {"operator.scale_base": idle}
+    assert cost.told(cost.unused(model)).endswith("as units have no base activation")
+    based = operator.replace("scales=true", "scales=true,unit_base=silu")
+    if "generated" not in operator:
+        assert cost.unused(models.create("vit_nano", operator=based, **sizes)) == {}
+
+
 def test_info_names_parameters_without_effect(capsys):
     argv = ["info", "--model", "swin_nano", "--image-size", "32", "--operator", "static"]
     assert cli.main(argv) == 0
