@@ -271,6 +271,21 @@ def test_counted_memory_is_what_a_step_keeps(operator, form):
     assert counted == pytest.approx(kept, rel=0.04)
 
 
+@pytest.mark.parametrize("operator", ["softmax", "G3B", "rational-2/1B", "softmax+2*G3B"])
+def test_blocks_that_are_computed_again_keep_their_inputs_and_one_of_them_all(operator):
+    fields = {**TINY, "depth": 4, "recompute": True}
+    model = models.create("vit_tiny", operator=operator, **fields)
+    params = tree.map(lambda x: x.requires_grad_(), model.init(torch.Generator().manual_seed(0)))
+    weights = sum(x.numel() * 4 for x in tree.leaves(params))
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    kept = cost.kept_bytes(lambda: model.apply(params, images)) - weights
+    shallow, deep = (
+        cost.activation_memory(models.create("vit_tiny", operator, **{**TINY, "depth": depth}), 8)
+        for depth in (1, 2)
+    )
+    assert cost.activation_memory(model, 8) == pytest.approx(kept + deep - shallow, rel=0.04)
+
+
 def test_the_naive_form_keeps_what_the_paper_complains_of():
     model = models.create("vit_tiny", operator="G3B")
     softmax = models.create("vit_tiny")

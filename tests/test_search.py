@@ -309,6 +309,16 @@ def test_what_exceeds_a_limit_is_never_trained(splits, monkeypatch):
     assert trial.constraints["parameters"] > 0 > trial.constraints["memory"]
 
 
+@pytest.mark.parametrize(
+    "fields", [{"accumulate": 4}, {"recompute": True}, {"precision": "bfloat16"}]
+)
+def test_what_takes_less_memory_is_counted_as_less(fields, splits):
+    whole, less = (trials.costs(change(depth=4, **own), splits) for own in ({}, fields))
+    kept, few = (one["memory"] - 16 * one["parameters"] / 2**20 for one in (whole, less))
+    assert few < 0.6 * kept
+    assert whole["flops"] == less["flops"] and whole["parameters"] == less["parameters"]
+
+
 def test_divergence_and_a_lack_of_memory_prune_with_the_reason(splits, monkeypatch):
     def explode(trial):
         return change(learning_rate=1e35, weight_decay=1e35)

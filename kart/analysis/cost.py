@@ -378,7 +378,9 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
     hidden values (N r a head), W^T V and the batch's copies of W; in float32, where attention meets
     its projections first (see `kart.operators.projected`), neither v nor the output of the heads.
     "naive" is the materialised form of the paper: for KArAt scores, features, what their
-    derivatives need and weights, each N^2 a head; for softmax the weights.
+    derivatives need and weights, each N^2 a head; for softmax the weights. Blocks that are computed
+    again (`recompute`) keep their inputs, and of one of them, at its turn in the backward, all of
+    this.
 
     Of other families, and of models that attend as a teacher does, there is the streamed form
     alone, measured: `kept_bytes` of a forward pass of two and of three random images.
@@ -401,10 +403,11 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
     n, hidden = c.tokens, int(c.embed_dim * c.mlp_ratio)
     block = n * (4 * c.embed_dim + 2 * hidden)
     images = (n - 1) * c.in_channels * c.patch_size**2
-    floats = float(batch * (c.depth * block + images + n * c.embed_dim))
+    blocks: list[float] = []
     known: dict[tuple[int, int], tuple[int, int]] = {}
     width, like = c.embed_dim // c.num_heads, torch.empty(n, c.embed_dim)
     for operator in model.operators:
+        floats = float(batch * block)
         hybrid, way = operator.options.get("kind") == "hybrid", form
         if form == "streamed" and bytes_each == 4 and pays(factors_of(operator), like, c.num_heads):
             way = "projected"
@@ -418,7 +421,9 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
                 )
             each, once = known[id(op), few]
             floats += count / few * (batch * each + once) / 4
-    return int(floats * bytes_each)
+        blocks.append(floats)
+    kept = c.depth * batch * n * c.embed_dim + max(blocks) if c.recompute else sum(blocks)
+    return int((kept + batch * (images + n * c.embed_dim)) * bytes_each)
 
 
 # paper, Tables 1, 13 and 18: total and operator parameters (millions), activation and total GFLOPs,
