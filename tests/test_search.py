@@ -317,6 +317,8 @@ def test_what_takes_less_memory_is_counted_as_less(fields, splits):
     kept, few = (one["memory"] - 16 * one["parameters"] / 2**20 for one in (whole, less))
     assert few < 0.6 * kept
     assert whole["flops"] == less["flops"] and whole["parameters"] == less["parameters"]
+    more = trials.costs(change(depth=4, ema=0.9), splits)["memory"] - whole["memory"]
+    assert more == pytest.approx(4 * whole["parameters"] / 2**20)
 
 
 def test_divergence_and_a_lack_of_memory_prune_with_the_reason(splits, monkeypatch):
