@@ -725,6 +725,18 @@ def test_flags_that_every_arm_overrides_are_refused(asked, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_fixed_parameter_that_is_not_asked_for_is_refused(asked, tmp_path, capsys):
+    path, argv = asked
+    last = 'trial.suggest_categorical("rank", [2, 3])'
+    behind = f'2 if trial.suggest_categorical("kind", ["a", "b"]) == "a" else {last}'
+    path.write_text(path.read_text().replace(last, behind))
+    init = ["init", *argv[1:4], "--group", "1", "--fix", "rank=3", "--fix"]
+    assert kart_study([*init, "kind=a"]) == 2
+    assert "got 'rank', which no arm asks for with kind=a" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert kart_study([*init, "kind=b"]) == 0
+
+
 def test_winners_are_confirmed_with_seeds_that_no_arm_has_used(asked, tmp_path):
     path, argv = asked
     # one arm that sets a seed of its own, among those that winners are confirmed with as a rule

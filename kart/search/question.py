@@ -196,6 +196,15 @@ IDLE = {
 }
 
 
+def _parameters(study: Study, fix: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The parameters of all arms, with those in `fix` fixed, and what each may be."""
+    known: dict[str, list[Any]] = {}
+    for arm in study.spaces(study.config, fix).values():
+        for name, found in distributions(arm).items():
+            known.setdefault(name, []).extend(found)
+    return known
+
+
 def check_effects(
     before: Study, study: Study, changes: Mapping[str, Any], fix: Mapping[str, Any]
 ) -> None:
@@ -208,10 +217,7 @@ def check_effects(
             raise ValueError(
                 f"`--set` needs fields that a trial has a use for, got {name!r}. {IDLE[name]}."
             )
-    known: dict[str, list[Any]] = {}
-    for arm in study.spaces(study.config, {}).values():
-        for name, found in distributions(arm).items():
-            known.setdefault(name, []).extend(found)
+    known = _parameters(study, {})
     for name, value in fix.items():
         if name not in known:
             raise ValueError(
@@ -221,6 +227,14 @@ def check_effects(
         if not any(contains(one, value) for one in known[name]):
             raise ValueError(
                 f"`--fix` needs a value that {name!r} can take, {known[name][0]}, got {value!r}."
+            )
+    for name in fix:
+        others = {one: value for one, value in fix.items() if one != name}
+        if name not in _parameters(study, others):
+            raise ValueError(
+                f"`--fix` needs parameters that are asked for, got {name!r}, which no arm asks for "
+                f"with {', '.join(f'{one}={value}' for one, value in others.items())}. Leave it "
+                "out."
             )
     made, was = (
         [
