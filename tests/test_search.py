@@ -920,6 +920,10 @@ def test_several_objectives_have_a_front_in_the_report(asked, tmp_path):
                 ("--storage-timeout 3", "`--storage-timeout` needs `--storage`"),
             )
         ),
+        (
+            ["run", "placement", "--tiny", "--out", "x", "--sampler", "grid", "--levels", "2"],
+            "`--levels` has no effect on a study that searches no interval",
+        ),
         *(
             (
                 [*argv.split(), "--out", "x", "--storage", "postgresql://user@host/kart"],

@@ -289,6 +289,11 @@ def _set_up(args: argparse.Namespace) -> Opened:
         )
     if args.levels is not None and study.sampler != "grid":
         raise ValueError("`--levels` needs `--sampler grid`, got it without. Leave it out.")
+    if args.levels is not None and not question.has_intervals(study, fix):
+        raise ValueError(
+            "`--levels` has no effect on a study that searches no interval: all values of a choice "
+            "are taken. Leave it out."
+        )
     choice("--sampler", study.sampler, list(storage.SAMPLERS))
     choice("--pruner", study.pruner, storage.PRUNERS)
     for field, least in (("trials", len(study.arms)), ("seeds", 1), ("confirm", 0)):

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
+from optuna.distributions import CategoricalDistribution
 
 import kart
 from kart import code, schema
@@ -203,6 +205,12 @@ def _parameters(study: Study, fix: Mapping[str, Any]) -> dict[str, list[Any]]:
         for name, found in distributions(arm).items():
             known.setdefault(name, []).extend(found)
     return known
+
+
+def has_intervals(study: Study, fix: Mapping[str, Any]) -> bool:
+    """Whether an arm searches an interval, of which a grid takes some values."""
+    found = itertools.chain(*_parameters(study, fix).values())
+    return not all(isinstance(one, CategoricalDistribution) for one in found)
 
 
 def check_effects(
