@@ -346,12 +346,15 @@ def batch_loss(model: Model, batching: str) -> Callable[[Params, Tensor, Tensor]
     return native if batching == "native" else mapped
 
 
+def warmup_steps(config: Config, steps_per_epoch: int) -> int:
+    """The steps of the warm-up: a run shorter than two of them warms up for half of itself."""
+    return min(int(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch // 2)
+
+
 def _schedule(config: Config, steps_per_epoch: int, peak: Tensor) -> optim.Schedule:
-    total_steps = config.epochs * steps_per_epoch
-    # a run shorter than two warm-ups warms up for half of itself
-    warmup_steps = min(int(config.warmup_epochs * steps_per_epoch), total_steps // 2)
+    rising, total = warmup_steps(config, steps_per_epoch), config.epochs * steps_per_epoch
     return optim.warmup_cosine(
-        peak, warmup_steps, total_steps, config.start_learning_rate, config.end_learning_rate
+        peak, rising, total, config.start_learning_rate, config.end_learning_rate
     )
 
 
@@ -811,6 +814,11 @@ def loop(
                 f"`loop` needs the state to begin with, got none for the donor {donor!r}. Make it "
                 "with `begin_with(run.init(), params)` and kart.transfer's `begin(...).params` or "
                 "`teach(...)`, or train in a directory."
+            )
+        if config.trajectory and on_step is None:
+            raise ValueError(
+                f"`loop` needs `on_step` to keep the {config.trajectory} snapshots of "
+                "`trajectory`, got none. Leave `trajectory` out, or train in a directory."
             )
         state = run.init()
     first = int(state.step.max())

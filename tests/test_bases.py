@@ -314,6 +314,7 @@ def test_one_number_has_forward_derivatives(family):
         (lambda: bases.morlet("5"), "finite `omega` > 0"),
         (lambda: bases.shannon(half_width=None), "finite `half_width` > 0"),
         (lambda: bases.shannon(half_width=-1.0), "finite `half_width` > 0"),
+        (lambda: bases.shannon("index", 2.0), 'reading="argument" for `half_width`'),
         (lambda: bases.meyer("upside down"), "`reading` in"),
         (lambda: bases.linear(torch.sin, 2, orders=[1]), "`orders` of 2 positive integers"),
         (lambda: bases.fourier(2).init(3, (2,)), r"`torch.Generator` on the CPU first"),

@@ -280,6 +280,20 @@ def test_seeds_one_by_one_go_into_directories_of_their_own(capsys, tmp_path):
         (["train", "--accumulate", "7"], "to divide the batch"),
         (["train", "--out", ""], "needs a name"),
         (["bench", "--out", "no/where.json"], "a directory that exists"),
+        *(
+            (["analyse", "run", "--sections", names, flag, "64"], f"`{flag}` has no effect")
+            for names, flag in (
+                ("scores,attention", "--examples"),
+                ("landscape", "--images"),
+                ("curvature", "--points"),
+                ("spectra", "--retrain"),
+                ("attention", "--memory-mib"),
+                ("scores,training", "--minutes"),
+                ("cost", "--processes"),
+            )
+        ),
+        (["bench", "--quick", "--step-batch", "2"], "no effect with `--quick`"),
+        (["bench", "--quick", "--sizes", "2"], "no effect with `--quick`"),
         (["analyse", "run", "--out", "no/where.html"], "a directory that exists"),
         (["train", "--seeds", "9" * 30], "an integer <= "),
         (["train", "--from", "nowhere"], "not there"),
@@ -296,6 +310,17 @@ def test_seeds_one_by_one_go_into_directories_of_their_own(capsys, tmp_path):
             ["train", "--start-learning-rate", "0", "--warmup-epochs", "0"],
             "`--start-learning-rate` has no effect without a warm-up",
         ),
+        (["train", "--warmup-epochs", "0.01"], "where 0.01 epochs"),
+        (
+            ["train", "--train-limit", "32", "--epochs", "1", "--start-learning-rate", "0"],
+            "no effect in a run of 1 steps",
+        ),
+        (
+            ["train", "--train-limit", "64", "--epochs", "1", "--end-learning-rate", "0"],
+            "the last of them at the peak",
+        ),
+        (["train", "--eval-crop", "0.9"], "stay so over 0.9. Give 0.88 or less"),
+        (["info", "--sharing", "universal"], "no effect without an operator that learns"),
         (["train", "--augment", "flipp"], "flip"),
         (["train", "--model", "vit_tin"], "vit_tiny"),
         (["eval", "nowhere"], "config.json"),

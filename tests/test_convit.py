@@ -182,6 +182,7 @@ def test_parameter_totals(operator, extra):
         ({"gated_blocks": 3}, "`gated_blocks` in 0 .. depth - 1, got 3 of 3.*gated_blocks=1"),
         ({"depth": 2}, "got 2 of 2"),
         ({"locality": -1.0}, "`locality` >= 0"),
+        ({"locality": 2.0, "gated_blocks": 0}, "`gated_blocks` for `locality`, got 2.0"),
         ({"num_heads": 3}, "`embed_dim` divisible by `num_heads`"),
         ({"depth": 10**30}, "`depth` <= 2147483647, got an integer of 31 digits"),
     ],

@@ -271,6 +271,21 @@ def test_counted_memory_is_what_a_step_keeps(operator, form):
     assert counted == pytest.approx(kept, rel=0.04)
 
 
+@pytest.mark.parametrize("operator", ["softmax", "G3B", "rational-2/1B", "softmax+2*G3B"])
+def test_blocks_that_are_computed_again_keep_their_inputs_and_one_of_them_all(operator):
+    fields = {**TINY, "depth": 4, "recompute": True}
+    model = models.create("vit_tiny", operator=operator, **fields)
+    params = tree.map(lambda x: x.requires_grad_(), model.init(torch.Generator().manual_seed(0)))
+    weights = sum(x.numel() * 4 for x in tree.leaves(params))
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    kept = cost.kept_bytes(lambda: model.apply(params, images)) - weights
+    shallow, deep = (
+        cost.activation_memory(models.create("vit_tiny", operator, **{**TINY, "depth": depth}), 8)
+        for depth in (1, 2)
+    )
+    assert cost.activation_memory(model, 8) == pytest.approx(kept + deep - shallow, rel=0.04)
+
+
 def test_the_naive_form_keeps_what_the_paper_complains_of():
     model = models.create("vit_tiny", operator="G3B")
     softmax = models.create("vit_tiny")
@@ -434,6 +449,27 @@ def test_parameters_without_effect_are_those_without_gradient(name, operator):
 def test_operators_of_the_scores_leave_nothing_without_effect(operator):
     model = models.create("convit_nano", operator=operator, image_size=8, patch_size=2)
     assert cost.unused(model) == {}
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        *("G2B:scales=true", "G2U:scales=true", "rational-2/2:scales=true", "dog:scales=true"),
+        *("G2:order=generated,scales=true", "G1+G2:scales=true", "softmax|G2:scales=true"),
+        "G2:order=beside_relative,scales=true",
+    ],
+)
+def test_scales_of_no_base_activation_are_those_without_gradient(operator):
+    sizes = {"image_size": 8, "patch_size": 2, "in_channels": 1, "depth": 2}
+    model = models.create("vit_nano", operator=operator, **sizes)
+    params, images = drawn(model)
+    slopes = tree.named(torch.func.grad(lambda p: model.apply(p, images).sin().sum())(params))
+    idle = sum(x.numel() for path, x in slopes.items() if "scale_base" in path and not x.any())
+    assert idle and cost.unused(model) == {"operator.scale_base": idle}
+    assert cost.told(cost.unused(model)).endswith("as units have no base activation")
+    based = operator.replace("scales=true", "scales=true,unit_base=silu")
+    if "generated" not in operator:
+        assert cost.unused(models.create("vit_nano", operator=based, **sizes)) == {}
 
 
 def test_info_names_parameters_without_effect(capsys):

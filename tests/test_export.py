@@ -376,6 +376,8 @@ def test_transparent_ground_is_white(run, tmp_path, capsys):
     for changed in ("1 resized to 8 x 8, the middle square", "1 transparency composited on white"):
         assert changed in printed.err
     (tmp_path / "text.png").write_text("no image")
+    assert cli.main([*argv, "--top", "11"]) == 2
+    assert "`--top` needs at most the 10 classes, got 11" in capsys.readouterr().err
     assert cli.main(["predict", str(run), str(tmp_path / "missing.png")]) == 2
     assert "missing.png': No such file or directory. Check the path" in capsys.readouterr().err
     assert cli.main(["predict", str(run), str(tmp_path / "text.png")]) == 2

@@ -226,6 +226,7 @@ def test_the_global_seed_is_neither_read_nor_set():
         ({"operator": ["G2B"] * 3}, "one for each of 2 blocks, got 3"),
         ({"operator": ["G2U"] * 2}, "one operator for universal sharing"),
         ({"mlp_ratio": 0.0}, "`mlp_ratio` > 0"),
+        ({"mlp_ratio": 0.01}, "an MLP of one hidden value or more, got none with `mlp_ratio` 0.01"),
         ({"embed": 3}, "embed_dim"),
         ({"depth": 10**30}, "`depth` <= 2147483647, got an integer of 31 digits"),
         ({"embed_dim": 3 * 10**6}, "GiB, most of them in the blocks"),

@@ -311,6 +311,18 @@ def test_what_exceeds_a_limit_is_never_trained(splits, monkeypatch):
     assert trial.constraints["parameters"] > 0 > trial.constraints["memory"]
 
 
+@pytest.mark.parametrize(
+    "fields", [{"accumulate": 4}, {"recompute": True}, {"precision": "bfloat16"}]
+)
+def test_what_takes_less_memory_is_counted_as_less(fields, splits):
+    whole, less = (trials.costs(change(depth=4, **own), splits) for own in ({}, fields))
+    kept, few = (one["memory"] - 16 * one["parameters"] / 2**20 for one in (whole, less))
+    assert few < 0.6 * kept
+    assert whole["flops"] == less["flops"] and whole["parameters"] == less["parameters"]
+    more = trials.costs(change(depth=4, ema=0.9), splits)["memory"] - whole["memory"]
+    assert more == pytest.approx(4 * whole["parameters"] / 2**20)
+
+
 def test_divergence_and_a_lack_of_memory_prune_with_the_reason(splits, monkeypatch):
     def explode(trial):
         return change(learning_rate=1e35, weight_decay=1e35)
@@ -715,6 +727,18 @@ def test_flags_that_every_arm_overrides_are_refused(asked, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_fixed_parameter_that_is_not_asked_for_is_refused(asked, tmp_path, capsys):
+    path, argv = asked
+    last = 'trial.suggest_categorical("rank", [2, 3])'
+    behind = f'2 if trial.suggest_categorical("kind", ["a", "b"]) == "a" else {last}'
+    path.write_text(path.read_text().replace(last, behind))
+    init = ["init", *argv[1:4], "--group", "1", "--fix", "rank=3", "--fix"]
+    assert kart_study([*init, "kind=a"]) == 2
+    assert "got 'rank', which no arm asks for with kind=a" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert kart_study([*init, "kind=b"]) == 0
+
+
 def test_winners_are_confirmed_with_seeds_that_no_arm_has_used(asked, tmp_path):
     path, argv = asked
     # one arm that sets a seed of its own, among those that winners are confirmed with as a rule
@@ -807,7 +831,10 @@ def test_the_commands_on_the_page_run_when_pasted(asked, tmp_path):
     lines = re.findall(r"kart study ((?:work|report) [^<#\n]*--out [^<#\n]*)", text)
     assert [line.split()[0] for line in lines] == ["report", "work", "report"]
     for line in lines:
-        assert kart_study([*shlex.split(line), "--threads", "1", "--quiet"]) == 0
+        threads = (
+            [] if line.split()[0] == "report" and "--confirm" not in line else ["--threads", "1"]
+        )
+        assert kart_study([*shlex.split(line), *threads, "--quiet"]) == 0
     (url,) = re.findall(r"optuna-dashboard ([^<#\n]*)", text)
     assert Path(shlex.split(url)[0].removeprefix("sqlite:///")).exists()
     rows = report.result_rows(opened(tmp_path / "a b"), storage.read_settings(tmp_path / "a b"))
@@ -879,6 +906,37 @@ def test_several_objectives_have_a_front_in_the_report(asked, tmp_path):
             ["run", "grid_rank_sharing", "--out", "x", "--pruner", "asha"]
             + ["--objectives", "accuracy,flops"],
             "`--pruner` needs one objective",
+        ),
+        *(
+            (["run", "grid_rank_sharing", "--tiny", "--out", "x", *flags.split()], words)
+            for flags, words in (
+                ("--set recipe=small", "got 'recipe'"),
+                ("--set trajectory=5", "got 'trajectory'"),
+                ("--set start=runs", "got 'start'"),
+                ("--set threads=2", "give `--threads`"),
+                ("--set device=cuda", "give `--device`"),
+                ("--epochs 2 --set epochs=1", "got 'epochs' beside `--epochs`"),
+                # the lowest of those that the arms search
+                ("--set learning_rate=0.0005", "got 'learning_rate'"),
+                ("--set ema_warmup=false", "`--set ema_warmup` has no effect without"),
+                ("--pruner asha", "no effect on runs of one epoch"),
+                ("--storage-timeout 3", "`--storage-timeout` needs `--storage`"),
+            )
+        ),
+        (
+            ["run", "placement", "--tiny", "--out", "x", "--sampler", "grid", "--levels", "2"],
+            "`--levels` has no effect on a study that searches no interval",
+        ),
+        *(
+            (
+                [*argv.split(), "--out", "x", "--storage", "postgresql://user@host/kart"],
+                "needs `--out` or `--storage`",
+            )
+            for argv in ("init grid_rank_sharing", "work grid_rank_sharing", "status")
+        ),
+        *(
+            (["report", "--out", "x", *flags.split()], "needs `--confirm`")
+            for flags in ("--data digits", "--device cpu", "--threads 1")
         ),
         (["work", "grid_rank_sharing", "--out", "nowhere"], "without study.json"),
         (["work", "grid_rank_sharing", "--storage", "not a url"], "postgresql://"),

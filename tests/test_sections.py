@@ -118,7 +118,13 @@ def test_the_landscape_is_that_of_its_measures(results):
     ):
         assert numbers(found, "G2B", measure)[1] == pytest.approx(float(value), rel=1e-4, abs=1e-5)
     page = " ".join(found.blocks)
-    assert page.count("<svg") == 3 and "16 validation images" in page
+    assert page.count("<svg") == 3 and "16 validation images around the final weights;" in page
+
+
+def test_the_landscape_says_around_which_weights_each_plane_is():
+    own = context([result("softmax", seeds=(0,))._replace(epochs=[0])], landscape.ANALYSIS)
+    page = " ".join(landscape.section(own).blocks)
+    assert "in the random plane around those of the best epoch;" in page
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
@@ -352,6 +358,35 @@ def test_pictures_say_of_which_seeds_they_are():
     assert "last block, seed 0 of softmax, 3 of G2B: mean" in page
     page = " ".join(weights.section(context(apart, weights.ANALYSIS)).blocks)
     assert "Pictures: seed 0 of softmax, 3 of G2B, at the start" in page
+
+
+class Recording(section.Context):
+    """A context that knows which of its options were read."""
+
+    def __getattribute__(self, name):
+        if name in section.OPTIONS:
+            object.__getattribute__(self, "memory").setdefault("read", set()).add(name)
+        return object.__getattribute__(self, name)
+
+
+def test_sections_say_which_options_they_use():
+    results = [result("G2B", seeds=(0,))]
+    for one in report.SECTIONS:
+        options = {"examples": 16, "points": 11, "retrain": 1}
+        own = Recording(results, SPLITS, name=one.name, **options)
+        own.memory["read"] = set()
+        one.section(own)
+        assert own.memory["read"] == {*one.uses}, one.name
+
+
+def test_pictures_of_more_images_change_no_number(monkeypatch):
+    one, plot = result("G2B", seeds=(0,)), attention.plot
+    monkeypatch.setattr(attention, "plot", lambda pixels, maps: plot(pixels[:1], maps[:1]))
+    few, many = (context([one], functions.ANALYSIS, shown=shown) for shown in (1, 80))
+    assert functions.measure(few, next(few.members())) == functions.measure(
+        many, next(many.members())
+    )
+    assert attention._maps(few)[1] == attention._maps(many)[1]
 
 
 def test_attention_without_pictures(results):

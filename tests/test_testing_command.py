@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kart import bases
+from kart import bases, models, operators, projections, testing
 from kart.testing import check_basis, cli_main, command
 
 OBJECTS = """
@@ -169,3 +169,18 @@ def test_signatures_say_what_may_be_given():
         check_basis(bases.fourier(2), grid=3)
     with pytest.raises(ValueError, match="bfloat16 has a property of its own"):
         check_basis(bases.fourier(2), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("check", "objects"),
+    [
+        (testing.check_basis, (bases.fourier(2),)),
+        (testing.check_operator, (operators.softmax(),)),
+        (testing.check_projection, (projections.simplex,)),
+        (testing.check_model, (models.create("vit_nano", image_size=8, patch_size=4),)),
+        (testing.check_kernel, (torch.sin, torch.sin, lambda generator, n: (), {"n": [1]})),
+    ],
+)
+def test_a_trait_that_no_property_is_of_is_refused(check, objects):
+    with pytest.raises(ValueError, match="needs `traits` among .*forward_mode.*, got 'smoth'"):
+        check(*objects, traits={"smoth": 3}, only=["deterministic"])

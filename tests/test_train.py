@@ -421,6 +421,13 @@ def test_a_resumed_run_has_the_trajectory_of_the_uninterrupted_one(splits, tmp_p
         same(whole, rest)
 
 
+def test_a_trajectory_that_nobody_keeps_is_refused(splits):
+    configs = [dataclasses.replace(one, trajectory=4) for one in members(0, 1)]
+    for records in (train.fit(configs[0], splits), population.fit(configs, splits, group=2)):
+        with pytest.raises(ValueError, match="needs `on_step` to keep the 4 snapshots"):
+            next(records)
+
+
 def test_a_run_without_or_with_part_of_a_trajectory_says_what_to_do(splits, tmp_path):
     list(runs.execute(tmp_path / "none", [change(epochs=1)], splits))
     with pytest.raises(ValueError, match="--trajectory"):

@@ -807,10 +807,10 @@ def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:
     blocks = some_blocks(max(look.model.config.depth for look in looks))
     for i, look in enumerate(looks):
         name = look.result.name
-        maps = last_maps(look.model, look.aux)[: context.shown]
-        alt = f"Attention maps of {name}, last block, over {len(maps)} images"
         if context.shown:
-            fig = plot(look.pixels[: context.shown], maps)
+            seen = context.look(look.result, context.shown)
+            alt = f"Attention maps of {name}, last block, over {len(seen.pixels)} images"
+            fig = plot(seen.pixels, last_maps(seen.model, seen.aux))
             pictures.append(pages.figure(fig, f"attention-{i}", alt, name))
         shares = [static_share(look.seen("weights", b)) for b in blocks]
         rows.append([name, *(", ".join(f"{100 * s:.0f}" for s in share) for share in shares)])
@@ -819,14 +819,14 @@ def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:
             for b, share in zip(blocks, shares, strict=True)
             for h, s in enumerate(share.tolist())
         ]
-    count = len(looks[0].pixels)
+    count, own = len(looks[0].pixels), context.splits.val.labels
     caption = (
         "Share of the attention weights that is the same for all images, %, head by head: the "
         f"squared norm of their mean over {count} images, over the mean of their squared norms. "
         "100 would be attention that ignores the image."
     )
     told = (
-        f"{_row(context)} of the last block over the first {min(context.shown, count)} "
+        f"{_row(context)} of the last block over the first {min(context.shown, len(own))} "
         f"validation images, {context.first_seeds}; negative weights count as none, and "
         "every map is scaled to its own maximum. Region: the fewest patches that hold half of the "
         "weight of the head with the most."
@@ -836,4 +836,12 @@ def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:
     return [*pictured, table], numbers
 
 
-ANALYSIS = Analysis("attention", "Attention", section, version=2, minutes=2.5, measure=measure)
+ANALYSIS = Analysis(
+    "attention",
+    "Attention",
+    section,
+    version=2,
+    minutes=2.5,
+    measure=measure,
+    uses=("shown",),
+)

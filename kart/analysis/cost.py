@@ -26,9 +26,11 @@ from kart.analysis import curvature
 from kart.analysis.section import Analysis, Context
 from kart.models import Model, Site, work
 from kart.models.blocks import merge_heads
+from kart.models.model import find
 from kart.operators import Operator
 from kart.operators.contract import SOFTMAX
 from kart.operators.projected import factors_of, pays, projected
+from kart.operators.sums import parts_of
 
 
 class Parameters(NamedTuple):
@@ -101,10 +103,13 @@ def _unseen(site: Site) -> tuple[int, int]:
     return queries, keys
 
 
+SCALES = "operator.scale_base"  # of `unused`
+
+
 def unused(model: Model) -> dict[str, int]:
     """Numbers of parameters that are drawn, counted and trained without effect, by the layer of
     attention that they are in: those that make queries, keys and biases of the scores for heads
-    whose operator ignores them.
+    whose operator ignores them, and scales of a base activation that units do not have.
 
     A student that attends as its teacher does is not looked at.
 
@@ -118,9 +123,11 @@ def unused(model: Model) -> dict[str, int]:
         key = id(site.operator), site.heads, site.tokens, site.width
         if key not in seen:
             seen[key] = _unseen(site)
-    if not any(map(sum, seen.values())):
+    owners = {site.path: site.operator for site in model.sites}
+    if not any(map(sum, seen.values())) and not any(map(_scaled_alone, owners.values())):
         return {}
-    named = tree.named(model.init(Generator().manual_seed(0)))
+    params = model.init(Generator().manual_seed(0))
+    named = tree.named(params)
     blocks = dict.fromkeys(path.partition(".attn.")[0] for path in named if ".attn." in path)
     found: dict[str, int] = {}
     for block, site in zip(blocks, model.sites, strict=True):
@@ -133,14 +140,35 @@ def unused(model: Model) -> dict[str, int]:
                 all_, some = parts[layer]
                 count = leaf.numel() * some // (all_ * site.heads)
                 found[f"attn.{layer}"] = found.get(f"attn.{layer}", 0) + count
-    return found
+    scales = sum(_idle_scales(op, find(params, path)) for path, op in owners.items())
+    return found | ({SCALES: scales} if scales else {})
+
+
+def _scaled_alone(op: Operator) -> bool:
+    """Whether units of an operator, or of one of its parts, scale a base activation of zero."""
+    options = {} if op.basis is None else op.basis.options
+    alone = bool(options.get("scales")) and options.get("base") == "zero"
+    return alone or any(map(_scaled_alone, parts_of(op)))
+
+
+def _idle_scales(op: Operator, params: Any) -> int:
+    """The scales of a base activation of zero among the parameters of an operator."""
+    if parts := parts_of(op):
+        return sum(_idle_scales(one, params[str(i)]) for i, one in enumerate(parts))
+    named = tree.named(params).items() if _scaled_alone(op) else ()
+    return sum(leaf.numel() for path, leaf in named if path.split(".")[-1] == "scale_base")
 
 
 def told(unused: Mapping[str, int]) -> str:
     """What `unused` found, in words, "" for nothing."""
-    if not unused:
-        return ""
-    return f"{sum(unused.values()):,} in {', '.join(unused)}, as operators ignore the scores"
+    scores = {name: count for name, count in unused.items() if name != SCALES}
+    lines = []
+    if scores:
+        count = sum(scores.values())
+        lines.append(f"{count:,} in {', '.join(scores)}, as operators ignore the scores")
+    if SCALES in unused:
+        lines.append(f"{unused[SCALES]:,} in {SCALES}, as units have no base activation")
+    return "; ".join(lines)
 
 
 def unit_flops(op: Operator) -> int:
@@ -350,7 +378,9 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
     hidden values (N r a head), W^T V and the batch's copies of W; in float32, where attention meets
     its projections first (see `kart.operators.projected`), neither v nor the output of the heads.
     "naive" is the materialised form of the paper: for KArAt scores, features, what their
-    derivatives need and weights, each N^2 a head; for softmax the weights.
+    derivatives need and weights, each N^2 a head; for softmax the weights. Blocks that are computed
+    again (`recompute`) keep their inputs, and of one of them, at its turn in the backward, all of
+    this.
 
     Of other families, and of models that attend as a teacher does, there is the streamed form
     alone, measured: `kept_bytes` of a forward pass of two and of three random images.
@@ -373,10 +403,11 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
     n, hidden = c.tokens, int(c.embed_dim * c.mlp_ratio)
     block = n * (4 * c.embed_dim + 2 * hidden)
     images = (n - 1) * c.in_channels * c.patch_size**2
-    floats = float(batch * (c.depth * block + images + n * c.embed_dim))
+    blocks: list[float] = []
     known: dict[tuple[int, int], tuple[int, int]] = {}
     width, like = c.embed_dim // c.num_heads, torch.empty(n, c.embed_dim)
     for operator in model.operators:
+        floats = float(batch * block)
         hybrid, way = operator.options.get("kind") == "hybrid", form
         if form == "streamed" and bytes_each == 4 and pays(factors_of(operator), like, c.num_heads):
             way = "projected"
@@ -390,7 +421,9 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
                 )
             each, once = known[id(op), few]
             floats += count / few * (batch * each + once) / 4
-    return int(floats * bytes_each)
+        blocks.append(floats)
+    kept = c.depth * batch * n * c.embed_dim + max(blocks) if c.recompute else sum(blocks)
+    return int((kept + batch * (images + n * c.embed_dim)) * bytes_each)
 
 
 # paper, Tables 1, 13 and 18: total and operator parameters (millions), activation and total GFLOPs,

@@ -557,4 +557,11 @@ def section(context: Context) -> pages.Section:
     return pages.Section([pages.text(told), *tables, pages.items(lines), fig], numbers)
 
 
-ANALYSIS = Analysis("curvature", "Curvature", section, minutes=9.0, measure=measure)
+ANALYSIS = Analysis(
+    "curvature",
+    "Curvature",
+    section,
+    minutes=9.0,
+    measure=measure,
+    uses=("examples", "limit_mib"),
+)

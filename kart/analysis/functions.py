@@ -839,7 +839,8 @@ ANALYSIS = Analysis(
     "functions",
     "The functions that each head learned",
     section,
-    version=3,
+    version=4,
     minutes=1.0,
     measure=measure,
+    uses=("examples", "limit_mib"),
 )

@@ -664,9 +664,11 @@ def section(context: Context) -> pages.Section:
         for seed, own in seeds.items()
         if own[f"{kind}_lost"]
     ]
+    best = any(result.epochs is not None for result in context.results)
+    apart = ", and in the random plane around those of the best epoch" if best else ""
     told = (
-        f"The loss on {count} validation images around the final weights; a spiky landscape would "
-        "show as small islands of contours and as a large roughness. The pictures are "
+        f"The loss on {count} validation images around the final weights{apart}; a spiky landscape "
+        "would show as small islands of contours and as a large roughness. The pictures are "
         f"{context.first_seeds}, with {len(next(iter(parts['path'][0].values())))} points a side "
         f"in the plane of the path and {GRID} in the random one; all numbers are from {GRID} "
         "points a side. Axes, colours and heights are the same for all operators. Biases and norms "
@@ -683,4 +685,5 @@ ANALYSIS = Analysis(
     minutes=13.0,
     needs=trajectories,
     measure=measure,
+    uses=("examples", "points", "limit_mib"),
 )

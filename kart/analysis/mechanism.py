@@ -817,4 +817,11 @@ def _layouts(context: Context) -> Part:
     return [pages.table(header, rows, caption), pages.text(told), pages.beside(*pictures)], numbers
 
 
-ANALYSIS = Analysis("mechanism", "How tokens are mixed", section, minutes=2.5, measure=measure)
+ANALYSIS = Analysis(
+    "mechanism",
+    "How tokens are mixed",
+    section,
+    minutes=2.5,
+    measure=measure,
+    uses=("examples", "retrain", "limit_mib"),
+)

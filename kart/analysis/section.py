@@ -166,6 +166,10 @@ def samples(site: Site, tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, *tensor.shape[-3:])
 
 
+# the fields of Context that a reader chooses
+OPTIONS = ("shown", "examples", "points", "retrain", "limit_mib")
+
+
 class OutOfTime(Exception):
     """A section has used up its minutes; what it has kept is there for the next call."""
 
@@ -258,16 +262,18 @@ class Context:
         block.
         """
         most = max(site.windows * site.heads * site.tokens**2 for site in model.sites)
-        return max(self.shown, min(64, 2**22 // most))
+        return max(4, min(64, 2**22 // most))
 
-    def look(self, result: Result) -> Look:
-        """The first member of `result` on the first validation images, computed once a page."""
-        if f"look {result.name}" in self.memory:
-            return self.memory[f"look {result.name}"]
+    def look(self, result: Result, count: int | None = None) -> Look:
+        """The first member of `result` on the first `count` validation images, `few` where it is
+        not said, computed once a page.
+        """
         config = result.configs[0]
         model = self.model(config)
         c = model.config
-        count = self.few(model)
+        count = self.few(model) if count is None else count
+        if f"look {result.name} {count}" in self.memory:
+            return self.memory[f"look {result.name} {count}"]
         chosen = torch.arange(min(count, len(self.splits.val.labels)))
         pixels = data.as_float(data.take(self.splits.val, chosen)[0])
         with torch.no_grad():
@@ -280,7 +286,7 @@ class Context:
         elif config.trajectory and result.snapshots is not None:
             initial = result.snapshots(0)[0][1]
         found = Look(result, model, result.params[0], initial, pixels, aux)
-        self.memory[f"look {result.name}"] = found
+        self.memory[f"look {result.name} {count}"] = found
         return found
 
     @property
@@ -342,6 +348,7 @@ class Analysis(NamedTuple):
             processes may call it before the section does.
         needs: given the context, says in one line what is missing, or None; the page shows the
             line in place of the section.
+        uses: which of OPTIONS it depends on.
     """
 
     name: str
@@ -351,6 +358,7 @@ class Analysis(NamedTuple):
     minutes: float = 0.0
     needs: Callable[[Context], str | None] | None = None
     measure: Callable[[Context, Member], Mapping[str, Tensor]] | None = None
+    uses: Sequence[str] = ()
 
 
 def trajectories(context: Context) -> str | None:

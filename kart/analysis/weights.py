@@ -277,5 +277,11 @@ def section(context: Context) -> pages.Section:
 
 
 ANALYSIS = Analysis(
-    "weights", "Distributions of weights", section, minutes=1.0, needs=trajectories, measure=measure
+    "weights",
+    "Distributions of weights",
+    section,
+    minutes=1.0,
+    needs=trajectories,
+    measure=measure,
+    uses=("limit_mib",),
 )

@@ -427,9 +427,12 @@ def sinc(t: Tensor) -> Tensor:
     return torch.where(small, series, far.sin() / far)
 
 
+HALF_WIDTH = 4 * math.pi  # of Shannon's window
+
+
 def shannon(
     reading: str = "argument",
-    half_width: float = 4 * math.pi,
+    half_width: float = HALF_WIDTH,
     *,
     base: str = "zero",
     init: str = "scaled",
@@ -447,6 +450,11 @@ def shannon(
     if not schema.fits(half_width, float) or not 0 < half_width < math.inf:
         raise ValueError(
             f"`shannon` needs a finite `half_width` > 0, got {half_width!r}. Pass a multiple of pi."
+        )
+    if reading == "index" and half_width != HALF_WIDTH:
+        raise ValueError(
+            f'`shannon` needs reading="argument" for `half_width`, got {half_width!r} with '
+            f"{reading!r}, whose window is as wide as the keys. Leave it out."
         )
 
     def psi(t: Tensor) -> Tensor:

@@ -17,28 +17,36 @@ if TYPE_CHECKING:
     from kart.analysis.section import Context
 
 
+# what sections may use (see `kart.analysis.section.OPTIONS`): least, default, and what it says
+OPTIONS = {
+    "images": ("shown", 0, 4, "images with attention maps"),
+    "examples": ("examples", 16, 256, "validation images that losses are taken on"),
+    "points": ("points", 11, 21, "a side of the pictured surfaces, 11, 21, 31 ..."),
+    "retrain": (
+        *("retrain", 0, 50),
+        "steps of training after learned functions are made simple; 0 for none",
+    ),
+    "memory_mib": ("limit_mib", 64, 4096, "what a section may hold at a time"),
+}
+
+
 def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="+", help="directories that `kart train` wrote")
     parser.add_argument(
         "--out", type=file, metavar="HTML", help="the page (default report.html in the first)"
     )
     parser.add_argument("--title", help="its headline")
-    parser.add_argument(
-        "--images", type=integer(0), default=4, metavar="INT", help="images with attention maps (4)"
-    )
     parser.add_argument("--sections", metavar="NAMES", help="comma-separated; default all")
+    parser.add_argument("--minutes", type=number(0), help="for all slow sections together (28)")
     parser.add_argument(
-        "--minutes", type=number(0), default=28.0, help="for all slow sections together (28)"
+        "--processes",
+        type=integer(1),
+        metavar="INT",
+        help="that share the runs, one thread each (1)",
     )
-    for flag, least, default, text in (
-        ("processes", 1, 1, "that share the runs, one thread each"),
-        ("examples", 16, 256, "validation images that losses are taken on"),
-        ("points", 11, 21, "a side of the pictured surfaces, 11, 21, 31 ..."),
-        ("retrain", 0, 50, "steps of training after learned functions are made simple; 0 for none"),
-        ("memory-mib", 64, 4096, "what a section may hold at a time"),
-    ):
-        kind, told = integer(least), f"{text} ({default})"
-        parser.add_argument(f"--{flag}", type=kind, default=default, metavar="INT", help=told)
+    for name, (_, least, default, text) in OPTIONS.items():
+        flag, told = f"--{name.replace('_', '-')}", f"{text} ({default})"
+        parser.add_argument(flag, type=integer(least), metavar="INT", help=told)
     parser.add_argument("--checkpoint", default="last", choices=["last", "best"])
     parser.add_argument("--data", help="where the data is now, if it has moved")
 
@@ -56,13 +64,9 @@ def _context(args: argparse.Namespace) -> "Context":
     return Context(
         results,
         owned.load(str(first), own, dataclasses.replace(config, data=source)),
-        args.images,
-        Path(args.run[0]) / "analysis",
-        _say,
-        examples=args.examples,
-        points=args.points,
-        limit_mib=args.memory_mib,
-        retrain=args.retrain,
+        cache=Path(args.run[0]) / "analysis",
+        say=_say,
+        **{field: getattr(args, name) for name, (field, *_) in OPTIONS.items()},
     )
 
 
@@ -88,13 +92,32 @@ def _sections(args: argparse.Namespace) -> Any:
     return report.SECTIONS if args.sections is None else report.select(args.sections.split(","))
 
 
+def _check_effects(args: argparse.Namespace, sections: Any) -> None:
+    """Raises ValueError for flags that none of `sections` uses, and fills in what was not given."""
+    used = {field for one in sections for field in one.uses}
+    idle = {name: field not in used for name, (field, *_) in OPTIONS.items()}
+    idle["minutes"] = not any(one.minutes for one in sections)
+    idle["processes"] = not any(one.measure for one in sections)
+    for name, is_idle in idle.items():
+        if getattr(args, name) is not None and is_idle:
+            raise ValueError(
+                f"`--{name.replace('_', '-')}` has no effect on the sections "
+                f"{', '.join(one.name for one in sections)}. Leave it out, or choose others."
+            )
+    defaults = {name: default for name, (_, _, default, _) in OPTIONS.items()}
+    for name, default in {**defaults, "minutes": 28.0, "processes": 1}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+
+
 def _run(args: argparse.Namespace) -> int:
     from kart.analysis import cost, report, scores, training
 
     began = time.monotonic()
+    sections = _sections(args)
+    _check_effects(args, sections)
     if args.points % 10 != 1:
         raise ValueError(f"`--points` needs 11, 21, 31 or so on, got {args.points}. Take 41.")
-    sections = _sections(args)
     out = Path(args.out or Path(args.run[0]) / "report.html")
     report.check_out(out)
     runs.check_writable(Path(args.run[0]))  # which keeps what is computed

@@ -29,11 +29,11 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     from kart.analysis import bench
 
-    for flag, value in (("--step-batch", args.step_batch), ("--sizes", args.sizes)):
-        if args.quick and value:
+    for name in ("step_batch", "sizes"):
+        if args.quick and getattr(args, name) is not None:
             raise ValueError(
-                f"`{flag}` has no effect with `--quick`, which measures single operators alone. "
-                "Leave one of them out."
+                f"`--{name.replace('_', '-')}` has no effect with `--quick`, which measures single "
+                "operators alone. Leave one of them out."
             )
     args.sizes = 16 if args.sizes is None else args.sizes
     bench.run(args)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import re
 import textwrap
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kart import models, operators, recipes, runs
+from kart import models, operators, recipes, runs, train
 from kart.commands.command import choice, integer, number
 from kart.train import Config
 
@@ -159,12 +160,11 @@ def add_config_flags(
                 continue
             default = defaults[name]
             shown = "" if default in (None, ()) else f" (default {default})"
-            flag = f"--{NAMES.get(name, name).replace('_', '-')}"
             options: dict[str, Any] = {"type": kind, "metavar": METAVARS.get(kind)}
             if kind is bool:
                 options = {"action": argparse.BooleanOptionalAction}
             group.add_argument(
-                flag, dest=name, default=argparse.SUPPRESS, help=text + shown, **options
+                flag(name), dest=name, default=argparse.SUPPRESS, help=text + shown, **options
             )
 
 
@@ -187,7 +187,7 @@ def configs_of(args: argparse.Namespace) -> list[Config]:
         config_of(args, operator=spec, **dict.fromkeys(some - runs.options_of(spec)))
         for spec in specs
     ]
-    _check_effects({name for name in vars(args) if name in FIELDS}, configs)
+    check_effects({name for name in vars(args) if name in FIELDS}, configs)
     return configs
 
 
@@ -196,21 +196,61 @@ def _learned(spec: str | tuple[str, ...]) -> bool:
     return any(operators.parse(one).operator.traits.get("learned") for one in ones)
 
 
-def _check_effects(given: Collection[str], configs: Sequence[Config]) -> None:
-    """Refuses flags that change nothing in what `configs` do."""
-    one = configs[0]
+def flag(name: str) -> str:
+    """A field of Config as the command line has it."""
+    return f"--{NAMES.get(name, name).replace('_', '-')}"
+
+
+def check_effects(
+    given: Collection[str], configs: Sequence[Config], asked: Callable[[str], str] = flag
+) -> None:
+    """Refuses fields that were `given`, as `asked` names them, and change nothing in what `configs`
+    do.
+    """
     idle = {
-        "ema_warmup": ("`--ema`", not one.ema),
-        "start_learning_rate": ("a warm-up (`--warmup-epochs`)", one.warmup_epochs == 0),
+        "ema_warmup": (f"`{asked('ema')}`", not any(one.ema for one in configs)),
+        "start_learning_rate": (
+            f"a warm-up (`{asked('warmup_epochs')}`)",
+            not any(one.warmup_epochs for one in configs),
+        ),
         "sharing": (
             "an operator that learns",
-            not any(_learned(config.operator) for config in configs),
+            not any(_learned(one.operator) for one in configs),
         ),
     }
     for name, (needed, is_idle) in idle.items():
         if name in given and is_idle:
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"`{flag}` has no effect without {needed}. Leave it out.")
+            raise ValueError(f"`{asked(name)}` has no effect without {needed}. Leave it out.")
+
+
+def check_effects_on(
+    given: Collection[str], config: Config, image_size: int, steps_per_epoch: int
+) -> None:
+    """Refuses fields that were `given` and change nothing in a run of images and steps like these,
+    where rounding leaves nothing of them.
+    """
+    total = config.epochs * steps_per_epoch
+    warmup = train.warmup_steps(config, steps_per_epoch)
+    run = f"in a run of {total} steps, {steps_per_epoch} an epoch"
+    cropped = math.floor(image_size / config.eval_crop) == image_size and config.eval_crop < 1
+    most = math.floor(100 * image_size / (image_size + 1)) / 100
+    scaled = f"on images of {image_size} pixels, which stay so over {config.eval_crop:g}"
+    idle = {
+        "warmup_epochs": (
+            config.warmup_epochs > 0 and not warmup,
+            f"{run}, where {config.warmup_epochs:g} epochs, and half of the run at most, are none. "
+            "Give 0, or more",
+        ),
+        "start_learning_rate": (not warmup, f"{run}, none of them of the warm-up. Leave it out"),
+        "end_learning_rate": (
+            total - warmup < 2,
+            f"{run}, the last of them at the peak. Leave it out",
+        ),
+        "eval_crop": (cropped, f"{scaled}. Give {most:g} or less"),
+    }
+    for name, (is_idle, why) in idle.items():
+        if name in given and is_idle:
+            raise ValueError(f"`{flag(name)}` has no effect {why}.")
 
 
 def check_device(name: str | None) -> None:

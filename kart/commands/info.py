@@ -4,7 +4,7 @@ import argparse
 
 from kart import kernels, models, operators, schema, train
 from kart.commands.command import Command, integer
-from kart.commands.config import OPERATORS_HELP, add_config_flags, config_of
+from kart.commands.config import OPERATORS_HELP, add_config_flags, check_effects, config_of
 
 # fields of Config that what is printed depends on
 FIELDS = ("model", "image_size", *train.MODEL_FIELDS, "batch_size", "precision")
@@ -71,31 +71,32 @@ def _run(args: argparse.Namespace) -> int:
     from kart.analysis import cost
 
     _check_used(args)
+    given = set(vars(args))
     if args.paper:
         print(cost.paper_table())
         return 0
-    classes = "num_classes" in vars(args)
     for name, value in DEFAULTS.items():
         if name not in vars(args):
             setattr(args, name, value)
     config = config_of(args)
+    check_effects(given, [config])
     if args.roofline:
         from kart.analysis import roofline
 
         print(roofline.measured() if args.roofline == "cpu" else roofline.paper(config.batch_size))
         return 0
-    given = {name: getattr(config, name) for name in train.MODEL_FIELDS}
-    given = {name: value for name, value in given.items() if value is not None}
-    given.setdefault("patch_size", train.default_patch_size(args.image_size, config.model))
+    sizes = {name: getattr(config, name) for name in train.MODEL_FIELDS}
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    sizes.setdefault("patch_size", train.default_patch_size(args.image_size, config.model))
     # a backbone of detectors has no classes, and refuses those that it is given
-    if classes or models.classifies(config.model):
-        given["num_classes"] = args.num_classes
+    if "num_classes" in given or models.classifies(config.model):
+        sizes["num_classes"] = args.num_classes
     model = models.create(
         config.model,
         operator=args.operator,
         image_size=args.image_size,
         in_channels=args.in_channels,
-        **given,
+        **sizes,
     )
     counted, unused, batch = cost.parameters(model), cost.unused(model), config.batch_size
     found = {

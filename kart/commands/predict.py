@@ -20,15 +20,17 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=integer(0), metavar="INT", help="the member, where a run has several"
     )
-    parser.add_argument(
-        "--top", type=integer(1), default=3, metavar="INT", help="classes of each image (3)"
-    )
+    parser.add_argument("--top", type=integer(1), metavar="INT", help="classes of each image (3)")
 
 
 def _run(args: argparse.Namespace) -> int:
     one = runs.only(args.run, args.checkpoint, args.seed)
     own = one.identity.data
-    dataset, dtype = owned.empty(own), getattr(torch, one.config.precision)
+    classes, dataset = own["classes"], owned.empty(own)
+    dtype = getattr(torch, one.config.precision)
+    if args.top is not None and args.top > len(classes):
+        raise ValueError(f"`--top` needs at most the {len(classes)} classes, got {args.top}.")
+    top = min(3, len(classes)) if args.top is None else args.top
     changed: Counter[str] = Counter()
     rows = []
     # as `kart eval` computes its scores, and as many at a time: all at once may not fit
@@ -39,10 +41,10 @@ def _run(args: argparse.Namespace) -> int:
         images = train.prepare(data.as_float(torch.from_numpy(pixels)), dataset, one.config)
         with torch.no_grad():
             shares = one.model.apply(one.params, images.to(dtype)).float().softmax(-1)
-        best = shares.topk(min(args.top, shares.shape[-1]), dim=-1)
+        best = shares.topk(top, dim=-1)
         for name, ps, index in zip(names, best.values.tolist(), best.indices.tolist(), strict=True):
             found = zip(ps, index, strict=True)
-            rows.append([name, *(f"{own['classes'][i]} {100 * p:.1f} %" for p, i in found)])
+            rows.append([name, *(f"{classes[i]} {100 * p:.1f} %" for p, i in found)])
     if changed:
         told = "; ".join(f"{count} {what}" for what, count in sorted(changed.items()))
         print(f"converted: {told}", file=sys.stderr)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from kart.commands.command import Command, choice, integer, number, place
-from kart.commands.config import THREADS, check_device
+from kart.commands.config import THREADS, check_device, check_effects
 
 if TYPE_CHECKING:
     from kart.search import Study
@@ -106,7 +106,6 @@ def _wait_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage-timeout",
         type=number(0),
-        default=300.0,
         metavar="SECONDS",
         help="how long to wait for a database server that is away (300)",
     )
@@ -214,6 +213,31 @@ class Opened(NamedTuple):
     study: "Study | None"
 
 
+def _home(args: argparse.Namespace) -> "Home":
+    """Where the study is: in the database server if one is named, else in a directory."""
+    from kart.search import work
+
+    # those that write no report have no use for both
+    if args.storage and args.out and args.call not in (_run, _report):
+        raise ValueError(
+            f"`kart study {args.command}` needs `--out` or `--storage`, got {args.out!r} and "
+            f"{work.home(None, args.storage).name!r}. Leave one of them out."
+        )
+    return work.home(None if args.storage else args.out, args.storage)
+
+
+def _wait_s(args: argparse.Namespace) -> float:
+    """How long to wait for a database server, where there is one."""
+    if "storage_timeout" not in args:
+        return 0.0
+    if args.storage_timeout is not None and not args.storage:
+        raise ValueError(
+            "`--storage-timeout` needs `--storage`, got it without: no server is waited for in a "
+            "directory. Leave it out."
+        )
+    return 300.0 if args.storage_timeout is None else args.storage_timeout
+
+
 def _place(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of Config that say where this process trains."""
     check_device(args.device)
@@ -239,10 +263,10 @@ def _give_code(study: "Study") -> None:
 
 
 def _set_up(args: argparse.Namespace) -> Opened:
-    from kart.search import question, storage, work
+    from kart.search import question, space, storage, work
     from kart.search.trials import LIMITS, OBJECTIVES, check_objectives, loader
 
-    where = work.home(None if args.storage else args.out, args.storage)
+    where = _home(args)
     found = question.load(args.study)
     study = found.study
     _give_code(study)
@@ -250,10 +274,26 @@ def _set_up(args: argparse.Namespace) -> Opened:
     given = ("data", "epochs", "train_limit", "trials", "seeds", "confirm", "sampler", "pruner")
     flags = {n: getattr(args, n) for n in given if getattr(args, n) is not None}
     asked, fix = _pairs(args.set, "--set"), _pairs(args.fix, "--fix")
-    study = question.with_changes(study, {**changes, **flags, **asked})
-    question.check_effects(study, {**flags, **asked}, fix)
+    for name in sorted(asked.keys() & flags.keys()):
+        flag = f"--{name.replace('_', '-')}"
+        raise ValueError(f"`--set` needs fields that no flag gives, got {name!r} beside `{flag}`.")
+    before = question.with_changes(study, changes)
+    study = question.with_changes(before, {**flags, **asked})
+    question.check_effects(before, study, {**flags, **asked}, fix)
+    firsts = [space.first(arm) for arm in study.spaces(study.config, fix).values()]
+    check_effects(asked, firsts, lambda name: f"--set {name}")
+    if args.pruner not in (None, "none") and all(one.epochs == 1 for one in firsts):
+        raise ValueError(
+            f"`--pruner {args.pruner}` has no effect on runs of one epoch: it looks at those "
+            "before the last. Leave it out."
+        )
     if args.levels is not None and study.sampler != "grid":
         raise ValueError("`--levels` needs `--sampler grid`, got it without. Leave it out.")
+    if args.levels is not None and not question.has_intervals(study, fix):
+        raise ValueError(
+            "`--levels` has no effect on a study that searches no interval: all values of a choice "
+            "are taken. Leave it out."
+        )
     choice("--sampler", study.sampler, list(storage.SAMPLERS))
     choice("--pruner", study.pruner, storage.PRUNERS)
     for field, least in (("trials", len(study.arms)), ("seeds", 1), ("confirm", 0)):
@@ -291,7 +331,7 @@ def _set_up(args: argparse.Namespace) -> Opened:
         settings,
         study,
         lambda: work.fastest_group(study, settings, load, place),
-        args.storage_timeout,
+        _wait_s(args),
     )
     return Opened(where, database, settings, study)
 
@@ -303,8 +343,8 @@ def _open(args: argparse.Namespace, name: str | None, asked: "Question | None" =
     from kart.search import journal, storage, work
     from kart.train import Config
 
-    where = work.home(None if args.storage else args.out, args.storage)
-    wait_s = getattr(args, "storage_timeout", 0.0)
+    where = _home(args)
+    wait_s = _wait_s(args)
     if where.directory is not None:
         found = storage.read_settings(where.directory)
         if found is None:
@@ -452,6 +492,11 @@ def _report(args: argparse.Namespace) -> int:
 
     if not args.out:
         raise ValueError("`report` needs `--out DIR` for the report, got none. Give a directory.")
+    for name in ("data", "device", "threads"):
+        if getattr(args, name) is not None and not args.confirm:
+            raise ValueError(
+                f"`--{name}` needs `--confirm`, got it without: nothing is trained. Leave it out."
+            )
     opened = _open(args, args.study)
     arms = storage.studies(opened.database, opened.settings)
     if args.confirm:
@@ -472,7 +517,7 @@ def _list(args: argparse.Namespace) -> int:
 def _status(args: argparse.Namespace) -> int:
     from kart.search import journal, storage, work
 
-    where = work.home(None if args.storage else args.out, args.storage)
+    where = _home(args)
     if where.directory is not None:
         found = storage.read_settings(where.directory)
         if found is None:

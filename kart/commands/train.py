@@ -27,7 +27,13 @@ from kart import (
 )
 from kart.analysis import cost
 from kart.commands.command import Command, integer, number, place
-from kart.commands.config import OPERATORS_HELP, add_config_flags, check_device, configs_of
+from kart.commands.config import (
+    OPERATORS_HELP,
+    add_config_flags,
+    check_device,
+    check_effects_on,
+    configs_of,
+)
 from kart.runs import donors
 from kart.train import Config, Record
 
@@ -88,7 +94,7 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
     homes = runs.homes(named, out)
     # nothing is written before all of it is known to be in order
     for config, home in zip(named, homes, strict=True):
-        _check(config, splits, ranks)
+        _check(config, splits, ranks, args)
         members = population.seeds(config, seeds)
         for _, directory in runs.parts(members, 1, home):
             runs.check_place(directory)
@@ -202,9 +208,12 @@ def _code_flags(configs: Sequence[Config]) -> list[str]:
     return [word for name in sorted(names) for word in ("--code", name)]
 
 
-def _check(config: Config, splits: train.Splits, ranks: train.Ranks) -> None:
+def _check(
+    config: Config, splits: train.Splits, ranks: train.Ranks, args: argparse.Namespace
+) -> None:
     """Raises ValueError for what would stop `config` later: an operator that does not fit the
-    model, found by a pass over one image, parameters that it has not, too large a batch.
+    model, found by a pass over one image, parameters that it has not, too large a batch; and for
+    flags in `args` without effect on such data.
     """
     model = train.build(config, splits.train)
     # weights, gradients and AdamW's two moments
@@ -218,7 +227,9 @@ def _check(config: Config, splits: train.Splits, ranks: train.Ranks) -> None:
     pixels = data.as_float(data.take(splits.val, torch.arange(1))[0])
     with torch.no_grad():
         model.apply(model.init(Generator()), train.prepare(pixels, splits.val, config))
-    steps = config.epochs * train.solo(config, splits, model, ranks).steps_per_epoch
+    steps_per_epoch = train.solo(config, splits, model, ranks).steps_per_epoch
+    check_effects_on(vars(args), config, model.config.image_size, steps_per_epoch)
+    steps = config.epochs * steps_per_epoch
     if steps > MOST_STEPS:
         raise ValueError(
             f"`--epochs` needs at most {MOST_STEPS:,} steps together, got {steps:,}: even at 1 ms "

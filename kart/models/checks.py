@@ -13,7 +13,8 @@ LARGEST = 2**31 - 1  # of an axis that torch can index on every device
 def integers(function: str, config: Any, *names: str) -> None:
     """Refuses fields, COMMON and those of `names`, that are no integers from 1 on.
 
-    A tuple is one of such integers, by stage. `mlp_ratio` is checked, too.
+    A tuple is one of such integers, by stage. `mlp_ratio` is checked, too, which is over
+    `embed_dim`, one of `names`.
     """
     for name in (*COMMON, *names):
         value = getattr(config, name)
@@ -31,6 +32,11 @@ def integers(function: str, config: Any, *names: str) -> None:
     ratio = config.mlp_ratio
     if not schema.fits(ratio, float) or not 0 < ratio < math.inf:
         raise ValueError(f"`{function}` needs `mlp_ratio` > 0, got {ratio!r}. ViTs use 4.")
+    if ratio * config.embed_dim < 1:
+        raise ValueError(
+            f"`{function}` needs an MLP of one hidden value or more, got none with `mlp_ratio` "
+            f"{ratio:g} and `embed_dim` {config.embed_dim}: it would ignore its input. Raise it."
+        )
 
 
 def divides(function: str, config: Any, *pairs: tuple[str, str]) -> None:

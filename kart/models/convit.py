@@ -51,6 +51,11 @@ def convit(operator: Choice = "softmax", **fields: Any) -> Model:
         raise ValueError(
             f"`convit` needs `locality` >= 0 and finite, got {config.locality!r}. It uses 1."
         )
+    if not gated and config.locality != ConViTConfig.locality:
+        raise ValueError(
+            f"`convit` needs `gated_blocks` for `locality`, got {config.locality!r} and none of "
+            "them. Leave it out."
+        )
     config, operators = choose("convit", operator, config, fields)
     size, heads = config.embed_dim, config.num_heads
     side = config.image_size // config.patch_size

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
+from optuna.distributions import CategoricalDistribution
 
 import kart
 from kart import code, schema
-from kart.search.space import Space, contains, distributions, first, fixed
+from kart.search.space import Space, contains, distributions, fixed, probe
 from kart.train import Config
 
 Arm = Callable[[optuna.Trial, Config], Config]
@@ -188,21 +190,43 @@ def with_changes(study: Study, changes: Mapping[str, Any]) -> Study:
     return dataclasses.replace(study, config=config, **mine)
 
 
-def check_effects(study: Study, changes: Mapping[str, Any], fix: Mapping[str, Any]) -> None:
-    """Raises ValueError for a change of the config that every arm overrides, and for a fixed
-    parameter that no arm has, or not with this value.
-    """
-    made = [first(arm) for arm in study.spaces(study.config, {}).values()]
-    for name, value in changes.items():
-        if hasattr(study.config, name) and all(getattr(one, name) != value for one in made):
-            raise ValueError(
-                f"`--set` and other flags need fields that the arms leave alone, got {name!r}, "
-                "which they set themselves. Leave it out, or write a study of your own."
-            )
+# fields of Config that say nothing of a trial, and what to do instead
+IDLE = {
+    **dict.fromkeys(("start", "attention_from", "trajectory"), "Train in directories instead"),
+    "recipe": "It names what a config was made of: set the fields of the recipe",
+    "device": "It is of each process: give `--device`",
+    "threads": "It is of each process: give `--threads`",
+}
+
+
+def _parameters(study: Study, fix: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The parameters of all arms, with those in `fix` fixed, and what each may be."""
     known: dict[str, list[Any]] = {}
-    for arm in study.spaces(study.config, {}).values():
+    for arm in study.spaces(study.config, fix).values():
         for name, found in distributions(arm).items():
             known.setdefault(name, []).extend(found)
+    return known
+
+
+def has_intervals(study: Study, fix: Mapping[str, Any]) -> bool:
+    """Whether an arm searches an interval, of which a grid takes some values."""
+    found = itertools.chain(*_parameters(study, fix).values())
+    return not all(isinstance(one, CategoricalDistribution) for one in found)
+
+
+def check_effects(
+    before: Study, study: Study, changes: Mapping[str, Any], fix: Mapping[str, Any]
+) -> None:
+    """Raises ValueError for a change of the config, from `before` to `study`, that says nothing of
+    a trial or that every arm overrides or searches, and for a fixed parameter that no arm has, or
+    not with this value.
+    """
+    for name in changes:
+        if name in IDLE:
+            raise ValueError(
+                f"`--set` needs fields that a trial has a use for, got {name!r}. {IDLE[name]}."
+            )
+    known = _parameters(study, {})
     for name, value in fix.items():
         if name not in known:
             raise ValueError(
@@ -212,4 +236,28 @@ def check_effects(study: Study, changes: Mapping[str, Any], fix: Mapping[str, An
         if not any(contains(one, value) for one in known[name]):
             raise ValueError(
                 f"`--fix` needs a value that {name!r} can take, {known[name][0]}, got {value!r}."
+            )
+    for name in fix:
+        others = {one: value for one, value in fix.items() if one != name}
+        if name not in _parameters(study, others):
+            raise ValueError(
+                f"`--fix` needs parameters that are asked for, got {name!r}, which no arm asks for "
+                f"with {', '.join(f'{one}={value}' for one, value in others.items())}. Leave it "
+                "out."
+            )
+    made, was = (
+        [
+            [c for c in probe(arm)[1] if c is not None]
+            for arm in one.spaces(one.config, fix).values()
+        ]
+        for one in (study, before)
+    )
+    for name, value in changes.items():
+        if not hasattr(study.config, name):
+            continue
+        now, then = ([[getattr(c, name) for c in arm] for arm in arms] for arms in (made, was))
+        if now == then and not any(all(one == value for one in arm) for arm in now):
+            raise ValueError(
+                f"`--set` and other flags need fields that the arms leave alone, got {name!r}, "
+                "which they set themselves. Leave it out, or write a study of your own."
             )

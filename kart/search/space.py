@@ -231,20 +231,20 @@ def first(space: Space) -> Config:
     )
 
 
-def _probe(space: Space) -> tuple[dict[str, list[BaseDistribution]], list[str]]:
-    """Distributions by parameter, and keys of configs, of a space and its branches.
+def probe(space: Space) -> tuple[dict[str, list[BaseDistribution]], list[Config | None]]:
+    """Distributions by parameter, and configs (None where it prunes), of a space and its branches.
 
     Probes the first value of everything, and from there each choice of each categorical parameter
     and both ends of each interval, one at a time; a branch behind two choices at once is not seen.
     """
     found: dict[str, list[BaseDistribution]] = {}
-    keys: list[str] = []
+    configs: list[Config | None] = []
     todo: list[Params] = [{}]
     seen: set[tuple[str, Any]] = set()
     while todo:
         given = todo.pop(0)
         recorder, made = _record(space, given)
-        keys.append("pruned" if made is None else key(made))
+        configs.append(made)
         for name, distribution in recorder.distributions.items():
             if distribution not in found.setdefault(name, []):
                 found[name].append(distribution)
@@ -252,12 +252,12 @@ def _probe(space: Space) -> tuple[dict[str, list[BaseDistribution]], list[str]]:
                 if (name, value) not in seen:
                     seen.add((name, value))
                     todo.append({**given, name: value})
-    return found, keys
+    return found, configs
 
 
 def distributions(space: Space) -> dict[str, list[BaseDistribution]]:
     """The parameters of a space, each with the distributions that its branches ask for."""
-    return _probe(space)[0]
+    return probe(space)[0]
 
 
 def contains(distribution: BaseDistribution, value: Any) -> bool:
@@ -275,7 +275,8 @@ def contains(distribution: BaseDistribution, value: Any) -> bool:
 
 def fingerprint(space: Space) -> dict[str, Any]:
     """What identifies a space: its distributions, and the configs of some of its points."""
-    found, keys = _probe(space)
+    found, configs = probe(space)
+    keys = ["pruned" if made is None else key(made) for made in configs]
     digest = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:12]
     listed = {
         name: sorted({distribution_to_json(one) for one in found[name]}) for name in sorted(found)

@@ -102,14 +102,17 @@ def train_members(
 
 def costs(config: Config, splits: Splits, members: int = 1) -> dict[str, float]:
     """What a configuration costs, before it is trained: `parameters`, `flops` of one image forward,
-    where its operators tell them, and `memory`, the MiB in which `members` of it train.
+    where its operators tell them, and `memory`, the MiB in which `members` of it train, part of a
+    batch by part, and in the precision, that it says.
     """
     from kart.analysis import cost
 
     model = train.build(config, splits.train)
     parameters = cost.parameters(model).total
-    # weights, gradients and AdamW's two moments stay; activations come and go
-    held = 4 * 4 * parameters + cost.activation_memory(model, config.batch_size)
+    # weights, gradients, AdamW's two moments and an average stay; activations come and go
+    copies, width = 5 if config.ema else 4, 4 if config.precision == "float32" else 2
+    part = config.batch_size // config.accumulate
+    held = 4 * copies * parameters + cost.activation_memory(model, part, bytes_each=width)
     counted = {} if cost.uncounted(model) else {"flops": float(cost.flops(model).total)}
     memory = members * held / 2**20
     return {"parameters": float(parameters), **counted, "memory": memory}

@@ -17,6 +17,8 @@ from hypothesis.errors import Flaky
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
+from kart import schema
+
 
 class Result(NamedTuple):
     """What became of one property: `passed` True, False, or None for a check that proves nothing
@@ -91,6 +93,27 @@ def require(kind: str, obj: Any, parts: Sequence[str], advice: str) -> None:
             f"`{kind}_suite` needs an object with {', '.join(f'`{p}`' for p in parts)}, got "
             f"{obj!r:.200} without {', '.join(missing)}. {advice}"
         )
+
+
+def with_traits(
+    kind: str,
+    properties: Sequence[Property],
+    own: Mapping[str, Any],
+    given: Mapping[str, Any] | None,
+    others: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The traits of an object, its `own` and those `given` beside them; refuses given ones of which
+    nothing depends: those of no property, not among its own, nor among `others`.
+    """
+    known = {one.trait for one in properties if one.trait} | {*own, *others}
+    unknown = sorted(set(given or {}) - known)
+    if unknown:
+        near = schema.near_matches(unknown[0], known)
+        raise ValueError(
+            f"`{kind}_suite` needs `traits` among {', '.join(sorted(known))}, got {unknown[0]!r}."
+            f"{near}"
+        )
+    return {**own, **(given or {})}
 
 
 DTYPES = (torch.float32, torch.float64)

@@ -12,7 +12,7 @@ from torch.func import grad, vmap
 from kart import tree
 from kart.testing import draw, laws
 from kart.testing.compare import agree, agree_trees, close, same, spread
-from kart.testing.core import Property, Suite, dtypes_of
+from kart.testing.core import Property, Suite, dtypes_of, with_traits
 from kart.testing.laws import jvp, vjp
 
 Inputs = Callable[..., tuple[Any, ...]]
@@ -483,7 +483,8 @@ def suite(
             f"`kernel_suite` needs one or more numbers for each of `sizes`, got {dict(sizes)!r}. "
             "Include those around the block size of the fast form."
         )
-    declared = {**laws.TRANSFORMS, "half": True, **(traits or {})}
+    own = {**laws.TRANSFORMS, "half": True}
+    declared = with_traits("kernel", PROPERTIES, own, traits)
     subject = Subject(fast, plain, inputs, sizes, declared, dtypes_of(dtype))
     named = name or getattr(fast, "__name__", type(fast).__name__)
     return Suite("kernel", named, subject, declared, PROPERTIES)

@@ -11,7 +11,7 @@ from torch.func import grad, vmap
 from kart import tree
 from kart.testing import draw, laws
 from kart.testing.compare import agree, agree_trees, close, same, spread, unit
-from kart.testing.core import Property, Suite, dtypes_of, require
+from kart.testing.core import Property, Suite, dtypes_of, require, with_traits
 from kart.testing.draw import Theta
 from kart.testing.laws import vjp
 from kart.testing.operator.subject import key_axes
@@ -477,7 +477,7 @@ def suite(
         shape = (size, config.in_channels, config.image_size, config.image_size)  # pyright: ignore[reportOptionalMemberAccess]
         return torch.randn(shape, generator=generator)
 
-    declared = {**laws.TRANSFORMS, **(traits or {})}
+    declared = with_traits("model", PROPERTIES, laws.TRANSFORMS, traits)
     subject = Subject(obj, images or drawn, tied, declared, dtypes_of(dtype))
     named = name or f"model with {getattr(config, 'operator', type(obj).__name__)}"
     return Suite("model", named, subject, declared, PROPERTIES)

@@ -12,7 +12,7 @@ from torch.func import jacrev
 
 from kart.testing import draw, laws
 from kart.testing.compare import agree, close, same, unit
-from kart.testing.core import Property, Suite, dtypes_of
+from kart.testing.core import Property, Suite, dtypes_of, with_traits
 from kart.testing.draw import reals
 
 # the support ends between neighbours that are this far apart
@@ -325,7 +325,7 @@ def suite(
             f"`projection_suite` needs a function of (y, dim=-1), got {project!r:.200}. "
             "Pass one such as `kart.projections.simplex`."
         )
-    declared = {**laws.TRANSFORMS, **(traits or {})}
+    declared = with_traits("projection", PROPERTIES, laws.TRANSFORMS, traits)
     subject = Subject(project, declared, dtypes_of(dtype))
     named = name or getattr(project, "__name__", type(project).__name__)
     return Suite("projection", named, subject, declared, PROPERTIES)

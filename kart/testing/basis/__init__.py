@@ -8,7 +8,7 @@ import torch
 from kart.testing import laws
 from kart.testing.basis import derivatives, elementwise, families, numbers, purity, traits
 from kart.testing.basis.subject import Subject
-from kart.testing.core import Suite, dtypes_of, require, title
+from kart.testing.core import Suite, dtypes_of, require, title, with_traits
 
 PROPERTIES = (
     *purity.PROPERTIES,
@@ -36,12 +36,12 @@ def suite(
     """
     require("basis", obj, ("init", "apply", "expand"), "`kart.bases.linear` makes a basis.")
     # the contract itself declares it: features are what `apply` is linear in
-    declared = {**laws.TRANSFORMS, "compiles": True}
-    declared |= {"linear": obj.expand(torch.zeros(1)) is not None}
-    declared |= {**(getattr(obj, "traits", None) or {}), **(traits or {})}
+    own = {**laws.TRANSFORMS, "compiles": True, "linear": obj.expand(torch.zeros(1)) is not None}
+    own |= getattr(obj, "traits", None) or {}
     options = dict(getattr(obj, "options", None) or {})
     family = str(getattr(obj, "family", None) or type(obj).__name__)
-    subject = Subject(obj, family, options, declared, dtypes_of(dtype))
     shown = {k: v for k, v in options.items() if k != "init"}
     asked = (*PROPERTIES, *OF_FAMILY.get(family, ()))
+    declared = with_traits("basis", asked, own, traits, ("amplitude", "finite", "points"))
+    subject = Subject(obj, family, options, declared, dtypes_of(dtype))
     return Suite("basis", name or title(family, shown), subject, declared, asked)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from kart.testing import laws
-from kart.testing.core import Suite, dtypes_of, require
+from kart.testing.core import Suite, dtypes_of, require, with_traits
 from kart.testing.operator import derivatives, masks, numbers, products, purity, symmetry, traits
 from kart.testing.operator.subject import Subject, traits_of
 
@@ -41,7 +41,8 @@ def suite(
     require("operator", obj, parts, "`kart.operators.low_rank` makes one from a basis.")
     known = {one.trait for one in PROPERTIES}
     own = {k: v for k, v in (getattr(obj, "traits", None) or {}).items() if k in known}
-    declared = {**laws.TRANSFORMS, **traits_of(obj), **own, **(traits or {})}
+    own = {**laws.TRANSFORMS, **traits_of(obj), **own}
+    declared = with_traits("operator", PROPERTIES, own, traits)
     groups = (getattr(obj, "options", None) or {}).get("groups")
     if heads is None and groups:
         heads = sum(count for _, count in groups)
