@@ -292,8 +292,6 @@ def test_seeds_one_by_one_go_into_directories_of_their_own(capsys, tmp_path):
                 ("cost", "--processes"),
             )
         ),
-        (["bench", "--quick", "--step-batch", "2"], "no effect with `--quick`"),
-        (["bench", "--quick", "--sizes", "2"], "no effect with `--quick`"),
         (["analyse", "run", "--out", "no/where.html"], "a directory that exists"),
         (["train", "--seeds", "9" * 30], "an integer <= "),
         (["train", "--from", "nowhere"], "not there"),

@@ -79,7 +79,7 @@ def recorded() -> bool:
     """
     return (
         torch.is_grad_enabled()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         or bool(_functorch.get_interpreter_stack())
         or forward_ad._current_level >= 0
     )

@@ -170,8 +170,7 @@ def load(name: str) -> Question:
 def with_changes(study: Study, changes: Mapping[str, Any]) -> Study:
     """`study` with some of its own fields, and fields of its config, changed."""
     own = {f.name for f in dataclasses.fields(Study)} - {"config", "arms", "tiny", "answer"}
-    # the name of a recipe alone sets nothing
-    shared = {f.name for f in dataclasses.fields(Config)} - {"recipe"}
+    shared = {f.name for f in dataclasses.fields(Config)}
     unknown = sorted(set(changes) - own - shared)
     if unknown:
         near = schema.near_matches(unknown[0], own | shared)
