@@ -33,7 +33,10 @@ Schedule = Callable[[Tensor], Tensor]
 Mask = Callable[[str, Tensor], bool]
 
 
-SPARED = ("cls_token", "pos_embed", "shift", "scale", "scale_base", "scale_basis")
+SPARED = (
+    *("cls_token", "pos_embed", "relative_position_bias_table"),
+    *("shift", "scale", "scale_base", "scale_basis"),
+)
 
 
 class Transformation(NamedTuple):
@@ -266,11 +269,11 @@ def momentum(decay: float = 0.9, nesterov: bool = False) -> Transformation:
 
 
 def decay_mask(operators: bool = True) -> Mask:
-    """Which leaves decay: those of two axes and more, but neither class token nor positions.
+    """Which leaves decay: those of two axes and more, but neither class token nor positions, nor
+    the relative position biases of a Swin.
 
-    The rule of timm and DeiT for ViTs, which the paper's recipe follows (of a Swin timm spares the
-    relative position biases, too; here they decay). Also spared are scales and shifts of learned
-    units, which decay would pull to a function of no or of infinite width.
+    The rule of timm and DeiT, which the paper's recipe follows; also spared are scales and shifts
+    of learned units, which decay would pull to a function of no or of infinite width.
     `operators=False` spares the learned attention operators altogether (every leaf below a key
     `operator`).
     """

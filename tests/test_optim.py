@@ -236,6 +236,9 @@ def test_the_decay_mask_spares_vectors_positions_and_if_asked_operators():
     assert decayed(optim.decay_mask()) == ["blocks.0.weight", "blocks.0.operator.mix"]
     assert decayed(optim.decay_mask(operators=False)) == ["blocks.0.weight"]
     assert not optim.decay_mask()("cls_token", torch.zeros(1, 1, 3))
+    # as in timm's Swin
+    table = "layers.0.blocks.0.attn.relative_position_bias_table"
+    assert not optim.decay_mask()(table, torch.zeros(9, 3))
 
     decay = optim.add_decayed_weights(0.5)
     params = example()
