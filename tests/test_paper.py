@@ -59,7 +59,7 @@ def test_published_numbers_stand_where_the_paper_has_them():
 TINY = [
     *("--data", "digits", "--train-limit", "32", "--embed-dim", "8", "--depth", "1"),
     *("--num-heads", "1", "--image-size", "16", "--patch-size", "8", "--threads", "1"),
-    *("--augment", "none", "--quiet"),
+    *("--augment", "none", "--warmup-epochs", "1", "--quiet"),
 ]
 
 

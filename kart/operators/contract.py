@@ -228,9 +228,10 @@ def check_heads(name: str, params: Params, *tensors: Tensor) -> None:
     of the input.
     """
     heads = max(x.shape[-3] if x.dim() > 2 else 1 for x in tensors)
-    found = {tuple(leaf.shape[:1]) for leaf in tree.leaves(params)}
-    if found - {(heads,), (1,)}:
-        told = " and ".join(str(*sizes) for sizes in sorted(found))
+    found = [tuple(leaf.shape[:1]) for leaf in tree.leaves(params)]
+    # compared, not as a set: in a trace sizes are tensors
+    if any(own not in ((heads,), (1,)) for own in found):
+        told = " and ".join(str(*sizes) for sizes in sorted(set(found)))
         raise ValueError(
             f"`{name}` needs parameters of {heads} heads, got those of {told or 'none'}. "
             f"Call `init(generator, {heads}, tokens)`, or put the heads before the tokens."
