@@ -8,9 +8,10 @@ A basis of one's own, hat functions on equal intervals:
 
         def expand(x):
             places = torch.arange(grid, dtype=x.dtype, device=x.device)
-            t = ((x[..., None] - low) / step - places).clamp(-1, 1)
+            t = (x[..., None] - low) / step - places
             # at a knot all hats have the slope of their right side: abs and relu would have none
-            return torch.where(t < 0, 1 + t, 1 - t) * ((t >= -1) & (t < 1))
+            hat = torch.where(t < 0, 1 + t, 1 - t)
+            return torch.where((t < -1) | (t >= 1), 0, hat)
 
         traits = {"partition_of_unity": (low, high), "nonnegative": True, "smooth": 0}
         traits["points"] = [low + j * step for j in range(-1, grid + 1)]
