@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.nn import functional as F
 
-from kart import augment, code, data, kernels, models, optim, schema, transfer, tree
+from kart import augment, code, data, graphs, kernels, models, optim, schema, transfer, tree
 from kart.data import Dataset
 from kart.models import Model
 
@@ -84,7 +84,7 @@ class Config:
     trajectory: int = 0  # snapshots of the weights that a run keeps, from the first to the last
     # execution
     batching: str = "native"  # or "vmap": a per-example loss mapped by torch.func.vmap
-    step: str = "eager"  # or "compiled": the whole step as one graph of torch.compile
+    step: str = "eager"  # or "compiled", by torch.compile as a whole, or "graph", a CUDA graph
     accumulate: int = 1  # parts of a batch that go through the model one after another
     recompute: bool = False  # the model's blocks again in the backward: less memory, more time
     precision: str = "float32"  # or "bfloat16", with float32 parameters, scores and loss
@@ -127,11 +127,13 @@ class Config:
             f"0 with augment={self.augment!r}, which smooths by {smoothed} itself",
         )
         need(self.batching in ("native", "vmap"), "batching", '"native" or "vmap"')
-        need(self.step in ("eager", "compiled"), "step", '"eager" or "compiled"')
+        need(self.step in ("eager", "compiled", "graph"), "step", '"eager", "compiled" or "graph"')
         # a compiled step plans its memory by itself
-        need(not self.recompute or self.step == "eager", "step", '"eager" with `recompute`')
+        need(not self.recompute or self.step != "compiled", "step", '"eager" with `recompute`')
         need(self.precision in ("float32", "bfloat16"), "precision", '"float32" or "bfloat16"')
         need(_is_device(self.device), "device", 'one that torch knows, such as "cpu" or "cuda:0"')
+        on_gpu = torch.device(self.device).type == "cuda"
+        need(on_gpu or self.step != "graph", "step", f"other than that on device {self.device!r}")
         need(self.threads is None or self.threads >= 1, "threads", ">= 1, or None")
         need(self.seed >= 0, "seed", "an integer >= 0")
         kept = self.trajectory
@@ -590,8 +592,21 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
 
 
 def whole(config: Config, step: Step) -> Step:
-    """`step`, or its compiled form if the config asks for it: no part of it may stay outside."""
+    """`step`, or its compiled or recorded form if the config asks for it: no part of it may stay
+    outside.
+    """
+    if config.step == "graph":
+        return graphs.replayed(step)
     return torch.compile(step, fullgraph=True) if config.step == "compiled" else step
+
+
+def donated(config: Config, functions: Program) -> Step:
+    """A step that may write over the state that it is given, in the form that the config asks
+    for.
+    """
+    if config.step == "graph":
+        return graphs.replayed(functions.advance, donate=True)
+    return functions.advance if config.step == "eager" else whole(config, functions.step)
 
 
 def batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> data.Reader:
@@ -764,7 +779,7 @@ def solo(config: Config, splits: Splits, model: Model | None = None, ranks: Rank
             torch.tensor(config.weight_decay, device=config.device),
         ),
         whole(config, functions.step),
-        functions.advance if config.step == "eager" else whole(config, functions.step),
+        donated(config, functions),
         batch,
         lambda params: evaluate(model.apply, params, splits.val, config, ranks=ranks),
         lambda state, member: diagnose(functions, state, *batch(int(state.bad_step))),

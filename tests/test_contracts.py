@@ -23,7 +23,7 @@ HOUSE = [
     {"transfer"},
     {"models", "bridges"},
     {"nn"},
-    {"operators", "optim", "checkpoint"},
+    {"operators", "optim", "checkpoint", "graphs"},
     {"layers"},
     {"tree", "bases", "projections", "kernels", "data", "augment"},
     {"factories"},

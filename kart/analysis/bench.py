@@ -2,15 +2,17 @@
 
     kart bench                  # this machine's CPU, one thread, about nine minutes
     kart bench --quick          # G = 3 and G = 1 at operator level only, ten seconds
-    kart bench --device cuda    # a GPU: times by events, memory by its allocator
+    kart bench --device cuda    # a GPU: times of CUDA graphs by events, memory by its allocator
 
 Every figure is a ratio to `scaled_dot_product_attention` (its backend is named) measured in the
 same process, variants in turn after warm-up, medians of `--repeats` with the spread of the middle
 half. A short call is timed right after one of its own: the first one after another variant pays
 for the caches that were left to it, up to half of its time, whichever it is. On a CPU time is that
 of one thread (`process_time`), which a busy machine disturbs least, and memory the growth of the
-peak resident set in a process of its own, after imports and parameters. Writes cost.json and, with
-matplotlib, cost.png beside the table.
+peak resident set in a process of its own, after imports and parameters. On a GPU single operators
+are timed as replays of a CUDA graph, so without the host that launches them, which a training step
+has unless it is compiled or a graph itself (`--step`). Writes cost.json and, with matplotlib,
+cost.png beside the table.
 
 "naive" is the materialised form: features (N, M, K), activated matrix, backward by autograd.
 Floors: FLOPs over the best matrix product rate measured at start, with 2 FLOPs a multiply-add and
@@ -22,6 +24,8 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import platform
 import resource
 import statistics
@@ -29,6 +33,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +41,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kart import checkpoint, kernels, models, operators, tables, train, tree
+from kart import checkpoint, graphs, kernels, models, operators, tables, train, tree
 from kart.analysis import cost
 from kart.models import blocks
 from kart.train import Config
@@ -80,6 +85,8 @@ PEAKS = {"full rank G=10, batch 1": ("reach", 1000), "full rank G=10, batch 8": 
 
 # seconds; what takes longer is not run twice to be timed once
 SHORT = 0.05
+# seconds; what takes less on a GPU is timed several times in a row
+ENOUGH = 0.001
 
 
 class Clock:
@@ -93,13 +100,24 @@ class Clock:
             began = time.process_time()
             call()
             return time.process_time() - began
+        once = self._seconds(call, 1)
+        # a launch alone takes microseconds
+        return once if once > ENOUGH else self._seconds(call, math.ceil(ENOUGH / once))
+
+    def _seconds(self, call: Callable[[], Any], times: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
-        call()
+        for _ in range(times):
+            call()
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000
+        return start.elapsed_time(end) / 1000 / times
+
+
+def device_alone(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """`call`, on a GPU as a CUDA graph: without the time of the host that launches it."""
+    return graphs.record(call)[0] if device == "cuda" else call
 
 
 def interleave(calls: dict[str, Callable[[], Any]], repeats: int, clock: Clock) -> Timed:
@@ -269,31 +287,63 @@ def _variants(setting: Setting, device: str, inputs: tuple) -> dict[str, Attend]
     return found
 
 
-def operator_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
-    """Forward, and forward + backward, of one attention operator."""
+def settings_of(args: argparse.Namespace) -> list[Setting]:
+    """What is measured of single operators."""
     settings = list(SETTINGS[:2] if args.quick else SETTINGS + TABLES + LENGTH_FREE)
     if args.precision == "float32" and not args.quick:
         settings.insert(2, Setting("op G=3 N=197 bfloat16", "G3", precision="bfloat16"))
+    return settings
+
+
+def drawn_inputs(setting: Setting, args: argparse.Namespace) -> tuple[tuple, Tensor]:
+    """`(params, q, k, v)` of a setting, and the gradient of its output."""
+    dtype = getattr(torch, setting.precision or args.precision)
+    batch = max(1, round(args.op_batch * (197 / setting.tokens) ** 2))
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, HEADS, setting.tokens, WIDTH)
+    tensors = [torch.randn(shape, generator=generator) for _ in range(4)]
+    q, k, v, probe = (x.to(args.device, dtype) for x in tensors)
+    op = operators.parse(setting.spec).operator
+    return (tree.to(op.init(generator, HEADS, setting.tokens), args.device), q, k, v), probe
+
+
+def build(setting: Setting, args: argparse.Namespace) -> None:
+    """Runs what a setting measures once; the kernels that Triton builds stay in its cache."""
+    inputs, probe = drawn_inputs(setting, args)
+    for name, attend in _variants(setting, args.device, inputs).items():
+        if name not in ("softmax", "naive"):
+            gradients(attend, inputs, probe)
+
+
+def build_all(args: argparse.Namespace, progress: Say) -> None:
+    """Builds the kernels of all settings in processes beside each other, on a GPU."""
+    progress("building kernels")
+    spawn = multiprocessing.get_context("spawn")
+    workers = max(1, min(12, (os.cpu_count() or 2) - 2))
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        for future in [pool.submit(build, setting, args) for setting in settings_of(args)]:
+            future.result()
+
+
+def operator_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
+    """Forward, and forward + backward, of one attention operator."""
     rates: dict[torch.dtype, float] = {}
-    for setting in settings:
+    for setting in settings_of(args):
         progress(setting.what)
-        dtype = getattr(torch, setting.precision or args.precision)
+        inputs, probe = drawn_inputs(setting, args)
+        op, q, tokens = operators.parse(setting.spec).operator, inputs[1], setting.tokens
+        dtype, batch = q.dtype, q.shape[0]
         rates.setdefault(dtype, matmul_rate(args.device, dtype, clock))
-        tokens = setting.tokens
-        batch = max(1, round(args.op_batch * (197 / tokens) ** 2))
-        generator = torch.Generator().manual_seed(0)
-        shape = (batch, HEADS, tokens, WIDTH)
-        tensors = [torch.randn(shape, generator=generator) for _ in range(4)]
-        q, k, v, probe = (x.to(args.device, dtype) for x in tensors)
-        op = operators.parse(setting.spec).operator
-        inputs = (tree.to(op.init(generator, HEADS, tokens), args.device), q, k, v)
         variants = _variants(setting, args.device, inputs)
         forward, both = {}, {}
-        for name, attend in variants.items():
-            forward[name] = functools.partial(attend, *inputs)
-            both[name] = functools.partial(gradients, attend, inputs, probe)
         with torch.no_grad():
+            for name, attend in variants.items():
+                call = functools.partial(attend, *inputs)
+                forward[name] = device_alone(call, args.device)
             ahead = interleave(forward, args.repeats, clock)
+        for name, attend in variants.items():
+            call = functools.partial(gradients, attend, inputs, probe)
+            both[name] = device_alone(call, args.device)
         timed = interleave(both, args.repeats, clock)
         # inputs and their gradients, the output and its, once each
         least = (8 * q.numel() * q.element_size()) + 2 * 4 * tree.size(inputs[0])
@@ -324,7 +374,9 @@ def cache_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
     for name, spec in {"softmax": "softmax", **CACHE}.items():
         op = operators.parse(spec).operator
         params = tree.to(op.init(generator, HEADS, CACHED), args.device)
-        calls[name] = functools.partial(operators.step, op, params, *tokens, cache)
+        call = functools.partial(operators.step, op, params, *tokens, cache)
+        with torch.no_grad():
+            calls[name] = device_alone(call, args.device)
     with torch.no_grad():
         seconds = interleave(calls, 4 * args.repeats, clock)
     for name, values in seconds.items():
@@ -347,8 +399,9 @@ def block_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
             shape = (batch, c.tokens, c.embed_dim)
             x, probe = (torch.randn(shape, generator=generator) for _ in range(2))
             inputs = (tree.to(own, args.device), x.to(args.device, dtype))
-            call = functools.partial(_attention, model)
-            calls[name] = functools.partial(gradients, call, inputs, probe.to(args.device, dtype))
+            attend = functools.partial(_attention, model)
+            call = functools.partial(gradients, attend, inputs, probe.to(args.device, dtype))
+            calls[name] = device_alone(call, args.device)
         seconds = interleave(calls, args.repeats, clock)
         for name, values in seconds.items():
             both = summary(values, seconds["softmax"])
@@ -388,7 +441,7 @@ def size_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
         q, k, v, probe = (torch.randn(shape, generator=generator).to(args.device) for _ in range(4))
         op = op_of(rank)
         inputs = (tree.to(op.init(generator, HEADS, tokens), args.device), q, k, v)
-        call = functools.partial(gradients, op.attend, inputs, probe)
+        call = device_alone(functools.partial(gradients, op.attend, inputs, probe), args.device)
         seconds.append(min(interleave({"op": call}, 3, clock)["op"]))
         pairs, rows = batch * HEADS * tokens**2, batch * HEADS * tokens
         work.append([pairs * width, pairs * rank, pairs, rows * (width + rank), 1e6])
@@ -441,7 +494,7 @@ def step_call(
     targets = F.one_hot(torch.arange(batch) % 10, 10).float().to(device)
     hyper = train.Hyper(*(torch.tensor(x, device=device) for x in (1e-3, 0.05)))
     held = [functions.init(generator)]
-    advance = functions.advance if step == "eager" else train.whole(config, functions.step)
+    advance = train.donated(config, functions)
 
     def call() -> train.State:
         held[0], _ = advance(held[0], hyper, images, targets)
@@ -461,9 +514,9 @@ def step_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
         name: step_call(spec, batch, args.device, args.precision) for name, spec in STEPS.items()
     }
     if args.device == "cuda":  # on a CPU it saves a few per cent, after a minute of compiling
-        for name in ("softmax", "auto"):
-            calls[f"{name}, compiled"] = step_call(
-                STEPS[name], batch, args.device, args.precision, step="compiled"
+        for name, step in itertools.product(("softmax", "auto"), ("compiled", "graph")):
+            calls[f"{name}, {step}"] = step_call(
+                STEPS[name], batch, args.device, args.precision, step=step
             )
     seconds = interleave(calls, max(3, args.repeats // 3), clock)
     for name, values in seconds.items():
@@ -522,6 +575,20 @@ def peak(
     return json.loads(result.stdout.splitlines()[-1])
 
 
+def peaks(jobs: Sequence[tuple], args: argparse.Namespace, progress: Say) -> Iterator[dict]:
+    """`peak` of the arguments of each job, some at the same time where each process counts what it
+    allocates itself.
+    """
+
+    def one(job: tuple) -> dict[str, float]:
+        spec, batch, *rest = job
+        progress(f"memory, {' '.join(map(str, job))}")
+        return peak(spec, batch, args, *rest)
+
+    with ThreadPoolExecutor(4 if args.device == "cuda" else 1) as pool:
+        yield from pool.map(one, jobs)
+
+
 FULL_RANK = {
     "full rank G=10, batch 1": ("G10B:order=full_rank", 1),
     "full rank G=10, batch 8": ("G10B:order=full_rank", 8),
@@ -533,9 +600,11 @@ def memory_level(args: argparse.Namespace, progress: Say) -> Rows:
     specs = {name: (spec, args.step_batch) for name, spec in STEPS.items()}
     specs |= {f"{name}, vmap": specs[name] for name in ("softmax", "auto")} | FULL_RANK
     reference = None
-    for name, (spec, batch) in specs.items():
-        progress(f"memory, {name}")
-        found = peak(spec, batch, args, batching="vmap" if name.endswith("vmap") else "native")
+    jobs = [
+        (spec, batch, "vit_tiny", "vmap" if name.endswith("vmap") else "native")
+        for name, (spec, batch) in specs.items()
+    ]
+    for (name, (_, batch)), found in zip(specs.items(), peaks(jobs, args, progress), strict=True):
         grown = found["peak_mib"] - found["before_mib"]
         reference = reference or grown
         row = {"what": "memory", "variant": name, "batch": batch, **found}
@@ -544,9 +613,10 @@ def memory_level(args: argparse.Namespace, progress: Say) -> Rows:
 
 def paper_level(args: argparse.Namespace, progress: Say) -> Rows:
     """Peak memory of the nine models of the paper's Table 13 at batch 32, on a GPU as there."""
-    for name, spec, *_, memory in cost.PAPER:
-        progress(f"memory, {name} {spec} at batch 32")
-        found = peak(spec, 32, args, name)
+    jobs = [(spec, 32, name) for name, spec, *_ in cost.PAPER]
+    for (name, spec, *_, memory), found in zip(
+        cost.PAPER, peaks(jobs, args, progress), strict=True
+    ):
         row = {"what": "table 13", "variant": f"{name} {spec}", "batch": 32, **found}
         yield {**row, "paper_gb": memory}
 
@@ -709,6 +779,8 @@ def run(args: argparse.Namespace) -> None:
         if not args.quiet:
             print(f"{time.monotonic() - began:5.0f} s  {what}", file=sys.stderr, flush=True)
 
+    if gpu:
+        build_all(args, progress)
     levels = [operator_level(args, clock, progress)]
     if not args.quick and args.sizes > 0:
         levels.append(size_level(args, clock, progress))

@@ -110,7 +110,7 @@ FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
     },
     "execution": {
         "batching": (str, "native, or vmap: a per-example loss mapped by torch.func.vmap"),
-        "step": (str, "eager, or compiled: the whole step as one graph of torch.compile"),
+        "step": (str, "eager; compiled, by torch.compile as a whole; or graph, a CUDA graph"),
         "accumulate": (
             COUNT,
             "parts of a batch, one after another: the same result in less memory",

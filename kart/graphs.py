@@ -1,0 +1,75 @@
+"""CUDA graphs: what a function launches on a GPU, recorded once and replayed without the host.
+
+What is recorded may not wait for the device, and runs again as it ran: on the same memory, with the
+same shapes, past all Python.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from kart import tree
+
+Result = TypeVar("Result")
+Step = Callable[..., tuple[Any, Any]]
+
+
+def record(call: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+    """`(replay, result)`: each `replay()` does what `call()` does and writes over `result`.
+
+    Before it is recorded, `call` runs three times: what is built and chosen at first is done then.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+    return graph.replay, result
+
+
+def replayed(step: Step, *, donate: bool = False) -> Step:
+    """`step(state, *inputs) -> (state, metrics)`, replayed: recorded at the first call, and again
+    for inputs of other shapes.
+
+    All arguments are pytrees of tensors on one GPU. The state lives in the graph: it is copied in
+    where it is not what the last call returned, and, without `donate`, copied out. With it the
+    tensors that a call returns are written over by the next; `step` itself may write over its
+    state.
+    """
+    kept: dict[Any, tuple[Any, Any, Callable[[], None], Any]] = {}
+
+    def run(state: Any, *inputs: Any) -> tuple[Any, Any]:
+        key = tuple((x.shape, x.dtype) for x in tree.leaves((state, inputs)))
+        if key not in kept:
+            own, held = tree.map(torch.clone, (state, inputs))
+
+            def call() -> Any:
+                following, metrics = step(own, *held)
+                _copy(own, following)
+                return metrics
+
+            kept[key] = own, held, *record(call)
+        own, held, replay, metrics = kept[key]
+        _copy((own, held), (state, inputs))
+        replay()
+        metrics = tree.map(torch.clone, metrics)
+        return own if donate else tree.map(torch.clone, own), metrics
+
+    return run
+
+
+def _copy(into: Any, source: Any) -> None:
+    """Writes the leaves of a tree into those of another, but for those that they share."""
+    by_type: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    for a, b in zip(tree.leaves(into), tree.leaves(source), strict=True):
+        if a is not b:
+            by_type.setdefault(a.dtype, []).append((a, b))
+    for pairs in by_type.values():
+        targets, values = zip(*pairs, strict=True)
+        torch._foreach_copy_(targets, values)  # type: ignore[attr-defined]  # no stubs
