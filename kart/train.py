@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.nn import functional as F
 
-from kart import augment, code, data, graphs, kernels, models, optim, schema, transfer, tree
+from kart import augment, code, data, gpu, kernels, models, optim, schema, transfer, tree
 from kart.data import Dataset
 from kart.models import Model
 
@@ -596,7 +596,7 @@ def whole(config: Config, step: Step) -> Step:
     outside.
     """
     if config.step == "graph":
-        return graphs.replayed(step)
+        return gpu.replayed(step)
     return torch.compile(step, fullgraph=True) if config.step == "compiled" else step
 
 
@@ -605,7 +605,7 @@ def donated(config: Config, functions: Program) -> Step:
     for.
     """
     if config.step == "graph":
-        return graphs.replayed(functions.advance, donate=True)
+        return gpu.replayed(functions.advance, donate=True)
     return functions.advance if config.step == "eager" else whole(config, functions.step)
 
 
@@ -847,8 +847,10 @@ def loop(
     check_every = 1 if config.device == "cpu" else 50
     advance = run.advance if donate else run.step
     started = time.perf_counter()
-    for step in range(first, total):
-        state, metrics = advance(state, run.hyper, *run.batch(step))
+    steps = range(first, total)
+    made = gpu.ahead(run.batch, steps, config.device)
+    for step, (images, targets) in zip(steps, made, strict=True):
+        state, metrics = advance(state, run.hyper, images, targets)
         if on_step is not None:
             on_step(state, metrics)
         last_of_epoch = (step + 1) % run.steps_per_epoch == 0

@@ -23,7 +23,7 @@ HOUSE = [
     {"transfer"},
     {"models", "bridges"},
     {"nn"},
-    {"operators", "optim", "checkpoint", "graphs"},
+    {"operators", "optim", "checkpoint", "gpu"},
     {"layers"},
     {"tree", "bases", "projections", "kernels", "data", "augment"},
     {"factories"},

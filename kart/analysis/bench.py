@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kart import checkpoint, graphs, kernels, models, operators, tables, train, tree
+from kart import checkpoint, gpu, kernels, models, operators, tables, train, tree
 from kart.analysis import cost
 from kart.models import blocks
 from kart.train import Config
@@ -117,7 +117,7 @@ class Clock:
 
 def device_alone(call: Callable[[], Any], device: str) -> Callable[[], Any]:
     """`call`, on a GPU as a CUDA graph: without the time of the host that launches it."""
-    return graphs.record(call)[0] if device == "cuda" else call
+    return gpu.record(call)[0] if device == "cuda" else call
 
 
 def interleave(calls: dict[str, Callable[[], Any]], repeats: int, clock: Clock) -> Timed:
@@ -747,15 +747,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures and prints the tables; `args` are the flags of `kart bench`."""
-    gpu = args.device == "cuda"
-    if gpu and not torch.cuda.is_available():
+    on_gpu = args.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
         raise ValueError("`--device cuda` needs a GPU, and torch sees none. Leave it out.")
-    args.precision = args.precision or ("bfloat16" if gpu else "float32")
-    args.op_batch = args.op_batch or (128 if gpu else 8)
-    args.step_batch = args.step_batch or (128 if gpu else 8)
+    args.precision = args.precision or ("bfloat16" if on_gpu else "float32")
+    args.op_batch = args.op_batch or (128 if on_gpu else 8)
+    args.step_batch = args.step_batch or (128 if on_gpu else 8)
     torch.set_num_threads(1)
     clock = Clock(args.device)
-    machine = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, one thread"
+    machine = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, one thread"
     about = {
         "machine": machine,
         "precision": args.precision,
@@ -779,7 +779,7 @@ def run(args: argparse.Namespace) -> None:
         if not args.quiet:
             print(f"{time.monotonic() - began:5.0f} s  {what}", file=sys.stderr, flush=True)
 
-    if gpu:
+    if on_gpu:
         build_all(args, progress)
     levels = [operator_level(args, clock, progress)]
     if not args.quick and args.sizes > 0:
@@ -787,7 +787,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.quick:
         levels += [level(args, clock, progress) for level in (cache_level, block_level, step_level)]
         levels.append(memory_level(args, progress))
-    if gpu and not args.quick:
+    if on_gpu and not args.quick:
         levels.append(paper_level(args, progress))
     rows: list[dict[str, Any]] = []
     for row in itertools.chain(*levels):

@@ -1,5 +1,6 @@
 """Training in a run directory, so that it can be killed at any moment."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -148,13 +149,14 @@ def execute(
         if done == 0:
             keep(state, 0)
         latest: list[State] = []
+        counter = itertools.count(done + 1)  # the state's own is on its device
 
         def stepped(state: State, metrics: train.Metrics) -> None:
             latest[:] = [state]
-            if kept:
-                keep(state, int(state.step.max()))
+            step = next(counter)
+            keep(state, step)
             if on_step is not None:
-                on_step(int(state.step.max()), total, metrics.loss)
+                on_step(step, total, metrics.loss)
 
         try:
             for current, record in train.loop(run, state, donate=True, on_step=stepped):

@@ -1,10 +1,11 @@
-"""CUDA graphs: what a function launches on a GPU, recorded once and replayed without the host.
+"""What keeps a GPU at work: steps as CUDA graphs, batches made while it computes.
 
-What is recorded may not wait for the device, and runs again as it ran: on the same memory, with the
-same shapes, past all Python.
+A graph is what a function launches, recorded once and replayed without the host. What is recorded
+may not wait for the device, and runs again as it ran: on the same memory, with the same shapes,
+past all Python.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -62,6 +63,27 @@ def replayed(step: Step, *, donate: bool = False) -> Step:
         return own if donate else tree.map(torch.clone, own), metrics
 
     return run
+
+
+def ahead(make: Callable[[int], Any], steps: range, device: str) -> Iterator[Any]:
+    """`make(step)` for each of `steps`; on a GPU on a stream of its own, each made when the one
+    before it has been used.
+
+    What `make` copies to the GPU then waits for no step.
+    """
+    if torch.device(device).type != "cuda":
+        yield from map(make, steps)
+        return
+    stream = torch.cuda.Stream(device)
+    for step in steps:
+        with torch.cuda.stream(stream):
+            made = make(step)
+        main = torch.cuda.current_stream(device)
+        main.wait_stream(stream)
+        for x in tree.leaves(made):
+            # its memory may be used again when the step that reads it is done
+            x.record_stream(main)
+        yield made
 
 
 def _copy(into: Any, source: Any) -> None:

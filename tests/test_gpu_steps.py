@@ -7,7 +7,7 @@ import torch
 from torch.func import vmap
 from torch.testing import assert_close
 
-from kart import graphs, models, train, tree
+from kart import gpu, models, train, tree
 
 
 @pytest.fixture(autouse=True)
@@ -17,10 +17,10 @@ def emulated(monkeypatch):
     def record(call):
         result = tree.map(torch.clone, call())
         recorded.append(call)
-        return lambda: graphs._copy(result, call()), result
+        return lambda: gpu._copy(result, call()), result
 
     recorded = []
-    monkeypatch.setattr(graphs, "record", record)
+    monkeypatch.setattr(gpu, "record", record)
     return recorded
 
 
@@ -48,7 +48,7 @@ def same(found, wanted):
 @pytest.mark.parametrize("donate", [False, True])
 def test_a_replayed_step_is_the_step(name, donate, emulated):
     functions, state, hyper, batches = setting()
-    step = graphs.replayed(getattr(functions, name), donate=donate)
+    step = gpu.replayed(getattr(functions, name), donate=donate)
     eager, start = state, tree.map(torch.clone, state)
     states = [state]
     for batch in batches:
@@ -68,7 +68,7 @@ def test_a_replayed_step_is_the_step(name, donate, emulated):
 
 def test_a_state_from_elsewhere_goes_in_and_other_shapes_are_recorded_again(emulated):
     functions, state, hyper, batches = setting()
-    step = graphs.replayed(functions.advance, donate=True)
+    step = gpu.replayed(functions.advance, donate=True)
     wanted = functions.step(state, hyper, *batches[1])[0]
     step(state, hyper, *batches[0])
     found, _ = step(state, hyper, *batches[1])
@@ -88,7 +88,7 @@ def test_a_population_is_replayed():
     states, hypers = (tree.stack([x, x]) for x in (state, hyper))
     pairs = [torch.stack(x) for x in zip(*batches[:2], strict=True)]
     wanted, metrics = vmap(functions.step)(states, hypers, *pairs)
-    found, own = graphs.replayed(vmap(functions.step))(states, hypers, *pairs)
+    found, own = gpu.replayed(vmap(functions.step))(states, hypers, *pairs)
     tree.map(lambda a, b: assert_close(a, b), (found, own), (wanted, metrics))
 
 
@@ -97,3 +97,10 @@ def test_a_graph_needs_a_gpu():
         train.Config(step="graph")
     config = train.Config(step="graph", device="cuda")
     assert dataclasses.replace(config, recompute=True).step == "graph"
+
+
+def test_batches_are_those_of_the_steps_in_turn():
+    made = []
+    batches = gpu.ahead(lambda step: made.append(step) or step, range(3, 6), "cpu")
+    assert next(batches) == 3 and made == [3]
+    assert list(batches) == [4, 5]
