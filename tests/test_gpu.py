@@ -351,6 +351,42 @@ def test_two_passes_are_equal_whatever_torch_is_set_to(spec, dtype):
     assert_equal(first, second)
 
 
+# their places are computed on the CPU in float64, and copied
+PLACED = ("generated",)
+
+
+def waits_for_nothing(call):
+    """`call()`, in which nothing may wait for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if not any(word in s for word in PLACED)])
+@MASKED
+def test_an_operator_does_not_wait_for_the_device(spec, masked):
+    case = Case(spec)
+    inputs, case.probe = case.on_device(), case.probe.to(DEVICE)
+    mask = case.mask.to(DEVICE) if masked else None
+    with determinism(False):
+        case.results(inputs, mask)  # builds the kernels
+        waits_for_nothing(lambda: case.results(inputs, mask))
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if operators.parse(s).operator.resize])
+def test_parameters_for_other_tokens_are_those_of_the_cpu(spec):
+    case = Case(spec)
+    if "base=silu" in spec or ("unit_base" in spec and "scales" not in spec):
+        pytest.skip("units with a base of weight 1 cannot be weighted anew")
+    params = case.inputs["params"]
+    wanted = operators.resize(case.op, tree.to(params, torch.float64), 17, 26)
+    got = operators.resize(case.op, case.on_device()["params"], 17, 26)
+    assert_near(got, wanted, 1e-5)
+
+
 # --- transforms -----------------------------------------------------------------------------------
 
 SOME = ["softmax", "G3", "G3:base=softmax,mix=scaled", "bspline-G8", "dog", "softconv"]
@@ -456,7 +492,8 @@ def test_a_captured_cuda_graph_of_an_operator_follows_its_inputs(spec):
     case = Case(spec)
     inputs = case.on_device()
     probe, case.probe = case.probe, case.probe.to(DEVICE)
-    replay, got = captured(lambda: case.results(inputs))
+    with determinism(False):
+        replay, got = captured(lambda: case.results(inputs))
     case.inputs["q"] = case.inputs["q"].flip(0)
     inputs["q"].copy_(case.inputs["q"])
     replay()
@@ -517,10 +554,14 @@ class Training:
         hyper = (torch.tensor(x, device=device) for x in (1e-3, 0.05))
         self.batch = (train.Hyper(*hyper), images.to(device), targets.to(device))
 
+    def step(self, step):
+        self.state, metrics = step(self.state, *self.batch)
+        return metrics
+
     def run(self, step, steps=1):
         """What `steps` of them leave, and what the last measured."""
         for _ in range(steps):
-            self.state, metrics = step(self.state, *self.batch)
+            metrics = self.step(step)
         weights = tree.ravel(train.weights_for_evaluation(self.state))
         return {"loss": metrics.loss, "grad_norm": metrics.grad_norm, "weights": weights}
 
@@ -569,13 +610,9 @@ def test_a_step_does_not_wait_for_the_device(name, spec):
     spec = "G3B:order=elementwise" if spec == "elementwise" else spec
     training = Training(DEVICE, spec)
     step = getattr(training.functions, name)
-    training.run(step)  # builds the kernels
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        training.run(step)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with determinism(False):
+        training.step(step)  # builds the kernels
+        waits_for_nothing(lambda: training.step(step))
     assert int(training.state.step) == 2
 
 
