@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
     # torch's backward runs in threads of its own, and the first to multiply says this
     pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning"),
 ]
 # relative errors in the norm: 11 bits of tf32 products of float32 scores and of float16, 8 of
 # bfloat16
@@ -247,9 +248,12 @@ SORTED = ("sparsemax", "entmax", "simplex")
 
 @contextlib.contextmanager
 def determinism(on):
+    """As users have it where it is off; the suite has it on."""
     torch.use_deterministic_algorithms(on)
-    yield
-    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True)
 
 
 def where_it_is(spec):
@@ -653,8 +657,10 @@ def test_attending_holds_no_matrix_of_tokens_by_tokens(engine, base):
         values_and_gradients(op.attend, inputs, torch.ones((), device=DEVICE))
         return torch.cuda.max_memory_allocated() - before
 
-    peak(64)  # the work space of cuBLAS
-    assert peak(4096) < 3 * 4096**2 * 4 / 4
+    # a deterministic backward of softmax holds dozens of gradients of the queries
+    with determinism(False):
+        peak(64)  # the work space of cuBLAS
+        assert peak(4096) < 3 * 4096**2 * 4 / 4
 
 
 # --- the command ----------------------------------------------------------------------------------
