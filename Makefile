@@ -22,11 +22,16 @@ test-nightly: .venv/.ready
 test-faults: .venv/.ready
 	OMP_NUM_THREADS=1 $(PY) -c "import sys; from tests import faults; sys.exit(faults.main())"
 
-# on a GPU machine that has torch already: GPU_PYTHON=python3 make gpu-check sets nothing up
+# on a GPU machine that has torch already: GPU_PYTHON=python3 make gpu-check sets nothing up; it
+# measures whatever the tests say, and fails where either does
 GPU_PYTHON ?= $(PY)
 gpu-check: $(if $(filter $(PY),$(GPU_PYTHON)),.venv/.ready)
-	$(GPU_PYTHON) -m pytest -q -m gpu tests/test_gpu.py
-	$(GPU_PYTHON) -m studies.cost --device cuda --out gpu-cost.json
+	spread=$$($(GPU_PYTHON) -c 'import xdist; print("-n 12")' 2>/dev/null); \
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+		$(GPU_PYTHON) -m pytest -q -m gpu $$spread --durations=10 $$(grep -l mark.gpu tests/*.py); \
+	status=$$?; \
+	$(GPU_PYTHON) -m studies.cost --device cuda --out gpu-cost.json || status=$$?; \
+	exit $$status
 
 study-cluster: .venv/.ready
 	$(PY) -m studies.cluster

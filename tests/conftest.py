@@ -7,6 +7,9 @@ import hypothesis
 import pytest
 import torch
 
+# what a deterministic cuBLAS needs, before CUDA starts
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 hypothesis.settings.register_profile(
     "ci", deadline=None, derandomize=True, max_examples=40, database=None
 )
