@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 import kart.nn
-from kart import bases, cli, kernels, models, operators, train, tree
+from kart import bases, cli, gpu, kernels, models, operators, train, tree
 from kart.kernels import chunked, core, plain
 from kart.kernels import triton as triton_engine
 from kart.kernels.family import Product, family_of
@@ -477,27 +477,13 @@ def test_autocast_is_the_module_of_the_cpu(spec):
     assert_near(got, wanted, LIMITS[torch.bfloat16])
 
 
-def captured(call):
-    """`call()` as a graph of CUDA: `replay()`, and what it writes its result into."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    return graph.replay, result
-
-
 @SOME_SPECS
 def test_a_captured_cuda_graph_of_an_operator_follows_its_inputs(spec):
     case = Case(spec)
     inputs = case.on_device()
     probe, case.probe = case.probe, case.probe.to(DEVICE)
     with determinism(False):
-        replay, got = captured(lambda: case.results(inputs))
+        replay, got = gpu.record(lambda: case.results(inputs))
     case.inputs["q"] = case.inputs["q"].flip(0)
     inputs["q"].copy_(case.inputs["q"])
     replay()
@@ -629,14 +615,15 @@ def test_a_compiled_step_is_the_eager_one(spec):
     assert_near(compiled.run(step, 2), eager.run(eager.functions.step, 2), 5e-3)
 
 
-@pytest.mark.parametrize("spec", ["softmax", "G3B", *UNITS])
-def test_a_captured_cuda_graph_of_a_step_is_the_eager_one(spec):
-    eager, other = Training(DEVICE, spec), Training(DEVICE, spec)
-    replay, (state, metrics) = captured(lambda: other.functions.step(other.state, *other.batch))
-    replay()
-    wanted = eager.run(eager.functions.step)
-    got = {"loss": metrics.loss, "grad_norm": metrics.grad_norm}
-    assert_near(got | {"weights": tree.ravel(state.params)}, wanted, 1e-5)
+@pytest.mark.parametrize("spec", ["softmax", "G3B", "softconv", *UNITS])
+@pytest.mark.parametrize("donated", [False, True])
+@pytest.mark.parametrize("way", ["plain", "vmap", "parts", "recomputed", "averaged"])
+def test_a_step_as_a_graph_is_the_eager_one(spec, donated, way):
+    eager, other = (Training(DEVICE, spec, step=how, **WAYS[way]) for how in ("eager", "graph"))
+    whole = train.donated if donated else train.whole
+    step = whole(other.config, other.functions if donated else other.functions.step)
+    wanted = eager.functions.advance if donated else eager.functions.step
+    assert_near(other.run(step, 3), eager.run(wanted, 3), 1e-5)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -695,6 +682,8 @@ def weights_in(out):
         ["--operator", "softmax"],
         ["--operator", "G3B", "--augment", "paper"],
         ["--operator", "G3U", "--precision", "bfloat16", "--ema", "0.9"],
+        ["--operator", "G3B", "--step", "graph"],
+        ["--operator", "G1B", "--seeds", "0", "1", "--group", "2", "--step", "graph"],
         ["--operator", "dog-B", "--seeds", "0", "1", "--group", "2"],
         ["--operator", "softconv", "--accumulate", "2"],
     ],
