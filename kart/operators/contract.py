@@ -268,7 +268,7 @@ def silence(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tenso
 def attended_keys(mask: Tensor | None, keys: int, like: Tensor) -> Tensor:
     """The number of keys that each query attends to, at least 1, `(..., N or 1, 1)`."""
     if mask is None:
-        return torch.tensor(float(keys), dtype=like.dtype, device=like.device)
+        return torch.full((), float(keys), dtype=like.dtype, device=like.device)
     count = mask.expand(*mask.shape[:-1], keys).sum(-1, keepdim=True)
     return count.clamp(min=1).to(like.dtype)
 
@@ -287,7 +287,7 @@ def simplex_values(
     engine: str = "auto",
 ) -> Tensor:
     """`simplex_rows(scale q k^T) v`, streamed, `(..., H, N, e)`."""
-    score = torch.tensor([0.0, 1.0], dtype=wide_dtype(q), device=q.device)
+    score = torch.arange(2, dtype=wide_dtype(q), device=q.device)
     units = {"coefs": score.expand(v.shape[-3], 2)}
     return kernels.entry_attention(
         SCORES, units, q, k, v, mask, form="simplex", scale=scale, engine=engine

@@ -131,11 +131,12 @@ def by_offset(
         """Names and entries of the leaves of the units, T first, and where they stand."""
         table, units = params["table"], params["units"]
         lattice = lattice_in(table)
-        index = entry_index(lattice.prefix or 0, lattice.rows, lattice.columns)
         names = list(units["offsets"])
         tables = [{part: own[name] for part, own in units.items()} for name in names]
         leaves = [flatten_table(one).to(dtype) for one in (table, *tables)]
-        return names, leaves, index.to(leaves[0].device)
+        device = leaves[0].device
+        index = entry_index(lattice.prefix or 0, lattice.rows, lattice.columns, device)
+        return names, leaves, index
 
     def block(
         names: list[str], index: Tensor, scores: Tensor, mask: Tensor | None, leaves: list[Tensor]

@@ -50,31 +50,33 @@ def lattice_of(name: str, tokens: int, prefix: int | None, rows: int | None) -> 
     return Lattice(prefix, side, patches // side)
 
 
-def entry_index(prefix: int, rows: int, columns: int) -> Tensor:
-    """Where a flattened table has the entry of query n and key m, `(N, N)`."""
+def entry_index(prefix: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Where a flattened table has the entry of query n and key m, `(N, N)`, made on `device`: a
+    copy to a GPU would wait for it.
+    """
     # torch.compile traces what is cached, and warns that it does; tensors of a mode, as fake ones,
     # are of no use after it
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return _entry_index(prefix, rows, columns)
-    return _kept_index(prefix, rows, columns)
+        return _entry_index(prefix, rows, columns, device)
+    return _kept_index(prefix, rows, columns, device)
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_index(*sizes: int) -> Tensor:
+def _kept_index(prefix: int, rows: int, columns: int, device: torch.device) -> Tensor:
     # for good, so of no mode or transform that it may first be asked in
     with untransformed(), torch.inference_mode(False):
-        return _entry_index(*sizes)
+        return _entry_index(prefix, rows, columns, device)
 
 
-def _entry_index(prefix: int, rows: int, columns: int) -> Tensor:
-    y = torch.arange(rows, device="cpu").repeat_interleave(columns)
-    x = torch.arange(columns, device="cpu").repeat(rows)
+def _entry_index(prefix: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    y, x = (torch.arange(n, device=device) for n in (rows, columns))
+    y, x = y[:, None].expand(rows, columns).flatten(), x.repeat(rows)
     down, right = y - y[:, None] + rows - 1, x - x[:, None] + columns - 1
     index, patches = down * (2 * columns - 1) + right, rows * columns
     if not prefix:
         return index
     sizes = [(2 * rows - 1) * (2 * columns - 1), patches * prefix, prefix * patches, prefix**2]
-    ends = torch.arange(sum(sizes), device="cpu").split(sizes)
+    ends = torch.arange(sum(sizes), device=device).split(sizes)
     to_prefix, from_prefix = ends[1].view(patches, prefix), ends[2].view(prefix, patches)
     first = torch.cat([ends[3].view(prefix, prefix), from_prefix], -1)
     return torch.cat([first, torch.cat([to_prefix, index], -1)])
@@ -113,7 +115,7 @@ def flatten_table(table: Params) -> Tensor:
 def expand_table(table: Params) -> Tensor:
     """The matrix `(H, N, M)` of a table: `T[n, m] = offsets[place of m - place of n]`."""
     entries, lattice = flatten_table(table), lattice_in(table)
-    index = entry_index(lattice.prefix or 0, lattice.rows, lattice.columns).to(entries.device)
+    index = entry_index(lattice.prefix or 0, lattice.rows, lattice.columns, entries.device)
     return entries.index_select(1, index.flatten()).unflatten(1, index.shape)
 
 
