@@ -1,8 +1,9 @@
-"""What a GPU would refuse or wait for, found without one: tensors of torch's meta device, which has no
-numbers to give, under modes that also refuse what mixes it with the CPU and copies to it.
+"""What a GPU would refuse or wait for, found without one: tensors of torch's meta device, which has
+no numbers to give, under modes that also refuse what mixes it with the CPU and copies to it.
 """
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kart import augment, bases, data, kernels, models, operators, train, tree
+from kart import augment, bases, data, models, operators, train, tree
 from kart.kernels.family import Product, family_of
 from tests.tiny import CONVIT, SWIN
 
@@ -75,8 +76,8 @@ def stepped(model, which="step", **options):
     state = functions.init(torch.Generator().manual_seed(0))
     hyper = train.Hyper(*(torch.full((), x, device=GPU) for x in (1e-3, 0.05)))
     images = torch.empty(4, c.in_channels, c.image_size, c.image_size, device=GPU)
-    given = state, hyper, images, torch.empty(4, c.num_classes, device=GPU)
-    step = functions.advance if which == "advance" else functions.step
+    given: Any = state, hyper, images, torch.empty(4, c.num_classes, device=GPU)
+    step: Any = functions.advance if which == "advance" else functions.step
     if which == "vmap":
         step = torch.func.vmap(step)
         given = tree.map(lambda x: torch.stack([x, x]), given)
@@ -152,6 +153,19 @@ def test_masks_and_forward_mode_wait_for_nothing(spec):
             torch.func.jvp(lambda q: op.attend(params, q, k, v), (q,), (q,))
 
 
+@pytest.mark.parametrize("spec", ["softmax", "G3B", "bspline-8B", "chebyshev-4B:base=softmax"])
+def test_a_product_with_the_hessian_waits_for_nothing(spec):
+    op = operators.parse(spec).operator
+    params = tree.to(op.init(torch.Generator(), 2, 9), GPU)
+    q, k, v = torch.empty(3, 2, 2, 9, 4, device=GPU)
+
+    def slopes(q):
+        return torch.func.grad(lambda q: op.attend(params, q, k, v).square().sum())(q)
+
+    with no_wait():
+        torch.func.jvp(slopes, (q,), (q,))
+
+
 @pytest.mark.parametrize("name", ["none", "crop", "flip_crop", "paper", "paper_half", "small"])
 def test_augmentation_copies_by_pinned_memory_alone(name, monkeypatch):
     def onto(x, device):
@@ -175,6 +189,7 @@ BASES = [bases.fourier(3), bases.bspline(5), bases.mexican_hat(), bases.rational
 @pytest.mark.parametrize("basis", BASES, ids=lambda basis: basis.family)
 def test_the_triton_engine_packs_on_the_device(basis, monkeypatch):
     pytest.importorskip("triton")
+    from kart.kernels import triton as engine
     from kart.kernels.triton import device, device_units
 
     class Kernel:
@@ -191,6 +206,6 @@ def test_the_triton_engine_packs_on_the_device(basis, monkeypatch):
     for given in (None, mask):
         product = Product(family, q, k, coefs, given, 0.25)
         with no_wait():
-            y = kernels.triton.forward(product)
-            found = kernels.triton.backward(product, torch.empty_like(y))
+            y = engine.forward(product)
+            found = engine.backward(product, torch.empty_like(y))
         assert {x.device.type for x in (y, *found)} == {GPU}
