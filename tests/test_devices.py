@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kart import augment, bases, data, models, operators, train, tree
+from kart.analysis import functions
 from kart.kernels.family import Product, family_of
 from tests.tiny import CONVIT, SWIN
 
@@ -72,12 +73,12 @@ def stepped(model, which="step", **options):
     """A step of training, as `train.loop` takes it, on the device."""
     c = model.config
     config = train.Config(epochs=2, batch_size=4, device=GPU, **options)
-    functions = train.program(config, model, 10)
-    state = functions.init(torch.Generator().manual_seed(0))
+    program = train.program(config, model, 10)
+    state = program.init(torch.Generator().manual_seed(0))
     hyper = train.Hyper(*(torch.full((), x, device=GPU) for x in (1e-3, 0.05)))
     images = torch.empty(4, c.in_channels, c.image_size, c.image_size, device=GPU)
     given: Any = state, hyper, images, torch.empty(4, c.num_classes, device=GPU)
-    step: Any = functions.advance if which == "advance" else functions.step
+    step: Any = program.advance if which == "advance" else program.step
     if which == "vmap":
         step = torch.func.vmap(step)
         given = tree.map(lambda x: torch.stack([x, x]), given)
@@ -209,3 +210,14 @@ def test_the_triton_engine_packs_on_the_device(basis, monkeypatch):
             y = engine.forward(product)
             found = engine.backward(product, torch.empty_like(y))
         assert {x.device.type for x in (y, *found)} == {GPU}
+
+
+@pytest.mark.parametrize("spec", ["G3B", "G3B:base=softmax", "mexican_hat-B"])
+def test_functions_are_looked_at_where_they_are(spec):
+    op, x = operators.parse(spec).operator, torch.linspace(-1, 1, 5)
+    params = tree.to(op.init(torch.Generator(), 2, 9), GPU)
+    scores = torch.empty(3, 2, 9, 9, device=GPU)
+    assert functions.curves(op, params, x).device.type == GPU
+    for given in (None, scores):
+        assert functions.response(op, params, x, given).device.type == GPU
+    assert functions.softmax_response(x, 9, scores).device.type == GPU
