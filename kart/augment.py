@@ -410,9 +410,11 @@ def _autocontrast(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> T
 
 def _equalize(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
     levels = _levels(images).flatten(-2)  # (N, C, pixels)
+    rows = torch.arange(levels[..., 0].numel(), device=levels.device).reshape(*levels.shape[:2], 1)
+    place = (levels + 256 * rows).flatten()
     # `bincount` would ask a GPU for the largest
-    counts = levels.new_zeros(*levels.shape[:2], 256)
-    counts = counts.scatter_add(-1, levels, torch.ones_like(levels))
+    counts = place.new_zeros(256 * rows.numel()).index_add(0, place, torch.ones_like(place))
+    counts = counts.reshape(*levels.shape[:2], 256)
     brightest = counts.gather(-1, levels.amax(-1, keepdim=True))
     step = (levels.shape[-1] - brightest) // 255
     before = counts.cumsum(-1) - counts

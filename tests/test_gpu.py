@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kart import bases, kernels, models, operators, train, tree
+from kart import bases, data, kernels, models, operators, train, tree
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,7 +78,11 @@ def test_a_training_step_on_the_gpu_is_that_of_the_cpu(spec, precision):
     assert results[1] == pytest.approx(results[0], rel=limit)
 
 
-@pytest.mark.parametrize("spec", ["G3B", *UNITS])
+# what they make of constants, of places and of offsets is made there
+MADE = ["sparsemax", "softconv", *(f"G3B:order={order}" for order in ("by_offset", "generated"))]
+
+
+@pytest.mark.parametrize("spec", ["G3B", *UNITS, *MADE])
 @pytest.mark.parametrize("name", ["step", "advance"])
 def test_a_step_does_not_wait_for_the_device(name, spec):
     config = train.Config(operator=spec, epochs=2, batch_size=4, device="cuda")
@@ -97,6 +101,24 @@ def test_a_step_does_not_wait_for_the_device(name, spec):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert int(state.step) == 2
+
+
+@pytest.mark.parametrize("name", ["none", "flip_crop", "small", "paper"])
+def test_a_batch_does_not_wait_for_the_device(name):
+    config = train.Config(batch_size=16, augment=name, device="cuda")
+    source = train.batches(config, data.load("digits", "train"))
+    source.at(0, 0)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        images, targets = source.at(0, 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    wanted, labels = train.batches(
+        dataclasses.replace(config, device="cpu"), data.load("digits", "train")
+    ).at(0, 1)
+    assert_close(images.cpu(), wanted, rtol=0, atol=1e-4)
+    assert_close(targets.cpu(), labels)
 
 
 @pytest.mark.parametrize("spec", ["softmax", "G3B"])
