@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from kart import schema
+from kart import schema, tree
 
 Pipeline = Callable[[Generator, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 
@@ -47,7 +47,7 @@ def crop(generator: Generator, images: Tensor, padding: int = 4, mode: str = "ze
     padded = F.pad(flat, (padding,) * 4, mode="constant" if mode == "zero" else "reflect")
     windows = padded.unfold(-2, height, 1).unfold(-2, width, 1)  # every crop, as a view
     image = torch.arange(len(flat), device=images.device)
-    y, x = shift.to(images.device)
+    y, x = tree.onto(shift, images.device)
     return windows[image, :, y, x].reshape(images.shape)
 
 
@@ -77,7 +77,8 @@ def random_resized_crop(
         start, length = corner[axis], box[axis]  # (N, 1)
         at = start + (torch.arange(size) + 0.5) * length / size
         # half a pixel inside of the box, where interpolation reads the box alone
-        return at.maximum(start + 0.5).minimum(start + length - 0.5).to(images.device)
+        at = at.maximum(start + 0.5).minimum(start + length - 0.5)
+        return tree.onto(at, images.device)
 
     y, x = coordinates(0, rows)[:, :, None], coordinates(1, columns)[:, None, :]
     out = _sample(flat, *torch.broadcast_tensors(x, y))
@@ -186,7 +187,7 @@ def rand_augment(
             index = (choice[layer] == number).nonzero()[:, 0]
             if len(index) == 0:
                 continue
-            here = index.to(images.device)
+            here = tree.onto(index, images.device)
             at = (layer, index, None, None, None)
             flat[here] = operation(flat[here], share[at], sign[at], fill).clamp(0, 1)
     return flat.reshape(images.shape)
@@ -232,7 +233,7 @@ def cutmix(
 
     box = inside(centre[0], height)[..., :, None] & inside(centre[1], width)[..., None, :]
     kept = 1 - box.double().mean((-2, -1))
-    mask = box[..., None, None, :, :].to(images.device)
+    mask = tree.onto(box[..., None, None, :, :], images.device)
     return (
         torch.where(mask, images.flip(-4), images),
         _blend(labels, labels.flip(-2), kept[..., None, None]),
@@ -356,19 +357,24 @@ def center_crop(images: Tensor, size: int, ratio: float = 0.9) -> Tensor:
 # enhancements of images (..., C, height, width) by a factor (..., 1, 1, 1); 1 changes nothing
 
 
+def _like(values: Tensor, images: Tensor) -> Tensor:
+    return tree.onto(values.to(images.dtype), images.device)
+
+
 def _blend(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
-    share = share.to(first)
+    share = _like(share, first)
     return share * first + (1 - share) * second
 
 
 def _grey(images: Tensor) -> Tensor:
     if images.shape[-3] != 3:
         return images.mean(-3, keepdim=True)
-    return (images * images.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(-3, keepdim=True)
+    weights = _like(torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64), images)[:, None, None]
+    return (images * weights).sum(-3, keepdim=True)
 
 
 def _brightness(images: Tensor, factor: Tensor) -> Tensor:
-    return (images * factor.to(images)).clamp(0, 1)
+    return (images * _like(factor, images)).clamp(0, 1)
 
 
 def _contrast(images: Tensor, factor: Tensor) -> Tensor:
@@ -405,7 +411,9 @@ def _autocontrast(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> T
 def _equalize(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
     levels = _levels(images).flatten(-2)  # (N, C, pixels)
     rows = torch.arange(levels[..., 0].numel(), device=levels.device).reshape(*levels.shape[:2], 1)
-    counts = (levels + 256 * rows).flatten().bincount(minlength=256 * rows.numel())
+    place = (levels + 256 * rows).flatten()
+    # `bincount` would ask a GPU for the largest
+    counts = place.new_zeros(256 * rows.numel()).index_add(0, place, torch.ones_like(place))
     counts = counts.reshape(*levels.shape[:2], 256)
     brightest = counts.gather(-1, levels.amax(-1, keepdim=True))
     step = (levels.shape[-1] - brightest) // 255
@@ -422,17 +430,18 @@ def _invert(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
 def _posterize(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
     bits = 4 - (level * 4).long()
     mask = 256 - 2 ** (8 - bits)
-    return (_levels(images) & mask.to(images.device)).to(images.dtype) / 255
+    return (_levels(images) & tree.onto(mask, images.device)).to(images.dtype) / 255
 
 
 def _solarize(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
     # half a grey level below the threshold: no doubt about bytes turned into floats
     threshold = (256 - (level * 256).floor() - 0.5) / 255
-    return torch.where(images < threshold.to(images), images, 1 - images)
+    return torch.where(images < _like(threshold, images), images, 1 - images)
 
 
 def _solarize_add(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
-    return torch.where(images < 0.5, images + ((level * 110).floor() / 255).to(images), images)
+    more = _like((level * 110).floor() / 255, images)
+    return torch.where(images < 0.5, images + more, images)
 
 
 def _enhance(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -461,7 +470,8 @@ def _warp(
     def apply(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
         height, width = images.shape[-2:]
         dtype = torch.promote_types(images.dtype, torch.float32)
-        amount = (strength * level * sign)[:, 0].to(images.device, dtype)  # (N, 1, 1)
+        amount = (strength * level * sign)[:, 0].to(dtype)  # (N, 1, 1)
+        amount = tree.onto(amount, images.device)
         x = (torch.arange(width, device=images.device, dtype=dtype) + 0.5)[None, None, :]
         y = (torch.arange(height, device=images.device, dtype=dtype) + 0.5)[None, :, None]
         x, y = torch.broadcast_tensors(*coordinates(x, y, amount, width, height))
@@ -571,7 +581,7 @@ def _beta(name: str, generator: Generator, alpha: float, shape: Sequence[int]) -
 
 
 def _per_image(values: Tensor, images: Tensor) -> Tensor:
-    return values[..., None, None, None].to(images.device)
+    return tree.onto(values[..., None, None, None], images.device)
 
 
 def _check_probability(name: str, argument: str, value: float) -> None:

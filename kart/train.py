@@ -640,9 +640,9 @@ def batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> data.Read
 
     def at(seed: int, step: int) -> tuple[Tensor, Tensor]:
         pixels, labels = read(seed, step)
-        images = data.as_float(pixels.to(config.device))
-        generator = data.generator_for("augment", seed, step)
-        images, targets = pipeline(generator, images, labels.to(config.device), classes, size)
+        pixels, labels = tree.onto((pixels, labels), config.device)
+        images, generator = data.as_float(pixels), data.generator_for("augment", seed, step)
+        images, targets = pipeline(generator, images, labels, classes, size)
         return data.normalise(images[own], dataset.mean, dataset.std), targets[own]
 
     return data.Reader(steps_per_epoch, at)
@@ -686,8 +686,8 @@ def evaluate(
         for start in mine or starts[:1]:
             chosen = torch.arange(start, min(start + batch_size, count))
             pixels, labels = data.take(dataset, chosen)
-            images = prepare(data.as_float(pixels.to(config.device)), dataset, config)
-            labels = labels.to(config.device)
+            pixels, labels = tree.onto((pixels, labels), config.device)
+            images = prepare(data.as_float(pixels), dataset, config)
             logits = apply(params, images.to(dtype)).float()
             if logits.shape[-1] != len(dataset.classes):
                 raise ValueError(

@@ -211,3 +211,17 @@ def check_floating(function: str, tree: Tree) -> None:
 def to(tree: Tree, *args: Any, **kwargs: Any) -> Tree:
     """Every leaf moved as by `Tensor.to`."""
     return map(lambda x: x.to(*args, **kwargs), tree)
+
+
+def onto(tree: Tree, device: str | torch.device) -> Tree:
+    """Every leaf on `device`. What a GPU is given of the CPU goes through pinned memory, and so
+    waits for nothing that the GPU has still to do.
+    """
+    gpu = torch.device(device).type == "cuda"
+
+    def moved(x: Tensor) -> Tensor:
+        if gpu and x.device.type == "cpu":
+            return x.pin_memory().to(device, non_blocking=True)
+        return x.to(device)
+
+    return map(moved, tree)

@@ -35,6 +35,8 @@ BESIDE = {
     ("optim", "tree"),
     ("checkpoint", "tree"),
     ("augment", "data"),
+    ("augment", "tree"),
+    ("data", "tree"),
     ("kernels", "projections"),
 }
 

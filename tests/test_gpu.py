@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 import kart.nn
-from kart import bases, cli, gpu, kernels, models, operators, train, tree
+from kart import bases, cli, data, gpu, kernels, models, operators, train, tree
 from kart.kernels import chunked, core, plain
 from kart.kernels import triton as triton_engine
 from kart.kernels.family import Product, family_of
@@ -355,10 +355,6 @@ def test_two_passes_are_equal_whatever_torch_is_set_to(spec, dtype):
     assert_equal(first, second)
 
 
-# their places are computed on the CPU in float64, and copied
-PLACED = ("generated",)
-
-
 def waits_for_nothing(call):
     """`call()`, in which nothing may wait for the device."""
     torch.cuda.synchronize()
@@ -369,7 +365,7 @@ def waits_for_nothing(call):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("spec", [s for s in SPECS if not any(word in s for word in PLACED)])
+@EVERY_SPEC
 @MASKED
 def test_an_operator_does_not_wait_for_the_device(spec, masked):
     case = Case(spec)
@@ -604,6 +600,23 @@ def test_a_step_does_not_wait_for_the_device(name, spec):
         training.step(step)  # builds the kernels
         waits_for_nothing(lambda: training.step(step))
     assert int(training.state.step) == 2
+
+
+@pytest.mark.parametrize("name", ["none", "flip_crop", "small", "paper"])
+def test_a_batch_does_not_wait_for_the_device(name):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (40, 3, 12, 12), generator=generator, dtype=torch.uint8)
+    dataset = data.Dataset(
+        images.numpy(), np.arange(40) % 2, ("a", "b"), "drawn", (0.5,) * 3, (0.3,) * 3
+    )
+    configs = [train.Config(batch_size=16, augment=name, device=x) for x in (DEVICE, "cpu")]
+    sources = [train.batches(config, dataset) for config in configs]
+    sources[0].at(0, 0)
+    with determinism(False):
+        images, targets = waits_for_nothing(lambda: sources[0].at(0, 1))
+    wanted, labels = sources[1].at(0, 1)
+    assert_close(images.cpu(), wanted, rtol=0, atol=1e-4)
+    assert_close(targets.cpu(), labels)
 
 
 @compiling

@@ -417,6 +417,13 @@ def test_cost_is_measured_beside_softmax_even_where_it_is_not_among_the_runs(res
     assert "softmax" in found.blocks[0]
 
 
+def test_cost_is_that_of_the_cpu_where_a_run_was_trained_on_another_device(results):
+    configs = [dataclasses.replace(one, device="cuda") for one in results[1].configs]
+    elsewhere = results[1]._replace(configs=configs)
+    found = cost.section(context([elsewhere], cost.ANALYSIS))
+    assert numbers(found, "G2B", "step_ms")
+
+
 def test_an_object_is_pasted_where_its_mask_is():
     objects = torch.ones(6, 3, 8, 8)
     images, masks = scenes.pasted(torch.Generator().manual_seed(0), objects)

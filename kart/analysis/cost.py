@@ -495,7 +495,9 @@ def section(context: Context) -> pages.Section:
     derivatives: dict[str, dict[str, Callable[[], Any]]] = {}
     for name, one in configs.items():
         model = context.model(one)
-        functions = train.program(one, model, steps_per_epoch=10)
+        # on the CPU, wherever it was trained
+        here = dataclasses.replace(one, device="cpu")
+        functions = train.program(here, model, steps_per_epoch=10)
         held = [functions.init(context.generator("init"))]
         targets = F.one_hot(labels, len(context.splits.train.classes)).float()
         params = model.init(context.generator("init"))

@@ -85,6 +85,7 @@ def curves(operator: Operator, params: Params, x: Tensor) -> Tensor:
         )
     units = _units(operator, params)
     assert operator.basis is not None
+    x = x.to(tree.leaves(units)[0].device)
     with torch.no_grad():
         return operator.basis.apply(units, x[:, None, None, None]).movedim(0, -1)
 
@@ -116,6 +117,7 @@ def softmax_response(x: Tensor, keys: int, scores: Tensor | None = None) -> Tens
     """
     rest = x.new_tensor([float(keys - 1)]).log()
     if scores is not None:
+        x, rest = x.to(scores.device), rest.to(scores.device)
         seen = scores.detach().movedim(-3, 0).flatten(1).to(x.dtype)
         rest = rest + seen.logsumexp(1) - math.log(seen.shape[1])
     values = (x - rest[:, None]).sigmoid()
@@ -138,7 +140,7 @@ def response(operator: Operator, params: Params, x: Tensor, scores: Tensor | Non
     own = torch.einsum("hmp,hpmx->hmx", params["mix"].detach().to(values.dtype), values)
     own = own - own.mean(-1, keepdim=True)
     if operator.options.get("base") == "softmax":
-        own = own + softmax_response(x, own.shape[1], scores)[:, None]
+        own = own + softmax_response(x.to(own.device), own.shape[1], scores)[:, None]
     return own
 
 
@@ -468,6 +470,7 @@ def plot_response(
     """
     where = score_range(scores, operator) if x is None else x
     values = response(operator, params, where, scores)
+    where = where.to(values.device)
     reference = softmax_response(where, values.shape[1], scores).expand(len(values), -1)
     levels = values.quantile(values.new_tensor([0.1, 0.5, 0.9]), dim=1).transpose(0, 1)
     parts = [

@@ -233,7 +233,7 @@ def _units(op: Operator, params: Params, scores: Tensor) -> Iterator[_Units]:
     elif kind == "by_offset":
         table, given = params["table"], params["units"]
         tokens = scores.shape[-1]
-        index = entry_index(*lattice(tokens)).flatten().to(scores.device)
+        index = entry_index(*lattice(tokens), scores.device).flatten()
         leaves = {}
         for name in given["offsets"]:
             entries = flatten_table({part: own[name] for part, own in given.items()})
@@ -437,7 +437,7 @@ def layout(matrix: Tensor) -> Layout:
     prefix, rows, columns = lattice(matrix.shape[-1])
     wide = matrix.detach().double()
     patches = wide[..., prefix:, prefix:].flatten(-2)
-    index = entry_index(0, rows, columns).flatten().to(matrix.device)
+    index = entry_index(0, rows, columns, matrix.device).flatten()
     count = index.bincount()
     totals = patches.new_zeros(*patches.shape[:-1], len(count)).index_add(-1, index, patches)
     offsets = totals / count

@@ -158,7 +158,8 @@ def candidate(
     mean = float((values.double() * roots.square()).sum())
     if whole <= 1e-14 * float((values.double() * roots).square().sum()):
         return Candidate("constant", f"{mean:.3g}", 1.0, 0.0, 0.0, 0.0, mean)
-    found = [_fit(name, target, whole, mean, x.double(), roots) for name in SHAPES]
+    x = x.double().to(values.device)
+    found = [_fit(name, target, whole, mean, x, roots) for name in SHAPES]
     best = max(one.r2 for one in found)
     return next(one for one in found if one.r2 >= best - margin)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
+from kart import tree
 from kart.data.dataset import Dataset
 
 
@@ -92,5 +93,6 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
             "`normalise` needs finite means and deviations > 0, got "
             f"{mean!r:.100} and {std!r:.100}. Take both from the data set."
         )
-    shift, scale = (x.new_tensor(tuple(values))[:, None, None] for values in (mean, std))
+    own = torch.tensor([tuple(mean), tuple(std)], dtype=x.dtype)[..., None, None]
+    shift, scale = tree.onto(own, x.device)
     return (x - shift) / scale

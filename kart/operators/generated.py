@@ -42,12 +42,12 @@ def cosines(places: Tensor, count: int) -> Tensor:
     return (math.pi * places[:, None] * waves).cos() * scale
 
 
-def sequence(keys: int, count: int, reach: int) -> Tensor:
+def sequence(keys: int, count: int, reach: int, device: torch.device) -> Tensor:
     """Features `(M, J)` of tokens 0..M - 1, in float64; beyond `reach` they are mirrored."""
-    return cosines((torch.arange(keys, dtype=torch.float64, device="cpu") + 0.5) / reach, count)
+    return cosines((torch.arange(keys, dtype=torch.float64, device=device) + 0.5) / reach, count)
 
 
-def lattice(keys: int, count: int, prefix: int) -> Tensor:
+def lattice(keys: int, count: int, prefix: int, device: torch.device) -> Tensor:
     """Features `(M, J)` of `prefix` tokens, one each, and of a square of patches: products of
     cosines of their row and column, relative to the side.
     """
@@ -57,9 +57,9 @@ def lattice(keys: int, count: int, prefix: int) -> Tensor:
             f"`generated` needs {prefix} prefix tokens and a square of patches, got {keys} keys. "
             "Set `prefix`, or `reach` for a sequence."
         )
-    one = cosines((torch.arange(side, dtype=torch.float64, device="cpu") + 0.5) / side, waves)
+    one = cosines((torch.arange(side, dtype=torch.float64, device=device) + 0.5) / side, waves)
     both = (one[:, None, :, None] * one[None, :, None, :]).reshape(side * side, waves * waves)
-    return torch.block_diag(torch.eye(prefix, dtype=torch.float64, device="cpu"), both)
+    return torch.block_diag(torch.eye(prefix, dtype=torch.float64, device=device), both)
 
 
 @remember
@@ -143,9 +143,10 @@ def generated(
         return {"units": units, "mix": drawn * (0.0 if start == "zero" else (rank * keys) ** -0.5)}
 
     def places(keys: int, like: Tensor) -> Tensor:
-        found = lattice(keys, features, prefix) if reach is None else None
-        found = sequence(keys, features, reach or 1) if found is None else found
-        return found.to(like)
+        # made on the device: a copy to a GPU would wait for it
+        if reach is None:
+            return lattice(keys, features, prefix, like.device).to(like)
+        return sequence(keys, features, reach, like.device).to(like)
 
     def of_keys(params: Params, keys: int) -> Params:
         """The parameters of `low_rank` for this many keys."""

@@ -134,8 +134,9 @@ def by_offset(
         names = list(units["offsets"])
         tables = [{part: own[name] for part, own in units.items()} for name in names]
         leaves = [flatten_table(one).to(dtype) for one in (table, *tables)]
-        sizes = (lattice.prefix or 0, lattice.rows, lattice.columns)
-        return names, leaves, entry_index(*sizes, leaves[0].device)
+        device = leaves[0].device
+        index = entry_index(lattice.prefix or 0, lattice.rows, lattice.columns, device)
+        return names, leaves, index
 
     def block(
         names: list[str], index: Tensor, scores: Tensor, mask: Tensor | None, leaves: list[Tensor]

@@ -7,7 +7,6 @@ tokens have entries of their own for each patch.
 
 import functools
 import math
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -22,7 +21,6 @@ from kart.operators.static import Form, default_start, from_matrix
 
 # of a table, in the order of `flatten_table`
 PARTS = ("offsets", "to_prefix", "from_prefix", "prefix")
-CPU = torch.device("cpu")
 
 
 def check_geometry(name: str, prefix: int | None, rows: int | None) -> None:
@@ -52,9 +50,9 @@ def lattice_of(name: str, tokens: int, prefix: int | None, rows: int | None) -> 
     return Lattice(prefix, side, patches // side)
 
 
-def entry_index(prefix: int, rows: int, columns: int, device: torch.device = CPU) -> Tensor:
-    """Where a flattened table has the entry of query n and key m, `(N, N)`, on the device: to be
-    copied there at every call it would wait for it.
+def entry_index(prefix: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Where a flattened table has the entry of query n and key m, `(N, N)`, made on `device`: a
+    copy to a GPU would wait for it.
     """
     # torch.compile traces what is cached, and warns that it does; tensors of a mode, as fake ones,
     # are of no use after it
@@ -64,15 +62,15 @@ def entry_index(prefix: int, rows: int, columns: int, device: torch.device = CPU
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_index(*given: Any) -> Tensor:
+def _kept_index(prefix: int, rows: int, columns: int, device: torch.device) -> Tensor:
     # for good, so of no mode or transform that it may first be asked in
     with untransformed(), torch.inference_mode(False):
-        return _entry_index(*given)
+        return _entry_index(prefix, rows, columns, device)
 
 
 def _entry_index(prefix: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    y = torch.arange(rows, device=device).repeat_interleave(columns)
-    x = torch.arange(columns, device=device).repeat(rows)
+    y, x = (torch.arange(n, device=device) for n in (rows, columns))
+    y, x = y[:, None].expand(rows, columns).flatten(), x.repeat(rows)
     down, right = y - y[:, None] + rows - 1, x - x[:, None] + columns - 1
     index, patches = down * (2 * columns - 1) + right, rows * columns
     if not prefix:

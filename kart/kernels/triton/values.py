@@ -1,0 +1,136 @@
+"""`y (mix^T v) + beside` on CUDA, as `kart.kernels.cpp.mix` has it on a CPU; see `device_values`.
+
+torch would copy the values, widened, and take matrix products of twelve columns one batch after
+another: together they take longer than the product with the scores.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kart.kernels.arguments import room_like
+from kart.kernels.triton import DTYPES, WIDTH, status
+from kart.kernels.triton.launch import PROGRAMS, interpreted, launched_on, padded, precision_of
+
+RANKS = 64
+BLOCK = 64
+
+
+def refuses(v: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether these kernels cannot take the operands of `v (B, H, M, e)`, which is the first."""
+    return (
+        status() != "ready"
+        or (v.device.type != "cuda" and not interpreted())
+        or any(x.dtype not in DTYPES for x in tensors)
+        or (interpreted() and any(x.dtype is torch.bfloat16 for x in tensors))
+        or v.shape[-1] > WIDTH
+        or tensors[2].shape[-1] > RANKS
+    )
+
+
+def forward(
+    v: Tensor, y: Tensor, mix: Tensor, beside: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`y (mix^T v) + beside` in the dtype of v, and `mix^T v (B, H, r, e)` in float32, for `v (B,
+    H, M, e)`, `y (B, H, N, r)`, `mix (B or 1, H, M, r)` and `beside (B, H, N, e)`.
+    """
+    out = room_like(v, y.shape[2])
+    hidden = _gather(mix, v)
+    _spread(y, hidden, out, beside)
+    return out, hidden
+
+
+def backward(
+    dout: Tensor, v: Tensor, y: Tensor, mix: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dv, dy and dmix."""
+    dhidden, dv = _gather(y, dout), room_like(v)
+    _spread(mix, dhidden, dv)
+    dy = _score(dout, hidden.contiguous(), y.dtype)
+    dmix = _score(v, dhidden, torch.float32)
+    dmix = dmix if mix.shape[0] > 1 else dmix.sum(0, keepdim=True)
+    return dv, dy, dmix.to(mix.dtype)
+
+
+def _strides(name: str, last: str, x: Tensor | None, batch: int) -> dict[str, int]:
+    strides = (0, 0, 0, 0) if x is None else x.stride()
+    own = x is not None and x.shape[0] == batch > 1
+    names = (f"{name}_{axis}" for axis in ("b", "h", "n", last))
+    return dict(zip(names, (strides[0] if own else 0, *strides[1:]), strict=True))
+
+
+def _sizes(rank: int, width: int) -> dict[str, object]:
+    return {
+        "RANK": rank,
+        "WIDTH": width,
+        "R": padded(rank),
+        "E": padded(width),
+        "PRECISION": precision_of(None),
+        "BLOCK": BLOCK,
+    }
+
+
+def _gather(x: Tensor, z: Tensor) -> Tensor:
+    """`x^T z (B, H, r, e)`."""
+    from kart.kernels.triton import device_values as kernels
+
+    (batch, heads, tokens, width), rank = z.shape, x.shape[3]
+    # few heads: several programs each, and a sum in an order of its own
+    shares = min(math.ceil(tokens / BLOCK), math.ceil(PROGRAMS / (batch * heads)))
+    share = math.ceil(tokens / shares / BLOCK) * BLOCK
+    shares = math.ceil(tokens / share)
+    out = z.new_empty(shares, batch, heads, rank, width, dtype=torch.float32)
+    with launched_on(z):
+        kernels.gather[(shares * batch * heads,)](
+            x,
+            z,
+            out,
+            **_strides("x", "p", x, batch),
+            **_strides("z", "e", z, batch),
+            H=heads,
+            N=tokens,
+            share=share,
+            **_sizes(rank, width),
+        )
+    return out[0] if shares == 1 else out.sum(0)
+
+
+def _spread(x: Tensor, held: Tensor, out: Tensor, beside: Tensor | None = None) -> None:
+    """Writes `x held + beside (B, H, N, e)`."""
+    from kart.kernels.triton import device_values as kernels
+
+    batch, heads, tokens, width = out.shape
+    with launched_on(out):
+        kernels.spread[(math.ceil(tokens / BLOCK) * batch * heads,)](
+            x,
+            held,
+            beside,
+            out,
+            **_strides("x", "p", x, batch),
+            **_strides("beside", "e", beside, batch),
+            **_strides("out", "e", out, batch),
+            H=heads,
+            N=tokens,
+            **_sizes(x.shape[3], width),
+        )
+
+
+def _score(z: Tensor, held: Tensor, dtype: torch.dtype) -> Tensor:
+    """`z held^T (B, H, N, r)`."""
+    from kart.kernels.triton import device_values as kernels
+
+    (batch, heads, tokens, width), rank = z.shape, held.shape[2]
+    out = z.new_empty(batch, heads, tokens, rank, dtype=dtype)
+    with launched_on(z):
+        kernels.score[(math.ceil(tokens / BLOCK) * batch * heads,)](
+            z,
+            held,
+            out,
+            **_strides("z", "e", z, batch),
+            H=heads,
+            N=tokens,
+            **_sizes(rank, width),
+        )
+    return out
