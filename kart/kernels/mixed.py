@@ -2,8 +2,12 @@
 
 The values of a model are a view of the projection's output, whose samples and heads cannot be
 joined into the one batch axis of a matrix product: torch copies them, forward and backward, and
-keeps the copy. The compiled kernel reads them, and the gradient of the output, in place.
+keeps the copy; half types are widened, too. The compiled kernels of a CPU and those of Triton read
+them, and the gradient of the output, in place.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,27 +15,36 @@ from torch import Tensor
 from kart.kernels import fused
 from kart.kernels.cpp import mix as compiled
 from kart.kernels.fused import Fused
+from kart.kernels.plain import wide
 from kart.kernels.transforms import forward_levels
+from kart.kernels.triton import values
 
 
 def _expression(v: Tensor, y: Tensor, mix: Tensor, *beside: Tensor) -> tuple[Tensor]:
-    return (sum(beside, start=y @ (mix.mT @ v)),)
+    # r cancelling terms: rounding each factor to half precision would show in the sum
+    hidden = wide(mix).mT @ wide(v)
+    return (sum(map(wide, beside), start=wide(y) @ hidden).to(v.dtype),)
 
 
-def _engine() -> compiled.Engine:
-    found = compiled.engine()
-    assert found is not None  # `factored_values` asked
-    return found
+def _engine(tensors: Sequence[Tensor]) -> Any:
+    """The kernels that take `(v, y, mix, ...)`, or None."""
+    v = tensors[0]
+    if v.device.type == "cuda":
+        return None if values.refuses(tensors) else values
+    if v.device.type == "cpu" and all(x.dtype is torch.float32 for x in tensors):
+        return compiled.engine()
+    return None
 
 
 def _forward(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-    return _engine().forward(*inputs)
+    return _engine(inputs).forward(*inputs)
 
 
 def _backward(gradients, inputs, results) -> tuple[Tensor, ...]:
     (dout,), (v, y, mix, *beside), (_, hidden) = gradients, inputs, results
+    found = _engine((v, y, mix)).backward(dout, v, y, mix, hidden)
     # a view: autograd keeps no input of a function that is its output, too
-    return *_engine().backward(dout, v, y, mix, hidden), *(dout.view_as(dout) for _ in beside)
+    return *found, *(dout.to(x.dtype).view_as(x) for x in beside)
 
 
 # the mix may be one for all samples
@@ -43,25 +56,28 @@ def factored_values(
     y: Tensor, mix: Tensor, v: Tensor, engine: str = "auto", beside: Tensor | None = None
 ) -> Tensor:
     """`y (mix^T v)`, `(..., H, N, e)`, for `y (..., H, N, r)`, `mix (..., H, M, r)` and `v (..., H,
-    M, e)`, plus `beside (..., H, N, e)` where given: `mix_values` without a mask. Compiled on a CPU
-    in float32 for four axes, unless `engine` is another than "auto" or "cpp".
+    M, e)`, plus `beside (..., H, N, e)` where given: `mix_values` without a mask. Float32 at least,
+    or rounded once to the dtype of v, where a GPU's kernels read half types.
+
+    By kernels for four axes, unless `engine` is another than theirs or "auto".
     """
     more = () if beside is None else (beside,)
-    tensors = (y, mix, v, *more)
+    on_gpu = v.device.type == "cuda"
+    tensors = (v, y, mix, *more) if on_gpu else tuple(map(wide, (v, y, mix, *more)))
     in_place = (
-        engine in ("auto", "cpp")
+        engine in ("auto", "triton" if on_gpu else "cpp")
         and not torch.compiler.is_compiling()
-        and all(x.device.type == "cpu" and x.dtype is torch.float32 for x in tensors)
         and v.dim() == y.dim() == 4
         and mix.dim() in (3, 4)
         and y.shape[:2] == v.shape[:2]
         and mix.shape[-3] == v.shape[1]
         and all(x.shape == (*y.shape[:3], v.shape[3]) for x in more)
         and not forward_levels()
-        and all(x.numel() for x in tensors)
-        and compiled.engine() is not None
+        and all(x.numel() and x.device == v.device for x in tensors)
+        and _engine(tensors) is not None
     )
     if not in_place:
-        return _expression(v, y, mix, *more)[0]
+        return _expression(*map(wide, tensors))[0]
+    v, y, mix, *more = tensors
     op = BESIDE if more else PRODUCT
     return fused.apply(op, v, y, mix if mix.dim() == 4 else mix[None], *more)[0]

@@ -513,21 +513,21 @@ def values_of(
     engine: str = "auto",
     beside: Tensor | None = None,
 ) -> Tensor:
-    """The logits, zero where they are masked, times `v (..., H, M, e)`, plus `beside` where given,
-    at least in float32.
+    """The logits, zero where they are masked, times `v (..., H, M, e)`, plus `beside` where given:
+    in float32 at least, or rounded once.
     """
+    if isinstance(logits, Factored) and same_for_all_queries(mask):
+        # parameters of float64 do not widen inputs of float32
+        right = logits.right.to(wide_dtype(v))
+        return kernels.factored_values(logits.left, right, v, engine, beside)
     v = wide(v)
-    beside = None if beside is None else wide(beside)
     if isinstance(logits, Factored):
-        # r cancelling terms: rounding each factor to half precision would show in the sum
-        left, right = wide(logits.left), logits.right.to(v.dtype)
-        if same_for_all_queries(mask):
-            return kernels.factored_values(left, right, v, engine, beside)
         # a mask that differs between queries cannot move into right^T V
+        left, right = wide(logits.left), logits.right.to(v.dtype)
         out = kernels.mix_values(left, right, v, mask)  # type: ignore[arg-type]
     else:
         out = only(wide(logits), mask) @ v
-    return out if beside is None else out + beside
+    return out if beside is None else out + wide(beside)
 
 
 def from_logits(

@@ -72,6 +72,17 @@ def slices(product: Product, programs: int) -> tuple[int, int]:
     return samples, math.ceil(batch / samples)
 
 
+def precision_of(precision: str | None) -> str:
+    """How products of float32 are taken; by default as torch is set to."""
+    highest = torch.get_float32_matmul_precision() == "highest"
+    return precision or ("tf32x3" if highest else "tf32")
+
+
+def launched_on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Kernels are launched on the device of `x`, which need not be the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 class Launcher:
     """Launches the kernels of a product, in the module `kernels`, with the arguments that they
     share.
@@ -84,9 +95,6 @@ class Launcher:
         kind = kind_of(family)
         assert kind is not None  # `refuses` has asked
         self.kind, self.choose, self.q = kind, choose, q
-        if precision is None:
-            highest = torch.get_float32_matmul_precision() == "highest"
-            precision = "tf32x3" if highest else "tf32"
         batch, heads, queries, width = q.shape
         keys = k.shape[2]
         strides: list[int | None] = [None] * 4
@@ -110,7 +118,7 @@ class Launcher:
             "D": padded(width),
             "BASE": kind.base,
             "MASK": mask is not None,
-            "PRECISION": precision,
+            "PRECISION": precision_of(precision),
             "FAST": not interpreted(),
             # the reduction of angles and the recurrences are meant for fused multiply-add
             "enable_fp_fusion": True,
@@ -122,8 +130,7 @@ class Launcher:
         return self.choose(kernel, self.q.dtype, precision, width, ranks, masked, self.kind)
 
     def __call__(self, kernel: str, grid: tuple[int, ...], tile: Tiles, **arguments: Any) -> None:
-        guard = torch.cuda.device(self.q.device) if self.q.is_cuda else contextlib.nullcontext()
-        with guard:
+        with launched_on(self.q):
             getattr(self.kernels, kernel)[grid](
                 **self.shared,
                 **arguments,

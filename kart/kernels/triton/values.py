@@ -6,27 +6,27 @@ another: together they take longer than the product with the scores.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kart.kernels.arguments import room_like
 from kart.kernels.triton import DTYPES, WIDTH, status
-from kart.kernels.triton.launch import PROGRAMS, interpreted, launched_on, padded, precision_of
+from kart.kernels.triton.launch import PROGRAMS, launched_on, padded, precision_of
 
 RANKS = 64
 BLOCK = 64
 
 
-def refuses(v: Tensor, tensors: Sequence[Tensor]) -> bool:
-    """Whether these kernels cannot take the operands of `v (B, H, M, e)`, which is the first."""
+def refuses(tensors: Sequence[Tensor]) -> bool:
+    """Whether these kernels cannot take such `(v, y, mix, ...)`."""
+    v, _, mix, *_ = tensors
     return (
         status() != "ready"
-        or (v.device.type != "cuda" and not interpreted())
         or any(x.dtype not in DTYPES for x in tensors)
-        or (interpreted() and any(x.dtype is torch.bfloat16 for x in tensors))
         or v.shape[-1] > WIDTH
-        or tensors[2].shape[-1] > RANKS
+        or mix.shape[-1] > RANKS
     )
 
 
@@ -61,7 +61,7 @@ def _strides(name: str, last: str, x: Tensor | None, batch: int) -> dict[str, in
     return dict(zip(names, (strides[0] if own else 0, *strides[1:]), strict=True))
 
 
-def _sizes(rank: int, width: int) -> dict[str, object]:
+def _sizes(rank: int, width: int) -> dict[str, Any]:
     return {
         "RANK": rank,
         "WIDTH": width,
