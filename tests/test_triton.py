@@ -22,7 +22,7 @@ from kart.bases.basis import Shared, Triton, assemble, expansion
 from kart.kernels import core, plain
 from kart.kernels import triton as engine
 from kart.kernels.family import Family, Product, family_of
-from kart.kernels.triton import launch
+from kart.kernels.triton import launch, values
 
 # relative error in the norm; float32 here is that of `tl.dot` in numpy
 LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3}
@@ -438,11 +438,51 @@ def unit_entry() -> None:
     agree([*tensors][1:], summed, wanted, [*tensors.values()][1:], 2e-5)
 
 
+VALUES = [  # samples of the mix, B, H, M, N, width, rank, and the dtype of v, y and dout
+    (1, 2, 2, 53, 37, 5, 13, torch.float32),
+    (2, 2, 2, 70, 130, 64, 12, torch.float32),
+    (1, 1, 2, 700, 37, 48, 1, torch.float16),
+    (1, 3, 1, 1, 1, 128, 64, torch.float16),
+]
+
+
+def value_case(own, batch, heads, keys, queries, width, rank, dtype, device="cpu"):
+    """What `values` gives for drawn operands, some of them views, and what is right."""
+    generator = torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator)
+    v, dout, beside = (
+        draw(batch, n, heads, width).to(device, dtype).transpose(1, 2)
+        for n in (keys, queries, queries)
+    )
+    y = draw(batch, heads, rank, queries).to(device, dtype).mT
+    mix = draw(own, heads, keys, rank).to(device)
+    more = [beside] if own > 1 else []
+    out, hidden = values.forward(v, y, mix, *more)
+    dv, dy, dmix = values.backward(dout, v, y, mix, hidden)
+    v, y, mix, dout, *more = (x.double().cpu() for x in (v, y, mix, dout, *more))
+    dhidden = y.mT @ dout
+    wanted = {
+        "out": sum(more, start=y @ (mix.mT @ v)),
+        "dv": mix @ dhidden,
+        "dy": dout @ (mix.mT @ v).mT,
+        "dmix": (v @ dhidden.mT).sum_to_size(mix.shape),
+    }
+    return [out, dv, dy, dmix], wanted
+
+
+def between_tokens_and_ranks():
+    for sizes in VALUES:
+        got, wanted = value_case(*sizes)
+        likes = [torch.empty(0, dtype=sizes[-1])] * 3 + [torch.empty(0)]
+        agree(list(wanted), got, list(wanted.values()), likes, LIMITS[sizes[-1]])
+
+
 # those of a row share a process, most of whose time goes into imports
 GROUPS = {
     "sizes": [sizes, grids_and_ranks, empty_batch],
     "inputs": [masks, strides, own_coefficients],
     "values": [families, new_families, half_precision, large_scores, repeats],
+    "mixes": [between_tokens_and_ranks],
     "units": [unit_families, new_units, unit_repeats, unit_entry],
     "unit inputs": [unit_sizes, unit_masks, unit_inputs, far_units],
     "images": [images],
@@ -606,6 +646,16 @@ def test_units_are_the_plain_expression_on_the_gpu(dtype, precision, basis, opti
         assert torch.equal(a, b)
         error = (a.double().cpu() - c).norm() / c.norm()
         assert error < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("sizes", [*VALUES, (1, 8, 3, 197, 197, 64, 12, torch.bfloat16)], ids=str)
+def test_what_passes_between_tokens_and_ranks_on_the_gpu(sizes):
+    got, wanted = value_case(*sizes, device="cuda")
+    for a, b in zip(got, wanted.values(), strict=True):
+        error = (a.double().cpu() - b).norm() / b.norm()
+        assert error < (5e-6 if a.dtype == torch.float32 else GPU_LIMITS[a.dtype, None])
 
 
 if __name__ == "__main__":
