@@ -19,7 +19,14 @@ The parameters are `(batch or 1, H, r, P, M')`, zero beyond M keys, and dY is `(
 import triton
 import triton.language as tl
 
-from kart.kernels.triton.device import activation, load_tile, mask_tile, store_tile, tile_offsets
+from kart.kernels.triton.device import (
+    COUNTS,
+    activation,
+    load_tile,
+    mask_tile,
+    store_tile,
+    tile_offsets,
+)
 
 
 @triton.jit
@@ -65,7 +72,7 @@ def _store_columns(ptr, tile, stride, rows, columns, ROWS: tl.constexpr, COLUMNS
     tl.store(at, tile.to(ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward(
     q_ptr,
     k_ptr,
@@ -141,7 +148,7 @@ def forward(
     _store_columns(y_ptr + (head * N + n) * RANK + rank, y, RANK, N - first, ranks, BLOCK_N, R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def query_gradient(
     q_ptr,
     k_ptr,
@@ -223,7 +230,7 @@ def query_gradient(
     store_tile(dq_ptr, dq * scale, N - first, WIDTH, BLOCK_N, D, False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def key_gradient(
     q_ptr,
     k_ptr,

@@ -8,7 +8,7 @@ float32, see PRECISION in `device`.
 import triton
 import triton.language as tl
 
-from kart.kernels.triton.device import load_tile, tile_offsets
+from kart.kernels.triton.device import COUNTS, load_tile, tile_offsets
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def _at(ptr, b, h, n, stride_b, stride_h, stride_n):
     return ptr + b * stride_b + h * stride_h + n.to(tl.int64) * stride_n
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gather(
     x_ptr,
     z_ptr,
@@ -63,7 +63,7 @@ def gather(
     tl.store(at, total, mask=(rows < RANK) & (columns < WIDTH))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def spread(
     x_ptr,
     h_ptr,
@@ -109,7 +109,7 @@ def spread(
     tl.store(at, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def score(
     z_ptr,
     h_ptr,

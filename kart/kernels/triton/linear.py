@@ -25,25 +25,25 @@ def tiles(
 ) -> Tiles:
     """The tiles of "forward", "query_gradient" or "key_gradient" for a padded width and rank.
 
-    Chosen from registers and spills of builds for sm_90 (tests/test_triton_aot.py).
+    Chosen from registers and spills of builds for sm_90 (tests/test_triton_aot.py), those of half
+    types of Fourier bases from times on an H200, at 197 and at 785 tokens.
     """
     # operands of float32, above all if split in two, masks and slopes take registers of their own
     wide = dtype == torch.float32
     split = wide and precision != "tf32"
     exact = wide and precision == "ieee"
     local = kind.piece.fold is None
-    large = width > 64 or ranks > 32
+    stages = 2 if wide or local else 3
     if kernel == "key_gradient":
         # dK takes width / 2 registers and dC ranks / 2 for each feature
-        features = 4 if local else min(8, max(2, (160 - width) // ranks // 2 * 2))
-        return Tiles(16 if split or local else 32, 32 if exact else 64, 4, 2, features)
-    if kernel == "forward":
-        heavy = split or (wide and (ranks > 16 or local or masked))
-    else:
-        heavy = wide or masked or local or large or kind.size > 6
-    keys = 64 if not heavy else 16 if split and (large or masked or exact) else 32
+        many = width <= 64 < ranks * 2 and not (wide or masked)
+        features = 4 if local or many else min(8, max(2, (160 - width) // ranks // 2 * 2))
+        stages = 2 if masked or ranks > 32 else stages
+        return Tiles(16 if split or local else 32, 32 if exact else 64, 4, stages, features)
+    large = split and (width > 64 or ranks > 32 or masked or exact)
+    light = kernel == "forward" and wide and not (split or ranks > 16 or local or masked)
     features = 6 if local and kernel == "query_gradient" else 24 * 16 // ranks
-    return Tiles(64, keys, 4, 2, features)
+    return Tiles(64, 16 if large else 64 if light else 32, 4, stages, features)
 
 
 def _slopes(coefs: Tensor, kind: Kind) -> Tensor:
