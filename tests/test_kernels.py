@@ -12,7 +12,7 @@ from torch import func
 from torch.testing import assert_close
 
 from kart import bases, kernels, operators
-from kart.kernels import chunked, plain
+from kart.kernels import chunked, fused, plain, softmax
 from kart.kernels.arguments import laid_like, room_like
 
 # torch's own: the first forward-mode call compiles its decompositions, `linearize` folds constants
@@ -743,6 +743,31 @@ def test_plain_softmax_attention_is_the_fused_kernel():
     q, k, v = (draw(2, 3, 33, 8, dtype=torch.float32, seed=i) for i in range(3))
     fused = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     assert torch.equal(kernels.softmax_attention(q, k, v), fused)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_fused_kernel_of_a_gpu_is_mapped_as_a_whole(masked):
+    """On the CPU, whose kernel has a forward and a backward of the same names."""
+    q, k, v = (draw(3, 2, 2, 5, 4, seed=i) for i in range(3))
+    mask = draw(2, 1, 1, 5) > -0.3 if masked else None
+
+    def loss(q, k, v):
+        return fused.apply(softmax._whole(0.25), q, k, v, mask)[0].square().sum()
+
+    def wanted(q, k, v):
+        return plain.softmax_attention(q, k, v, mask, 0.25).square().sum()
+
+    def of_members(loss):
+        return func.grad(lambda *qkv: func.vmap(loss)(*qkv).sum(), (0, 1, 2))
+
+    def second(loss):
+        return func.vmap(func.grad(lambda *qkv: func.grad(loss)(*qkv).sin().sum()))
+
+    def per_member(loss):
+        return func.vmap(func.grad_and_value(loss, (0, 1, 2)))
+
+    for transform in (per_member, of_members, second):
+        assert_close(transform(loss)(q, k, v), transform(wanted)(q, k, v))
 
 
 def test_softmax_of_infinities_alone_is_no_number_but_in_the_fused_kernel():

@@ -633,6 +633,8 @@ def test_the_kernels_are_the_plain_expression_on_the_gpu(dtype, precision, basis
 )
 def test_units_are_the_plain_expression_on_the_gpu(dtype, precision, basis, options):
     tensors, mask, family = unit_case(basis, 65, 197, dtype=dtype, **{"width": 64, **options})
+    # numbers that tf32 holds: it cuts others off, and where a unit is steep that shows
+    tensors |= {name: tensors[name].bfloat16().to(dtype) for name in "qk"}
     wanted = unit_reference(tensors, mask, family, 0.125)
     tensors = {name: x.cuda() for name, x in tensors.items()}
     mask = None if mask is None else mask.cuda()

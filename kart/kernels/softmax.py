@@ -1,7 +1,7 @@
 """Softmax attention by torch's fused kernels where they hold, and right where they do not.
 
 On the CPU the fused kernel has no batching rule, no forward mode and no second derivative;
-`kart.kernels.fused` gives it those.
+`kart.kernels.fused` gives it those. The backward of those of a GPU has no batching rule either.
 """
 
 import math
@@ -15,7 +15,7 @@ from kart.kernels import fused, plain
 from kart.kernels.arguments import broadcast_leading, check, flat_mask, four_axes
 from kart.kernels.cpp import weights as compiled
 from kart.kernels.cpp.weights import Weighted
-from kart.kernels.transforms import forward_levels, grad_levels
+from kart.kernels.transforms import forward_levels, grad_levels, untransformed, vmap_levels
 
 _FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
 # of fewer keys than a vector register holds, and no bias, the kernel makes zeros of a query of NaN
@@ -64,6 +64,22 @@ def _flash(scale: float) -> fused.Fused:
         shared=(3,),
         reads=False,
     )
+
+
+def _whole(scale: float) -> fused.Fused:
+    """A GPU's fused kernel for `vmap`: its forward runs again in the backward."""
+
+    def forward(q, k, v, mask):
+        return (F.scaled_dot_product_attention(q, k, v, mask, scale=scale),)
+
+    def backward(gradients, inputs, results):
+        *qkv, mask = inputs
+        with untransformed(), torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in qkv]
+            (out,) = forward(*leaves, mask)
+            return torch.autograd.grad(out, leaves, gradients)
+
+    return _flash(scale)._replace(forward=forward, backward=backward)
 
 
 # Products with a table that all samples share are taken of the samples as they lie in memory: one
@@ -149,6 +165,8 @@ def _apply(
     if forward_levels() or elsewhere:
         return plain.softmax_attention(q, k, v, mask, scale)
     if q.device.type != "cpu":
+        if vmap_levels():
+            return fused.apply(_whole(scale), q, k, v, mask)[0]
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     # the CPU's kernel would round the weights to half precision before they meet the values
     dtype, (q, k, v) = q.dtype, (plain.wide(x) for x in (q, k, v))

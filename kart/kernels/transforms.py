@@ -73,6 +73,11 @@ def grad_levels() -> int:
     return _levels(_functorch.TransformType.Grad)
 
 
+def vmap_levels() -> int:
+    """Number of `torch.func.vmap` levels that are running."""
+    return _levels(_functorch.TransformType.Vmap)
+
+
 def recorded() -> bool:
     """Whether what is called now is differentiated, transformed or traced; the backward of a plain
     loss is not, and may call what it needs without an autograd.Function around it.
