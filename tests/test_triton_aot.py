@@ -71,7 +71,8 @@ def build(function: Any, arguments: dict[str, Any]) -> Build:
     from triton.compiler import ASTSource
 
     arguments = dict(arguments)
-    options = {x: arguments.pop(x) for x in ("num_warps", "num_stages", "enable_fp_fusion")}
+    names = ("num_warps", "num_stages", "enable_fp_fusion")
+    options = {x: arguments.pop(x) for x in names if x in arguments}
     types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
     types |= {torch.uint8: "*u8"}
     signature, constants, attributes = {}, {}, {}
@@ -170,6 +171,25 @@ def test_the_loop_keeps_to_registers_tensor_cores_and_hardware_sines(kernel, dty
 def test_nothing_is_read_that_is_not_written_whatever_the_sizes(kernel, tokens, keys, basis):
     for _, built in describe(kernel, basis, tokens=tokens, keys=keys, batch=1):
         assert not built.unwritten
+
+
+@pytest.mark.parametrize(("batch", "tokens", "rank"), [(128, 197, 12), (1, 1, 1), (1, 785, 48)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_passes_between_tokens_and_ranks_keeps_to_registers(batch, tokens, rank, dtype):
+    from kart.kernels.triton import device_values, values
+
+    v = torch.empty(batch, tokens, 3, 64, dtype=dtype).transpose(1, 2)
+    y, mix = torch.empty(batch, 3, tokens, rank, dtype=dtype), torch.empty(1, 3, tokens, rank)
+    for kernel in ("gather", "spread", "pull"):
+        recorded: list[dict[str, Any]] = []
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("gather", "spread", "pull"):
+                patch.setattr(device_values, name, Recorder(recorded if name == kernel else []))
+            _, hidden = values.forward(v, y, mix)
+            values.backward(v, v, y, mix, hidden)
+        for arguments in recorded:
+            built = build(getattr(device_values, kernel), arguments)
+            assert not built.stack and not built.unwritten and built.shared <= 227 * 1024
 
 
 BUILT_WRONG = """

@@ -73,11 +73,9 @@ def _whole(scale: float) -> fused.Fused:
         return (F.scaled_dot_product_attention(q, k, v, mask, scale=scale),)
 
     def backward(gradients, inputs, results):
-        *qkv, mask = inputs
         with untransformed(), torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in qkv]
-            (out,) = forward(*leaves, mask)
-            return torch.autograd.grad(out, leaves, gradients)
+            q, k, v = leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+            return torch.autograd.grad(forward(q, k, v, inputs[3]), leaves, gradients)
 
     return _flash(scale)._replace(forward=forward, backward=backward)
 

@@ -155,9 +155,10 @@ def backward(
             shared |= {"dc_ptr": dc, "B": batch, "samples": samples}
             launch("key_gradient", (blocks * count,), tile_k, dk_ptr=dk, **shared)
             found.append(dc if own else dc.sum(0, keepdim=True))
-        dc = torch.cat(found, dim=2)
+        dc = torch.cat(found, dim=2) if len(found) > 1 else found[0]
         if kind.piece.rescale is not None:
             kind.piece.rescale(dc)
         dcoefs.append(dc.permute(0, 1, 4, 3, 2))
-    dc = torch.cat(dcoefs, dim=2).to(coefs.dtype).contiguous()
+    dc = torch.cat(dcoefs, dim=2) if len(dcoefs) > 1 else dcoefs[0]
+    dc = dc.to(coefs.dtype).contiguous()
     return dq.to(q.dtype), dk.to(k.dtype), dc

@@ -36,9 +36,24 @@ def forward(
     """`y (mix^T v) + beside` in the dtype of v, and `mix^T v (B, H, r, e)` in float32, for `v (B,
     H, M, e)`, `y (B, H, N, r)`, `mix (B or 1, H, M, r)` and `beside (B, H, N, e)`.
     """
-    out = room_like(v, y.shape[2])
+    from kart.kernels.triton import device_values as kernels
+
+    (batch, heads, queries, rank), width = y.shape, v.shape[3]
+    out = room_like(v, queries)
     hidden = _gather(mix, v)
-    _spread(y, hidden, out, beside)
+    with launched_on(v):
+        kernels.spread[(math.ceil(queries / BLOCK) * batch * heads,)](
+            x_ptr=y,
+            h_ptr=hidden,
+            beside_ptr=beside,
+            out_ptr=out,
+            **_strides("x", "p", y, batch),
+            **_strides("beside", "e", beside, batch),
+            **_strides("out", "e", out, batch),
+            H=heads,
+            N=queries,
+            **_sizes(rank, width),
+        )
     return out, hidden
 
 
@@ -46,10 +61,32 @@ def backward(
     dout: Tensor, v: Tensor, y: Tensor, mix: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dv, dy and dmix."""
-    dhidden, dv = _gather(y, dout), room_like(v)
-    _spread(mix, dhidden, dv)
-    dy = _score(dout, hidden.contiguous(), y.dtype)
-    dmix = _score(v, dhidden, torch.float32)
+    from kart.kernels.triton import device_values as kernels
+
+    (batch, heads, keys, width), queries, rank = v.shape, y.shape[2], y.shape[3]
+    dv, dy = room_like(v), y.new_empty(y.shape)
+    dmix = v.new_empty(batch, heads, keys, rank, dtype=torch.float32)
+    blocks = math.ceil(queries / BLOCK) + math.ceil(keys / BLOCK)
+    dhidden = _gather(y, dout)
+    with launched_on(v):
+        kernels.pull[(blocks * batch * heads,)](
+            dout_ptr=dout,
+            v_ptr=v,
+            mix_ptr=mix,
+            hidden_ptr=hidden.contiguous(),
+            dhidden_ptr=dhidden,
+            dv_ptr=dv,
+            dy_ptr=dy,
+            dmix_ptr=dmix,
+            **_strides("dout", "e", dout, batch),
+            **_strides("v", "e", v, batch),
+            **_strides("mix", "p", mix, batch),
+            **_strides("dv", "e", dv, batch),
+            H=heads,
+            N=queries,
+            M=keys,
+            **_sizes(rank, width),
+        )
     dmix = dmix if mix.shape[0] > 1 else dmix.sum(0, keepdim=True)
     return dv, dy, dmix.to(mix.dtype)
 
@@ -69,6 +106,7 @@ def _sizes(rank: int, width: int) -> dict[str, Any]:
         "E": padded(width),
         "PRECISION": precision_of(None),
         "BLOCK": BLOCK,
+        "enable_fp_fusion": True,
     }
 
 
@@ -84,9 +122,9 @@ def _gather(x: Tensor, z: Tensor) -> Tensor:
     out = z.new_empty(shares, batch, heads, rank, width, dtype=torch.float32)
     with launched_on(z):
         kernels.gather[(shares * batch * heads,)](
-            x,
-            z,
-            out,
+            x_ptr=x,
+            z_ptr=z,
+            out_ptr=out,
             **_strides("x", "p", x, batch),
             **_strides("z", "e", z, batch),
             H=heads,
@@ -95,42 +133,3 @@ def _gather(x: Tensor, z: Tensor) -> Tensor:
             **_sizes(rank, width),
         )
     return out[0] if shares == 1 else out.sum(0)
-
-
-def _spread(x: Tensor, held: Tensor, out: Tensor, beside: Tensor | None = None) -> None:
-    """Writes `x held + beside (B, H, N, e)`."""
-    from kart.kernels.triton import device_values as kernels
-
-    batch, heads, tokens, width = out.shape
-    with launched_on(out):
-        kernels.spread[(math.ceil(tokens / BLOCK) * batch * heads,)](
-            x,
-            held,
-            beside,
-            out,
-            **_strides("x", "p", x, batch),
-            **_strides("beside", "e", beside, batch),
-            **_strides("out", "e", out, batch),
-            H=heads,
-            N=tokens,
-            **_sizes(x.shape[3], width),
-        )
-
-
-def _score(z: Tensor, held: Tensor, dtype: torch.dtype) -> Tensor:
-    """`z held^T (B, H, N, r)`."""
-    from kart.kernels.triton import device_values as kernels
-
-    (batch, heads, tokens, width), rank = z.shape, held.shape[2]
-    out = z.new_empty(batch, heads, tokens, rank, dtype=dtype)
-    with launched_on(z):
-        kernels.score[(math.ceil(tokens / BLOCK) * batch * heads,)](
-            z,
-            held,
-            out,
-            **_strides("z", "e", z, batch),
-            H=heads,
-            N=tokens,
-            **_sizes(rank, width),
-        )
-    return out
