@@ -38,11 +38,11 @@ def forward(
     """
     from kart.kernels.triton import device_values as kernels
 
-    (batch, heads, queries, rank), width = y.shape, v.shape[3]
+    (batch, heads, queries, rank), width, block = y.shape, v.shape[3], _block(y)
     out = room_like(v, queries)
     hidden = _gather(mix, v)
     with launched_on(v):
-        kernels.spread[(math.ceil(queries / BLOCK) * batch * heads,)](
+        kernels.spread[(math.ceil(queries / block) * batch * heads,)](
             x_ptr=y,
             h_ptr=hidden,
             beside_ptr=beside,
@@ -52,7 +52,7 @@ def forward(
             **_strides("out", "e", out, batch),
             H=heads,
             N=queries,
-            **_sizes(rank, width),
+            **_sizes(rank, width, block),
         )
     return out, hidden
 
@@ -66,7 +66,8 @@ def backward(
     (batch, heads, keys, width), queries, rank = v.shape, y.shape[2], y.shape[3]
     dv, dy = room_like(v), y.new_empty(y.shape)
     dmix = v.new_empty(batch, heads, keys, rank, dtype=torch.float32)
-    blocks = math.ceil(queries / BLOCK) + math.ceil(keys / BLOCK)
+    block = _block(y)
+    blocks = math.ceil(queries / block) + math.ceil(keys / block)
     dhidden = _gather(y, dout)
     with launched_on(v):
         kernels.pull[(blocks * batch * heads,)](
@@ -85,7 +86,7 @@ def backward(
             H=heads,
             N=queries,
             M=keys,
-            **_sizes(rank, width),
+            **_sizes(rank, width, block),
         )
     dmix = dmix if mix.shape[0] > 1 else dmix.sum(0, keepdim=True)
     return dv, dy, dmix.to(mix.dtype)
@@ -98,14 +99,19 @@ def _strides(name: str, last: str, x: Tensor | None, batch: int) -> dict[str, in
     return dict(zip(names, (strides[0] if own else 0, *strides[1:]), strict=True))
 
 
-def _sizes(rank: int, width: int) -> dict[str, Any]:
+def _block(x: Tensor) -> int:
+    """Tokens of a tile; those of many ranks take registers."""
+    return BLOCK if padded(x.shape[3]) < RANKS else BLOCK // 2
+
+
+def _sizes(rank: int, width: int, block: int) -> dict[str, Any]:
     return {
         "RANK": rank,
         "WIDTH": width,
         "R": padded(rank),
         "E": padded(width),
         "PRECISION": precision_of(None),
-        "BLOCK": BLOCK,
+        "BLOCK": block,
         "enable_fp_fusion": True,
     }
 
@@ -114,10 +120,10 @@ def _gather(x: Tensor, z: Tensor) -> Tensor:
     """`x^T z (B, H, r, e)`."""
     from kart.kernels.triton import device_values as kernels
 
-    (batch, heads, tokens, width), rank = z.shape, x.shape[3]
+    (batch, heads, tokens, width), rank, block = z.shape, x.shape[3], _block(x)
     # few heads: several programs each, and a sum in an order of its own
-    shares = min(math.ceil(tokens / BLOCK), math.ceil(PROGRAMS / (batch * heads)))
-    share = math.ceil(tokens / shares / BLOCK) * BLOCK
+    shares = min(math.ceil(tokens / block), math.ceil(PROGRAMS / (batch * heads)))
+    share = math.ceil(tokens / shares / block) * block
     shares = math.ceil(tokens / share)
     out = z.new_empty(shares, batch, heads, rank, width, dtype=torch.float32)
     with launched_on(z):
@@ -130,6 +136,6 @@ def _gather(x: Tensor, z: Tensor) -> Tensor:
             H=heads,
             N=tokens,
             share=share,
-            **_sizes(rank, width),
+            **_sizes(rank, width, block),
         )
     return out[0] if shares == 1 else out.sum(0)
