@@ -36,8 +36,7 @@ def tiles(
     stages = 2 if wide or local else 3
     if kernel == "key_gradient":
         # dK takes width / 2 registers and dC ranks / 2 for each feature
-        many = width <= 64 < ranks * 2 and not (wide or masked)
-        features = 4 if local or many else min(8, max(2, (160 - width) // ranks // 2 * 2))
+        features = 4 if local else min(8, max(2, (160 - width) // ranks // 2 * 2))
         stages = 2 if masked or ranks > 32 else stages
         return Tiles(16 if split or local else 32, 32 if exact else 64, 4, stages, features)
     large = split and (width > 64 or ranks > 32 or masked or exact)
