@@ -28,7 +28,8 @@ GPU_PYTHON ?= $(PY)
 gpu-check: $(if $(filter $(PY),$(GPU_PYTHON)),.venv/.ready)
 	spread=$$($(GPU_PYTHON) -c 'import xdist; print("-n 12")' 2>/dev/null); \
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
-		$(GPU_PYTHON) -m pytest -q -m gpu $$spread --durations=10 $$(grep -l mark.gpu tests/*.py); \
+		$(GPU_PYTHON) -m pytest -q -m gpu -p no:benchmark $$spread --tb=short --durations=10 \
+		$$(grep -l mark.gpu tests/*.py); \
 	status=$$?; \
 	$(GPU_PYTHON) -m studies.cost --device cuda --out gpu-cost.json || status=$$?; \
 	exit $$status
