@@ -344,7 +344,9 @@ def test_two_passes_are_equal_bit_for_bit(spec):
 
 
 @pytest.mark.parametrize(
-    "spec", ["G3", "bspline-G8", "dog", "G3:order=elementwise", "polynomial-0"]
+    "spec",
+    ["G3", "bspline-G8", "dog", "G3:order=elementwise", "polynomial-0", "relative"]
+    + ["G2:order=by_offset"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["triton", "torch"])
 def test_two_passes_are_equal_whatever_torch_is_set_to(spec, dtype):

@@ -29,6 +29,7 @@ from kart.operators.relative import (
     init_table,
     lattice_in,
     lattice_of,
+    looked_up,
     relative,
     resize_table,
     table_shapes,
@@ -142,9 +143,7 @@ def by_offset(
         names: list[str], index: Tensor, scores: Tensor, mask: Tensor | None, leaves: list[Tensor]
     ) -> Tensor:
         """The weights of some queries, whose rows of the index these are."""
-        t, *units = (
-            leaf.index_select(1, index.flatten()).unflatten(1, index.shape) for leaf in leaves
-        )
+        t, *units = (looked_up(leaf, index) for leaf in leaves)
         scores = only(scores, mask)
         y = t + basis.apply(dict(zip(names, units, strict=True)), scores)
         y = only(y, mask)

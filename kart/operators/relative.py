@@ -112,11 +112,19 @@ def flatten_table(table: Params) -> Tensor:
     return torch.cat([table[name].flatten(1, 2) for name in PARTS if name in table], 1)
 
 
+def looked_up(entries: Tensor, index: Tensor) -> Tensor:
+    """The entries `(H, E, ...)` at an index `(N, M)`: `(H, N, M, ...)`."""
+    if entries.device.type == "cuda":
+        # the gradient of this is summed in a fixed order, that of `index_select` is not there
+        return entries[:, index]
+    return entries.index_select(1, index.flatten()).unflatten(1, index.shape)
+
+
 def expand_table(table: Params) -> Tensor:
     """The matrix `(H, N, M)` of a table: `T[n, m] = offsets[place of m - place of n]`."""
     entries, lattice = flatten_table(table), lattice_in(table)
     index = entry_index(lattice.prefix or 0, lattice.rows, lattice.columns, entries.device)
-    return entries.index_select(1, index.flatten()).unflatten(1, index.shape)
+    return looked_up(entries, index)
 
 
 def tokens_in(table: Params) -> int:
