@@ -133,7 +133,7 @@ class Config:
         need(self.precision in ("float32", "bfloat16"), "precision", '"float32" or "bfloat16"')
         need(_is_device(self.device), "device", 'one that torch knows, such as "cpu" or "cuda:0"')
         on_gpu = torch.device(self.device).type == "cuda"
-        need(on_gpu or self.step != "graph", "step", f"other than that on device {self.device!r}")
+        need(on_gpu or self.step != "graph", "step", f'not "graph" on device {self.device!r}')
         need(self.threads is None or self.threads >= 1, "threads", ">= 1, or None")
         need(self.seed >= 0, "seed", "an integer >= 0")
         kept = self.trajectory

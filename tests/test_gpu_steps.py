@@ -93,7 +93,7 @@ def test_a_population_is_replayed():
 
 
 def test_a_graph_needs_a_gpu():
-    with pytest.raises(ValueError, match="`step` other than that on device 'cpu', got 'graph'"):
+    with pytest.raises(ValueError, match="`step` not \"graph\" on device 'cpu', got 'graph'"):
         train.Config(step="graph")
     config = train.Config(step="graph", device="cuda")
     assert dataclasses.replace(config, recompute=True).step == "graph"

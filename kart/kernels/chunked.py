@@ -406,8 +406,7 @@ def backward_tangent(
         width, keys = family.width, coefs.shape[3]
         same = [(j, j, 1.0) for j in range(width)]
         folded = [(i, j, w) for i, row in enumerate(matrix) for j, w in enumerate(row) if w]
-        one = torch.eye(width, dtype=torch.float64, device=coefs.device)
-        adjoint = fold(one).to(wide(coefs)).mT
+        adjoint = fold(torch.eye(width, dtype=wide(coefs).dtype, device=coefs.device)).mT
         slopes, tslopes = (fold(wide(x).mT).flatten(-2) for x in (coefs, tcoefs))
         both = torch.cat([slopes, tslopes], dim=2)  # (B or 1, H, 2 r, K M)
         dq, dk, dcoefs = [], [], []

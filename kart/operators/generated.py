@@ -143,10 +143,11 @@ def generated(
         return {"units": units, "mix": drawn * (0.0 if start == "zero" else (rank * keys) ** -0.5)}
 
     def places(keys: int, like: Tensor) -> Tensor:
-        # made on the device: a copy to a GPU would wait for it
+        # made on the device, as a copy to a GPU would wait for it; MPS has no float64
+        device = torch.device("cpu") if like.device.type == "mps" else like.device
         if reach is None:
-            return lattice(keys, features, prefix, like.device).to(like)
-        return sequence(keys, features, reach, like.device).to(like)
+            return lattice(keys, features, prefix, device).to(like)
+        return sequence(keys, features, reach, device).to(like)
 
     def of_keys(params: Params, keys: int) -> Params:
         """The parameters of `low_rank` for this many keys."""
