@@ -539,6 +539,16 @@ def test_what_it_cannot_take_is_said():
         assert reason == engine.status()
 
 
+@pytest.mark.parametrize(
+    ("found", "words"), [((7, 5), "needs sm_80 or later, not sm_75"), ((8, 0), "")]
+)
+def test_a_gpu_without_bfloat16_and_tf32_is_refused(found, words, monkeypatch):
+    monkeypatch.setattr(engine, "status", lambda: "ready")
+    monkeypatch.setattr(engine, "capability", lambda device: found)
+    reason = engine.refuses_device(torch.device("cuda", 1))
+    assert reason.endswith(words) and bool(reason) == bool(words)
+
+
 def test_a_unit_of_too_many_parameters_is_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     x = torch.zeros(1, 1, 2, 3)

@@ -65,8 +65,8 @@ def launches(kernel, product, **options) -> list[dict[str, Any]]:
     return recorded
 
 
-def build(function: Any, arguments: dict[str, Any]) -> Build:
-    """One launch, built for sm_90 as `function[grid](...)` would build it."""
+def build(function: Any, arguments: dict[str, Any], capability: int = 90) -> Build:
+    """One launch, built for sm_90, or another, as `function[grid](...)` would build it."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -91,7 +91,7 @@ def build(function: Any, arguments: dict[str, Any]) -> Build:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     assert not arguments
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
@@ -250,6 +250,29 @@ def test_variants_hardly_spill(kernel, variant):
         assert spills <= 0.02 * len(built.loop)
         assert built.shared <= 227 * 1024 and not built.unwritten
         assert count(built.loop, "HGMMA")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("precision", ["tf32", "tf32x3"])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"basis": bases.fourier(3)},
+        {"basis": bases.fourier(10)},
+        {"basis": bases.fourier(3), "width": 128, "rank": 48},
+        {"basis": bases.bspline(8), "width": 128, "rank": 48},
+    ],
+    ids=lambda variant: f"{variant['basis'].family} of {variant['basis'].size}",
+)
+def test_tiles_fit_into_the_shared_memory_of_a_gpu_for_games(variant, dtype, precision):
+    if dtype == torch.bfloat16 and precision == "tf32x3":
+        pytest.skip("of float32 alone")
+    product = inputs(**variant, dtype=dtype)
+    for kernel in KERNELS:
+        for launch in launches(kernel, product, precision=precision)[:2]:
+            built = build(getattr(room(product), kernel), launch | {"FAST": True}, 89)
+            assert built.shared <= 99 * 1024
 
 
 UNITS = [

@@ -10,6 +10,7 @@ splits each operand in two ("tf32x3", about 22 bits); "high" and "medium" round 
 bits: with a score of 100 goes an error of 0.05). Scores and sums are float32 for every input.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -34,13 +35,28 @@ def status() -> str:
     return "torch sees no CUDA device"
 
 
+capability = functools.cache(torch.cuda.get_device_capability)
+
+
+def refuses_device(device: torch.device) -> str:
+    """Why the engine cannot run on a device, or ""."""
+    if status() != "ready":
+        return status()
+    if interpreted():
+        return ""
+    if device.type != "cuda":
+        return f"the Triton engine runs on CUDA, not on {device.type}"
+    # before it there is neither bfloat16 nor tf32
+    major, minor = capability(device)
+    return "" if major >= 8 else f"the Triton engine needs sm_80 or later, not sm_{major}{minor}"
+
+
 def refuses(product: Product) -> str:
     """Why the engine cannot take these inputs, or ""."""
     family, q, _, coefs, _, _ = product
-    if status() != "ready":
-        return status()
-    if q.device.type != "cuda" and not interpreted():
-        return f"the Triton engine runs on CUDA, not on {q.device.type}"
+    reason = refuses_device(q.device)
+    if reason:
+        return reason
     if kind_of(family) is None:
         return f"the Triton engine has no {family.basis.family!r} basis of this kind"
     if q.dtype not in DTYPES or coefs.dtype not in DTYPES:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kart.kernels.arguments import room_like
-from kart.kernels.triton import DTYPES, WIDTH, status
+from kart.kernels.triton import DTYPES, WIDTH, refuses_device
 from kart.kernels.triton.launch import PROGRAMS, launched_on, padded, precision_of
 
 RANKS = 64
@@ -23,7 +23,7 @@ def refuses(tensors: Sequence[Tensor]) -> bool:
     """Whether these kernels cannot take such `(v, y, mix, ...)`."""
     v, _, mix, *_ = tensors
     return (
-        status() != "ready"
+        bool(refuses_device(v.device))
         or any(x.dtype not in DTYPES for x in tensors)
         or v.shape[-1] > WIDTH
         or mix.shape[-1] > RANKS
