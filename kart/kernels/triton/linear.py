@@ -35,12 +35,13 @@ def tiles(
     local = kind.piece.fold is None
     stages = 2 if wide or local else 3
     # what hardly fits into the shared memory of smaller GPUs
-    huge = split and width > 64 and ranks > 32
+    huge = wide and width > 64 and ranks > 32
     if kernel == "key_gradient":
         # dK takes width / 2 registers and dC ranks / 2 for each feature
         features = 4 if local and not huge else min(8, max(2, (160 - width) // ranks // 2 * 2))
         stages = 2 if masked or ranks > 32 else stages
-        return Tiles(16 if split or local else 32, 32 if exact else 64, 4, stages, features)
+        keys = 32 if exact or huge else 64
+        return Tiles(16 if split or local else 32, keys, 4, stages, features)
     large = split and (width > 64 or ranks > 32 or masked or exact)
     light = kernel == "forward" and wide and not (split or ranks > 16 or local or masked)
     features = max(2, (12 if wide else 24) * 16 // ranks // 2 * 2)
