@@ -173,12 +173,15 @@ def test_nothing_is_read_that_is_not_written_whatever_the_sizes(kernel, tokens, 
         assert not built.unwritten
 
 
-@pytest.mark.parametrize(("batch", "tokens", "rank"), [(128, 197, 12), (1, 1, 1), (1, 785, 48)])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "rank", "width"),
+    [(128, 197, 12, 64), (1, 1, 1, 64), (1, 785, 48, 64), (8, 197, 12, 128)],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_what_passes_between_tokens_and_ranks_keeps_to_registers(batch, tokens, rank, dtype):
+def test_what_passes_between_tokens_and_ranks_keeps_to_registers(batch, tokens, rank, width, dtype):
     from kart.kernels.triton import device_values, values
 
-    v = torch.empty(batch, tokens, 3, 64, dtype=dtype).transpose(1, 2)
+    v = torch.empty(batch, tokens, 3, width, dtype=dtype).transpose(1, 2)
     y, mix = torch.empty(batch, 3, tokens, rank, dtype=dtype), torch.empty(1, 3, tokens, rank)
     for kernel in ("gather", "spread", "pull"):
         recorded: list[dict[str, Any]] = []

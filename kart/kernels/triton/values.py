@@ -38,7 +38,8 @@ def forward(
     """
     from kart.kernels.triton import device_values as kernels
 
-    (batch, heads, queries, rank), width, block = y.shape, v.shape[3], _block(y)
+    (batch, heads, queries, rank), width = y.shape, v.shape[3]
+    block = _block(rank, width)
     out = room_like(v, queries)
     hidden = _gather(mix, v)
     with launched_on(v):
@@ -66,7 +67,7 @@ def backward(
     (batch, heads, keys, width), queries, rank = v.shape, y.shape[2], y.shape[3]
     dv, dy = room_like(v), y.new_empty(y.shape)
     dmix = v.new_empty(batch, heads, keys, rank, dtype=torch.float32)
-    block = _block(y)
+    block = _block(rank, width)
     blocks = math.ceil(queries / block) + math.ceil(keys / block)
     dhidden = _gather(y, dout)
     with launched_on(v):
@@ -99,9 +100,9 @@ def _strides(name: str, last: str, x: Tensor | None, batch: int) -> dict[str, in
     return dict(zip(names, (strides[0] if own else 0, *strides[1:]), strict=True))
 
 
-def _block(x: Tensor) -> int:
-    """Tokens of a tile; those of many ranks take registers."""
-    return BLOCK if padded(x.shape[3]) < RANKS else BLOCK // 2
+def _block(rank: int, width: int) -> int:
+    """Tokens of a tile, whose ranks and columns take registers."""
+    return BLOCK if padded(rank) < RANKS and width <= BLOCK else BLOCK // 2
 
 
 def _sizes(rank: int, width: int, block: int) -> dict[str, Any]:
@@ -120,7 +121,8 @@ def _gather(x: Tensor, z: Tensor) -> Tensor:
     """`x^T z (B, H, r, e)`."""
     from kart.kernels.triton import device_values as kernels
 
-    (batch, heads, tokens, width), rank, block = z.shape, x.shape[3], _block(x)
+    (batch, heads, tokens, width), rank = z.shape, x.shape[3]
+    block = _block(rank, width)
     # few heads: several programs each, and a sum in an order of its own
     shares = min(math.ceil(tokens / block), math.ceil(PROGRAMS / (batch * heads)))
     share = math.ceil(tokens / shares / block) * block
