@@ -17,20 +17,24 @@ Result = TypeVar("Result")
 Step = Callable[..., tuple[Any, Any]]
 
 
-def record(call: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
-    """`(replay, result)`: each `replay()` does what `call()` does and writes over `result`.
+def record(
+    call: Callable[[], Result], device: torch.device | None = None
+) -> tuple[Callable[[], None], Result]:
+    """`(replay, result)`: each `replay()` does what `call()` does on `device`, by default the
+    current one, and writes over `result`.
 
     Before it is recorded, `call` runs three times: what is built and chosen at first is done then.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
     return graph.replay, result
 
 
@@ -55,7 +59,7 @@ def replayed(step: Step, *, donate: bool = False) -> Step:
                 _copy(own, following)
                 return metrics
 
-            kept[key] = own, held, *record(call)
+            kept[key] = own, held, *record(call, tree.leaves(own)[0].device)
         own, held, replay, metrics = kept[key]
         _copy((own, held), (state, inputs))
         replay()
