@@ -12,17 +12,14 @@ chosen. Expected: about two minutes on an H200 with 16 cores for the specs below
 import argparse
 import functools
 import itertools
-import multiprocessing
-import os
 import statistics
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kart import checkpoint, gpu, kernels, operators, tables
-from kart.analysis.bench import Clock
+from kart.analysis.bench import Clock, processes
 from kart.commands.command import file, integer, standalone
 from kart.kernels import triton as engine
 from kart.kernels.family import Product, family_of
@@ -114,9 +111,7 @@ def attempt(job: Job) -> str:
 
 def attempts(jobs: list[Job], each: int | None = None) -> dict[Job, str]:
     """Why each job failed, or "", of processes that end after `each` jobs."""
-    spawn = multiprocessing.get_context("spawn")
-    workers = max(1, min(12, (os.cpu_count() or 2) - 2))
-    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=each) as pool:
+    with processes(each) as pool:
         return dict(zip(jobs, pool.map(attempt, jobs), strict=True))
 
 

@@ -315,12 +315,17 @@ def build(setting: Setting, args: argparse.Namespace) -> None:
             gradients(attend, inputs, probe)
 
 
+def processes(each: int | None = None) -> ProcessPoolExecutor:
+    """A pool that leaves two cores free; a process ends after `each` jobs, by default after all."""
+    spawn = multiprocessing.get_context("spawn")
+    workers = max(1, min(12, (os.cpu_count() or 2) - 2))
+    return ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=each)
+
+
 def build_all(args: argparse.Namespace, progress: Say) -> None:
     """Builds the kernels of all settings in processes beside each other, on a GPU."""
     progress("building kernels")
-    spawn = multiprocessing.get_context("spawn")
-    workers = max(1, min(12, (os.cpu_count() or 2) - 2))
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+    with processes() as pool:
         for future in [pool.submit(build, setting, args) for setting in settings_of(args)]:
             future.result()
 
