@@ -132,8 +132,6 @@ class Config:
         need(not self.recompute or self.step != "compiled", "step", '"eager" with `recompute`')
         need(self.precision in ("float32", "bfloat16"), "precision", '"float32" or "bfloat16"')
         need(_is_device(self.device), "device", 'one that torch knows, such as "cpu" or "cuda:0"')
-        on_gpu = torch.device(self.device).type == "cuda"
-        need(on_gpu or self.step != "graph", "step", f'not "graph" on device {self.device!r}')
         need(self.threads is None or self.threads >= 1, "threads", ">= 1, or None")
         need(self.seed >= 0, "seed", "an integer >= 0")
         kept = self.trajectory
@@ -591,12 +589,20 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
     return Program(init, step, advance, gradients)
 
 
-def whole(config: Config, step: Step) -> Step:
+def whole(config: Config, step: Step, *, donate: bool = False) -> Step:
     """`step`, or its compiled or recorded form if the config asks for it: no part of it may stay
-    outside.
+    outside. For `donate` see `kart.gpu.replayed`.
+
+    Raises ValueError where the device has no such form. A config may name it: where it was made,
+    or where others score its run, need not be where it trains.
     """
     if config.step == "graph":
-        return gpu.replayed(step)
+        if torch.device(config.device).type != "cuda":
+            raise ValueError(
+                f"`train` needs `step` not \"graph\" on device {config.device!r}, got 'graph'. "
+                'Leave it out, or train on a GPU, with device="cuda".'
+            )
+        return gpu.replayed(step, donate=donate)
     return torch.compile(step, fullgraph=True) if config.step == "compiled" else step
 
 
@@ -604,9 +610,8 @@ def donated(config: Config, functions: Program) -> Step:
     """A step that may write over the state that it is given, in the form that the config asks
     for.
     """
-    if config.step == "graph":
-        return gpu.replayed(functions.advance, donate=True)
-    return functions.advance if config.step == "eager" else whole(config, functions.step)
+    step = functions.step if config.step == "compiled" else functions.advance
+    return whole(config, step, donate=True)
 
 
 def batches(config: Config, dataset: Dataset, ranks: Ranks = ALONE) -> data.Reader:

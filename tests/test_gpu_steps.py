@@ -7,7 +7,7 @@ import torch
 from torch.func import vmap
 from torch.testing import assert_close
 
-from kart import gpu, models, train, tree
+from kart import cli, gpu, models, population, runs, train, tree
 
 
 @pytest.fixture(autouse=True)
@@ -93,11 +93,29 @@ def test_a_population_is_replayed():
     tree.map(lambda a, b: assert_close(a, b), (found, own), (wanted, metrics))
 
 
-def test_a_graph_needs_a_gpu():
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+def test_a_graph_needs_a_gpu(seeds):
+    config = train.Config(step="graph", train_limit=32)
+    splits = train.load_data(config)
     with pytest.raises(ValueError, match="`step` not \"graph\" on device 'cpu', got 'graph'"):
-        train.Config(step="graph")
-    config = train.Config(step="graph", device="cuda")
+        population.run(population.seeds(config, seeds), splits)
     assert dataclasses.replace(config, recompute=True).step == "graph"
+
+
+def test_a_run_by_graphs_is_scored_and_looked_at_elsewhere(tmp_path, monkeypatch, capsys):
+    def recorded(config, step, *, donate=False):
+        return gpu.replayed(step, donate=donate)
+
+    monkeypatch.setattr(train, "whole", recorded)
+    config = train.Config(operator="G2B", step="graph", depth=1, epochs=1, train_limit=64)
+    splits = train.load_data(config)
+    for spec in ("softmax", "G2B"):
+        one = dataclasses.replace(config, operator=spec)
+        for record in runs.execute(tmp_path / spec, [one], splits):
+            assert record["diverged"] == -1
+    assert cli.main(["eval", str(tmp_path), "--device", "cpu"]) == 0
+    assert cli.main(["analyse", str(tmp_path), "--sections", "cost"]) == 0
+    assert "G2B" in capsys.readouterr().out
 
 
 def test_batches_are_those_of_the_steps_in_turn():
