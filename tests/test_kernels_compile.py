@@ -8,6 +8,8 @@ from torch.testing import assert_close
 
 from kart import bases, kernels, operators
 from kart.kernels import plain
+from kart.kernels.cpp import weights
+from kart.operators.relative import _kept_index
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script.*:DeprecationWarning"),
@@ -209,6 +211,7 @@ def test_operators_that_take_scores_as_a_basis_are_one_graph(spec, masked):
 
 
 SPECS = ["G3", "G3:base=softmax", "G3:order=elementwise", "G3:order=full_rank", "softmax"]
+SPECS += ["softconv", "relative:inside=true", "G3:order=by_offset"]
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
@@ -216,8 +219,8 @@ SPECS = ["G3", "G3:base=softmax", "G3:order=elementwise", "G3:order=full_rank", 
 def test_a_trace_without_gradients_sees_other_inputs(spec):
     op = operators.parse(spec).operator
     generator = torch.Generator().manual_seed(0)
-    params = op.init(generator, 2, 6)
-    first, other = ([torch.randn(2, 2, 6, 4, generator=generator) for _ in "qkv"] for _ in "ab")
+    params = op.init(generator, 2, 5)
+    first, other = ([torch.randn(2, 2, 5, 4, generator=generator) for _ in "qkv"] for _ in "ab")
 
     def attend(*qkv):
         return op.attend(params, *qkv)
@@ -227,3 +230,20 @@ def test_a_trace_without_gradients_sees_other_inputs(spec):
         # what is written from outside of torch has no graph that a check could compare
         traced = torch.jit.trace(attend, first, check_trace=False)
         assert_close(traced(*other), attend(*other))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_is_made_for_good_inside_of_a_trace_is_no_part_of_it():
+    op = operators.parse("softconv").operator
+    params = op.init(torch.Generator().manual_seed(0), 2, 5)
+    first, other = torch.randn(2, 3, 2, 2, 5, 4, generator=torch.Generator().manual_seed(1))
+    reason = weights.engine_of(None, "beside", True)[1]
+    weights._engine.cache_clear()
+    _kept_index.cache_clear()
+    with torch.no_grad():
+        traced = torch.jit.trace(
+            lambda *qkv: op.attend(params, *qkv), tuple(first), check_trace=False
+        )
+        assert_close(traced(*other), op.attend(params, *other))
+    # the engine was not put off by what it could not ask there
+    assert weights.engine_of(None, "beside", True)[1] == reason

@@ -124,11 +124,13 @@ def fresh_keys() -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def untransformed() -> Iterator[None]:
-    """A block on plain tensors without gradients, whatever transform or mode is running."""
+    """A block on plain tensors without gradients, whatever transform, mode or trace is running."""
     include, exclude = fresh_keys()
     # `torch.func.grad` forbids `requires_grad_` to whatever runs inside, plain tensors included
     allowed = _functorch.get_inplace_requires_grad_allowed()
     _functorch.set_inplace_requires_grad_allowed(True)
+    traced = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[arg-type]  # as torch.onnx does
     try:
         with (
             # `detach` asks for modes by their stack, not by the key
@@ -139,6 +141,7 @@ def untransformed() -> Iterator[None]:
         ):
             yield
     finally:
+        torch._C._set_tracing_state(traced)  # type: ignore[arg-type]
         _functorch.set_inplace_requires_grad_allowed(allowed)
 
 

@@ -58,7 +58,8 @@ def entry_index(prefix: int, rows: int, columns: int, device: torch.device) -> T
     # are of no use after it
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return _entry_index(prefix, rows, columns, device)
-    return _kept_index(prefix, rows, columns, device)
+    # torch.jit.trace has sizes as tensors
+    return _kept_index(int(prefix), int(rows), int(columns), device)
 
 
 @functools.lru_cache(maxsize=64)
