@@ -369,8 +369,8 @@ def _blend(first: Tensor, second: Tensor, share: Tensor) -> Tensor:
 def _grey(images: Tensor) -> Tensor:
     if images.shape[-3] != 3:
         return images.mean(-3, keepdim=True)
-    weights = _like(torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64), images)[:, None, None]
-    return (images * weights).sum(-3, keepdim=True)
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64, device="cpu")
+    return (images * _like(weights, images)[:, None, None]).sum(-3, keepdim=True)
 
 
 def _brightness(images: Tensor, factor: Tensor) -> Tensor:

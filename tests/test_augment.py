@@ -252,6 +252,13 @@ def test_color_jitter_keeps_grey_grey():
     assert_close(out[:, :1].expand(-1, 3, -1, -1), out)
 
 
+def test_grey_levels_are_taken_where_the_images_are_whatever_the_default_device():
+    images = images_of((2, 3, 5, 5))
+    with torch.device("meta"):
+        found = augment._grey(images)
+    assert_close(found, augment._grey(images))
+
+
 # every operation of RandAugment against Pillow, on bytes
 
 LEVELS = (0.0, 0.23, 0.5, 0.77, 1.0)

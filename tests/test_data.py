@@ -397,6 +397,8 @@ def test_normalise_by_hand():
     out = data.normalise(images, (0.5, 0.2), (0.5, 0.1))
     assert_close(out, torch.tensor([[[-1.0, 1.0]], [[0.0, 2.0]]]))
     assert_close(data.normalise(data.as_float(images), (0.5, 0.2), (0.5, 0.1)), out)
+    with torch.device("meta"):  # it is where the images are, whatever the default device
+        assert_close(data.normalise(images, (0.5, 0.2), (0.5, 0.1)), out)
     dataset = data.load()
     pixels = data.normalise(torch.from_numpy(dataset.images), dataset.mean, dataset.std)
     assert_close(pixels.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)

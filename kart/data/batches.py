@@ -93,6 +93,6 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
             "`normalise` needs finite means and deviations > 0, got "
             f"{mean!r:.100} and {std!r:.100}. Take both from the data set."
         )
-    own = torch.tensor([tuple(mean), tuple(std)], dtype=x.dtype)[..., None, None]
+    own = torch.tensor([tuple(mean), tuple(std)], dtype=x.dtype, device="cpu")[..., None, None]
     shift, scale = tree.onto(own, x.device)
     return (x - shift) / scale
