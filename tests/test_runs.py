@@ -5,13 +5,14 @@ import errno
 import json
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 from pictures import save_folder
 
-from kart import checkpoint, cli, population, runs, train
+from kart import checkpoint, cli, population, runs, train, tree
 from kart.data import public
 from kart.runs import identity, owned
 from tests.tiny import ONE_BLOCK as TINY
@@ -310,6 +311,25 @@ def test_the_layout_does_not_depend_on_the_size_of_groups(splits, tmp_path):
         parts = runs.parts(configs, size, tmp_path)
         assert [directory.name for _, directory in parts] == [f"group-{i}" for i in range(names)]
     assert runs.parts(configs[:1], 1, tmp_path) == [(configs[:1], tmp_path)]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_state_that_a_run_begins_with_is_let_go(begun, splits, tmp_path, monkeypatch):
+    configs = population.seeds(TINY, [0, 1])
+    if begun:
+        first = runs.execute(tmp_path, configs, splits)
+        next(first)
+        first.close()
+    loop, held = train.loop, []
+
+    def seen(run, state, **options):
+        held.extend(weakref.ref(x) for x in tree.leaves(state.params))
+        return loop(run, state, **options)
+
+    monkeypatch.setattr(train, "loop", seen)
+    for _ in runs.execute(tmp_path, configs, splits):
+        assert not held or all(x() is None for x in held)
+    assert held
 
 
 def test_statistics_of_any_numbers_are_stored(splits, tmp_path):

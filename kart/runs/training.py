@@ -158,8 +158,11 @@ def execute(
             if on_step is not None:
                 on_step(step, total, metrics.loss)
 
+        steps = train.loop(run, state, donate=True, on_step=stepped)
+        # the first state would be held beside the last one
+        del state, fresh
         try:
-            for current, record in train.loop(run, state, donate=True, on_step=stepped):
+            for current, record in steps:
                 record["seconds"] = round(record["seconds"] + spent, 3)
                 top1 = records.by_member(record["val_top1"])
                 line = records.line(owner, record)
