@@ -67,14 +67,14 @@ def stacked(configs: Sequence[Config], splits: Splits, model: Model | None = Non
     rates = [member.peak_learning_rate for member in configs]
     decays = [member.weight_decay for member in configs]
     hyper = Hyper(*(torch.tensor(values, device=config.device) for values in (rates, decays)))
-    step = train.whole(config, vmap(functions.step))
+    step = vmap(functions.step)
     return Run(
         config,
         len(configs),
         init,
         hyper,
-        step,
-        step,
+        train.whole(config, step),
+        train.whole(config, step, donate=True),
         batch,
         lambda params: train.evaluate(apply, params, splits.val, config),
         diagnose,

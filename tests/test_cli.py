@@ -297,6 +297,7 @@ def test_seeds_one_by_one_go_into_directories_of_their_own(capsys, tmp_path):
         (["train", "--from", "nowhere"], "not there"),
         (["train", "--freeze", "bloks"], "matches none of"),
         (["train", "--recompute", "--step", "compiled"], "with `recompute`"),
+        (["train", "--step", "graph"], "`step` not \"graph\" on device 'cpu'"),
         (["train", "--recompute", "--model", "swin_tiny"], "'recompute'"),
         (["train", "--seeds", "1", "1"], "different seeds"),
         (["train", "--seeds", "0", "--seeds", "1"], "`--seeds` is there 2 times"),

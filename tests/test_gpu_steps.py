@@ -25,6 +25,16 @@ def emulated(monkeypatch):
     return recorded
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """Runs on the CPU take graphs, which are emulated."""
+
+    def recorded(config, step, *, donate=False):
+        return gpu.replayed(step, donate=donate)
+
+    monkeypatch.setattr(train, "whole", recorded)
+
+
 def setting():
     config = train.Config(operator="G3B", epochs=2, batch_size=4, ema=0.9)
     model = models.create("vit_nano", operator="G3B", depth=1, image_size=16, patch_size=8)
@@ -94,6 +104,15 @@ def test_a_population_is_replayed():
 
 
 @pytest.mark.parametrize("seeds", [[0], [0, 1]])
+def test_what_is_donated_stays_in_the_graph(seeds, graphs):
+    config = train.Config(step="graph", depth=1, train_limit=32)
+    run = population.run(population.seeds(config, seeds), train.load_data(config))
+    state = run.init()
+    states = [state := run.advance(state, run.hyper, *run.batch(i))[0] for i in range(2)]
+    tree.map(lambda a, b: a is b or pytest.fail("a copy"), *states)
+
+
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
 def test_a_graph_needs_a_gpu(seeds):
     config = train.Config(step="graph", train_limit=32)
     splits = train.load_data(config)
@@ -102,11 +121,7 @@ def test_a_graph_needs_a_gpu(seeds):
     assert dataclasses.replace(config, recompute=True).step == "graph"
 
 
-def test_a_run_by_graphs_is_scored_and_looked_at_elsewhere(tmp_path, monkeypatch, capsys):
-    def recorded(config, step, *, donate=False):
-        return gpu.replayed(step, donate=donate)
-
-    monkeypatch.setattr(train, "whole", recorded)
+def test_a_run_by_graphs_is_scored_and_looked_at_elsewhere(tmp_path, graphs, capsys):
     config = train.Config(operator="G2B", step="graph", depth=1, epochs=1, train_limit=64)
     splits = train.load_data(config)
     for spec in ("softmax", "G2B"):
