@@ -326,8 +326,7 @@ def build_all(args: argparse.Namespace, progress: Say) -> None:
     """Builds the kernels of all settings in processes beside each other, on a GPU."""
     progress("building kernels")
     with processes() as pool:
-        for future in [pool.submit(build, setting, args) for setting in settings_of(args)]:
-            future.result()
+        list(pool.map(build, settings_of(args), itertools.repeat(args)))
 
 
 def operator_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
