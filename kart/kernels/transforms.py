@@ -124,13 +124,11 @@ def fresh_keys() -> tuple[Any, Any]:
 
 @contextlib.contextmanager
 def untransformed() -> Iterator[None]:
-    """A block on plain tensors without gradients, whatever transform, mode or trace is running."""
+    """A block on plain tensors without gradients, whatever transform or mode is running."""
     include, exclude = fresh_keys()
     # `torch.func.grad` forbids `requires_grad_` to whatever runs inside, plain tensors included
     allowed = _functorch.get_inplace_requires_grad_allowed()
     _functorch.set_inplace_requires_grad_allowed(True)
-    traced = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # type: ignore[arg-type]  # as torch.onnx does
     try:
         with (
             # `detach` asks for modes by their stack, not by the key
@@ -141,8 +139,21 @@ def untransformed() -> Iterator[None]:
         ):
             yield
     finally:
-        torch._C._set_tracing_state(traced)  # type: ignore[arg-type]
         _functorch.set_inplace_requires_grad_allowed(allowed)
+
+
+@contextlib.contextmanager
+def for_good() -> Iterator[None]:
+    """A block for what is kept, and so of no transform, mode or trace that first asks for it."""
+    traced = torch._C._get_tracing_state()
+    if traced is not None:
+        torch._C._set_tracing_state(None)  # type: ignore[arg-type]  # as torch.onnx does
+    try:
+        with untransformed(), torch.inference_mode(False):
+            yield
+    finally:
+        if traced is not None:
+            torch._C._set_tracing_state(traced)
 
 
 @contextlib.contextmanager

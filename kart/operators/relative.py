@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from kart import bases, schema
 from kart.bases import Params
 from kart.factories import remember
-from kart.kernels.transforms import untransformed
+from kart.kernels.transforms import for_good
 from kart.operators.contract import Operator, check_fits_memory
 from kart.operators.resize import Lattice, check_prefix, interpolate
 from kart.operators.static import Form, default_start, from_matrix
@@ -64,8 +64,7 @@ def entry_index(prefix: int, rows: int, columns: int, device: torch.device) -> T
 
 @functools.lru_cache(maxsize=64)
 def _kept_index(prefix: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    # for good, so of no mode or transform that it may first be asked in
-    with untransformed(), torch.inference_mode(False):
+    with for_good():
         return _entry_index(prefix, rows, columns, device)
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kart.kernels.transforms import untransformed
+from kart.kernels.transforms import for_good
 
 try:
     import fcntl
@@ -185,7 +185,7 @@ def checked(label: str, source: str, make: Callable[[ctypes.CDLL], Any]) -> tupl
     """
     try:
         # asked under any transform, mode or default device; the check is on plain tensors
-        with untransformed(), torch.inference_mode(False), torch.device("cpu"):
+        with for_good(), torch.device("cpu"):
             return make(library(label, source)), ""
     except Exception as error:
         log.warning("kart's C++ engine is off for %s, torch runs instead: %s", label, error)
