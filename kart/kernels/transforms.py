@@ -146,14 +146,15 @@ def untransformed() -> Iterator[None]:
 def for_good() -> Iterator[None]:
     """A block for what is kept, and so of no transform, mode or trace that first asks for it."""
     traced = torch._C._get_tracing_state()
+    trace = torch._C._set_tracing_state  # type: ignore[attr-defined]  # no stubs
     if traced is not None:
-        torch._C._set_tracing_state(None)  # type: ignore[arg-type]  # as torch.onnx does
+        trace(None)
     try:
         with untransformed(), torch.inference_mode(False):
             yield
     finally:
         if traced is not None:
-            torch._C._set_tracing_state(traced)
+            trace(traced)
 
 
 @contextlib.contextmanager
