@@ -155,8 +155,10 @@ def _apply(
 ) -> Tensor:
     """Four axes each; torch.compile keeps this function whole (see `_keep_whole`)."""
     if table is not None and (forward_levels() or q.device.type != "cpu"):
+        # a GPU's matrix units sum products of half types in float32
+        x = v if v.device.type == "cuda" else plain.wide(v)
         # one product for all samples: a matmul would repeat the table a sample
-        added = torch.einsum("bhnm,chme->chne", table, plain.wide(v))
+        added = torch.einsum("bhnm,chme->chne", table.to(x.dtype), x)
         return _apply(q, k, v, mask, scale) + added.to(v.dtype)
     # fused kernels of other devices refuse no samples, or leave them without a graph
     elsewhere = q.device.type != "cpu" and (grad_levels() > 1 or not q.shape[0])
