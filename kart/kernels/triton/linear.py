@@ -125,7 +125,8 @@ def backward(
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
     if not batch:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(coefs)
+        zeros = torch.zeros_like(coefs, memory_format=torch.contiguous_format)
+        return room_for(q, False), room_for(k, False), zeros
     launch = _Launcher(product, precision, choose)
     _, rows, factors = combinations(product.family)
     parts = list(zip(coefs.split(RANKS, 2), dy.split(RANKS, 3), strict=True))

@@ -105,7 +105,8 @@ def backward(
     batch, heads, queries, _ = q.shape
     ranks, keys, count = coefs.shape[2:]
     if not batch:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(coefs)
+        zeros = torch.zeros_like(coefs, memory_format=torch.contiguous_format)
+        return room_for(q, False), room_for(k, False), zeros
     launch = _Launcher(product, precision, choose)
     shared: dict[str, Any] = {"dy_ptr": dy.float().mT.contiguous()}
     tile = launch.tile("query_gradient")
