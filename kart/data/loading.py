@@ -144,8 +144,7 @@ def read_images(
                 )
             image = images.resize(image, height)
             changed = (*changed, f"resized to {width} x {height}, the middle square")
-        found = np.asarray(image)
-        pixels.append(images.luminance(found)[None] if channels == 1 else found.transpose(2, 0, 1))
+        pixels.append(images.channels_first(np.asarray(image), channels))
         told.append(changed)
         grey.append(header.grey)
     index = np.arange(len(pixels))
@@ -371,8 +370,4 @@ def _chunks(pixels: np.ndarray, index: np.ndarray, channels: int) -> Iterator[np
     """Images at `index` as `(n, channels, height, width)`, some at a time."""
     step = max(1, 2**24 // pixels[0].size)
     for start in range(0, len(index), step):
-        chunk = pixels[index[start : start + step]]
-        if channels == 1:
-            yield images.luminance(chunk)[:, None]
-        else:
-            yield chunk.transpose(0, 3, 1, 2)
+        yield images.channels_first(pixels[index[start : start + step]], channels)
