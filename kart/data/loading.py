@@ -290,9 +290,7 @@ def fill(work: Path, source: Source, image_size: int | None, like: Manifest | No
         with (work / "raw").open("wb") as raw, bar:
             decoded = _decode(bar, classes, image_size, raw, work, size)
         height, width, labels, grey, told = decoded
-        if classes is None:
-            check_labels(labels, None, lambda n, split=split: f"image {n} of {split!r}")
-            classes = tuple(str(i) for i in range(labels.max() + 1))
+        classes = check_labels(labels, classes, lambda n, split=split: f"image {n} of {split!r}")
         pixels = np.memmap(work / "raw", np.uint8, "r", shape=(len(labels), height, width, 3))
         if shape is None:
             shape = (1 if grey.all() else 3, height, width)

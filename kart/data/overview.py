@@ -247,8 +247,7 @@ def _describe(name: str, source: Source) -> Description:
         if not labels:
             raise ValueError(EMPTY)
         array = np.array(labels, dtype=np.int64)
-        check_labels(array, classes, lambda n, split=split: f"image {n} of {split!r}")
-        classes = classes or tuple(str(i) for i in range(array.max() + 1))
+        classes = check_labels(array, classes, lambda n, split=split: f"image {n} of {split!r}")
         if split == "train":
             channels = 1 if all(header.grey for header in headers) else 3
         origin = source.origins[split]

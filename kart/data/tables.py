@@ -228,8 +228,7 @@ def read(root: Path, paths: list[Path], columns: tuple[str | None, str | None]) 
                 "or remove it."
             )
         if classes is None and split == "train":
-            check_labels(labels, None, _place(root, name))
-            classes = tuple(str(i) for i in range(int(labels.max(initial=-1)) + 1))
+            classes = check_labels(labels, None, _place(root, name))
         for table in tables[name]:
             size = table.columns[label].names or classes
             check_labels(raw[table.path], size, _place(root, name, tables[name], table))
