@@ -4,7 +4,7 @@ import argparse
 
 from kart import kernels, models, operators, schema, train
 from kart.commands.command import Command, integer
-from kart.commands.config import OPERATORS_HELP, add_config_flags, check_effects, config_of
+from kart.commands.config import OPERATORS_HELP, add_config_flags, check_effects, config_of, flag
 
 # fields of Config that what is printed depends on
 FIELDS = ("model", "image_size", *train.MODEL_FIELDS, "batch_size", "precision")
@@ -21,14 +21,9 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--operator", default=absent, metavar="SPEC", help="see below (default softmax)"
     )
-    for flag in ("num_classes", "in_channels"):
-        parser.add_argument(
-            f"--{flag.replace('_', '-')}",
-            type=count,
-            default=absent,
-            metavar="INT",
-            help=f"(default {DEFAULTS[flag]})",
-        )
+    for name in ("num_classes", "in_channels"):
+        told = f"(default {DEFAULTS[name]})"
+        parser.add_argument(flag(name), type=count, default=absent, metavar="INT", help=told)
     parser.add_argument(
         "--paper", action="store_true", help="the paper's nine models beside kart's, alone"
     )
@@ -55,7 +50,7 @@ def _check_used(args: argparse.Namespace) -> None:
             used = ()
         rest = [name for name in dict.fromkeys(given) if name not in (table, *used)]
         if rest:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in rest)
+            flags = ", ".join(map(flag, rest))
             raise ValueError(
                 f"`--{table}` needs to stand without {flags}, got both: its models are the "
                 "paper's. Leave one of them out."

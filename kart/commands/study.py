@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from kart.commands.command import Command, choice, integer, number, place
-from kart.commands.config import THREADS, check_device, check_effects
+from kart.commands.config import THREADS, check_device, check_effects, flag
 
 if TYPE_CHECKING:
     from kart.search import Study
@@ -63,17 +63,17 @@ def _value(text: str) -> Any:
         return {"none": None, "true": True, "false": False}.get(text.lower(), text)
 
 
-def _pairs(items: Sequence[str], flag: str) -> dict[str, Any]:
+def _pairs(items: Sequence[str], given: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for item in items:
         name, equals, text = item.partition("=")
         name = name.replace("-", "_")
         if not equals or not name:
             raise ValueError(
-                f"`{flag}` needs NAME=VALUE, got {item!r}. Write for example epochs=5."
+                f"`{given}` needs NAME=VALUE, got {item!r}. Write for example epochs=5."
             )
         if name in found:
-            raise ValueError(f"`{flag}` needs each name once, got {name!r} twice. Drop one.")
+            raise ValueError(f"`{given}` needs each name once, got {name!r} twice. Drop one.")
         found[name] = _value(text)
     return found
 
@@ -275,8 +275,8 @@ def _set_up(args: argparse.Namespace) -> Opened:
     flags = {n: getattr(args, n) for n in given if getattr(args, n) is not None}
     asked, fix = _pairs(args.set, "--set"), _pairs(args.fix, "--fix")
     for name in sorted(asked.keys() & flags.keys()):
-        flag = f"--{name.replace('_', '-')}"
-        raise ValueError(f"`--set` needs fields that no flag gives, got {name!r} beside `{flag}`.")
+        told = f"{name!r} beside `{flag(name)}`"
+        raise ValueError(f"`--set` needs fields that no flag gives, got {told}.")
     before = question.with_changes(study, changes)
     study = question.with_changes(before, {**flags, **asked})
     question.check_effects(before, study, {**flags, **asked}, fix)
