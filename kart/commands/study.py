@@ -373,7 +373,7 @@ def _open(args: argparse.Namespace, name: str | None, asked: "Question | None" =
     if where.directory is not None and asked is not None:
         work.mend(where, found, asked.study)
     elif where.directory is not None:
-        journal.check(where.directory, work.names(found))
+        journal.check(where.directory, found.names.values())
     database = storage.open_database(where.url, found.heartbeat, wait_s=wait_s)
     return Opened(where, database, found, None if asked is None else asked.study)
 
@@ -522,7 +522,7 @@ def _status(args: argparse.Namespace) -> int:
         found = storage.read_settings(where.directory)
         if found is None:
             raise ValueError(f"`--out` needs a directory with a study, got {args.out!r}.")
-        journal.check(where.directory, work.names(found))
+        journal.check(where.directory, found.names.values())
     database = storage.open_database(where.url)
     for name, settings in storage.read_database(database).items():
         for arm, one in storage.studies(database, settings).items():
