@@ -20,6 +20,7 @@ from kart.analysis.section import (
     Context,
     Member,
     differences,
+    first_images,
     percent,
     samples,
     scalars,
@@ -604,12 +605,11 @@ def _scenes(context: Context) -> Scenes:
     config = context.results[0].configs[0]
     size = context.model(config).config.image_size
     whole = context.splits.val
-    chosen = torch.arange(min(SCENES, len(whole.labels)))
-    pixels, labels = data.take(whole, chosen)
-    pixels = augment.center_crop(data.as_float(pixels), size, config.eval_crop)
+    pixels, labels = first_images(whole, SCENES)
+    pixels = augment.center_crop(pixels, size, config.eval_crop)
     shown_whole = config.eval_crop == 1 and whole.images.shape[-1] == size
     if whole.masks is not None and shown_whole:
-        return Scenes(pixels, torch.from_numpy(whole.masks[: len(chosen)].copy()), labels, True)
+        return Scenes(pixels, torch.from_numpy(whole.masks[: len(labels)].copy()), labels, True)
     return Scenes(*scenes.pasted(context.generator("scenes"), pixels), labels, False)
 
 

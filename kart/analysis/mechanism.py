@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kart import bases, data, models, operators, pages, schema, train, tree
+from kart import bases, models, operators, pages, schema, train, tree
 from kart.analysis import figures
 from kart.analysis.attention import static_share
 from kart.analysis.section import (
@@ -528,13 +528,6 @@ def plot(found: Sequence[Layout], names: Sequence[str] | None = None) -> Any:
 SEEDS = 5  # fresh initialisations whose gradients are compared
 
 
-def _some(context: Context, config: Config, count: int) -> tuple[Tensor, Tensor]:
-    """The first training images, as they are evaluated, and their labels."""
-    chosen = torch.arange(min(count, len(context.splits.train.labels)))
-    pixels, labels = data.take(context.splits.train, chosen)
-    return train.prepare(data.as_float(pixels), context.splits.train, config), labels
-
-
 def _top1(context: Context, config: Config, model: Model, params: Params) -> Tensor:
     images, labels = context.images(config, 8 * context.examples)
     with torch.no_grad():
@@ -556,7 +549,7 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
     def aux() -> dict[str, Tensor]:
         if not known:
             with torch.no_grad():
-                images = _some(context, config, few)[0]
+                images, _ = context.images(config, few, context.splits.train)
                 known.update(model.intermediates(member.params, images))
         return known
 
@@ -635,7 +628,7 @@ def _starts(context: Context, member: Member) -> dict[str, Tensor]:
 
     def compute() -> dict[str, Tensor]:
         model = context.model(member.config)
-        images, labels = _some(context, member.config, count)
+        images, labels = context.images(member.config, count, context.splits.train)
         found = []
         for seed in range(SEEDS):
             params = model.init(torch.Generator().manual_seed(seed))
