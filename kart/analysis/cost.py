@@ -30,7 +30,7 @@ from kart.models.model import find
 from kart.operators import Operator
 from kart.operators.contract import SOFTMAX
 from kart.operators.projected import factors_of, pays, projected
-from kart.operators.sums import parts_of
+from kart.operators.sums import parts_of, simple_parts
 
 
 class Parameters(NamedTuple):
@@ -146,9 +146,8 @@ def unused(model: Model) -> dict[str, int]:
 
 def _scaled_alone(op: Operator) -> bool:
     """Whether units of an operator, or of one of its parts, scale a base activation of zero."""
-    options = {} if op.basis is None else op.basis.options
-    alone = bool(options.get("scales")) and options.get("base") == "zero"
-    return alone or any(map(_scaled_alone, parts_of(op)))
+    options = [one.basis.options for one in simple_parts(op) if one.basis is not None]
+    return any(bool(own.get("scales")) and own.get("base") == "zero" for own in options)
 
 
 def _idle_scales(op: Operator, params: Any) -> int:

@@ -35,7 +35,7 @@ from kart.models import Model
 from kart.models.model import find
 from kart.operators import Operator
 from kart.operators.resize import amplitude, check_amplitude
-from kart.operators.sums import parts_of
+from kart.operators.sums import parts_of, simple_parts
 
 # whose functions are not of the score alone
 PLACED = ("by_offset", "by_distance")
@@ -182,21 +182,16 @@ def seen_by(group: Group, scores: Tensor) -> Tensor:
     return own @ group.params["mix"].detach().to(own).mT
 
 
-def _simple(operator: Operator) -> list[Operator]:
-    """The operators that one is made of, down to those that are made of none."""
-    parts = parts_of(operator)
-    return [one for part in parts for one in _simple(part)] if parts else [operator]
-
-
 def _placed(operator: Operator) -> bool:
     """Whether any head of an operator learns functions of the place."""
-    return any(one.options.get("kind") in PLACED for one in _simple(operator))
+    return any(one.options.get("kind") in PLACED for one in simple_parts(operator))
 
 
 def learns(operator: Operator) -> bool:
     """Whether any head of an operator learns functions that `learned_groups` gives."""
     return any(
-        one.basis is not None and one.options.get("kind") not in PLACED for one in _simple(operator)
+        one.basis is not None and one.options.get("kind") not in PLACED
+        for one in simple_parts(operator)
     )
 
 
@@ -730,7 +725,7 @@ def _dropped(
 
 def _sizeless(model: Model) -> bool:
     """Whether any unit of a model is of a family that names no amplitude."""
-    ones = [one for operator in model.operators for one in _simple(operator) if learns(one)]
+    ones = [one for operator in model.operators for one in simple_parts(operator) if learns(one)]
     return any(one.basis is not None and not amplitude(one.basis) for one in ones)
 
 

@@ -39,7 +39,7 @@ from kart.models.resize import lattice
 from kart.operators import Operator
 from kart.operators.contract import sum_units
 from kart.operators.relative import PARTS, entry_index, flatten_table
-from kart.operators.sums import parts_of
+from kart.operators.sums import parts_of, simple_parts
 from kart.train import Config, Splits
 
 # --- simpler functions in the place of the learned ones -------------------------------------------
@@ -152,7 +152,7 @@ def swap(
 
 def _learns(op: Operator) -> bool:
     """Whether any part of an operator has learned functions."""
-    return any(map(_learns, parts_of(op))) or op.basis is not None
+    return any(one.basis is not None for one in simple_parts(op))
 
 
 def _simpler(op: Operator, params: Params, form: str, scores: Tensor) -> tuple[Operator, Params]:
@@ -617,10 +617,9 @@ SWAPPABLE = ("low_rank", "full_rank", "project_first", "two_stage", "elementwise
 
 def _swappable(op: Operator) -> bool:
     """Whether `swap` takes all of an operator's learned functions."""
-    parts = parts_of(op)
-    if parts:
-        return all(map(_swappable, parts))
-    return op.basis is None or op.options.get("kind") in SWAPPABLE
+    return all(
+        one.basis is None or one.options.get("kind") in SWAPPABLE for one in simple_parts(op)
+    )
 
 
 def _starts(context: Context, member: Member) -> dict[str, Tensor]:
