@@ -7,6 +7,7 @@ of its output is position alone and what that part looks like, how gradients beg
 """
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -539,42 +540,64 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
     """What a member loses by each swap, all blocks and one at a time, as it is and after a few
     steps more; and how much of its output is position.
     """
-    model, config = context.model(member.config), member.config
-    few, steps, shown = context.few(model), context.retrain, some_blocks(len(model.sites))
+    model = context.model(member.config)
+    few = context.few(model)
     most = max(site.windows * site.heads * site.tokens**2 for site in model.sites)
     held = 5 * 4 * len(model.sites) * few * most
     context.holds(f"the attention of {few} images in {member.name}", held / 2**20)
-    known: dict[str, Any] = {}
+    return _swaps(context, member, model, few) | _position(context, member, model, few)
 
+
+def _swaps(context: Context, member: Member, model: Model, few: int) -> dict[str, Tensor]:
+    config, steps, shown = member.config, context.retrain, some_blocks(len(model.sites))
+
+    @functools.cache
     def aux() -> dict[str, Tensor]:
-        if not known:
-            with torch.no_grad():
-                images, _ = context.images(config, few, context.splits.train)
-                known.update(model.intermediates(member.params, images))
-        return known
+        images, _ = context.images(config, few, context.splits.train)
+        with torch.no_grad():
+            return model.intermediates(member.params, images)
 
     def scored(kind: str) -> dict[str, Tensor]:
-        whole = kind == "whole"
-        new = Swapped(model, member.params)
-        if not whole:
+        new, blocks = Swapped(model, member.params), []
+        if kind != "whole":
             new = swap(model, member.params, kind, aux())
+            # a block between others may have no functions
+            blocks = [i for i in shown if kind == "position" or _learns(model.operators[i])]
         found = {"top1": _top1(context, config, *new)}
-        if not whole:
-            for i in shown:
-                if kind != "position" and not _learns(model.operators[i]):
-                    continue  # a block between others that has no functions
-                context.check()
-                one = swap(model, member.params, kind, aux(), [i])
-                found[f"top1_block_{i + 1}"] = _top1(context, config, *one)
+        for i in blocks:
+            context.check()
+            one = swap(model, member.params, kind, aux(), [i])
+            found[f"top1_block_{i + 1}"] = _top1(context, config, *one)
         if steps:
             context.check()
             params = retrain(config, *new, context.splits, steps)
             found["again"] = _top1(context, config, new.model, params)
         return found
 
-    def position() -> dict[str, Tensor]:
+    def kept(kind: str) -> dict[str, Tensor]:
+        what = f"swap {kind} images={few} examples={8 * context.examples} steps={steps}"
+        return context.kept(what, member, lambda: scored(kind))
+
+    kinds = [] if getattr(model.config, "gated_blocks", 0) else ["position"]
+    if all(map(_swappable, model.operators)) and any(map(_learns, model.operators)):
+        kinds += FORMS
+    whole = kept("whole")
+    found = dict(whole)
+    for kind in kinds:
+        own = kept(kind)
+        found[f"cost_{kind}"] = whole["top1"] - own["top1"]
+        for i in shown:
+            if f"top1_block_{i + 1}" in own:
+                found[f"cost_{kind}_block_{i + 1}"] = whole["top1"] - own[f"top1_block_{i + 1}"]
+        if steps:
+            found[f"left_{kind}"] = whole["again"] - own["again"]
+    return found
+
+
+def _position(context: Context, member: Member, model: Model, few: int) -> dict[str, Tensor]:
+    def compute() -> dict[str, Tensor]:
         with torch.no_grad():
-            seen = model.intermediates(member.params, context.images(config, few)[0])
+            seen = model.intermediates(member.params, context.images(member.config, few)[0])
         found = {}
         for i, site in enumerate(model.sites):
             weights, values = (
@@ -584,31 +607,14 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
             found[f"mean_{i}"] = weights.mean(0)
         return found
 
-    kinds = [] if getattr(model.config, "gated_blocks", 0) else ["position"]
-    if all(_swappable(op) for op in model.operators) and any(map(_learns, model.operators)):
-        kinds += FORMS
-    label = f"images={few} examples={8 * context.examples} steps={steps}"
-    by_kind = {
-        kind: context.kept(f"swap {kind} {label}", member, lambda kind=kind: scored(kind))
-        for kind in ["whole", *kinds]
-    }
-    whole = by_kind["whole"]
-    found = {name: whole[name] for name in ("top1", "again") if name in whole}
-    for kind in kinds:
-        own = by_kind[kind]
-        found[f"cost_{kind}"] = whole["top1"] - own["top1"]
-        for i in shown:
-            if f"top1_block_{i + 1}" in own:
-                found[f"cost_{kind}_block_{i + 1}"] = whole["top1"] - own[f"top1_block_{i + 1}"]
-        if steps:
-            found[f"left_{kind}"] = whole["again"] - own["again"]
-    seen = context.kept(f"position images={few}", member, position)
+    seen = context.kept(f"position images={few}", member, compute)
     shares = [seen[f"share_{i}"] for i in range(len(model.sites))]
+    found = {name: x for name, x in seen.items() if name.startswith("mean_")}
     found["position"] = torch.cat(shares).mean()
-    for i in shown:
+    for i in some_blocks(len(model.sites)):
         for h, share in enumerate(shares[i]):
             found[f"position_block_{i + 1}_head_{h + 1}"] = share
-    return found | {name: x for name, x in seen.items() if name.startswith("mean_")}
+    return found
 
 
 # whose functions are of one score
