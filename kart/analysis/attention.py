@@ -661,14 +661,16 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
                 found[f"{name}{which}_shares"] = drawn.shares
                 found[f"{name}{which}_values"] = drawn.values
         every = [samples(site, aux[f"blocks.{i}.weights"]) for i, site in enumerate(model.sites)]
-        found["keys"] = torch.stack([entropy(block).exp().mean() for block in every]).mean()
-        found["negative"] = torch.stack([negative_share(block).mean() for block in every]).mean()
-        sums = torch.stack([row_sums(block).abs().mean() for block in every])
-        found["row_sums"] = sums.mean()
-        found["static"] = torch.stack([static_share(block).mean() for block in every]).mean()
-        apart = [head_diversity(block).mean() for block in every if block.shape[-3] > 1]
-        if apart:
-            found["diversity"] = torch.stack(apart).mean()
+
+        def mean(blocks: list[Tensor], score: Callable[[Tensor], Tensor]) -> Tensor:
+            return torch.stack([score(block).mean() for block in blocks]).mean()
+
+        found["keys"] = mean(every, lambda block: entropy(block).exp())
+        found["negative"] = mean(every, negative_share)
+        found["row_sums"] = mean(every, lambda block: row_sums(block).abs())
+        found["static"] = mean(every, static_share)
+        if several := [block for block in every if block.shape[-3] > 1]:
+            found["diversity"] = mean(several, head_diversity)
         return found
 
     return context.kept(f"maps images={count} scenes={SCENES}", member, compute)
