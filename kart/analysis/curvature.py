@@ -438,17 +438,18 @@ def plot(densities: Mapping[str, Density], label: str = "eigenvalue of the Hessi
 # --- the section ----------------------------------------------------------------------------------
 
 
-def _examples(context: Context, member: Member) -> tuple[Tensor, Tensor]:
-    """A quarter of the images that losses are taken on: a product costs several gradients."""
-    return context.images(member.config, max(2, context.examples // 4))
+def _loss(context: Context, member: Member) -> tuple[Loss, int]:
+    """The mean loss over a quarter of the images that losses are taken on, as a product costs
+    several gradients, and how many they are.
+    """
+    losses = context.losses(context.model(member.config))
+    images, labels = context.images(member.config, max(2, context.examples // 4))
+    return lambda params: losses(params, images, labels).mean(), len(labels)
 
 
 def _curvature(context: Context, member: Member, pattern: str) -> dict[str, Tensor]:
-    losses = context.losses(context.model(member.config))
-    images, labels = _examples(context, member)
-    part, some = subset(
-        lambda params: losses(params, images, labels).mean(), member.params, pattern
-    )
+    loss, count = _loss(context, member)
+    part, some = subset(loss, member.params, pattern)
     size = tree.size(some)
     context.holds(f"24 vectors of the {size:,} weights of {member.name}", 4 * 24 * size / 2**20)
 
@@ -459,7 +460,7 @@ def _curvature(context: Context, member: Member, pattern: str) -> dict[str, Tens
         found = trace(part, some, SAMPLES, draws)
         return {"top": top, "trace": found.estimate, "trace_error": found.error}
 
-    what = f"{pattern} largest images={len(labels)} samples={SAMPLES}"
+    what = f"{pattern} largest images={count} samples={SAMPLES}"
     found = context.kept(what, member, compute)
     return {**found, "mean": found["trace"] / size}
 
@@ -472,8 +473,7 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
     if any("operator" in name.split(".") for name in tree.named(member.params)):
         own = _curvature(context, member, OPERATOR)
         found |= {f"operator_{name}": value for name, value in own.items()}
-    model = context.model(member.config)
-    losses = context.losses(model)
+    losses = context.losses(context.model(member.config))
 
     def noise() -> dict[str, Tensor]:
         def one(params: Params, image: Tensor, label: Tensor) -> Tensor:
@@ -487,11 +487,7 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
         return found
 
     def density() -> dict[str, Tensor]:
-        images, labels = _examples(context, member)
-
-        def loss(params: Params) -> Tensor:
-            return losses(params, images, labels).mean()
-
+        loss, _ = _loss(context, member)
         draws = context.generator("density", member.seed)
         return dict(spectral_density(loss, member.params, 1, draws, steps=STEPS)._asdict())
 
@@ -504,7 +500,7 @@ def section(context: Context) -> pages.Section:
     found = scalars(context, measure)
     first = {one.name: measure(context, Member(one, 0)) for one in context.results}
     densities = {name: Density(own["grid"], own["density"]) for name, own in first.items()}
-    count = len(_examples(context, next(context.members()))[1])
+    _, count = _loss(context, next(context.members()))
     noise = len(context.images(context.results[0].configs[0], context.examples)[1])
     columns = [
         Column("top", "largest eigenvalue", 1),
