@@ -295,16 +295,28 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
     return settings
 
 
+def drawn(
+    op: operators.Operator,
+    batch: int,
+    tokens: int,
+    width: int = WIDTH,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[tuple, Tensor]:
+    """`(params, q, k, v)` of an operator of `HEADS` heads, and the gradient of its output."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, HEADS, tokens, width)
+    tensors = [torch.randn(shape, generator=generator) for _ in range(4)]
+    q, k, v, probe = (x.to(device, dtype) for x in tensors)
+    return (tree.to(op.init(generator, HEADS, tokens), device), q, k, v), probe
+
+
 def drawn_inputs(setting: Setting, args: argparse.Namespace) -> tuple[tuple, Tensor]:
-    """`(params, q, k, v)` of a setting, and the gradient of its output."""
+    """`drawn` of a setting."""
     dtype = getattr(torch, setting.precision or args.precision)
     batch = max(1, round(args.op_batch * (197 / setting.tokens) ** 2))
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch, HEADS, setting.tokens, WIDTH)
-    tensors = [torch.randn(shape, generator=generator) for _ in range(4)]
-    q, k, v, probe = (x.to(args.device, dtype) for x in tensors)
     op = operators.parse(setting.spec).operator
-    return (tree.to(op.init(generator, HEADS, setting.tokens), args.device), q, k, v), probe
+    return drawn(op, batch, setting.tokens, device=args.device, dtype=dtype)
 
 
 def build(setting: Setting, args: argparse.Namespace) -> None:
@@ -384,9 +396,7 @@ def cache_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
             calls[name] = device_alone(call, args.device)
     with torch.no_grad():
         seconds = interleave(calls, 4 * args.repeats, clock)
-    for name, values in seconds.items():
-        both = summary(values, seconds["softmax"])
-        yield {"what": STEP, "variant": name, "batch": 1, "both": both}
+    yield from beside_softmax(STEP, 1, seconds)
 
 
 def block_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
@@ -407,10 +417,7 @@ def block_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
             attend = functools.partial(_attention, model)
             call = functools.partial(gradients, attend, inputs, probe.to(args.device, dtype))
             calls[name] = device_alone(call, args.device)
-        seconds = interleave(calls, args.repeats, clock)
-        for name, values in seconds.items():
-            both = summary(values, seconds["softmax"])
-            yield {"what": what, "variant": name, "batch": batch, "both": both}
+        yield from beside_softmax(what, batch, interleave(calls, args.repeats, clock))
 
 
 def _attention(model: models.Model, own: Any, x: Tensor) -> Tensor:
@@ -440,12 +447,8 @@ def size_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
     op_of = functools.cache(lambda rank: operators.parse(f"G3:rank={rank}").operator)
     for tokens, width, rank in sizes:
         progress(f"size N={tokens} d={width} r={rank}")
-        batch = max(1, round(4 * (197 / tokens) ** 2))
-        generator = torch.Generator().manual_seed(0)
-        shape = (batch, HEADS, tokens, width)
-        q, k, v, probe = (torch.randn(shape, generator=generator).to(args.device) for _ in range(4))
-        op = op_of(rank)
-        inputs = (tree.to(op.init(generator, HEADS, tokens), args.device), q, k, v)
+        batch, op = max(1, round(4 * (197 / tokens) ** 2)), op_of(rank)
+        inputs, probe = drawn(op, batch, tokens, width, args.device)
         call = device_alone(functools.partial(gradients, op.attend, inputs, probe), args.device)
         seconds.append(min(interleave({"op": call}, 3, clock)["op"]))
         pairs, rows = batch * HEADS * tokens**2, batch * HEADS * tokens
@@ -476,6 +479,13 @@ def summary(values: Sequence[float], reference: Sequence[float]) -> dict[str, fl
         "high_ms": 1000 * ordered[-1 - quarter],
         "ratio": median / statistics.median(reference),
     }
+
+
+def beside_softmax(what: str, batch: int, seconds: Timed) -> Rows:
+    """A row for each variant of what was timed, softmax among them."""
+    for name, values in seconds.items():
+        both = summary(values, seconds["softmax"])
+        yield {"what": what, "variant": name, "batch": batch, "both": both}
 
 
 def step_call(
@@ -523,10 +533,7 @@ def step_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
             calls[f"{name}, {step}"] = step_call(
                 STEPS[name], batch, args.device, args.precision, step=step
             )
-    seconds = interleave(calls, max(3, args.repeats // 3), clock)
-    for name, values in seconds.items():
-        both = summary(values, seconds["softmax"])
-        yield {"what": "step", "variant": name, "batch": batch, "both": both}
+    yield from beside_softmax("step", batch, interleave(calls, max(3, args.repeats // 3), clock))
 
 
 def resident_mib(peak: bool) -> float:
