@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -263,16 +263,6 @@ def _build(
     return manifest
 
 
-class Decoded(NamedTuple):
-    """The images of one split of a source, RGB in a file."""
-
-    height: int
-    width: int
-    labels: np.ndarray
-    grey: np.ndarray  # bool (n,)
-    changes: list[tuple[str, ...]]
-
-
 def fill(work: Path, source: Source, image_size: int | None, like: Manifest | None) -> None:
     """Writes the arrays and the manifest of one cache entry into `work / "entry"`.
 
@@ -288,8 +278,7 @@ def fill(work: Path, source: Source, image_size: int | None, like: Manifest | No
         rows, size = own[split](), source.sizes[split]
         bar = tqdm(rows, f"decoding {split}", size, unit=" images", disable=None)
         with (work / "raw").open("wb") as raw, bar:
-            decoded = _decode(bar, classes, image_size, raw, work, size)
-        height, width, labels, grey, told = decoded
+            height, width, labels, grey, told = _decode(bar, classes, image_size, raw, work, size)
         classes = check_labels(labels, classes, lambda n, split=split: f"image {n} of {split!r}")
         pixels = np.memmap(work / "raw", np.uint8, "r", shape=(len(labels), height, width, 3))
         if shape is None:
@@ -331,8 +320,10 @@ def _decode(
     out: Any,
     work: Path,
     count: int | None,
-) -> Decoded:
-    """Writes every image to `out` as RGB bytes."""
+) -> tuple[int, int, np.ndarray, np.ndarray, list[tuple[str, ...]]]:
+    """Writes every image to `out` as RGB bytes; returns their height and width, labels `(n,)`,
+    which are grey, bool `(n,)`, and what decoding changed in each.
+    """
     shape, labels, grey, changed = None, [], [], []
     for row in rows:
         image, header = images.decode(row.file, row.where)
@@ -361,7 +352,7 @@ def _decode(
         raise ValueError(EMPTY)
     # an unsigned one may not fit; nor is it a label, and it is found to be out of range
     labels = np.array([min(label, 2**63 - 1) for label in labels], dtype=np.int64)
-    return Decoded(shape[1], shape[0], labels, np.array(grey), changed)
+    return shape[1], shape[0], labels, np.array(grey), changed
 
 
 def _chunks(pixels: np.ndarray, index: np.ndarray, channels: int) -> Iterator[np.ndarray]:
