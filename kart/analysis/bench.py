@@ -548,7 +548,7 @@ def resident_mib(peak: bool) -> float:
 
 
 def measure_memory(
-    operator: str, batch: int, device: str, precision: str, name: str, batching: str
+    operator: str, batch: int, device: str, precision: str, name: str, batching: str = "native"
 ) -> None:
     """Prints the peak memory of a training step, before and after, as JSON; in a fresh process."""
     torch.set_num_threads(1)
@@ -571,31 +571,21 @@ def measure_memory(
     print(json.dumps({"before_mib": before, "peak_mib": peak}))
 
 
-def peak(
-    spec: str,
-    batch: int,
-    args: argparse.Namespace,
-    name: str = "vit_tiny",
-    batching: str = "native",
-) -> dict[str, float]:
-    """Memory of a training step, measured in a process of its own."""
-    inner = [spec, str(batch), args.device, args.precision, name, batching]
-    command = [sys.executable, "-m", "kart.analysis.bench", *inner]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"measuring the memory of {name} {spec} failed:\n{result.stderr}")
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 def peaks(jobs: Sequence[tuple], args: argparse.Namespace, progress: Say) -> Iterator[dict]:
-    """`peak` of the arguments of each job, some at the same time where each process counts what it
-    allocates itself.
+    """Memory of a training step of each job, `(spec, batch, model)` and perhaps how it is batched,
+    measured in a process of its own; some at the same time where each counts what it allocates
+    itself.
     """
 
     def one(job: tuple) -> dict[str, float]:
-        spec, batch, *rest = job
         progress(f"memory, {' '.join(map(str, job))}")
-        return peak(spec, batch, args, *rest)
+        spec, batch, name, *rest = job
+        inner = [spec, str(batch), args.device, args.precision, name, *rest]
+        command = [sys.executable, "-m", "kart.analysis.bench", *inner]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(f"measuring the memory of {name} {spec} failed:\n{result.stderr}")
+        return json.loads(result.stdout.splitlines()[-1])
 
     with ThreadPoolExecutor(4 if args.device == "cuda" else 1) as pool:
         yield from pool.map(one, jobs)
@@ -794,13 +784,13 @@ def run(args: argparse.Namespace) -> None:
     if on_gpu:
         build_all(args, progress)
     levels = [operator_level(args, clock, progress)]
-    if not args.quick and args.sizes > 0:
-        levels.append(size_level(args, clock, progress))
     if not args.quick:
+        if args.sizes > 0:
+            levels.append(size_level(args, clock, progress))
         levels += [level(args, clock, progress) for level in (cache_level, block_level, step_level)]
         levels.append(memory_level(args, progress))
-    if on_gpu and not args.quick:
-        levels.append(paper_level(args, progress))
+        if on_gpu:
+            levels.append(paper_level(args, progress))
     rows: list[dict[str, Any]] = []
     for row in itertools.chain(*levels):
         rows.append(row)
