@@ -140,8 +140,11 @@ def set_up(
 
     `measure()` gives the group size of a new study; `wait_s` is how long a server may be away.
     """
-    directory = where.directory
-    if directory is not None:
+    directory, storage = where.directory, None
+    if directory is None:
+        storage = store.open_database(where.url, settings.heartbeat, create=True, wait_s=wait_s)
+        found = store.read_database(storage, settings.study).get(settings.study)
+    else:
         found = store.read_settings(directory)
         if found is None and directory.exists():
             others = [e.name for e in directory.iterdir() if not e.name.startswith((".", "study"))]
@@ -150,30 +153,25 @@ def set_up(
                     f"`out` needs a new or empty directory, or a study, got {str(directory)!r} "
                     f"with {', '.join(sorted(others)[:5])}. Choose another directory."
                 )
-        if found is not None:
-            store.check_same(found, settings, where.name)
-            mend(where, found, study)
-        else:  # before anything is written
-            settings = dataclasses.replace(settings, group=settings.group or measure())
+    if found is not None:
+        store.check_same(found, settings, where.name)
+        mend(where, found, study)
+    # measured before anything is written
+    group = settings.group or (measure() if found is None else found.group)
+    settings = dataclasses.replace(settings, group=group)
+    if storage is None:
+        assert directory is not None
         directory.mkdir(parents=True, exist_ok=True)
         storage = store.open_database(where.url, settings.heartbeat, create=found is None)
-    else:
-        storage = store.open_database(where.url, settings.heartbeat, create=True, wait_s=wait_s)
-        found = store.read_database(storage, settings.study).get(settings.study)
-        if found is not None:
-            store.check_same(found, settings, where.name)
+    spaces = study.spaces(study.config, settings.fix)
     if found is None:
-        settings = dataclasses.replace(settings, group=settings.group or measure())
-        spaces = study.spaces(study.config, settings.fix)
         store.create(storage, settings, points_of(settings, spaces))
         store.save_settings(storage, settings, directory)
-    else:
-        settings = dataclasses.replace(settings, group=settings.group or found.group)
-        if settings != found:
-            points = points_of(settings, study.spaces(study.config, settings.fix)) or {}
-            for arm, one in store.studies(storage, settings).items():
-                store.enqueue(one, points.get(arm, ()))
-            store.save_settings(storage, settings, directory)
+    elif settings != found:
+        points = points_of(settings, spaces) or {}
+        for arm, one in store.studies(storage, settings).items():
+            store.enqueue(one, points.get(arm, ()))
+        store.save_settings(storage, settings, directory)
     return storage, settings
 
 
