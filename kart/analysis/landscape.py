@@ -583,19 +583,15 @@ def section(context: Context) -> pages.Section:
     first = {one.name: measure(context, Member(one, 0)) for one in context.results}
     reach = float(next(iter(first.values()))["path_axes"].max())
     count = len(context.images(context.results[0].configs[0], context.examples)[1])
-    parts = {
-        kind: (
-            {name: own[f"{kind}_surface"] for name, own in first.items()},
-            {name: own[f"{kind}_axes"] for name, own in first.items()},
-        )
-        for kind in ("path", "random")
-    }
-    paths = {name: own["coordinates"] for name, own in first.items()}
-    explained = {name: own["explained"] for name, own in first.items()}
+
+    def of(key: str) -> dict[str, Tensor]:
+        return {name: own[key] for name, own in first.items()}
+
+    parts = {kind: (of(f"{kind}_surface"), of(f"{kind}_axes")) for kind in ("path", "random")}
     names = ", ".join(first)
     shown = [
         pages.figure(
-            plot(*parts["path"], paths, explained),
+            plot(*parts["path"], of("coordinates"), of("explained")),
             "landscape-path",
             f"Contours of the validation loss of {names} in the plane of the path of training",
             "In the plane in which training moved most. Ring: where it began. Star: where it "
