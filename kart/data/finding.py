@@ -89,8 +89,7 @@ class Finding(NamedTuple):
         """The source; `scratch` is where a library may write."""
         if self.source is not None:
             return self.source
-        if self.public is None:
-            raise ValueError("`load` needs a directory or a public name.")
+        assert self.public is not None  # where nothing is read already
         options = self.options
         return public.read(self.public, options.columns, options.revision, scratch, [*SHORT])
 

@@ -301,8 +301,7 @@ def fill(work: Path, source: Source, image_size: int | None, like: Manifest | No
             entries.write_labels(entry / f"{part}.labels.npy", labels[index])
         del pixels
         (work / "raw").unlink()
-    if classes is None or shape is None:
-        raise ValueError("`load` needs a training split.")
+    assert classes is not None and shape is not None  # "train" is among the splits
     if like is None:
         train = np.load(entry / "train.images.npy", mmap_mode="r")
         mean, std = statistics.mean_and_std(train)
