@@ -262,24 +262,23 @@ def _give_code(study: "Study") -> None:
             code.use(name)
 
 
-def _set_up(args: argparse.Namespace) -> Opened:
-    from kart.search import question, space, storage, work
-    from kart.search.trials import LIMITS, OBJECTIVES, check_objectives, loader
+def _asked(args: argparse.Namespace, study: "Study") -> tuple["Study", dict[str, Any], list[str]]:
+    """`study` as the flags change it, the parameters that they fix and the objectives; raises
+    ValueError for flags that it cannot take or that change nothing in it.
+    """
+    from kart.search import question, space, storage
+    from kart.search.trials import OBJECTIVES, check_objectives
 
-    where = _home(args)
-    found = question.load(args.study)
-    study = found.study
-    _give_code(study)
-    changes = dict(study.tiny) if args.tiny else {}
     given = ("data", "epochs", "train_limit", "trials", "seeds", "confirm", "sampler", "pruner")
     flags = {n: getattr(args, n) for n in given if getattr(args, n) is not None}
     asked, fix = _pairs(args.set, "--set"), _pairs(args.fix, "--fix")
     for name in sorted(asked.keys() & flags.keys()):
         told = f"{name!r} beside `{flag(name)}`"
         raise ValueError(f"`--set` needs fields that no flag gives, got {told}.")
-    before = question.with_changes(study, changes)
-    study = question.with_changes(before, {**flags, **asked})
-    question.check_effects(before, study, {**flags, **asked}, fix)
+    changes = {**flags, **asked}
+    before = question.with_changes(study, study.tiny if args.tiny else {})
+    study = question.with_changes(before, changes)
+    question.check_effects(before, study, changes, fix)
     firsts = [space.first(arm) for arm in study.spaces(study.config, fix).values()]
     check_effects(asked, firsts, lambda name: f"--set {name}")
     if args.pruner not in (None, "none") and all(one.epochs == 1 for one in firsts):
@@ -302,7 +301,6 @@ def _set_up(args: argparse.Namespace) -> Opened:
                 f"`--{field}` needs at least {least}, got {getattr(study, field)}."
                 + (f" There are {len(study.arms)} arms." if field == "trials" else "")
             )
-    limits = {name: getattr(args, f"max_{name}") for name in LIMITS}
     objectives = [choice("--objectives", n, list(OBJECTIVES)) for n in args.objectives.split(",")]
     check_objectives(objectives)
     if len(objectives) > 1:
@@ -312,6 +310,18 @@ def _set_up(args: argparse.Namespace) -> Opened:
                 "prunes by one value. Leave it out."
             )
         study = question.with_changes(study, {"pruner": "none"})
+    return study, fix, objectives
+
+
+def _set_up(args: argparse.Namespace) -> Opened:
+    from kart.search import question, work
+    from kart.search.trials import LIMITS, loader
+
+    where = _home(args)
+    found = question.load(args.study)
+    _give_code(found.study)
+    study, fix, objectives = _asked(args, found.study)
+    limits = {name: getattr(args, f"max_{name}") for name in LIMITS}
     options = {
         "objectives": objectives,
         "limits": {name: value for name, value in limits.items() if value is not None},
