@@ -738,18 +738,6 @@ def section(context: Context) -> pages.Section:
         *differences(found, "mass", "Mass inside (%)", columns[1]),
         *differences(found, "deletion", "Deletion area", areas[0]),
     ]
-    pictures = []
-    for i, result in enumerate(context.results):
-        look = context.look(result)
-        shown = own.pixels[: context.shown]
-        ready = data.normalise(shown, context.splits.val.mean, context.splits.val.std)
-        with torch.no_grad():
-            aux = look.model.intermediates(look.params, ready)
-        maps = last_maps(look.model, aux)
-        if context.shown:
-            fig = plot(shown, maps, masks=own.masks[: context.shown])
-            alt = f"Attention maps of {result.name} over images with known objects"
-            pictures.append(pages.figure(fig, f"attention-scenes-{i}", alt, result.name))
     drawn = {
         kind: {
             name: Curve(
@@ -768,13 +756,12 @@ def section(context: Context) -> pages.Section:
         f"Mean over images, {context.first_seeds}, band of a standard error.",
     )
     pictured, statics = _maps(context)
-    told = "Outlined: the object. Orange: the weight, as above."
     blocks = [
         *_notes(context),
         *pictured,
         scored,
         pages.items(lines),
-        *([pages.text(told), pages.beside(*pictures)] if pictures else []),
+        *_scene_pictures(context, own),
         fig,
         curves,
         spread,
@@ -782,18 +769,34 @@ def section(context: Context) -> pages.Section:
     return pages.Section(blocks, [*numbers, *more, *rest, *statics])
 
 
+def _scene_pictures(context: Context, own: Scenes) -> list[pages.Markup]:
+    """Maps over images with known objects."""
+    if not context.shown:
+        return []
+    shown, masks = own.pixels[: context.shown], own.masks[: context.shown]
+    ready = data.normalise(shown, context.splits.val.mean, context.splits.val.std)
+    pictures = []
+    for i, result in enumerate(context.results):
+        look = context.look(result)
+        with torch.no_grad():
+            aux = look.model.intermediates(look.params, ready)
+        fig = plot(shown, last_maps(look.model, aux), masks=masks)
+        alt = f"Attention maps of {result.name} over images with known objects"
+        pictures.append(pages.figure(fig, f"attention-scenes-{i}", alt, result.name))
+    told = "Outlined: the object. Orange: the weight, as above."
+    return [pages.text(told), pages.beside(*pictures)]
+
+
 def _row(context: Context) -> str:
     """What maps show, the start of a sentence."""
-    models = [context.model(result.configs[0]) for result in context.results]
-    if all(model.sites[-1].cut is None for model in models):
+    if all(model.sites[-1].cut is None for model in context.models):
         return "The class token's row"
     return "The weight that each token is given, mean over the queries of its window,"
 
 
 def _notes(context: Context) -> list[pages.Markup]:
     """What has no meaning, or another one, in the models of the page."""
-    models = [context.model(result.configs[0]) for result in context.results]
-    lines = []
+    models, lines = context.models, []
     if not all(map(_one_row, models)):
         lines.append("No rollout: it multiplies the weights of blocks that have the same tokens.")
     if any(model.sites[-1].windows > 1 for model in models):

@@ -632,16 +632,9 @@ def section(context: Context) -> pages.Section:
     )
     lines = differences(found, "score_share", "The share of the scores (%)", column)
     notes = windowed(context, "The best constant operator is one for all windows of a block.")
-    learned = [
-        result
-        for result in context.results
-        if any(map(learns, context.model(result.configs[0]).operators))
-    ]
-    placed = [
-        result.name
-        for result in context.results
-        if any(map(_placed, context.model(result.configs[0]).operators))
-    ]
+    pairs = list(zip(context.results, context.models, strict=True))
+    learned = [result for result, model in pairs if any(map(learns, model.operators))]
+    placed = [result.name for result, model in pairs if any(map(_placed, model.operators))]
     if placed:
         told = "functions by offset and by distance are not of the score alone and not shown here."
         notes.append(pages.note(f"{', '.join(placed)}: {told}"))

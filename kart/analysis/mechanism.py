@@ -651,7 +651,7 @@ def section(context: Context) -> pages.Section:
     found = scalars(context, measure)
     shown, numbers = _costs(context, found)
     place = "Position is the place in a window, and a mean matrix that of all windows of a block."
-    sites = [site for one in context.results for site in context.model(one.configs[0]).sites]
+    sites = [site for model in context.models for site in model.sites]
     if any(site.cut is not None and len(site.cut.whole) < site.cut.count for site in sites):
         place += (
             " In windows that a mask cuts it loses what it gave masked keys, so that in its place "
@@ -673,7 +673,7 @@ def _points(measure: str, header: str) -> Column:
 
 def _costs(context: Context, found: Measured) -> Part:
     count = min(8 * context.examples, len(context.splits.val.labels))
-    few = context.few(context.model(context.results[0].configs[0]))
+    few = context.few(context.models[0])
     names = dict(zip(KINDS, ("its mean matrix", "constants", "affine", "exp"), strict=True))
     columns = [percent("top1", "top-1 %")]
     columns += [_points(f"cost_{kind}", names[kind]) for kind in KINDS]
@@ -698,7 +698,7 @@ def _costs(context: Context, found: Measured) -> Part:
         table, more = seeds_table(found, columns, caption)
         shown.append(table)
         numbers += more
-    depth = max(len(context.model(result.configs[0]).sites) for result in context.results)
+    depth = max(len(model.sites) for model in context.models)
     columns = [
         _points(f"cost_{kind}_block_{i + 1}", f"{names[kind]}, block {i + 1}")
         for kind in KINDS
@@ -723,7 +723,7 @@ def _gradients(context: Context) -> Part:
                 spread = mean.why or f"[{mean.low:.2g}, {mean.high:.2g}]"
                 cells.append(pages.Markup(f"{mean.mean:.2g}<br>{pages.tag('small', spread)}"))
         rows.append(cells)
-    count = context.few(context.model(context.results[0].configs[0]))
+    count = context.few(context.models[0])
     header = ["operator"]
     header += [f"{name}, block {i + 1}" for i in some_blocks(max(depths)) for name in "qkv"]
     caption = (
@@ -746,7 +746,7 @@ def _shares(context: Context, found: Measured) -> Part:
         Column(name, name.removeprefix("position_").replace("_", " "), 1, "", 100.0, high=1.0)
         for name in measures
     ]
-    few = context.few(context.model(context.results[0].configs[0]))
+    few = context.few(context.models[0])
     caption = (
         f"Share of the variance of a head's output over {few} validation images that position "
         "alone explains: the mean of the attention matrix over the images, times the values. "

@@ -224,6 +224,11 @@ class Context:
         """The model of a config, for these data."""
         return train.build(config, self.splits.train)
 
+    @property
+    def models(self) -> list[Model]:
+        """The model of each result."""
+        return [self.model(result.configs[0]) for result in self.results]
+
     def images(
         self, config: Config, count: int, split: data.Dataset | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -263,8 +268,7 @@ class Context:
     @property
     def most_keys(self) -> float:
         """The largest number of keys of any block."""
-        models = [self.model(result.configs[0]) for result in self.results]
-        return float(max(site.tokens for model in models for site in model.sites))
+        return float(max(site.tokens for model in self.models for site in model.sites))
 
     def few(self, model: Model) -> int:
         """On how many images weights and scores, N x N a head and window, stay small in every
@@ -523,8 +527,8 @@ def mean_number(
 
 def windowed(context: Context, what: str) -> list[pages.Markup]:
     """A line for pages of models with windows: what their samples are, and `what` besides."""
-    models = [context.model(result.configs[0]) for result in context.results]
-    cuts = [site.cut for model in models for site in model.sites if site.cut is not None]
+    sites = [site for model in context.models for site in model.sites]
+    cuts = [site.cut for site in sites if site.cut is not None]
     if not cuts:
         return []
     line = "Attention is in windows here: each window of an image is a sample."

@@ -204,8 +204,7 @@ def section(context: Context) -> pages.Section:
     found = scalars(context, measure)
     first = {one.name: measure(context, Member(one, 0)) for one in context.results}
     bounds = {}
-    for result in context.results:
-        model = context.model(result.configs[0])
+    for result, model in zip(context.results, context.models, strict=True):
         ranks = {rank_of(op) for op in model.operators}
         if getattr(model.config, "gated_blocks", 0):
             ranks.add(None)  # their weights are mixed with those of positions
@@ -246,8 +245,7 @@ def section(context: Context) -> pages.Section:
     lines += differences(found, "weights_effective", "Effective rank of the weights", columns[1])
     told = "How many directions the attention of a head really uses."
     notes = windowed(context, "A rank is at most the number of keys of its window.")
-    configs = [context.model(one.configs[0]).config for one in context.results]
-    if any(getattr(config, "gated_blocks", 0) for config in configs):
+    if any(getattr(model.config, "gated_blocks", 0) for model in context.models):
         notes.append(pages.note("Weights of gated blocks are mixed with those of positions."))
     return pages.Section([pages.text(told), *notes, fig, table, pages.items(lines)], numbers)
 
