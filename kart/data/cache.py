@@ -115,12 +115,13 @@ def arrays(path: Path, manifest: Manifest, split: str) -> tuple[np.ndarray, np.n
     return (images, labels) if fits else None
 
 
-def build(path: Path, fill: Callable[[Path], None], damaged: bool) -> None:
+def build(path: Path, fill: Callable[[Path], None]) -> None:
     """Calls `fill(work)`, which writes `work / "entry"`, and moves that to `path` in one step.
 
-    What is at `path` already stays if it is whole and not known to be `damaged`.
+    What is at `path` now is taken for damaged, since who builds has found nothing there to use;
+    what comes there meanwhile stays if it is whole.
     """
-    base = path.parent
+    base, damaged = path.parent, os.path.lexists(path)
     if damaged:
         # on standard error, unless a program has set up logging otherwise
         _LOG.warning("the cache %s is damaged; decoding again", path)

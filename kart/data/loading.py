@@ -1,7 +1,6 @@
 """One split of a data set, from the cache or decoded into it."""
 
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -247,16 +246,13 @@ def _cached(
 def _build(
     path: Path, found: Finding, image_size: int | None, like: Manifest | None, limited: bool = False
 ) -> Manifest:
-    # who gets here has found no entry, or one that cannot be used
-    damaged = os.path.lexists(path)
-
     def decode(work: Path) -> None:
         source = found.open(work / "scratch")
         if limited and found.source is None:
             streaming.measure(found, source, image_size, path.parent)
         fill(work, source, image_size, like)
 
-    entries.build(path, decode, damaged)
+    entries.build(path, decode)
     manifest = entries.read(path)
     if manifest is None:
         raise entries.lost(path)

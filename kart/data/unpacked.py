@@ -99,7 +99,7 @@ def _unpack(path: Path, opened: Source, split: str, classes: Sequence[str] | Non
         )
         cache.write_json(entry / "index.json", whole._asdict())
 
-    cache.build(path, fill, damaged=os.path.lexists(path))
+    cache.build(path, fill)
     index = _read(path)
     if index is None:
         raise cache.lost(path)
