@@ -10,7 +10,7 @@ part of the parameters, `subset` gives the loss and the tree to pass instead.
 
 import fnmatch
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -241,19 +241,17 @@ def top_eigenvalues(
         space.projected.diagonal()[:kept] = values[best]
 
 
-def _probes(samples: int, size: int, generator: Generator, like: Tensor) -> Callable[[int], Tensor]:
-    """Probe i of `samples`: independent signs, or unit vectors where there is one for each axis."""
-
-    def unit(i: int) -> Tensor:
-        vector = torch.zeros_like(like)
-        vector[i] = 1
-        return vector
-
-    def signs(i: int) -> Tensor:
-        drawn = torch.randint(0, 2, (size,), generator=generator, device=generator.device)
-        return (2 * drawn - 1).to(like)
-
-    return unit if samples >= size else signs
+def _probes(space: _Space, samples: int, generator: Generator) -> Iterator[Tensor]:
+    """At most `samples` vectors: independent signs, or each unit vector where they suffice."""
+    like = space.basis[0]
+    for i in range(min(samples, space.size)):
+        if samples >= space.size:
+            vector = torch.zeros_like(like)
+            vector[i] = 1
+            yield vector
+        else:
+            drawn = torch.randint(0, 2, like.shape, generator=generator, device=generator.device)
+            yield (2 * drawn - 1).to(like)
 
 
 class Trace(NamedTuple):
@@ -273,14 +271,12 @@ def trace(loss: Loss, params: Params, samples: int, generator: Generator) -> Tra
     >>> float(estimate)
     24.0
     """
-    size = tree.size(params)
     schema.check_integer("trace", "samples", samples, 2, "20 is a start.")
     space = _Space(loss, params, 0)
-    probe = _probes(samples, size, generator, space.basis[0])
-    exact = samples >= size
-    vectors = (probe(i) for i in range(size if exact else samples))
+    vectors = _probes(space, samples, generator)
     terms = torch.stack([(z.double() * space.product(z).double()).sum() for z in vectors])
-    terms = terms * size if exact else terms
+    exact = samples >= space.size
+    terms = terms * space.size if exact else terms
     rounding = space.precision * terms.abs().mean()
     spread = terms.new_zeros(()) if exact else terms.std() / samples**0.5
     dtype = space.basis.dtype
@@ -327,16 +323,13 @@ def spectral_density(
             f"got {steps}, {points} and {width}. Leave them out."
         )
     space = _Space(loss, params, min(steps, size))
-    probe = _probes(samples, size, generator, space.basis[0])
-    count = min(samples, size)
     nodes, shares = [], []
-    for i in range(count):
-        start = probe(i)
+    for start in _probes(space, samples, generator):
         space.basis[0] = start / torch.linalg.vector_norm(start)
         filled, _ = space.grow(0, min(steps, size), None)
         values, directions = torch.linalg.eigh(space.projected[:filled, :filled])
         nodes.append(values)
-        shares.append(directions[0].square() / count)
+        shares.append(directions[0].square() / min(samples, size))
     node, share = torch.cat(nodes), torch.cat(shares)
     low, high = float(node.min()), float(node.max())
     # one eigenvalue alone has no range but rounding: a percent of itself, or of 1 where it is zero
