@@ -398,10 +398,11 @@ def _join(args: argparse.Namespace) -> Opened:
     return _open(args, name, asked)
 
 
-def _named(where: "Home", name: str) -> str:
-    if where.directory:
-        return shlex.join(["--out", str(where.directory)])
-    return shlex.join([name, "--storage", where.name])
+def _named(opened: Opened) -> str:
+    """The flags that name a study's home, quoted for a shell."""
+    if opened.where.directory:
+        return shlex.join(["--out", str(opened.where.directory)])
+    return shlex.join([opened.settings.study, "--storage", opened.where.name])
 
 
 def _write(opened: Opened, out: str, arms: "Arms") -> None:
@@ -417,12 +418,11 @@ def _write(opened: Opened, out: str, arms: "Arms") -> None:
             raise ValueError(
                 f"`answer` of {settings.study!r} failed: {code.where(error, settings.named)}. What "
                 "was confirmed is kept; without an answer the report is written by `kart study "
-                f"report {_named(opened.where, settings.study)}`."
+                f"report {_named(opened)}`."
             ) from error
         work.save_answer(arms, told)
     answer = work.stored_answer(arms)
-    where = _named(opened.where, settings.study)
-    paths = report.write(report.View(arms, settings, where, Path(out), answer))
+    paths = report.write(report.View(arms, settings, _named(opened), Path(out), answer))
     print("\n".join(report.lines(arms, settings)))
     if answer is not None:
         print(answer)
@@ -492,8 +492,7 @@ def _work(args: argparse.Namespace) -> int:
     opened = _join(args)
     _check_data(args, opened)
     if _search(args, opened, _elsewhere(args)):
-        where = _named(opened.where, opened.settings.study)
-        print(f"finished; write the report with: kart study report {where}")
+        print(f"finished; write the report with: kart study report {_named(opened)}")
     return 0
 
 
