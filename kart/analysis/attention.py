@@ -824,14 +824,14 @@ def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:
             for b, share in zip(blocks, shares, strict=True)
             for h, s in enumerate(share.tolist())
         ]
-    count, own = len(looks[0].pixels), context.splits.val.labels
+    count = len(looks[0].pixels)
     caption = (
         "Share of the attention weights that is the same for all images, %, head by head: the "
         f"squared norm of their mean over {count} images, over the mean of their squared norms. "
         "100 would be attention that ignores the image."
     )
     told = (
-        f"{_row(context)} of the last block over the first {min(context.shown, len(own))} "
+        f"{_row(context)} of the last block over the first {context.available(context.shown)} "
         f"validation images, {context.first_seeds}; negative weights count as none, and "
         "every map is scaled to its own maximum. Region: the fewest patches that hold half of the "
         "weight of the head with the most."

@@ -431,18 +431,19 @@ def plot(densities: Mapping[str, Density], label: str = "eigenvalue of the Hessi
 # --- the section ----------------------------------------------------------------------------------
 
 
-def _loss(context: Context, member: Member) -> tuple[Loss, int]:
-    """The mean loss over a quarter of the images that losses are taken on, as a product costs
-    several gradients, and how many they are.
-    """
+def _few(context: Context) -> int:
+    """A quarter of the images that losses are taken on: a product costs several gradients."""
+    return max(2, context.examples // 4)
+
+
+def _loss(context: Context, member: Member) -> Loss:
     losses = context.losses(context.model(member.config))
-    images, labels = context.images(member.config, max(2, context.examples // 4))
-    return lambda params: losses(params, images, labels).mean(), len(labels)
+    images, labels = context.images(member.config, _few(context))
+    return lambda params: losses(params, images, labels).mean()
 
 
 def _curvature(context: Context, member: Member, pattern: str) -> dict[str, Tensor]:
-    loss, count = _loss(context, member)
-    part, some = subset(loss, member.params, pattern)
+    part, some = subset(_loss(context, member), member.params, pattern)
     size = tree.size(some)
     context.holds(f"24 vectors of the {size:,} weights of {member.name}", 4 * 24 * size / 2**20)
 
@@ -453,6 +454,7 @@ def _curvature(context: Context, member: Member, pattern: str) -> dict[str, Tens
         found = trace(part, some, SAMPLES, draws)
         return {"top": top, "trace": found.estimate, "trace_error": found.error}
 
+    count = context.available(_few(context))
     what = f"{pattern} largest images={count} samples={SAMPLES}"
     found = context.kept(what, member, compute)
     return {**found, "mean": found["trace"] / size}
@@ -480,11 +482,10 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
         return found
 
     def density() -> dict[str, Tensor]:
-        loss, _ = _loss(context, member)
-        draws = context.generator("density", member.seed)
+        loss, draws = _loss(context, member), context.generator("density", member.seed)
         return dict(spectral_density(loss, member.params, 1, draws, steps=STEPS)._asdict())
 
-    what = f"density images={max(2, context.examples // 4)} steps={STEPS}"
+    what = f"density images={_few(context)} steps={STEPS}"
     return found | context.kept(what, member, density)
 
 
@@ -493,8 +494,7 @@ def section(context: Context) -> pages.Section:
     found = scalars(context, measure)
     first = {one.name: measure(context, Member(one, 0)) for one in context.results}
     densities = {name: Density(own["grid"], own["density"]) for name, own in first.items()}
-    _, count = _loss(context, next(context.members()))
-    noise = len(context.images(context.results[0].configs[0], context.examples)[1])
+    count, noise = context.available(_few(context)), context.available(context.examples)
     columns = [
         Column("top", "largest eigenvalue", 1),
         Column("trace", "trace", 0),

@@ -690,7 +690,7 @@ def _dropped(
             pages.Number(result.name, f"top1_pruned_{t:g}", float(x), "", result.configs[0].seed)
             for t, x in zip((0.0, *THRESHOLDS), own["top1"], strict=True)
         ]
-    count = len(context.images(learned[0].configs[0], context.examples)[1])
+    count = context.available(context.examples)
     caption = (
         f"Top-1 % on {count} validation images without the terms (harmonics, coefficients) below a "
         "share of the largest of their head, in brackets how many % of the terms are left; the "

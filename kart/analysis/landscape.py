@@ -582,7 +582,7 @@ def section(context: Context) -> pages.Section:
     found = scalars(context, measure)
     first = {one.name: measure(context, Member(one, 0)) for one in context.results}
     reach = float(next(iter(first.values()))["path_axes"].max())
-    count = len(context.images(context.results[0].configs[0], context.examples)[1])
+    count = context.available(context.examples)
 
     def of(key: str) -> dict[str, Tensor]:
         return {name: own[key] for name, own in first.items()}

@@ -672,7 +672,7 @@ def _points(measure: str, header: str) -> Column:
 
 
 def _costs(context: Context, found: Measured) -> Part:
-    count = min(8 * context.examples, len(context.splits.val.labels))
+    count = context.available(8 * context.examples)
     few = context.few(context.models[0])
     names = dict(zip(KINDS, ("its mean matrix", "constants", "affine", "exp"), strict=True))
     columns = [percent("top1", "top-1 %")]

@@ -239,6 +239,10 @@ class Context:
         pixels, labels = first_images(split, count)
         return train.prepare(pixels, split, config), labels
 
+    def available(self, count: int) -> int:
+        """How many validation images `images` gives where `count` are asked for."""
+        return min(count, len(self.splits.val.labels))
+
     def losses(self, model: Model) -> Callable[..., Tensor]:
         """The loss of each example, `(params, images, labels) -> (n,)`, in nats."""
         # rows of it, since `one_hot` reads values, which `vmap` refuses
