@@ -14,6 +14,7 @@ what a matrix of low rank takes more where a mask needs it whole.
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -280,20 +281,30 @@ def streamed_flops(op: Operator, heads: int, tokens: int, width: int) -> int:
     return heads * (streamed + (2 * square * width if op.options["base"] else 0))
 
 
-def kept_bytes(call: Callable[[], Any], beside: Any = ()) -> int:
-    """Bytes of distinct storages that `call` saves for its backward, those of the tensors in
-    `beside`, as of parameters, left out.
-    """
-    storages: dict[int, int] = {}
+class _Saved:
+    """A tensor that a graph keeps, for as long as it does."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor.detach()  # a result that is kept would keep its own graph
+
+
+def kept_bytes(call: Callable[[], Any], beside: Any = ()) -> int:
+    """Bytes of distinct storages that `call` saves for the backward of what it gives, those of the
+    tensors in `beside`, as of parameters, left out.
+    """
+    alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        alive.add(saved)
+        return saved
 
     call()  # the first may build an engine and check it, which saves tensors of its own
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held = call()  # held, so that no storage is freed and its address used again
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        held = call()
+    # what is saved for a part that the result does not depend on is gone by now
+    found = [saved.tensor.untyped_storage() for saved in alive]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in found}
     del held
     for tensor in tree.leaves(beside):
         storages.pop(tensor.untyped_storage().data_ptr(), None)
