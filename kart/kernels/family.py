@@ -65,7 +65,7 @@ class Product(NamedTuple):
 
 # families live as long as a caller, an autograd graph or `_pinned` holds them
 _families: "weakref.WeakValueDictionary[str, Family]" = weakref.WeakValueDictionary()
-# those of recorded graphs, which know them by name only
+# those of recorded graphs, which know them by name only, and those that were compiled
 _pinned: set[Family] = set()
 # names of functions that declare none
 _names: "weakref.WeakKeyDictionary[Callable, str]" = weakref.WeakKeyDictionary()
