@@ -8,7 +8,7 @@ import json
 import sys
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,13 @@ class Family:
     def base(self) -> str:
         """The base activation that `pieces` do not include."""
         return getattr(self.pieces, "base", "zero")
+
+    def stacked(self, units: Mapping[str, Tensor]) -> Tensor:
+        """The leaves of units `(B or 1, ...)`, as `pieces` have them: vmap may have given some of
+        them a copy for each sample.
+        """
+        size = max(leaf.shape[0] for leaf in units.values())
+        return self.pieces.leaves({n: x.expand(size, *x.shape[1:]) for n, x in units.items()})
 
 
 class Product(NamedTuple):
