@@ -57,8 +57,7 @@ def convit(operator: Choice = "softmax", **fields: Any) -> Model:
             "them. Leave it out."
         )
     config, operators = choose("convit", operator, config, fields)
-    size, heads = config.embed_dim, config.num_heads
-    side = config.image_size // config.patch_size
+    size, heads, side = config.embed_dim, config.num_heads, config.side
 
     def site(i: int) -> Site:
         shared = f"operator.{'gated' if i < gated else 'plain'}"
