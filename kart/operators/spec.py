@@ -352,22 +352,20 @@ def checked(head: Head, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def make(head: Head, options: Mapping[str, Any]) -> Operator:
     """The operator of a head with its checked options."""
-    if head.units is None:
-        given = {**head.numbers, **options}
+
+    def made(factory: Callable[..., Any], given: Mapping[str, Any]) -> Any:
         if head.source is not None:
-            return call_own(head.text, head.source, head.factory, given)
-        return head.factory(**given)
+            return call_own(head.text, head.source, factory, given)
+        return factory(**given)
+
+    if head.units is None:
+        return made(head.factory, {**head.numbers, **options})
     own = parameters(head.factory)
     outer = {name: value for name, value in options.items() if name in own}
     inner = {name: value for name, value in options.items() if name not in own}
     if "unit_base" in inner:
         inner["base"] = inner.pop("unit_base")
-    given = {**head.numbers, **inner}
-    if head.source is not None:
-        basis = call_own(head.text, head.source, head.units, given)
-    else:
-        basis = head.units(**given)
-    return head.factory(basis, **outer)
+    return head.factory(made(head.units, {**head.numbers, **inner}), **outer)
 
 
 def split(
