@@ -442,6 +442,7 @@ def test_leading_axes_broadcast(lead_q, lead_k, lead_c, engine, dtype):
     compare(basis, engine, dtype, q, k, coefs)
     lead = torch.broadcast_shapes(lead_q, lead_k, lead_c)
     compare(basis, engine, dtype, q, k, coefs, draw(*lead, 1, 1, 4) < 1.0)
+    compare(basis, engine, dtype, q, k, coefs, draw(4) < 1.0)
 
 
 @pytest.mark.parametrize("engine,dtype", ENGINES, ids=[engine for engine, _ in ENGINES])
