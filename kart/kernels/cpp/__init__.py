@@ -296,14 +296,12 @@ def engine_of(family: Family, softmax: bool) -> tuple[Engine | None, str]:
     if reason:
         return None, reason
     pin(family)
-
-    def make(library: ctypes.CDLL) -> Engine:
-        engine = Engine(library, family.pieces.cpp.options)
-        _check(engine, family, softmax)
-        return engine
-
-    label = re.sub(r"[^\w]+", "-", family.basis.family)
-    return build.checked(label, source(family, softmax), make)
+    return build.checked(
+        re.sub(r"[^\w]+", "-", family.basis.family),
+        source(family, softmax),
+        functools.partial(Engine, options=family.pieces.cpp.options),
+        functools.partial(_check, family=family, softmax=softmax),
+    )
 
 
 def status() -> str:

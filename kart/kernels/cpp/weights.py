@@ -6,6 +6,7 @@ anything fails the reason is logged once and torch runs instead.
 """
 
 import ctypes
+import functools
 import itertools
 import re
 from typing import Any, NamedTuple
@@ -267,14 +268,12 @@ def engine_of(family: Family | None, form: str, matrix: bool) -> tuple[Engine | 
             return None, reason
         pin(family)
         options, name = family.pieces.cpp.options, family.name
-
-    def make(library: ctypes.CDLL) -> Engine:
-        engine = Engine(library, options)
-        _check(engine, family, form, matrix)
-        return engine
-
-    label = re.sub(r"[^\w]+", "-", name.partition("?")[0].partition(":")[2] or name) + "-" + form
-    return build.checked(label, source(family, form, matrix), make)
+    return build.checked(
+        re.sub(r"[^\w]+", "-", name.partition("?")[0].partition(":")[2] or name) + "-" + form,
+        source(family, form, matrix),
+        functools.partial(Engine, options=options),
+        functools.partial(_check, family=family, form=form, matrix=matrix),
+    )
 
 
 def refuses(x: Weighted) -> str:
