@@ -67,20 +67,10 @@ def convit(operator: Choice = "softmax", **fields: Any) -> Model:
     sites = [site(i) for i in range(config.depth)]
 
     def init(generator: Generator) -> Params:
-        patch, hidden = config.patch_size, int(size * config.mlp_ratio)
         gated_init = functools.partial(gated_attention_init, heads=heads, locality=config.locality)
         plain_init = functools.partial(blocks.attention_init, bias=False)
-        params: Params = {
-            **blocks.embed_init(generator, config.in_channels, patch, size, side * side),
-            "blocks": {
-                str(i): blocks.block_init(
-                    generator, size, hidden, gated_init if i < gated else plain_init
-                )
-                for i in range(config.depth)
-            },
-            "norm": layers.layer_norm_init(size),
-            "head": layers.linear_init(generator, size, config.num_classes),
-        }
+        attns = [gated_init] * gated + [plain_init] * (config.depth - gated)
+        params = blocks.classifier_init(generator, config, side * side, attns)
         return add_operators(generator, sites, params)
 
     def forward(params: Params, images: Tensor, look: dict[str, Tensor] | None) -> Tensor:
