@@ -24,6 +24,8 @@ from kart.bases import DRAWN
 from kart.factories import remember
 from kart.models import blocks, checks, work
 from kart.models.model import Choice, Columnar, Family, Model, Params, Site, add_operators, choose
+from kart.operators.comparators import neighbours, squared_offsets
+from kart.operators.resize import Lattice
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,8 @@ def gated_attention_init(generator: Generator, size: int, heads: int, locality: 
         "pos_proj": layers.linear_init(generator, 3, heads),
         "gating_param": torch.ones(heads, **DRAWN),
     }
-    kernel = math.isqrt(heads)
-    offset = torch.arange(kernel, **DRAWN) - (kernel - 1) / 2
-    # down first, as timm counts the heads
-    down, right = offset.repeat(kernel), offset.repeat_interleave(kernel)
-    nearest = torch.stack([2 * right, 2 * down, -torch.ones_like(right)], dim=-1)
-    drawn = params["pos_proj"]["weight"]
-    params["pos_proj"]["weight"] = locality * torch.cat([nearest, drawn[kernel**2 :]])
+    nearest, drawn = neighbours(heads), params["pos_proj"]["weight"]
+    params["pos_proj"]["weight"] = locality * torch.cat([nearest, drawn[len(nearest) :]])
     return params
 
 
@@ -128,10 +125,7 @@ def positions(params: Params, side: int) -> Tensor:
     """Attention weights of the positions alone, `(H, N, N)` for a grid of N = side^2 patches: the
     softmax of a learned function of the offset (x, y) to the key and its squared length.
     """
-    weight = params["pos_proj"]["weight"]
-    place = torch.arange(side, dtype=weight.dtype, device=weight.device)
-    right, down = (x - x[:, None] for x in (place.repeat(side), place.repeat_interleave(side)))
-    offsets = torch.stack([right, down, right**2 + down**2], dim=-1)  # (N, N, 3)
+    offsets = squared_offsets(Lattice(0, side, side), params["pos_proj"]["weight"])
     return layers.linear(params["pos_proj"], offsets).movedim(-1, 0).softmax(-1)
 
 
