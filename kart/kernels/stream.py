@@ -130,12 +130,6 @@ def contract_values(
     return y.reshape(*lead, *y.shape[-2:])
 
 
-def _queries(numbers: int, rows: int) -> int:
-    """Queries whose `numbers` each are held at a time."""
-    # a graph that is exported has any number of samples
-    return rows if torch.compiler.is_exporting() else max(1, CHUNK // max(1, numbers))
-
-
 def _step(v: Tensor, coefs: Tensor) -> int:
     """Samples whose C V are held at a time."""
     return max(1, VALUES // (v.shape[-1] * coefs.shape[3:].numel() * v.shape[1]))
@@ -383,7 +377,8 @@ def by_queries(
     count, keys = split[0].shape[-2], next(x for x in whole if x is not None).shape[-2]
     named = {f"argument {i}": x for i, x in enumerate((*rows, *whole, mask))}
     each = math.prod(broadcast_leading("by_queries", **named)) * keys * numbers
-    step = _queries(each, count)
+    # a graph that is exported has any number of samples
+    step = count if torch.compiler.is_exporting() else max(1, CHUNK // max(1, each))
 
     def parts(x: Tensor | None, cut: bool) -> Sequence[Tensor | None]:
         return x.split(step, -2) if x is not None and cut else [x] * -(-count // step)

@@ -137,11 +137,6 @@ def _span(s: Subject) -> tuple[float, float]:
     return s.options["span"]
 
 
-def _on_span(s: Subject, t: Tensor) -> Tensor:
-    low, high = _span(s)
-    return (low + high) / 2 + t * (high - low) / 2
-
-
 def chebyshev_cosine(s: Subject, angles: list[float]) -> None:
     """T_k(cos u) = cos k u on the span mapped to [-1, 1].
 
@@ -149,9 +144,11 @@ def chebyshev_cosine(s: Subject, angles: list[float]) -> None:
     """
     u = torch.tensor(angles, dtype=DOUBLE)
     k = torch.arange(s.basis.size, dtype=DOUBLE)
+    low, high = _span(s)
+    x = (low + high) / 2 + u.cos() * (high - low) / 2
     limit = unit(DOUBLE) * (1 + k * k) * s.reach
     wanted = (k * u[..., None]).cos()
-    agree(s.basis.expand(_on_span(s, u.cos())), wanted, limit.expand(wanted.shape), "T_k", "cos ku")
+    agree(s.basis.expand(x), wanted, limit.expand(wanted.shape), "T_k", "cos ku")
 
 
 def held_outside(s: Subject, beyond: float) -> None:
