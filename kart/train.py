@@ -797,7 +797,6 @@ def loop(
     run: Run,
     state: State | None = None,
     *,
-    log_every: int = 0,
     donate: bool = False,
     on_step: Callable[[State, Metrics], None] | None = None,
 ) -> Iterator[tuple[State, Record]]:
@@ -805,10 +804,9 @@ def loop(
 
     Yields `(state, record)`; a record has `epoch` (from 1), `step`, `train_loss`, `val_top1`,
     `val_top5`, `val_loss`, `learning_rate`, `grad_norm`, `diverged` (the step, or -1) and
-    `seconds`; values are lists, one entry a member, for a population. With `log_every`, also a
-    record without the `val_` entries every so many steps. The result does not depend on where it
-    was resumed. With `donate` the tensors of a state are written over by later steps, `state`
-    itself included: the same result in less memory, for callers that keep no state.
+    `seconds`; values are lists, one entry a member, for a population. The result does not depend on
+    where it was resumed. With `donate` the tensors of a state are written over by later steps,
+    `state` itself included: the same result in less memory, for callers that keep no state.
 
     Raises Diverged when no member is left whose loss and gradients are finite.
     """
@@ -851,24 +849,21 @@ def loop(
             bad = state.bad_step >= 0
             if bool(bad.all()):
                 raise run.diagnose(state, 0)
-        logs = log_every and (step + 1) % log_every == 0
-        if not (last_of_epoch or logs):
+        if not last_of_epoch:
             continue
-        done = (step % run.steps_per_epoch) + 1
         now = torch.tensor(step, device=config.device)
         peaks = run.hyper.learning_rate
         record: Record = {
             "epoch": step // run.steps_per_epoch + 1,
             "step": step + 1,
-            "train_loss": (state.loss_sum / done).tolist(),
+            "train_loss": (state.loss_sum / run.steps_per_epoch).tolist(),
             "grad_norm": metrics.grad_norm.tolist(),
             "learning_rate": (vmap(rate) if peaks.dim() else rate)(peaks).tolist(),
             "diverged": state.bad_step.tolist(),
         }
-        if last_of_epoch:
-            scores = run.evaluate(weights_for_evaluation(state))
-            record |= {f"val_{name}": value.tolist() for name, value in scores.items()}
-            state = state._replace(loss_sum=torch.zeros_like(state.loss_sum))
+        scores = run.evaluate(weights_for_evaluation(state))
+        record |= {f"val_{name}": value.tolist() for name, value in scores.items()}
+        state = state._replace(loss_sum=torch.zeros_like(state.loss_sum))
         record["seconds"] = round(time.perf_counter() - started, 3)
         yield state, record
 
