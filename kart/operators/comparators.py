@@ -264,7 +264,6 @@ def synthesizer(
         resize=resize,
         options={"width": width, "normalise": normalise, "base": base},
         traits={
-            "width": width,
             "softmax_start": from_softmax,
             "product_flops": product_flops,
             "activation_flops": lambda tokens, unit: each * tokens**2,
