@@ -10,7 +10,6 @@ of (seed, t). So a run is determined by its config, and resuming needs the state
 import dataclasses
 import fnmatch
 import functools
-import hashlib
 import json
 import math
 import time
@@ -167,8 +166,7 @@ class Config:
     @property
     def hash(self) -> str:
         """Twelve hex digits that name the config, the same on every machine."""
-        text = json.dumps(self.asdict(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return schema.digest(self.asdict())[:12]
 
     @property
     def held(self) -> tuple[str, ...]:
