@@ -74,9 +74,15 @@ class Engine:
         self.library = library
         self.options = floats(options)
 
-    def _call(self, function: Callable[..., int], product: Product, *tensors: Any) -> None:
+    def _call(
+        self,
+        function: Callable[..., int],
+        product: Product,
+        inputs: Sequence[Tensor],
+        soft: tuple[_Soft, int] | None,
+        results: Sequence[Any],
+    ) -> None:
         _, q, k, coefs, mask, scale = product
-        *inputs, soft, results = tensors
         if mask is not None:
             mask = mask.expand(*q.shape[:3], k.shape[2])
         value_width = 0 if soft is None else soft[1]
@@ -107,7 +113,7 @@ class Engine:
             held = {"v": array_of(soft.v), "result": array_of(out)}
             extra = _Soft(**held, logsumexp=logsumexp.data_ptr()), soft.v.shape[3]
         if found[0].numel():
-            self._call(self.library.kart_forward, product, extra, [address_of(found[0])])
+            self._call(self.library.kart_forward, product, [], extra, [address_of(found[0])])
         return tuple(found)
 
     def backward(
@@ -128,9 +134,8 @@ class Engine:
         if not dy.numel():
             return tuple(x.zero_() for x in gradients)
         rooms = (ctypes.byref(array_of(x)) for x in gradients[:2])
-        self._call(
-            self.library.kart_backward, product, dy, extra, [*rooms, address_of(gradients[2])]
-        )
+        results = [*rooms, address_of(gradients[2])]
+        self._call(self.library.kart_backward, product, [dy], extra, results)
         return tuple(gradients)
 
 
