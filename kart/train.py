@@ -393,12 +393,10 @@ def value_and_gradients(loss: Callable[..., Tensor]) -> Callable[..., tuple[Para
             leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
             value = loss(leaves, *rest)
             # an unused parameter has a gradient of zeros, as under torch.func
-            found = iter(
-                torch.autograd.grad(
-                    value, tree.leaves(leaves), allow_unused=True, materialize_grads=True
-                )
+            found = torch.autograd.grad(
+                value, tree.leaves(leaves), allow_unused=True, materialize_grads=True
             )
-        return tree.map(lambda leaf: next(found), params), value.detach()
+        return tree.with_leaves(params, found), value.detach()
 
     return run
 

@@ -40,10 +40,8 @@ def eager_vjp(f: Callable[..., Tensor], *primals: Any) -> tuple[Tensor, Callable
     def pullback(cotangent: Tensor) -> Any:
         if not y.requires_grad:
             return tree.map(torch.zeros_like, primals)
-        found = iter(
-            torch.autograd.grad(y, flat, cotangent, allow_unused=True, materialize_grads=True)
-        )
-        return tree.map(lambda t: next(found), primals)
+        found = torch.autograd.grad(y, flat, cotangent, allow_unused=True, materialize_grads=True)
+        return tree.with_leaves(primals, found)
 
     return f(*primals), pullback
 
