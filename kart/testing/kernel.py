@@ -98,6 +98,11 @@ def _loss(f: Callable[..., Any]) -> Callable[..., Tensor]:
     return lambda *floats: tree.ravel(f(*floats)).sin().sum()
 
 
+def _gradient(f: Callable[..., Any]) -> Callable[..., Any]:
+    """The gradient of a loss of `f` in all its arguments."""
+    return lambda *floats: grad(_loss(f), tuple(range(len(floats))))(*floats)
+
+
 def _exactly(
     f: Callable[..., Any], floats: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -138,11 +143,7 @@ def gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) 
 
     The hand-written backward is wrong, although the forward is right.
     """
-
-    def transform(f: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *x: grad(_loss(f), tuple(range(len(x))))(*x)
-
-    _compare(s, seed, sizes, dtype, transform, "the gradient")
+    _compare(s, seed, sizes, dtype, _gradient, "the gradient")
 
 
 def eager_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
@@ -156,8 +157,7 @@ def eager_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.d
     floats, loss = case.floats, _loss(case.fast)
     leaves = [x.clone().requires_grad_() for x in floats]
     got = tree.ravel(torch.autograd.grad(loss(*leaves), leaves))
-    slope = grad(_loss(case.plain), tuple(range(len(floats))))
-    exact, limit = _exactly(slope, floats, dtype)
+    exact, limit = _exactly(_gradient(case.plain), floats, dtype)
     agree(got, exact, limit, "the eager gradient", "that of plain")
     each = []
     for i, x in enumerate(floats):
@@ -236,10 +236,9 @@ def per_example_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: t
     The backward has no rule for batches, or sums over the examples it should keep apart.
     """
     case = s.drawn(seed, sizes, dtype)
-    places = tuple(range(len(case.floats)))
     stacked = tuple(torch.stack([x, x * 0.5, -x]) for x in case.floats)
-    got = tree.ravel(vmap(grad(_loss(case.fast), places))(*stacked))
-    plain = grad(_loss(case.plain), places)
+    got = tree.ravel(vmap(_gradient(case.fast))(*stacked))
+    plain = _gradient(case.plain)
 
     def loop(*x: Tensor) -> Any:
         return tree.stack([plain(*(y[m] for y in x)) for m in range(3)])
@@ -267,7 +266,7 @@ def second_derivative(s: Subject, seed: int, sizes: dict[str, int], dtype: torch
     """
 
     def transform(f: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *x: jvp(grad(_loss(f), tuple(range(len(x)))), x, _like(x, seed))[1]
+        return lambda *x: jvp(_gradient(f), x, _like(x, seed))[1]
 
     _compare(s, seed, sizes, dtype, transform, "the Hessian-vector product", 4.0)
 
@@ -321,7 +320,7 @@ def inputs_untouched(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.
     kept = {str(i): x for i, x in enumerate(case.arguments) if isinstance(x, Tensor)}
     with laws.world_untouched(), laws.untouched(argument=kept):
         first = tree.ravel(s.fast(*case.arguments))
-        grad(_loss(case.fast), tuple(range(len(case.floats))))(*case.floats)
+        _gradient(case.fast)(*case.floats)
         again = tree.ravel(s.fast(*case.arguments))
     same(again, first, "fast asked again", "fast")
     with torch.no_grad():
