@@ -142,7 +142,7 @@ def gated_attention(
     unless `mixed`.
     """
     q, k = blocks.split_heads(layers.linear(params["qk"], x), heads, parts=2)
-    (v,) = blocks.split_heads(layers.linear(params["v"], x), heads, parts=1)
+    v = layers.split_heads(layers.linear(params["v"], x), heads)
     out = attend(q, k, v)
     if mixed:
         out = mix(params, out, positions(params, side).to(v.dtype) @ v)
