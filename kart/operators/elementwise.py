@@ -20,13 +20,7 @@ from kart.kernels.arguments import broadcast_leading
 from kart.kernels.entries import ENGINES
 from kart.kernels.plain import softmax_rows, weigh, wide
 from kart.operators import static
-from kart.operators.contract import (
-    Operator,
-    attended_keys,
-    check_basis,
-    from_forms,
-    two_axes,
-)
+from kart.operators.contract import Operator, attended_keys, check_basis, from_forms, two_axes
 from kart.operators.resize import amplitudes, check_amplitude
 
 NORMALISATIONS = ("count", "l1", "softmax")

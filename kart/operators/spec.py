@@ -336,9 +336,7 @@ def checked(head: Head, given: Mapping[str, Any]) -> dict[str, Any]:
             what = head.family or (head.text if head.source else head.factory.__name__)
             takes = f"it takes {', '.join(known)}" if known else "it takes no options"
             raise refusal(
-                head.text,
-                f"{name!r} has no effect on {what}: {takes}",
-                schema.near(name, known),
+                head.text, f"{name!r} has no effect on {what}: {takes}", schema.near(name, known)
             )
         if name in options:
             raise refusal(head.text, f"option {name!r} is given twice")
