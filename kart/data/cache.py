@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kart import schema
 from kart.data.dataset import Converted, Unused
 
 _BLOCK = 2**24
@@ -64,7 +65,7 @@ def directory(cache: str | Path | None) -> Path:
 def place(base: Path, name: str, role: str, key: list) -> Path:
     """The directory of an entry: `name` is for readers, `role` and `key` make it another one."""
     stem = re.sub(r"[^\w.-]+", "-", name).encode()[:80].decode(errors="ignore")
-    return base / f"{stem}-{role}-{_digest(key)[:20]}"
+    return base / f"{stem}-{role}-{schema.digest(key)[:20]}"
 
 
 def lost(path: Path) -> ValueError:
@@ -94,7 +95,7 @@ def read_json(path: Path, name: str) -> Any:
         )
     try:
         note = json.loads((path / name).read_text())
-        return note["content"] if note["sha256"] == _digest(note["content"]) else None
+        return note["content"] if note["sha256"] == schema.digest(note["content"]) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -198,7 +199,7 @@ def write_manifest(entry: Path, manifest: Manifest) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes `content` with its hash, the last file of an entry."""
     with path.open("w") as out:
-        json.dump({"content": content, "sha256": _digest(content)}, out)
+        json.dump({"content": content, "sha256": schema.digest(content)}, out)
         _sync(out)
     _sync_directory(path.parent)
 
@@ -271,10 +272,6 @@ def _blocks(path: Path) -> tuple[str, ...]:
         while block := file.read(_BLOCK):
             found.append(hashlib.sha256(block).hexdigest())
     return tuple(found)
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _manifest(content: dict[str, Any]) -> Manifest:

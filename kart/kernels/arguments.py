@@ -60,11 +60,7 @@ def check(
 
 
 def check_mask(
-    function: str,
-    mask: Tensor | None,
-    queries: int,
-    keys: int,
-    device: torch.device | None = None,
+    function: str, mask: Tensor | None, queries: int, keys: int, device: torch.device | None = None
 ) -> None:
     """Raises ValueError unless the mask is boolean and broadcasts to (..., queries, keys), on the
     `device` where one is given.

@@ -123,10 +123,6 @@ def _pass_backward(scale, gradients, inputs, results):
     return *found, compiled.as_matrix(packed, *inputs[3].shape[2:])
 
 
-def _beside_expression(scale, q, k, v, table):
-    return (plain.softmax_attention(q, k, v, None, scale, table),)
-
-
 def _beside(scale: float, one_pass: bool) -> fused.Fused:
     """`softmax(scale q k^T) v + table v`, `table (B or 1, H, N, M)`, the others of four axes.
 
@@ -136,7 +132,7 @@ def _beside(scale: float, one_pass: bool) -> fused.Fused:
     return fused.Fused(
         partial(_pass_forward if one_pass else _beside_forward, scale),
         partial(_pass_backward if one_pass else _beside_backward, scale),
-        partial(_beside_expression, scale),
+        lambda q, k, v, table: (plain.softmax_attention(q, k, v, None, scale, table),),
         count=1,
         learned=(0, 1, 2, 3),
         shared=(3,),
