@@ -199,8 +199,11 @@ def from_timm(
         if donor is not None and (donor.is_meta or not donor.is_floating_point()):
             unread.append(f"{name} ({'no data' if donor.is_meta else donor.dtype})")
             continue
-        if donor is not None and donor.shape != leaf.shape and name == "pos_embed" and resize:
-            donor = _resized(donor, leaf, model.config)
+        if donor is not None and donor.shape != leaf.shape and name == "pos_embed":
+            moved = _resized(donor, leaf, model.config)
+            if not resize and moved is not donor:
+                hints.append("Pass resize=True to resize the positions.")
+            donor = moved if resize else donor
         if donor is not None and donor.shape == leaf.shape:
             taken[name] = donor.detach().to(leaf.device, leaf.dtype, copy=True)
         elif donor is None and _operator(name) not in given or _is_head(name) and not strict_head:
@@ -209,26 +212,17 @@ def from_timm(
             missing.append(name)
         else:
             wrong.append(f"{name} {tuple(donor.shape)} for {tuple(leaf.shape)}")
-            if (
-                name == "pos_embed"
-                and not resize
-                and _resized(donor, leaf, model.config) is not donor
-            ):
-                hints.append("Pass resize=True to resize the positions.")
         if _is_head(name) and name not in taken:
             hints.append("Pass strict_head=False to start the classifier anew.")
     unexpected = [n for n in donors if n not in own and (strict_head or not _is_head(n))]
-    problems = [
-        f"{kind} {_some(names)}"
-        for kind, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", wrong),
-            ("that are no floating-point numbers", unread),
-        )
-        if names
-    ]
-    if problems:
+    problems = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": wrong,
+        "that are no floating-point numbers": unread,
+    }
+    found = [f"{kind} {_some(names)}" for kind, names in problems.items() if names]
+    if found:
         if all(map(_operator, (*missing, *unexpected, *(told.split()[0] for told in wrong)))):
             hints.append(OTHER_OPERATORS)
         advice = " ".join(dict.fromkeys(hints)) or (
@@ -236,7 +230,7 @@ def from_timm(
             "and remove what the model has no place for."
         )
         raise ValueError(
-            f"`from_timm` needs a donor that fits the model, got leaves {'; '.join(problems)}. "
+            f"`from_timm` needs a donor that fits the model, got leaves {'; '.join(found)}. "
             f"{advice}"
         )
     return tree.map_named(lambda name, _: taken[name], params)

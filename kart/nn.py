@@ -142,11 +142,11 @@ def linear(
     dtype: torch.dtype | None = None,
 ) -> torch.nn.Linear:
     """A `torch.nn.Linear` with weights of `layers.linear_init`, drawn from `generator`."""
-    drawn = layers.linear_init(generator, in_size, out_size)
+    drawn = layers.linear_init(generator, in_size, out_size, bias)
     # on the meta device torch's own initialisation draws nothing
     made = torch.nn.Linear(in_size, out_size, bias=bias, device="meta")
-    for name in ("weight", "bias") if bias else ("weight",):
-        setattr(made, name, torch.nn.Parameter(drawn[name].to(**placed(device, dtype))))
+    for name, leaf in drawn.items():
+        setattr(made, name, torch.nn.Parameter(leaf.to(**placed(device, dtype))))
     return made
 
 

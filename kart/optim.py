@@ -106,12 +106,9 @@ def _check_rate(function: str, name: str, value: float | Tensor) -> None:
         _check(function, name, value, ok, "as a finite number >= 0")
 
 
-def _device(params: Params) -> torch.device:
-    return next((leaf.device for leaf in tree.leaves(params)), torch.device("cpu"))
-
-
 def _counter(params: Params) -> Tensor:
-    return torch.zeros((), dtype=torch.int64, device=_device(params))
+    device = next((leaf.device for leaf in tree.leaves(params)), torch.device("cpu"))
+    return torch.zeros((), dtype=torch.int64, device=device)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -1,6 +1,7 @@
 """Values from files and callers: whether they are of annotated types, and JSON that all read."""
 
 import difflib
+import hashlib
 import json
 import math
 import types
@@ -70,6 +71,11 @@ def dumps(value: Any, indent: int | None = None) -> str:
     '{"loss": [0.5, null]}'
     """
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of `value` as JSON with sorted keys, in hex digits: the same on every machine."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _finite(value: Any) -> Any:

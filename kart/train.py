@@ -10,7 +10,6 @@ of (seed, t). So a run is determined by its config, and resuming needs the state
 import dataclasses
 import fnmatch
 import functools
-import hashlib
 import json
 import math
 import time
@@ -165,8 +164,7 @@ class Config:
     @property
     def hash(self) -> str:
         """Twelve hex digits that name the config, the same on every machine."""
-        text = json.dumps(self.asdict(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return schema.digest(self.asdict())[:12]
 
     @property
     def held(self) -> tuple[str, ...]:
@@ -393,12 +391,10 @@ def value_and_gradients(loss: Callable[..., Tensor]) -> Callable[..., tuple[Para
             leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
             value = loss(leaves, *rest)
             # an unused parameter has a gradient of zeros, as under torch.func
-            found = iter(
-                torch.autograd.grad(
-                    value, tree.leaves(leaves), allow_unused=True, materialize_grads=True
-                )
+            found = torch.autograd.grad(
+                value, tree.leaves(leaves), allow_unused=True, materialize_grads=True
             )
-        return tree.map(lambda leaf: next(found), params), value.detach()
+        return tree.with_leaves(params, found), value.detach()
 
     return run
 
@@ -533,6 +529,16 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
             return found
         return tree.map(lambda x: x / ranks.size, ranks.total(found))
 
+    def count(state: State, value: Tensor, norm: Tensor) -> tuple[State, Tensor]:
+        """`state` with its counters after a step, and whether the step is finite and none before it
+        was not: else it changes nothing, so that the state stays the last good one without asking
+        the device after every step.
+        """
+        fine = value.isfinite() & norm.isfinite() & (state.bad_step < 0)
+        bad_step = torch.where(fine | (state.bad_step >= 0), state.bad_step, state.step)
+        loss_sum = state.loss_sum + value.detach()
+        return state._replace(step=state.step + 1, bad_step=bad_step, loss_sum=loss_sum), fine
+
     def step(state: State, hyper: Hyper, images: Tensor, targets: Tensor) -> tuple[State, Metrics]:
         grads, value = gradients(state, images, targets)
         optimizer = optim.chain(clip, adamw(hyper))
@@ -540,20 +546,15 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
         norm = opt_state[0].norm
         params = optim.apply_updates(state.params, updates)
         mean = average.update(state.average, params) if config.ema else state.average
-        # a step that is not finite changes nothing, and no later one does: the state stays the last
-        # good one without asking the device after every step
-        fine = value.isfinite() & norm.isfinite() & (state.bad_step < 0)
+        counted, fine = count(state, value, norm)
 
         def keep(new: Tensor, old: Tensor) -> Tensor:
             return torch.where(fine, new, old)
 
-        following = State(
-            tree.map(keep, params, state.params),
-            tree.map(keep, opt_state, state.optimizer),
-            tree.map(keep, mean, state.average),
-            state.step + 1,
-            torch.where(fine | (state.bad_step >= 0), state.bad_step, state.step),
-            state.loss_sum + value.detach(),
+        following = counted._replace(
+            params=tree.map(keep, params, state.params),
+            optimizer=tree.map(keep, opt_state, state.optimizer),
+            average=tree.map(keep, mean, state.average),
         )
         return following, Metrics(value, norm)
 
@@ -563,27 +564,15 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
         grads, value = gradients(state, images, targets)
         grads, clip_state = optim.clip_in_place(config.max_norm, grads)
         norm = clip_state.norm
-        fine = value.isfinite() & norm.isfinite() & (state.bad_step < 0)
-        after = optim.apply_in_place(
-            adamw(hyper),
-            grads,
-            state.optimizer[1],
-            state.params,
-            fine,
-            mask,
-        )
+        counted, fine = count(state, value, norm)
+        moments = state.optimizer[1]
+        after = optim.apply_in_place(adamw(hyper), grads, moments, state.params, fine, mask)
         del grads
         clip_state = tree.map(lambda a, b: torch.where(fine, a, b), clip_state, state.optimizer[0])
         mean = state.average
         if config.ema:
             mean = optim.average_in_place(average, mean, state.params, fine)
-        following = state._replace(
-            optimizer=(clip_state, after),
-            average=mean,
-            step=state.step + 1,
-            bad_step=torch.where(fine | (state.bad_step >= 0), state.bad_step, state.step),
-            loss_sum=state.loss_sum + value.detach(),
-        )
+        following = counted._replace(optimizer=(clip_state, after), average=mean)
         return following, Metrics(value, norm)
 
     return Program(init, step, advance, gradients)
@@ -809,7 +798,6 @@ def loop(
     run: Run,
     state: State | None = None,
     *,
-    log_every: int = 0,
     donate: bool = False,
     on_step: Callable[[State, Metrics], None] | None = None,
 ) -> Iterator[tuple[State, Record]]:
@@ -817,10 +805,9 @@ def loop(
 
     Yields `(state, record)`; a record has `epoch` (from 1), `step`, `train_loss`, `val_top1`,
     `val_top5`, `val_loss`, `learning_rate`, `grad_norm`, `diverged` (the step, or -1) and
-    `seconds`; values are lists, one entry a member, for a population. With `log_every`, also a
-    record without the `val_` entries every so many steps. The result does not depend on where it
-    was resumed. With `donate` the tensors of a state are written over by later steps, `state`
-    itself included: the same result in less memory, for callers that keep no state.
+    `seconds`; values are lists, one entry a member, for a population. The result does not depend on
+    where it was resumed. With `donate` the tensors of a state are written over by later steps,
+    `state` itself included: the same result in less memory, for callers that keep no state.
 
     Raises Diverged when no member is left whose loss and gradients are finite.
     """
@@ -863,24 +850,21 @@ def loop(
             bad = state.bad_step >= 0
             if bool(bad.all()):
                 raise run.diagnose(state, 0)
-        logs = log_every and (step + 1) % log_every == 0
-        if not (last_of_epoch or logs):
+        if not last_of_epoch:
             continue
-        done = (step % run.steps_per_epoch) + 1
         now = torch.tensor(step, device=config.device)
         peaks = run.hyper.learning_rate
         record: Record = {
             "epoch": step // run.steps_per_epoch + 1,
             "step": step + 1,
-            "train_loss": (state.loss_sum / done).tolist(),
+            "train_loss": (state.loss_sum / run.steps_per_epoch).tolist(),
             "grad_norm": metrics.grad_norm.tolist(),
             "learning_rate": (vmap(rate) if peaks.dim() else rate)(peaks).tolist(),
             "diverged": state.bad_step.tolist(),
         }
-        if last_of_epoch:
-            scores = run.evaluate(weights_for_evaluation(state))
-            record |= {f"val_{name}": value.tolist() for name, value in scores.items()}
-            state = state._replace(loss_sum=torch.zeros_like(state.loss_sum))
+        scores = run.evaluate(weights_for_evaluation(state))
+        record |= {f"val_{name}": value.tolist() for name, value in scores.items()}
+        state = state._replace(loss_sum=torch.zeros_like(state.loss_sum))
         record["seconds"] = round(time.perf_counter() - started, 3)
         yield state, record
 

@@ -1,7 +1,7 @@
 """Pytrees of tensors: map, dotted paths, stack, norm; the one user of torch's private pytrees."""
 
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,11 @@ def _matching_leaves(tree: Tree, spec: _pytree.TreeSpec, other: Tree) -> list[An
 def leaves(tree: Tree) -> list[Any]:
     """Leaves of `tree`, in a fixed order."""
     return _pytree.tree_leaves(tree)
+
+
+def with_leaves(tree: Tree, values: Iterable[Any]) -> Tree:
+    """`tree` with other leaves, in the order of `leaves`."""
+    return _pytree.tree_unflatten(values, _pytree.tree_structure(tree))
 
 
 def _name(path: Sequence[Any]) -> str:

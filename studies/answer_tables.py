@@ -1,9 +1,9 @@
-"""The tables of the answer as the README has them, from the file of all runs.
+"""The tables of the answer in README.md and studies/README.md, from the file of all runs.
 
     python -m studies.answer_tables                          # studies/answer_runs.csv
     python -m studies.answer_tables runs/answer/runs.csv     # what `studies.answer report` wrote
 
-`tests/test_answer_tables.py` holds the README to them.
+`tests/test_answer_tables.py` holds both to them.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from studies import answer
 RUNS = Path(__file__).parent / "answer_runs.csv"
 SHARE = "share of G3's gain that is a function of the scores"
 
-# what the first table of the README calls the arms and the cells
+# what the table of README.md calls the arms and the cells
 HEADLINE = {
     "G3": "KArAt: G3",
     "polynomial-0": "the control, no scores",
@@ -146,7 +146,7 @@ def headline(scores: Scores) -> str:
 
 
 def tables(scores: Scores) -> list[str]:
-    """The tables of the README, in its order."""
+    """The table of README.md, and those of studies/README.md in their order."""
     tried = [arm for arm in answer.ARMS if ("width 32", arm) in scores]
     return [
         headline(scores),

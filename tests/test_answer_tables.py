@@ -1,4 +1,4 @@
-"""The README's numbers of the answer are those of the file of all runs."""
+"""What README.md and studies/README.md say of the answer is what the file of all runs says."""
 
 import itertools
 import re
@@ -9,15 +9,16 @@ import pytest
 from kart import statistics
 from studies import answer, answer_tables
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+WRITTEN = (ROOT / "README.md").read_text(), (ROOT / "studies" / "README.md").read_text()
 RECORDS = answer_tables.read(answer_tables.RUNS)
 SCORES = answer.tested(RECORDS)
 
 
 @pytest.mark.parametrize("index", range(5))
-def test_the_tables_of_the_readme_are_those_of_the_runs(index):
+def test_the_tables_are_those_of_the_runs(index):
     (wanted,) = answer_tables.tables(SCORES)[index : index + 1]
-    assert wanted in README, wanted
+    assert wanted in WRITTEN[0 if index == 0 else 1], wanted
 
 
 def views():
@@ -46,11 +47,12 @@ def intervals():
             yield f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def test_the_intervals_in_the_text_of_the_readme_are_those_of_the_runs():
+def test_the_intervals_in_the_text_are_those_of_the_runs():
     known = set(intervals())
     found = []
-    for title in ("What was found", "Is learnable attention better than softmax?"):
-        part = README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    titles = ("What was found", "Is learnable attention better than softmax?")
+    for document, title in zip(WRITTEN, titles, strict=True):
+        part = document.split(f"\n## {title}\n")[1].split("\n## ")[0]
         text = re.sub(r"\s+", " ", part)
         found += re.findall(r"-?[\d.]+ \[[-\d.]+, [-\d.]+\]", text)
     assert len(found) > 40

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from kart import guides
 
 def test_every_guide_is_listed():
     names = [info.name for info in pkgutil.iter_modules(guides.__path__)]
-    assert len(names) == 4
+    assert len(names) == 6
     for name in names:
         assert f"`kart.guides.{name}`" in (guides.__doc__ or "")
 
@@ -40,5 +41,11 @@ def test_docs_build(tmp_path):
     for page in ("bases", "operators", "guides/put_it_into_your_model"):
         text = (tmp_path / "kart" / f"{page}.html").read_text()
         assert "docstring" in text and "main.pdoc img" in text
-    # the README, its pictures inside
-    assert "data:image/png" in (tmp_path / "kart" / "guides.html").read_text()
+    # the texts of the repository, their pictures inside and their links between their pages
+    for page in ("guides", "guides/what_the_studies_found", "guides/what_it_costs"):
+        file = tmp_path / "kart" / f"{page}.html"
+        assert "data:image/png" in file.read_text()
+        for link, anchor in re.findall(r'href="((?!http|\$)[^"#]*)#?([^"]*)"', file.read_text()):
+            there = (file.parent / link).resolve() if link else file
+            assert there.exists(), link
+            assert not anchor or f'id="{anchor}"' in there.read_text(), (link, anchor)

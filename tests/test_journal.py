@@ -140,12 +140,12 @@ def test_a_reader_that_leaves_takes_nothing_from_a_worker(asked, tmp_path, capsy
     database = storage.open_database(storage.directory_url(out))
     arms = storage.studies(database, settings)
     before = arms["one"].get_trials()
-    journal.check(out, work.names(settings))
+    journal.check(out, settings.names.values())
     status = "import sys; from kart import cli; sys.exit(cli.main(sys.argv[1:]))"
     command = [sys.executable, "-c", status, "study", "status", "--out", str(out)]
     subprocess.run(command, check=True, capture_output=True)
     arms["one"].add_trial(before[0])
-    journal.check(out, work.names(settings))
+    journal.check(out, settings.names.values())
     database.engine.dispose()
     database.remove_session()
     assert len(trials(out)) == 7

@@ -277,7 +277,9 @@ def full_functions(mask):
     k = draw(2, 4, 3, seed=3)
 
     def bind(module):
-        return lambda q, v, coefs: module.contract_values(basis, coefs, q, k, v, mask)
+        if module is plain:
+            return lambda q, v, coefs: plain.contract(basis, coefs, q, k, mask) @ v
+        return lambda q, v, coefs: kernels.contract_values(basis, coefs, q, k, v, mask)
 
     return bind, (draw(2, 2, 5, 3), draw(2, 2, 4, 6, seed=1), draw(2, 4, 4, 4, seed=2))
 
@@ -442,6 +444,7 @@ def test_leading_axes_broadcast(lead_q, lead_k, lead_c, engine, dtype):
     compare(basis, engine, dtype, q, k, coefs)
     lead = torch.broadcast_shapes(lead_q, lead_k, lead_c)
     compare(basis, engine, dtype, q, k, coefs, draw(*lead, 1, 1, 4) < 1.0)
+    compare(basis, engine, dtype, q, k, coefs, draw(4) < 1.0)
 
 
 @pytest.mark.parametrize("engine,dtype", ENGINES, ids=[engine for engine, _ in ENGINES])

@@ -116,7 +116,7 @@ def test_the_compiled_engine_has_them_in_single_precision(family, form):
 def test_the_check_of_the_compiled_engine_knows_what_amplifies_roundings(basis, form):
     if reason := kernels.engines()["cpp"].replace("ready", ""):
         pytest.skip(reason)
-    assert compiled.engine_of(family_of(basis), form)[1] == ""
+    assert compiled.engine_of(family_of(basis), form, False)[1] == ""
 
 
 @pytest.mark.parametrize("engine", ["plain", "torch", "cpp"])

@@ -122,7 +122,7 @@ def test_nonlinear_units_have_the_plain_values_and_gradients(name, size, masked)
     q, k = inputs(*size[:5])
     mask = mask_of(masked, queries, keys)
     units = units_of(basis, heads, rank, keys)
-    assert cpp.engine_of(family_of(basis))[1] == ""
+    assert cpp.engine_of(family_of(basis), False)[1] == ""
 
     def of(module):
         return lambda q, k, *leaves: module.contract_units(
@@ -372,7 +372,7 @@ def sines(x):
 
 def test_a_basis_of_ones_own_brings_its_piece():
     basis = bases.linear(sines, 2, family="sines", base="silu", cpp=Cpp(SINES, {}, (2.0,)))
-    assert cpp.engine_of(family_of(basis))[1] == ""
+    assert cpp.engine_of(family_of(basis), False)[1] == ""
     q, k = inputs(2, 2, 37, 29, 7)
     coefs = draw(2, 3, 29, 3, seed=2)
     check(
@@ -600,7 +600,7 @@ def test_an_engine_first_asked_inside_a_transform_passes_its_check():
         x = torch.randn(3, generator=torch.Generator().manual_seed(0))
 
         def ask(x, basis=basis):
-            assert cpp.engine_of(family_of(basis))[1] == ""
+            assert cpp.engine_of(family_of(basis), False)[1] == ""
             return (x**2).sum()
 
         assert_close(torch.func.grad(ask)(x), 2 * x)
@@ -610,10 +610,10 @@ def test_an_engine_first_asked_inside_a_transform_passes_its_check():
     "what",
     [
         # parameters that do not reach the coefficients at the base "zero"
-        "cpp.engine_of(family_of(bases.morlet(scales=True)))",
-        "cpp.engine_of(family_of(bases.rational(2, 2, scales=True)))",
+        "cpp.engine_of(family_of(bases.morlet(scales=True)), False)",
+        "cpp.engine_of(family_of(bases.rational(2, 2, scales=True)), False)",
         # a gradient that is zero: the sum of a row does not change with the size of a weight
-        "weights.engine_of(family_of(bases.dog()), 'l1')",
+        "weights.engine_of(family_of(bases.dog()), 'l1', False)",
     ],
 )
 def test_the_check_of_a_library_holds_for_gradients_of_zero(what):

@@ -471,7 +471,7 @@ def test_the_section_is_that_of_its_measures(splits):
     one = section.Member(results[1], 1)
     model = own.model(one.config)
     images, labels = own.images(one.config, 128)
-    seen, _ = mechanism._some(own, one.config, own.few(model))
+    seen, _ = own.images(one.config, own.few(model), splits.train)
     aux = model.intermediates(one.params, seen)
 
     def top1(model, params):
@@ -495,9 +495,8 @@ def test_the_section_is_that_of_its_measures(splits):
     placed = mechanism.layout(look["blocks.0.weights"].mean(0))
     near = value(found, "G2B:rank=2", "layout_near_block_1_head_2", 1)
     assert near == pytest.approx(float(placed.near[1]), rel=1e-5)
-    norms = mechanism.gradient_norms(
-        model, model.init(seeded(3)), *mechanism._some(own, one.config, 64)
-    )
+    some = own.images(one.config, 64, splits.train)
+    norms = mechanism.gradient_norms(model, model.init(seeded(3)), *some)
     grad = value(found, "G2B:rank=2", "gradient_v_block_2", 3)
     assert grad == pytest.approx(float(norms[1, 2]), rel=1e-5)
     page = " ".join(found.blocks)

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, and the commands printed anywhere are accepted."""
+"""The README's Python runs as it stands; commands and links printed anywhere lead somewhere."""
 
 import contextlib
 import importlib
@@ -16,7 +16,8 @@ import pytest
 from kart import cli
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "studies").glob("*.md"))]
+README, *_ = WRITTEN = [file.read_text() for file in TEXTS]
 
 
 def test_the_functional_example_runs_as_it_stands(tmp_path):
@@ -33,15 +34,15 @@ def test_the_functional_example_runs_as_it_stands(tmp_path):
 
 def test_every_command_of_the_readme_exists():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    for target in re.findall(r"\bmake ([a-z-]+)", README):
+    for target in re.findall(r"\bmake ([a-z-]+)", "\n".join(WRITTEN)):
         assert target in targets, target
-    for module in re.findall(r"python -m (studies\.[a-z_]+)", README):
+    for module in re.findall(r"python -m (studies\.[a-z_]+)", "\n".join(WRITTEN)):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
 
 
 def _commands(pattern: str) -> Iterator[tuple[str, list[str]]]:
-    """Lines of the README and of every docstring that are a command, comments cut off."""
-    files = [ROOT / "README.md", *(ROOT / "kart").rglob("*.py"), *(ROOT / "studies").glob("*.py")]
+    """Lines of the texts and of every docstring that are a command, comments cut off."""
+    files = [*TEXTS, *(ROOT / "kart").rglob("*.py"), *(ROOT / "studies").glob("*.py")]
     for file in files:
         # in a docstring the backslash that continues a line is written twice, if it is not raw
         text = re.sub(r"\\+\n\s*", "", file.read_text())
@@ -86,5 +87,23 @@ def test_printed_studies_are_accepted(file, words):
 
 
 def test_files_named_in_the_readme_exist():
-    for name in re.findall(r"`((?:kart|studies|tests)/[\w/.]+)`", README):
+    for name in re.findall(r"`((?:kart|studies|tests)/[\w/.]+)`", "\n".join(WRITTEN)):
         assert (ROOT / name).exists(), name
+
+
+def _anchor(title: str) -> str:
+    """What a heading can be linked by."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+
+
+def test_links_lead_to_files_and_headings_that_exist():
+    found = 0
+    for file, text in zip(TEXTS, WRITTEN, strict=True):
+        for link, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+            there = (file.parent / link).resolve() if link else file
+            assert there.exists(), f"{file.name}: {link}"
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", there.read_text(), re.M)
+                assert anchor in map(_anchor, titles), f"{file.name}: {link}#{anchor}"
+            found += 1
+    assert found > 30

@@ -53,13 +53,17 @@ class Build(NamedTuple):
 
 def launches(kernel, product, **options) -> list[dict[str, Any]]:
     """The arguments of each launch of a kernel in a forward and a backward of these inputs."""
+    from kart.kernels.triton import device_coefs
+
     recorded: list[dict[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
         for name in KERNELS:
             patch.setattr(room(product), name, Recorder(recorded if name == kernel else []))
-        if kernel == "forward":
+        for name in ("pack", "unpack"):
+            patch.setattr(device_coefs, name, Recorder(recorded if name == kernel else []))
+        if kernel in ("forward", "pack"):
             engine.forward(product, **options)
-        else:
+        if kernel != "forward":
             dy = product.q.new_empty(*product.q.shape[:3], product.coefs.shape[2])
             engine.backward(product, dy, **options)
     return recorded
@@ -194,6 +198,25 @@ def test_what_passes_between_tokens_and_ranks_keeps_to_registers(batch, tokens, 
             built = build(getattr(device_values, kernel), arguments)
             assert built.stack <= 32 and not count(built.loop, "LDL", "STL")
             assert built.shared <= 227 * 1024 and not built.unwritten
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "basis",
+    [bases.fourier(3), bases.fourier(12), bases.chebyshev(8), bases.bspline(8), bases.rational()],
+    ids=lambda basis: f"{basis.family} of {basis.size}",
+)
+def test_coefficients_pass_without_a_stack(basis, dtype):
+    from kart.kernels.triton import device_coefs
+
+    product = inputs(basis, dtype)
+    # C for the forward, D for the backward; units have the same for both
+    for kernel, number in (("pack", 2), ("unpack", 1)):
+        found = launches(kernel, product)
+        assert len(found) == number
+        for arguments in found:
+            built = build(getattr(device_coefs, kernel), arguments)
+            assert not built.stack and not built.unwritten and built.registers <= 128
 
 
 BUILT_WRONG = """

@@ -20,6 +20,7 @@ from kart.analysis.section import (
     Context,
     Member,
     differences,
+    first_images,
     percent,
     samples,
     scalars,
@@ -604,12 +605,11 @@ def _scenes(context: Context) -> Scenes:
     config = context.results[0].configs[0]
     size = context.model(config).config.image_size
     whole = context.splits.val
-    chosen = torch.arange(min(SCENES, len(whole.labels)))
-    pixels, labels = data.take(whole, chosen)
-    pixels = augment.center_crop(data.as_float(pixels), size, config.eval_crop)
+    pixels, labels = first_images(whole, SCENES)
+    pixels = augment.center_crop(pixels, size, config.eval_crop)
     shown_whole = config.eval_crop == 1 and whole.images.shape[-1] == size
     if whole.masks is not None and shown_whole:
-        return Scenes(pixels, torch.from_numpy(whole.masks[: len(chosen)].copy()), labels, True)
+        return Scenes(pixels, torch.from_numpy(whole.masks[: len(labels)].copy()), labels, True)
     return Scenes(*scenes.pasted(context.generator("scenes"), pixels), labels, False)
 
 
@@ -661,14 +661,16 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
                 found[f"{name}{which}_shares"] = drawn.shares
                 found[f"{name}{which}_values"] = drawn.values
         every = [samples(site, aux[f"blocks.{i}.weights"]) for i, site in enumerate(model.sites)]
-        found["keys"] = torch.stack([entropy(block).exp().mean() for block in every]).mean()
-        found["negative"] = torch.stack([negative_share(block).mean() for block in every]).mean()
-        sums = torch.stack([row_sums(block).abs().mean() for block in every])
-        found["row_sums"] = sums.mean()
-        found["static"] = torch.stack([static_share(block).mean() for block in every]).mean()
-        apart = [head_diversity(block).mean() for block in every if block.shape[-3] > 1]
-        if apart:
-            found["diversity"] = torch.stack(apart).mean()
+
+        def mean(blocks: list[Tensor], score: Callable[[Tensor], Tensor]) -> Tensor:
+            return torch.stack([score(block).mean() for block in blocks]).mean()
+
+        found["keys"] = mean(every, lambda block: entropy(block).exp())
+        found["negative"] = mean(every, negative_share)
+        found["row_sums"] = mean(every, lambda block: row_sums(block).abs())
+        found["static"] = mean(every, static_share)
+        if several := [block for block in every if block.shape[-3] > 1]:
+            found["diversity"] = mean(several, head_diversity)
         return found
 
     return context.kept(f"maps images={count} scenes={SCENES}", member, compute)
@@ -736,18 +738,6 @@ def section(context: Context) -> pages.Section:
         *differences(found, "mass", "Mass inside (%)", columns[1]),
         *differences(found, "deletion", "Deletion area", areas[0]),
     ]
-    pictures = []
-    for i, result in enumerate(context.results):
-        look = context.look(result)
-        shown = own.pixels[: context.shown]
-        ready = data.normalise(shown, context.splits.val.mean, context.splits.val.std)
-        with torch.no_grad():
-            aux = look.model.intermediates(look.params, ready)
-        maps = last_maps(look.model, aux)
-        if context.shown:
-            fig = plot(shown, maps, masks=own.masks[: context.shown])
-            alt = f"Attention maps of {result.name} over images with known objects"
-            pictures.append(pages.figure(fig, f"attention-scenes-{i}", alt, result.name))
     drawn = {
         kind: {
             name: Curve(
@@ -766,13 +756,12 @@ def section(context: Context) -> pages.Section:
         f"Mean over images, {context.first_seeds}, band of a standard error.",
     )
     pictured, statics = _maps(context)
-    told = "Outlined: the object. Orange: the weight, as above."
     blocks = [
         *_notes(context),
         *pictured,
         scored,
         pages.items(lines),
-        *([pages.text(told), pages.beside(*pictures)] if pictures else []),
+        *_scene_pictures(context, own),
         fig,
         curves,
         spread,
@@ -780,18 +769,34 @@ def section(context: Context) -> pages.Section:
     return pages.Section(blocks, [*numbers, *more, *rest, *statics])
 
 
+def _scene_pictures(context: Context, own: Scenes) -> list[pages.Markup]:
+    """Maps over images with known objects."""
+    if not context.shown:
+        return []
+    shown, masks = own.pixels[: context.shown], own.masks[: context.shown]
+    ready = data.normalise(shown, context.splits.val.mean, context.splits.val.std)
+    pictures = []
+    for i, result in enumerate(context.results):
+        look = context.look(result)
+        with torch.no_grad():
+            aux = look.model.intermediates(look.params, ready)
+        fig = plot(shown, last_maps(look.model, aux), masks=masks)
+        alt = f"Attention maps of {result.name} over images with known objects"
+        pictures.append(pages.figure(fig, f"attention-scenes-{i}", alt, result.name))
+    told = "Outlined: the object. Orange: the weight, as above."
+    return [pages.text(told), pages.beside(*pictures)]
+
+
 def _row(context: Context) -> str:
     """What maps show, the start of a sentence."""
-    models = [context.model(result.configs[0]) for result in context.results]
-    if all(model.sites[-1].cut is None for model in models):
+    if all(model.sites[-1].cut is None for model in context.models):
         return "The class token's row"
     return "The weight that each token is given, mean over the queries of its window,"
 
 
 def _notes(context: Context) -> list[pages.Markup]:
     """What has no meaning, or another one, in the models of the page."""
-    models = [context.model(result.configs[0]) for result in context.results]
-    lines = []
+    models, lines = context.models, []
     if not all(map(_one_row, models)):
         lines.append("No rollout: it multiplies the weights of blocks that have the same tokens.")
     if any(model.sites[-1].windows > 1 for model in models):
@@ -819,14 +824,14 @@ def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:
             for b, share in zip(blocks, shares, strict=True)
             for h, s in enumerate(share.tolist())
         ]
-    count, own = len(looks[0].pixels), context.splits.val.labels
+    count = len(looks[0].pixels)
     caption = (
         "Share of the attention weights that is the same for all images, %, head by head: the "
         f"squared norm of their mean over {count} images, over the mean of their squared norms. "
         "100 would be attention that ignores the image."
     )
     told = (
-        f"{_row(context)} of the last block over the first {min(context.shown, len(own))} "
+        f"{_row(context)} of the last block over the first {context.available(context.shown)} "
         f"validation images, {context.first_seeds}; negative weights count as none, and "
         "every map is scaled to its own maximum. Region: the fewest patches that hold half of the "
         "weight of the head with the most."

@@ -32,7 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,36 +49,8 @@ from kart.train import Config
 Timed = dict[str, list[float]]
 Say = Callable[[str], None]  # of progress
 Rows = Iterator[dict[str, Any]]
+Goal = tuple[float, float | None]  # the ratio to reach, and the next one
 
-# what and variant: the ratio to reach, and the next one
-TARGETS = {
-    ("op G=3 N=197", "torch"): (2.0, 1.6),
-    ("op G=3 N=197", "cpp"): (0.8, 0.7),
-    ("op G=1 N=197", "torch"): (1.7, None),
-    ("op G=1 N=197", "cpp"): (0.6, 0.5),
-    ("op G=3 N=197 bfloat16", "cpp"): (1.2, 1.0),
-    ("op G=3 silu N=197", "cpp"): (1.3, 1.0),
-    ("op G=3 gelu N=197", "cpp"): (1.3, 1.0),
-    ("op chebyshev-5 N=197", "cpp"): (1.2, 0.8),
-    ("op polynomial-5 N=197", "cpp"): (1.2, 0.8),
-    ("op polynomial-1 N=197", "cpp"): (1.2, 0.8),
-    ("op gaussian_rbf-8 N=197", "cpp"): (2.0, 1.3),
-    ("op bspline-8 N=197", "cpp"): (2.5, 1.5),
-    ("op mexican_hat N=197", "auto"): (6.0, 3.5),
-    ("op morlet N=197", "auto"): (6.0, 3.5),
-    ("op dog N=197", "auto"): (6.0, 3.5),
-    ("op meyer N=197", "auto"): (8.0, 5.0),
-    ("op shannon N=197", "auto"): (8.0, 5.0),
-    ("op rational-5/4 N=197", "auto"): (5.0, 3.0),
-    ("op G=3 softmax base N=197", "cpp"): (1.5, 1.35),
-    ("op G=3 simplex N=197", "cpp"): (3.0, 2.0),
-    ("op full rank G=3 N=197", "cpp"): (4.5, 4.2),
-    ("op softconv N=197", "auto"): (1.5, 1.4),
-    ("op softconv N=65", "auto"): (1.5, 1.4),
-    ("step", "auto"): (0.97, 0.93),
-    ("memory", "auto"): (1.0, 0.98),
-    ("memory", "auto, vmap"): (1.6, 1.3),
-}
 # peak of the process in MB, where the paper had 60 GB for one image
 PEAKS = {"full rank G=10, batch 1": ("reach", 1000), "full rank G=10, batch 8": ("then", 1200)}
 
@@ -168,40 +140,47 @@ def matmul_rate(device: str, dtype: torch.dtype, clock: Clock) -> float:
 
 
 class Setting(NamedTuple):
-    """One operator, at one size and in one precision."""
+    """One operator, at one size and in one precision; of variants the goals that it has."""
 
     what: str
     spec: str
     tokens: int = 197
     precision: str | None = None
+    goals: Mapping[str, Goal] = {}
 
 
 SETTINGS = (
-    Setting("op G=3 N=197", "G3"),
-    Setting("op G=1 N=197", "G1"),
+    Setting("op G=3 N=197", "G3", goals={"torch": (2.0, 1.6), "cpp": (0.8, 0.7)}),
+    Setting("op G=1 N=197", "G1", goals={"torch": (1.7, None), "cpp": (0.6, 0.5)}),
     Setting("op G=5 N=197", "G5"),
     Setting("op G=3 N=197 r=24", "G3:rank=24"),
     Setting("op G=3 N=65", "G3", 65),
     Setting("op G=3 N=785", "G3", 785),
-    Setting("op G=3 silu N=197", "G3:unit_base=silu"),
-    Setting("op G=3 gelu N=197", "G3:unit_base=gelu"),
-    Setting("op polynomial-1 N=197", "polynomial-1"),
-    Setting("op polynomial-5 N=197", "polynomial-5"),
-    Setting("op chebyshev-5 N=197", "chebyshev-5"),
-    Setting("op gaussian_rbf-8 N=197", "gaussian_rbf-G8"),
-    Setting("op bspline-8 N=197", "bspline-G8"),
-    Setting("op rational-5/4 N=197", "rational-5/4"),
-    Setting("op mexican_hat N=197", "mexican_hat"),
-    Setting("op morlet N=197", "morlet"),
-    Setting("op dog N=197", "dog"),
-    Setting("op meyer N=197", "meyer"),
-    Setting("op shannon N=197", "shannon"),
-    Setting("op G=3 softmax base N=197", "G3:base=softmax"),
-    Setting("op G=3 simplex N=197", "G3:project=simplex"),
-    Setting("op full rank G=3 N=197", "G3:order=full_rank"),
+    Setting("op G=3 silu N=197", "G3:unit_base=silu", goals={"cpp": (1.3, 1.0)}),
+    Setting("op G=3 gelu N=197", "G3:unit_base=gelu", goals={"cpp": (1.3, 1.0)}),
+    Setting("op polynomial-1 N=197", "polynomial-1", goals={"cpp": (1.2, 0.8)}),
+    Setting("op polynomial-5 N=197", "polynomial-5", goals={"cpp": (1.2, 0.8)}),
+    Setting("op chebyshev-5 N=197", "chebyshev-5", goals={"cpp": (1.2, 0.8)}),
+    Setting("op gaussian_rbf-8 N=197", "gaussian_rbf-G8", goals={"cpp": (2.0, 1.3)}),
+    Setting("op bspline-8 N=197", "bspline-G8", goals={"cpp": (2.5, 1.5)}),
+    Setting("op rational-5/4 N=197", "rational-5/4", goals={"auto": (5.0, 3.0)}),
+    Setting("op mexican_hat N=197", "mexican_hat", goals={"auto": (6.0, 3.5)}),
+    Setting("op morlet N=197", "morlet", goals={"auto": (6.0, 3.5)}),
+    Setting("op dog N=197", "dog", goals={"auto": (6.0, 3.5)}),
+    Setting("op meyer N=197", "meyer", goals={"auto": (8.0, 5.0)}),
+    Setting("op shannon N=197", "shannon", goals={"auto": (8.0, 5.0)}),
+    Setting("op G=3 softmax base N=197", "G3:base=softmax", goals={"cpp": (1.5, 1.35)}),
+    Setting("op G=3 simplex N=197", "G3:project=simplex", goals={"cpp": (3.0, 2.0)}),
+    Setting("op full rank G=3 N=197", "G3:order=full_rank", goals={"cpp": (4.5, 4.2)}),
+)
+IN_BFLOAT16 = Setting(
+    "op G=3 N=197 bfloat16", "G3", precision="bfloat16", goals={"cpp": (1.2, 1.0)}
 )
 # softmax beside a table by offset: no units
-TABLES = (Setting("op softconv N=197", "softconv"), Setting("op softconv N=65", "softconv", 65))
+TABLES = (
+    Setting("op softconv N=197", "softconv", goals={"auto": (1.5, 1.4)}),
+    Setting("op softconv N=65", "softconv", 65, goals={"auto": (1.5, 1.4)}),
+)
 # operators that do not know the length
 ANY_LENGTH = {
     "elementwise G=3": "G3:order=elementwise",
@@ -213,13 +192,26 @@ ANY_LENGTH = {
     "generated G=3": "G3:order=generated",
     "generated G=3 softmax base": "G3:order=generated,base=softmax",
 }
-LENGTH_FREE = tuple(Setting(f"op {name} N=197", spec) for name, spec in ANY_LENGTH.items())
+LENGTH_FREE = tuple(
+    Setting(f"op {name} N=197", spec, goals={"torch": (2.0, None), "cpp": (2.0, None)})
+    for name, spec in ANY_LENGTH.items()
+)
 # one token more, with as many in the cache
 CACHED = 1024
 STEP = f"KV step, {CACHED:,} keys"
 CACHE = {x: spec for x, spec in ANY_LENGTH.items() if x != "elementwise G=3 softmax base"}
-TARGETS |= {(setting.what, x): (2.0, None) for setting in LENGTH_FREE for x in ("torch", "cpp")}
-TARGETS |= {(STEP, variant): (1.5, None) for variant in CACHE}
+# of what and variant
+TARGETS: dict[tuple[str, str], Goal] = {
+    ("step", "auto"): (0.97, 0.93),
+    ("memory", "auto"): (1.0, 0.98),
+    ("memory", "auto, vmap"): (1.6, 1.3),
+    **{(STEP, variant): (1.5, None) for variant in CACHE},
+    **{
+        (setting.what, variant): goal
+        for setting in (*SETTINGS, IN_BFLOAT16, *TABLES, *LENGTH_FREE)
+        for variant, goal in setting.goals.items()
+    },
+}
 HEADS, WIDTH = 3, 64
 # models and batches whose attention is taken with its projections
 BLOCKS = {"vit_tiny": 8, "vit_small": 8, "vit_base": 2}
@@ -291,20 +283,32 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
     """What is measured of single operators."""
     settings = list(SETTINGS[:2] if args.quick else SETTINGS + TABLES + LENGTH_FREE)
     if args.precision == "float32" and not args.quick:
-        settings.insert(2, Setting("op G=3 N=197 bfloat16", "G3", precision="bfloat16"))
+        settings.insert(2, IN_BFLOAT16)
     return settings
 
 
+def drawn(
+    op: operators.Operator,
+    batch: int,
+    tokens: int,
+    width: int = WIDTH,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[tuple, Tensor]:
+    """`(params, q, k, v)` of an operator of `HEADS` heads, and the gradient of its output."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, HEADS, tokens, width)
+    tensors = [torch.randn(shape, generator=generator) for _ in range(4)]
+    q, k, v, probe = (x.to(device, dtype) for x in tensors)
+    return (tree.to(op.init(generator, HEADS, tokens), device), q, k, v), probe
+
+
 def drawn_inputs(setting: Setting, args: argparse.Namespace) -> tuple[tuple, Tensor]:
-    """`(params, q, k, v)` of a setting, and the gradient of its output."""
+    """`drawn` of a setting."""
     dtype = getattr(torch, setting.precision or args.precision)
     batch = max(1, round(args.op_batch * (197 / setting.tokens) ** 2))
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch, HEADS, setting.tokens, WIDTH)
-    tensors = [torch.randn(shape, generator=generator) for _ in range(4)]
-    q, k, v, probe = (x.to(args.device, dtype) for x in tensors)
     op = operators.parse(setting.spec).operator
-    return (tree.to(op.init(generator, HEADS, setting.tokens), args.device), q, k, v), probe
+    return drawn(op, batch, setting.tokens, device=args.device, dtype=dtype)
 
 
 def build(setting: Setting, args: argparse.Namespace) -> None:
@@ -383,9 +387,7 @@ def cache_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
             calls[name] = device_alone(call, args.device)
     with torch.no_grad():
         seconds = interleave(calls, 4 * args.repeats, clock)
-    for name, values in seconds.items():
-        both = summary(values, seconds["softmax"])
-        yield {"what": STEP, "variant": name, "batch": 1, "both": both}
+    yield from beside_softmax(STEP, 1, seconds)
 
 
 def block_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
@@ -406,10 +408,7 @@ def block_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
             attend = functools.partial(_attention, model)
             call = functools.partial(gradients, attend, inputs, probe.to(args.device, dtype))
             calls[name] = device_alone(call, args.device)
-        seconds = interleave(calls, args.repeats, clock)
-        for name, values in seconds.items():
-            both = summary(values, seconds["softmax"])
-            yield {"what": what, "variant": name, "batch": batch, "both": both}
+        yield from beside_softmax(what, batch, interleave(calls, args.repeats, clock))
 
 
 def _attention(model: models.Model, own: Any, x: Tensor) -> Tensor:
@@ -439,12 +438,8 @@ def size_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
     op_of = functools.cache(lambda rank: operators.parse(f"G3:rank={rank}").operator)
     for tokens, width, rank in sizes:
         progress(f"size N={tokens} d={width} r={rank}")
-        batch = max(1, round(4 * (197 / tokens) ** 2))
-        generator = torch.Generator().manual_seed(0)
-        shape = (batch, HEADS, tokens, width)
-        q, k, v, probe = (torch.randn(shape, generator=generator).to(args.device) for _ in range(4))
-        op = op_of(rank)
-        inputs = (tree.to(op.init(generator, HEADS, tokens), args.device), q, k, v)
+        batch, op = max(1, round(4 * (197 / tokens) ** 2)), op_of(rank)
+        inputs, probe = drawn(op, batch, tokens, width, args.device)
         call = device_alone(functools.partial(gradients, op.attend, inputs, probe), args.device)
         seconds.append(min(interleave({"op": call}, 3, clock)["op"]))
         pairs, rows = batch * HEADS * tokens**2, batch * HEADS * tokens
@@ -475,6 +470,13 @@ def summary(values: Sequence[float], reference: Sequence[float]) -> dict[str, fl
         "high_ms": 1000 * ordered[-1 - quarter],
         "ratio": median / statistics.median(reference),
     }
+
+
+def beside_softmax(what: str, batch: int, seconds: Timed) -> Rows:
+    """A row for each variant of what was timed, softmax among them."""
+    for name, values in seconds.items():
+        both = summary(values, seconds["softmax"])
+        yield {"what": what, "variant": name, "batch": batch, "both": both}
 
 
 def step_call(
@@ -522,10 +524,7 @@ def step_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
             calls[f"{name}, {step}"] = step_call(
                 STEPS[name], batch, args.device, args.precision, step=step
             )
-    seconds = interleave(calls, max(3, args.repeats // 3), clock)
-    for name, values in seconds.items():
-        both = summary(values, seconds["softmax"])
-        yield {"what": "step", "variant": name, "batch": batch, "both": both}
+    yield from beside_softmax("step", batch, interleave(calls, max(3, args.repeats // 3), clock))
 
 
 def resident_mib(peak: bool) -> float:
@@ -540,7 +539,7 @@ def resident_mib(peak: bool) -> float:
 
 
 def measure_memory(
-    operator: str, batch: int, device: str, precision: str, name: str, batching: str
+    operator: str, batch: int, device: str, precision: str, name: str, batching: str = "native"
 ) -> None:
     """Prints the peak memory of a training step, before and after, as JSON; in a fresh process."""
     torch.set_num_threads(1)
@@ -563,31 +562,21 @@ def measure_memory(
     print(json.dumps({"before_mib": before, "peak_mib": peak}))
 
 
-def peak(
-    spec: str,
-    batch: int,
-    args: argparse.Namespace,
-    name: str = "vit_tiny",
-    batching: str = "native",
-) -> dict[str, float]:
-    """Memory of a training step, measured in a process of its own."""
-    inner = [spec, str(batch), args.device, args.precision, name, batching]
-    command = [sys.executable, "-m", "kart.analysis.bench", *inner]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"measuring the memory of {name} {spec} failed:\n{result.stderr}")
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 def peaks(jobs: Sequence[tuple], args: argparse.Namespace, progress: Say) -> Iterator[dict]:
-    """`peak` of the arguments of each job, some at the same time where each process counts what it
-    allocates itself.
+    """Memory of a training step of each job, `(spec, batch, model)` and perhaps how it is batched,
+    measured in a process of its own; some at the same time where each counts what it allocates
+    itself.
     """
 
     def one(job: tuple) -> dict[str, float]:
-        spec, batch, *rest = job
         progress(f"memory, {' '.join(map(str, job))}")
-        return peak(spec, batch, args, *rest)
+        spec, batch, name, *rest = job
+        inner = [spec, str(batch), args.device, args.precision, name, *rest]
+        command = [sys.executable, "-m", "kart.analysis.bench", *inner]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(f"measuring the memory of {name} {spec} failed:\n{result.stderr}")
+        return json.loads(result.stdout.splitlines()[-1])
 
     with ThreadPoolExecutor(4 if args.device == "cuda" else 1) as pool:
         yield from pool.map(one, jobs)
@@ -786,13 +775,13 @@ def run(args: argparse.Namespace) -> None:
     if on_gpu:
         build_all(args, progress)
     levels = [operator_level(args, clock, progress)]
-    if not args.quick and args.sizes > 0:
-        levels.append(size_level(args, clock, progress))
     if not args.quick:
+        if args.sizes > 0:
+            levels.append(size_level(args, clock, progress))
         levels += [level(args, clock, progress) for level in (cache_level, block_level, step_level)]
         levels.append(memory_level(args, progress))
-    if on_gpu and not args.quick:
-        levels.append(paper_level(args, progress))
+        if on_gpu:
+            levels.append(paper_level(args, progress))
     rows: list[dict[str, Any]] = []
     for row in itertools.chain(*levels):
         rows.append(row)

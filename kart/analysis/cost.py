@@ -14,6 +14,7 @@ what a matrix of low rank takes more where a mask needs it whole.
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from kart.models.model import find
 from kart.operators import Operator
 from kart.operators.contract import SOFTMAX
 from kart.operators.projected import factors_of, pays, projected
-from kart.operators.sums import parts_of
+from kart.operators.sums import parts_of, simple_parts
 
 
 class Parameters(NamedTuple):
@@ -146,9 +147,8 @@ def unused(model: Model) -> dict[str, int]:
 
 def _scaled_alone(op: Operator) -> bool:
     """Whether units of an operator, or of one of its parts, scale a base activation of zero."""
-    options = {} if op.basis is None else op.basis.options
-    alone = bool(options.get("scales")) and options.get("base") == "zero"
-    return alone or any(map(_scaled_alone, parts_of(op)))
+    options = [one.basis.options for one in simple_parts(op) if one.basis is not None]
+    return any(bool(own.get("scales")) and own.get("base") == "zero" for own in options)
 
 
 def _idle_scales(op: Operator, params: Any) -> int:
@@ -281,20 +281,30 @@ def streamed_flops(op: Operator, heads: int, tokens: int, width: int) -> int:
     return heads * (streamed + (2 * square * width if op.options["base"] else 0))
 
 
-def kept_bytes(call: Callable[[], Any], beside: Any = ()) -> int:
-    """Bytes of distinct storages that `call` saves for its backward, those of the tensors in
-    `beside`, as of parameters, left out.
-    """
-    storages: dict[int, int] = {}
+class _Saved:
+    """A tensor that a graph keeps, for as long as it does."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor.detach()  # a result that is kept would keep its own graph
+
+
+def kept_bytes(call: Callable[[], Any], beside: Any = ()) -> int:
+    """Bytes of distinct storages that `call` saves for the backward of what it gives, those of the
+    tensors in `beside`, as of parameters, left out.
+    """
+    alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        alive.add(saved)
+        return saved
 
     call()  # the first may build an engine and check it, which saves tensors of its own
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held = call()  # held, so that no storage is freed and its address used again
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        held = call()
+    # what is saved for a part that the result does not depend on is gone by now
+    found = [saved.tensor.untyped_storage() for saved in alive]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in found}
     del held
     for tensor in tree.leaves(beside):
         storages.pop(tensor.untyped_storage().data_ptr(), None)
@@ -476,6 +486,36 @@ def paper_table() -> str:
 REPEATS = 7
 
 
+def _calls(
+    context: Context, config: train.Config, images: Tensor, labels: Tensor
+) -> dict[str, Callable[[], Any]]:
+    """What is timed of a config, on the CPU, wherever it was trained."""
+    model = context.model(config)
+    here = dataclasses.replace(config, device="cpu")
+    functions = train.program(here, model, steps_per_epoch=10)
+    held = [functions.init(context.generator("init"))]
+    hyper = train.Hyper(torch.tensor(1e-3), torch.tensor(0.05))
+    targets = F.one_hot(labels, len(context.splits.train.classes)).float()
+    params, losses = model.init(context.generator("init")), context.losses(model)
+
+    def step() -> None:
+        held[0], _ = functions.advance(held[0], hyper, images, targets)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model.apply(params, images)
+
+    def loss(params: Any) -> Tensor:
+        return losses(params, images, labels).mean()
+
+    return {
+        "step": step,
+        "forward": forward,
+        "gradient": functools.partial(torch.func.grad(loss), params),
+        "hvp": functools.partial(curvature.hvp, loss, params, params),
+    }
+
+
 def section(context: Context) -> pages.Section:
     """Training step, forward pass and memory of every operator beside softmax, and a product with
     the Hessian beside a gradient, measured now.
@@ -490,43 +530,18 @@ def section(context: Context) -> pages.Section:
         configs = {"softmax": dataclasses.replace(config, operator="softmax", **unset), **configs}
     batch = min(32, config.batch_size)
     images, labels = context.images(config, batch)
-    hyper = train.Hyper(torch.tensor(1e-3), torch.tensor(0.05))
-    steps, forwards, kept = {}, {}, {}
-    derivatives: dict[str, dict[str, Callable[[], Any]]] = {}
-    for name, one in configs.items():
-        model = context.model(one)
-        # on the CPU, wherever it was trained
-        here = dataclasses.replace(one, device="cpu")
-        functions = train.program(here, model, steps_per_epoch=10)
-        held = [functions.init(context.generator("init"))]
-        targets = F.one_hot(labels, len(context.splits.train.classes)).float()
-        params = model.init(context.generator("init"))
-
-        def step(functions: Any = functions, held: Any = held, targets: Any = targets) -> None:
-            held[0], _ = functions.advance(held[0], hyper, images, targets)
-
-        def forward(model: Model = model, params: Any = params) -> None:
-            with torch.no_grad():
-                model.apply(params, images)
-
-        losses = context.losses(model)
-
-        def loss(params: Any, losses: Any = losses) -> Tensor:
-            return losses(params, images, labels).mean()
-
-        derivatives[name] = {
-            "gradient": functools.partial(torch.func.grad(loss), params),
-            "hvp": functools.partial(curvature.hvp, loss, params, params),
-        }
-        steps[name], forwards[name] = step, forward
-        kept[name] = activation_memory(model, batch)
+    calls = {name: _calls(context, one, images, labels) for name, one in configs.items()}
+    kept = {name: activation_memory(context.model(one), batch) for name, one in configs.items()}
     clock = bench.Clock("cpu")
-    stepped = bench.interleave(steps, REPEATS, clock)
-    passed = bench.interleave(forwards, REPEATS, clock)
+    stepped, passed = (
+        bench.interleave({name: own[what] for name, own in calls.items()}, REPEATS, clock)
+        for what in ("step", "forward")
+    )
     products: dict[str, float] = {}
-    for name, calls in derivatives.items():
+    for name, own in calls.items():
         if context.left() > 0:  # the dearest part, and the one that can be left out
-            taken = bench.interleave(calls, REPEATS, clock)
+            both = {what: own[what] for what in ("gradient", "hvp")}
+            taken = bench.interleave(both, REPEATS, clock)
             products[name] = bench.summary(taken["hvp"], taken["gradient"])["ratio"]
     rows, numbers = [], []
     for name in configs:

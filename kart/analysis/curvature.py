@@ -10,7 +10,7 @@ part of the parameters, `subset` gives the loss and the tree to pass instead.
 
 import fnmatch
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -241,19 +241,17 @@ def top_eigenvalues(
         space.projected.diagonal()[:kept] = values[best]
 
 
-def _probes(samples: int, size: int, generator: Generator, like: Tensor) -> Callable[[int], Tensor]:
-    """Probe i of `samples`: independent signs, or unit vectors where there is one for each axis."""
-
-    def unit(i: int) -> Tensor:
-        vector = torch.zeros_like(like)
-        vector[i] = 1
-        return vector
-
-    def signs(i: int) -> Tensor:
-        drawn = torch.randint(0, 2, (size,), generator=generator, device=generator.device)
-        return (2 * drawn - 1).to(like)
-
-    return unit if samples >= size else signs
+def _probes(space: _Space, samples: int, generator: Generator) -> Iterator[Tensor]:
+    """At most `samples` vectors: independent signs, or each unit vector where they suffice."""
+    like = space.basis[0]
+    for i in range(min(samples, space.size)):
+        if samples >= space.size:
+            vector = torch.zeros_like(like)
+            vector[i] = 1
+            yield vector
+        else:
+            drawn = torch.randint(0, 2, like.shape, generator=generator, device=generator.device)
+            yield (2 * drawn - 1).to(like)
 
 
 class Trace(NamedTuple):
@@ -273,14 +271,12 @@ def trace(loss: Loss, params: Params, samples: int, generator: Generator) -> Tra
     >>> float(estimate)
     24.0
     """
-    size = tree.size(params)
     schema.check_integer("trace", "samples", samples, 2, "20 is a start.")
     space = _Space(loss, params, 0)
-    probe = _probes(samples, size, generator, space.basis[0])
-    exact = samples >= size
-    vectors = (probe(i) for i in range(size if exact else samples))
+    vectors = _probes(space, samples, generator)
     terms = torch.stack([(z.double() * space.product(z).double()).sum() for z in vectors])
-    terms = terms * size if exact else terms
+    exact = samples >= space.size
+    terms = terms * space.size if exact else terms
     rounding = space.precision * terms.abs().mean()
     spread = terms.new_zeros(()) if exact else terms.std() / samples**0.5
     dtype = space.basis.dtype
@@ -327,16 +323,13 @@ def spectral_density(
             f"got {steps}, {points} and {width}. Leave them out."
         )
     space = _Space(loss, params, min(steps, size))
-    probe = _probes(samples, size, generator, space.basis[0])
-    count = min(samples, size)
     nodes, shares = [], []
-    for i in range(count):
-        start = probe(i)
+    for start in _probes(space, samples, generator):
         space.basis[0] = start / torch.linalg.vector_norm(start)
         filled, _ = space.grow(0, min(steps, size), None)
         values, directions = torch.linalg.eigh(space.projected[:filled, :filled])
         nodes.append(values)
-        shares.append(directions[0].square() / count)
+        shares.append(directions[0].square() / min(samples, size))
     node, share = torch.cat(nodes), torch.cat(shares)
     low, high = float(node.min()), float(node.max())
     # one eigenvalue alone has no range but rounding: a percent of itself, or of 1 where it is zero
@@ -438,17 +431,19 @@ def plot(densities: Mapping[str, Density], label: str = "eigenvalue of the Hessi
 # --- the section ----------------------------------------------------------------------------------
 
 
-def _examples(context: Context, member: Member) -> tuple[Tensor, Tensor]:
+def _few(context: Context) -> int:
     """A quarter of the images that losses are taken on: a product costs several gradients."""
-    return context.images(member.config, max(2, context.examples // 4))
+    return max(2, context.examples // 4)
+
+
+def _loss(context: Context, member: Member) -> Loss:
+    losses = context.losses(context.model(member.config))
+    images, labels = context.images(member.config, _few(context))
+    return lambda params: losses(params, images, labels).mean()
 
 
 def _curvature(context: Context, member: Member, pattern: str) -> dict[str, Tensor]:
-    losses = context.losses(context.model(member.config))
-    images, labels = _examples(context, member)
-    part, some = subset(
-        lambda params: losses(params, images, labels).mean(), member.params, pattern
-    )
+    part, some = subset(_loss(context, member), member.params, pattern)
     size = tree.size(some)
     context.holds(f"24 vectors of the {size:,} weights of {member.name}", 4 * 24 * size / 2**20)
 
@@ -459,7 +454,8 @@ def _curvature(context: Context, member: Member, pattern: str) -> dict[str, Tens
         found = trace(part, some, SAMPLES, draws)
         return {"top": top, "trace": found.estimate, "trace_error": found.error}
 
-    what = f"{pattern} largest images={len(labels)} samples={SAMPLES}"
+    count = context.available(_few(context))
+    what = f"{pattern} largest images={count} samples={SAMPLES}"
     found = context.kept(what, member, compute)
     return {**found, "mean": found["trace"] / size}
 
@@ -472,8 +468,7 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
     if any("operator" in name.split(".") for name in tree.named(member.params)):
         own = _curvature(context, member, OPERATOR)
         found |= {f"operator_{name}": value for name, value in own.items()}
-    model = context.model(member.config)
-    losses = context.losses(model)
+    losses = context.losses(context.model(member.config))
 
     def noise() -> dict[str, Tensor]:
         def one(params: Params, image: Tensor, label: Tensor) -> Tensor:
@@ -487,15 +482,10 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
         return found
 
     def density() -> dict[str, Tensor]:
-        images, labels = _examples(context, member)
-
-        def loss(params: Params) -> Tensor:
-            return losses(params, images, labels).mean()
-
-        draws = context.generator("density", member.seed)
+        loss, draws = _loss(context, member), context.generator("density", member.seed)
         return dict(spectral_density(loss, member.params, 1, draws, steps=STEPS)._asdict())
 
-    what = f"density images={max(2, context.examples // 4)} steps={STEPS}"
+    what = f"density images={_few(context)} steps={STEPS}"
     return found | context.kept(what, member, density)
 
 
@@ -504,8 +494,7 @@ def section(context: Context) -> pages.Section:
     found = scalars(context, measure)
     first = {one.name: measure(context, Member(one, 0)) for one in context.results}
     densities = {name: Density(own["grid"], own["density"]) for name, own in first.items()}
-    count = len(_examples(context, next(context.members()))[1])
-    noise = len(context.images(context.results[0].configs[0], context.examples)[1])
+    count, noise = context.available(_few(context)), context.available(context.examples)
     columns = [
         Column("top", "largest eigenvalue", 1),
         Column("trace", "trace", 0),

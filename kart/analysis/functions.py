@@ -35,7 +35,7 @@ from kart.models import Model
 from kart.models.model import find
 from kart.operators import Operator
 from kart.operators.resize import amplitude, check_amplitude
-from kart.operators.sums import parts_of
+from kart.operators.sums import parts_of, simple_parts
 
 # whose functions are not of the score alone
 PLACED = ("by_offset", "by_distance")
@@ -182,21 +182,16 @@ def seen_by(group: Group, scores: Tensor) -> Tensor:
     return own @ group.params["mix"].detach().to(own).mT
 
 
-def _simple(operator: Operator) -> list[Operator]:
-    """The operators that one is made of, down to those that are made of none."""
-    parts = parts_of(operator)
-    return [one for part in parts for one in _simple(part)] if parts else [operator]
-
-
 def _placed(operator: Operator) -> bool:
     """Whether any head of an operator learns functions of the place."""
-    return any(one.options.get("kind") in PLACED for one in _simple(operator))
+    return any(one.options.get("kind") in PLACED for one in simple_parts(operator))
 
 
 def learns(operator: Operator) -> bool:
     """Whether any head of an operator learns functions that `learned_groups` gives."""
     return any(
-        one.basis is not None and one.options.get("kind") not in PLACED for one in _simple(operator)
+        one.basis is not None and one.options.get("kind") not in PLACED
+        for one in simple_parts(operator)
     )
 
 
@@ -439,7 +434,7 @@ def plot(
         starts = [group.params for group in learned_groups(operator, initial)]
     seen = None if scores is None else [seen_by(group, scores) for group in groups]
     where = _range(groups, seen) if x is None else x
-    panels = []  # (head, lines, band, dotted)
+    parts = []
     for group, start in zip(groups, starts, strict=True):
         values = curves(group.operator, group.params, where)
         before = None if start is None else curves(group.operator, start, where)
@@ -451,11 +446,7 @@ def plot(
         for h, units in enumerate(chosen):
             lines = values[h].flatten(0, 1)[units]
             dotted = None if before is None else before[h].flatten(0, 1)[units]
-            panels.append((group.first + h, lines, bands[:, h], dotted))
-    parts = [
-        (head, [None if part is None else part.cpu().numpy() for part in rest])
-        for head, *rest in panels
-    ]
+            parts.append((group.first + h, (lines, bands[:, h], dotted)))
     shown = None if seen is None else [x for own in seen for x in own.movedim(-3, 0)]
     return _panels(parts, _draw, where, shown, "φ(score)")
 
@@ -473,26 +464,25 @@ def plot_response(
     where = where.to(values.device)
     reference = softmax_response(where, values.shape[1], scores).expand(len(values), -1)
     levels = values.quantile(values.new_tensor([0.1, 0.5, 0.9]), dim=1).transpose(0, 1)
-    parts = [
-        (head, [part.cpu().numpy() for part in rest])
-        for head, rest in enumerate(zip(values, levels, reference, strict=True))
-    ]
+    parts = list(enumerate(zip(values, levels, reference, strict=True)))
     shown = None if scores is None else list(scores.movedim(-3, 0))
     return _panels(parts, _draw_response, where, shown, "weight, centred")
 
 
 def _panels(
-    parts: Sequence[tuple[int, list[Any]]],
+    parts: Sequence[tuple[int, Sequence[Tensor | None]]],
     draw: Callable[..., None],
     x: Tensor,
     scores: Sequence[Tensor] | None,
     label: str,
 ) -> Any:
-    """A panel for each (head, what `draw(ax, x, ...)` takes), four in a row, over `scores` each."""
+    """A panel for each (head, what `draw(ax, x, ...)` takes as NumPy arrays, since matplotlib reads
+    no tensors cleanly), four in a row, over `scores` each.
+    """
     fig, axes = figures.panels(len(parts), 4, 1.9, 1.6, sharex=True, sharey=True)
     for i, (ax, (head, values)) in enumerate(zip(axes, parts, strict=True)):
         ax.axhline(0, color=figures.QUIET, lw=0.5)
-        draw(ax, x.cpu().numpy(), *values)
+        draw(ax, x.cpu().numpy(), *(None if y is None else y.cpu().numpy() for y in values))
         ax.set_xlim(float(x[0]), float(x[-1]))
         if scores is not None:
             _silhouette(ax, x, scores[i])
@@ -503,7 +493,6 @@ def _panels(
 
 
 def _draw(ax: Any, x: Any, lines: Any, band: Any, dotted: Any) -> None:
-    """One head's units; NumPy arrays, since matplotlib reads no tensors cleanly."""
     ax.fill_between(x, band[0], band[1], color=figures.QUIET, alpha=0.22, lw=0)
     for i, line in enumerate(lines):
         colour = figures.COLOURS[i % len(figures.COLOURS)]
@@ -597,7 +586,7 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
             found = {"score_share": torch.cat(shares).mean(), "by_block": by_block}
         if near:
             means = torch.cat(near, 1).mean(1)
-            found |= {f"r2_{name}": means[i] for i, name in enumerate(Fits._fields)}
+            found |= {f"r2_{name}": mean for name, mean in zip(Fits._fields, means, strict=True)}
         return found
 
     return context.kept("functions", member, compute)
@@ -611,13 +600,11 @@ def _pruned(context: Context, member: Member) -> dict[str, Tensor]:
         images, labels = context.images(member.config, context.examples)
         hits, left = [], []
         for threshold in (0.0, *THRESHOLDS):
-            params = member.params
-            share = 1.0
+            params, share = member.params, 1.0
             if threshold:
-                found = prune(model, params, threshold)
-                params = found.params
-                terms = sum(one.of_terms for one in found.dropped.values())
-                share -= sum(one.terms for one in found.dropped.values()) / terms
+                params, dropped = prune(model, params, threshold)
+                terms = sum(one.of_terms for one in dropped.values())
+                share -= sum(one.terms for one in dropped.values()) / terms
             with torch.no_grad():
                 right = model.apply(params, images).argmax(-1) == labels
             hits.append(right.double().mean())
@@ -633,16 +620,10 @@ def section(context: Context) -> pages.Section:
     """
     found = scalars(context, measure)
     column = percent("score_share", "of the scores %")
-    columns = [
-        column,
-        *(
-            Column(f"r2_{name}", f"R² {name}", 3, low=0.0, high=1.0)
-            for name in ("constant", "identity", "affine", "exp")
-        ),
-    ]
+    kinds = [Column(f"r2_{name}", f"R² {name}", 3, low=0.0, high=1.0) for name in Fits._fields]
     table, numbers = seeds_table(
         found,
-        columns,
+        [column, *kinds],
         "Of the scores: the share of the variance of the heads' output over images that the best "
         "operator that is the same for all images does not give, mean over heads and blocks; 0 is "
         "attention that ignores its scores, a dash too few validation images to tell. R²: the "
@@ -651,16 +632,9 @@ def section(context: Context) -> pages.Section:
     )
     lines = differences(found, "score_share", "The share of the scores (%)", column)
     notes = windowed(context, "The best constant operator is one for all windows of a block.")
-    learned = [
-        result
-        for result in context.results
-        if any(map(learns, context.model(result.configs[0]).operators))
-    ]
-    placed = [
-        result.name
-        for result in context.results
-        if any(map(_placed, context.model(result.configs[0]).operators))
-    ]
+    pairs = list(zip(context.results, context.models, strict=True))
+    learned = [result for result, model in pairs if any(map(learns, model.operators))]
+    placed = [result.name for result, model in pairs if any(map(_placed, model.operators))]
     if placed:
         told = "functions by offset and by distance are not of the score alone and not shown here."
         notes.append(pages.note(f"{', '.join(placed)}: {told}"))
@@ -716,7 +690,7 @@ def _dropped(
             pages.Number(result.name, f"top1_pruned_{t:g}", float(x), "", result.configs[0].seed)
             for t, x in zip((0.0, *THRESHOLDS), own["top1"], strict=True)
         ]
-    count = len(context.images(learned[0].configs[0], context.examples)[1])
+    count = context.available(context.examples)
     caption = (
         f"Top-1 % on {count} validation images without the terms (harmonics, coefficients) below a "
         "share of the largest of their head, in brackets how many % of the terms are left; the "
@@ -730,7 +704,7 @@ def _dropped(
 
 def _sizeless(model: Model) -> bool:
     """Whether any unit of a model is of a family that names no amplitude."""
-    ones = [one for operator in model.operators for one in _simple(operator) if learns(one)]
+    ones = [one for operator in model.operators for one in simple_parts(operator) if learns(one)]
     return any(one.basis is not None and not amplitude(one.basis) for one in ones)
 
 

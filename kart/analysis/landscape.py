@@ -249,11 +249,10 @@ def surface(
     pairs = torch.cartesian_prod(a, b).split(chunk)
 
     def at(pair: Tensor) -> Tensor:
-        moved = tree.map(
-            lambda x, u, v: x + pair[0].to(x.dtype) * u + pair[1].to(x.dtype) * v,
-            *(params, first, second),
-        )
-        value = loss(moved)
+        def moved(x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+            return x + pair[0].to(x.dtype) * u + pair[1].to(x.dtype) * v
+
+        value = loss(tree.map(moved, params, first, second))
         if value.shape != ():
             raise ValueError(
                 f"`surface` needs a loss that returns one number, got shape {tuple(value.shape)}. "
@@ -381,17 +380,17 @@ def roughness(z: Tensor, axes: Tensor) -> Tensor:
     return torch.where(whole > 0, left / whole.clamp(min=torch.finfo(whole.dtype).tiny), 0.0)
 
 
-def _levels(surfaces: Iterable[Tensor], count: int) -> tuple[list[float], float]:
-    """Levels of the loss that several surfaces share, evenly spaced in the logarithm of the rise
-    over the lowest of them, and that lowest.
+def _levels(surfaces: Iterable[Tensor]) -> list[float]:
+    """Levels of the loss that several surfaces share: its lowest value, and from there on evenly
+    spaced in the logarithm of the rise.
     """
     finite = torch.cat([z[z.isfinite()].flatten().cpu() for z in surfaces])
     if not len(finite):
         raise ValueError("`plot` needs a surface with finite points, got none. Shrink the extent.")
     low, high = float(finite.min()), float(finite.max())
     span = (high - low) or 1.0
-    rises = torch.logspace(-2.5, 0, count, dtype=torch.float64) * span
-    return [low, *(low + rises).tolist()], low
+    rises = torch.logspace(-2.5, 0, 13, dtype=torch.float64) * span
+    return [low, *(low + rises).tolist()]
 
 
 def plot(
@@ -410,7 +409,7 @@ def plot(
         explained: shares of the path's variance that the two directions explain, for the labels.
     """
     _check_named(surfaces, axes)
-    levels, _ = _levels(surfaces.values(), 13)
+    levels = _levels(surfaces.values())
     fig, cells = figures.panels(len(surfaces), 3, 2.9, 2.7)
     colours = _colours(levels)
     drawn = None
@@ -445,18 +444,14 @@ def plot_surfaces(surfaces: Mapping[str, Tensor], axes: Mapping[str, Tensor]) ->
     colours; Args as of `plot`.
     """
     _check_named(surfaces, axes)
-    levels, low = _levels(surfaces.values(), 13)
+    levels = _levels(surfaces.values())
     fig, cells = figures.panels(len(surfaces), 3, 3.0, 2.8, subplot_kw={"projection": "3d"})
-    shown = _colours(levels)
+    shown = {**_colours(levels), "rstride": 1, "cstride": 1, "linewidth": 0, "antialiased": False}
     for ax, (name, z) in zip(cells, surfaces.items(), strict=True):
         grid = torch.meshgrid(*axes[name].cpu(), indexing="ij")
         height = z.clamp(max=levels[-1]).cpu()
-        ax.plot_surface(
-            *(x.numpy() for x in (*grid, height)),
-            **{"cmap": shown["cmap"], "norm": shown["norm"]},
-            **{"rstride": 1, "cstride": 1, "linewidth": 0, "antialiased": False},
-        )
-        ax.set_zlim(low, levels[-1])
+        ax.plot_surface(*(x.numpy() for x in (*grid, height)), **shown)
+        ax.set_zlim(levels[0], levels[-1])
         ax.set_title(figures.wrapped(name), fontsize=8, color=figures.INK)
         ax.set_xlabel("direction 1", fontsize=7, labelpad=-6)
         ax.set_ylabel("direction 2", fontsize=7, labelpad=-6)
@@ -587,20 +582,16 @@ def section(context: Context) -> pages.Section:
     found = scalars(context, measure)
     first = {one.name: measure(context, Member(one, 0)) for one in context.results}
     reach = float(next(iter(first.values()))["path_axes"].max())
-    count = len(context.images(context.results[0].configs[0], context.examples)[1])
-    parts = {
-        kind: (
-            {name: own[f"{kind}_surface"] for name, own in first.items()},
-            {name: own[f"{kind}_axes"] for name, own in first.items()},
-        )
-        for kind in ("path", "random")
-    }
-    paths = {name: own["coordinates"] for name, own in first.items()}
-    explained = {name: own["explained"] for name, own in first.items()}
+    count = context.available(context.examples)
+
+    def of(key: str) -> dict[str, Tensor]:
+        return {name: own[key] for name, own in first.items()}
+
+    parts = {kind: (of(f"{kind}_surface"), of(f"{kind}_axes")) for kind in ("path", "random")}
     names = ", ".join(first)
     shown = [
         pages.figure(
-            plot(*parts["path"], paths, explained),
+            plot(*parts["path"], of("coordinates"), of("explained")),
             "landscape-path",
             f"Contours of the validation loss of {names} in the plane of the path of training",
             "In the plane in which training moved most. Ring: where it began. Star: where it "

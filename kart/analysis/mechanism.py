@@ -7,6 +7,7 @@ of its output is position alone and what that part looks like, how gradients beg
 """
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kart import bases, data, models, operators, pages, schema, train, tree
+from kart import bases, models, operators, pages, schema, train, tree
 from kart.analysis import figures
 from kart.analysis.attention import static_share
 from kart.analysis.section import (
@@ -39,7 +40,7 @@ from kart.models.resize import lattice
 from kart.operators import Operator
 from kart.operators.contract import sum_units
 from kart.operators.relative import PARTS, entry_index, flatten_table
-from kart.operators.sums import parts_of
+from kart.operators.sums import parts_of, simple_parts
 from kart.train import Config, Splits
 
 # --- simpler functions in the place of the learned ones -------------------------------------------
@@ -152,7 +153,7 @@ def swap(
 
 def _learns(op: Operator) -> bool:
     """Whether any part of an operator has learned functions."""
-    return any(map(_learns, parts_of(op))) or op.basis is not None
+    return any(one.basis is not None for one in simple_parts(op))
 
 
 def _simpler(op: Operator, params: Params, form: str, scores: Tensor) -> tuple[Operator, Params]:
@@ -528,13 +529,6 @@ def plot(found: Sequence[Layout], names: Sequence[str] | None = None) -> Any:
 SEEDS = 5  # fresh initialisations whose gradients are compared
 
 
-def _some(context: Context, config: Config, count: int) -> tuple[Tensor, Tensor]:
-    """The first training images, as they are evaluated, and their labels."""
-    chosen = torch.arange(min(count, len(context.splits.train.labels)))
-    pixels, labels = data.take(context.splits.train, chosen)
-    return train.prepare(data.as_float(pixels), context.splits.train, config), labels
-
-
 def _top1(context: Context, config: Config, model: Model, params: Params) -> Tensor:
     images, labels = context.images(config, 8 * context.examples)
     with torch.no_grad():
@@ -546,42 +540,64 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
     """What a member loses by each swap, all blocks and one at a time, as it is and after a few
     steps more; and how much of its output is position.
     """
-    model, config = context.model(member.config), member.config
-    few, steps, shown = context.few(model), context.retrain, some_blocks(len(model.sites))
+    model = context.model(member.config)
+    few = context.few(model)
     most = max(site.windows * site.heads * site.tokens**2 for site in model.sites)
     held = 5 * 4 * len(model.sites) * few * most
     context.holds(f"the attention of {few} images in {member.name}", held / 2**20)
-    known: dict[str, Any] = {}
+    return _swaps(context, member, model, few) | _position(context, member, model, few)
 
+
+def _swaps(context: Context, member: Member, model: Model, few: int) -> dict[str, Tensor]:
+    config, steps, shown = member.config, context.retrain, some_blocks(len(model.sites))
+
+    @functools.cache
     def aux() -> dict[str, Tensor]:
-        if not known:
-            with torch.no_grad():
-                images = _some(context, config, few)[0]
-                known.update(model.intermediates(member.params, images))
-        return known
+        images, _ = context.images(config, few, context.splits.train)
+        with torch.no_grad():
+            return model.intermediates(member.params, images)
 
     def scored(kind: str) -> dict[str, Tensor]:
-        whole = kind == "whole"
-        new = Swapped(model, member.params)
-        if not whole:
+        new, blocks = Swapped(model, member.params), []
+        if kind != "whole":
             new = swap(model, member.params, kind, aux())
+            # a block between others may have no functions
+            blocks = [i for i in shown if kind == "position" or _learns(model.operators[i])]
         found = {"top1": _top1(context, config, *new)}
-        if not whole:
-            for i in shown:
-                if kind != "position" and not _learns(model.operators[i]):
-                    continue  # a block between others that has no functions
-                context.check()
-                one = swap(model, member.params, kind, aux(), [i])
-                found[f"top1_block_{i + 1}"] = _top1(context, config, *one)
+        for i in blocks:
+            context.check()
+            one = swap(model, member.params, kind, aux(), [i])
+            found[f"top1_block_{i + 1}"] = _top1(context, config, *one)
         if steps:
             context.check()
             params = retrain(config, *new, context.splits, steps)
             found["again"] = _top1(context, config, new.model, params)
         return found
 
-    def position() -> dict[str, Tensor]:
+    def kept(kind: str) -> dict[str, Tensor]:
+        what = f"swap {kind} images={few} examples={8 * context.examples} steps={steps}"
+        return context.kept(what, member, lambda: scored(kind))
+
+    kinds = [] if getattr(model.config, "gated_blocks", 0) else ["position"]
+    if all(map(_swappable, model.operators)) and any(map(_learns, model.operators)):
+        kinds += FORMS
+    whole = kept("whole")
+    found = dict(whole)
+    for kind in kinds:
+        own = kept(kind)
+        found[f"cost_{kind}"] = whole["top1"] - own["top1"]
+        for i in shown:
+            if f"top1_block_{i + 1}" in own:
+                found[f"cost_{kind}_block_{i + 1}"] = whole["top1"] - own[f"top1_block_{i + 1}"]
+        if steps:
+            found[f"left_{kind}"] = whole["again"] - own["again"]
+    return found
+
+
+def _position(context: Context, member: Member, model: Model, few: int) -> dict[str, Tensor]:
+    def compute() -> dict[str, Tensor]:
         with torch.no_grad():
-            seen = model.intermediates(member.params, context.images(config, few)[0])
+            seen = model.intermediates(member.params, context.images(member.config, few)[0])
         found = {}
         for i, site in enumerate(model.sites):
             weights, values = (
@@ -591,31 +607,14 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
             found[f"mean_{i}"] = weights.mean(0)
         return found
 
-    kinds = [] if getattr(model.config, "gated_blocks", 0) else ["position"]
-    if all(_swappable(op) for op in model.operators) and any(map(_learns, model.operators)):
-        kinds += FORMS
-    label = f"images={few} examples={8 * context.examples} steps={steps}"
-    by_kind = {
-        kind: context.kept(f"swap {kind} {label}", member, lambda kind=kind: scored(kind))
-        for kind in ["whole", *kinds]
-    }
-    whole = by_kind["whole"]
-    found = {name: whole[name] for name in ("top1", "again") if name in whole}
-    for kind in kinds:
-        own = by_kind[kind]
-        found[f"cost_{kind}"] = whole["top1"] - own["top1"]
-        for i in shown:
-            if f"top1_block_{i + 1}" in own:
-                found[f"cost_{kind}_block_{i + 1}"] = whole["top1"] - own[f"top1_block_{i + 1}"]
-        if steps:
-            found[f"left_{kind}"] = whole["again"] - own["again"]
-    seen = context.kept(f"position images={few}", member, position)
+    seen = context.kept(f"position images={few}", member, compute)
     shares = [seen[f"share_{i}"] for i in range(len(model.sites))]
+    found = {name: x for name, x in seen.items() if name.startswith("mean_")}
     found["position"] = torch.cat(shares).mean()
-    for i in shown:
+    for i in some_blocks(len(model.sites)):
         for h, share in enumerate(shares[i]):
             found[f"position_block_{i + 1}_head_{h + 1}"] = share
-    return found | {name: x for name, x in seen.items() if name.startswith("mean_")}
+    return found
 
 
 # whose functions are of one score
@@ -624,10 +623,9 @@ SWAPPABLE = ("low_rank", "full_rank", "project_first", "two_stage", "elementwise
 
 def _swappable(op: Operator) -> bool:
     """Whether `swap` takes all of an operator's learned functions."""
-    parts = parts_of(op)
-    if parts:
-        return all(map(_swappable, parts))
-    return op.basis is None or op.options.get("kind") in SWAPPABLE
+    return all(
+        one.basis is None or one.options.get("kind") in SWAPPABLE for one in simple_parts(op)
+    )
 
 
 def _starts(context: Context, member: Member) -> dict[str, Tensor]:
@@ -635,7 +633,7 @@ def _starts(context: Context, member: Member) -> dict[str, Tensor]:
 
     def compute() -> dict[str, Tensor]:
         model = context.model(member.config)
-        images, labels = _some(context, member.config, count)
+        images, labels = context.images(member.config, count, context.splits.train)
         found = []
         for seed in range(SEEDS):
             params = model.init(torch.Generator().manual_seed(seed))
@@ -653,7 +651,7 @@ def section(context: Context) -> pages.Section:
     found = scalars(context, measure)
     shown, numbers = _costs(context, found)
     place = "Position is the place in a window, and a mean matrix that of all windows of a block."
-    sites = [site for one in context.results for site in context.model(one.configs[0]).sites]
+    sites = [site for model in context.models for site in model.sites]
     if any(site.cut is not None and len(site.cut.whole) < site.cut.count for site in sites):
         place += (
             " In windows that a mask cuts it loses what it gave masked keys, so that in its place "
@@ -674,8 +672,8 @@ def _points(measure: str, header: str) -> Column:
 
 
 def _costs(context: Context, found: Measured) -> Part:
-    count = min(8 * context.examples, len(context.splits.val.labels))
-    few = context.few(context.model(context.results[0].configs[0]))
+    count = context.available(8 * context.examples)
+    few = context.few(context.models[0])
     names = dict(zip(KINDS, ("its mean matrix", "constants", "affine", "exp"), strict=True))
     columns = [percent("top1", "top-1 %")]
     columns += [_points(f"cost_{kind}", names[kind]) for kind in KINDS]
@@ -700,7 +698,7 @@ def _costs(context: Context, found: Measured) -> Part:
         table, more = seeds_table(found, columns, caption)
         shown.append(table)
         numbers += more
-    depth = max(len(context.model(result.configs[0]).sites) for result in context.results)
+    depth = max(len(model.sites) for model in context.models)
     columns = [
         _points(f"cost_{kind}_block_{i + 1}", f"{names[kind]}, block {i + 1}")
         for kind in KINDS
@@ -725,7 +723,7 @@ def _gradients(context: Context) -> Part:
                 spread = mean.why or f"[{mean.low:.2g}, {mean.high:.2g}]"
                 cells.append(pages.Markup(f"{mean.mean:.2g}<br>{pages.tag('small', spread)}"))
         rows.append(cells)
-    count = context.few(context.model(context.results[0].configs[0]))
+    count = context.few(context.models[0])
     header = ["operator"]
     header += [f"{name}, block {i + 1}" for i in some_blocks(max(depths)) for name in "qkv"]
     caption = (
@@ -748,7 +746,7 @@ def _shares(context: Context, found: Measured) -> Part:
         Column(name, name.removeprefix("position_").replace("_", " "), 1, "", 100.0, high=1.0)
         for name in measures
     ]
-    few = context.few(context.model(context.results[0].configs[0]))
+    few = context.few(context.models[0])
     caption = (
         f"Share of the variance of a head's output over {few} validation images that position "
         "alone explains: the mean of the attention matrix over the images, times the values. "

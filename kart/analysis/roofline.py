@@ -195,10 +195,7 @@ def measured() -> str:
         calls, roofs = {}, {}
         for spec in ("softmax", "G1", "G3"):
             op = operators.parse(spec).operator
-            generator = torch.Generator().manual_seed(0)
-            shape = (batch, bench.HEADS, tokens, bench.WIDTH)
-            q, k, v, probe = (torch.randn(shape, generator=generator) for _ in range(4))
-            inputs = (op.init(generator, bench.HEADS, tokens), q, k, v)
+            inputs, probe = bench.drawn(op, batch, tokens)
             attend = bench.attend_softmax if spec == "softmax" else op.attend
             calls[spec] = functools.partial(bench.gradients, attend, inputs, probe)
             kernels = attention(op, batch, bench.HEADS, tokens, bench.WIDTH, 4)

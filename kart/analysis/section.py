@@ -166,6 +166,14 @@ def samples(site: Site, tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, *tensor.shape[-3:])
 
 
+def first_images(split: data.Dataset, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` images of a split, `(B, C, height, width)` in [0, 1], fewer where there are
+    no more, and their labels `(B,)`.
+    """
+    pixels, labels = data.take(split, torch.arange(min(count, len(split.labels))))
+    return data.as_float(pixels), labels
+
+
 # the fields of Context that a reader chooses
 OPTIONS = ("shown", "examples", "points", "retrain", "limit_mib")
 
@@ -216,14 +224,24 @@ class Context:
         """The model of a config, for these data."""
         return train.build(config, self.splits.train)
 
-    def images(self, config: Config, count: int) -> tuple[Tensor, Tensor]:
-        """The first `count` validation images as the model takes them, and their labels: the same
-        for all operators, fewer where there are no more.
+    @property
+    def models(self) -> list[Model]:
+        """The model of each result."""
+        return [self.model(result.configs[0]) for result in self.results]
+
+    def images(
+        self, config: Config, count: int, split: data.Dataset | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The first `count` images of a split, by default of validation, as the model evaluates
+        them, and their labels: the same for all operators, fewer where there are no more.
         """
-        chosen = torch.arange(min(count, len(self.splits.val.labels)))
-        pixels, labels = data.take(self.splits.val, chosen)
-        prepared = train.prepare(data.as_float(pixels), self.splits.val, config)
-        return prepared, labels
+        split = self.splits.val if split is None else split
+        pixels, labels = first_images(split, count)
+        return train.prepare(pixels, split, config), labels
+
+    def available(self, count: int) -> int:
+        """How many validation images `images` gives where `count` are asked for."""
+        return min(count, len(self.splits.val.labels))
 
     def losses(self, model: Model) -> Callable[..., Tensor]:
         """The loss of each example, `(params, images, labels) -> (n,)`, in nats."""
@@ -254,8 +272,7 @@ class Context:
     @property
     def most_keys(self) -> float:
         """The largest number of keys of any block."""
-        models = [self.model(result.configs[0]) for result in self.results]
-        return float(max(site.tokens for model in models for site in model.sites))
+        return float(max(site.tokens for model in self.models for site in model.sites))
 
     def few(self, model: Model) -> int:
         """On how many images weights and scores, N x N a head and window, stay small in every
@@ -272,22 +289,21 @@ class Context:
         model = self.model(config)
         c = model.config
         count = self.few(model) if count is None else count
-        if f"look {result.name} {count}" in self.memory:
-            return self.memory[f"look {result.name} {count}"]
-        chosen = torch.arange(min(count, len(self.splits.val.labels)))
-        pixels = data.as_float(data.take(self.splits.val, chosen)[0])
+        key = f"look {result.name} {count}"
+        if key in self.memory:
+            return self.memory[key]
+        pixels, _ = first_images(self.splits.val, count)
+        pixels = augment.center_crop(pixels, c.image_size, config.eval_crop)
         with torch.no_grad():
             aux = model.intermediates(result.params[0], self.images(config, count)[0])
-        pixels = augment.center_crop(pixels, c.image_size, config.eval_crop)
         # weights that came from elsewhere are kept by a trajectory alone
         initial = None
         if config.start is None:
             initial = model.init(torch.Generator().manual_seed(config.seed))
         elif config.trajectory and result.snapshots is not None:
             initial = result.snapshots(0)[0][1]
-        found = Look(result, model, result.params[0], initial, pixels, aux)
-        self.memory[f"look {result.name} {count}"] = found
-        return found
+        self.memory[key] = Look(result, model, result.params[0], initial, pixels, aux)
+        return self.memory[key]
 
     @property
     def data_key(self) -> str:
@@ -515,8 +531,8 @@ def mean_number(
 
 def windowed(context: Context, what: str) -> list[pages.Markup]:
     """A line for pages of models with windows: what their samples are, and `what` besides."""
-    models = [context.model(result.configs[0]) for result in context.results]
-    cuts = [site.cut for model in models for site in model.sites if site.cut is not None]
+    sites = [site for model in context.models for site in model.sites]
+    cuts = [site.cut for site in sites if site.cut is not None]
     if not cuts:
         return []
     line = "Attention is in windows here: each window of an image is a sample."

@@ -29,7 +29,7 @@ IMAGES = 5  # of the section, as in the paper
 CUT = 1e-5  # of the largest singular value: below it counts as rounding of float32
 
 
-def _check_matrices(name: str, matrices: Tensor) -> None:
+def _spectrum(name: str, matrices: Tensor) -> Tensor:
     if matrices.dim() < 2 or not matrices.dtype.is_floating_point or 0 in matrices.shape[-2:]:
         raise ValueError(
             f"`{name}` needs floating-point matrices (..., N, M) with N, M >= 1, got "
@@ -40,6 +40,7 @@ def _check_matrices(name: str, matrices: Tensor) -> None:
             f"`{name}` needs finite matrices, got {int((~matrices.isfinite()).sum())} entries nan "
             "or inf. Leave diverged runs out."
         )
+    return torch.linalg.svdvals(matrices.double())
 
 
 def singular_values(matrices: Tensor) -> Tensor:
@@ -48,8 +49,7 @@ def singular_values(matrices: Tensor) -> Tensor:
     >>> singular_values(torch.tensor([[0.0, 2.0], [-3.0, 0.0]])).round(decimals=6).tolist()
     [3.0, 2.0]
     """
-    _check_matrices("singular_values", matrices)
-    return torch.linalg.svdvals(matrices.double())
+    return _spectrum("singular_values", matrices)
 
 
 def effective_rank(matrices: Tensor) -> Tensor:
@@ -61,8 +61,7 @@ def effective_rank(matrices: Tensor) -> Tensor:
     >>> effective_rank(torch.stack([torch.eye(4), torch.ones(4, 4)])).round(decimals=6).tolist()
     [4.0, 1.0]
     """
-    _check_matrices("effective_rank", matrices)
-    spectrum = torch.linalg.svdvals(matrices.double())
+    spectrum = _spectrum("effective_rank", matrices)
     largest = spectrum[..., :1]
     # in units of the largest, so that no sum overflows and no small one is taken for zero
     spectrum = spectrum / torch.where(largest > 0, largest, 1.0)
@@ -80,7 +79,7 @@ def numerical_rank(matrices: Tensor, tolerance: float | None = None) -> Tensor:
     >>> numerical_rank(torch.diag(torch.tensor([3.0, 1e-3, 0.0]))).item()
     2
     """
-    _check_matrices("numerical_rank", matrices)
+    spectrum = _spectrum("numerical_rank", matrices)
     if tolerance is not None and not 0 <= tolerance < 1:
         raise ValueError(
             f"`numerical_rank` needs 0 <= `tolerance` < 1, got {tolerance!r}. Leave it out."
@@ -92,7 +91,6 @@ def numerical_rank(matrices: Tensor, tolerance: float | None = None) -> Tensor:
             f"whose rounding may reach the largest singular value, got shape "
             f"{tuple(matrices.shape)}. Pass one such as 1e-2, or take them in float32."
         )
-    spectrum = torch.linalg.svdvals(matrices.double())
     cut = (precision if tolerance is None else tolerance) * spectrum[..., :1]
     return (spectrum > cut).sum(-1)
 
@@ -193,10 +191,9 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
             found[f"{kind}_values"] = singular_values(blocks[-1])
             ranks = torch.stack([effective_rank(block).mean() for block in blocks])
             found[f"{kind}_effective"], found[f"{kind}_by_block"] = ranks.mean(), ranks
-            numerical = [numerical_rank(block, CUT).double().mean() for block in blocks]
-            found[f"{kind}_numerical"] = torch.stack(numerical).mean()
-            most = [numerical_rank(block, CUT).max() for block in blocks]
-            found[f"{kind}_most"] = torch.stack(most).max().double()
+            numerical = [numerical_rank(block, CUT).double() for block in blocks]
+            found[f"{kind}_numerical"] = torch.stack([one.mean() for one in numerical]).mean()
+            found[f"{kind}_most"] = torch.stack([one.max() for one in numerical]).max()
         return found
 
     return context.kept(f"ranks images={IMAGES}", member, compute)
@@ -207,8 +204,7 @@ def section(context: Context) -> pages.Section:
     found = scalars(context, measure)
     first = {one.name: measure(context, Member(one, 0)) for one in context.results}
     bounds = {}
-    for result in context.results:
-        model = context.model(result.configs[0])
+    for result, model in zip(context.results, context.models, strict=True):
         ranks = {rank_of(op) for op in model.operators}
         if getattr(model.config, "gated_blocks", 0):
             ranks.add(None)  # their weights are mixed with those of positions
@@ -249,8 +245,7 @@ def section(context: Context) -> pages.Section:
     lines += differences(found, "weights_effective", "Effective rank of the weights", columns[1])
     told = "How many directions the attention of a head really uses."
     notes = windowed(context, "A rank is at most the number of keys of its window.")
-    configs = [context.model(one.configs[0]).config for one in context.results]
-    if any(getattr(config, "gated_blocks", 0) for config in configs):
+    if any(getattr(model.config, "gated_blocks", 0) for model in context.models):
         notes.append(pages.note("Weights of gated blocks are mixed with those of positions."))
     return pages.Section([pages.text(told), *notes, fig, table, pages.items(lines)], numbers)
 

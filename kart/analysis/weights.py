@@ -122,18 +122,13 @@ def by_part(params: Any) -> dict[str, Tensor]:
         if "operator" in name.split("."):
             rows = leaf.reshape(len(leaf) if leaf.dim() else 1, -1)  # one number a head, too
             found.setdefault(name.split(".")[-1], []).append(rows)
-    return {name: torch.cat(rows) for name, rows in _same_width(found).items()}
-
-
-def _same_width(found: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    # blocks with operators of different sizes: their rows cannot stand under each other
     parts: dict[str, list[Tensor]] = {}
     for name, rows in found.items():
-        widths = {row.shape[1] for row in rows}
+        # blocks with operators of different sizes: their rows cannot stand under each other
+        several = len({row.shape[1] for row in rows}) > 1
         for row in rows:
-            key = name if len(widths) == 1 else f"{name} ({row.shape[1]})"
-            parts.setdefault(key, []).append(row)
-    return parts
+            parts.setdefault(f"{name} ({row.shape[1]})" if several else name, []).append(row)
+    return {name: torch.cat(rows) for name, rows in parts.items()}
 
 
 class Summary(NamedTuple):

@@ -235,13 +235,15 @@ def assemble(
     traits: Mapping[str, Any],
     recipe: tuple[Callable[..., Basis], Mapping[str, Any]],
     name: str,
+    leaves: Callable[[Params], Tensor] | None = None,
     **pieces: Any,
 ) -> Basis:
     """Adds what all families share: base activation (eq. 5), KAN's per-unit scales, dtype rules,
     checks.
 
     `core` is a nonlinear family's function of (params, x), `expand` the features of a linear one;
-    `name` and `pieces` are fields of `Pieces`.
+    `name`, `leaves` of a nonlinear family without the base activation, and `pieces` are fields of
+    `Pieces`.
     """
     schema.check_choice(family, "base", base, BASES)
     activation = BASES[base]
@@ -272,10 +274,13 @@ def assemble(
             )
         if scales:
             coefs = coefs * params["scale_basis"][..., None]
+        return with_base(params, coefs)
+
+    def with_base(params: Params, values: Tensor) -> Tensor:
         if activation is None:
-            return coefs
-        last = params["scale_base"][..., None] if scales else torch.ones_like(coefs[..., :1])
-        return torch.cat([coefs, last], dim=-1)
+            return values
+        last = params["scale_base"][..., None] if scales else torch.ones_like(values[..., :1])
+        return torch.cat([values, last], dim=-1)
 
     def apply(params: Params, x: Tensor) -> Tensor:
         check_input(f"{family}.apply", x)
@@ -300,24 +305,14 @@ def assemble(
         check_input(f"{family}.expand", x)
         return None if expand is None else expand(wide(x)).to(x.dtype)
 
-    linear_family = expand is not None
-    own_leaves = pieces.pop("leaves", None)
-
-    def leaves(params: Params) -> Tensor:
-        assert own_leaves is not None
-        values = own_leaves(params)
-        if activation is None:
-            return values
-        last = params["scale_base"] if scales else torch.ones_like(values[..., 0])
-        return torch.cat([values, last[..., None]], dim=-1)
+    def all_leaves(params: Params) -> Tensor:
+        assert leaves is not None
+        return with_base(params, leaves(params))
 
     for function in (init, apply, expanded, features, coefficients):
         function.recipe = recipe  # type: ignore[attr-defined]  # says that it belongs to it
-    of = features if linear_family else apply
-    if linear_family:
-        pieces["leaves"] = coefficients
-    elif own_leaves is not None:
-        pieces["leaves"] = leaves
+    is_linear = expand is not None
+    of, whole = (features, coefficients) if is_linear else (apply, all_leaves)
     width = size + (activation is not None)
     return Basis(
         family=family,
@@ -325,11 +320,11 @@ def assemble(
         init=init,
         apply=apply,
         expand=expanded,
-        features=features if linear_family else None,
-        coefficients=coefficients if linear_family else None,
+        features=features if is_linear else None,
+        coefficients=coefficients if is_linear else None,
         options={**options, "base": base, "scales": scales},
-        traits={"linear": linear_family, **traits},
-        pieces=Pieces(name, width, of, base, **pieces),
+        traits={"linear": is_linear, **traits},
+        pieces=Pieces(name, width, of, base, leaves=whole, **pieces),
         recipe=recipe,
     )
 

@@ -7,15 +7,7 @@ from torch import Generator, Tensor
 
 from kart import schema
 from kart.bases import names
-from kart.bases.basis import (
-    Basis,
-    Cpp,
-    Params,
-    Triton,
-    assemble,
-    check_integer,
-    normal,
-)
+from kart.bases.basis import Basis, Cpp, Params, Triton, assemble, check_integer, normal
 
 CPP = """
 struct Unit {

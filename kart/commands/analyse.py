@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kart import code, runs, tables, train
-from kart.commands.command import Command, file, integer, number
+from kart.commands.command import Command, file, flag, integer, number
 from kart.runs import owned
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def _flags(parser: argparse.ArgumentParser) -> None:
         help="that share the runs, one thread each (1)",
     )
     for name, (_, least, default, text) in OPTIONS.items():
-        flag, told = f"--{name.replace('_', '-')}", f"{text} ({default})"
-        parser.add_argument(flag, type=integer(least), metavar="INT", help=told)
+        told = f"{text} ({default})"
+        parser.add_argument(flag(name), type=integer(least), metavar="INT", help=told)
     parser.add_argument("--checkpoint", default="last", choices=["last", "best"])
     parser.add_argument("--data", help="where the data is now, if it has moved")
 
@@ -101,7 +101,7 @@ def _check_effects(args: argparse.Namespace, sections: Any) -> None:
     for name, is_idle in idle.items():
         if getattr(args, name) is not None and is_idle:
             raise ValueError(
-                f"`--{name.replace('_', '-')}` has no effect on the sections "
+                f"`{flag(name)}` has no effect on the sections "
                 f"{', '.join(one.name for one in sections)}. Leave it out, or choose others."
             )
     defaults = {name: default for name, (_, _, default, _) in OPTIONS.items()}

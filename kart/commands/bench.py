@@ -2,7 +2,7 @@
 
 import argparse
 
-from kart.commands.command import Command, file, integer
+from kart.commands.command import Command, file, flag, integer
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +32,8 @@ def _run(args: argparse.Namespace) -> int:
     for name in ("step_batch", "sizes"):
         if args.quick and getattr(args, name) is not None:
             raise ValueError(
-                f"`--{name.replace('_', '-')}` has no effect with `--quick`, which measures single "
-                "operators alone. Leave one of them out."
+                f"`{flag(name)}` has no effect with `--quick`, which measures single operators "
+                "alone. Leave one of them out."
             )
     args.sizes = 16 if args.sizes is None else args.sizes
     bench.run(args)

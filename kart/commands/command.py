@@ -123,12 +123,17 @@ def add(parser: Parser, commands: Sequence[Command]) -> None:
         child.set_defaults(call=one.run, parser=child)
 
 
-def choice(flag: str, value: str, allowed: Sequence[str]) -> str:
+def flag(name: str) -> str:
+    """What argparse calls `name` as the command line has it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def choice(asked: str, value: str, allowed: Sequence[str]) -> str:
     """`value` if it is one of `allowed`, else a ValueError with the near ones."""
     if value in allowed:
         return value
     near = schema.near_matches(value, allowed)
-    raise ValueError(f"`{flag}` needs one of {', '.join(allowed)}, got {value!r}.{near}")
+    raise ValueError(f"`{asked}` needs one of {', '.join(allowed)}, got {value!r}.{near}")
 
 
 def place(text: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kart import models, operators, recipes, runs, train
+from kart.commands import command
 from kart.commands.command import choice, integer, number
 from kart.train import Config
 
@@ -198,7 +199,7 @@ def _learned(spec: str | tuple[str, ...]) -> bool:
 
 def flag(name: str) -> str:
     """A field of Config as the command line has it."""
-    return f"--{NAMES.get(name, name).replace('_', '-')}"
+    return command.flag(NAMES.get(name, name))
 
 
 def check_effects(

@@ -1,10 +1,13 @@
 """`kart info`: what a configuration costs, before it is trained."""
 
 import argparse
+from collections.abc import Iterator
+from typing import Any
 
 from kart import kernels, models, operators, schema, train
 from kart.commands.command import Command, integer
-from kart.commands.config import OPERATORS_HELP, add_config_flags, check_effects, config_of
+from kart.commands.config import OPERATORS_HELP, add_config_flags, check_effects, config_of, flag
+from kart.train import Config
 
 # fields of Config that what is printed depends on
 FIELDS = ("model", "image_size", *train.MODEL_FIELDS, "batch_size", "precision")
@@ -21,14 +24,9 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--operator", default=absent, metavar="SPEC", help="see below (default softmax)"
     )
-    for flag in ("num_classes", "in_channels"):
-        parser.add_argument(
-            f"--{flag.replace('_', '-')}",
-            type=count,
-            default=absent,
-            metavar="INT",
-            help=f"(default {DEFAULTS[flag]})",
-        )
+    for name in ("num_classes", "in_channels"):
+        told = f"(default {DEFAULTS[name]})"
+        parser.add_argument(flag(name), type=count, default=absent, metavar="INT", help=told)
     parser.add_argument(
         "--paper", action="store_true", help="the paper's nine models beside kart's, alone"
     )
@@ -55,7 +53,7 @@ def _check_used(args: argparse.Namespace) -> None:
             used = ()
         rest = [name for name in dict.fromkeys(given) if name not in (table, *used)]
         if rest:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in rest)
+            flags = ", ".join(map(flag, rest))
             raise ValueError(
                 f"`--{table}` needs to stand without {flags}, got both: its models are the "
                 "paper's. Leave one of them out."
@@ -67,12 +65,70 @@ def _tokens(site: models.Site) -> str:
     return f"{site.tokens}" + (f" in {site.windows} windows" if site.windows > 1 else "")
 
 
-def _run(args: argparse.Namespace) -> int:
+def _costs(config: Config, model: models.Model) -> dict[str, Any]:
+    """What a model costs, in the order and by the names of `--json`."""
     from kart.analysis import cost
 
+    counted, batch = cost.parameters(model), config.batch_size
+    found: dict[str, Any] = {
+        "model": config.model,
+        "operator": model.config.operator,
+        "sharing": model.config.sharing,
+        "tokens": model.sites[0].tokens,
+        "parameters": counted.total,
+        "operator_parameters": counted.operator,
+        "unused_parameters": cost.unused(model),
+        "batch": batch,
+    }
+    if not cost.uncounted(model):
+        operations = cost.flops(model)
+        found["gflops"] = operations.total / 1e9
+        found["activation_gflops"] = operations.activation / 1e9
+    width = 2 if config.precision == "bfloat16" else 4
+    kept = cost.activation_memory(model, batch, bytes_each=width)
+    found["kept_for_backward_mib"] = kept / 2**20
+    if cost.weighed(model):
+        naive = cost.activation_memory(model, batch, "naive", bytes_each=width)
+        found["kept_by_the_naive_form_mib"] = naive / 2**20
+    # float32 weights, gradients and two moments, and what the backward needs
+    found["training_memory_mib"] = (16 * counted.total + kept) / 2**20
+    return {**found, "engines": kernels.engines()}
+
+
+def _rows(found: dict[str, Any], model: models.Model) -> Iterator[tuple[str, str]]:
+    """What `_costs` found, in words."""
+    from kart.analysis import cost
+
+    operator = operators.shown(model.config.operator)
+    yield "model", f"{found['model']}, {operator}, {found['sharing']}"
+    yield "tokens", ", ".join(dict.fromkeys(map(_tokens, model.sites)))
+    learned = f"{found['operator_parameters']:,} of them in the operators"
+    yield "parameters", f"{found['parameters']:,}, {learned}"
+    if found["unused_parameters"]:
+        yield "without effect", cost.told(found["unused_parameters"])
+    operations = f"not counted: {cost.uncounted(model)}"
+    if "gflops" in found:
+        operations = (
+            f"{found['gflops']:.3f}, {found['activation_gflops']:.3f} of them in the activation "
+            "(the paper's count: multiply-accumulates)"
+        )
+    yield "GFLOPs an image", operations
+    held = f"{found['kept_for_backward_mib']:.0f} MiB"
+    if "kept_by_the_naive_form_mib" in found:
+        naive = found["kept_by_the_naive_form_mib"]
+        held += f" (materialised as in the paper: {naive:.0f} MiB)"
+    yield f"kept for backward, batch {found['batch']}", held
+    yield "training memory, AdamW", f"{found['training_memory_mib']:.0f} MiB"
+    for name, state in found["engines"].items():
+        yield f"engine {name}", state
+
+
+def _run(args: argparse.Namespace) -> int:
     _check_used(args)
     given = set(vars(args))
     if args.paper:
+        from kart.analysis import cost
+
         print(cost.paper_table())
         return 0
     for name, value in DEFAULTS.items():
@@ -85,8 +141,8 @@ def _run(args: argparse.Namespace) -> int:
 
         print(roofline.measured() if args.roofline == "cpu" else roofline.paper(config.batch_size))
         return 0
-    sizes = {name: getattr(config, name) for name in train.MODEL_FIELDS}
-    sizes = {name: value for name, value in sizes.items() if value is not None}
+    fields = {name: getattr(config, name) for name in train.MODEL_FIELDS}
+    sizes = {name: value for name, value in fields.items() if value is not None}
     sizes.setdefault("patch_size", train.default_patch_size(args.image_size, config.model))
     # a backbone of detectors has no classes, and refuses those that it is given
     if "num_classes" in given or models.classifies(config.model):
@@ -98,59 +154,11 @@ def _run(args: argparse.Namespace) -> int:
         in_channels=args.in_channels,
         **sizes,
     )
-    counted, unused, batch = cost.parameters(model), cost.unused(model), config.batch_size
-    found = {
-        "model": config.model,
-        "operator": model.config.operator,
-        "sharing": model.config.sharing,
-        "tokens": model.sites[0].tokens,
-        "parameters": counted.total,
-        "operator_parameters": counted.operator,
-        "unused_parameters": unused,
-        "batch": batch,
-    }
-    unknown = cost.uncounted(model)
-    if not unknown:
-        operations = cost.flops(model)
-        found |= {
-            "gflops": operations.total / 1e9,
-            "activation_gflops": operations.activation / 1e9,
-        }
-    width = 2 if config.precision == "bfloat16" else 4
-    kept = cost.activation_memory(model, batch, bytes_each=width)
-    found["kept_for_backward_mib"] = kept / 2**20
-    materialised = ""
-    if cost.weighed(model):
-        naive = cost.activation_memory(model, batch, "naive", bytes_each=width) / 2**20
-        found["kept_by_the_naive_form_mib"] = naive
-        materialised = f" (materialised as in the paper: {naive:.0f} MiB)"
-    # float32 weights, gradients and two moments, and what the backward needs
-    found["training_memory_mib"] = (16 * counted.total + kept) / 2**20
-    found["engines"] = kernels.engines()
+    found = _costs(config, model)
     if args.json:
         print(schema.dumps(found, indent=1))
-        return 0
-    rows = [
-        ("model", f"{config.model}, {operators.shown(args.operator)}, {model.config.sharing}"),
-        ("tokens", ", ".join(dict.fromkeys(map(_tokens, model.sites)))),
-        ("parameters", f"{counted.total:,}, {counted.operator:,} of them in the operators"),
-    ]
-    if unused:
-        rows.append(("without effect", cost.told(unused)))
-    if unknown:
-        rows.append(("GFLOPs an image", f"not counted: {unknown}"))
     else:
-        rows.append(
-            ("GFLOPs an image", f"{found['gflops']:.3f}, {found['activation_gflops']:.3f} of them "
-             "in the activation (the paper's count: multiply-accumulates)")
-        )  # fmt: skip
-    held = f"{found['kept_for_backward_mib']:.0f} MiB{materialised}"
-    rows += [
-        (f"kept for backward, batch {batch}", held),
-        ("training memory, AdamW", f"{found['training_memory_mib']:.0f} MiB"),
-    ]
-    rows += [(f"engine {name}", state) for name, state in found["engines"].items()]
-    print("\n".join(f"{name:32} {value}" for name, value in rows))
+        print("\n".join(f"{name:32} {value}" for name, value in _rows(found, model)))
     return 0
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from kart.commands.command import Command, choice, integer, number, place
-from kart.commands.config import THREADS, check_device, check_effects
+from kart.commands.config import THREADS, check_device, check_effects, flag
 
 if TYPE_CHECKING:
     from kart.search import Study
@@ -63,17 +63,17 @@ def _value(text: str) -> Any:
         return {"none": None, "true": True, "false": False}.get(text.lower(), text)
 
 
-def _pairs(items: Sequence[str], flag: str) -> dict[str, Any]:
+def _pairs(items: Sequence[str], given: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for item in items:
         name, equals, text = item.partition("=")
         name = name.replace("-", "_")
         if not equals or not name:
             raise ValueError(
-                f"`{flag}` needs NAME=VALUE, got {item!r}. Write for example epochs=5."
+                f"`{given}` needs NAME=VALUE, got {item!r}. Write for example epochs=5."
             )
         if name in found:
-            raise ValueError(f"`{flag}` needs each name once, got {name!r} twice. Drop one.")
+            raise ValueError(f"`{given}` needs each name once, got {name!r} twice. Drop one.")
         found[name] = _value(text)
     return found
 
@@ -262,24 +262,23 @@ def _give_code(study: "Study") -> None:
             code.use(name)
 
 
-def _set_up(args: argparse.Namespace) -> Opened:
-    from kart.search import question, space, storage, work
-    from kart.search.trials import LIMITS, OBJECTIVES, check_objectives, loader
+def _asked(args: argparse.Namespace, study: "Study") -> tuple["Study", dict[str, Any], list[str]]:
+    """`study` as the flags change it, the parameters that they fix and the objectives; raises
+    ValueError for flags that it cannot take or that change nothing in it.
+    """
+    from kart.search import question, space, storage
+    from kart.search.trials import OBJECTIVES, check_objectives
 
-    where = _home(args)
-    found = question.load(args.study)
-    study = found.study
-    _give_code(study)
-    changes = dict(study.tiny) if args.tiny else {}
     given = ("data", "epochs", "train_limit", "trials", "seeds", "confirm", "sampler", "pruner")
     flags = {n: getattr(args, n) for n in given if getattr(args, n) is not None}
     asked, fix = _pairs(args.set, "--set"), _pairs(args.fix, "--fix")
     for name in sorted(asked.keys() & flags.keys()):
-        flag = f"--{name.replace('_', '-')}"
-        raise ValueError(f"`--set` needs fields that no flag gives, got {name!r} beside `{flag}`.")
-    before = question.with_changes(study, changes)
-    study = question.with_changes(before, {**flags, **asked})
-    question.check_effects(before, study, {**flags, **asked}, fix)
+        told = f"{name!r} beside `{flag(name)}`"
+        raise ValueError(f"`--set` needs fields that no flag gives, got {told}.")
+    changes = {**flags, **asked}
+    before = question.with_changes(study, study.tiny if args.tiny else {})
+    study = question.with_changes(before, changes)
+    question.check_effects(before, study, changes, fix)
     firsts = [space.first(arm) for arm in study.spaces(study.config, fix).values()]
     check_effects(asked, firsts, lambda name: f"--set {name}")
     if args.pruner not in (None, "none") and all(one.epochs == 1 for one in firsts):
@@ -302,7 +301,6 @@ def _set_up(args: argparse.Namespace) -> Opened:
                 f"`--{field}` needs at least {least}, got {getattr(study, field)}."
                 + (f" There are {len(study.arms)} arms." if field == "trials" else "")
             )
-    limits = {name: getattr(args, f"max_{name}") for name in LIMITS}
     objectives = [choice("--objectives", n, list(OBJECTIVES)) for n in args.objectives.split(",")]
     check_objectives(objectives)
     if len(objectives) > 1:
@@ -312,6 +310,18 @@ def _set_up(args: argparse.Namespace) -> Opened:
                 "prunes by one value. Leave it out."
             )
         study = question.with_changes(study, {"pruner": "none"})
+    return study, fix, objectives
+
+
+def _set_up(args: argparse.Namespace) -> Opened:
+    from kart.search import question, work
+    from kart.search.trials import LIMITS, loader
+
+    where = _home(args)
+    found = question.load(args.study)
+    _give_code(found.study)
+    study, fix, objectives = _asked(args, found.study)
+    limits = {name: getattr(args, f"max_{name}") for name in LIMITS}
     options = {
         "objectives": objectives,
         "limits": {name: value for name, value in limits.items() if value is not None},
@@ -373,7 +383,7 @@ def _open(args: argparse.Namespace, name: str | None, asked: "Question | None" =
     if where.directory is not None and asked is not None:
         work.mend(where, found, asked.study)
     elif where.directory is not None:
-        journal.check(where.directory, work.names(found))
+        journal.check(where.directory, found.names.values())
     database = storage.open_database(where.url, found.heartbeat, wait_s=wait_s)
     return Opened(where, database, found, None if asked is None else asked.study)
 
@@ -388,10 +398,11 @@ def _join(args: argparse.Namespace) -> Opened:
     return _open(args, name, asked)
 
 
-def _named(where: "Home", name: str) -> str:
-    if where.directory:
-        return shlex.join(["--out", str(where.directory)])
-    return shlex.join([name, "--storage", where.name])
+def _named(opened: Opened) -> str:
+    """The flags that name a study's home, quoted for a shell."""
+    if opened.where.directory:
+        return shlex.join(["--out", str(opened.where.directory)])
+    return shlex.join([opened.settings.study, "--storage", opened.where.name])
 
 
 def _write(opened: Opened, out: str, arms: "Arms") -> None:
@@ -407,12 +418,11 @@ def _write(opened: Opened, out: str, arms: "Arms") -> None:
             raise ValueError(
                 f"`answer` of {settings.study!r} failed: {code.where(error, settings.named)}. What "
                 "was confirmed is kept; without an answer the report is written by `kart study "
-                f"report {_named(opened.where, settings.study)}`."
+                f"report {_named(opened)}`."
             ) from error
         work.save_answer(arms, told)
     answer = work.stored_answer(arms)
-    where = _named(opened.where, settings.study)
-    paths = report.write(report.View(arms, settings, where, Path(out), answer))
+    paths = report.write(report.View(arms, settings, _named(opened), Path(out), answer))
     print("\n".join(report.lines(arms, settings)))
     if answer is not None:
         print(answer)
@@ -482,8 +492,7 @@ def _work(args: argparse.Namespace) -> int:
     opened = _join(args)
     _check_data(args, opened)
     if _search(args, opened, _elsewhere(args)):
-        where = _named(opened.where, opened.settings.study)
-        print(f"finished; write the report with: kart study report {where}")
+        print(f"finished; write the report with: kart study report {_named(opened)}")
     return 0
 
 
@@ -522,7 +531,7 @@ def _status(args: argparse.Namespace) -> int:
         found = storage.read_settings(where.directory)
         if found is None:
             raise ValueError(f"`--out` needs a directory with a study, got {args.out!r}.")
-        journal.check(where.directory, work.names(found))
+        journal.check(where.directory, found.names.values())
     database = storage.open_database(where.url)
     for name, settings in storage.read_database(database).items():
         for arm, one in storage.studies(database, settings).items():

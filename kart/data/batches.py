@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from kart import tree
+from kart import schema, tree
 from kart.data.dataset import Dataset
 
 
@@ -18,9 +18,7 @@ def generator_for(*keys: int | str) -> Generator:
     >>> generator_for("augment", 0, 7).initial_seed()
     5680788064619122746
     """
-    if not keys or not all(
-        isinstance(key, int | str) and not isinstance(key, bool) for key in keys
-    ):
+    if not keys or not all(schema.fits(key, int | str) for key in keys):
         raise ValueError(f"`generator_for` needs one or more int or str keys, got {keys!r}.")
     digest = hashlib.sha256(json.dumps(keys).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -33,7 +31,7 @@ def batch_indices(n: int, batch_size: int, seed: int, epoch: int, drop_last: boo
     else the last batch is filled up from the shuffle's start.
     """
     for argument, value in (("n", n), ("batch_size", batch_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value >= 2**31:
+        if not schema.fits(value, int) or value >= 2**31:
             raise ValueError(
                 f"`batch_indices` needs integers below 2^31, got `{argument}` = {value!r}."
             )

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kart import schema
 from kart.data.dataset import Converted, Unused
 
 _BLOCK = 2**24
@@ -64,7 +65,7 @@ def directory(cache: str | Path | None) -> Path:
 def place(base: Path, name: str, role: str, key: list) -> Path:
     """The directory of an entry: `name` is for readers, `role` and `key` make it another one."""
     stem = re.sub(r"[^\w.-]+", "-", name).encode()[:80].decode(errors="ignore")
-    return base / f"{stem}-{role}-{_digest(key)[:20]}"
+    return base / f"{stem}-{role}-{schema.digest(key)[:20]}"
 
 
 def lost(path: Path) -> ValueError:
@@ -94,7 +95,7 @@ def read_json(path: Path, name: str) -> Any:
         )
     try:
         note = json.loads((path / name).read_text())
-        return note["content"] if note["sha256"] == _digest(note["content"]) else None
+        return note["content"] if note["sha256"] == schema.digest(note["content"]) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -115,12 +116,13 @@ def arrays(path: Path, manifest: Manifest, split: str) -> tuple[np.ndarray, np.n
     return (images, labels) if fits else None
 
 
-def build(path: Path, fill: Callable[[Path], None], damaged: bool) -> None:
+def build(path: Path, fill: Callable[[Path], None]) -> None:
     """Calls `fill(work)`, which writes `work / "entry"`, and moves that to `path` in one step.
 
-    What is at `path` already stays if it is whole and not known to be `damaged`.
+    What is at `path` now is taken for damaged, since who builds has found nothing there to use;
+    what comes there meanwhile stays if it is whole.
     """
-    base = path.parent
+    base, damaged = path.parent, os.path.lexists(path)
     if damaged:
         # on standard error, unless a program has set up logging otherwise
         _LOG.warning("the cache %s is damaged; decoding again", path)
@@ -197,7 +199,7 @@ def write_manifest(entry: Path, manifest: Manifest) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes `content` with its hash, the last file of an entry."""
     with path.open("w") as out:
-        json.dump({"content": content, "sha256": _digest(content)}, out)
+        json.dump({"content": content, "sha256": schema.digest(content)}, out)
         _sync(out)
     _sync_directory(path.parent)
 
@@ -212,13 +214,9 @@ def _sweep(base: Path) -> None:
     for old in base.glob(".*"):
         if not _WORKSHOP.fullmatch(old.name):
             continue
-        with contextlib.suppress(OSError):
-            place = os.open(old, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                if os.fstat(place).st_uid == os.geteuid() and _abandoned(place):
-                    shutil.rmtree(old)
-            finally:
-                os.close(place)
+        with contextlib.suppress(OSError), _opened(old, os.O_NOFOLLOW) as place:
+            if os.fstat(place).st_uid == os.geteuid() and _abandoned(place):
+                shutil.rmtree(old)
 
 
 def _abandoned(place: int) -> bool:
@@ -235,13 +233,10 @@ def _abandoned(place: int) -> bool:
 @contextlib.contextmanager
 def _door(base: Path) -> Iterator[None]:
     """One at a time: else a sweep could come between the making of a workshop and its lock."""
-    place = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with _opened(base) as place:
         with contextlib.suppress(OSError):
             fcntl.flock(place, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(place)
 
 
 @contextlib.contextmanager
@@ -277,10 +272,6 @@ def _blocks(path: Path) -> tuple[str, ...]:
         while block := file.read(_BLOCK):
             found.append(hashlib.sha256(block).hexdigest())
     return tuple(found)
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _manifest(content: dict[str, Any]) -> Manifest:
@@ -329,10 +320,16 @@ def _sync(file: Any) -> None:
 
 
 def _sync_directory(path: Path) -> None:
-    place = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    # some network file systems cannot
+    with _opened(path) as place, contextlib.suppress(OSError):
+        os.fsync(place)
+
+
+@contextlib.contextmanager
+def _opened(directory: Path, flags: int = 0) -> Iterator[int]:
+    """The descriptor of a directory."""
+    place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | flags)
     try:
-        # some network file systems cannot
-        with contextlib.suppress(OSError):
-            os.fsync(place)
+        yield place
     finally:
         os.close(place)

@@ -37,6 +37,11 @@ class Options(NamedTuple):
     config: str | None = None
     revision: str | None = None
 
+    @property
+    def columns(self) -> tuple[str | None, str | None]:
+        """Those of images and labels."""
+        return self.image_column, self.label_column
+
 
 def address(source: str | Path, options: Options) -> tuple[str | Path, Options]:
     """A source without the options that it names behind a question mark, and all options.
@@ -84,10 +89,9 @@ class Finding(NamedTuple):
         """The source; `scratch` is where a library may write."""
         if self.source is not None:
             return self.source
-        if self.public is None:
-            raise ValueError("`load` needs a directory or a public name.")
-        columns = (self.options.image_column, self.options.label_column)
-        return public.read(self.public, columns, self.options.revision, scratch, [*SHORT])
+        assert self.public is not None  # where nothing is read already
+        options = self.options
+        return public.read(self.public, options.columns, options.revision, scratch, [*SHORT])
 
 
 def find(source: str | Path, options: Options) -> Finding:
@@ -124,8 +128,7 @@ def find(source: str | Path, options: Options) -> Finding:
 
 
 def _public(known: Public, options: Options) -> Finding:
-    columns = (options.image_column, options.label_column)
-    identity = ["public", *known, *columns, options.revision]
+    identity = ["public", *known, *options.columns, options.revision]
     return Finding(known.path, identity, None, known, options)
 
 
@@ -142,8 +145,7 @@ def _directory(root: Path, text: str, options: Options) -> Finding:
     table = bool(parquet) and (
         not images or any(tables.has_images(path, options.image_column) for path in parquet)
     )
-    columns = (options.image_column, options.label_column)
-    if any((*columns, options.config, options.revision)[0 if not table else 2 :]):
+    if options.config or options.revision or (any(options.columns) and not table):
         raise ValueError(
             f"`load` needs `config` and `revision` for public names only, and columns for "
             f"tables only, got them with the directory {text!r}. Leave them out."
@@ -151,7 +153,7 @@ def _directory(root: Path, text: str, options: Options) -> Finding:
     if table:
         if images:
             _check_beside(root, found, len(parquet))
-        source = tables.read(root, parquet, columns)
+        source = tables.read(root, parquet, options.columns)
         source = source._replace(unused=(*found.unused, *source.unused))
         left = [
             Unused(f"*{suffix}", count, "images beside the parquet files")
@@ -170,7 +172,8 @@ def _directory(root: Path, text: str, options: Options) -> Finding:
         place = str(path.relative_to(root))
         notes.append((place, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
     real = Path(os.path.realpath(root))
-    return Finding(real.name, ["directory", str(real), notes, columns], source, None, options)
+    identity = ["directory", str(real), notes, options.columns]
+    return Finding(real.name, identity, source, None, options)
 
 
 def _check_beside(root: Path, found: files.Found, count: int) -> None:

@@ -29,10 +29,8 @@ def read(root: Path, found: Found) -> Source:
     chosen = _splits(top, unused, root)
     own = splits.resolve({name: known for name, (_, known) in chosen.items()}, str(root))
     _check_links(found, set(own.values()))
-    labelled: dict[str, list[tuple[Path, str]]] = {}
-    for split, name in own.items():
-        labelled[split] = _classes(chosen[name][0], root, unused)
-    labelled, twice = _once(labelled, root)
+    found_in = {split: _classes(chosen[name][0], root, unused) for split, name in own.items()}
+    labelled, twice = _once(found_in, root)
     unused += twice
     classes = tuple(sorted({name for _, name in labelled["train"]}))
     if len(classes) < 2:
@@ -164,13 +162,13 @@ def _classes(folder: Folder, root: Path, unused: list[Unused]) -> list[tuple[Pat
             f"`load` needs one sub-folder per class, got the image {str(folder.images[0])!r} "
             "outside. Move it into the folder of its class."
         )
-    _check_no_splits(folder, [inner.name for inner in _full(folder)])
+    _check_no_splits(folder)
     labelled = []
     for inner in folder.folders:
         images = files.below(inner, "images")
         if not images:
             unused.append(_without_images(inner, root))
-        _check_no_splits(inner, [deeper.name for deeper in _full(inner)])
+        _check_no_splits(inner)
         # one name in two encodings is one class: macOS takes letters and their accents apart
         name = unicodedata.normalize("NFC", inner.name)
         labelled += [(path, name) for path in images]
@@ -185,8 +183,8 @@ def _classes(folder: Folder, root: Path, unused: list[Unused]) -> list[tuple[Pat
     return sorted(labelled)
 
 
-def _check_no_splits(folder: Folder, names: list[str]) -> None:
-    known = splits.roles(names)
+def _check_no_splits(folder: Folder) -> None:
+    known = splits.roles(inner.name for inner in _full(folder))
     told = {name for name in known if known[name] != "other"}
     if len({known[name] for name in told}) > 1:
         raise ValueError(

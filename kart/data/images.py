@@ -123,6 +123,13 @@ def luminance(pixels: np.ndarray) -> np.ndarray:
     return ((pixels @ weights + 0x8000) >> 16).astype(np.uint8)
 
 
+def channels_first(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """RGB `(..., height, width, 3)` as `(..., channels, height, width)`, with one channel grey."""
+    if channels == 1:
+        return luminance(pixels)[..., None, :, :]
+    return np.moveaxis(pixels, -1, -3)
+
+
 def _header(opened: Any) -> Header:
     mode, changes = opened.mode, []
     if mode == "F":

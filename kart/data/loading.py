@@ -1,10 +1,9 @@
 """One split of a data set, from the cache or decoded into it."""
 
 import logging
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -144,8 +143,7 @@ def read_images(
                 )
             image = images.resize(image, height)
             changed = (*changed, f"resized to {width} x {height}, the middle square")
-        found = np.asarray(image)
-        pixels.append(images.luminance(found)[None] if channels == 1 else found.transpose(2, 0, 1))
+        pixels.append(images.channels_first(np.asarray(image), channels))
         told.append(changed)
         grey.append(header.grey)
     index = np.arange(len(pixels))
@@ -248,30 +246,17 @@ def _cached(
 def _build(
     path: Path, found: Finding, image_size: int | None, like: Manifest | None, limited: bool = False
 ) -> Manifest:
-    # who gets here has found no entry, or one that cannot be used
-    damaged = os.path.lexists(path)
-
     def decode(work: Path) -> None:
         source = found.open(work / "scratch")
         if limited and found.source is None:
             streaming.measure(found, source, image_size, path.parent)
         fill(work, source, image_size, like)
 
-    entries.build(path, decode, damaged)
+    entries.build(path, decode)
     manifest = entries.read(path)
     if manifest is None:
         raise entries.lost(path)
     return manifest
-
-
-class Decoded(NamedTuple):
-    """The images of one split of a source, RGB in a file."""
-
-    height: int
-    width: int
-    labels: np.ndarray
-    grey: np.ndarray  # bool (n,)
-    changes: list[tuple[str, ...]]
 
 
 def fill(work: Path, source: Source, image_size: int | None, like: Manifest | None) -> None:
@@ -289,11 +274,8 @@ def fill(work: Path, source: Source, image_size: int | None, like: Manifest | No
         rows, size = own[split](), source.sizes[split]
         bar = tqdm(rows, f"decoding {split}", size, unit=" images", disable=None)
         with (work / "raw").open("wb") as raw, bar:
-            decoded = _decode(bar, classes, image_size, raw, work, size)
-        height, width, labels, grey, told = decoded
-        if classes is None:
-            check_labels(labels, None, lambda n, split=split: f"image {n} of {split!r}")
-            classes = tuple(str(i) for i in range(labels.max() + 1))
+            height, width, labels, grey, told = _decode(bar, classes, image_size, raw, work, size)
+        classes = check_labels(labels, classes, lambda n, split=split: f"image {n} of {split!r}")
         pixels = np.memmap(work / "raw", np.uint8, "r", shape=(len(labels), height, width, 3))
         if shape is None:
             shape = (1 if grey.all() else 3, height, width)
@@ -315,8 +297,7 @@ def fill(work: Path, source: Source, image_size: int | None, like: Manifest | No
             entries.write_labels(entry / f"{part}.labels.npy", labels[index])
         del pixels
         (work / "raw").unlink()
-    if classes is None or shape is None:
-        raise ValueError("`load` needs a training split.")
+    assert classes is not None and shape is not None  # "train" is among the splits
     if like is None:
         train = np.load(entry / "train.images.npy", mmap_mode="r")
         mean, std = statistics.mean_and_std(train)
@@ -334,8 +315,10 @@ def _decode(
     out: Any,
     work: Path,
     count: int | None,
-) -> Decoded:
-    """Writes every image to `out` as RGB bytes."""
+) -> tuple[int, int, np.ndarray, np.ndarray, list[tuple[str, ...]]]:
+    """Writes every image to `out` as RGB bytes; returns their height and width, labels `(n,)`,
+    which are grey, bool `(n,)`, and what decoding changed in each.
+    """
     shape, labels, grey, changed = None, [], [], []
     for row in rows:
         image, header = images.decode(row.file, row.where)
@@ -364,15 +347,11 @@ def _decode(
         raise ValueError(EMPTY)
     # an unsigned one may not fit; nor is it a label, and it is found to be out of range
     labels = np.array([min(label, 2**63 - 1) for label in labels], dtype=np.int64)
-    return Decoded(shape[1], shape[0], labels, np.array(grey), changed)
+    return shape[1], shape[0], labels, np.array(grey), changed
 
 
 def _chunks(pixels: np.ndarray, index: np.ndarray, channels: int) -> Iterator[np.ndarray]:
     """Images at `index` as `(n, channels, height, width)`, some at a time."""
     step = max(1, 2**24 // pixels[0].size)
     for start in range(0, len(index), step):
-        chunk = pixels[index[start : start + step]]
-        if channels == 1:
-            yield images.luminance(chunk)[:, None]
-        else:
-            yield chunk.transpose(0, 3, 1, 2)
+        yield images.channels_first(pixels[index[start : start + step]], channels)

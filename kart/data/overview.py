@@ -155,8 +155,7 @@ def contact_sheet(
     found = None if built_in else finding.find(source, options)
     if found is not None and found.source is not None:
         local = found.source
-        if local.labels is None or local.classes is None:
-            raise ValueError("`contact_sheet` needs a source with labels.")
+        assert local.labels is not None and local.classes is not None  # of a directory
         own, labels = local.classes, local.labels
         # in the order of the source: a table is not read further than it must be
         train = np.sort(splits.partition(labels, splits.cuts(local.rows))["train"])
@@ -247,8 +246,7 @@ def _describe(name: str, source: Source) -> Description:
         if not labels:
             raise ValueError(EMPTY)
         array = np.array(labels, dtype=np.int64)
-        check_labels(array, classes, lambda n, split=split: f"image {n} of {split!r}")
-        classes = classes or tuple(str(i) for i in range(array.max() + 1))
+        classes = check_labels(array, classes, lambda n, split=split: f"image {n} of {split!r}")
         if split == "train":
             channels = 1 if all(header.grey for header in headers) else 3
         origin = source.origins[split]
@@ -265,8 +263,7 @@ def _describe(name: str, source: Source) -> Description:
             count = source.renumbered.get(split, 0) and len(index)
             for what, number in changes.tally(kinds, grey, index[readable[index]], channels, count):
                 converted[what] += number
-    if classes is None:
-        raise ValueError("`load` needs a training split.")
+    assert classes is not None  # "train" is among the splits
     return Description(
         name=name,
         classes=classes,

@@ -93,7 +93,7 @@ class Pictures:
         `(channels, size, size)`: see `kart.data.images.cut`.
         """
         where = self.path(index)
-        return self._pixels(images.cut(where, where, box, size))
+        return images.channels_first(np.asarray(images.cut(where, where, box, size)), self.channels)
 
     def _decode(self, index: int) -> np.ndarray:
         where = self.path(index)
@@ -105,10 +105,4 @@ class Pictures:
                 f"`load` needs images as they were when it began, got {where} of size {image.size} "
                 f"in place of {(self.width, self.height)}. Put the file back."
             )
-        return self._pixels(image)
-
-    def _pixels(self, image: Any) -> np.ndarray:
-        pixels = np.asarray(image)
-        if self.channels == 1:
-            return images.luminance(pixels)[None]
-        return pixels.transpose(2, 0, 1)
+        return images.channels_first(np.asarray(image), self.channels)

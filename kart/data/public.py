@@ -67,9 +67,7 @@ def read(
                 f"`load` needs the same columns in every split of {source!r}, got "
                 f"{sorted(notes[name])} in {name!r} beside {sorted(first)}. Name other columns."
             )
-        maps[name] = None
-        if classes is not None and there.names is not None:
-            maps[name] = tables.renumbering(there.names, classes, split == "train", name)
+        maps[name] = tables.renumbering(there.names, classes, split == "train", name)
         if maps[name] is not None:
             renumbered[split] = _size(builder, name) or 0
     unused = [

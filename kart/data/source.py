@@ -34,8 +34,10 @@ class Source(NamedTuple):
 
 def check_labels(
     labels: np.ndarray, classes: Sequence[str] | None, where: Callable[[int], str]
-) -> None:
-    """Refuses labels outside of `classes`; bare ones (None) if negative or more than images."""
+) -> tuple[str, ...]:
+    """Refuses labels outside of `classes`; bare ones (None) if negative or more than images.
+    Returns the classes, of bare labels the integers as text.
+    """
     bound = len(labels) if classes is None else len(classes)
     wrong = np.flatnonzero((labels < 0) | (labels >= bound))
     if len(wrong):
@@ -44,6 +46,7 @@ def check_labels(
             f"`load` needs labels among the training classes {told}, got {labels[wrong[0]]} for "
             f"{where(int(wrong[0]))} ({len(wrong)} such). Correct or remove them."
         )
+    return tuple(map(str, range(labels.max() + 1)) if classes is None else classes)
 
 
 def unreadable(source: object, err: Exception) -> ValueError:

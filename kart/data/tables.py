@@ -88,13 +88,16 @@ def unused_columns(
 
 
 def renumbering(
-    names: tuple[str, ...], classes: tuple[str, ...], whole: bool, where: str
+    names: tuple[str, ...] | None, classes: tuple[str, ...] | None, whole: bool, where: str
 ) -> np.ndarray | None:
-    """What turns a label among `names` into one among `classes`; None where they are the same.
+    """What turns a label among `names` into one among `classes`; None where they are the same, or
+    one of both has none.
 
     With `whole` no name may be missing. A name that `classes` does not have, or one that is there
     twice, is an error.
     """
+    if names is None or classes is None:
+        return None
     twice = len(set(names)) < len(names)
     if names == classes and not twice:
         return None
@@ -214,22 +217,18 @@ def read(root: Path, paths: list[Path], columns: tuple[str | None, str | None]) 
     renumbered: dict[str, int] = {}
     for split, name in own.items():
         for table in tables[name]:
-            names, maps[table.path] = table.columns[label].names, None
-            if names is not None and classes is not None:
-                where = str(table.path)
-                maps[table.path] = renumbering(names, classes, split == "train", where)
+            names, where = table.columns[label].names, str(table.path)
+            maps[table.path] = renumbering(names, classes, split == "train", where)
             if maps[table.path] is not None:
                 renumbered[split] = renumbered.get(split, 0) + table.rows
-        arrays = [raw[table.path] for table in tables[name]]
-        labels = np.concatenate(arrays)
+        labels = np.concatenate([raw[table.path] for table in tables[name]])
         if not len(labels):
             raise ValueError(
                 f"`load` needs images in every split, got none in {name!r} of {str(root)!r}. Add "
                 "or remove it."
             )
         if classes is None and split == "train":
-            check_labels(labels, None, _place(root, name))
-            classes = tuple(str(i) for i in range(int(labels.max(initial=-1)) + 1))
+            classes = check_labels(labels, None, _place(root, name))
         for table in tables[name]:
             size = table.columns[label].names or classes
             check_labels(raw[table.path], size, _place(root, name, tables[name], table))

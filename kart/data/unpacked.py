@@ -90,8 +90,7 @@ def _unpack(path: Path, opened: Source, split: str, classes: Sequence[str] | Non
             index.sizes.append(len(content))
         if not index.labels:
             raise ValueError(EMPTY)
-        check_labels(np.array(index.labels), classes, lambda n: index.where[n])
-        names = classes or tuple(str(i) for i in range(max(index.labels) + 1))
+        names = check_labels(np.array(index.labels), classes, lambda n: index.where[n])
         whole = index._replace(
             classes=list(names),
             splits=list(opened.rows),
@@ -100,7 +99,7 @@ def _unpack(path: Path, opened: Source, split: str, classes: Sequence[str] | Non
         )
         cache.write_json(entry / "index.json", whole._asdict())
 
-    cache.build(path, fill, damaged=os.path.lexists(path))
+    cache.build(path, fill)
     index = _read(path)
     if index is None:
         raise cache.lost(path)

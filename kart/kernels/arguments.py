@@ -60,11 +60,7 @@ def check(
 
 
 def check_mask(
-    function: str,
-    mask: Tensor | None,
-    queries: int,
-    keys: int,
-    device: torch.device | None = None,
+    function: str, mask: Tensor | None, queries: int, keys: int, device: torch.device | None = None
 ) -> None:
     """Raises ValueError unless the mask is boolean and broadcasts to (..., queries, keys), on the
     `device` where one is given.
@@ -130,15 +126,15 @@ def side_by_side(x: Tensor) -> bool:
     return x.shape[1] > 1 and x.shape[2] > 1 and 0 < x.stride(1) < x.stride(2)
 
 
-def room_like(x: Tensor, rows: int | None = None) -> Tensor:
+def room_like(x: Tensor, rows: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor for the gradient of `x (B, H, N, d)`, or for `rows` rows of its kind: where
     those of its heads lie side by side they do so here, and joining the heads is a view.
     """
     batch, heads, own, width = x.shape
     rows = own if rows is None else rows
     if side_by_side(x):
-        return x.new_empty(batch, rows, heads, width).transpose(1, 2)
-    return x.new_empty(batch, heads, rows, width)
+        return x.new_empty(batch, rows, heads, width, dtype=dtype).transpose(1, 2)
+    return x.new_empty(batch, heads, rows, width, dtype=dtype)
 
 
 def laid_like(y: Tensor, x: Tensor) -> Tensor:

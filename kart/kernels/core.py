@@ -17,7 +17,14 @@ from torch import Tensor
 
 from kart import schema
 from kart.kernels import chunked, cpp, plain, triton
-from kart.kernels.arguments import broadcast_leading, check, flat_mask, laid_like, room_like
+from kart.kernels.arguments import (
+    broadcast_leading,
+    check,
+    flat_mask,
+    four_axes,
+    laid_like,
+    room_like,
+)
 from kart.kernels.family import Family, Product, family_named, family_of, pin, recordable
 from kart.kernels.transforms import Quick, batchable, forward_levels, front, no_autocast, recorded
 
@@ -360,17 +367,14 @@ def contract(
         # as a model has them: eight views that change nothing cost as much as a small product
         mask = None if mask is None else flat_mask(mask, lead)
         return _apply(name, engine, factor, q, k, coefs[None], mask)
-    q = q.expand(*lead, heads, *q.shape[-2:])
-    k = k.expand(*lead, heads, *k.shape[-2:])
     # leading axes along which the coefficients differ, and those along which they are shared
     coefs = coefs.reshape((1,) * (len(lead) + 4 - coefs.dim()) + coefs.shape)
     own = [i for i in range(len(lead)) if coefs.shape[i] > 1]
     shared = [i for i in range(len(lead)) if coefs.shape[i] == 1]
     count = len(lead)
+    coefs = coefs.expand(*coefs.shape[:count], heads, units, keys, width)
     if math.prod([lead[i] for i in shared]) == 1 or not own:
-        batch = math.prod(lead)
-        q, k = (x.reshape(batch, heads, *x.shape[-2:]) for x in (q, k))
-        coefs = coefs.expand(*coefs.shape[:count], heads, units, keys, width)
+        q, k = four_axes([*lead, heads], q, k)
         coefs = coefs.reshape(math.prod(coefs.shape[:count]), heads, units, keys, width)
         mask = None if mask is None else flat_mask(mask, lead)
         y = _apply(name, engine, factor, q, k, coefs, mask)
@@ -381,14 +385,13 @@ def contract(
     batch = math.prod([lead[i] for i in shared])
 
     def fold(x: Tensor) -> Tensor:
-        x = x.permute(*order, *range(count, x.dim()))
+        x = x.expand(*lead, heads, *(1, 1, *x.shape)[-2:])
+        x = x.permute(*order, *range(count, count + 3))
         return x.reshape(batch, group * heads, *x.shape[-2:])
 
-    coefs = coefs.expand(*coefs.shape[:count], heads, units, keys, width)
     coefs = coefs.permute(*order, *range(count, count + 4))
     coefs = coefs.reshape(1, group * heads, units, keys, width)
-    if mask is not None:
-        mask = fold(mask.expand(*lead, heads, *mask.shape[-2:]))
+    mask = None if mask is None else fold(mask)
     y = _apply(name, engine, factor, fold(q), fold(k), coefs, mask)
     y = y.reshape(*(lead[i] for i in order), heads, rows, units)
     return y.permute(*(order.index(i) for i in range(count)), count, count + 1, count + 2)

@@ -136,10 +136,7 @@ def _apply(
         # without pieces no engine takes them, of which it asks the dtype
         if names == ["theta"] or family is None or family.pieces is None:
             return leaves[0]
-        # under vmap some may have been given a copy for each sample
-        size = max(leaf.shape[0] for leaf in leaves)
-        whole = (leaf.expand(size, *leaf.shape[1:]) for leaf in leaves)
-        return family.pieces.leaves(dict(zip(names, whole, strict=True)))
+        return family.stacked(dict(zip(names, leaves, strict=True)))
 
     def weighted(q, k, v, mask, factor, *leaves) -> Weighted:
         return Weighted(family, form, q, k, v, theta_of(*leaves), mask, factor, scale)
@@ -168,18 +165,17 @@ def _engine_for(engine: str, x: Weighted) -> Any:
     """The module or class of a raw forward and backward, None where torch has the expression alone;
     ValueError where the compiled engine was asked for and cannot.
     """
-    if x.q.device.type != "cpu":
-        reason = f"it does not run on {x.q.device.type} tensors"
-    else:
-        reason = "" if engine == "torch" else compiled.refuses(x)
-        if engine != "torch" and not reason:
+    on_cpu = x.q.device.type == "cpu"
+    if engine != "torch":
+        reason = compiled.refuses(x) if on_cpu else f"it does not run on {x.q.device.type} tensors"
+        if not reason:
             return compiled
-    if engine == "cpp":
-        raise ValueError(
-            f"`entry_attention` cannot run engine='cpp' here: {reason}. Pass engine='auto'."
-        )
+        if engine == "cpp":
+            raise ValueError(
+                f"`entry_attention` cannot run engine='cpp' here: {reason}. Pass engine='auto'."
+            )
     known = x.family is None or x.family.own("fill") and x.family.own("fold")
-    return Blocks if known and x.q.device.type == "cpu" else None
+    return Blocks if known and on_cpu else None
 
 
 # --- the expression -------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import json
 import sys
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,13 @@ class Family:
         """The base activation that `pieces` do not include."""
         return getattr(self.pieces, "base", "zero")
 
+    def stacked(self, units: Mapping[str, Tensor]) -> Tensor:
+        """The leaves of units `(B or 1, ...)`, as `pieces` have them: vmap may have given some of
+        them a copy for each sample.
+        """
+        size = max(leaf.shape[0] for leaf in units.values())
+        return self.pieces.leaves({n: x.expand(size, *x.shape[1:]) for n, x in units.items()})
+
 
 class Product(NamedTuple):
     """The arguments of a raw product: `q (B, H, N, d)`, `k (B, H, M, d)`, `coefs (B or 1, H, r, M,
@@ -65,7 +72,7 @@ class Product(NamedTuple):
 
 # families live as long as a caller, an autograd graph or `_pinned` holds them
 _families: "weakref.WeakValueDictionary[str, Family]" = weakref.WeakValueDictionary()
-# those of recorded graphs, which know them by name only
+# those of recorded graphs, which know them by name only, and those that were compiled
 _pinned: set[Family] = set()
 # names of functions that declare none
 _names: "weakref.WeakKeyDictionary[Callable, str]" = weakref.WeakKeyDictionary()

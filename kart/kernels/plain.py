@@ -67,19 +67,6 @@ def contract(
     return torch.einsum("...nmk,...pmk->...np", features, coefs.to(features.dtype)).to(q.dtype)
 
 
-def contract_values(
-    basis: Any,
-    coefs: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """`sum_p contract(...)[n, p] v[p]`: full rank, with the N x P weights."""
-    return contract(basis, coefs, q, k, mask, scale) @ v
-
-
 def contract_units(
     basis: Any,
     units: dict[str, Tensor],

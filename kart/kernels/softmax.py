@@ -123,10 +123,6 @@ def _pass_backward(scale, gradients, inputs, results):
     return *found, compiled.as_matrix(packed, *inputs[3].shape[2:])
 
 
-def _beside_expression(scale, q, k, v, table):
-    return (plain.softmax_attention(q, k, v, None, scale, table),)
-
-
 def _beside(scale: float, one_pass: bool) -> fused.Fused:
     """`softmax(scale q k^T) v + table v`, `table (B or 1, H, N, M)`, the others of four axes.
 
@@ -136,7 +132,7 @@ def _beside(scale: float, one_pass: bool) -> fused.Fused:
     return fused.Fused(
         partial(_pass_forward if one_pass else _beside_forward, scale),
         partial(_pass_backward if one_pass else _beside_backward, scale),
-        partial(_beside_expression, scale),
+        lambda q, k, v, table: (plain.softmax_attention(q, k, v, None, scale, table),),
         count=1,
         learned=(0, 1, 2, 3),
         shared=(3,),
@@ -155,8 +151,10 @@ def _apply(
 ) -> Tensor:
     """Four axes each; torch.compile keeps this function whole (see `_keep_whole`)."""
     if table is not None and (forward_levels() or q.device.type != "cpu"):
+        # a GPU's matrix units sum products of half types in float32
+        x = v if v.device.type == "cuda" else plain.wide(v)
         # one product for all samples: a matmul would repeat the table a sample
-        added = torch.einsum("bhnm,chme->chne", table, plain.wide(v))
+        added = torch.einsum("bhnm,chme->chne", table.to(x.dtype), x)
         return _apply(q, k, v, mask, scale) + added.to(v.dtype)
     # fused kernels of other devices refuse no samples, or leave them without a graph
     elsewhere = q.device.type != "cpu" and (grad_levels() > 1 or not q.shape[0])

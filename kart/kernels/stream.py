@@ -130,12 +130,6 @@ def contract_values(
     return y.reshape(*lead, *y.shape[-2:])
 
 
-def _queries(numbers: int, rows: int) -> int:
-    """Queries whose `numbers` each are held at a time."""
-    # a graph that is exported has any number of samples
-    return rows if torch.compiler.is_exporting() else max(1, CHUNK // max(1, numbers))
-
-
 def _step(v: Tensor, coefs: Tensor) -> int:
     """Samples whose C V are held at a time."""
     return max(1, VALUES // (v.shape[-1] * coefs.shape[3:].numel() * v.shape[1]))
@@ -290,10 +284,7 @@ def _units(
         return expression(q, k, mask, *leaves)
 
     def stacked(*leaves: Tensor) -> Tensor:
-        # under vmap some may have been given a copy for each sample
-        size = max(leaf.shape[0] for leaf in leaves)
-        whole = (leaf.expand(size, *leaf.shape[1:]) for leaf in leaves)
-        return family.pieces.leaves(dict(zip(names, whole, strict=True)))
+        return family.stacked(dict(zip(names, leaves, strict=True)))
 
     def forward(q, k, mask, *leaves):
         return (engine.forward(Product(family, q, k, stacked(*leaves), mask, scale)),)
@@ -361,17 +352,8 @@ def mix_values(y: Tensor, mix: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     if mask is None:
         raise ValueError("`mix_values` needs a `mask`, got None. Without one use y @ (mix.mT @ v).")
     check_mask("mix_values", mask, y.shape[-2], v.shape[-2], y.device)
-    lead = broadcast_leading("mix_values", y=y, mix=mix, v=v, mask=mask)
-    rows, keys = y.shape[-2], v.shape[-2]
-    step = _queries(math.prod(lead) * keys, rows)
-    ys = y.split(step, -2)
-    split = mask.dim() > 1 and mask.shape[-2] == rows
-    masks = mask.split(step, -2) if split else [mask] * len(ys)
-    parts = [
-        _recompute(plain.mix_values, *row)
-        for row in zip(ys, [mix] * len(ys), [v] * len(ys), masks, strict=True)
-    ]
-    return torch.cat(parts, -2) if len(parts) > 1 else parts[0]
+    broadcast_leading("mix_values", y=y, mix=mix, v=v, mask=mask)
+    return by_queries(plain.mix_values, [y], [mix, v], mask)
 
 
 def by_queries(
@@ -395,7 +377,8 @@ def by_queries(
     count, keys = split[0].shape[-2], next(x for x in whole if x is not None).shape[-2]
     named = {f"argument {i}": x for i, x in enumerate((*rows, *whole, mask))}
     each = math.prod(broadcast_leading("by_queries", **named)) * keys * numbers
-    step = _queries(each, count)
+    # a graph that is exported has any number of samples
+    step = count if torch.compiler.is_exporting() else max(1, CHUNK // max(1, each))
 
     def parts(x: Tensor | None, cut: bool) -> Sequence[Tensor | None]:
         return x.split(step, -2) if x is not None and cut else [x] * -(-count // step)

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from kart import layers
 from kart.layers import merge_heads
-from kart.models.model import Model, Site, find
+from kart.models.model import Columnar, Model, Site, find
 from kart.operators.contract import Factors
 from kart.operators.projected import factors_of, pays, projected
 
@@ -59,17 +59,6 @@ def check_params(params: Params, sites: Sequence[Site], blocks: Mapping[str, int
             f"`apply` needs the parameters of this model, got {wrong[-1]}. They are of another "
             "depth, sharing or kind of model: create it with the config that they were stored with."
         )
-
-
-def embed_init(
-    generator: Generator, channels: int, patch_size: int, size: int, tokens: int
-) -> Params:
-    """Parameters of patches, class token and `tokens` positions of width `size`."""
-    return {
-        "patch_embed": layers.patch_embed_init(generator, channels, patch_size, size),
-        "cls_token": layers.truncated_normal(generator, 1, 1, size),
-        "pos_embed": layers.truncated_normal(generator, 1, tokens, size),
-    }
 
 
 def prepend_class(params: Params, x: Tensor) -> Tensor:
@@ -171,6 +160,26 @@ def block(
     """A pre-norm residual block: `x + attn(norm(x))`, then `x + mlp(norm(x))`, `(..., N, D)`."""
     x = x + attn(params["attn"], layers.layer_norm(params["norm1"], x, eps).to(dtype))
     return x + layers.mlp(params["mlp"], layers.layer_norm(params["norm2"], x, eps).to(dtype))
+
+
+def classifier_init(
+    generator: Generator, config: Columnar, tokens: int, attns: Sequence[Callable[..., Params]]
+) -> Params:
+    """Parameters of a model that `classify` ends, without those of its operators: `tokens` have
+    positions, and each block has the attention of `attns` (see `block_init`).
+    """
+    size, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+    channels, patch = config.in_channels, config.patch_size
+    return {
+        "patch_embed": layers.patch_embed_init(generator, channels, patch, size),
+        "cls_token": layers.truncated_normal(generator, 1, 1, size),
+        "pos_embed": layers.truncated_normal(generator, 1, tokens, size),
+        "blocks": {
+            str(i): block_init(generator, size, hidden, attn) for i, attn in enumerate(attns)
+        },
+        "norm": layers.layer_norm_init(size),
+        "head": layers.linear_init(generator, size, config.num_classes),
+    }
 
 
 def classify(params: Params, x: Tensor) -> Tensor:

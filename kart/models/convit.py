@@ -24,6 +24,8 @@ from kart.bases import DRAWN
 from kart.factories import remember
 from kart.models import blocks, checks, work
 from kart.models.model import Choice, Columnar, Family, Model, Params, Site, add_operators, choose
+from kart.operators.comparators import neighbours, squared_offsets
+from kart.operators.resize import Lattice
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,7 @@ def convit(operator: Choice = "softmax", **fields: Any) -> Model:
             "them. Leave it out."
         )
     config, operators = choose("convit", operator, config, fields)
-    size, heads = config.embed_dim, config.num_heads
-    side = config.image_size // config.patch_size
+    size, heads, side = config.embed_dim, config.num_heads, config.side
 
     def site(i: int) -> Site:
         shared = f"operator.{'gated' if i < gated else 'plain'}"
@@ -68,20 +69,10 @@ def convit(operator: Choice = "softmax", **fields: Any) -> Model:
     sites = [site(i) for i in range(config.depth)]
 
     def init(generator: Generator) -> Params:
-        patch, hidden = config.patch_size, int(size * config.mlp_ratio)
         gated_init = functools.partial(gated_attention_init, heads=heads, locality=config.locality)
         plain_init = functools.partial(blocks.attention_init, bias=False)
-        params: Params = {
-            **blocks.embed_init(generator, config.in_channels, patch, size, side * side),
-            "blocks": {
-                str(i): blocks.block_init(
-                    generator, size, hidden, gated_init if i < gated else plain_init
-                )
-                for i in range(config.depth)
-            },
-            "norm": layers.layer_norm_init(size),
-            "head": layers.linear_init(generator, size, config.num_classes),
-        }
+        attns = [gated_init] * gated + [plain_init] * (config.depth - gated)
+        params = blocks.classifier_init(generator, config, side * side, attns)
         return add_operators(generator, sites, params)
 
     def forward(params: Params, images: Tensor, look: dict[str, Tensor] | None) -> Tensor:
@@ -125,13 +116,8 @@ def gated_attention_init(generator: Generator, size: int, heads: int, locality: 
         "pos_proj": layers.linear_init(generator, 3, heads),
         "gating_param": torch.ones(heads, **DRAWN),
     }
-    kernel = math.isqrt(heads)
-    offset = torch.arange(kernel, **DRAWN) - (kernel - 1) / 2
-    # down first, as timm counts the heads
-    down, right = offset.repeat(kernel), offset.repeat_interleave(kernel)
-    nearest = torch.stack([2 * right, 2 * down, -torch.ones_like(right)], dim=-1)
-    drawn = params["pos_proj"]["weight"]
-    params["pos_proj"]["weight"] = locality * torch.cat([nearest, drawn[kernel**2 :]])
+    nearest, drawn = neighbours(heads), params["pos_proj"]["weight"]
+    params["pos_proj"]["weight"] = locality * torch.cat([nearest, drawn[len(nearest) :]])
     return params
 
 
@@ -139,10 +125,7 @@ def positions(params: Params, side: int) -> Tensor:
     """Attention weights of the positions alone, `(H, N, N)` for a grid of N = side^2 patches: the
     softmax of a learned function of the offset (x, y) to the key and its squared length.
     """
-    weight = params["pos_proj"]["weight"]
-    place = torch.arange(side, dtype=weight.dtype, device=weight.device)
-    right, down = (x - x[:, None] for x in (place.repeat(side), place.repeat_interleave(side)))
-    offsets = torch.stack([right, down, right**2 + down**2], dim=-1)  # (N, N, 3)
+    offsets = squared_offsets(Lattice(0, side, side), params["pos_proj"]["weight"])
     return layers.linear(params["pos_proj"], offsets).movedim(-1, 0).softmax(-1)
 
 
@@ -159,7 +142,7 @@ def gated_attention(
     unless `mixed`.
     """
     q, k = blocks.split_heads(layers.linear(params["qk"], x), heads, parts=2)
-    (v,) = blocks.split_heads(layers.linear(params["v"], x), heads, parts=1)
+    v = layers.split_heads(layers.linear(params["v"], x), heads)
     out = attend(q, k, v)
     if mixed:
         out = mix(params, out, positions(params, side).to(v.dtype) @ v)

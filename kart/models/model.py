@@ -37,6 +37,11 @@ class Config:
             if isinstance(getattr(self, one.name), list):  # JSON has no tuples
                 object.__setattr__(self, one.name, tuple(getattr(self, one.name)))
 
+    @property
+    def side(self) -> int:
+        """The patches along a side of the image."""
+        return self.image_size // self.patch_size
+
 
 @dataclass(frozen=True)
 class Columnar(Config):
@@ -50,7 +55,7 @@ class Columnar(Config):
     @property
     def tokens(self) -> int:
         """N: the patches and the class token."""
-        return (self.image_size // self.patch_size) ** 2 + 1
+        return self.side**2 + 1
 
 
 class Site(NamedTuple):
@@ -168,22 +173,19 @@ def choose(
             f"`{function}` needs one operator, or one for each of {depth} blocks, got {len(ones)}. "
             "Give as many as there are blocks."
         )
-    options = {name: fields.get(name) for name in ("rank", "project", "base")}
-    options = {name: value for name, value in options.items() if value is not None}
+    names = ("rank", "project", "base")
+    options = {name: fields[name] for name in names if fields.get(name) is not None}
     # with several blocks, an option is for those that leave it open; for none, `parse` refuses it
     written = {one: operators.options(one) for one in ones if isinstance(one, str)}
-    nobody = {name for name in options if not any(name in open_ for open_ in written.values())}
-    specs = []
+    nobody = options.keys() - set[str]().union(*written.values())
     parsed: dict[str, operators.Spec] = {}
-    for one in ones:
-        if isinstance(one, Operator):
-            specs.append(operators.Spec(one, None))
-        else:
-            if one not in parsed:
-                taken = written[one] | nobody
-                fitting = {name: value for name, value in options.items() if name in taken}
-                parsed[one] = operators.parse(one, **fitting)
-            specs.append(parsed[one])
+    for one, left_open in written.items():
+        taken = left_open | nobody
+        fitting = {name: value for name, value in options.items() if name in taken}
+        parsed[one] = operators.parse(one, **fitting)
+    specs = [
+        operators.Spec(one, None) if isinstance(one, Operator) else parsed[one] for one in ones
+    ]
     if nobody and not written:
         raise ValueError(
             f"`{function}` needs options that have an effect, got {sorted(nobody)} beside an "
@@ -201,7 +203,7 @@ def choose(
             f"`{function}` needs one operator for universal sharing, got {len(ones)}. "
             "Give one spec, or share blockwise."
         )
-    names = tuple(spec.operator.name for spec in specs)
+    named = tuple(spec.operator.name for spec in specs)
     blocks = tuple(spec.operator for spec in specs) * (depth if single else 1)
-    chosen = {"operator": names[0] if single else names, "sharing": sharing}
+    chosen = {"operator": named[0] if single else named, "sharing": sharing}
     return dataclasses.replace(config, **chosen), blocks

@@ -62,8 +62,7 @@ def recomputed(part: Part) -> Part:
             return part(params, x)
 
         def of_leaves(x: Tensor, *leaves: Tensor) -> Tensor:
-            rest = iter(leaves)
-            return part(tree.map(lambda _: next(rest), params), x)
+            return part(tree.with_leaves(params, leaves), x)
 
         return _Again.apply(of_leaves, x, *tree.leaves(params))  # type: ignore[no-any-return]
 

@@ -23,7 +23,7 @@ def move(old: Model, new: Model, params: Params) -> Params:
             f"with windows of {after} by stage, which were {before}: a window is no larger than "
             "the grid of its stage. Create and train a model of this size."
         )
-    sides = [c.image_size // c.patch_size for c in (old.config, new.config)]
+    sides = old.config.side, new.config.side
     if "pos_embed" in params:
         grids = [(side, side) for side in sides]
         moved = layers.resize_positions(params["pos_embed"], *grids)

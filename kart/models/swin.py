@@ -55,9 +55,9 @@ class SwinConfig(Config):
     @property
     def stages(self) -> tuple["Stage", ...]:
         """The stages; their windows are no larger than their grids."""
-        side = self.image_size // self.patch_size
+        side, window = self.side, self.window_size
         return tuple(
-            Stage(i, self.embed_dim << i, depth, heads, side >> i, min(self.window_size, side >> i))
+            Stage(i, self.embed_dim << i, depth, heads, side >> i, min(window, side >> i))
             for i, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True))
         )
 
@@ -87,7 +87,7 @@ def _check(config: SwinConfig) -> None:
             f"{config.num_heads}. Give one of each per stage."
         )
     checks.divides("swin", config, ("image_size", "patch_size"))
-    side, stages = config.image_size // config.patch_size, config.stages
+    side, stages = config.side, config.stages
     last = len(stages) - 1
     if side % (1 << last):
         raise ValueError(

@@ -48,16 +48,8 @@ def vit(operator: Choice = "softmax", **fields: Any) -> Model:
     ]
 
     def init(generator: Generator) -> Params:
-        hidden, attn = int(size * config.mlp_ratio), blocks.attention_init
-        params: Params = {
-            **blocks.embed_init(generator, config.in_channels, config.patch_size, size, tokens),
-            "blocks": {
-                str(i): blocks.block_init(generator, size, hidden, attn)
-                for i in range(config.depth)
-            },
-            "norm": layers.layer_norm_init(size),
-            "head": layers.linear_init(generator, size, config.num_classes),
-        }
+        attns = [blocks.attention_init] * config.depth
+        params = blocks.classifier_init(generator, config, tokens, attns)
         return add_operators(generator, sites, params)
 
     def forward(params: Params, images: Tensor, look: dict[str, Tensor] | None) -> Tensor:

@@ -35,7 +35,7 @@ class ViTDetConfig(Config):
     @property
     def tokens(self) -> int:
         """N: the patches."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.side**2
 
     @property
     def strides(self) -> dict[str, int]:
@@ -45,13 +45,13 @@ class ViTDetConfig(Config):
 
     def cut(self, block: int) -> windows.Cut:
         """The windows of a block; one of the whole grid where it is global."""
-        side = self.image_size // self.patch_size
-        return windows.Cut(side, side if block in self.global_blocks else self.window_size)
+        whole = block in self.global_blocks
+        return windows.Cut(self.side, self.side if whole else self.window_size)
 
 
 def _check(config: ViTDetConfig) -> None:
     checks.columnar("vitdet", config, "window_size", "pyramid_dim")
-    patch, side = config.patch_size, config.image_size // config.patch_size
+    patch, side = config.patch_size, config.side
     if patch < 4 or patch & (patch - 1) or side % 2 or config.embed_dim % 4:
         raise ValueError(
             f"`vitdet` needs a `patch_size` of 4, 8, 16, .., an even grid and `embed_dim` divisible"
@@ -76,8 +76,7 @@ def vitdet(operator: Choice = "softmax", **fields: Any) -> Model:
     config = ViTDetConfig(**fields)
     _check(config)
     config, operators = choose("vitdet", operator, config, fields)
-    size, heads = config.embed_dim, config.num_heads
-    side = config.image_size // config.patch_size
+    size, heads, side = config.embed_dim, config.num_heads, config.side
 
     def site(i: int) -> Site:
         whole = i in config.global_blocks
@@ -139,7 +138,7 @@ def work_of(config: ViTDetConfig) -> work.Layers:
     for i in range(config.depth):
         cut = config.cut(i)
         yield from work.block(config.tokens, size, hidden, cut.count * cut.window**2)
-    yield from pyramid.work_of(config.image_size // config.patch_size, size, config.pyramid_dim)
+    yield from pyramid.work_of(config.side, size, config.pyramid_dim)
 
 
 FAMILY = Family(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.nn import functional
 
 from kart import bases, kernels, schema
 from kart.bases import Params
@@ -102,7 +103,17 @@ def squared_offsets(lattice: Lattice, like: Tensor) -> Tensor:
     right = torch.arange(columns, dtype=like.dtype, device=like.device).repeat(rows)
     y, x = (t - t[:, None] for t in (down, right))
     pairs = torch.stack([x, y, x.square() + y.square()], -1)
-    return torch.nn.functional.pad(pairs, (0, 0, prefix, 0, prefix, 0))
+    return functional.pad(pairs, (0, 0, prefix, 0, prefix, 0)) if prefix else pairs
+
+
+def neighbours(heads: int) -> Tensor:
+    """Factors of `squared_offsets`, `(s^2, 3)`, of as many heads as make a square: each looks at
+    one neighbour of a square around the query, down first, as timm counts the heads.
+    """
+    side = math.isqrt(heads)
+    offset = torch.arange(side, **bases.DRAWN) - (side - 1) / 2
+    right, down = offset.repeat_interleave(side), offset.repeat(side)
+    return torch.stack([2 * right, 2 * down, -torch.ones_like(right)], -1)
 
 
 @remember
@@ -127,12 +138,9 @@ def gated(prefix: int | None = None, rows: int | None = None, locality: float = 
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
         lattice_of("gated", tokens, prefix, rows)
-        side = math.isqrt(heads)
-        offset = torch.arange(side, **bases.DRAWN) - (side - 1) / 2
-        right, down = offset.repeat_interleave(side), offset.repeat(side)
-        nearest = torch.stack([2 * right, 2 * down, -torch.ones_like(right)], -1)
+        nearest = neighbours(heads)
         # heads beyond a square look at no neighbour
-        others = bases.normal(generator, (heads - side**2, 3)) * 3**-0.5
+        others = bases.normal(generator, (heads - len(nearest), 3)) * 3**-0.5
         gate = torch.ones(heads, **bases.DRAWN)
         return {"gate": gate, "position": locality * torch.cat([nearest, others])}
 
@@ -256,7 +264,6 @@ def synthesizer(
         resize=resize,
         options={"width": width, "normalise": normalise, "base": base},
         traits={
-            "width": width,
             "softmax_start": from_softmax,
             "product_flops": product_flops,
             "activation_flops": lambda tokens, unit: each * tokens**2,

@@ -20,14 +20,8 @@ from kart.kernels.arguments import broadcast_leading
 from kart.kernels.entries import ENGINES
 from kart.kernels.plain import softmax_rows, weigh, wide
 from kart.operators import static
-from kart.operators.contract import (
-    Operator,
-    attended_keys,
-    check_basis,
-    from_forms,
-    two_axes,
-)
-from kart.operators.resize import amplitudes, check_amplitude
+from kart.operators.contract import Operator, attended_keys, check_basis, from_forms, two_axes
+from kart.operators.resize import amplitudes, check_amplitude, fixed_base
 
 NORMALISATIONS = ("count", "l1", "softmax")
 
@@ -193,10 +187,10 @@ def draw_units(
 
 def check_starts(name: str, basis: Basis, start: str) -> None:
     """Raises ValueError where units are to start at zero, which no parameter of theirs can do."""
-    if start == "zero":
-        check_amplitude(name, basis)
-    held = basis.options.get("base", "zero") != "zero" and not basis.options.get("scales")
-    if start == "zero" and held:
+    if start != "zero":
+        return
+    check_amplitude(name, basis)
+    if fixed_base(basis):
         raise ValueError(
             f"`{name}` needs units that can start at zero, got base activation "
             f'{basis.options["base"]!r}. Leave it out, or ask for start="scaled".'

@@ -124,7 +124,6 @@ def performer(width: int = 64, features: int = 64) -> Operator:
     options = {"width": width, "features": features}
     traits = {
         "length_free": True,
-        "width": width,
         "product_flops": lambda tokens, width: 4 * tokens * features * width,
         "activation_flops": lambda tokens, unit: 3 * 2 * tokens * features,
     }

@@ -19,15 +19,15 @@ from kart.operators.contract import (
     check_fits_memory,
     from_forms,
     only,
+    products,
     softmax_rows,
 )
 from kart.operators.learnable import low_rank
 from kart.operators.relative import (
     check_geometry,
-    entry_index,
     flatten_table,
+    index_of,
     init_table,
-    lattice_in,
     lattice_of,
     looked_up,
     relative,
@@ -63,7 +63,7 @@ def beside_relative(
     traits = {
         **op.traits,
         "softmax_start": True,
-        "product_flops": lambda tokens, width: 2 * tokens**2 * width,
+        "product_flops": products,
         "activation_flops": lambda tokens, unit: tokens**2 * ((unit + 1) * rank + 5),
     }
     options = {
@@ -131,13 +131,10 @@ def by_offset(
     def rows_of(params: Params, dtype: torch.dtype) -> tuple[list[str], list[Tensor], Tensor]:
         """Names and entries of the leaves of the units, T first, and where they stand."""
         table, units = params["table"], params["units"]
-        lattice = lattice_in(table)
         names = list(units["offsets"])
         tables = [{part: own[name] for part, own in units.items()} for name in names]
         leaves = [flatten_table(one).to(dtype) for one in (table, *tables)]
-        device = leaves[0].device
-        index = entry_index(lattice.prefix or 0, lattice.rows, lattice.columns, device)
-        return names, leaves, index
+        return names, leaves, index_of(table)
 
     def block(
         names: list[str], index: Tensor, scores: Tensor, mask: Tensor | None, leaves: list[Tensor]
@@ -187,7 +184,7 @@ def by_offset(
     each = 4 if base else 0
     traits = {
         "self_attention": True,
-        "product_flops": lambda tokens, width: 2 * tokens**2 * width,
+        "product_flops": products,
         "activation_flops": lambda tokens, unit: tokens**2 * (unit + 1 + each),
     }
     if base:

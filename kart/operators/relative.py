@@ -112,6 +112,12 @@ def flatten_table(table: Params) -> Tensor:
     return torch.cat([table[name].flatten(1, 2) for name in PARTS if name in table], 1)
 
 
+def index_of(table: Params) -> Tensor:
+    """Where `flatten_table(table)` has the entry of query n and key m, `(N, N)`."""
+    lattice, device = lattice_in(table), table["offsets"].device
+    return entry_index(lattice.prefix or 0, lattice.rows, lattice.columns, device)
+
+
 def looked_up(entries: Tensor, index: Tensor) -> Tensor:
     """The entries `(H, E, ...)` at an index `(N, M)`: `(H, N, M, ...)`."""
     if entries.device.type == "cuda":
@@ -122,9 +128,7 @@ def looked_up(entries: Tensor, index: Tensor) -> Tensor:
 
 def expand_table(table: Params) -> Tensor:
     """The matrix `(H, N, M)` of a table: `T[n, m] = offsets[place of m - place of n]`."""
-    entries, lattice = flatten_table(table), lattice_in(table)
-    index = entry_index(lattice.prefix or 0, lattice.rows, lattice.columns, entries.device)
-    return looked_up(entries, index)
+    return looked_up(flatten_table(table), index_of(table))
 
 
 def tokens_in(table: Params) -> int:

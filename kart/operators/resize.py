@@ -131,6 +131,11 @@ def check_amplitude(name: str, basis: Basis) -> str:
     return named
 
 
+def fixed_base(basis: Basis) -> bool:
+    """Whether units have a base activation that no parameter is a factor of."""
+    return basis.options.get("base", "zero") != "zero" and not basis.options.get("scales")
+
+
 def moving(axes: Mapping[str, Sequence[int]], basis: Basis) -> Callable[..., Params]:
     """The field `resize` of an operator whose parameters `name` have keys at `axes[name]`.
 
@@ -138,14 +143,13 @@ def moving(axes: Mapping[str, Sequence[int]], basis: Basis) -> Callable[..., Par
     """
 
     def resize(params: Params, old: Lattice, new: Lattice) -> Params:
-        unscaled = basis.options.get("base", "zero") != "zero" and not basis.options.get("scales")
-        if unscaled and old.patches != new.patches:
-            raise ValueError(
-                f"`resize` needs units that can be weighted anew, got base activation "
-                f"{basis.options['base']!r} of weight 1, which adds up over the keys. Train with "
-                "`scales=True`, whose weight of it is a parameter."
-            )
         if old.patches != new.patches:
+            if fixed_base(basis):
+                raise ValueError(
+                    f"`resize` needs units that can be weighted anew, got base activation "
+                    f"{basis.options['base']!r} of weight 1, which adds up over the keys. Train "
+                    "with `scales=True`, whose weight of it is a parameter."
+                )
             check_amplitude("resize", basis)
         scaled = amplitudes(basis)
 

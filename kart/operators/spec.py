@@ -336,9 +336,7 @@ def checked(head: Head, given: Mapping[str, Any]) -> dict[str, Any]:
             what = head.family or (head.text if head.source else head.factory.__name__)
             takes = f"it takes {', '.join(known)}" if known else "it takes no options"
             raise refusal(
-                head.text,
-                f"{name!r} has no effect on {what}: {takes}",
-                schema.near(name, known),
+                head.text, f"{name!r} has no effect on {what}: {takes}", schema.near(name, known)
             )
         if name in options:
             raise refusal(head.text, f"option {name!r} is given twice")
@@ -352,22 +350,20 @@ def checked(head: Head, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def make(head: Head, options: Mapping[str, Any]) -> Operator:
     """The operator of a head with its checked options."""
-    if head.units is None:
-        given = {**head.numbers, **options}
+
+    def made(factory: Callable[..., Any], given: Mapping[str, Any]) -> Any:
         if head.source is not None:
-            return call_own(head.text, head.source, head.factory, given)
-        return head.factory(**given)
+            return call_own(head.text, head.source, factory, given)
+        return factory(**given)
+
+    if head.units is None:
+        return made(head.factory, {**head.numbers, **options})
     own = parameters(head.factory)
     outer = {name: value for name, value in options.items() if name in own}
     inner = {name: value for name, value in options.items() if name not in own}
     if "unit_base" in inner:
         inner["base"] = inner.pop("unit_base")
-    given = {**head.numbers, **inner}
-    if head.source is not None:
-        basis = call_own(head.text, head.source, head.units, given)
-    else:
-        basis = head.units(**given)
-    return head.factory(basis, **outer)
+    return head.factory(made(head.units, {**head.numbers, **inner}), **outer)
 
 
 def split(
@@ -404,30 +400,29 @@ def read(spec: str, factories: Sequence[Factory], overrides: Mapping[str, Any]) 
     """The operator that a spec names among those of `factories`; see `kart.operators.parse`."""
     asked = {name: value for name, value in overrides.items() if value is not None}
     order = asked.pop("order", None)
-    parts = split(spec, factories, order)
-    if order is not None and not any(
-        head.units is not None and head.factory.__name__ == order for _, head, _ in parts
-    ):
+    texts, heads, counts = zip(*split(spec, factories, order), strict=True)
+    orders = [head.factory.__name__ for head in heads if head.units is not None]
+    if order is not None and order not in orders:
         raise refusal(spec, f"order={order!r}, given beside it, has no effect")
-    given = [checked(head, head.options) for _, head, _ in parts]
+    given = [checked(head, head.options) for head in heads]
     for name, value in asked.items():
-        place(spec, name, value, [head for _, head, _ in parts], given)
+        place(spec, name, value, heads, given)
     made = [
         make(head, options)._replace(name=text)
-        for (text, head, _), options in zip(parts, given, strict=True)
+        for text, head, options in zip(texts, heads, given, strict=True)
     ]
-    for (_, head, _), op in zip(parts, made, strict=True):
+    for head, op in zip(heads, made, strict=True):
         if head.sharing and not op.traits.get("learned"):
             what = head.text if head.source else head.factory.__name__
             raise refusal(spec, f"{what} has no parameters to share")
-    modes = {head.sharing for _, head, _ in parts} - {None}
+    modes = {head.sharing for head in heads} - {None}
     if len(modes) > 1:
         raise refusal(spec, "the heads of a block are all blockwise or all universal")
     sharing = modes.pop() if modes else None
-    if len(parts) == 1 and parts[0][2] == 1:
+    if counts == (1,):
         return Spec(made[0]._replace(name=spec), sharing)
-    heads = [op for op, (_, _, count) in zip(made, parts, strict=True) for _ in range(count)]
-    return Spec(hybrid(heads)._replace(name=spec), sharing)
+    each = [op for op, count in zip(made, counts, strict=True) for _ in range(count)]
+    return Spec(hybrid(each)._replace(name=spec), sharing)
 
 
 def place(

@@ -16,6 +16,12 @@ def parts_of(op: Operator) -> list[Operator]:
     return [part for part, _ in op.options.get("groups", ())] + [*op.options.get("parts", ())]
 
 
+def simple_parts(op: Operator) -> list[Operator]:
+    """The operators that one is made of, down to those that are made of none; of those itself."""
+    parts = parts_of(op)
+    return [one for part in parts for one in simple_parts(part)] if parts else [op]
+
+
 def of_parts(parts: Sequence[Operator]) -> dict[str, Any]:
     """The fields `traits` and `resize` of an operator made of others, whose parameters are under
     `str(i)`.

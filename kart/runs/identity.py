@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import typing
@@ -44,8 +43,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 def run_id(config: dict[str, Any], members: list[dict[str, Any]], data: dict[str, Any]) -> str:
     """Sixteen hex digits that name a run: its config, its members, the images it is trained on."""
-    text = json.dumps([config, members, data["fingerprint"]], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return schema.digest([config, members, data["fingerprint"]])[:16]
 
 
 def describe(configs: Sequence[Config], splits: Splits) -> dict[str, Any]:

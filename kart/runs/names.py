@@ -1,13 +1,10 @@
 """Names of runs and of what belongs to them."""
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from kart import operators
+from kart import operators, schema
 from kart.train import Config
 
 # fields of Config that belong to the operator
@@ -29,12 +26,8 @@ def slug(text: str) -> str:
 
 def default_directory(configs: Sequence[Config], seeds: Sequence[int]) -> Path:
     """Where runs go that name no directory: it depends on all that they are."""
-    digest = _digest([[config.asdict() for config in configs], list(seeds)])[:12]
+    digest = schema.digest([[config.asdict() for config in configs], list(seeds)])[:12]
     return Path("runs") / f"{slug(Path(configs[0].data).name)}-{digest}"
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def homes(configs: Sequence[Config], out: Path) -> list[Path]:
@@ -50,6 +43,6 @@ def homes(configs: Sequence[Config], out: Path) -> list[Path]:
     names = [slug(str(spec)) for spec in specs]
     # heads and blocks of the same operators, for one
     return [
-        out / (name if names.count(name) == 1 else f"{name}-{_digest(spec)[:6]}")
+        out / (name if names.count(name) == 1 else f"{name}-{schema.digest(spec)[:6]}")
         for name, spec in zip(names, specs, strict=True)
     ]

@@ -5,7 +5,7 @@ import functools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kart import operators, population, train
 from kart.runs import identity, records, weights
@@ -14,6 +14,19 @@ from kart.train import Config, Record
 
 if TYPE_CHECKING:
     from kart.analysis import report
+
+
+class _Member(NamedTuple):
+    """A member of a run: its records by epoch, its weights and scores, the directory of the run,
+    and which of the records is that of the weights.
+    """
+
+    config: Config
+    epochs: list[Record]
+    params: train.Params
+    scores: Any
+    home: Path
+    at: int
 
 
 def find(*paths: str) -> list[Path]:
@@ -72,7 +85,7 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
     """
     from kart.analysis import report
 
-    found: dict[str, list[tuple[Config, list[Record], train.Params, Any, Path, int]]] = {}
+    found: dict[str, list[_Member]] = {}
     diverged: dict[str, dict[int, int]] = {}
     images: dict[Any, tuple[int, Path]] = {}  # by what they are
     for directory in distinct(*paths):
@@ -93,7 +106,7 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
             if configs[i].seed not in bad:
                 own = [epoch[i] for epoch in epochs]
                 at = len(own) - 1 if which == "last" else _best(own)
-                one = (configs[i], own, params, scores[i], directory, at)
+                one = _Member(configs[i], own, params, scores[i], directory, at)
                 found.setdefault(name, []).append(one)
     every = [one for members in found.values() for one in members]
     if not every:
@@ -101,17 +114,14 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
             f"`run` needs runs that did not diverge, got {', '.join(map(repr, paths))}, of which "
             "none is left. Train with a lower learning rate."
         )
-    given = {(name, getattr(one[0], name)) for one in every for name in options_of(one[0].operator)}
-    alike = OPTIONS | {"operator", "seed"}
-    given |= {pair for one in every for pair in vars(one[0]).items() if pair[0] not in alike}
-    varied = sorted(name for name, count in Counter(name for name, _ in given).items() if count > 1)
+    varied = _varied([one.config for one in every])
     if varied:
         raise ValueError(
             f"`run` needs runs that differ in operator and seed alone, got others below "
             f"{', '.join(map(repr, paths))}, which differ in {', '.join(varied)}. "
             "Analyse them one by one."
         )
-    tested = all(one[3] is not None for one in every)
+    tested = all(one.scores is not None for one in every)
     if tested and len(images) > 1:
         others = ", ".join(repr(str(home)) for _, home in images.values())
         raise ValueError(
@@ -120,7 +130,7 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
         )
     results = []
     for operator, members in found.items():
-        members.sort(key=lambda one: one[0].seed)
+        members.sort(key=lambda one: one.config.seed)
         configs, series, params, scores, homes, at = (list(c) for c in zip(*members, strict=True))
         by_epoch = [list(epoch) for epoch in zip(*series, strict=True)]
         results.append(
@@ -139,6 +149,15 @@ def compare(*paths: str, which: str = "last") -> "list[report.Result]":
             )
         )
     return results
+
+
+def _varied(configs: Sequence[Config]) -> list[str]:
+    """The fields that differ between configs, but for the operator, its options and the seed."""
+    given = {(name, getattr(one, name)) for one in configs for name in options_of(one.operator)}
+    alike = OPTIONS | {"operator", "seed"}
+    given |= {pair for one in configs for pair in vars(one).items() if pair[0] not in alike}
+    counts = Counter(name for name, _ in given)
+    return sorted(name for name, count in counts.items() if count > 1)
 
 
 def _best(own: Sequence[Record]) -> int:

@@ -33,8 +33,7 @@ def restore(path: Path, run: Run, owner: str) -> tuple[State, list[float]]:
     Raises ValueError for a checkpoint of another run than the one whose id is `owner`.
     """
     like = run.init()
-    params, config = checkpoint.load(path, device=run.config.device)
-    identity.check_owner(path, config, owner)
+    params, config = weights.read(path, owner, run.config.device)
     slim = like if like.average else like._replace(params={})
     state = checkpoint.load_state(path, state=slim)["state"]
     best = weights.best_by_member(path, config, run.size)
@@ -52,8 +51,7 @@ def _best(path: Path, owner: str, state: State, ahead: list[bool]) -> train.Para
     new = train.weights_for_evaluation(state)
     if all(ahead):
         return new
-    old, config = checkpoint.load(path)
-    identity.check_owner(path, config, owner)
+    old, _ = weights.read(path, owner)
 
     def choose(a: Tensor, b: Tensor) -> Tensor:
         flags = torch.tensor(ahead).reshape(-1, *[1] * (a.dim() - 1))

@@ -26,6 +26,13 @@ def best_by_member(path: Path, config: dict[str, Any], members: int) -> list[flo
     return found
 
 
+def read(path: Path, run: str, device: str = "cpu") -> tuple[train.Params, dict[str, Any]]:
+    """Parameters and config of a checkpoint, which must be one of the run whose id is `run`."""
+    params, config = checkpoint.load(path, device=device)
+    identity.check_owner(path, config, run)
+    return params, config
+
+
 def load_weights(directory: str | os.PathLike, which: str = "last") -> list[train.Params]:
     """The weights of each member of a run directory, from its "last" or "best" checkpoint; each
     member has its own best epoch.
@@ -38,8 +45,7 @@ def load_weights(directory: str | os.PathLike, which: str = "last") -> list[trai
             f"`run` needs a directory with a finished epoch, got {str(directory)!r} without "
             f"{path.name}. Train it further with the same command."
         )
-    params, config = checkpoint.load(path)
-    identity.check_owner(path, config, own.id)
+    params, config = read(path, own.id)
     if which == "best":
         best_by_member(path, config, len(own.configs))
     return population.members(params, len(own.configs))
@@ -68,8 +74,7 @@ def load_trajectory(directory: str | os.PathLike) -> list[tuple[int, list[train.
         )
     found = []
     for path in paths:
-        params, config = checkpoint.load(path)
-        identity.check_owner(path, config, own.id)
+        params, config = read(path, own.id)
         found.append((config["step"], population.members(params, len(configs))))
     return found
 

@@ -8,7 +8,7 @@ import os
 import sqlite3
 import sys
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def _beginning(path: Path) -> bytes:
     return os.pread(_held(path, found.st_dev, found.st_ino), len(HEADER), 0)
 
 
-def problem(directory: Path, names: Sequence[str], known: Mapping[tuple[str, int], Any]) -> str:
+def problem(directory: Path, names: Collection[str], known: Mapping[tuple[str, int], Any]) -> str:
     """What is wrong with the SQLite file of a directory, which must hold the Optuna studies `names`
     and all trials that are `known`; empty if nothing is. Raises ValueError where it is locked.
 
@@ -135,7 +135,7 @@ def size(directory: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def check(directory: Path, names: Sequence[str], least: int = 0) -> None:
+def check(directory: Path, names: Collection[str], least: int = 0) -> None:
     """Raises ValueError where the SQLite file was deleted, cut or overwritten since it had `least`
     bytes.
     """

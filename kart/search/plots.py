@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from kart import schema
 from kart.analysis import figures
 from kart.search.storage import Settings, original
 from kart.search.trials import OBJECTIVES, trained
@@ -136,9 +137,7 @@ def slice_figure(study: optuna.Study, settings: Settings) -> Any:
         own = [trial for trial in complete if name in trial.params]
         values = [trial.params[name] for trial in own]
         ys = [scale * trial.values[0] for trial in own]
-        numbers = all(
-            isinstance(value, int | float) and not isinstance(value, bool) for value in values
-        )
+        numbers = all(schema.fits(value, float) for value in values)
         labels = [] if numbers else sorted(set(map(str, values)))
         xs = [labels.index(str(value)) if labels else value for value in values]
         ax.plot(xs, ys, "o", color=figures.COLOURS[0], markersize=4, alpha=0.6)

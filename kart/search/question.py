@@ -114,18 +114,14 @@ def folder() -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _defines_study(path: Path) -> bool:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    targets = [node.targets[0] for node in tree.body if isinstance(node, ast.Assign)]
-    return any(isinstance(target, ast.Name) and target.id == "STUDY" for target in targets)
-
-
 def available() -> dict[str, tuple[Path, str]]:
     """File and question (the first line of its docstring) of each study that is found, by name."""
     found: dict[str, tuple[Path, str]] = {}
     for path in sorted(folder().glob("[a-z]*.py")):
-        if _defines_study(path):
-            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        targets = [node.targets[0] for node in tree.body if isinstance(node, ast.Assign)]
+        if any(isinstance(target, ast.Name) and target.id == "STUDY" for target in targets):
+            text = ast.get_docstring(tree) or ""
             found[path.stem] = (path, text.split("\n")[0])
     return found
 

@@ -20,7 +20,7 @@ from optuna.distributions import (
 )
 from optuna.trial import FrozenTrial, TrialState
 
-from kart import checkpoint, operators, pages, statistics
+from kart import checkpoint, operators, pages, schema, statistics
 from kart.analysis import figures
 from kart.search import plots
 from kart.search.plots import Arms
@@ -50,9 +50,7 @@ def _end(value: Any, searched: BaseDistribution) -> str:
         places = searched.low, value, searched.high
     else:
         assert isinstance(searched, CategoricalDistribution)
-        numbers = [
-            x for x in searched.choices if isinstance(x, int | float) and not isinstance(x, bool)
-        ]
+        numbers: list[Any] = [x for x in searched.choices if schema.fits(x, float)]
         if len(numbers) < len(searched.choices):
             return ""
         places = min(numbers), value, max(numbers)

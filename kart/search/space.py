@@ -265,8 +265,7 @@ def contains(distribution: BaseDistribution, value: Any) -> bool:
     if isinstance(distribution, CategoricalDistribution):
         return value in distribution.choices
     assert isinstance(distribution, IntDistribution | FloatDistribution)
-    kinds = int if isinstance(distribution, IntDistribution) else (int, float)
-    if not isinstance(value, kinds) or isinstance(value, bool):
+    if not schema.fits(value, int if isinstance(distribution, IntDistribution) else float):
         return False
     steps = (value - distribution.low) / (distribution.step or 1)
     on_grid = distribution.step is None or abs(steps - round(steps)) < 1e-8

@@ -71,6 +71,16 @@ class Settings:
         """Trials of each arm: all have the same budget."""
         return self.trials // len(self.spaces)
 
+    @property
+    def names(self) -> dict[str, str]:
+        """The name of each arm's Optuna study."""
+        return {arm: f"{self.study}/{arm}" for arm in self.spaces}
+
+    @property
+    def queued(self) -> bool:
+        """Whether all points wait in the queue from the start."""
+        return self.sampler in ("grid", "brute")
+
     def asdict(self) -> dict[str, Any]:
         """The settings as JSON has them."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -218,7 +228,7 @@ def directory_url(directory: Path) -> str:
 def studies(storage: RDBStorage, settings: Settings) -> dict[str, optuna.Study]:
     """The Optuna study of each arm, with its sampler and pruner."""
     there = optuna.get_all_study_names(storage=storage)
-    missing = [arm for arm in settings.spaces if f"{settings.study}/{arm}" not in there]
+    missing = [arm for arm, name in settings.names.items() if name not in there]
     if missing:
         raise ValueError(
             f"`study` needs a database with every arm of {settings.study!r}, got one without "
@@ -226,12 +236,12 @@ def studies(storage: RDBStorage, settings: Settings) -> dict[str, optuna.Study]:
         )
     return {
         arm: optuna.load_study(
-            study_name=f"{settings.study}/{arm}",
+            study_name=name,
             storage=storage,
             sampler=make_sampler(settings, arm),
             pruner=make_pruner(settings),
         )
-        for arm in settings.spaces
+        for arm, name in settings.names.items()
     }
 
 
@@ -276,12 +286,9 @@ def create(storage: RDBStorage, settings: Settings, points: dict[str, list[dict]
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     directions: list[Any] = [OBJECTIVES[name] for name in settings.objectives]
     made = []
-    for arm in settings.spaces:
+    for arm, name in settings.names.items():
         study = optuna.create_study(
-            study_name=f"{settings.study}/{arm}",
-            storage=storage,
-            directions=directions,
-            load_if_exists=True,
+            study_name=name, storage=storage, directions=directions, load_if_exists=True
         )
         enqueue(study, (points or {}).get(arm, ()))
         made.append(study)
@@ -300,8 +307,8 @@ def enqueue(study: optuna.Study, points: Sequence[Mapping[str, Any]]) -> None:
 
 def save_settings(storage: RDBStorage, settings: Settings, directory: Path | None) -> None:
     """Stores changed settings (those in `MAY_CHANGE`)."""
-    for arm in settings.spaces:
-        study = optuna.load_study(study_name=f"{settings.study}/{arm}", storage=storage)
+    for name in settings.names.values():
+        study = optuna.load_study(study_name=name, storage=storage)
         study.set_user_attr("settings", settings.asdict())
     if directory is not None:
         checkpoint.write_json(directory / "study.json", settings.asdict())
@@ -450,7 +457,7 @@ SAMPLERS: dict[str, Callable[[int, bool], BaseSampler]] = {
     "gp": lambda seed, several: optuna.samplers.GPSampler(
         n_startup_trials=8, warn_independent_sampling=False, seed=seed
     ),
-    # their points wait in the queue from the start
+    # see `Settings.queued`
     "grid": lambda seed, several: optuna.samplers.RandomSampler(seed=seed),
     "brute": lambda seed, several: optuna.samplers.RandomSampler(seed=seed),
 }

@@ -217,6 +217,33 @@ def check_objectives(names: Sequence[str]) -> None:
         )
 
 
+def _settle(
+    task: Task, found: dict[int, Member], seconds: float, stopped: str, objectives: Sequence[str]
+) -> Outcome:
+    """The outcome of a task whose members are `found` by seed, noted in its trial."""
+    fine = {seed: member for seed, member in found.items() if member.diverged < 0}
+    bad = {str(seed): member.diverged for seed, member in found.items() if member.diverged >= 0}
+    epochs = sum(member.epochs for member in found.values())
+    note = {"seconds": round(seconds, 3), "epochs": epochs, "diverged": bad}
+    task.trial.set_user_attr("spent", note)
+    if stopped:
+        return Outcome(None, stopped)
+    # one survivor of many says little of the configuration, and flatters it
+    if 2 * len(fine) < len(found):
+        steps = ", ".join(str(step) for step in bad.values())
+        return Outcome(None, f"{len(bad)} of {len(found)} seeds diverged, at step {steps}")
+    scores = {seed: member.record["val_top1"] for seed, member in fine.items()}
+    pooled = list({**task.earlier, **scores}.values())
+    mean, n = statistics.fmean(pooled), len(pooled)
+    error = statistics.stdev(pooled) / math.sqrt(n) if n > 1 else None
+    task.trial.set_user_attr("scores", {str(seed): score for seed, score in scores.items()})
+    task.trial.set_user_attr("n", n)
+    task.trial.set_user_attr("standard_error", error)
+    steps = sum(member.record["step"] for member in fine.values())
+    measured = {**task.cost, "accuracy": mean, "step_time": 1000 * seconds / steps}
+    return Outcome(tuple(measured[name] for name in objectives))
+
+
 def evaluation(
     space: Space,
     load: Callable[[Config], Splits],
@@ -285,10 +312,10 @@ def evaluation(
             buckets.setdefault(shape(task.members[0]), []).append(i)
         outcomes: dict[int, Outcome] = {}
         for bucket in buckets.values():
-            outcomes |= zip(bucket, _bucket([tasks[i] for i in bucket]), strict=True)
+            outcomes |= zip(bucket, train_together([tasks[i] for i in bucket]), strict=True)
         return [outcomes[i] for i in range(len(tasks))]
 
-    def _bucket(tasks: list[Task]) -> list[Outcome]:
+    def train_together(tasks: list[Task]) -> list[Outcome]:
         owner = [i for i, task in enumerate(tasks) for _ in task.members]
         began = time.perf_counter()
         stopped: dict[int, str] = {}
@@ -317,33 +344,10 @@ def evaluation(
         seconds = (time.perf_counter() - began) / len(configs)
         outcomes = []
         for i, task in enumerate(tasks):
-            own = {m: members[m] for m, of in enumerate(owner) if of == i}
-            found = {configs[m].seed: member for m, member in own.items()}
-            outcomes.append(_settle(task, found, seconds * len(own), stopped.get(i, "")))
+            found = {configs[m].seed: members[m] for m, of in enumerate(owner) if of == i}
+            spent, why = seconds * len(found), stopped.get(i, "")
+            outcomes.append(_settle(task, found, spent, why, objectives))
         return outcomes
-
-    def _settle(task: Task, found: dict[int, Member], seconds: float, stopped: str) -> Outcome:
-        fine = {seed: member for seed, member in found.items() if member.diverged < 0}
-        bad = {str(seed): member.diverged for seed, member in found.items() if member.diverged >= 0}
-        epochs = sum(member.epochs for member in found.values())
-        note = {"seconds": round(seconds, 3), "epochs": epochs, "diverged": bad}
-        task.trial.set_user_attr("spent", note)
-        if stopped:
-            return Outcome(None, stopped)
-        # one survivor of many says little of the configuration, and flatters it
-        if 2 * len(fine) < len(found):
-            steps = ", ".join(str(step) for step in bad.values())
-            return Outcome(None, f"{len(bad)} of {len(found)} seeds diverged, at step {steps}")
-        scores = {seed: member.record["val_top1"] for seed, member in fine.items()}
-        pooled = list({**task.earlier, **scores}.values())
-        mean, n = statistics.fmean(pooled), len(pooled)
-        error = statistics.stdev(pooled) / math.sqrt(n) if n > 1 else None
-        task.trial.set_user_attr("scores", {str(seed): score for seed, score in scores.items()})
-        task.trial.set_user_attr("n", n)
-        task.trial.set_user_attr("standard_error", error)
-        steps = sum(member.record["step"] for member in fine.values())
-        measured = {**task.cost, "accuracy": mean, "step_time": 1000 * seconds / steps}
-        return Outcome(tuple(measured[name] for name in objectives))
 
     return Evaluation(prepare, run)
 

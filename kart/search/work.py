@@ -100,7 +100,7 @@ def settings_for(asked: Question, splits: Splits, options: Mapping[str, Any]) ->
 
 def points_of(settings: Settings, spaces: Mapping[str, Space]) -> dict[str, list[dict]] | None:
     """The queue of each arm for the samplers that try all points, in shuffled order."""
-    if settings.sampler not in ("grid", "brute"):
+    if not settings.queued:
         return None
     levels = settings.levels if settings.sampler == "grid" else None
     queues = {}
@@ -115,11 +115,6 @@ def points_of(settings: Settings, spaces: Mapping[str, Space]) -> dict[str, list
     return queues
 
 
-def names(settings: Settings) -> list[str]:
-    """The Optuna studies of a study."""
-    return [f"{settings.study}/{arm}" for arm in settings.spaces]
-
-
 def mend(where: Home, settings: Settings, study: Study) -> None:
     """Makes the SQLite file of a run directory again from its journal, where it is lost."""
     directory = where.directory
@@ -127,7 +122,7 @@ def mend(where: Home, settings: Settings, study: Study) -> None:
         return
     with open(directory / ".workers", "w") as door:
         fcntl.flock(door, fcntl.LOCK_EX)  # one at a time
-        if not journal.problem(directory, names(settings), journal.read(directory)):
+        if not journal.problem(directory, settings.names.values(), journal.read(directory)):
             return
         journal.put_aside(directory)
         storage = store.open_database(where.url, settings.heartbeat, create=True)
@@ -145,8 +140,11 @@ def set_up(
 
     `measure()` gives the group size of a new study; `wait_s` is how long a server may be away.
     """
-    directory = where.directory
-    if directory is not None:
+    directory, storage = where.directory, None
+    if directory is None:
+        storage = store.open_database(where.url, settings.heartbeat, create=True, wait_s=wait_s)
+        found = store.read_database(storage, settings.study).get(settings.study)
+    else:
         found = store.read_settings(directory)
         if found is None and directory.exists():
             others = [e.name for e in directory.iterdir() if not e.name.startswith((".", "study"))]
@@ -155,30 +153,25 @@ def set_up(
                     f"`out` needs a new or empty directory, or a study, got {str(directory)!r} "
                     f"with {', '.join(sorted(others)[:5])}. Choose another directory."
                 )
-        if found is not None:
-            store.check_same(found, settings, where.name)
-            mend(where, found, study)
-        else:  # before anything is written
-            settings = dataclasses.replace(settings, group=settings.group or measure())
+    if found is not None:
+        store.check_same(found, settings, where.name)
+        mend(where, found, study)
+    # measured before anything is written
+    group = settings.group or (measure() if found is None else found.group)
+    settings = dataclasses.replace(settings, group=group)
+    if storage is None:
+        assert directory is not None
         directory.mkdir(parents=True, exist_ok=True)
         storage = store.open_database(where.url, settings.heartbeat, create=found is None)
-    else:
-        storage = store.open_database(where.url, settings.heartbeat, create=True, wait_s=wait_s)
-        found = store.read_database(storage, settings.study).get(settings.study)
-        if found is not None:
-            store.check_same(found, settings, where.name)
+    spaces = study.spaces(study.config, settings.fix)
     if found is None:
-        settings = dataclasses.replace(settings, group=settings.group or measure())
-        spaces = study.spaces(study.config, settings.fix)
         store.create(storage, settings, points_of(settings, spaces))
         store.save_settings(storage, settings, directory)
-    else:
-        settings = dataclasses.replace(settings, group=settings.group or found.group)
-        if settings != found:
-            points = points_of(settings, study.spaces(study.config, settings.fix)) or {}
-            for arm, one in store.studies(storage, settings).items():
-                store.enqueue(one, points.get(arm, ()))
-            store.save_settings(storage, settings, directory)
+    elif settings != found:
+        points = points_of(settings, spaces) or {}
+        for arm, one in store.studies(storage, settings).items():
+            store.enqueue(one, points.get(arm, ()))
+        store.save_settings(storage, settings, directory)
     return storage, settings
 
 
@@ -241,8 +234,7 @@ def _next(arms: Mapping[str, optuna.Study], settings: Settings) -> tuple[str, in
         state = counts(study)
         taken = sum(state[s] for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING))
         waiting = state[TrialState.WAITING]
-        queued = settings.sampler in ("grid", "brute")
-        room = waiting if queued else max(waiting, settings.per_arm - taken)
+        room = waiting if settings.queued else max(waiting, settings.per_arm - taken)
         if room > 0:
             found.append((taken, place, arm, room))
     return min(found)[2:] if found else None
@@ -376,9 +368,9 @@ def _kept(where: Home, arms: Mapping[str, optuna.Study], settings: Settings) -> 
         yield
         journal.append(directory, arms)
     except Exception:
-        journal.check(directory, names(settings), least)
+        journal.check(directory, settings.names.values(), least)
         raise
-    journal.check(directory, names(settings), least)
+    journal.check(directory, settings.names.values(), least)
 
 
 def summary(arms: Mapping[str, optuna.Study]) -> str:
@@ -396,20 +388,16 @@ def summary(arms: Mapping[str, optuna.Study]) -> str:
 def _bar(
     arms: Mapping[str, optuna.Study], settings: Settings, quiet: bool
 ) -> Iterator[Callable[[], None]]:
-    total = settings.per_arm * len(arms)
-    if settings.sampler in ("grid", "brute"):
-        total = sum(
-            sum(trial.state != TrialState.FAIL for trial in study.get_trials(deepcopy=False))
-            for study in arms.values()
-        )
-
     def done() -> int:
         states = [counts(study) for study in arms.values()]
         return sum(state[TrialState.COMPLETE] + state[TrialState.PRUNED] for state in states)
 
-    already = done()
+    total = settings.per_arm * len(arms)
+    if settings.queued:
+        states = [counts(study) for study in arms.values()]
+        total = sum(state.total() - state[TrialState.FAIL] for state in states)
     with tables.bar(
-        total=total, initial=already, desc=settings.study, unit="trial", disable=quiet
+        total=total, initial=done(), desc=settings.study, unit="trial", disable=quiet
     ) as bar:
 
         def update() -> None:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from kart.testing import basis, core, kernel, model, operator, projection, step
 from kart.testing.core import Result, Suite
@@ -30,14 +30,11 @@ skipped with the reason.
 """
 
 
-class Pair(NamedTuple):
-    """`check(obj, ..)` gives results, `decorate(obj, ..)` a decorator of tests."""
-
-    check: Callable[..., list[Result]]
-    decorate: Callable[..., Callable[[Callable[[], Any]], Callable[..., None]]]
+Check = Callable[..., list[Result]]
+Decorate = Callable[..., Callable[[Callable[[], Any]], Callable[..., None]]]
 
 
-def pair(suite: Callable[..., Suite]) -> Pair:
+def pair(suite: Callable[..., Suite]) -> tuple[Check, Decorate]:
     """The check and the decorator of the suites that `suite(obj, ..)` makes; both take what it
     takes, and how to run it.
     """
@@ -63,7 +60,7 @@ def pair(suite: Callable[..., Suite]) -> Pair:
     kind = suite.__module__.rsplit(".", 1)[-1]
     _dress(check, f"check_{kind}", suite, CHECK)
     _dress(decorate, f"{kind}_suite", suite, DECORATE)
-    return Pair(check, decorate)
+    return check, decorate
 
 
 def _dress(function: Callable[..., Any], name: str, suite: Callable[..., Suite], text: str) -> None:

@@ -205,13 +205,6 @@ def _report(suite: Suite, prop: Property, example: Mapping[str, Any], error: Bas
     )
 
 
-def _resolve(draws: Mapping[str, Any], subject: Any) -> dict[str, SearchStrategy]:
-    return {
-        name: draw if isinstance(draw, SearchStrategy) else draw(subject)
-        for name, draw in draws.items()
-    }
-
-
 def run(
     suite: Suite, prop: Property, options: settings, seconds: float | None = None
 ) -> tuple[int, bool]:
@@ -220,7 +213,10 @@ def run(
     Returns the number of examples and whether they were cut short: after `seconds` no new one is
     begun, and a failing one is not made smaller.
     """
-    draws = _resolve(prop.draws, suite.subject)
+    draws = {
+        name: draw if isinstance(draw, SearchStrategy) else draw(suite.subject)
+        for name, draw in prop.draws.items()
+    }
     failing: dict[str, Any] = {}
     count, start, late = 0, time.monotonic(), False
 

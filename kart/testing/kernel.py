@@ -89,17 +89,18 @@ def sizes(s: Subject) -> SearchStrategy[dict[str, int]]:
     return st.one_of(each, st.sampled_from(shared).map(lambda n: {k: n for k in s.sizes}))
 
 
-def _flat(value: Any) -> Tensor:
-    return torch.cat([leaf.flatten() for leaf in tree.leaves(value)])
-
-
 def _like(floats: Sequence[Tensor], seed: int) -> tuple[Tensor, ...]:
     source = draw.generator(seed)
     return tuple(torch.randn(x.shape, generator=source).to(x.dtype) for x in floats)
 
 
 def _loss(f: Callable[..., Any]) -> Callable[..., Tensor]:
-    return lambda *floats: _flat(f(*floats)).sin().sum()
+    return lambda *floats: tree.ravel(f(*floats)).sin().sum()
+
+
+def _gradient(f: Callable[..., Any]) -> Callable[..., Any]:
+    """The gradient of a loss of `f` in all its arguments."""
+    return lambda *floats: grad(_loss(f), tuple(range(len(floats))))(*floats)
 
 
 def _exactly(
@@ -107,7 +108,7 @@ def _exactly(
 ) -> tuple[Tensor, Tensor]:
     """`f(*floats)` in float64, flat, and what rounding in `dtype` may do to it."""
     wide = tuple(x.double() for x in floats)
-    return _flat(f(*wide)), spread(lambda *x: _flat(f(*x)), wide, dtype)
+    return tree.ravel(f(*wide)), spread(lambda *x: tree.ravel(f(*x)), wide, dtype)
 
 
 def _compare(
@@ -123,7 +124,7 @@ def _compare(
     rounding in `dtype` may do to the latter.
     """
     case = s.drawn(seed, drawn, dtype)
-    got = _flat(transform(case.fast)(*case.floats))
+    got = tree.ravel(transform(case.fast)(*case.floats))
     exact, limit = _exactly(transform(case.plain), case.floats, dtype)
     agree(got, exact, factor * limit, f"{what} of the fast form", "of the plain one")
 
@@ -142,11 +143,7 @@ def gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) 
 
     The hand-written backward is wrong, although the forward is right.
     """
-
-    def transform(f: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *x: grad(_loss(f), tuple(range(len(x))))(*x)
-
-    _compare(s, seed, sizes, dtype, transform, "the gradient")
+    _compare(s, seed, sizes, dtype, _gradient, "the gradient")
 
 
 def eager_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
@@ -159,9 +156,8 @@ def eager_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.d
     case = s.drawn(seed, sizes, dtype)
     floats, loss = case.floats, _loss(case.fast)
     leaves = [x.clone().requires_grad_() for x in floats]
-    got = _flat(torch.autograd.grad(loss(*leaves), leaves))
-    slope = grad(_loss(case.plain), tuple(range(len(floats))))
-    exact, limit = _exactly(slope, floats, dtype)
+    got = tree.ravel(torch.autograd.grad(loss(*leaves), leaves))
+    exact, limit = _exactly(_gradient(case.plain), floats, dtype)
     agree(got, exact, limit, "the eager gradient", "that of plain")
     each = []
     for i, x in enumerate(floats):
@@ -169,7 +165,7 @@ def eager_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.d
         value = loss(*floats[:i], leaf, *floats[i + 1 :])
         # zeros where it depends on none
         each += torch.autograd.grad(value, leaf, allow_unused=True, materialize_grads=True)
-    agree(_flat(each), exact, limit, "the eager gradients, one at a time,", "those of plain")
+    agree(tree.ravel(each), exact, limit, "the eager gradients, one at a time,", "those of plain")
 
 
 def mapped(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
@@ -196,7 +192,7 @@ def mapped(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> 
         exact, limit = _exactly(loop, case.floats, dtype)
         for how, got in laws.vmaps(case.fast, axes, stacked(case.floats)).items():
             what = f"vmap{how} of fast over {list(chosen)}"
-            agree(_flat(got), exact, limit, what, "the loop of plain")
+            agree(tree.ravel(got), exact, limit, what, "the loop of plain")
     _mapped_with_masks(s, case, dtype)
 
 
@@ -231,7 +227,7 @@ def _mapped_with_masks(s: Subject, case: Case, dtype: torch.dtype) -> None:
     exact, limit = _exactly(loop, floats, dtype)
     for how, got in laws.vmaps(s.fast, axes, together).items():
         what = f"vmap{how} of fast over floats and masks"
-        agree(_flat(got), exact, limit, what, "the loop of plain")
+        agree(tree.ravel(got), exact, limit, what, "the loop of plain")
 
 
 def per_example_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
@@ -240,10 +236,9 @@ def per_example_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: t
     The backward has no rule for batches, or sums over the examples it should keep apart.
     """
     case = s.drawn(seed, sizes, dtype)
-    places = tuple(range(len(case.floats)))
     stacked = tuple(torch.stack([x, x * 0.5, -x]) for x in case.floats)
-    got = _flat(vmap(grad(_loss(case.fast), places))(*stacked))
-    plain = grad(_loss(case.plain), places)
+    got = tree.ravel(vmap(_gradient(case.fast))(*stacked))
+    plain = _gradient(case.plain)
 
     def loop(*x: Tensor) -> Any:
         return tree.stack([plain(*(y[m] for y in x)) for m in range(3)])
@@ -259,7 +254,7 @@ def forward_mode(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtyp
     """
 
     def transform(f: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *x: jvp(f, x, tuple(t.to(x[0].dtype) for t in _like(x, seed)))[1]
+        return lambda *x: jvp(f, x, _like(x, seed))[1]
 
     _compare(s, seed, sizes, dtype, transform, "the forward derivative")
 
@@ -271,11 +266,7 @@ def second_derivative(s: Subject, seed: int, sizes: dict[str, int], dtype: torch
     """
 
     def transform(f: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*x: Tensor) -> Any:
-            slope = grad(_loss(f), tuple(range(len(x))))
-            return jvp(slope, x, tuple(t.to(x[0].dtype) for t in _like(x, seed)))[1]
-
-        return run
+        return lambda *x: jvp(_gradient(f), x, _like(x, seed))[1]
 
     _compare(s, seed, sizes, dtype, transform, "the Hessian-vector product", 4.0)
 
@@ -292,7 +283,7 @@ def every_element_counts(
     for i, place in enumerate(case.places):
         poked = [x.clone() for x in case.floats]
         poked[i].view(-1)[-1] += poke
-        fast = _flat(case.fast(*poked)).double() - _flat(case.fast(*case.floats)).double()
+        fast = tree.ravel(case.fast(*poked)).double() - tree.ravel(case.fast(*case.floats)).double()
         there, here = (_exactly(case.plain, floats, dtype) for floats in (poked, case.floats))
         limit = there[1] + here[1]
         agree(fast, there[0] - here[0], limit, f"what argument {place} changes", "in plain")
@@ -309,20 +300,11 @@ def layout_does_not_matter(
     """
     case = s.drawn(seed, sizes, dtype)
 
-    def view(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.dim() < 2:
-            return x
-        return x.mT.contiguous().mT
-
-    def strided(x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.dim():
-            return x
-        return x.repeat_interleave(2, -1)[..., ::2]
-
-    wanted = _flat(s.fast(*case.arguments))
+    wanted = tree.ravel(s.fast(*case.arguments))
     _, limit = _exactly(case.plain, case.floats, dtype)
-    for name, change in (("transposed", view), ("strided", strided)):
-        got = _flat(s.fast(*(change(x) for x in case.arguments)))
+    for name, change in (("transposed", laws.transposed), ("strided", laws.strided)):
+        views = [change(x) if isinstance(x, Tensor) else x for x in case.arguments]
+        got = tree.ravel(s.fast(*views))
         agree(got, wanted, limit, f"fast of {name} views", "fast of their copies")
     laws.any_cotangent(case.fast, *case.floats)
 
@@ -337,9 +319,9 @@ def inputs_untouched(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.
     case = s.drawn(seed, sizes, dtype)
     kept = {str(i): x for i, x in enumerate(case.arguments) if isinstance(x, Tensor)}
     with laws.world_untouched(), laws.untouched(argument=kept):
-        first = _flat(s.fast(*case.arguments))
-        grad(_loss(case.fast), tuple(range(len(case.floats))))(*case.floats)
-        again = _flat(s.fast(*case.arguments))
+        first = tree.ravel(s.fast(*case.arguments))
+        _gradient(case.fast)(*case.floats)
+        again = tree.ravel(s.fast(*case.arguments))
     same(again, first, "fast asked again", "fast")
     with torch.no_grad():
         laws.keeps_nothing(case.fast, case.floats, tuple(x * 0.5 + 0.25 for x in case.floats))
@@ -367,7 +349,7 @@ def special_values(
     if not bool(exact.isfinite().all()):
         return
     what = f"fast with argument {case.places[chosen]} {kind}"
-    agree(_flat(case.fast(*floats)), exact, limit, what, "the plain form")
+    agree(tree.ravel(case.fast(*floats)), exact, limit, what, "the plain form")
 
 
 def poison_stays_hidden(
@@ -408,7 +390,7 @@ def half(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> No
     limit = limit + eps * exact.abs().clamp(min=torch.finfo(dtype).smallest_normal)
     if declared is not True:
         limit = limit + declared * eps * exact.abs().max()
-    agree(_flat(fast), exact, limit, f"fast in {dtype}", "plain in float64")
+    agree(tree.ravel(fast), exact, limit, f"fast in {dtype}", "plain in float64")
 
 
 def half_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:

@@ -26,6 +26,12 @@ def vjp(f: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
     return value, pullback
 
 
+def slope(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The derivative of elementwise `f` at `x`, by reverse mode."""
+    y, pullback = vjp(f, x)
+    return pullback(torch.ones_like(y))[0]
+
+
 def eager_vjp(f: Callable[..., Tensor], *primals: Any) -> tuple[Tensor, Callable[..., Any]]:
     """As `vjp`, by `torch.autograd` outside all transforms; the value is that of a plain call."""
     leaves = tree.map(lambda t: t.clone().requires_grad_(), primals)
@@ -34,10 +40,8 @@ def eager_vjp(f: Callable[..., Tensor], *primals: Any) -> tuple[Tensor, Callable
     def pullback(cotangent: Tensor) -> Any:
         if not y.requires_grad:
             return tree.map(torch.zeros_like, primals)
-        found = iter(
-            torch.autograd.grad(y, flat, cotangent, allow_unused=True, materialize_grads=True)
-        )
-        return tree.map(lambda t: next(found), primals)
+        found = torch.autograd.grad(y, flat, cotangent, allow_unused=True, materialize_grads=True)
+        return tree.with_leaves(primals, found)
 
     return f(*primals), pullback
 
@@ -235,6 +239,16 @@ def vmaps(f: Callable[..., Any], axes: Sequence[int | None], args: Sequence[Any]
     }
 
 
+def transposed(x: Tensor) -> Tensor:
+    """The numbers of `x`, where it has two axes those of a transposed tensor in memory."""
+    return x.mT.contiguous().mT if x.dim() > 1 else x
+
+
+def strided(x: Tensor) -> Tensor:
+    """The numbers of `x`, where it has an axis every second of another tensor."""
+    return x.repeat_interleave(2, -1)[..., ::2] if x.dim() else x
+
+
 def any_cotangent(f: Callable[..., Any], *primals: Any) -> None:
     """Asserts that the gradients of `f` see the numbers of the cotangent, not its strides: `sum`
     hands on one that is expanded, a transposed product one that is transposed.
@@ -243,8 +257,8 @@ def any_cotangent(f: Callable[..., Any], *primals: Any) -> None:
     values, flat = tree.leaves(f(*leaves)), tree.leaves(leaves)
     views: dict[str, Callable[[Tensor], Tensor]] = {
         "expanded": lambda t: t.new_ones(()).expand_as(t),
-        "transposed": lambda t: t.cos().mT.contiguous().mT if t.dim() > 1 else t.cos(),
-        "strided": lambda t: t.cos().repeat_interleave(2, -1)[..., ::2] if t.dim() else t.cos(),
+        "transposed": lambda t: transposed(t.cos()),
+        "strided": lambda t: strided(t.cos()),
     }
     for name, view in views.items():
         given = [view(value.detach()) for value in values]
@@ -294,8 +308,7 @@ def adjoint(f: Callable[..., Tensor], x: tuple[Any, ...], seed: int, factor: flo
     y, forward = jvp(f, x, tangents)
     u = torch.randn(y.shape, generator=source).double()
     reverse = vjp(f, *x)[1](u)
-    terms = tree.leaves(tree.map(lambda a, b: (a * b).flatten(), reverse, tangents))
-    right = torch.cat(terms)
+    right = tree.ravel(tree.map(torch.mul, reverse, tangents))
     size = right.abs().sum() + (u * forward).abs().sum() + 1e-30
     limit = factor * unit(torch.float64) * size
     agree((u * forward).sum(), right.sum(), limit, "<u, J v>", "<J^T u, v>")
@@ -326,11 +339,9 @@ def _one_sided(f: Callable[[Tensor], Tensor], x: Tensor, reach: float) -> tuple[
 
 def check_slope(f: Callable[[Tensor], Tensor], x: Tensor, reach: float, name: str) -> None:
     """Asserts that elementwise `f` has at `x` the derivative that its values have."""
-    y, pullback = vjp(f, x)
-    (slope,) = pullback(torch.ones_like(y))
     low, high = _one_sided(f, x, reach)
     middle, width = (low + high) / 2, (high - low) / 2
-    agree(slope, middle, width, f"{name} by autograd", "its difference quotient")
+    agree(slope(f, x), middle, width, f"{name} by autograd", "its difference quotient")
 
 
 def check_line(f: Callable[..., Tensor], x: tuple[Any, ...], seed: int, step: float = 1.0) -> None:

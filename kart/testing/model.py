@@ -190,10 +190,10 @@ def layout_does_not_matter(s: Subject, seed: int, dtype: torch.dtype) -> None:
     params, images = s.params(seed, dtype), s.batch(seed, 2, dtype)
     wanted, limit = s.model.apply(params, images), _slack(s, params, images)
     last = images.movedim(1, -1).contiguous().movedim(-1, 1)
-    turned = tree.map(lambda p: p.mT.contiguous().mT if p.dim() > 1 else p, params)
+    turned = tree.map(laws.transposed, params)
     for name, given in (
         ("with channels last", (params, last)),
-        ("of transposed memory", (params, images.mT.contiguous().mT)),
+        ("of transposed memory", (params, laws.transposed(images))),
         ("under transposed parameters", (turned, images)),
     ):
         agree(s.model.apply(*given), wanted, limit, f"logits {name}", "of copies")
@@ -267,8 +267,7 @@ def curvature_is_right(s: Subject, seed: int) -> None:
     params, images = s.params(seed, torch.float64), s.batch(seed, 2, torch.float64)
 
     def slopes(params: Params) -> Tensor:
-        leaves = tree.leaves(grad(_loss(s.model.apply))(params, images))
-        return torch.cat([leaf.flatten() for leaf in leaves])
+        return tree.ravel(grad(_loss(s.model.apply))(params, images))
 
     laws.check_line(slopes, (params,), seed + 2, 0.1)
 

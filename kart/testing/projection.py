@@ -112,7 +112,7 @@ def shift_invariant(s: Subject, y: list[float], by: float, dtype: torch.dtype) -
     Digits are lost far from zero, which the largest entry taken off first would keep.
     """
     there = torch.tensor(y, dtype=dtype) + by
-    here = (there.double() - by).to(torch.float64)
+    here = there.double() - by
     wanted = s.project(here)
     agree(s.project(there), wanted, 2 * _slack(there), "project(y + c)", "project(y)")
 

@@ -14,7 +14,7 @@ rounded.
 import ctypes
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from kart.kernels import plain
 from kart.kernels.arguments import room_like
 from kart.kernels.cpp import build
-from kart.kernels.family import Family, Product, family_named, once
+from kart.kernels.family import Family, Product, family_named, once, pin
 from kart.kernels.transforms import untransformed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,11 +72,17 @@ class Engine:
 
     def __init__(self, library: ctypes.CDLL, options: tuple[float, ...]):
         self.library = library
-        self.options = (ctypes.c_float * max(1, len(options)))(*options)
+        self.options = floats(options)
 
-    def _call(self, function: Callable[..., int], product: Product, *tensors: Any) -> None:
+    def _call(
+        self,
+        function: Callable[..., int],
+        product: Product,
+        inputs: Sequence[Tensor],
+        soft: tuple[_Soft, int] | None,
+        results: Sequence[Any],
+    ) -> None:
         _, q, k, coefs, mask, scale = product
-        *inputs, soft, results = tensors
         if mask is not None:
             mask = mask.expand(*q.shape[:3], k.shape[2])
         value_width = 0 if soft is None else soft[1]
@@ -99,18 +105,16 @@ class Engine:
 
     def forward(self, product: Product, soft: Softmax | None = None) -> tuple[Tensor, ...]:
         """y, and with `soft` the output of softmax and the logarithm of its sums; float32."""
-        q = product.q
-        y = q.new_empty(*q.shape[:3], product.coefs.shape[2])
-        if soft is None:
-            if y.numel():
-                self._call(self.library.kart_forward, product, None, [address_of(y)])
-            return (y,)
-        v = soft.v
-        out, logsumexp = room_like(v, q.shape[2]), q.new_empty(q.shape[:3])
-        extra = _Soft(v=array_of(v), result=array_of(out), logsumexp=logsumexp.data_ptr())
-        if y.numel():
-            self._call(self.library.kart_forward, product, (extra, v.shape[3]), [address_of(y)])
-        return y, out, logsumexp
+        q, extra = product.q, None
+        found = [q.new_empty(*q.shape[:3], product.coefs.shape[2])]
+        if soft is not None:
+            out, logsumexp = room_like(soft.v, q.shape[2]), q.new_empty(q.shape[:3])
+            found += [out, logsumexp]
+            held = {"v": array_of(soft.v), "result": array_of(out)}
+            extra = _Soft(**held, logsumexp=logsumexp.data_ptr()), soft.v.shape[3]
+        if found[0].numel():
+            self._call(self.library.kart_forward, product, [], extra, [address_of(found[0])])
+        return tuple(found)
 
     def backward(
         self, product: Product, dy: Tensor, soft: Softmax | None = None
@@ -130,10 +134,14 @@ class Engine:
         if not dy.numel():
             return tuple(x.zero_() for x in gradients)
         rooms = (ctypes.byref(array_of(x)) for x in gradients[:2])
-        self._call(
-            self.library.kart_backward, product, dy, extra, [*rooms, address_of(gradients[2])]
-        )
+        results = [*rooms, address_of(gradients[2])]
+        self._call(self.library.kart_backward, product, [dy], extra, results)
         return tuple(gradients)
+
+
+def floats(values: Sequence[float]) -> ctypes.Array[ctypes.c_float]:
+    """Numbers as the kernels take them; of none there is memory, too."""
+    return (ctypes.c_float * max(1, len(values)))(*values)
 
 
 def array_of(x: Tensor | None, kind: type[ctypes.Structure] = Array) -> ctypes.Structure:
@@ -198,7 +206,8 @@ def _cases(family: Family, attempt: int) -> list[_Case]:
     return cases
 
 
-def _units_of(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+def units_of(leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The leaves but q, k and v."""
     return {name: x for name, x in leaves.items() if name not in ("q", "k", "v")}
 
 
@@ -206,7 +215,7 @@ def _wanted(family: Family, case: _Case, softmax: bool) -> dict[str, Tensor]:
     """Values and gradients by the plain expressions in float64."""
     leaves = {name: x.double().requires_grad_() for name, x in case.leaves.items()}
     q, k, v = (leaves[name] for name in "qkv")
-    units = _units_of(leaves)
+    units = units_of(leaves)
     with torch.enable_grad():
         if family.basis.features is not None:
             y = plain.contract(family.basis, units["coefs"], q, k, case.mask, case.scale)
@@ -236,7 +245,7 @@ def _wanted(family: Family, case: _Case, softmax: bool) -> dict[str, Tensor]:
 def _found(engine: Engine, family: Family, case: _Case, softmax: bool) -> dict[str, Tensor]:
     """The same by the compiled kernels."""
     q, k, v = (case.leaves[name] for name in "qkv")
-    units = {name: x.clone().requires_grad_() for name, x in _units_of(case.leaves).items()}
+    units = {name: x.clone().requires_grad_() for name, x in units_of(case.leaves).items()}
     with torch.enable_grad():
         linear = family.basis.features is not None
         coefs = units["coefs"] if linear else family.pieces.leaves(units)
@@ -276,44 +285,34 @@ def _check(engine: Engine, family: Family, softmax: bool) -> None:
         build.compare(found, wanted, family.width)
 
 
-@functools.lru_cache(maxsize=256)
-def _engine(name: str, source: str, options: tuple[float, ...], softmax: bool, of: "FamilyOf"):
-    """The checked kernels of a family and "", or None and why there are none; logged once."""
-
-    def make(library: ctypes.CDLL) -> Engine:
-        engine = Engine(library, options)
-        _check(engine, of.family, softmax)
-        return engine
-
-    return build.checked(re.sub(r"[^\w]+", "-", of.family.basis.family), source, make)
-
-
-class FamilyOf(NamedTuple):
-    """A family that plays no part in the key of a cache."""
-
-    family: Family
-
-    def __hash__(self) -> int:
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, FamilyOf)
+def refuses_family(family: Family) -> str:
+    """Why there can be no kernels of a family; "" if there can."""
+    if getattr(family.pieces, "cpp", None) is None:
+        return f"the C++ engine has no piece of the {family.basis.family!r} basis"
+    if family.width > MAX_WIDTH:
+        return f"the C++ engine takes {MAX_WIDTH} features at most, not {family.width}"
+    return ""
 
 
 @once
-def engine_of(family: Family, softmax: bool = False) -> tuple[Engine | None, str]:
-    """The checked kernels of a family and "", or None and why there are none."""
-    if getattr(family.pieces, "cpp", None) is None:
-        return None, f"the C++ engine has no piece of the {family.basis.family!r} basis"
-    if family.width > MAX_WIDTH:
-        return None, f"the C++ engine takes {MAX_WIDTH} features at most, not {family.width}"
-    text = source(family, softmax)
-    return _engine(family.name, text, family.pieces.cpp.options, softmax, FamilyOf(family))
+def engine_of(family: Family, softmax: bool) -> tuple[Engine | None, str]:
+    """The checked kernels of a family and "", or None and why there are none, logged once."""
+    reason = refuses_family(family)
+    if reason:
+        return None, reason
+    pin(family)
+    return build.checked(
+        re.sub(r"[^\w]+", "-", family.basis.family),
+        source(family, softmax),
+        functools.partial(Engine, options=family.pieces.cpp.options),
+        functools.partial(_check, family=family, softmax=softmax),
+    )
 
 
 def status() -> str:
     """ "ready", or why the engine does not run here; builds that of Fourier G = 3 if need be."""
-    return engine_of(family_named('kart.bases:fourier?{"base": "zero", "grid": 3}'))[1] or "ready"
+    family = family_named('kart.bases:fourier?{"base": "zero", "grid": 3}')
+    return engine_of(family, False)[1] or "ready"
 
 
 # --- the engine -----------------------------------------------------------------------------------

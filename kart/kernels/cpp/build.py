@@ -179,14 +179,19 @@ def library(name: str, source: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def checked(label: str, source: str, make: Callable[[ctypes.CDLL], Any]) -> tuple[Any, str]:
-    """What `make` makes of the library of a source and has held against the plain expression, and
-    "", or None and why, which is logged.
+def checked(
+    label: str, source: str, make: Callable[[ctypes.CDLL], Any], check: Callable[[Any], None]
+) -> tuple[Any, str]:
+    """What `make` makes of the library of a source, once `check` has held it against the plain
+    expression, and "", or None and why, which is logged.
     """
     try:
         # asked under any transform, mode or default device; the check is on plain tensors
         with for_good(), torch.device("cpu"):
-            return make(library(label, source)), ""
+            engine = make(library(label, source))
+            if engine is not None:
+                check(engine)
+            return engine, ""
     except Exception as error:
         log.warning("kart's C++ engine is off for %s, torch runs instead: %s", label, error)
         return None, str(error)

@@ -94,10 +94,6 @@ def engine() -> Engine | None:
         return None
 
     def make(library: ctypes.CDLL) -> Engine | None:
-        if not library.kart_tiles():
-            return None
-        found = Engine(library)
-        _check(found)
-        return found
+        return Engine(library) if library.kart_tiles() else None
 
-    return build.checked("full rank", '#include "dense.cpp"\n', make)[0]
+    return build.checked("full rank", '#include "dense.cpp"\n', make, _check)[0]

@@ -89,10 +89,4 @@ def _check(engine: Engine) -> None:
 @functools.cache
 def engine() -> Engine | None:
     """The checked kernels, or None, which is logged once."""
-
-    def make(library: ctypes.CDLL) -> Engine:
-        found = Engine(library)
-        _check(found)
-        return found
-
-    return build.checked("values", '#include "mix.cpp"\n', make)[0]
+    return build.checked("values", '#include "mix.cpp"\n', Engine, _check)[0]

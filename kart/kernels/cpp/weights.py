@@ -16,8 +16,18 @@ from torch import Tensor
 
 from kart.kernels import plain
 from kart.kernels.arguments import room_like
-from kart.kernels.cpp import BASES, DTYPES, MAX_WIDTH, Array, FamilyOf, Shape, array_of, build
-from kart.kernels.family import Family, once
+from kart.kernels.cpp import (
+    BASES,
+    DTYPES,
+    Array,
+    Shape,
+    array_of,
+    build,
+    floats,
+    refuses_family,
+    units_of,
+)
+from kart.kernels.family import Family, once, pin
 from kart.kernels.transforms import untransformed
 
 
@@ -74,7 +84,7 @@ class Engine:
 
     def __init__(self, library: ctypes.CDLL, options: tuple[float, ...]):
         self.library = library
-        self.options = (ctypes.c_float * max(1, len(options)))(*options)
+        self.options = floats(options)
 
     def _call(
         self,
@@ -208,7 +218,7 @@ def _theta(family: Family | None, leaves: dict[str, Tensor]) -> Tensor:
     if "theta" in leaves:
         return leaves["theta"]
     assert family is not None  # for the type checker
-    return family.pieces.leaves({n: x for n, x in leaves.items() if n not in ("q", "k", "v")})
+    return family.pieces.leaves(units_of(leaves))
 
 
 def _plainly(family: Family | None, form: str, case: _Case) -> list[Tensor]:
@@ -216,7 +226,7 @@ def _plainly(family: Family | None, form: str, case: _Case) -> list[Tensor]:
     with untransformed(), torch.enable_grad():
         leaves = {name: x.double().requires_grad_() for name, x in case.leaves.items()}
         q, k, v = (leaves[name] for name in "qkv")
-        units = {name: y for name, y in leaves.items() if name not in ("q", "k", "v")}
+        units = units_of(leaves)
         matrix, basis = units.get("matrix"), family and family.basis
         more = (case.mask, case.factor.double(), form, case.scale)
         out = plain.entry_attention(basis, units, q, k, v, *more, matrix=matrix)
@@ -238,7 +248,7 @@ def _check(engine: Engine, family: Family | None, form: str, matrix: bool) -> No
             x = Weighted(family, form, q, k, v, theta.detach(), *more)
             results = engine.forward(x)
             *found, dtheta = engine.backward(x, case.dout, *results)
-            units = [y for name, y in leaves.items() if name not in ("q", "k", "v")]
+            units = [*units_of(leaves).values()]
             pulled = torch.autograd.grad(theta, units, dtheta, materialize_grads=True)
         names = ["out", *(f"d{name}" for name in leaves)]
         build.compare(
@@ -248,33 +258,22 @@ def _check(engine: Engine, family: Family | None, form: str, matrix: bool) -> No
         )
 
 
-@functools.lru_cache(maxsize=256)
-def _engine(
-    name: str, source: str, options: tuple[float, ...], form: str, matrix: bool, of: FamilyOf
-):
-    """The checked kernels of a family in a form and "", or None and why; logged once."""
-    label = re.sub(r"[^\w]+", "-", name.partition("?")[0].partition(":")[2] or name) + "-" + form
-
-    def make(library: ctypes.CDLL) -> Engine:
-        engine = Engine(library, options)
-        _check(engine, of.family, form, matrix)
-        return engine
-
-    return build.checked(label, source, make)
-
-
 @once
-def engine_of(family: Family | None, form: str, matrix: bool = False) -> tuple[Engine | None, str]:
-    """The checked kernels and "", or None and why there are none."""
+def engine_of(family: Family | None, form: str, matrix: bool) -> tuple[Engine | None, str]:
+    """The checked kernels and "", or None and why there are none, logged once."""
     options, name = (), "matrix" if matrix else "table"
     if family is not None:
-        if getattr(family.pieces, "cpp", None) is None:
-            return None, f"the C++ engine has no piece of the {family.basis.family!r} basis"
-        if family.width > MAX_WIDTH:
-            return None, f"the C++ engine takes {MAX_WIDTH} features at most, not {family.width}"
+        reason = refuses_family(family)
+        if reason:
+            return None, reason
+        pin(family)
         options, name = family.pieces.cpp.options, family.name
-    text = source(family, form, matrix)
-    return _engine(name, text, options, form, matrix, FamilyOf(family))  # type: ignore[arg-type]
+    return build.checked(
+        re.sub(r"[^\w]+", "-", name.partition("?")[0].partition(":")[2] or name) + "-" + form,
+        source(family, form, matrix),
+        functools.partial(Engine, options=options),
+        functools.partial(_check, family=family, form=form, matrix=matrix),
+    )
 
 
 def refuses(x: Weighted) -> str:

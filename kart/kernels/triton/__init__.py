@@ -99,7 +99,9 @@ def backward(
     precision: str | None = None,
     choose: Callable[..., Tiles] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`(dq, dk, dcoefs)` of `(forward(...) * dy).sum()`, contiguous, in the dtypes of q, k, coefs.
+    """`(dq, dk, dcoefs)` of `(forward(...) * dy).sum()`, in the dtypes of q, k, coefs.
+
+    dq and dk are laid out as q and k (`kart.kernels.arguments.room_like`), dcoefs is contiguous.
 
     dcoefs is summed over the batch where coefs has a batch of 1. Two runs agree in every bit.
     """

@@ -190,17 +190,29 @@ def load_tile(ptr, offsets, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUM
 
 
 @triton.jit
+def rows_at(ptr, b, h, n, H, N, WIDTH: tl.constexpr, BESIDE: tl.constexpr):
+    """Where row n of a head is in `(B, H, N, WIDTH)`, and the stride of rows: those of the heads
+    lie beside each other, or each head is whole.
+    """
+    if BESIDE:
+        return ptr + ((b * N + n) * H + h) * WIDTH, H * WIDTH
+    else:
+        return ptr + ((b * H + h) * N + n) * WIDTH, WIDTH * 1
+
+
+@triton.jit
 def store_tile(
     ptr,
     tile,
     rows,
+    stride,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """Writes a tile, or adds it, as rows of WIDTH elements one after another."""
-    at = ptr + tile_offsets(WIDTH, 1, ROWS, COLUMNS)
+    """Writes a tile, or adds it, as rows of WIDTH elements, `stride` apart."""
+    at = ptr + tile_offsets(stride, 1, ROWS, COLUMNS)
     inside = _inside(rows, WIDTH, ROWS, COLUMNS)
     if ADD:
         tile += tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -306,7 +318,7 @@ def forward(
                 y = tl.dot(f.to(c.dtype), c, y, input_precision=PRECISION)
         k_ptr += BLOCK_M * k_m
         c_ptr += BLOCK_M * R
-    store_tile(y_ptr + (head * N + n) * RANK, y, N - first, RANK, BLOCK_N, R, ADD)
+    store_tile(y_ptr + (head * N + n) * RANK, y, N - first, RANK, RANK, BLOCK_N, R, ADD)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -349,6 +361,7 @@ def query_gradient(
     FEATURE: tl.constexpr,
     BASE: tl.constexpr,
     MASK: tl.constexpr,
+    BESIDE: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
@@ -399,7 +412,8 @@ def query_gradient(
         dq = tl.dot(dx.to(k.dtype), k, dq, input_precision=PRECISION)
         k_ptr += BLOCK_M * k_m
         c_ptr += BLOCK_M * R
-    store_tile(dq_ptr + (head * N + n) * WIDTH, dq * scale, N - first, WIDTH, BLOCK_N, D, ADD)
+    dq_at, stride = rows_at(dq_ptr, b, h, n, H, N, WIDTH, BESIDE)
+    store_tile(dq_at, dq * scale, N - first, stride, WIDTH, BLOCK_N, D, ADD)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -439,12 +453,14 @@ def key_gradient(
     D: tl.constexpr,
     R: tl.constexpr,
     SIZE: tl.constexpr,
+    COUNT: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
     START: tl.constexpr,
     FEATURE: tl.constexpr,
     BASE: tl.constexpr,
     MASK: tl.constexpr,
+    BESIDE: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
@@ -507,13 +523,14 @@ def key_gradient(
             dk = tl.dot(dx.to(q.dtype), q, dk, input_precision=PRECISION)
             q_at += BLOCK_N * q_n
             dy_at += BLOCK_N * RANK
-        dk_at = dk_ptr + ((b * H + h) * M + m) * WIDTH
-        store_tile(dk_at, dk * scale, M - first, WIDTH, BLOCK_M, D, ADD)
-    # partial sums (slices, H, LAST - FIRST, M, r)
-    row = head.to(tl.int64) * (LAST - FIRST)
+        dk_at, stride = rows_at(dk_ptr, b, h, m, H, M, WIDTH, BESIDE)
+        store_tile(dk_at, dk * scale, M - first, stride, WIDTH, BLOCK_M, D, ADD)
+    # partial sums (slices, H, COUNT, M, r)
+    row = head.to(tl.int64) * COUNT
     for J in tl.static_range(FIRST, LAST, 2):
-        at = dc_ptr + ((row + J - FIRST) * M + m) * RANK
+        at = dc_ptr + ((row + J) * M + m) * RANK
         dc0, dc1 = _unstack(dc[(J - FIRST) // 2], 0)
-        store_tile(at, dc0, M - first, RANK, BLOCK_M, R, False)
+        store_tile(at, dc0, M - first, RANK, RANK, BLOCK_M, R, False)
         if J + 1 < LAST:
-            store_tile(at + tl.cast(M, tl.int64) * RANK, dc1, M - first, RANK, BLOCK_M, R, False)
+            at += tl.cast(M, tl.int64) * RANK
+            store_tile(at, dc1, M - first, RANK, RANK, BLOCK_M, R, False)

@@ -24,6 +24,7 @@ from kart.kernels.triton.device import (
     activation,
     load_tile,
     mask_tile,
+    rows_at,
     store_tile,
     tile_offsets,
 )
@@ -183,6 +184,7 @@ def query_gradient(
     UNIT: tl.constexpr,
     BASE: tl.constexpr,
     MASK: tl.constexpr,
+    BESIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -226,8 +228,8 @@ def query_gradient(
         dq = tl.dot(dx.to(k.dtype), k, dq, input_precision=PRECISION)
         k_ptr += BLOCK_M * k_m
         t_ptr += BLOCK_M
-    dq_ptr += (head * N + n) * WIDTH
-    store_tile(dq_ptr, dq * scale, N - first, WIDTH, BLOCK_N, D, False)
+    dq_at, stride = rows_at(dq_ptr, b, h, n, H, N, WIDTH, BESIDE)
+    store_tile(dq_at, dq * scale, N - first, stride, WIDTH, BLOCK_N, D, False)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -271,6 +273,7 @@ def key_gradient(
     UNIT: tl.constexpr,
     BASE: tl.constexpr,
     MASK: tl.constexpr,
+    BESIDE: tl.constexpr,
     ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     FAST: tl.constexpr,
@@ -329,8 +332,8 @@ def key_gradient(
             dk = tl.dot(dx.to(q.dtype), q, dk, input_precision=PRECISION)
             q_at += BLOCK_N * q_n
             dy_block += BLOCK_N
-        dk_at = dk_ptr + ((b * H + h) * M + m) * WIDTH
-        store_tile(dk_at, dk * scale, M - first, WIDTH, BLOCK_M, D, ADD)
+        dk_at, stride = rows_at(dk_ptr, b, h, m, H, M, WIDTH, BESIDE)
+        store_tile(dk_at, dk * scale, M - first, stride, WIDTH, BLOCK_M, D, ADD)
     # partial sums (slices, H, P, M, r)
     row = head.to(tl.int64) * P
     for i in tl.static_range(P):

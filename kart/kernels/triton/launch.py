@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kart.kernels.arguments import room_like
 from kart.kernels.family import Family, Product
 
 # programs wanted in a launch of a `key_gradient`, two for each SM of an H100. A constant, so that
@@ -144,6 +145,13 @@ class Launcher:
 def groups(count: int, held: int) -> list[tuple[int, int]]:
     """First and last of the features, or ranks, of each launch."""
     return [(first, min(first + held, count)) for first in range(0, count, held)]
+
+
+def room_for(x: Tensor, several: bool) -> Tensor:
+    """Room for the gradient of `x (B, H, tokens, d)`: what several launches add up is float32
+    until the last.
+    """
+    return room_like(x, dtype=torch.float32 if several else x.dtype)
 
 
 def batch_stride(packed: Tensor) -> int:

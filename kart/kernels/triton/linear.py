@@ -7,8 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kart.kernels.arguments import side_by_side
 from kart.kernels.family import Product
-from kart.kernels.triton.launch import Kind, Launcher, Tiles, batch_stride, groups, padded, slices
+from kart.kernels.triton.coefs import KEYS, Rows, combinations, pack, unpack
+from kart.kernels.triton.launch import (
+    Kind,
+    Launcher,
+    Tiles,
+    batch_stride,
+    groups,
+    padded,
+    room_for,
+    slices,
+)
 
 # ranks in a launch: a program holds a tile of all of them
 RANKS = 64
@@ -49,25 +60,18 @@ def tiles(
     return Tiles(32 if huge else 64, 16 if large else 64 if light else 32, 4, stages, features)
 
 
-def _slopes(coefs: Tensor, kind: Kind) -> Tensor:
-    """D of coefs C `(..., K')`: what the kernels multiply with their features, or slopes, in dS."""
-    if kind.piece.fold is None:
-        return coefs
-    weights, base = coefs.split([kind.size, coefs.shape[-1] - kind.size], dim=-1)
-    return torch.cat([kind.piece.fold(weights.float().mT).mT, base.float()], dim=-1)
-
-
-def _pack(coefs: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
-    """`(batch, H, r, M, K')` to the kernels' `(batch, H, K'', M', R)`, zero beyond K', M and r."""
-    batch, heads, rank, keys, count = coefs.shape
+def _packed(coefs: Tensor, rows: Rows, dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments that coefficients `(batch, H, r, M, K)` are, combined by `rows`: `(batch, H,
+    K'', M', R)`, zero beyond K, M and r.
+    """
+    batch, heads, rank, keys, _ = coefs.shape
     # K'' is even: the backward kernels take features in pairs
-    shape = (batch, heads, count + count % 2, math.ceil(keys / 64) * 64, padded(rank))
-    packed = torch.zeros(shape, dtype=dtype, device=coefs.device)
-    inside = packed[:, :, :count, :keys, :rank]
-    inside.copy_(coefs.permute(0, 1, 4, 3, 2))
-    if kind.piece.rescale is not None:
-        kind.piece.rescale(inside)
-    return packed
+    count, tokens = len(rows) + len(rows) % 2, math.ceil(keys / KEYS) * KEYS
+    shape = (batch, heads, count, tokens, padded(rank))
+    packed = torch.empty(shape, dtype=dtype, device=coefs.device)
+    pack(coefs, rows, packed.permute(0, 1, 4, 3, 2))
+    strides = {"c_b": batch_stride(packed), "c_h": packed.stride(1), "c_j": packed.stride(2)}
+    return {"c_ptr": packed, **strides, "R": packed.shape[4]}
 
 
 class _Launcher(Launcher):
@@ -89,17 +93,12 @@ class _Launcher(Launcher):
         }
 
 
-def _packed(coefs: Tensor) -> dict[str, Any]:
-    """The arguments that packed coefficients are."""
-    strides = {"c_b": batch_stride(coefs), "c_h": coefs.stride(1), "c_j": coefs.stride(2)}
-    return {"c_ptr": coefs, **strides, "R": coefs.shape[4]}
-
-
 def forward(product: Product, precision: str | None, choose: Callable[..., Tiles]) -> Tensor:
     """The product, see `kart.kernels.triton`."""
     _, q, _, coefs, _, _ = product
     batch, heads, queries, _ = q.shape
     launch = _Launcher(product, precision, choose)
+    rows, _, _ = combinations(product.family)
     outputs = [q.new_empty(batch, heads, queries, 0)]
     for part in coefs.split(RANKS, dim=2):
         rank = part.shape[2]
@@ -109,9 +108,8 @@ def forward(product: Product, precision: str | None, choose: Callable[..., Tiles
         dtype = q.dtype if len(features) == 1 else torch.float32
         y = torch.empty(batch, heads, queries, rank, dtype=dtype, device=q.device)
         if batch:
-            packed = _pack(part, launch.kind, q.dtype)
             grid = (math.ceil(queries / tile.queries) * batch * heads,)
-            shared = {**_packed(packed), "y_ptr": y, "RANK": rank}
+            shared = {**_packed(part, rows, q.dtype), "y_ptr": y, "RANK": rank}
             for first, last in features:
                 shared |= {"FIRST": first, "LAST": last, "ADD": first > 0}
                 launch("forward", grid, tile, **shared)
@@ -125,43 +123,37 @@ def backward(
     """Its gradients, see `kart.kernels.triton`."""
     _, q, k, coefs, _, _ = product
     batch, heads, queries, _ = q.shape
-    keys, own = k.shape[2], product.own
+    keys = k.shape[2]
     if not batch:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(coefs)
+        zeros = torch.zeros_like(coefs, memory_format=torch.contiguous_format)
+        return room_for(q, False), room_for(k, False), zeros
     launch = _Launcher(product, precision, choose)
-    kind = launch.kind
-    parts = list(zip(_slopes(coefs, kind).split(RANKS, 2), dy.split(RANKS, 3), strict=True))
+    _, rows, factors = combinations(product.family)
+    parts = list(zip(coefs.split(RANKS, 2), dy.split(RANKS, 3), strict=True))
     plans = []
     for kernel, x in (("query_gradient", q), ("key_gradient", k)):
         tile = launch.tiles(kernel, padded(parts[0][0].shape[2]))
         features = groups(coefs.shape[4], tile.held)
         several = len(parts) * len(features) > 1
-        dtype = torch.float32 if several else x.dtype
-        plans.append((tile, features, torch.empty(x.shape, dtype=dtype, device=x.device)))
+        plans.append((tile, features, room_for(x, several)))
     (tile_q, features_q, dq), (tile_k, features_k, dk) = plans
+    to_q = {"dq_ptr": dq, "BESIDE": side_by_side(q)}
+    to_k = {"dk_ptr": dk, "BESIDE": side_by_side(k)}
     blocks = math.ceil(keys / tile_k.keys) * heads
     samples, count = slices(product, blocks)
-    dcoefs = []
+    dcoefs = torch.empty(coefs.shape, dtype=coefs.dtype, device=coefs.device)
     for i, (part, dy_part) in enumerate(parts):
         rank = part.shape[2]
-        packed = _pack(part, kind, q.dtype)
-        shared = {**_packed(packed), "dy_ptr": dy_part.contiguous(), "RANK": rank}
+        shared = {**_packed(part, rows, q.dtype), "dy_ptr": dy_part.contiguous(), "RANK": rank}
         grid = (math.ceil(queries / tile_q.queries) * batch * heads,)
         for first, last in features_q:
-            shared |= {"FIRST": first, "LAST": last, "ADD": i + first > 0}
-            launch("query_gradient", grid, tile_q, dq_ptr=dq, **shared)
-        found = []
+            each = {"FIRST": first, "LAST": last, "ADD": i + first > 0}
+            launch("query_gradient", grid, tile_q, **shared, **each, **to_q)
+        grid = (blocks * count,)
+        dc = q.new_empty(count, heads, coefs.shape[4], keys, rank, dtype=torch.float32)
+        shared |= {"dc_ptr": dc, "COUNT": dc.shape[2], "B": batch, "samples": samples}
         for first, last in features_k:
-            shared |= {"FIRST": first, "LAST": last, "ADD": i + first > 0}
-            shape = (count, heads, last - first, keys, rank)
-            dc = torch.empty(shape, dtype=torch.float32, device=q.device)
-            shared |= {"dc_ptr": dc, "B": batch, "samples": samples}
-            launch("key_gradient", (blocks * count,), tile_k, dk_ptr=dk, **shared)
-            found.append(dc if own else dc.sum(0, keepdim=True))
-        dc = torch.cat(found, dim=2) if len(found) > 1 else found[0]
-        if kind.piece.rescale is not None:
-            kind.piece.rescale(dc)
-        dcoefs.append(dc.permute(0, 1, 4, 3, 2))
-    dc = torch.cat(dcoefs, dim=2) if len(dcoefs) > 1 else dcoefs[0]
-    dc = dc.to(coefs.dtype).contiguous()
-    return dq.to(q.dtype), dk.to(k.dtype), dc
+            each = {"FIRST": first, "LAST": last, "ADD": i + first > 0}
+            launch("key_gradient", grid, tile_k, **shared, **each, **to_k)
+        unpack(dc, dcoefs.narrow(2, i * RANKS, rank), factors)
+    return dq.to(q.dtype), dk.to(k.dtype), dcoefs

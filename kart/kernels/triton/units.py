@@ -7,8 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kart.kernels.arguments import side_by_side
 from kart.kernels.family import Product
-from kart.kernels.triton.launch import Kind, Launcher, Tiles, batch_stride, groups, slices
+from kart.kernels.triton.coefs import KEYS, identity, pack, unpack
+from kart.kernels.triton.launch import (
+    Kind,
+    Launcher,
+    Tiles,
+    batch_stride,
+    groups,
+    room_for,
+    slices,
+)
 
 # of a unit at most: beyond, its derivatives by them no longer fit the registers
 PARAMETERS = 25
@@ -43,9 +53,9 @@ def tiles(
 def _pack(coefs: Tensor) -> Tensor:
     """`(batch, H, r, M, P)` to the kernels' `(batch, H, r, P, M')`, zero beyond M."""
     *lead, keys, count = coefs.shape
-    shape = (*lead, count, math.ceil(keys / 64) * 64)
-    packed = torch.zeros(shape, dtype=torch.float32, device=coefs.device)
-    packed[..., :keys].copy_(coefs.mT)
+    shape = (*lead, count, math.ceil(keys / KEYS) * KEYS)
+    packed = torch.empty(shape, dtype=torch.float32, device=coefs.device)
+    pack(coefs, identity(count), packed.mT)
     return packed
 
 
@@ -95,25 +105,25 @@ def backward(
     batch, heads, queries, _ = q.shape
     ranks, keys, count = coefs.shape[2:]
     if not batch:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(coefs)
+        zeros = torch.zeros_like(coefs, memory_format=torch.contiguous_format)
+        return room_for(q, False), room_for(k, False), zeros
     launch = _Launcher(product, precision, choose)
     shared: dict[str, Any] = {"dy_ptr": dy.float().mT.contiguous()}
     tile = launch.tile("query_gradient")
-    dq = q.new_empty(q.shape)
+    dq = room_for(q, False)
     grid = (math.ceil(queries / tile.queries) * batch * heads,)
-    launch("query_gradient", grid, tile, dq_ptr=dq, **shared)
+    launch("query_gradient", grid, tile, dq_ptr=dq, BESIDE=side_by_side(q), **shared)
     tile = launch.tile("key_gradient")
     parts = groups(ranks, tile.held)
-    # what several launches add up is float32 until the last
-    dtype = k.dtype if len(parts) == 1 else torch.float32
-    dk = torch.empty(k.shape, dtype=dtype, device=k.device)
+    dk = room_for(k, len(parts) > 1)
     blocks = math.ceil(keys / tile.keys) * heads
     samples, cuts = slices(product, blocks)
     dt = torch.empty(cuts, heads, count, keys, ranks, dtype=torch.float32, device=q.device)
-    shared |= {"dk_ptr": dk, "dt_ptr": dt, "B": batch, "samples": samples, "R": tile.held}
+    shared |= {"dt_ptr": dt, "B": batch, "samples": samples, "R": tile.held}
+    shared |= {"dk_ptr": dk, "BESIDE": side_by_side(k)}
     for first, last in parts:
         shared |= {"FIRST": first, "LAST": last, "ADD": first > 0}
         launch("key_gradient", (blocks * cuts,), tile, **shared)
-    dt = dt if product.own else dt.sum(0, keepdim=True)
-    dcoefs = dt.permute(0, 1, 4, 3, 2).to(coefs.dtype).contiguous()
+    dcoefs = torch.empty(coefs.shape, dtype=coefs.dtype, device=coefs.device)
+    unpack(dt, dcoefs, (1.0,) * count)
     return dq, dk.to(k.dtype), dcoefs

@@ -1,5 +1,7 @@
 """The derivatives of a basis: those of its values, finite, and the same in both modes."""
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.func import grad
@@ -9,7 +11,7 @@ from kart.testing import draw
 from kart.testing.basis.subject import THETA_X, Params, Subject, rows, setting, within
 from kart.testing.core import Property, show
 from kart.testing.draw import Theta
-from kart.testing.laws import adjoint, check_slope, every_leaf_counts, vjp
+from kart.testing.laws import adjoint, check_slope, every_leaf_counts, slope
 
 
 def finite_with_derivatives(s: Subject, theta: Theta, x: list[float]) -> None:
@@ -74,12 +76,8 @@ def curvature_is_right(s: Subject, theta: Theta, x: list[float]) -> None:
     """
     params, values = setting(s, theta, x, torch.float64)
     values = _clear(s, values)
-
-    def slope(x: Tensor) -> Tensor:
-        y, pullback = vjp(lambda x: s.basis.apply(params, x), x)
-        return pullback(torch.ones_like(y))[0]
-
-    check_slope(slope, values, s.reach, "phi''(x)")
+    phi = functools.partial(s.basis.apply, params)
+    check_slope(lambda x: slope(phi, x), values, s.reach, "phi''(x)")
 
 
 def parameter_gradient_is_right(s: Subject, theta: Theta, x: list[float], seed: int) -> None:

@@ -68,8 +68,8 @@ def layout_does_not_matter(s: Subject, theta: Theta, x: list[float], dtype: torc
     table = torch.stack([values, values.flip(0)])
     params = s.params(theta, (n,), dtype)
     views = {
-        "transposed": table.mT.contiguous().mT,
-        "strided": table.repeat_interleave(2, -1)[:, ::2],
+        "transposed": laws.transposed(table),
+        "strided": laws.strided(table),
         "flipped": table.flip(0).flip(0),
         "expanded": values.expand(3, n),
     }

@@ -1,5 +1,6 @@
 """What a basis declares in its traits, one property each."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,7 @@ from kart.testing.basis.subject import (
 from kart.testing.compare import agree, slack, unit
 from kart.testing.core import Property
 from kart.testing.draw import Theta
-from kart.testing.laws import vjp
+from kart.testing.laws import slope
 
 
 def linear(s: Subject, theta: Theta, x: list[float], dtype: torch.dtype) -> None:
@@ -147,16 +148,9 @@ def _derivatives(s: Subject, order: int) -> list[Callable[[Tensor], Tensor]]:
     def value(x: Tensor) -> Tensor:
         return s.functions(x).diagonal(dim1=-2, dim2=-1)
 
-    def derived(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def slope(x: Tensor) -> Tensor:
-            y, pullback = vjp(f, x)
-            return pullback(torch.ones_like(y))[0]
-
-        return slope
-
     stack: list[Callable[[Tensor], Tensor]] = [value]
     for _ in range(order):
-        stack.append(derived(stack[-1]))
+        stack.append(functools.partial(slope, stack[-1]))
     return [lambda x, f=f: f(x[:, None].expand(-1, size)) for f in stack]
 
 

@@ -62,8 +62,7 @@ def curvature_is_right(s: Subject, row: Row, kept: list[bool], mask: str, seed: 
         out, pullback = vjp(lambda *x: s.op.attend(*x, given), *x)
         # not linear in the values, of which the second derivative would be none; of large outputs
         # the cosine itself would turn faster than any step
-        found = tree.leaves(pullback((out / size).cos()))
-        return torch.cat([leaf.flatten() for leaf in found])
+        return tree.ravel(pullback((out / size).cos()))
 
     check_line(slopes, at, seed)
 

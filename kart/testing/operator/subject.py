@@ -105,13 +105,8 @@ def rows(s: Subject) -> SearchStrategy[Row]:
         st.sampled_from([4, 5, 8]).map(lambda h: (2, fixed or h, 3, 5, 1)),
     )
 
-    def row(
-        seed: int, sizes: tuple[int, int, int, int, int], kind: str, size: float, jitter: float
-    ) -> Row:
-        return Row(seed, *sizes, kind, size, jitter)
-
     return st.builds(
-        row,
+        lambda seed, sizes, *rest: Row(seed, *sizes, *rest),
         draw.seeds,
         sizes,
         st.sampled_from(["normal", "integers"]),

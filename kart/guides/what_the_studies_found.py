@@ -1,0 +1,4 @@
+"""What the studies found, each table under the command that makes it.
+
+.. include:: ../../studies/README.md
+"""
