@@ -191,14 +191,15 @@ BASES = [bases.fourier(3), bases.bspline(5), bases.mexican_hat(), bases.rational
 def test_the_triton_engine_packs_on_the_device(basis, monkeypatch):
     pytest.importorskip("triton")
     from kart.kernels import triton as engine
-    from kart.kernels.triton import device, device_units
+    from kart.kernels.triton import device, device_coefs, device_units
 
     class Kernel:
         def __getitem__(self, grid):
             return lambda **arguments: devices(arguments) == {GPU} or pytest.fail("the CPU's")
 
-    for room in (device, device_units):
-        for kernel in ("forward", "query_gradient", "key_gradient"):
+    walks, coefs = ("forward", "query_gradient", "key_gradient"), ("pack", "unpack")
+    for room, kernels in ((device, walks), (device_units, walks), (device_coefs, coefs)):
+        for kernel in kernels:
             monkeypatch.setattr(room, kernel, Kernel())
     family = family_of(basis)
     q, k = torch.empty(2, 2, 3, 17, 16, device=GPU)

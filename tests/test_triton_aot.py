@@ -219,6 +219,53 @@ def test_coefficients_pass_without_a_stack(basis, dtype):
             assert not built.stack and not built.unwritten and built.registers <= 128
 
 
+class Driver:
+    """As much of a GPU's as a launch asks for before it builds."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+class Launched:
+    """Stands for a kernel, which is built as a launch would build it, and not run."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return lambda **arguments: self.function.warmup(grid=grid, **arguments)
+
+
+@pytest.mark.parametrize(
+    "basis",
+    [bases.fourier(3), bases.gaussian_rbf(5), bases.rational()],
+    ids=lambda basis: basis.family,
+)
+def test_a_launch_builds_what_is_built_here(basis, monkeypatch):
+    from kart.kernels.triton import device, device_coefs, device_units, device_values, values
+
+    # `build` does without the part of Triton that reads the arguments of a launch
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+    rooms = {device: KERNELS, device_units: KERNELS, device_coefs: ("pack", "unpack")}
+    for at, names in {**rooms, device_values: ("gather", "spread", "pull")}.items():
+        for name in names:
+            monkeypatch.setattr(at, name, Launched(getattr(at, name)))
+    product = inputs(basis)
+    y = engine.forward(product)
+    engine.backward(product, torch.empty_like(y))
+    mix = torch.empty(1, 3, product.k.shape[2], y.shape[3])
+    _, hidden = values.forward(product.k, y, mix, product.q)
+    values.backward(product.q, product.k, y, mix, hidden)
+
+
 BUILT_WRONG = """
         /*0000*/                   UMOV UR10, 0x400 ;
         /*0010*/              @!P0 BRA 0x30 ;

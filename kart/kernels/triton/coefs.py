@@ -17,20 +17,17 @@ BLOCK = 16
 # gradients of a program, and slices of the batch that it loads at a time
 SUMS, SLICES = 128, 16
 
-Rows = tuple[tuple[tuple[int, float], ...], ...]
+Matrix = tuple[tuple[float, ...], ...]
 
 
-def _rows(matrix: Tensor) -> Rows:
-    """The places and values of what is not zero in each row."""
-    return tuple(
-        tuple((k, value) for k, value in enumerate(row) if value) for row in matrix.tolist()
-    )
+def _matrix(x: Tensor) -> Matrix:
+    return tuple(map(tuple, x.tolist()))
 
 
 @once
-def combinations(family: Family | None) -> tuple[Rows, Rows, tuple[float, ...]]:
-    """How the rows of C, and of D, see `device`, are made of coefficients, and what a row of the
-    gradient of C is multiplied with.
+def combinations(family: Family | None) -> tuple[Matrix, Matrix, tuple[float, ...]]:
+    """What coefficients are multiplied with to be the rows of C, and of D, see `device`, and what a
+    row of the gradient of C is multiplied with.
     """
     assert family is not None
     kind = kind_of(family)
@@ -43,23 +40,25 @@ def combinations(family: Family | None) -> tuple[Rows, Rows, tuple[float, ...]]:
     if kind.piece.fold is not None:
         slopes[: kind.size, : kind.size] = kind.piece.fold(torch.eye(kind.size, **like))
     factors = factors.flatten()
-    return _rows(factors.diag()), _rows(factors[:, None] * slopes), tuple(factors.tolist())
+    return _matrix(factors.diag()), _matrix(factors[:, None] * slopes), tuple(factors.tolist())
 
 
-def identity(count: int) -> Rows:
-    """Rows of the coefficients as they are."""
-    return tuple(((k, 1.0),) for k in range(count))
+def identity(count: int) -> Matrix:
+    """The matrix of coefficients as they are."""
+    return _matrix(torch.eye(count, device="cpu"))
 
 
-def pack(coefs: Tensor, rows: Rows, out: Tensor) -> None:
-    """Writes coefs `(batch, H, r, M, K)`, combined by `rows`, to `out (batch, H, R, M', K'')`, zero
-    beyond r, M and the rows.
+def pack(coefs: Tensor, matrix: Matrix, out: Tensor) -> None:
+    """Writes coefs `(batch, H, r, M, K)`, combined by `matrix`, to `out (batch, H, R, M', K'')`,
+    zero beyond r, M and its rows.
     """
     from kart.kernels.triton import device_coefs as kernels
 
-    batch, heads, rank, keys, _ = coefs.shape
-    ranks, padded = out.shape[2:4]
+    batch, heads, rank, keys, count = coefs.shape
+    ranks, padded, rows = out.shape[2:]
     programs = math.ceil(padded / BLOCK) * math.ceil(ranks / BLOCK) * batch * heads
+    built: dict[str, Any] = {"BLOCK": BLOCK, "enable_fp_fusion": True}
+    built |= {"MATRIX": matrix, "ROWS": len(matrix), "COLUMNS": count, "OUT": rows}
     with launched_on(coefs):
         kernels.pack[(programs,)](
             c_ptr=coefs,
@@ -71,9 +70,7 @@ def pack(coefs: Tensor, rows: Rows, out: Tensor) -> None:
             RANK=rank,
             KEYS=padded,
             RANKS=ranks,
-            ROWS=(*rows, *[()] * (out.shape[4] - len(rows))),
-            BLOCK=BLOCK,
-            enable_fp_fusion=True,
+            **built,
         )
 
 
@@ -85,6 +82,8 @@ def unpack(x: Tensor, out: Tensor, factors: tuple[float, ...]) -> None:
 
     batch, heads, rank, keys, count = out.shape
     programs = math.ceil(count * keys * rank / SUMS) * batch * heads
+    built: dict[str, Any] = {"BLOCK": SUMS, "SLICES": SLICES, "enable_fp_fusion": True}
+    built |= {"FACTORS": factors, "COUNT": count}
     with launched_on(x):
         kernels.unpack[(programs,)](
             x_ptr=x,
@@ -94,10 +93,7 @@ def unpack(x: Tensor, out: Tensor, factors: tuple[float, ...]) -> None:
             H=heads,
             M=keys,
             RANK=rank,
-            FACTORS=factors,
-            SLICES=SLICES,
-            BLOCK=SUMS,
-            enable_fp_fusion=True,
+            **built,
         )
 
 

@@ -28,10 +28,13 @@ def pack(
     RANK,
     KEYS,
     RANKS,
+    MATRIX: tl.constexpr,
     ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Row J of the output is the sum of `factor c_k` over the pairs `(k, factor)` of ROWS[J]."""
+    """Row J of the output is the sum of `MATRIX[J][K] c_K`, zero from row ROWS on."""
     ranks = tl.cdiv(RANKS, BLOCK)
     keys = tl.cdiv(KEYS, BLOCK)
     part = tl.program_id(0) % (keys * ranks)
@@ -40,11 +43,13 @@ def pack(
     p = (part % ranks * BLOCK + tl.arange(0, BLOCK))[None, :].to(tl.int64)
     c_at = c_ptr + head // H * c_b + head % H * c_h + p * c_p + m * c_m
     out_at = out_ptr + head // H * out_b + head % H * out_h + p * out_p + m * out_m
-    for J in tl.static_range(len(ROWS)):
+    for J in tl.static_range(OUT):
         total = tl.zeros([BLOCK, BLOCK], tl.float32)
-        for E in tl.static_range(len(ROWS[J])):
-            c = tl.load(c_at + ROWS[J][E][0] * c_k, mask=(m < M) & (p < RANK), other=0.0)
-            total += c.to(tl.float32) * ROWS[J][E][1]
+        if J < ROWS:
+            for K in tl.static_range(COLUMNS):
+                if MATRIX[J][K] != 0.0:
+                    c = tl.load(c_at + K * c_k, mask=(m < M) & (p < RANK), other=0.0)
+                    total += c.to(tl.float32) * MATRIX[J][K]
         inside = (m < KEYS) & (p < RANKS)
         tl.store(out_at + J * out_k, total.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -63,11 +68,12 @@ def unpack(
     M,
     RANK,
     FACTORS: tl.constexpr,
+    COUNT: tl.constexpr,
     SLICES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The sum of `factor x_k` over slices of `x (batch, slices, H, K, M, r)`, K = len(FACTORS)."""
-    each = len(FACTORS) * M * RANK
+    """The sum of `factor x_k` over slices of `x (batch, slices, H, K, M, r)`, K = COUNT."""
+    each = COUNT * M * RANK
     blocks = tl.cdiv(each, BLOCK)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     b = head // H
@@ -80,7 +86,7 @@ def unpack(
         inside = (first + s < slices)[:, None] & (i < each)[None, :]
         total += tl.sum(tl.load(x_ptr + row[:, None] + i[None, :], mask=inside, other=0.0), 0)
     k = i // (M * RANK)
-    for K in tl.static_range(len(FACTORS)):
+    for K in tl.static_range(COUNT):
         if FACTORS[K] != 1.0:
             total = tl.where(k == K, total * FACTORS[K], total)
     at = out_ptr + b * out_b + h * out_h + k.to(tl.int64) * out_k

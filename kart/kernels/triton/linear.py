@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kart.kernels.arguments import side_by_side
 from kart.kernels.family import Product
-from kart.kernels.triton.coefs import KEYS, Rows, combinations, pack, unpack
+from kart.kernels.triton.coefs import KEYS, Matrix, combinations, pack, unpack
 from kart.kernels.triton.launch import (
     Kind,
     Launcher,
@@ -60,16 +60,16 @@ def tiles(
     return Tiles(32 if huge else 64, 16 if large else 64 if light else 32, 4, stages, features)
 
 
-def _packed(coefs: Tensor, rows: Rows, dtype: torch.dtype) -> dict[str, Any]:
-    """The arguments that coefficients `(batch, H, r, M, K)` are, combined by `rows`: `(batch, H,
+def _packed(coefs: Tensor, matrix: Matrix, dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments that coefficients `(batch, H, r, M, K)` are, combined by `matrix`: `(batch, H,
     K'', M', R)`, zero beyond K, M and r.
     """
     batch, heads, rank, keys, _ = coefs.shape
     # K'' is even: the backward kernels take features in pairs
-    count, tokens = len(rows) + len(rows) % 2, math.ceil(keys / KEYS) * KEYS
+    count, tokens = len(matrix) + len(matrix) % 2, math.ceil(keys / KEYS) * KEYS
     shape = (batch, heads, count, tokens, padded(rank))
     packed = torch.empty(shape, dtype=dtype, device=coefs.device)
-    pack(coefs, rows, packed.permute(0, 1, 4, 3, 2))
+    pack(coefs, matrix, packed.permute(0, 1, 4, 3, 2))
     strides = {"c_b": batch_stride(packed), "c_h": packed.stride(1), "c_j": packed.stride(2)}
     return {"c_ptr": packed, **strides, "R": packed.shape[4]}
 
@@ -98,7 +98,7 @@ def forward(product: Product, precision: str | None, choose: Callable[..., Tiles
     _, q, _, coefs, _, _ = product
     batch, heads, queries, _ = q.shape
     launch = _Launcher(product, precision, choose)
-    rows, _, _ = combinations(product.family)
+    matrix, _, _ = combinations(product.family)
     outputs = [q.new_empty(batch, heads, queries, 0)]
     for part in coefs.split(RANKS, dim=2):
         rank = part.shape[2]
@@ -109,7 +109,7 @@ def forward(product: Product, precision: str | None, choose: Callable[..., Tiles
         y = torch.empty(batch, heads, queries, rank, dtype=dtype, device=q.device)
         if batch:
             grid = (math.ceil(queries / tile.queries) * batch * heads,)
-            shared = {**_packed(part, rows, q.dtype), "y_ptr": y, "RANK": rank}
+            shared = {**_packed(part, matrix, q.dtype), "y_ptr": y, "RANK": rank}
             for first, last in features:
                 shared |= {"FIRST": first, "LAST": last, "ADD": first > 0}
                 launch("forward", grid, tile, **shared)
@@ -128,7 +128,7 @@ def backward(
         zeros = torch.zeros_like(coefs, memory_format=torch.contiguous_format)
         return room_for(q, False), room_for(k, False), zeros
     launch = _Launcher(product, precision, choose)
-    _, rows, factors = combinations(product.family)
+    _, matrix, factors = combinations(product.family)
     parts = list(zip(coefs.split(RANKS, 2), dy.split(RANKS, 3), strict=True))
     plans = []
     for kernel, x in (("query_gradient", q), ("key_gradient", k)):
@@ -144,7 +144,7 @@ def backward(
     dcoefs = torch.empty(coefs.shape, dtype=coefs.dtype, device=coefs.device)
     for i, (part, dy_part) in enumerate(parts):
         rank = part.shape[2]
-        shared = {**_packed(part, rows, q.dtype), "dy_ptr": dy_part.contiguous(), "RANK": rank}
+        shared = {**_packed(part, matrix, q.dtype), "dy_ptr": dy_part.contiguous(), "RANK": rank}
         grid = (math.ceil(queries / tile_q.queries) * batch * heads,)
         for first, last in features_q:
             each = {"FIRST": first, "LAST": last, "ADD": i + first > 0}
