@@ -67,6 +67,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "30 epochs": {"epochs": 30},
     "60 epochs": {"epochs": 60},
     "patch 4": {"patch_size": 4},
+    "patch 4, 30 epochs": {"patch_size": 4, "epochs": 30},
     "patch 4, 45,000 images": {"patch_size": 4, "train_limit": 45000},
 }
 
@@ -80,6 +81,7 @@ RATES_IN: dict[str, tuple[float, ...]] = {
     "30 epochs": (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
     "60 epochs": (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
     "patch 4": (1.875e-4, 3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3),
+    "patch 4, 30 epochs": (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3),
     "patch 4, 45,000 images": (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
 }
 
