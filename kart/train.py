@@ -529,15 +529,15 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
             return found
         return tree.map(lambda x: x / ranks.size, ranks.total(found))
 
-    def count(state: State, value: Tensor, norm: Tensor) -> tuple[State, Tensor]:
-        """`state` with its counters after a step, and whether the step is finite and none before it
+    def counted(state: State, value: Tensor, norm: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The counters of a state after a step, and whether the step is finite and none before it
         was not: else it changes nothing, so that the state stays the last good one without asking
         the device after every step.
         """
         fine = value.isfinite() & norm.isfinite() & (state.bad_step < 0)
         bad_step = torch.where(fine | (state.bad_step >= 0), state.bad_step, state.step)
         loss_sum = state.loss_sum + value.detach()
-        return state._replace(step=state.step + 1, bad_step=bad_step, loss_sum=loss_sum), fine
+        return {"step": state.step + 1, "bad_step": bad_step, "loss_sum": loss_sum}, fine
 
     def step(state: State, hyper: Hyper, images: Tensor, targets: Tensor) -> tuple[State, Metrics]:
         grads, value = gradients(state, images, targets)
@@ -546,15 +546,17 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
         norm = opt_state[0].norm
         params = optim.apply_updates(state.params, updates)
         mean = average.update(state.average, params) if config.ema else state.average
-        counted, fine = count(state, value, norm)
+        counters, fine = counted(state, value, norm)
 
         def keep(new: Tensor, old: Tensor) -> Tensor:
             return torch.where(fine, new, old)
 
-        following = counted._replace(
-            params=tree.map(keep, params, state.params),
-            optimizer=tree.map(keep, opt_state, state.optimizer),
-            average=tree.map(keep, mean, state.average),
+        # made anew: what `_replace` gives lacks fields in a compiled step of torch 2.11
+        following = State(
+            tree.map(keep, params, state.params),
+            tree.map(keep, opt_state, state.optimizer),
+            tree.map(keep, mean, state.average),
+            **counters,
         )
         return following, Metrics(value, norm)
 
@@ -564,7 +566,7 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
         grads, value = gradients(state, images, targets)
         grads, clip_state = optim.clip_in_place(config.max_norm, grads)
         norm = clip_state.norm
-        counted, fine = count(state, value, norm)
+        counters, fine = counted(state, value, norm)
         moments = state.optimizer[1]
         after = optim.apply_in_place(adamw(hyper), grads, moments, state.params, fine, mask)
         del grads
@@ -572,7 +574,7 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
         mean = state.average
         if config.ema:
             mean = optim.average_in_place(average, mean, state.params, fine)
-        following = counted._replace(optimizer=(clip_state, after), average=mean)
+        following = state._replace(optimizer=(clip_state, after), average=mean, **counters)
         return following, Metrics(value, norm)
 
     return Program(init, step, advance, gradients)
