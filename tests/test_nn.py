@@ -226,6 +226,10 @@ def test_compiled_equals_eager(spec):
     torch.compiler.reset()
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12),
+    reason="the Dynamo of torch 2.11 takes the numbers of a basis for symbols if all are dynamic",
+)
 def test_one_graph_has_masks_of_any_number_of_samples():
     module = attention()
     torch.compiler.reset()
