@@ -200,7 +200,8 @@ def softmax_attention(
         q, k, v: `(..., H, N, d)`, `(..., H, M, d)` and `(..., H, M, e)`.
         mask: boolean, True = attend, broadcasting to `(..., H, N, M)`.
         scale: of the scores; default `d^-1/2`.
-        table: `(H, N, M)`, float32 beside half types; not beside a mask.
+        table: `(H, N, M)`, float32 beside half types, which a GPU rounds to theirs; not beside a
+            mask.
 
     Raises:
         ValueError: names the argument that does not fit.
