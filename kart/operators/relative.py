@@ -55,8 +55,13 @@ def entry_index(prefix: int, rows: int, columns: int, device: torch.device) -> T
     copy to a GPU would wait for it.
     """
     # torch.compile traces what is cached, and warns that it does; tensors of a mode, as fake ones,
-    # are of no use after it
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    # are of no use after it; a CUDA graph owns what is made while it is recorded, and would read
+    # what is kept after it has been let go
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    ):
         return _entry_index(prefix, rows, columns, device)
     # torch.jit.trace has sizes as tensors
     return _kept_index(int(prefix), int(rows), int(columns), device)
