@@ -83,7 +83,8 @@ def graph(
             on the CPU; it is recorded in the mode that it is in, so call `eval` first.
         inputs: an example of its arguments. torch takes a size of one for a constant: give two
             images where the batch is to be free.
-        dynamic_shapes: which sizes are free, as `torch.export.export` takes it.
+        dynamic_shapes: which sizes are free, as `torch.export.export` takes it: the batch, and the
+            number of tokens of an operator of any length.
     """
     with torch.no_grad():
         # an engine looks once at the values of a basis, which it cannot while it is traced

@@ -105,7 +105,10 @@ def test_the_graph_runs_where_kart_is_not(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own use of it
-@pytest.mark.parametrize("spec", ["G2B:rank=3", "bspline-G3B:rank=2,base=softmax"])
+@pytest.mark.parametrize(
+    "spec",
+    ["G2B:rank=3", "bspline-G3B:rank=2,base=softmax", "G2:order=by_distance,inside=true"],
+)
 def test_a_module_of_ones_own_is_recorded_in_operations_of_torch(spec, tmp_path, session):
     generator = torch.Generator().manual_seed(0)
     attention = nn.Attention(8, heads=2, tokens=5, operator=spec, generator=generator)
@@ -120,6 +123,23 @@ def test_a_module_of_ones_own_is_recorded_in_operations_of_torch(spec, tmp_path,
         expected = module(tokens)
         assert_close(found.module()(tokens), expected, rtol=1e-5, atol=1e-5)
     assert_close(session(path, tokens), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("sigmoid", "relu", "G3:order=elementwise", "bspline:order=elementwise,inside=true"),
+        *("G3:order=by_distance,normalise=count", "G3:order=by_distance,inside=true"),
+    ],
+)
+def test_the_graph_of_an_operator_of_any_length_is_of_any_length(spec):
+    generator = torch.Generator().manual_seed(0)
+    module = nn.Attention(64, heads=1, tokens=17, operator=spec, generator=generator).eval()
+    free = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", min=2)},)
+    program = torch.export.export(module, (torch.zeros(2, 17, 64),), dynamic_shapes=free)
+    for samples, tokens in ((3, 2), (2, 17), (4, 40)):
+        x = torch.randn(samples, tokens, 64, generator=generator)
+        assert_close(program.module()(x), module(x), rtol=0, atol=1e-5)
 
 
 def test_onnx_without_its_packages_is_one_line(run, tmp_path, capsys, monkeypatch):

@@ -121,7 +121,7 @@ def _apply(
 ) -> Tensor:
     """`entry_attention` of four axes, leaves `(B or 1, H, ...)`, by the engine that can."""
     reference = partial(_plain, basis, names, form, scale)
-    if engine == "plain":
+    if engine == "plain" or torch.compiler.is_exporting():
         return reference(q, k, v, mask, factor, *leaves)
     numbers = 1 if basis is None else basis.size
     if engine == "auto" and q.shape[2] * numbers <= q.shape[3]:

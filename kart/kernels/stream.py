@@ -375,10 +375,11 @@ def by_queries(
     """
     split = [x for x in rows if x is not None]
     count, keys = split[0].shape[-2], next(x for x in whole if x is not None).shape[-2]
+    if torch.compiler.is_exporting():  # for any number of samples and queries
+        return fn(*rows, *whole, mask)
     named = {f"argument {i}": x for i, x in enumerate((*rows, *whole, mask))}
     each = math.prod(broadcast_leading("by_queries", **named)) * keys * numbers
-    # a graph that is exported has any number of samples
-    step = count if torch.compiler.is_exporting() else max(1, CHUNK // max(1, each))
+    step = max(1, CHUNK // max(1, each))
 
     def parts(x: Tensor | None, cut: bool) -> Sequence[Tensor | None]:
         return x.split(step, -2) if x is not None and cut else [x] * -(-count // step)

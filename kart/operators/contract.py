@@ -268,7 +268,7 @@ def silence(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tenso
 def attended_keys(mask: Tensor | None, keys: int, like: Tensor) -> Tensor:
     """The number of keys that each query attends to, at least 1, `(..., N or 1, 1)`."""
     if mask is None:
-        return torch.full((), float(keys), dtype=like.dtype, device=like.device)
+        return torch.full((), keys, dtype=like.dtype, device=like.device)
     count = mask.expand(*mask.shape[:-1], keys).sum(-1, keepdim=True)
     return count.clamp(min=1).to(like.dtype)
 

@@ -31,8 +31,10 @@ def each_head(basis: Basis, units: Params, x: Tensor) -> Tensor:
     if basis.features is None or basis.coefficients is None:
         lifted = {name: leaf[:, None, None] for name, leaf in units.items()}
         return basis.apply(lifted, x)
-    coefs = basis.coefficients(units).to(x.dtype)
-    return torch.einsum("...hnmk,hk->...hnm", basis.features(x), coefs)
+    coefs, features = basis.coefficients(units).to(x.dtype), basis.features(x)
+    # ONNX has no axis of one beside one of several heads
+    features = features.expand(*features.shape[:-4], coefs.shape[0], *features.shape[-3:])
+    return torch.einsum("...hnmk,hk->...hnm", features, coefs)
 
 
 class Form(NamedTuple):
@@ -274,15 +276,17 @@ def by_distance(
     schema.check_integer("by_distance", "reach", reach, 1, advice)
 
     def entries(params: Params, scores: Tensor | None, place: Tensor, keys: Tensor) -> Tensor:
-        alone, offsets = len(place) == 1, place - keys
+        # not `len`, which is a number where `torch.export` leaves it open
+        queries, tokens = place.shape[0], keys.shape[0]
+        alone, offsets = queries == 1, place - keys
         if not alone:
             # every offset once: a block of n queries and M keys has n + M - 1 of them
             first = place[0] - keys[-1]
             index = offsets - first
-            offsets = first + torch.arange(len(place) + len(keys) - 1, device=keys.device)
+            offsets = first + torch.arange(queries + tokens - 1, device=keys.device)
         leaf = next(iter(params["units"].values()))
         offsets = offsets.reshape(1, -1).to(torch.promote_types(leaf.dtype, torch.float32))
-        u = offsets.abs().log1p().copysign(offsets) * (math.pi / math.log1p(reach))
+        u = offsets.sign() * offsets.abs().log1p() * (math.pi / math.log1p(reach))
         table = each_head(basis, params["units"], u[None])
         return table if alone else table[:, 0, index]
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kart import bases, kernels
@@ -55,7 +56,8 @@ def sigmoid() -> Operator:
         return only((scores - count.log()).sigmoid(), mask)
 
     def product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is not None:
+        # `torch.export` may leave the number of keys open, which a basis cannot hold
+        if mask is not None or torch.compiler.is_exporting():
             return rows(scores_of(q, k, None), mask) @ wide(v)
         shift = math.log(k.shape[-2])
         return streamed(lambda x: (x - shift).sigmoid(), q, k, v, None)
@@ -73,7 +75,7 @@ def relu() -> Operator:
     def product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         # divided before the sum, which half types could not hold
         keys = k.shape[-2]
-        mean = streamed(lambda x: x.relu() / keys, q, k, v, mask)
+        mean = streamed(Tensor.relu, q, k, wide(v) / keys, mask)
         return mean if mask is None else wide(mean) * (keys / attended_keys(mask, keys, wide(mean)))
 
     return from_rows("relu", rows, product, traits=scored(2))
