@@ -198,7 +198,9 @@ def test_a_compiled_step_knows_where_gradients_of_views_lie(dtype):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("spec", ["sparsemax", "G2B:project=simplex", "G2B:order=project_first"])
+@pytest.mark.parametrize(
+    "spec", ["sparsemax", "sigmoid", "relu", "G2B:project=simplex", "G2B:order=project_first"]
+)
 def test_operators_that_take_scores_as_a_basis_are_one_graph(spec, masked):
     op = operators.parse(spec).operator
     generator = torch.Generator().manual_seed(0)

@@ -25,13 +25,17 @@ from kart.operators.contract import (
 )
 
 
-def streamed(
-    unit: Callable[[Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-) -> Tensor:
-    """`sum_m unit(S[n, m]) v[m]` over attended keys, `(..., H, N, e)`, without the weights."""
-    # the full-rank product with one feature and v for coefficients
-    feature = bases.linear(lambda x: unit(x)[..., None], 1, family="fixed")
-    return kernels.contract(feature, wide(v).mT[..., None], q, k, mask)
+def feature(unit: Callable[[Tensor], Tensor]) -> bases.Basis:
+    """A basis of the one feature `unit(x)`."""
+    return bases.linear(lambda x: unit(x)[..., None], 1, family="fixed")
+
+
+def streamed(basis: bases.Basis, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`sum_m f(S[n, m]) v[m]` over attended keys, `(..., H, N, e)`, f the feature, without the
+    weights.
+    """
+    # the full-rank product with v for coefficients
+    return kernels.contract(basis, wide(v).mT[..., None], q, k, mask)
 
 
 def on_simplex(each: int) -> dict[str, Any]:
@@ -56,11 +60,11 @@ def sigmoid() -> Operator:
         return only((scores - count.log()).sigmoid(), mask)
 
     def product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        # `torch.export` may leave the number of keys open, which a basis cannot hold
-        if mask is not None or torch.compiler.is_exporting():
+        # a basis is not made while it is traced, where the number of keys may be left open
+        if mask is not None or torch.compiler.is_compiling():
             return rows(scores_of(q, k, None), mask) @ wide(v)
         shift = math.log(k.shape[-2])
-        return streamed(lambda x: (x - shift).sigmoid(), q, k, v, None)
+        return streamed(feature(lambda x: (x - shift).sigmoid()), q, k, v, None)
 
     return from_rows("sigmoid", rows, product, traits=scored(3))
 
@@ -68,6 +72,7 @@ def sigmoid() -> Operator:
 @remember
 def relu() -> Operator:
     """relu(s) / n, n the number of keys that are attended (Wortsman et al. 2023)."""
+    basis = feature(Tensor.relu)
 
     def rows(scores: Tensor, mask: Tensor | None) -> Tensor:
         return only(scores.relu() / attended_keys(mask, scores.shape[-1], scores), mask)
@@ -75,7 +80,7 @@ def relu() -> Operator:
     def product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         # divided before the sum, which half types could not hold
         keys = k.shape[-2]
-        mean = streamed(Tensor.relu, q, k, wide(v) / keys, mask)
+        mean = streamed(basis, q, k, wide(v) / keys, mask)
         return mean if mask is None else wide(mean) * (keys / attended_keys(mask, keys, wide(mean)))
 
     return from_rows("relu", rows, product, traits=scored(2))
