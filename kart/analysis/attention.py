@@ -556,7 +556,8 @@ def plot(images: Tensor, maps: Tensor, share: float = 0.5, masks: Tensor | None 
 
 def plot_curves(deleted: Mapping[str, Curve], inserted: Mapping[str, Curve]) -> Any:
     """A matplotlib Figure of `deletion` and of `insertion` by name: the mean over images, over the
-    band of a standard error to either side, with both mean areas in the legend.
+    band of a standard error over them to either side, with both mean areas in the legend; of one
+    image there is no band.
     """
     if not deleted or deleted.keys() != inserted.keys():
         raise ValueError(
@@ -571,11 +572,10 @@ def plot_curves(deleted: Mapping[str, Curve], inserted: Mapping[str, Curve]) -> 
         for i, (name, curve) in enumerate(curves.items()):
             style = figures.look(i)
             x, mean = 100 * curve.shares.cpu(), curve.values.mean(0).cpu()
-            error = curve.values.std(0, correction=0).cpu() / len(curve.values) ** 0.5
-            low, high = mean - error, mean + error
-            ax.fill_between(
-                x.numpy(), low.numpy(), high.numpy(), color=style["color"], alpha=0.2, lw=0
-            )
+            if len(curve.values) > 1:  # one image has no spread to tell of
+                error = curve.values.std(0).cpu() / len(curve.values) ** 0.5
+                band = x.numpy(), (mean - error).numpy(), (mean + error).numpy()
+                ax.fill_between(*band, color=style["color"], alpha=0.2, lw=0)
             areas = [f"{float(one[name].area.mean()):.3f}" for one in (deleted, inserted)]
             label = f"{name}, area {' and '.join(areas)}"
             ax.plot(x.numpy(), mean.numpy(), lw=1.3, label=label, **style)
@@ -753,7 +753,8 @@ def section(context: Context) -> pages.Section:
         plot_curves(drawn["deletion"], drawn["insertion"]),
         "attention-curves",
         f"Deletion and insertion curves of {', '.join(first)}",
-        f"Mean over images, {context.first_seeds}, band of a standard error.",
+        f"Mean over {len(next(iter(drawn['deletion'].values())).values)} images, "
+        f"{context.first_seeds}, band of a standard error over them.",
     )
     pictured, statics = _maps(context)
     blocks = [
@@ -845,7 +846,7 @@ ANALYSIS = Analysis(
     "attention",
     "Attention",
     section,
-    version=2,
+    version=3,
     minutes=2.5,
     measure=measure,
     uses=("shown",),

@@ -22,7 +22,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from kart import layers, models, pages, schema, tables, train, tree
+from kart import layers, models, pages, schema, tables, train, transfer, tree
 from kart.analysis import curvature
 from kart.analysis.section import Analysis, Context
 from kart.models import Model, Site, work
@@ -68,10 +68,13 @@ def _distinct(model: Model) -> tuple[Operator, ...]:
 
 
 def parameters(model: Model) -> Parameters:
-    """Parameters of `model`; those of a ViT are counted without drawing the backbone."""
+    """Parameters of `model`, those of a teacher not among them; those of a ViT are counted without
+    drawing the backbone.
+    """
     c = model.config
     if c.family != "vit":
-        named = tree.named(model.init(Generator().manual_seed(0)))
+        drawn = model.init(Generator().manual_seed(0))
+        named = tree.named({k: v for k, v in drawn.items() if k != transfer.TEACHER})
         learned = sum(x.numel() for path, x in named.items() if "operator" in path.split("."))
         return Parameters(sum(x.numel() for x in named.values()), learned)
     size, hidden = c.embed_dim, int(c.embed_dim * c.mlp_ratio)
