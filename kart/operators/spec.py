@@ -107,7 +107,7 @@ def refusal(spec: str, why: str, near: Sequence[str] = ()) -> ValueError:
     if re.search(r"[+*|:]|[^\x00-\x7f]", file) and os.path.isfile(file):
         advice = (
             " A path in a spec is of ASCII letters, and has none of + * | : in it, which the spec "
-            f"has a use for: name {os.path.basename(file)} from within its folder, or rename what has them."
+            f"has a use for: name {os.path.basename(file)} from within its folder, or rename it."
         )
     return ValueError(
         f"`operator` needs a spec such as G3B, softmax or bspline-G8U:rank=24, got {spec!r}: "
