@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,6 +249,23 @@ def test_a_repeat_trains_further_seeds_and_pools_them(splits):
     assert second.value == pytest.approx(np.mean(pooled)) and second.user_attrs["n"] == 4
     best = work.candidates(study)
     assert len(best) == 1 and len(best[0].scores) == 4
+
+
+def test_trials_that_train_a_configuration_at_once_have_seeds_of_their_own(splits, monkeypatch):
+    both = threading.Barrier(2, timeout=60)
+
+    def spy(*args):
+        both.wait()  # both trials run by now
+        return train_members(*args)
+
+    monkeypatch.setattr(trials, "train_members", spy)
+    study = optuna.create_study(direction="maximize")
+    for _ in range(2):
+        study.enqueue_trial({"learning_rate": 5e-3})
+    study.optimize(objective(learning_rate_only, splits, seeds=2), n_trials=2, n_jobs=2)
+    seeds = [sorted(trial.user_attrs["scores"]) for trial in study.trials]
+    assert sorted(seeds) == [["0", "1"], ["2", "3"]]
+    assert len(work.candidates(study)[0].scores) == 4
 
 
 def test_a_repeat_is_not_stopped_early_for_its_seeds_count(splits):

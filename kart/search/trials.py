@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -165,6 +166,17 @@ def scores_of(trials: Iterable[FrozenTrial], name: str) -> dict[int, float]:
     return found
 
 
+def _running(trials: Iterable[FrozenTrial], own: optuna.Trial, name: str) -> set[int]:
+    """The seeds with which trials other than `own` train the configuration named `name` now."""
+    return {
+        seed
+        for trial in trials
+        if trial.state == TrialState.RUNNING and trial.number != own.number
+        if trial.user_attrs.get("key") == name
+        for seed in trial.user_attrs.get("seeds", ())
+    }
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -270,6 +282,7 @@ def evaluation(
             "what has none."
         )
     several = len(objectives) > 1
+    claims = threading.Lock()  # several threads may prepare trials at once
 
     def prepare(trial: optuna.Trial) -> Task | Outcome:
         try:
@@ -301,10 +314,13 @@ def evaluation(
                 over.append(f"{limited} {cost[limited]:,.0f} > {limit:,.0f}")
         if over:
             return Outcome(None, "over the limit: " + ", ".join(over))
-        earlier = scores_of(trial.study.get_trials(deepcopy=False), name)
-        first = max(earlier, default=chosen.seed - 1) + 1
-        members = population.seeds(here, range(first, first + seeds))
-        return Task(trial, members, earlier, cost)
+        with claims:
+            others = trial.study.get_trials(deepcopy=False)
+            earlier = scores_of(others, name)
+            first = max({*earlier, *_running(others, trial, name)}, default=chosen.seed - 1) + 1
+            own = range(first, first + seeds)
+            trial.set_user_attr("seeds", list(own))
+        return Task(trial, population.seeds(here, own), earlier, cost)
 
     def run(tasks: list[Task]) -> list[Outcome]:
         buckets: dict[str, list[int]] = {}
@@ -367,9 +383,10 @@ def objective(
     the scores of the seeds, the costs and the config (`Config.fromdict` reads it) are user
     attributes. The mean over the seeds is reported after each epoch but the last. A configuration
     that has been tried trains further seeds, none of which is stopped early, and its value is the
-    mean over all. Divergence of more than half of the seeds, a lack of memory, a cost over a limit
-    and `optuna.TrialPruned` from the space prune the trial, with the reason as the user attribute
-    `reason`.
+    mean over all; one that another trial trains at the same time (`n_jobs`, other workers) gets
+    other seeds than that. Divergence of more than half of the seeds, a lack of memory, a cost over
+    a limit and `optuna.TrialPruned` from the space prune the trial, with the reason as the user
+    attribute `reason`.
 
     Args:
         space: maps a trial to the config to train; the config's seed is the first of the seeds.
