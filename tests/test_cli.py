@@ -306,6 +306,7 @@ def test_seeds_one_by_one_go_into_directories_of_their_own(capsys, tmp_path):
         (["info", "--depth", "2", "--model", "convit_nano"], "`depth` > 3 for 'convit_nano'"),
         (["train", "--seeds", "1", "1"], "different seeds"),
         (["train", "--seeds", "0", "--seeds", "1"], "`--seeds` is there 2 times"),
+        (["train", "--seeds=0", "--seeds=1"], "`--seeds` is there 2 times"),
         (["train", "--operator", "G3B", "--operator", "softmax"], "`--operator` is there 2 times"),
         (["train", "--no-ema-warmup"], "no effect without `--ema`"),
         (["train", "--sharing", "universal"], "no effect without an operator that learns"),

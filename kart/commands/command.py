@@ -87,10 +87,11 @@ class Parser(argparse.ArgumentParser):
         """Raises for a flag that takes several values and stands there twice: the last one would
         hold alone.
         """
-        before = list(argv[: argv.index("--")] if "--" in argv else argv)
+        before = argv[: argv.index("--")] if "--" in argv else argv
+        names = [word.partition("=")[0] for word in before]
         for flag, action in self._option_string_actions.items():
-            if action.nargs in ("+", "*") and before.count(flag) > 1:
-                self.error(f"`{flag}` is there {before.count(flag)} times: give all values to one")
+            if action.nargs in ("+", "*") and names.count(flag) > 1:
+                self.error(f"`{flag}` is there {names.count(flag)} times: give all values to one")
 
     def error(self, message: str) -> NoReturn:
         """Raises what argparse would print over its usage."""
