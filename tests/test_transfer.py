@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from kart import cli, export, models, runs, train, transfer, tree
+from kart.analysis import cost
 from kart.train import Config
 from tests.tiny import CONVIT
 
@@ -309,7 +310,8 @@ def test_a_student_learns_all_but_where_to_look(batching, teacher_run, splits, t
     assert not qkv[:16].any() and qkv[16:].abs().min() > 0
     assert not any(leaf.any() for leaf in tree.leaves(grads["teacher"]))
     told = json.loads((tmp_path / "run" / "start.json").read_text())
-    assert told == {"attention_from": str(teacher_run)}
+    (fingerprint,) = told.pop("fingerprints")
+    assert told == {"attention_from": str(teacher_run)} and len(fingerprint) == 16
 
 
 def test_a_student_is_analysed_and_exported_where_it_can_be(
@@ -329,6 +331,49 @@ def test_a_student_is_analysed_and_exported_where_it_can_be(
         command = ["export", str(tmp_path / "run"), "--out", str(path), "--format", form]
         assert cli.main(command) == 2 and not path.exists()
         assert f"attention of its own for {form}" in capsys.readouterr().err
+
+
+def test_the_parameters_of_a_student_are_its_own(
+    teacher_run, splits, tmp_path, capsys, monkeypatch
+):
+    for name, sizes in (("vit_nano", SHAPE), ("convit_nano", {})):
+        own = {"image_size": 8, "patch_size": 4, **sizes}
+        student = models.create(name, transfer.given(), **own)
+        both = transfer.with_attention(student, models.create(name, "G2B", **own))
+        assert cost.parameters(both) == cost.parameters(student)
+    monkeypatch.setattr(train, "load_data", lambda config, **options: splits)
+    argv = ["train", "--operator", "G2B", "--attention-from", str(teacher_run), "--epochs", "1"]
+    argv += ["--batch-size", "8", "--quiet", "--out", str(tmp_path / "run")]
+    argv += [f"--{name.replace('_', '-')}={value}" for name, value in SHAPE.items()]
+    assert cli.main(argv) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("G2B "))
+    assert line.split()[-2] == f"{cost.parameters(vit(transfer.given())).total:,}"
+
+
+@pytest.mark.parametrize("field", ["start", "attention_from"])
+def test_a_run_whose_donor_is_another_by_now_is_refused(
+    field, teacher_run, splits, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(train, "load_data", lambda config, **options: splits)
+    place = tmp_path / "donor"
+    shutil.copytree(teacher_run, place)
+    config = change(operator="G2B", epochs=2, **{field: str(place)})
+    part, whole = tmp_path / "part", tmp_path / "whole"
+    next(runs.execute(part, [config], splits))
+    list(runs.execute(whole, [config], splits))
+    before = (part / "last.safetensors").read_bytes()
+    shutil.rmtree(place)
+    list(runs.execute(place, [change(operator="G2B", seed=3)], splits))
+    for home in (part, whole):
+        with pytest.raises(
+            ValueError, match=f"`{field}` needs to be what .* began with, got other"
+        ):
+            next(runs.execute(home, [config], splits))
+    assert (part / "last.safetensors").read_bytes() == before
+    # it may be gone, or trained again
+    for name in ("last", "best"):
+        (place / f"{name}.safetensors").unlink()
+    assert len(list(runs.execute(part, [config], splits))) == 2
 
 
 def test_a_student_needs_its_teacher_once(teacher_run, splits, tmp_path):
