@@ -103,7 +103,7 @@ def test_rows_that_cannot_be_named_or_trained_say_so(capsys):
         (["tiny-g3b-cifar11"], "no row of scale paper is called"),
         ([], "name a row"),
         (["tiny-g3b-cifar10", "--minutes", "0"], "> 0"),
-        (["--table", "--device", "cuda"], "--device cuda has no effect without a row"),
+        (["--table", "--device=cuda"], "--device=cuda has no effect without a row"),
     ):
         with pytest.raises(SystemExit) as caught:
             paper.main(argv)
