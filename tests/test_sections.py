@@ -239,6 +239,28 @@ def test_masks_that_came_with_the_data_are_used():
     assert "the masks that came with them" in page and "pasted" not in page
 
 
+def test_images_that_lie_class_by_class_are_taken_of_all_classes():
+    config = dataclasses.replace(TINY, data="masked_digits", patch_size=8)
+    splits = train.load_data(config)
+    sorted_ = splits._replace(val=splits.val.part(splits.val.labels.argsort(kind="stable")))
+    model = train.build(config, splits.train)
+    params = [model.init(torch.Generator().manual_seed(0))]
+    one = section.Result("softmax", [config], [[{"val_top1": 0.1}]], params)
+    own = section.Context([one], sorted_, name="attention")
+    _, labels = own.images(config, 40)
+    assert sorted(set(labels.tolist())) == list(range(10))
+    assert torch.equal(labels, torch.from_numpy(sorted_.val.labels[sorted_.val.spread(40)]))
+    shown = attention._scenes(own)
+    index = sorted_.val.spread(len(shown.labels))
+    pixels, own_labels = data.take(sorted_.val, torch.from_numpy(index))
+    assert_close(shown.pixels, data.as_float(pixels))
+    assert torch.equal(shown.labels, own_labels) and len(set(own_labels.tolist())) == 10
+    assert torch.equal(shown.masks, torch.from_numpy(sorted_.val.masks[index]))
+    # what was kept of the first ones is not read again, and of others what was kept is
+    first = section.Context([one], splits, name="attention")
+    assert len({first.data_key, own.data_key}) == 2
+
+
 def test_functions_are_those_of_their_measures(results):
     own = context(results, functions.ANALYSIS)
     found = functions.section(own)

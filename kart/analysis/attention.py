@@ -20,12 +20,12 @@ from kart.analysis.section import (
     Context,
     Member,
     differences,
-    first_images,
     percent,
     samples,
     scalars,
     seeds_table,
     some_blocks,
+    some_images,
     windowed,
 )
 from kart.models import Model, windows
@@ -599,17 +599,18 @@ class Scenes(NamedTuple):
 
 
 def _scenes(context: Context) -> Scenes:
-    """The first validation images with the masks of the data, where they have any and are shown
-    whole, else pasted by `scenes.pasted`.
+    """Validation images (`some_images`) with the masks of the data, where they have any and are
+    shown whole, else pasted by `scenes.pasted`.
     """
     config = context.results[0].configs[0]
     size = context.model(config).config.image_size
     whole = context.splits.val
-    pixels, labels = first_images(whole, SCENES)
+    pixels, labels = some_images(whole, SCENES)
     pixels = augment.center_crop(pixels, size, config.eval_crop)
     shown_whole = config.eval_crop == 1 and whole.images.shape[-1] == size
     if whole.masks is not None and shown_whole:
-        return Scenes(pixels, torch.from_numpy(whole.masks[: len(labels)].copy()), labels, True)
+        masks = torch.from_numpy(whole.masks[whole.spread(SCENES)])
+        return Scenes(pixels, masks, labels, True)
     return Scenes(*scenes.pasted(context.generator("scenes"), pixels), labels, False)
 
 
@@ -832,7 +833,7 @@ def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:
         "100 would be attention that ignores the image."
     )
     told = (
-        f"{_row(context)} of the last block over the first {context.available(context.shown)} "
+        f"{_row(context)} of the last block over {context.available(context.shown)} "
         f"validation images, {context.first_seeds}; negative weights count as none, and "
         "every map is scaled to its own maximum. Region: the fewest patches that hold half of the "
         "weight of the head with the most."

@@ -166,11 +166,11 @@ def samples(site: Site, tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, *tensor.shape[-3:])
 
 
-def first_images(split: data.Dataset, count: int) -> tuple[Tensor, Tensor]:
-    """The first `count` images of a split, `(B, C, height, width)` in [0, 1], fewer where there are
-    no more, and their labels `(B,)`.
+def some_images(split: data.Dataset, count: int) -> tuple[Tensor, Tensor]:
+    """`count` images of a split, as `Dataset.spread` has them, `(B, C, height, width)` in [0, 1],
+    fewer where there are no more, and their labels `(B,)`.
     """
-    pixels, labels = data.take(split, torch.arange(min(count, len(split.labels))))
+    pixels, labels = data.take(split, torch.from_numpy(split.spread(count)))
     return data.as_float(pixels), labels
 
 
@@ -232,11 +232,11 @@ class Context:
     def images(
         self, config: Config, count: int, split: data.Dataset | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The first `count` images of a split, by default of validation, as the model evaluates
-        them, and their labels: the same for all operators, fewer where there are no more.
+        """`count` images of a split (`some_images`), by default of validation, as the model
+        evaluates them, and their labels: the same for all operators, fewer where there are no more.
         """
         split = self.splits.val if split is None else split
-        pixels, labels = first_images(split, count)
+        pixels, labels = some_images(split, count)
         return train.prepare(pixels, split, config), labels
 
     def available(self, count: int) -> int:
@@ -282,8 +282,8 @@ class Context:
         return max(4, min(64, 2**22 // most))
 
     def look(self, result: Result, count: int | None = None) -> Look:
-        """The first member of `result` on the first `count` validation images, `few` where it is
-        not said, computed once a page.
+        """The first member of `result` on `count` validation images (`some_images`), `few` where it
+        is not said, computed once a page.
         """
         config = result.configs[0]
         model = self.model(config)
@@ -292,7 +292,7 @@ class Context:
         key = f"look {result.name} {count}"
         if key in self.memory:
             return self.memory[key]
-        pixels, _ = first_images(self.splits.val, count)
+        pixels, _ = some_images(self.splits.val, count)
         pixels = augment.center_crop(pixels, c.image_size, config.eval_crop)
         with torch.no_grad():
             aux = model.intermediates(result.params[0], self.images(config, count)[0])
@@ -400,6 +400,9 @@ def fingerprint(splits: Splits) -> str:
         digest.update(one.labels.tobytes())
         few = one.images[: max(1, 2**24 // max(1, one.images[:1].nbytes))]
         digest.update(np.asarray(few).tobytes())  # those that stream are decoded
+        index = one.spread(64)
+        if index[-1] >= len(index):  # others than the first are looked at
+            digest.update(index.tobytes())
     return digest.hexdigest()[:8]
 
 

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
@@ -192,16 +191,12 @@ def _limited(val: data.Dataset, count: int) -> data.Dataset:
             f"`val_limit` needs at most the {whole} validation images, got {count}. Leave it out "
             "to use them all."
         )
-    index = np.arange(count)
-    if (np.diff(val.labels) >= 0).all():
-        # the first ones would be of the first classes
-        index = (2 * index + 1) * whole // (2 * count)
-    return val.part(index)
+    return val.part(val.spread(count))
 
 
 def loader(val_limit: int | None = None) -> Callable[[Config], Splits]:
-    """Loads training and validation data of configs, each once; `val_limit` images to validate: the
-    first, or where they lie class by class evenly from all of them.
+    """Loads training and validation data of configs, each once; `val_limit` images to validate, as
+    `Dataset.spread` has them.
     """
 
     @functools.lru_cache
