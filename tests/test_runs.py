@@ -267,6 +267,16 @@ def test_a_run_inside_a_run_is_refused(home, capsys):
     assert not (home / "0" / "deeper").exists()
 
 
+@pytest.mark.parametrize("text", ['{"name": "my app"}', "[]", "// of another program"])
+def test_a_config_of_another_program_above_a_run_is_none_of_ours(text, capsys, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    assert call(capsys, "train", *FLAGS, "--out", tmp_path / "run")[0] == 0
+    # nor does damage to a run make room for one inside of it
+    (tmp_path / "run" / "config.json").write_text(text[:-1] + "!")
+    code, _, error = call(capsys, "train", *FLAGS, "--out", tmp_path / "run" / "deeper")
+    assert code == 2 and "inside the run" in error
+
+
 def test_default_directories_differ_wherever_the_commands_do(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # a list is given once: FLAGS end with the operator
