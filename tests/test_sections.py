@@ -10,10 +10,12 @@ from torch.testing import assert_close
 from kart import data, models, train, tree
 from kart.analysis import (
     attention,
+    bench,
     cost,
     curvature,
     functions,
     landscape,
+    mechanism,
     report,
     scenes,
     scores,
@@ -419,6 +421,22 @@ def test_attention_without_pictures(results):
     assert "scaled to its own maximum" not in page and page.count("<svg") == 1  # of the curves
 
 
+def test_captions_count_the_images_that_there_are(results):
+    few = train.Splits(SPLITS.train.part(slice(40)), SPLITS.val.part(slice(3)))
+    own = {"examples": 16, "retrain": 0}
+    page = " ".join(spectra.section(section.Context(results, few, name="spectra", **own)).blocks)
+    assert "over heads and 3 validation images" in page
+    found = mechanism.section(section.Context(results, few, name="mechanism", **own))
+    page = " ".join(found.blocks)
+    for words in (
+        "on 3 validation images",
+        "of 40 training images, by least squares",
+        "over 40 training images",
+        "over 3 validation images",
+    ):
+        assert words in page, words
+
+
 def test_no_interval_of_a_rank_goes_beyond_the_keys(results):
     found = spectra.section(context(results, spectra.ANALYSIS))
     bounds = [one for one in found.numbers if one.high is not None]
@@ -437,6 +455,19 @@ def test_cost_is_measured_beside_softmax_even_where_it_is_not_among_the_runs(res
     (product,) = numbers(found, "G2B", "hvp_over_gradient").values()
     assert product > 1  # it has a gradient inside
     assert "softmax" in found.blocks[0]
+
+
+def test_cost_is_measured_with_one_thread_whatever_torch_has(results, monkeypatch):
+    threads, interleave = [], bench.interleave
+
+    def spy(*args):
+        threads.append(torch.get_num_threads())
+        return interleave(*args)
+
+    monkeypatch.setattr(bench, "interleave", spy)
+    torch.set_num_threads(2)
+    cost.section(context(results[1:], cost.ANALYSIS))
+    assert set(threads) == {1} and torch.get_num_threads() == 2
 
 
 def test_cost_is_that_of_the_cpu_where_a_run_was_trained_on_another_device(results):

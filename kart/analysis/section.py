@@ -239,9 +239,11 @@ class Context:
         pixels, labels = some_images(split, count)
         return train.prepare(pixels, split, config), labels
 
-    def available(self, count: int) -> int:
-        """How many validation images `images` gives where `count` are asked for."""
-        return min(count, len(self.splits.val.labels))
+    def available(self, count: int, split: data.Dataset | None = None) -> int:
+        """How many images of a split, by default of validation, `images` gives where `count` are
+        asked for.
+        """
+        return min(count, len((self.splits.val if split is None else split).labels))
 
     def losses(self, model: Model) -> Callable[..., Tensor]:
         """The loss of each example, `(params, images, labels) -> (n,)`, in nats."""
