@@ -937,6 +937,9 @@ def test_several_objectives_have_a_front_in_the_report(asked, tmp_path):
                 # the lowest of those that the arms search
                 ("--set learning_rate=0.0005", "got 'learning_rate'"),
                 ("--set ema_warmup=false", "`--set ema_warmup` has no effect without"),
+                ("--set eval_crop=0.99", "`--set eval_crop` has no effect on images of 8 pixels"),
+                ("--set warmup_epochs=0.01", "`--set warmup_epochs` has no effect in a run of 2"),
+                ("--seeds 2 --group 3", "`--group` needs at most the 2 seeds of a trial, got 3"),
                 ("--pruner asha", "no effect on runs of one epoch"),
                 ("--storage-timeout 3", "`--storage-timeout` needs `--storage`"),
             )

@@ -225,10 +225,14 @@ def check_effects(
 
 
 def check_effects_on(
-    given: Collection[str], config: Config, image_size: int, steps_per_epoch: int
+    given: Collection[str],
+    config: Config,
+    image_size: int,
+    steps_per_epoch: int,
+    asked: Callable[[str], str] = flag,
 ) -> None:
-    """Refuses fields that were `given` and change nothing in a run of images and steps like these,
-    where rounding leaves nothing of them.
+    """Refuses fields that were `given`, as `asked` names them, and change nothing in a run of
+    images and steps like these, where rounding leaves nothing of them.
     """
     total = config.epochs * steps_per_epoch
     warmup = train.warmup_steps(config, steps_per_epoch)
@@ -251,7 +255,7 @@ def check_effects_on(
     }
     for name, (is_idle, why) in idle.items():
         if name in given and is_idle:
-            raise ValueError(f"`{flag(name)}` has no effect {why}.")
+            raise ValueError(f"`{asked(name)}` has no effect {why}.")
 
 
 def check_device(name: str | None) -> None:
