@@ -307,6 +307,8 @@ def test_seeds_one_by_one_go_into_directories_of_their_own(capsys, tmp_path):
         (["train", "--seeds", "1", "1"], "different seeds"),
         (["train", "--seeds", "0", "--seeds", "1"], "`--seeds` is there 2 times"),
         (["train", "--seeds=0", "--seeds=1"], "`--seeds` is there 2 times"),
+        (["train", "--freeze", "blocks", "--freeze=head"], "`--freeze` is there 2 times"),
+        (["analyse", "run", *("--sections", "cost") * 2], "`--sections` is there 2 times"),
         (["train", "--operator", "G3B", "--operator", "softmax"], "`--operator` is there 2 times"),
         (["train", "--no-ema-warmup"], "no effect without `--ema`"),
         (["train", "--sharing", "universal"], "no effect without an operator that learns"),

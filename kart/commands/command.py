@@ -90,7 +90,8 @@ class Parser(argparse.ArgumentParser):
         before = argv[: argv.index("--")] if "--" in argv else argv
         names = [word.partition("=")[0] for word in before]
         for flag, action in self._option_string_actions.items():
-            if action.nargs in ("+", "*") and names.count(flag) > 1:
+            several = action.nargs in ("+", "*") or action.type is commas
+            if several and names.count(flag) > 1:
                 self.error(f"`{flag}` is there {names.count(flag)} times: give all values to one")
 
     def error(self, message: str) -> NoReturn:
@@ -135,6 +136,11 @@ def choice(asked: str, value: str, allowed: Sequence[str]) -> str:
         return value
     near = schema.near_matches(value, allowed)
     raise ValueError(f"`{asked}` needs one of {', '.join(allowed)}, got {value!r}.{near}")
+
+
+def commas(text: str) -> tuple[str, ...]:
+    """The type of a flag that takes several words, separated by commas."""
+    return tuple(text.split(","))
 
 
 def place(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from kart.commands.command import Command, choice, integer, number, place
+from kart.commands.command import Command, choice, commas, integer, number, place
 from kart.commands.config import THREADS, check_device, check_effects, check_effects_on, flag
 
 if TYPE_CHECKING:
@@ -143,7 +143,13 @@ def _study_flags(parser: argparse.ArgumentParser) -> None:
         "--sampler-seed", type=count, default=0, metavar="INT", help="seed of the search (0)"
     )
     group.add_argument("--pruner", help=PRUNERS_HELP)
-    group.add_argument("--objectives", default="accuracy", help=OBJECTIVES_HELP)
+    group.add_argument(
+        "--objectives",
+        type=commas,
+        metavar="NAMES",
+        default=("accuracy",),
+        help=OBJECTIVES_HELP,
+    )
     for name, unit in LIMITS_HELP.items():
         short = {"parameters": "params"}.get(name, name)
         group.add_argument(
@@ -306,7 +312,7 @@ def _asked(args: argparse.Namespace, study: "Study") -> tuple["Study", dict[str,
                 f"`--{field}` needs at least {least}, got {getattr(study, field)}."
                 + (f" There are {len(study.arms)} arms." if field == "trials" else "")
             )
-    objectives = [choice("--objectives", n, list(OBJECTIVES)) for n in args.objectives.split(",")]
+    objectives = [choice("--objectives", n, list(OBJECTIVES)) for n in args.objectives]
     check_objectives(objectives)
     if len(objectives) > 1:
         if args.pruner not in (None, "none"):
