@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from kart import cli, export, models, runs, train, transfer, tree
 from kart.analysis import cost
+from kart.runs import donors
 from kart.train import Config
 from tests.tiny import CONVIT
 
@@ -331,6 +332,24 @@ def test_a_student_is_analysed_and_exported_where_it_can_be(
         command = ["export", str(tmp_path / "run"), "--out", str(path), "--format", form]
         assert cli.main(command) == 2 and not path.exists()
         assert f"attention of its own for {form}" in capsys.readouterr().err
+
+
+def test_a_donor_is_read_once(donor_run, splits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "load_data", lambda config, **options: splits)
+    seen, read = [], donors.read
+
+    def spy(*args):
+        seen.append(args)
+        return read(*args)
+
+    monkeypatch.setattr(donors, "read", spy)
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SHAPE.items()]
+    argv = ["train", "--epochs", "1", "--batch-size", "8", "--quiet", *sizes]
+    argv += ["--out", str(tmp_path / "run"), "--from"]
+    assert cli.main([*argv, str(tmp_path / "nowhere")]) == 2
+    assert not (tmp_path / "run").exists() and len(seen) == 1
+    assert cli.main([*argv, str(donor_run)]) == 0
+    assert len(seen) == 2 and "began with" in capsys.readouterr().out
 
 
 def test_the_parameters_of_a_student_are_its_own(

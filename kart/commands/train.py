@@ -97,9 +97,10 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
         members = population.seeds(config, seeds)
         for _, directory in runs.parts(members, 1, home):
             runs.check_place(directory)
-        # a run that was begun needs its donor no more
+        # a run that was begun needs its donor no more, and the one that begins first looks itself
         if ranks.rank == 0 and not any(home.glob("**/last.safetensors")):
-            donors.check(members, splits)
+            alone = home == homes[0] and ranks.size == 1
+            donors.check(members[1:] if alone else members, splits)
     if ranks.size > 1:
         described = [runs.describe([config], splits)["run"] for config in named]
         distributed.check_same(ranks, "data and configuration", " ".join(described))
