@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from kart import cli, export, models, runs, train, transfer, tree
-from kart.analysis import cost
+from kart.analysis import cost, curvature, landscape, section, weights
 from kart.runs import donors
 from kart.train import Config
 from tests.tiny import CONVIT
@@ -393,6 +393,25 @@ def test_a_run_whose_donor_is_another_by_now_is_refused(
     for name in ("last", "best"):
         (place / f"{name}.safetensors").unlink()
     assert len(list(runs.execute(part, [config], splits))) == 2
+
+
+def test_measures_of_a_students_weights_are_of_its_own(teacher_run, splits, tmp_path):
+    config = change(operator="G2B", attention_from=str(teacher_run), ema=0.0, trajectory=3)
+    list(runs.execute(tmp_path / "run", [config], splits))
+    own = {"examples": 8, "points": 11}
+    found = section.Context(runs.compare(str(tmp_path / "run")), splits, **own)
+    (member,) = found.members()
+    count = cost.parameters(found.model(config)).total
+    assert tree.size(section.own_params(member.params)) == count < tree.size(member.params)
+    names = set(weights.measure(found, member))
+    assert "all|end|rms" in names and not any(name.startswith("coefs") for name in names)
+    summed = weights.summary(tree.ravel(section.own_params(member.params))[None])
+    assert_close(weights.measure(found, member)["all|end|rms"], summed.rms[0])
+    curved = curvature.measure(found, member)
+    assert "operator_top" not in curved
+    assert_close(curved["mean"], curved["trace"] / count)
+    # in the random plane the teacher stays
+    assert landscape.measure(found, member)["random_surface"].isfinite().all()
 
 
 def test_a_student_needs_its_teacher_once(teacher_run, splits, tmp_path):

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from kart import augment, checkpoint, data, pages, statistics, train, tree
+from kart import augment, checkpoint, data, pages, statistics, train, transfer, tree
 from kart.models import Model, Site
 from kart.train import Config, Params, Record, Splits
 
@@ -147,6 +147,11 @@ class Look(NamedTuple):
         return samples(self.model.sites[block], self.aux[f"blocks.{block}.{kind}"])
 
 
+def own_params(params: Params) -> Params:
+    """The parameters of a model that are its own: all but a teacher's, which are held."""
+    return {name: node for name, node in params.items() if name != transfer.TEACHER}
+
+
 def samples(site: Site, tensor: Tensor) -> Tensor:
     """Scores or weights of the block at `site`, `(..., H, N, M)`, or values, as those of one batch
     `(B, H, N, M)`.
@@ -245,13 +250,16 @@ class Context:
         """
         return min(count, len((self.splits.val if split is None else split).labels))
 
-    def losses(self, model: Model) -> Callable[..., Tensor]:
-        """The loss of each example, `(params, images, labels) -> (n,)`, in nats."""
+    def losses(self, model: Model, beside: Params | None = None) -> Callable[..., Tensor]:
+        """The loss of each example, `(params, images, labels) -> (n,)`, in nats; `beside` has the
+        parameters that those of `own_params` lack.
+        """
         # rows of it, since `one_hot` reads values, which `vmap` refuses
         targets = torch.eye(len(self.splits.train.classes))
 
         def losses(params: Params, images: Tensor, labels: Tensor) -> Tensor:
-            return train.cross_entropy(model.apply(params, images), targets[labels])
+            whole = {**(beside or {}), **params}
+            return train.cross_entropy(model.apply(whole, images), targets[labels])
 
         return losses
 
