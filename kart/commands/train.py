@@ -70,7 +70,8 @@ def _flags(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=integer(0, 256),
         metavar="INT",
-        help="processes that decode images that stream (the cores but one): no batch depends on it",
+        help="processes that decode images that stream (the cores but one), shared by seeds that "
+        "train together: no batch depends on it",
     )
     add_config_flags(parser)
 
