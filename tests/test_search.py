@@ -251,6 +251,23 @@ def test_a_repeat_trains_further_seeds_and_pools_them(splits):
     assert len(best) == 1 and len(best[0].scores) == 4
 
 
+def test_a_repeat_does_not_train_a_seed_that_diverged_again(splits, monkeypatch):
+    def without_the_last(configs, *args):
+        *fine, last = train_members(configs, *args)
+        return [*fine, last._replace(diverged=2)]
+
+    study = optuna.create_study(direction="maximize")
+    for _ in range(2):
+        study.enqueue_trial({"learning_rate": 5e-3})
+    call = objective(learning_rate_only, splits, seeds=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "train_members", without_the_last)
+        study.optimize(call, n_trials=1)
+    study.optimize(call, n_trials=1)
+    assert [list(one.user_attrs["scores"]) for one in study.trials] == [["0"], ["2", "3"]]
+    assert study.trials[0].user_attrs["spent"]["diverged"] == {"1": 2}
+
+
 def test_trials_that_train_a_configuration_at_once_have_seeds_of_their_own(splits, monkeypatch):
     both = threading.Barrier(2, timeout=60)
 

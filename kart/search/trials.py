@@ -165,12 +165,14 @@ def scores_of(trials: Iterable[FrozenTrial], name: str) -> dict[int, float]:
     return found
 
 
-def _running(trials: Iterable[FrozenTrial], own: optuna.Trial, name: str) -> set[int]:
-    """The seeds with which trials other than `own` train the configuration named `name` now."""
+def _taken(trials: Iterable[FrozenTrial], own: optuna.Trial, name: str) -> set[int]:
+    """The seeds with which trials other than `own` train the configuration named `name`, or have
+    trained it, those that diverged too.
+    """
     return {
         seed
         for trial in trials
-        if trial.state == TrialState.RUNNING and trial.number != own.number
+        if trial.state in (TrialState.RUNNING, TrialState.COMPLETE) and trial.number != own.number
         if trial.user_attrs.get("key") == name
         for seed in trial.user_attrs.get("seeds", ())
     }
@@ -312,7 +314,7 @@ def evaluation(
         with claims:
             others = trial.study.get_trials(deepcopy=False)
             earlier = scores_of(others, name)
-            first = max({*earlier, *_running(others, trial, name)}, default=chosen.seed - 1) + 1
+            first = max({*earlier, *_taken(others, trial, name)}, default=chosen.seed - 1) + 1
             own = range(first, first + seeds)
             trial.set_user_attr("seeds", list(own))
         return Task(trial, population.seeds(here, own), earlier, cost)
