@@ -812,6 +812,14 @@ def test_other_data_are_refused_by_a_worker_and_for_the_winners(tmp_path, monkey
     assert all(map(work.confirmed, opened(tmp_path / "out").values()))
 
 
+def test_the_command_for_workers_can_be_pasted(asked, tmp_path, capsys):
+    path, argv = asked
+    out = str(tmp_path / "my runs $1")
+    assert kart_study(["init", str(path), "--out", out, *argv[4:]]) == 0
+    told = capsys.readouterr().out.partition("start workers with: ")[2]
+    assert shlex.split(told) == ["kart", "study", "work", str(path), "--out", out]
+
+
 def test_an_answer_that_fails_is_named_and_what_was_confirmed_is_kept(asked, tmp_path, capsys):
     path, argv = asked
     path.write_text(path.read_text().replace("confirm=2", "confirm=1, answer=lambda found: 1 / 0"))

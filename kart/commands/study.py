@@ -514,10 +514,11 @@ def _init(args: argparse.Namespace) -> int:
     opened = _set_up(args)
     settings = opened.settings
     opened.database.engine.dispose()  # its files are whole when this returns
-    home = f"--storage {opened.where.name}" if args.storage else f"--out {args.out}"
+    home = ["--storage", opened.where.name] if args.storage else ["--out", args.out]
+    command = shlex.join(["kart", "study", "work", args.study, *home])
     print(
         f"{settings.study}: {len(settings.spaces)} arms ({', '.join(settings.spaces)}), "
-        f"{settings.per_arm} trials each; start workers with: kart study work {args.study} {home}"
+        f"{settings.per_arm} trials each; start workers with: {command}"
     )
     return 0
 
