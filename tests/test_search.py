@@ -269,19 +269,30 @@ def test_a_repeat_does_not_train_a_seed_that_diverged_again(splits, monkeypatch)
 
 
 def test_trials_that_train_a_configuration_at_once_have_seeds_of_their_own(splits, monkeypatch):
-    both = threading.Barrier(2, timeout=60)
+    both, train_both = (threading.Barrier(2, timeout=60) for _ in range(2))
+    get_trials, looked = optuna.Study.get_trials, set()
+
+    def slow(study, *args, **options):
+        found = get_trials(study, *args, **options)
+        if threading.get_ident() not in looked:
+            looked.add(threading.get_ident())
+            both.wait()  # neither has chosen when the other looks
+        return found
 
     def spy(*args):
-        both.wait()  # both trials run by now
+        train_both.wait()  # both trials run by now
         return train_members(*args)
 
     monkeypatch.setattr(trials, "train_members", spy)
-    study = optuna.create_study(direction="maximize")
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
     for _ in range(2):
         study.enqueue_trial({"learning_rate": 5e-3})
-    study.optimize(objective(learning_rate_only, splits, seeds=2), n_trials=2, n_jobs=2)
-    seeds = [sorted(trial.user_attrs["scores"]) for trial in study.trials]
-    assert sorted(seeds) == [["0", "1"], ["2", "3"]]
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "get_trials", slow)
+        study.optimize(objective(learning_rate_only, splits, seeds=2), n_trials=2, n_jobs=2)
+    seeds = [{int(seed) for seed in trial.user_attrs["scores"]} for trial in study.trials]
+    assert len(looked) == 2 and not seeds[0] & seeds[1]
     assert len(work.candidates(study)[0].scores) == 4
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -165,17 +164,30 @@ def scores_of(trials: Iterable[FrozenTrial], name: str) -> dict[int, float]:
     return found
 
 
-def _taken(trials: Iterable[FrozenTrial], own: optuna.Trial, name: str) -> set[int]:
-    """The seeds with which trials other than `own` train the configuration named `name`, or have
-    trained it, those that diverged too.
+def _claim(
+    trial: optuna.Trial, name: str, least: int, count: int
+) -> tuple[range, dict[int, float]]:
+    """`count` seeds from `least` on for `trial`, noted in it, that no other trial of the
+    configuration `name` has trained or trains now; and the scores of those that are complete.
+
+    Others may choose at the same time, in other processes: so each looks again once its own seeds
+    can be seen, and where they clash those of the later trial come behind those of the earlier.
     """
-    return {
-        seed
-        for trial in trials
-        if trial.state in (TrialState.RUNNING, TrialState.COMPLETE) and trial.number != own.number
-        if trial.user_attrs.get("key") == name
-        for seed in trial.user_attrs.get("seeds", ())
-    }
+    own = range(0)
+    while True:
+        every = trial.study.get_trials(deepcopy=False)
+        earlier, taken = scores_of(every, name), dict[int, list[int]]()
+        for other in every:
+            alive = other.state in (TrialState.RUNNING, TrialState.COMPLETE)
+            if alive and other.number != trial.number and other.user_attrs.get("key") == name:
+                taken[other.number] = other.user_attrs.get("seeds", [])
+        clashes = [number for number, seeds in taken.items() if set(own) & set(seeds)]
+        if own and not clashes:
+            return own, earlier
+        before = sum(number < trial.number for number in clashes)
+        first = 1 + max({least - 1, *earlier}.union(*taken.values())) + before * count
+        own = range(first, first + count)
+        trial.set_user_attr("seeds", list(own))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -279,7 +291,6 @@ def evaluation(
             "what has none."
         )
     several = len(objectives) > 1
-    claims = threading.Lock()  # several threads may prepare trials at once
 
     def prepare(trial: optuna.Trial) -> Task | Outcome:
         try:
@@ -311,12 +322,7 @@ def evaluation(
                 over.append(f"{limited} {cost[limited]:,.0f} > {limit:,.0f}")
         if over:
             return Outcome(None, "over the limit: " + ", ".join(over))
-        with claims:
-            others = trial.study.get_trials(deepcopy=False)
-            earlier = scores_of(others, name)
-            first = max({*earlier, *_taken(others, trial, name)}, default=chosen.seed - 1) + 1
-            own = range(first, first + seeds)
-            trial.set_user_attr("seeds", list(own))
+        own, earlier = _claim(trial, name, chosen.seed, seeds)
         return Task(trial, population.seeds(here, own), earlier, cost)
 
     def run(tasks: list[Task]) -> list[Outcome]:
