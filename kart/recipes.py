@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kart import schema
-from kart.train import Config
+from kart.train import Config, default_patch_size
 
 # Table 5 of the paper; the batch is its CIFAR's, ImageNet takes 128. Its label smoothing of 0.1 is
 # in the pipeline, since it comes before mixup
@@ -63,12 +63,15 @@ def fields(name: str) -> dict[str, Any]:
 
 def config(name: str, **given: Any) -> Config:
     """The Config of the recipe `name`, with `given` fields over it. Its own warm-up is half of
-    `epochs` at most.
+    `epochs` at most, its own patches those of a Swin, which halves their grid, where that is the
+    model.
 
     >>> config("paper", operator="G3B", epochs=300).epochs
     300
     >>> config("paper", operator="G3B", epochs=1).warmup_epochs
     0.5
+    >>> config("paper", model="vit_tiny").patch_size, config("paper", model="swin_tiny").patch_size
+    (16, 4)
     """
     known = {field.name for field in dataclasses.fields(Config)} - {"recipe"}
     unknown = sorted(set(given) - known)
@@ -78,6 +81,9 @@ def config(name: str, **given: Any) -> Config:
     values = {**fields(name), **given, "recipe": name}
     if "warmup_epochs" not in given and isinstance(values["epochs"], int):
         values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 2)
+    if "patch_size" not in given:
+        most = default_patch_size(224, values.get("model", Config.model))
+        values["patch_size"] = min(values["patch_size"], most)
     return Config(**values)
 
 

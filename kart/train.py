@@ -241,6 +241,28 @@ OPERATOR_FIELDS = ("sharing", "rank", "project", "base")
 MODEL_FIELDS = (*OPERATOR_FIELDS, *("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio"))
 
 
+def check_sizes(model: str, given: Mapping[str, Any]) -> None:
+    """Raises ValueError for fields of Config that models called `model` do not have, or have one of
+    a stage, and for a `depth` that leaves no block behind a ConViT's gated ones.
+    """
+    for family in models.FAMILIES.values():
+        if model not in family.sizes:
+            continue
+        hints = typing.get_type_hints(family.config)
+        for name, value in given.items():
+            if name not in hints or not schema.fits(value, hints[name]):
+                raise ValueError(
+                    f"`build` needs fields of which {model!r} has one, got {name!r}, {value!r}. "
+                    "Leave it out, or choose another model."
+                )
+        gated = family.sizes[model].get("gated_blocks", 0)
+        if given.get("depth", gated + 1) <= gated:
+            raise ValueError(
+                f"`build` needs `depth` > {gated} for {model!r}, whose first {gated} blocks are "
+                f"gated and whose class token enters behind them, got {given['depth']}. Change it."
+            )
+
+
 def build(config: Config, dataset: Dataset) -> Model:
     """The model of `config` for the images and classes of `dataset`.
 
@@ -250,8 +272,9 @@ def build(config: Config, dataset: Dataset) -> Model:
     dataset.check()
     given = {name: getattr(config, name) for name in MODEL_FIELDS}
     given = {name: value for name, value in given.items() if value is not None}
-    if config.recompute:  # models without it name it as no field of theirs
+    if config.recompute:
         given["recompute"] = True
+    check_sizes(config.model, given)
     height, width = dataset.images.shape[-2:]
     if height != width:
         raise ValueError(

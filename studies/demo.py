@@ -155,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     one = argparse.ArgumentParser("studies.demo", description=__doc__, formatter_class=raw)
     one.add_argument("--out", default="report.html", help="the page to write (report.html)")
     one.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds (0 1 2)")
-    one.add_argument("--epochs", type=int, default=RECIPE.epochs, help=f"({RECIPE.epochs})")
+    one.add_argument("--epochs", type=int, help=f"({RECIPE.epochs})")
     one.add_argument("--processes", type=int, choices=[1, len(OPERATORS)],
                      default=len(OPERATORS) if (os.cpu_count() or 1) > 1 else 1,
                      help="operators trained at a time; the result is the same")  # fmt: skip
@@ -170,8 +170,14 @@ def _run(args: argparse.Namespace, command: str) -> None:
         raise ValueError(
             f"`--out` needs a file in a directory that exists, got {args.out!r}. Make it first."
         )
+    if args.quick and args.epochs is not None:
+        raise ValueError(
+            f"`--epochs` has no effect with `--quick`, which is of one, got {args.epochs}. Leave "
+            "one of them out."
+        )
     torch.set_num_threads(1)
-    changes = {"epochs": 1, "train_limit": 128} if args.quick else {"epochs": args.epochs}
+    epochs = RECIPE.epochs if args.epochs is None else args.epochs
+    changes = {"epochs": 1, "train_limit": 128} if args.quick else {"epochs": epochs}
     recipe = dataclasses.replace(RECIPE, **changes)
     plans = [
         population.seeds(dataclasses.replace(recipe, operator=operator), args.seeds)

@@ -11,6 +11,7 @@ over 64 images, and 1.15 GB at a batch of 4.
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         losses.append(float(metrics.loss))
         seconds.append(time.process_time() - began)
         if bool(state.bad_step >= 0):
-            raise run.diagnose(state, 0)
+            sys.exit(f"full_rank: {run.diagnose(state, 0)}")
         if (step + 1) % max(1, args.steps // 10) == 0:
             recent = statistics.fmean(losses[-max(1, args.steps // 10) :])
             peak = bench.resident_mib(peak=True)

@@ -247,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=number(0), default=9.0, help="of a slice (default 9)")
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR")
     args, rest = parser.parse_known_args(argv)
+    if args.row is None and rest:
+        parser.error(f"{shlex.join(rest)} has no effect without a row to train: leave it out")
     if args.list:
         for name, row in rows(args.scale).items():
             command = f"kart {shlex.join(flags(row, args.scale, args.out))}"

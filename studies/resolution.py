@@ -47,7 +47,7 @@ def measure(
             place = owned.place(str(home), own.data, member.data, source)
             config = dataclasses.replace(member, data=place)
             test = owned.load_split(str(home), own.data, config, "test")
-            test = test._replace(images=test.images[:limit], labels=test.labels[:limit])
+            test = test if limit is None else test.part(test.spread(limit))
             count = len(test.labels)
             model = train.build(config, test)
             own_size = model.config.image_size
@@ -89,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", help="directories that `kart train` wrote")
     parser.add_argument("--sizes", nargs="+", type=integer(1), default=[48, 64], metavar="PX")
     parser.add_argument("--data", help="where the data is now, if it has moved")
-    parser.add_argument("--limit", type=integer(1), metavar="N", help="the first N test images")
+    parser.add_argument(
+        "--limit", type=integer(1), metavar="N", help="N test images, of all classes"
+    )
     args = parser.parse_args(argv)
     try:
         found, own, images = measure(args.runs, args.sizes, args.data, args.limit)

@@ -166,6 +166,18 @@ def test_curves_of_a_model_that_sees_one_half():
     assert min(ax.get_window_extent().width for ax in long.axes) > 200
 
 
+def test_bands_of_curves_are_standard_errors_over_images_and_one_image_has_none():
+    shares, values = torch.tensor([0.0, 1.0]).double(), torch.tensor([[0.2, 0.1], [0.6, 0.1]])
+    two = attention.Curve(shares, values.double(), torch.zeros(2))
+    ax = attention.plot_curves({"a": two}, {"a": two}).axes[0]
+    (band,) = ax.collections
+    ends = band.get_paths()[0].vertices
+    start = sorted(y for x, y in ends if x == 0)
+    assert start[0] == pytest.approx(0.2) and start[-1] == pytest.approx(0.6)
+    one = attention.Curve(shares, two.values[:1], two.area[:1])
+    assert not attention.plot_curves({"a": one}, {"a": one}).axes[0].collections
+
+
 def test_shares_are_those_of_the_patches_taken():
     """Nine patches in four steps are 2, 4, 7 and 9 of them."""
     images, maps = torch.ones(1, 1, 3, 3), torch.rand(1, 3, 3, generator=seeded())

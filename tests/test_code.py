@@ -112,6 +112,17 @@ def test_what_is_wrong_with_it_is_one_line(spec, words, own):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("folder", ["p+q", "p*q", "p|q", "p:q", "p\u00e9"])
+def test_a_path_that_no_spec_can_hold_is_said(folder, own):
+    (own / folder).mkdir()
+    (own / "waves.py").rename(own / folder / "waves.py")
+    spec = f"{folder}/waves.py:sinc-B"
+    with pytest.raises(ValueError, match="name waves.py from within its folder"):
+        models.create("vit_nano", spec, depth=3, image_size=8, patch_size=4)
+    with pytest.raises(ValueError, match="there is no operator 'p'. Near"):
+        operators.parse("p+nowhere.py:sinc-B")
+
+
 def test_a_run_of_it_trains_and_is_read_only_where_its_code_is_named(own, capsys):
     argv = ["train", "--operator", "softmax", "waves.py:sinc-B:rank=2", *TINY, "--out", "runs"]
     assert cli.main(argv) == 0

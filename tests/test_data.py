@@ -452,6 +452,24 @@ def test_a_data_set_of_arrays_of_ones_own_is_checked(change, words):
         train.evaluate(lambda params, images: images.mean((2, 3)), {}, wrong, config)
 
 
+@pytest.mark.parametrize(
+    ("labels", "count", "wanted"),
+    [
+        ([0, 1, 0, 1, 2, 0], 3, [0, 1, 2]),
+        ([0, 0, 1, 1, 2, 2], 3, [1, 3, 5]),
+        ([2, 2, 0, 0, 1, 1], 3, [1, 3, 5]),
+        ([0, 0, 1, 1, 2, 2], 6, [0, 1, 2, 3, 4, 5]),
+        ([0, 0, 1, 1, 2, 2], 99, [0, 1, 2, 3, 4, 5]),
+        ([0, 0, 1, 1], 0, []),
+        ([], 3, []),
+    ],
+)
+def test_some_images_are_of_all_classes_where_they_lie_class_by_class(labels, count, wanted):
+    labels = np.array(labels, np.int64)
+    own = data.load("digits", "val")._replace(labels=labels)
+    assert own.spread(count).tolist() == wanted
+
+
 def test_no_image_has_no_score():
     none = data.load("digits", "val")
     none = none._replace(images=none.images[:0], labels=none.labels[:0])

@@ -299,6 +299,8 @@ def test_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="writable `cache` directory, got .*KART_CACHE"):
         data.load(root, cache=tmp_path / "file" / "cache")
+    with pytest.raises(ValueError, match="got '~nobody.* home directory. Make .*KART_CACHE"):
+        data.load(root, cache="~nobody-of-this-name/kart")
 
 
 def test_disk_that_fills_up(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ folders, parquet files and public names.
 """
 
 import io
+import itertools
 import multiprocessing
 import os
 import signal
@@ -23,7 +24,7 @@ from torch.testing import assert_close
 
 from kart import augment, cli, data, train
 from kart.analysis import section
-from kart.data import images
+from kart.data import images, reading
 from studies import loader
 
 SYNSETS = ("n01440764", "n01443537", "n02102040")
@@ -435,6 +436,27 @@ def test_a_reader_in_a_worker_of_somebodys_own_loader_reads_alone(folder, monkey
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
     for step in range(3):
         assert all(map(torch.equal, read.at(0, step), plain.at(0, step)))
+
+
+def test_seeds_that_train_together_share_the_workers(folder, monkeypatch):
+    begun = []
+
+    def spy(drawn, workers, seed, step):
+        begun.append((seed, workers))
+        return (drawn[seed, at] for at in itertools.count(step))
+
+    monkeypatch.setattr(reading, "_ahead", spy)
+    read = data.reader(loaded(folder, workers=7), 8)
+    plain = data.reader(loaded(folder), 8)
+    for step in range(3):
+        for seed in (0, 1, 2):
+            for mine, alone in zip(read.at(seed, step), plain.at(seed, step), strict=True):
+                assert torch.equal(mine, alone)
+    assert begun == [(0, 2), (1, 2), (2, 2)]
+    alone = data.reader(loaded(folder, workers=7), 8)
+    for step in range(3):
+        alone.at(5, step)
+    assert begun[3:] == [(5, 7)]
 
 
 def test_the_command_line_chooses_the_workers(folder, monkeypatch, capsys):

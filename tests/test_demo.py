@@ -77,6 +77,7 @@ def test_processes_change_nothing(capsys, tmp_path):
         (["--out", "no/such/folder/r.html"], "directory that exists"),
         (["--out", "."], "directory that exists"),
         (["--epochs", "0"], "`epochs`"),
+        (["--quick", "--epochs", "3"], "`--epochs` has no effect with `--quick`"),
         (["--seeds", "1", "1"], "different seeds"),
     ],
 )

@@ -162,6 +162,22 @@ def test_a_journal_cut_by_a_kill_is_read(tmp_path):
     assert sorted(journal.read(tmp_path)) == [("a", 1)]
 
 
+def test_retries_are_those_of_the_numbers_that_trials_have_when_rebuilt(tmp_path):
+    study = optuna.create_study(direction="maximize")
+    for _ in range(3):
+        study.ask()  # 0 and 1 are never finished
+    study.tell(2, state=optuna.trial.TrialState.FAIL)
+    storage.retry(None)(study, study.trials[2])
+    study.tell(study.ask(), 0.5)
+    assert [storage.original(trial) for trial in study.trials] == [0, 1, 2, 2]
+    journal.append(tmp_path, {"a": study})
+    new = optuna.create_study(direction="maximize")
+    journal.restore(tmp_path, {"a": new}, None)
+    assert [trial.state.name for trial in new.trials] == ["FAIL", "COMPLETE"]
+    assert [storage.original(trial) for trial in new.trials] == [0, 0]
+    assert [one["number"] for one in journal.read(tmp_path).values()] == [0, 1]
+
+
 def test_an_arm_may_have_a_slash_in_its_name(tmp_path):
     database = storage.open_database(storage.directory_url(tmp_path), create=True)
     study = optuna.create_study(study_name="odd/with/half", storage=database)

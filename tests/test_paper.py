@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from kart import cli, models, runs, train
+from kart import cli, data, models, runs, train
 from kart.commands import config as flags
 from studies import paper
 
@@ -28,7 +28,9 @@ def test_the_command_of_a_row_is_the_papers_recipe(name):
     row = paper.ROWS[name]
     config = config_of(row, "paper")
     assert (config.recipe, config.augment, config.ema) == ("paper", "paper", 0.99992)
-    assert (config.image_size, config.patch_size, config.epochs) == (224, 16, 100)
+    patches = 4 if row.model.startswith("swin") else 16
+    assert (config.image_size, config.patch_size, config.epochs) == (224, patches, 100)
+    assert train.build(config, data.load("digits", "val")).config.patch_size == patches
     assert config.batch_size == (128 if row.data == "imagenet" else 32)
     assert config.learning_rate is None and config.warmup_epochs == 5
     small = config_of(row, "cpu")
@@ -103,6 +105,7 @@ def test_rows_that_cannot_be_named_or_trained_say_so(capsys):
         (["tiny-g3b-cifar11"], "no row of scale paper is called"),
         ([], "name a row"),
         (["tiny-g3b-cifar10", "--minutes", "0"], "> 0"),
+        (["--table", "--device=cuda"], "--device=cuda has no effect without a row"),
     ):
         with pytest.raises(SystemExit) as caught:
             paper.main(argv)

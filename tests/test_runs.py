@@ -136,6 +136,18 @@ def test_a_copied_run_is_not_counted_twice(home, capsys):
         assert code == 2 and "counted twice" in error and "seed 0" in error
 
 
+def test_a_run_whose_operator_is_written_otherwise_is_not_counted_twice(home, splits, capsys):
+    two = dataclasses.replace(TINY, depth=2)
+    for name, spec in (("one", "G1B"), ("each", ("G1B", "G1B"))):
+        config = dataclasses.replace(two, operator=spec)
+        list(runs.execute(home / "blocks" / name, [config], splits))
+    for command in ("eval", "analyse"):
+        code, _, error = call(capsys, command, home / "blocks")
+        assert code == 2 and "counted twice" in error and "G1B seed 0" in error
+    with pytest.raises(ValueError, match="different operators, got .'G1B', 'G1B'"):
+        runs.homes([two, dataclasses.replace(two, operator="G1B|...")], home)
+
+
 def test_scores_of_another_moment_or_run_are_not_shown(home, capsys):
     shutil.rmtree(home / "part")
     assert call(capsys, "eval", home)[0] == 0
@@ -265,6 +277,16 @@ def test_a_run_inside_a_run_is_refused(home, capsys):
     code, _, error = call(capsys, "train", *FLAGS, "--out", home / "0" / "deeper" / "still")
     assert code == 2 and "inside the run" in error
     assert not (home / "0" / "deeper").exists()
+
+
+@pytest.mark.parametrize("text", ['{"name": "my app"}', "[]", "// of another program"])
+def test_a_config_of_another_program_above_a_run_is_none_of_ours(text, capsys, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    assert call(capsys, "train", *FLAGS, "--out", tmp_path / "run")[0] == 0
+    # nor does damage to a run make room for one inside of it
+    (tmp_path / "run" / "config.json").write_text(text[:-1] + "!")
+    code, _, error = call(capsys, "train", *FLAGS, "--out", tmp_path / "run" / "deeper")
+    assert code == 2 and "inside the run" in error
 
 
 def test_default_directories_differ_wherever_the_commands_do(capsys, tmp_path, monkeypatch):

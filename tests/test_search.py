@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -248,6 +249,51 @@ def test_a_repeat_trains_further_seeds_and_pools_them(splits):
     assert second.value == pytest.approx(np.mean(pooled)) and second.user_attrs["n"] == 4
     best = work.candidates(study)
     assert len(best) == 1 and len(best[0].scores) == 4
+
+
+def test_a_repeat_does_not_train_a_seed_that_diverged_again(splits, monkeypatch):
+    def without_the_last(configs, *args):
+        *fine, last = train_members(configs, *args)
+        return [*fine, last._replace(diverged=2)]
+
+    study = optuna.create_study(direction="maximize")
+    for _ in range(2):
+        study.enqueue_trial({"learning_rate": 5e-3})
+    call = objective(learning_rate_only, splits, seeds=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(trials, "train_members", without_the_last)
+        study.optimize(call, n_trials=1)
+    study.optimize(call, n_trials=1)
+    assert [list(one.user_attrs["scores"]) for one in study.trials] == [["0"], ["2", "3"]]
+    assert study.trials[0].user_attrs["spent"]["diverged"] == {"1": 2}
+
+
+def test_trials_that_train_a_configuration_at_once_have_seeds_of_their_own(splits, monkeypatch):
+    both, train_both = (threading.Barrier(2, timeout=60) for _ in range(2))
+    get_trials, looked = optuna.Study.get_trials, set()
+
+    def slow(study, *args, **options):
+        found = get_trials(study, *args, **options)
+        if threading.get_ident() not in looked:
+            looked.add(threading.get_ident())
+            both.wait()  # neither has chosen when the other looks
+        return found
+
+    def spy(*args):
+        train_both.wait()  # both trials run by now
+        return train_members(*args)
+
+    monkeypatch.setattr(trials, "train_members", spy)
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    for _ in range(2):
+        study.enqueue_trial({"learning_rate": 5e-3})
+    with monkeypatch.context() as patch:
+        patch.setattr(optuna.Study, "get_trials", slow)
+        study.optimize(objective(learning_rate_only, splits, seeds=2), n_trials=2, n_jobs=2)
+    seeds = [{int(seed) for seed in trial.user_attrs["scores"]} for trial in study.trials]
+    assert len(looked) == 2 and not seeds[0] & seeds[1]
+    assert len(work.candidates(study)[0].scores) == 4
 
 
 def test_a_repeat_is_not_stopped_early_for_its_seeds_count(splits):
@@ -777,6 +823,14 @@ def test_other_data_are_refused_by_a_worker_and_for_the_winners(tmp_path, monkey
     assert all(map(work.confirmed, opened(tmp_path / "out").values()))
 
 
+def test_the_command_for_workers_can_be_pasted(asked, tmp_path, capsys):
+    path, argv = asked
+    out = str(tmp_path / "my runs $1")
+    assert kart_study(["init", str(path), "--out", out, *argv[4:]]) == 0
+    told = capsys.readouterr().out.partition("start workers with: ")[2]
+    assert shlex.split(told) == ["kart", "study", "work", str(path), "--out", out]
+
+
 def test_an_answer_that_fails_is_named_and_what_was_confirmed_is_kept(asked, tmp_path, capsys):
     path, argv = asked
     path.write_text(path.read_text().replace("confirm=2", "confirm=1, answer=lambda found: 1 / 0"))
@@ -919,6 +973,9 @@ def test_several_objectives_have_a_front_in_the_report(asked, tmp_path):
                 # the lowest of those that the arms search
                 ("--set learning_rate=0.0005", "got 'learning_rate'"),
                 ("--set ema_warmup=false", "`--set ema_warmup` has no effect without"),
+                ("--set eval_crop=0.99", "`--set eval_crop` has no effect on images of 8 pixels"),
+                ("--set warmup_epochs=0.01", "`--set warmup_epochs` has no effect in a run of 2"),
+                ("--seeds 2 --group 3", "`--group` needs at most the 2 seeds of a trial, got 3"),
                 ("--pruner asha", "no effect on runs of one epoch"),
                 ("--storage-timeout 3", "`--storage-timeout` needs `--storage`"),
             )

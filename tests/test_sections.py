@@ -10,10 +10,12 @@ from torch.testing import assert_close
 from kart import data, models, train, tree
 from kart.analysis import (
     attention,
+    bench,
     cost,
     curvature,
     functions,
     landscape,
+    mechanism,
     report,
     scenes,
     scores,
@@ -239,6 +241,28 @@ def test_masks_that_came_with_the_data_are_used():
     assert "the masks that came with them" in page and "pasted" not in page
 
 
+def test_images_that_lie_class_by_class_are_taken_of_all_classes():
+    config = dataclasses.replace(TINY, data="masked_digits", patch_size=8)
+    splits = train.load_data(config)
+    sorted_ = splits._replace(val=splits.val.part(splits.val.labels.argsort(kind="stable")))
+    model = train.build(config, splits.train)
+    params = [model.init(torch.Generator().manual_seed(0))]
+    one = section.Result("softmax", [config], [[{"val_top1": 0.1}]], params)
+    own = section.Context([one], sorted_, name="attention")
+    _, labels = own.images(config, 40)
+    assert sorted(set(labels.tolist())) == list(range(10))
+    assert torch.equal(labels, torch.from_numpy(sorted_.val.labels[sorted_.val.spread(40)]))
+    shown = attention._scenes(own)
+    index = sorted_.val.spread(len(shown.labels))
+    pixels, own_labels = data.take(sorted_.val, torch.from_numpy(index))
+    assert_close(shown.pixels, data.as_float(pixels))
+    assert torch.equal(shown.labels, own_labels) and len(set(own_labels.tolist())) == 10
+    assert torch.equal(shown.masks, torch.from_numpy(sorted_.val.masks[index]))
+    # what was kept of the first ones is not read again, and of others what was kept is
+    first = section.Context([one], splits, name="attention")
+    assert len({first.data_key, own.data_key}) == 2
+
+
 def test_functions_are_those_of_their_measures(results):
     own = context(results, functions.ANALYSIS)
     found = functions.section(own)
@@ -397,6 +421,22 @@ def test_attention_without_pictures(results):
     assert "scaled to its own maximum" not in page and page.count("<svg") == 1  # of the curves
 
 
+def test_captions_count_the_images_that_there_are(results):
+    few = train.Splits(SPLITS.train.part(slice(40)), SPLITS.val.part(slice(3)))
+    own = {"examples": 16, "retrain": 0}
+    page = " ".join(spectra.section(section.Context(results, few, name="spectra", **own)).blocks)
+    assert "over heads and 3 validation images" in page
+    found = mechanism.section(section.Context(results, few, name="mechanism", **own))
+    page = " ".join(found.blocks)
+    for words in (
+        "on 3 validation images",
+        "of 40 training images, by least squares",
+        "over 40 training images",
+        "over 3 validation images",
+    ):
+        assert words in page, words
+
+
 def test_no_interval_of_a_rank_goes_beyond_the_keys(results):
     found = spectra.section(context(results, spectra.ANALYSIS))
     bounds = [one for one in found.numbers if one.high is not None]
@@ -415,6 +455,19 @@ def test_cost_is_measured_beside_softmax_even_where_it_is_not_among_the_runs(res
     (product,) = numbers(found, "G2B", "hvp_over_gradient").values()
     assert product > 1  # it has a gradient inside
     assert "softmax" in found.blocks[0]
+
+
+def test_cost_is_measured_with_one_thread_whatever_torch_has(results, monkeypatch):
+    threads, interleave = [], bench.interleave
+
+    def spy(*args):
+        threads.append(torch.get_num_threads())
+        return interleave(*args)
+
+    monkeypatch.setattr(bench, "interleave", spy)
+    torch.set_num_threads(2)
+    cost.section(context(results[1:], cost.ANALYSIS))
+    assert set(threads) == {1} and torch.get_num_threads() == 2
 
 
 def test_cost_is_that_of_the_cpu_where_a_run_was_trained_on_another_device(results):

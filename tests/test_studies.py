@@ -224,6 +224,13 @@ def test_full_rank_training_prints_loss_and_memory(capsys):
     assert losses[-1] < losses[0] and peaks == sorted(peaks)
 
 
+def test_full_rank_training_that_diverges_says_so_in_a_line():
+    argv = ["--data", "digits", "--model", "vit_nano", "--image-size", "8", "--steps", "20"]
+    argv += ["--batch-size", "8", "--images", "80", "--learning-rate", "1e20"]
+    with pytest.raises(SystemExit, match="^full_rank: training stopped at step .* Lower the"):
+        full_rank.main(argv)
+
+
 def test_the_table_of_other_sizes_by_hand():
     found = {
         "softmax": {8: {0: 0.50, 1: 0.60}, 16: {0: 0.40, 1: 0.48}},

@@ -4,11 +4,13 @@ import functools
 import itertools
 import math
 import random
+from random import Random
 from typing import Any, NamedTuple
 
 import numpy
 import pytest
 import torch
+from numpy.random import default_rng
 from torch.autograd.function import once_differentiable
 
 from kart import bases, models, operators, projections, testing, tree
@@ -713,6 +715,14 @@ BASES = {
     ),
     "init with a seed of its own for Python": (
         seeded(lambda: random.Random("own").random),
+        "init_follows_its_generator",
+    ),
+    "init with a seed of its own for a name that numpy gave": (
+        seeded(lambda: default_rng(0).normal),
+        "init_follows_its_generator",
+    ),
+    "init with a seed of its own for a name that Python gave": (
+        seeded(lambda: Random("own").random),
         "init_follows_its_generator",
     ),
     "init of one memory for all units": (

@@ -10,6 +10,8 @@ import torch
 from torch.testing import assert_close
 
 from kart import cli, export, models, runs, train, transfer, tree
+from kart.analysis import cost, curvature, landscape, section, weights
+from kart.runs import donors
 from kart.train import Config
 from tests.tiny import CONVIT
 
@@ -309,7 +311,8 @@ def test_a_student_learns_all_but_where_to_look(batching, teacher_run, splits, t
     assert not qkv[:16].any() and qkv[16:].abs().min() > 0
     assert not any(leaf.any() for leaf in tree.leaves(grads["teacher"]))
     told = json.loads((tmp_path / "run" / "start.json").read_text())
-    assert told == {"attention_from": str(teacher_run)}
+    (fingerprint,) = told.pop("fingerprints")
+    assert told == {"attention_from": str(teacher_run)} and len(fingerprint) == 16
 
 
 def test_a_student_is_analysed_and_exported_where_it_can_be(
@@ -329,6 +332,86 @@ def test_a_student_is_analysed_and_exported_where_it_can_be(
         command = ["export", str(tmp_path / "run"), "--out", str(path), "--format", form]
         assert cli.main(command) == 2 and not path.exists()
         assert f"attention of its own for {form}" in capsys.readouterr().err
+
+
+def test_a_donor_is_read_once(donor_run, splits, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "load_data", lambda config, **options: splits)
+    seen, read = [], donors.read
+
+    def spy(*args):
+        seen.append(args)
+        return read(*args)
+
+    monkeypatch.setattr(donors, "read", spy)
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SHAPE.items()]
+    argv = ["train", "--epochs", "1", "--batch-size", "8", "--quiet", *sizes]
+    argv += ["--out", str(tmp_path / "run"), "--from"]
+    assert cli.main([*argv, str(tmp_path / "nowhere")]) == 2
+    assert not (tmp_path / "run").exists() and len(seen) == 1
+    assert cli.main([*argv, str(donor_run)]) == 0
+    assert len(seen) == 2 and "began with" in capsys.readouterr().out
+
+
+def test_the_parameters_of_a_student_are_its_own(
+    teacher_run, splits, tmp_path, capsys, monkeypatch
+):
+    for name, sizes in (("vit_nano", SHAPE), ("convit_nano", {})):
+        own = {"image_size": 8, "patch_size": 4, **sizes}
+        student = models.create(name, transfer.given(), **own)
+        both = transfer.with_attention(student, models.create(name, "G2B", **own))
+        assert cost.parameters(both) == cost.parameters(student)
+    monkeypatch.setattr(train, "load_data", lambda config, **options: splits)
+    argv = ["train", "--operator", "G2B", "--attention-from", str(teacher_run), "--epochs", "1"]
+    argv += ["--batch-size", "8", "--quiet", "--out", str(tmp_path / "run")]
+    argv += [f"--{name.replace('_', '-')}={value}" for name, value in SHAPE.items()]
+    assert cli.main(argv) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("G2B "))
+    assert line.split()[-2] == f"{cost.parameters(vit(transfer.given())).total:,}"
+
+
+@pytest.mark.parametrize("field", ["start", "attention_from"])
+def test_a_run_whose_donor_is_another_by_now_is_refused(
+    field, teacher_run, splits, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(train, "load_data", lambda config, **options: splits)
+    place = tmp_path / "donor"
+    shutil.copytree(teacher_run, place)
+    config = change(operator="G2B", epochs=2, **{field: str(place)})
+    part, whole = tmp_path / "part", tmp_path / "whole"
+    next(runs.execute(part, [config], splits))
+    list(runs.execute(whole, [config], splits))
+    before = (part / "last.safetensors").read_bytes()
+    shutil.rmtree(place)
+    list(runs.execute(place, [change(operator="G2B", seed=3)], splits))
+    for home in (part, whole):
+        with pytest.raises(
+            ValueError, match=f"`{field}` needs to be what .* began with, got other"
+        ):
+            next(runs.execute(home, [config], splits))
+    assert (part / "last.safetensors").read_bytes() == before
+    # it may be gone, or trained again
+    for name in ("last", "best"):
+        (place / f"{name}.safetensors").unlink()
+    assert len(list(runs.execute(part, [config], splits))) == 2
+
+
+def test_measures_of_a_students_weights_are_of_its_own(teacher_run, splits, tmp_path):
+    config = change(operator="G2B", attention_from=str(teacher_run), ema=0.0, trajectory=3)
+    list(runs.execute(tmp_path / "run", [config], splits))
+    own = {"examples": 8, "points": 11}
+    found = section.Context(runs.compare(str(tmp_path / "run")), splits, **own)
+    (member,) = found.members()
+    count = cost.parameters(found.model(config)).total
+    assert tree.size(section.own_params(member.params)) == count < tree.size(member.params)
+    names = set(weights.measure(found, member))
+    assert "all|end|rms" in names and not any(name.startswith("coefs") for name in names)
+    summed = weights.summary(tree.ravel(section.own_params(member.params))[None])
+    assert_close(weights.measure(found, member)["all|end|rms"], summed.rms[0])
+    curved = curvature.measure(found, member)
+    assert "operator_top" not in curved
+    assert_close(curved["mean"], curved["trace"] / count)
+    # in the random plane the teacher stays
+    assert landscape.measure(found, member)["random_surface"].isfinite().all()
 
 
 def test_a_student_needs_its_teacher_once(teacher_run, splits, tmp_path):

@@ -20,12 +20,12 @@ from kart.analysis.section import (
     Context,
     Member,
     differences,
-    first_images,
     percent,
     samples,
     scalars,
     seeds_table,
     some_blocks,
+    some_images,
     windowed,
 )
 from kart.models import Model, windows
@@ -556,7 +556,8 @@ def plot(images: Tensor, maps: Tensor, share: float = 0.5, masks: Tensor | None 
 
 def plot_curves(deleted: Mapping[str, Curve], inserted: Mapping[str, Curve]) -> Any:
     """A matplotlib Figure of `deletion` and of `insertion` by name: the mean over images, over the
-    band of a standard error to either side, with both mean areas in the legend.
+    band of a standard error over them to either side, with both mean areas in the legend; of one
+    image there is no band.
     """
     if not deleted or deleted.keys() != inserted.keys():
         raise ValueError(
@@ -571,11 +572,10 @@ def plot_curves(deleted: Mapping[str, Curve], inserted: Mapping[str, Curve]) -> 
         for i, (name, curve) in enumerate(curves.items()):
             style = figures.look(i)
             x, mean = 100 * curve.shares.cpu(), curve.values.mean(0).cpu()
-            error = curve.values.std(0, correction=0).cpu() / len(curve.values) ** 0.5
-            low, high = mean - error, mean + error
-            ax.fill_between(
-                x.numpy(), low.numpy(), high.numpy(), color=style["color"], alpha=0.2, lw=0
-            )
+            if len(curve.values) > 1:  # one image has no spread to tell of
+                error = curve.values.std(0).cpu() / len(curve.values) ** 0.5
+                band = x.numpy(), (mean - error).numpy(), (mean + error).numpy()
+                ax.fill_between(*band, color=style["color"], alpha=0.2, lw=0)
             areas = [f"{float(one[name].area.mean()):.3f}" for one in (deleted, inserted)]
             label = f"{name}, area {' and '.join(areas)}"
             ax.plot(x.numpy(), mean.numpy(), lw=1.3, label=label, **style)
@@ -599,17 +599,18 @@ class Scenes(NamedTuple):
 
 
 def _scenes(context: Context) -> Scenes:
-    """The first validation images with the masks of the data, where they have any and are shown
-    whole, else pasted by `scenes.pasted`.
+    """Validation images (`some_images`) with the masks of the data, where they have any and are
+    shown whole, else pasted by `scenes.pasted`.
     """
     config = context.results[0].configs[0]
     size = context.model(config).config.image_size
     whole = context.splits.val
-    pixels, labels = first_images(whole, SCENES)
+    pixels, labels = some_images(whole, SCENES)
     pixels = augment.center_crop(pixels, size, config.eval_crop)
     shown_whole = config.eval_crop == 1 and whole.images.shape[-1] == size
     if whole.masks is not None and shown_whole:
-        return Scenes(pixels, torch.from_numpy(whole.masks[: len(labels)].copy()), labels, True)
+        masks = torch.from_numpy(whole.masks[whole.spread(SCENES)])
+        return Scenes(pixels, masks, labels, True)
     return Scenes(*scenes.pasted(context.generator("scenes"), pixels), labels, False)
 
 
@@ -753,7 +754,8 @@ def section(context: Context) -> pages.Section:
         plot_curves(drawn["deletion"], drawn["insertion"]),
         "attention-curves",
         f"Deletion and insertion curves of {', '.join(first)}",
-        f"Mean over images, {context.first_seeds}, band of a standard error.",
+        f"Mean over {len(next(iter(drawn['deletion'].values())).values)} images, "
+        f"{context.first_seeds}, band of a standard error over them.",
     )
     pictured, statics = _maps(context)
     blocks = [
@@ -831,7 +833,7 @@ def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:
         "100 would be attention that ignores the image."
     )
     told = (
-        f"{_row(context)} of the last block over the first {context.available(context.shown)} "
+        f"{_row(context)} of the last block over {context.available(context.shown)} "
         f"validation images, {context.first_seeds}; negative weights count as none, and "
         "every map is scaled to its own maximum. Region: the fewest patches that hold half of the "
         "weight of the head with the most."
@@ -845,7 +847,7 @@ ANALYSIS = Analysis(
     "attention",
     "Attention",
     section,
-    version=2,
+    version=3,
     minutes=2.5,
     measure=measure,
     uses=("shown",),

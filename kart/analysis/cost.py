@@ -12,6 +12,7 @@ what a matrix of low rank takes more where a mask needs it whole.
     cost.flops(model).total
 """
 
+import contextlib
 import dataclasses
 import functools
 import weakref
@@ -22,7 +23,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from kart import layers, models, pages, schema, tables, train, tree
+from kart import layers, models, pages, schema, tables, train, transfer, tree
 from kart.analysis import curvature
 from kart.analysis.section import Analysis, Context
 from kart.models import Model, Site, work
@@ -68,10 +69,13 @@ def _distinct(model: Model) -> tuple[Operator, ...]:
 
 
 def parameters(model: Model) -> Parameters:
-    """Parameters of `model`; those of a ViT are counted without drawing the backbone."""
+    """Parameters of `model`, those of a teacher not among them; those of a ViT are counted without
+    drawing the backbone.
+    """
     c = model.config
     if c.family != "vit":
-        named = tree.named(model.init(Generator().manual_seed(0)))
+        drawn = model.init(Generator().manual_seed(0))
+        named = tree.named({k: v for k, v in drawn.items() if k != transfer.TEACHER})
         learned = sum(x.numel() for path, x in named.items() if "operator" in path.split("."))
         return Parameters(sum(x.numel() for x in named.values()), learned)
     size, hidden = c.embed_dim, int(c.embed_dim * c.mlp_ratio)
@@ -516,6 +520,17 @@ def _calls(
     }
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """A block in which torch has one thread: CPU time is that of all of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def section(context: Context) -> pages.Section:
     """Training step, forward pass and memory of every operator beside softmax, and a product with
     the Hessian beside a gradient, measured now.
@@ -532,17 +547,18 @@ def section(context: Context) -> pages.Section:
     images, labels = context.images(config, batch)
     calls = {name: _calls(context, one, images, labels) for name, one in configs.items()}
     kept = {name: activation_memory(context.model(one), batch) for name, one in configs.items()}
-    clock = bench.Clock("cpu")
-    stepped, passed = (
-        bench.interleave({name: own[what] for name, own in calls.items()}, REPEATS, clock)
-        for what in ("step", "forward")
-    )
     products: dict[str, float] = {}
-    for name, own in calls.items():
-        if context.left() > 0:  # the dearest part, and the one that can be left out
-            both = {what: own[what] for what in ("gradient", "hvp")}
-            taken = bench.interleave(both, REPEATS, clock)
-            products[name] = bench.summary(taken["hvp"], taken["gradient"])["ratio"]
+    with _one_thread():
+        clock = bench.Clock("cpu")
+        stepped, passed = (
+            bench.interleave({name: own[what] for name, own in calls.items()}, REPEATS, clock)
+            for what in ("step", "forward")
+        )
+        for name, own in calls.items():
+            if context.left() > 0:  # the dearest part, and the one that can be left out
+                both = {what: own[what] for what in ("gradient", "hvp")}
+                taken = bench.interleave(both, REPEATS, clock)
+                products[name] = bench.summary(taken["hvp"], taken["gradient"])["ratio"]
     rows, numbers = [], []
     for name in configs:
         both = bench.summary(stepped[name], stepped["softmax"])

@@ -25,6 +25,7 @@ from kart.analysis.section import (
     Context,
     Member,
     differences,
+    own_params,
     scalars,
     seeds_table,
 )
@@ -437,13 +438,13 @@ def _few(context: Context) -> int:
 
 
 def _loss(context: Context, member: Member) -> Loss:
-    losses = context.losses(context.model(member.config))
+    losses = context.losses(context.model(member.config), member.params)
     images, labels = context.images(member.config, _few(context))
     return lambda params: losses(params, images, labels).mean()
 
 
 def _curvature(context: Context, member: Member, pattern: str) -> dict[str, Tensor]:
-    part, some = subset(_loss(context, member), member.params, pattern)
+    part, some = subset(_loss(context, member), own_params(member.params), pattern)
     size = tree.size(some)
     context.holds(f"24 vectors of the {size:,} weights of {member.name}", 4 * 24 * size / 2**20)
 
@@ -465,17 +466,18 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
     of the gradient, and of the first seed the density of the eigenvalues.
     """
     found = _curvature(context, member, "*")
-    if any("operator" in name.split(".") for name in tree.named(member.params)):
+    params = own_params(member.params)
+    if any("operator" in name.split(".") for name in tree.named(params)):
         own = _curvature(context, member, OPERATOR)
         found |= {f"operator_{name}": value for name, value in own.items()}
-    losses = context.losses(context.model(member.config))
+    losses = context.losses(context.model(member.config), member.params)
 
     def noise() -> dict[str, Tensor]:
         def one(params: Params, image: Tensor, label: Tensor) -> Tensor:
             return losses(params, image[None], label[None])[0]
 
         some = context.images(member.config, context.examples)
-        return dict(noise_scale(one, member.params, *some, chunk=16)._asdict())
+        return dict(noise_scale(one, params, *some, chunk=16)._asdict())
 
     found |= context.kept(f"noise images={context.examples}", member, noise)
     if member.index:
@@ -483,7 +485,7 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
 
     def density() -> dict[str, Tensor]:
         loss, draws = _loss(context, member), context.generator("density", member.seed)
-        return dict(spectral_density(loss, member.params, 1, draws, steps=STEPS)._asdict())
+        return dict(spectral_density(loss, params, 1, draws, steps=STEPS)._asdict())
 
     what = f"density images={_few(context)} steps={STEPS}"
     return found | context.kept(what, member, density)

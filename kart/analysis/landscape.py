@@ -24,6 +24,7 @@ from kart.analysis.section import (
     Context,
     Member,
     differences,
+    own_params,
     percent,
     scalars,
     seeds_table,
@@ -537,11 +538,12 @@ def _kept_surface(context: Context, member: Member, kind: str, extent: float) ->
             path, plane, _ = _plane(context, member)
             params = tree.unravel(path[-1], member.params)
         else:
-            params = member.params
+            params = own_params(member.params)
             plane = random_directions(context.generator("random", member.seed), params)
         model = context.model(member.config)
         examples = context.images(member.config, context.examples)
-        loss = mean_loss(context.losses(model), *examples, batch=128)
+        losses = context.losses(model, member.params)
+        loss = mean_loss(losses, *examples, batch=128)
         said = f"{member.name}, seed {member.seed}, {kind}"
         z = surface(loss, params, plane, extent, points, progress=_progress(context, said))
         return {"z": z}

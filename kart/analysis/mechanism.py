@@ -673,7 +673,7 @@ def _points(measure: str, header: str) -> Column:
 
 def _costs(context: Context, found: Measured) -> Part:
     count = context.available(8 * context.examples)
-    few = context.few(context.models[0])
+    few = context.available(context.few(context.models[0]), context.splits.train)
     names = dict(zip(KINDS, ("its mean matrix", "constants", "affine", "exp"), strict=True))
     columns = [percent("top1", "top-1 %")]
     columns += [_points(f"cost_{kind}", names[kind]) for kind in KINDS]
@@ -723,7 +723,7 @@ def _gradients(context: Context) -> Part:
                 spread = mean.why or f"[{mean.low:.2g}, {mean.high:.2g}]"
                 cells.append(pages.Markup(f"{mean.mean:.2g}<br>{pages.tag('small', spread)}"))
         rows.append(cells)
-    count = context.few(context.models[0])
+    count = context.available(context.few(context.models[0]), context.splits.train)
     header = ["operator"]
     header += [f"{name}, block {i + 1}" for i in some_blocks(max(depths)) for name in "qkv"]
     caption = (
@@ -746,7 +746,7 @@ def _shares(context: Context, found: Measured) -> Part:
         Column(name, name.removeprefix("position_").replace("_", " "), 1, "", 100.0, high=1.0)
         for name in measures
     ]
-    few = context.few(context.models[0])
+    few = context.available(context.few(context.models[0]))
     caption = (
         f"Share of the variance of a head's output over {few} validation images that position "
         "alone explains: the mean of the attention matrix over the images, times the values. "

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from kart import augment, checkpoint, data, pages, statistics, train, tree
+from kart import augment, checkpoint, data, pages, statistics, train, transfer, tree
 from kart.models import Model, Site
 from kart.train import Config, Params, Record, Splits
 
@@ -147,6 +147,11 @@ class Look(NamedTuple):
         return samples(self.model.sites[block], self.aux[f"blocks.{block}.{kind}"])
 
 
+def own_params(params: Params) -> Params:
+    """The parameters of a model that are its own: all but a teacher's, which are held."""
+    return {name: node for name, node in params.items() if name != transfer.TEACHER}
+
+
 def samples(site: Site, tensor: Tensor) -> Tensor:
     """Scores or weights of the block at `site`, `(..., H, N, M)`, or values, as those of one batch
     `(B, H, N, M)`.
@@ -166,11 +171,11 @@ def samples(site: Site, tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, *tensor.shape[-3:])
 
 
-def first_images(split: data.Dataset, count: int) -> tuple[Tensor, Tensor]:
-    """The first `count` images of a split, `(B, C, height, width)` in [0, 1], fewer where there are
-    no more, and their labels `(B,)`.
+def some_images(split: data.Dataset, count: int) -> tuple[Tensor, Tensor]:
+    """`count` images of a split, as `Dataset.spread` has them, `(B, C, height, width)` in [0, 1],
+    fewer where there are no more, and their labels `(B,)`.
     """
-    pixels, labels = data.take(split, torch.arange(min(count, len(split.labels))))
+    pixels, labels = data.take(split, torch.from_numpy(split.spread(count)))
     return data.as_float(pixels), labels
 
 
@@ -232,24 +237,29 @@ class Context:
     def images(
         self, config: Config, count: int, split: data.Dataset | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The first `count` images of a split, by default of validation, as the model evaluates
-        them, and their labels: the same for all operators, fewer where there are no more.
+        """`count` images of a split (`some_images`), by default of validation, as the model
+        evaluates them, and their labels: the same for all operators, fewer where there are no more.
         """
         split = self.splits.val if split is None else split
-        pixels, labels = first_images(split, count)
+        pixels, labels = some_images(split, count)
         return train.prepare(pixels, split, config), labels
 
-    def available(self, count: int) -> int:
-        """How many validation images `images` gives where `count` are asked for."""
-        return min(count, len(self.splits.val.labels))
+    def available(self, count: int, split: data.Dataset | None = None) -> int:
+        """How many images of a split, by default of validation, `images` gives where `count` are
+        asked for.
+        """
+        return min(count, len((self.splits.val if split is None else split).labels))
 
-    def losses(self, model: Model) -> Callable[..., Tensor]:
-        """The loss of each example, `(params, images, labels) -> (n,)`, in nats."""
+    def losses(self, model: Model, beside: Params | None = None) -> Callable[..., Tensor]:
+        """The loss of each example, `(params, images, labels) -> (n,)`, in nats; `beside` has the
+        parameters that those of `own_params` lack.
+        """
         # rows of it, since `one_hot` reads values, which `vmap` refuses
         targets = torch.eye(len(self.splits.train.classes))
 
         def losses(params: Params, images: Tensor, labels: Tensor) -> Tensor:
-            return train.cross_entropy(model.apply(params, images), targets[labels])
+            whole = {**(beside or {}), **params}
+            return train.cross_entropy(model.apply(whole, images), targets[labels])
 
         return losses
 
@@ -282,8 +292,8 @@ class Context:
         return max(4, min(64, 2**22 // most))
 
     def look(self, result: Result, count: int | None = None) -> Look:
-        """The first member of `result` on the first `count` validation images, `few` where it is
-        not said, computed once a page.
+        """The first member of `result` on `count` validation images (`some_images`), `few` where it
+        is not said, computed once a page.
         """
         config = result.configs[0]
         model = self.model(config)
@@ -292,7 +302,7 @@ class Context:
         key = f"look {result.name} {count}"
         if key in self.memory:
             return self.memory[key]
-        pixels, _ = first_images(self.splits.val, count)
+        pixels, _ = some_images(self.splits.val, count)
         pixels = augment.center_crop(pixels, c.image_size, config.eval_crop)
         with torch.no_grad():
             aux = model.intermediates(result.params[0], self.images(config, count)[0])
@@ -400,6 +410,9 @@ def fingerprint(splits: Splits) -> str:
         digest.update(one.labels.tobytes())
         few = one.images[: max(1, 2**24 // max(1, one.images[:1].nbytes))]
         digest.update(np.asarray(few).tobytes())  # those that stream are decoded
+        index = one.spread(64)
+        if index[-1] >= len(index):  # others than the first are looked at
+            digest.update(index.tobytes())
     return digest.hexdigest()[:8]
 
 

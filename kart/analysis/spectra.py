@@ -219,8 +219,8 @@ def section(context: Context) -> pages.Section:
         "spectra",
         f"Singular values of scores and weights of {', '.join(first)}, last block",
         f"Singular values of the last block, {context.first_seeds}: mean (line), lowest and "
-        f"highest (band) over heads and {IMAGES} validation images. A cut at r is a fall of many "
-        "decades there.",
+        f"highest (band) over heads and {context.available(IMAGES)} validation images. A cut at r "
+        "is a fall of many decades there.",
     )
     most = context.most_keys
     columns = [

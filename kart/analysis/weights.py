@@ -18,6 +18,7 @@ from kart.analysis.section import (
     Column,
     Context,
     Member,
+    own_params,
     percent,
     scalars,
     seeds_table,
@@ -201,8 +202,8 @@ def plot(stages: Mapping[str, Mapping[str, Tensor]], bins: int = 81) -> Any:
 
 
 def _stages(member: Member) -> dict[str, Any]:
-    """The weights of a member at the start, half way and the end of its trajectory."""
-    path = member.snapshots()
+    """A member's own weights at the start, half way and the end of its trajectory."""
+    path = [(step, own_params(params)) for step, params in member.snapshots()]
     half = min(path, key=lambda one: abs(one[0] - path[-1][0] / 2))
     return dict(zip(STAGES, (path[0][1], half[1], path[-1][1]), strict=True))
 

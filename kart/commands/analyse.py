@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kart import code, runs, tables, train
-from kart.commands.command import Command, file, flag, integer, number
+from kart.commands.command import Command, commas, file, flag, integer, number
 from kart.runs import owned
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ def _flags(parser: argparse.ArgumentParser) -> None:
         "--out", type=file, metavar="HTML", help="the page (default report.html in the first)"
     )
     parser.add_argument("--title", help="its headline")
-    parser.add_argument("--sections", metavar="NAMES", help="comma-separated; default all")
+    parser.add_argument(
+        "--sections", type=commas, metavar="NAMES", help="comma-separated; default all"
+    )
     parser.add_argument("--minutes", type=number(0), help="for all slow sections together (28)")
     parser.add_argument(
         "--processes",
@@ -89,7 +91,7 @@ def _say(line: str) -> None:
 def _sections(args: argparse.Namespace) -> Any:
     from kart.analysis import report
 
-    return report.SECTIONS if args.sections is None else report.select(args.sections.split(","))
+    return report.SECTIONS if args.sections is None else report.select(args.sections)
 
 
 def _check_effects(args: argparse.Namespace, sections: Any) -> None:

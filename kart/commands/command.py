@@ -87,10 +87,12 @@ class Parser(argparse.ArgumentParser):
         """Raises for a flag that takes several values and stands there twice: the last one would
         hold alone.
         """
-        before = list(argv[: argv.index("--")] if "--" in argv else argv)
+        before = argv[: argv.index("--")] if "--" in argv else argv
+        names = [word.partition("=")[0] for word in before]
         for flag, action in self._option_string_actions.items():
-            if action.nargs in ("+", "*") and before.count(flag) > 1:
-                self.error(f"`{flag}` is there {before.count(flag)} times: give all values to one")
+            several = action.nargs in ("+", "*") or action.type is commas
+            if several and names.count(flag) > 1:
+                self.error(f"`{flag}` is there {names.count(flag)} times: give all values to one")
 
     def error(self, message: str) -> NoReturn:
         """Raises what argparse would print over its usage."""
@@ -134,6 +136,11 @@ def choice(asked: str, value: str, allowed: Sequence[str]) -> str:
         return value
     near = schema.near_matches(value, allowed)
     raise ValueError(f"`{asked}` needs one of {', '.join(allowed)}, got {value!r}.{near}")
+
+
+def commas(text: str) -> tuple[str, ...]:
+    """The type of a flag that takes several words, separated by commas."""
+    return tuple(text.split(","))
 
 
 def place(text: str) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from kart import models, operators, recipes, runs, train
 from kart.commands import command
-from kart.commands.command import choice, integer, number
+from kart.commands.command import choice, commas, integer, number
 from kart.train import Config
 
 OPERATORS_HELP = (
@@ -35,10 +35,6 @@ Parse = Callable[[str], Any]
 
 def _rate(text: str) -> float | None:
     return None if text == "paper" else number(0)(text)
-
-
-def _patterns(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
 
 
 def _switch(text: str) -> bool:
@@ -89,7 +85,7 @@ FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
             str,
             "as --from, of the same --operator and sizes: train with its attention, which is held",
         ),
-        "freeze": (_patterns, "parameters not to train, by comma: blocks,cls_token or *.qkv.*"),
+        "freeze": (commas, "parameters not to train, by comma: blocks,cls_token or *.qkv.*"),
     },
     "optimisation": {
         "epochs": (COUNT, "passes over the training images"),
@@ -132,7 +128,7 @@ METAVARS: dict[Parse, str] = {
     THREADS: "INT",
     REAL: "FLOAT",
     _rate: "FLOAT",
-    _patterns: "PATTERNS",
+    commas: "PATTERNS",
     _switch: "YES|NO",
 }
 
@@ -225,10 +221,14 @@ def check_effects(
 
 
 def check_effects_on(
-    given: Collection[str], config: Config, image_size: int, steps_per_epoch: int
+    given: Collection[str],
+    config: Config,
+    image_size: int,
+    steps_per_epoch: int,
+    asked: Callable[[str], str] = flag,
 ) -> None:
-    """Refuses fields that were `given` and change nothing in a run of images and steps like these,
-    where rounding leaves nothing of them.
+    """Refuses fields that were `given`, as `asked` names them, and change nothing in a run of
+    images and steps like these, where rounding leaves nothing of them.
     """
     total = config.epochs * steps_per_epoch
     warmup = train.warmup_steps(config, steps_per_epoch)
@@ -251,7 +251,7 @@ def check_effects_on(
     }
     for name, (is_idle, why) in idle.items():
         if name in given and is_idle:
-            raise ValueError(f"`{flag(name)}` has no effect {why}.")
+            raise ValueError(f"`{asked(name)}` has no effect {why}.")
 
 
 def check_device(name: str | None) -> None:

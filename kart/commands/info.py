@@ -143,6 +143,7 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     fields = {name: getattr(config, name) for name in train.MODEL_FIELDS}
     sizes = {name: value for name, value in fields.items() if value is not None}
+    train.check_sizes(config.model, sizes)
     sizes.setdefault("patch_size", train.default_patch_size(args.image_size, config.model))
     # a backbone of detectors has no classes, and refuses those that it is given
     if "num_classes" in given or models.classifies(config.model):

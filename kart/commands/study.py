@@ -6,14 +6,14 @@ import dataclasses
 import os
 import shlex
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from kart.commands.command import Command, choice, integer, number, place
-from kart.commands.config import THREADS, check_device, check_effects, flag
+from kart.commands.command import Command, choice, commas, integer, number, place
+from kart.commands.config import THREADS, check_device, check_effects, check_effects_on, flag
 
 if TYPE_CHECKING:
     from kart.search import Study
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kart.search.report import Arms
     from kart.search.storage import RDBStorage, Settings
     from kart.search.work import Home
+    from kart.train import Config, Splits
 
 DESCRIPTION = """\
 Search over what attention learns. A trial trains K seeds of one configuration together; a study
@@ -142,7 +143,13 @@ def _study_flags(parser: argparse.ArgumentParser) -> None:
         "--sampler-seed", type=count, default=0, metavar="INT", help="seed of the search (0)"
     )
     group.add_argument("--pruner", help=PRUNERS_HELP)
-    group.add_argument("--objectives", default="accuracy", help=OBJECTIVES_HELP)
+    group.add_argument(
+        "--objectives",
+        type=commas,
+        metavar="NAMES",
+        default=("accuracy",),
+        help=OBJECTIVES_HELP,
+    )
     for name, unit in LIMITS_HELP.items():
         short = {"parameters": "params"}.get(name, name)
         group.add_argument(
@@ -295,13 +302,17 @@ def _asked(args: argparse.Namespace, study: "Study") -> tuple["Study", dict[str,
         )
     choice("--sampler", study.sampler, list(storage.SAMPLERS))
     choice("--pruner", study.pruner, storage.PRUNERS)
+    if args.group is not None and args.group > study.seeds:
+        raise ValueError(
+            f"`--group` needs at most the {study.seeds} seeds of a trial, got {args.group}."
+        )
     for field, least in (("trials", len(study.arms)), ("seeds", 1), ("confirm", 0)):
         if getattr(study, field) < least:
             raise ValueError(
                 f"`--{field}` needs at least {least}, got {getattr(study, field)}."
                 + (f" There are {len(study.arms)} arms." if field == "trials" else "")
             )
-    objectives = [choice("--objectives", n, list(OBJECTIVES)) for n in args.objectives.split(",")]
+    objectives = [choice("--objectives", n, list(OBJECTIVES)) for n in args.objectives]
     check_objectives(objectives)
     if len(objectives) > 1:
         if args.pruner not in (None, "none"):
@@ -313,6 +324,28 @@ def _asked(args: argparse.Namespace, study: "Study") -> tuple["Study", dict[str,
     return study, fix, objectives
 
 
+def _check_rounding(
+    args: argparse.Namespace,
+    study: "Study",
+    fix: Mapping[str, Any],
+    load: "Callable[[Config], Splits]",
+) -> None:
+    """Raises ValueError for fields of `--set` of which rounding leaves nothing in any arm."""
+    from kart.search import space
+
+    names, idle = set(_pairs(args.set, "--set")), []
+    arms = [space.first(arm) for arm in study.spaces(study.config, fix).values()]
+    for config in arms:
+        images = load(config).train.images
+        size, steps = config.image_size or images.shape[-1], len(images) // config.batch_size
+        try:
+            check_effects_on(names, config, size, max(1, steps), lambda name: f"--set {name}")
+        except ValueError as error:
+            idle.append(error)
+    if len(idle) == len(arms):
+        raise idle[0]
+
+
 def _set_up(args: argparse.Namespace) -> Opened:
     from kart.search import question, work
     from kart.search.trials import LIMITS, loader
@@ -321,6 +354,8 @@ def _set_up(args: argparse.Namespace) -> Opened:
     found = question.load(args.study)
     _give_code(found.study)
     study, fix, objectives = _asked(args, found.study)
+    load = loader(args.val_limit)
+    _check_rounding(args, study, fix, load)
     limits = {name: getattr(args, f"max_{name}") for name in LIMITS}
     options = {
         "objectives": objectives,
@@ -332,7 +367,6 @@ def _set_up(args: argparse.Namespace) -> Opened:
         "group": args.group or 0,
         "heartbeat": args.heartbeat,
     }
-    load = loader(args.val_limit)
     settings = work.settings_for(found._replace(study=study), load(study.config), options)
     place = _place(args)
     torch.set_num_threads(place["threads"])
@@ -480,10 +514,11 @@ def _init(args: argparse.Namespace) -> int:
     opened = _set_up(args)
     settings = opened.settings
     opened.database.engine.dispose()  # its files are whole when this returns
-    home = f"--storage {opened.where.name}" if args.storage else f"--out {args.out}"
+    home = ["--storage", opened.where.name] if args.storage else ["--out", args.out]
+    command = shlex.join(["kart", "study", "work", args.study, *home])
     print(
         f"{settings.study}: {len(settings.spaces)} arms ({', '.join(settings.spaces)}), "
-        f"{settings.per_arm} trials each; start workers with: kart study work {args.study} {home}"
+        f"{settings.per_arm} trials each; start workers with: {command}"
     )
     return 0
 

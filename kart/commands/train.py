@@ -23,7 +23,6 @@ from kart import (
     statistics,
     tables,
     train,
-    tree,
 )
 from kart.analysis import cost
 from kart.commands.command import Command, integer, number, place
@@ -71,7 +70,8 @@ def _flags(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=integer(0, 256),
         metavar="INT",
-        help="processes that decode images that stream (the cores but one): no batch depends on it",
+        help="processes that decode images that stream (the cores but one), shared by seeds that "
+        "train together: no batch depends on it",
     )
     add_config_flags(parser)
 
@@ -98,9 +98,10 @@ def _run_on(ranks: train.Ranks, args: argparse.Namespace) -> int:
         members = population.seeds(config, seeds)
         for _, directory in runs.parts(members, 1, home):
             runs.check_place(directory)
-        # a run that was begun needs its donor no more
+        # a run that was begun needs its donor no more, and the one that begins first looks itself
         if ranks.rank == 0 and not any(home.glob("**/last.safetensors")):
-            donors.check(members, splits)
+            alone = home == homes[0] and ranks.size == 1
+            donors.check(members[1:] if alone else members, splits)
     if ranks.size > 1:
         described = [runs.describe([config], splits)["run"] for config in named]
         distributed.check_same(ranks, "data and configuration", " ".join(described))
@@ -167,7 +168,8 @@ def _train_one(
     size = _group_size(configs, splits, args.group, home)
     parts = runs.parts(configs, size, home)
     last: list[Record] = []
-    name, bad, parameters = operators.shown(configs[0].operator), dict[int, int](), 0
+    name, bad = operators.shown(configs[0].operator), dict[int, int]()
+    model = train.build(configs[0], splits.train)
     for part, directory in parts:
         try:
             found = _train(part, splits, directory, args.quiet, args.space_timeout, ranks)
@@ -175,15 +177,13 @@ def _train_one(
             # the seeds of other parts go on, as those of this one would
             found, shown = [], ", ".join(str(one.seed) for one in part)
             print(f"kart: {name} seed {shown}: {error}", file=sys.stderr)
-        if found:
-            parameters = tree.size(runs.load_weights(directory)[0])
         last += [one for one in found if one["diverged"] < 0]
         bad |= runs.diverged(directory)
     print("".join(f"{one}\n" for one in {donors.told(home) for _, home in parts} if one), end="")
     told = statistics.left_out(name, bad)
-    if unused := cost.told(cost.unused(train.build(configs[0], splits.train))):
+    if unused := cost.told(cost.unused(model)):
         told.append(f"{name} has parameters without effect: {unused}.")
-    return _Result(name, parameters, last), told
+    return _Result(name, cost.parameters(model).total, last), told
 
 
 def _table(results: Sequence[_Result]) -> str:

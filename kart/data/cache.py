@@ -44,11 +44,12 @@ class Manifest(NamedTuple):
 
 def directory(cache: str | Path | None) -> Path:
     """The cache directory, private: made with mode 0700, refused if others may write to it."""
-    base = Path(cache or os.environ.get("KART_CACHE") or "~/.cache/kart").expanduser()
+    base = Path(cache or os.environ.get("KART_CACHE") or "~/.cache/kart")
     try:
+        base = base.expanduser()
         base.mkdir(parents=True, exist_ok=True, mode=0o700)
         info = base.stat()
-    except OSError as err:
+    except (OSError, RuntimeError) as err:  # the latter of a user who has no home
         raise _unwritable(base, err) from err
     if not stat.S_ISDIR(info.st_mode):
         raise ValueError(f"`load` needs `cache` to be a directory, got {str(base)!r}.")
@@ -306,10 +307,10 @@ def _manifest(content: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _unwritable(base: Path, err: OSError) -> ValueError:
+def _unwritable(base: Path, err: OSError | RuntimeError) -> ValueError:
     return ValueError(
-        f"`load` needs a writable `cache` directory, got {str(base)!r}: {err}. "
-        "Make room, pass `cache`, or set KART_CACHE."
+        f"`load` needs a writable `cache` directory, got {str(base)!r}: "
+        f"{str(err).rstrip('.')}. Make room, pass `cache`, or set KART_CACHE."
     )
 
 

@@ -99,6 +99,16 @@ class Dataset(NamedTuple):
         """Number of images of each class, in the order of `classes`."""
         return tuple(np.bincount(self.labels, minlength=len(self.classes)).tolist())
 
+    def spread(self, count: int) -> np.ndarray:
+        """The indices of `count` images, of all where there are no more: the first ones, or where
+        images lie class by class, so that those would be of the first classes, evenly from all.
+        """
+        whole = len(self.labels)
+        index = np.arange(min(count, whole))
+        if np.count_nonzero(np.diff(self.labels)) < len(np.unique(self.labels)):
+            index = (2 * index + 1) * whole // (2 * max(1, len(index)))
+        return index
+
     def part(self, index: np.ndarray | slice) -> "Dataset":
         """The images at `index`, in its order; those that stay in their files do so."""
         images = self.images

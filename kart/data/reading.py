@@ -66,7 +66,8 @@ def reader(dataset: Dataset, batch_size: int, cut: Cut | None = None) -> Reader:
         else:
             # a worker of somebody's own loader may have none itself
             if ahead is None and workers and not multiprocessing.current_process().daemon:
-                ahead = _ahead(drawn, workers, seed, step)
+                # seeds that train together share them
+                ahead = _ahead(drawn, max(1, workers // (1 + len(running))), seed, step)
             batch = drawn[seed, step] if ahead is None else next(ahead)
         if isinstance(batch, str):
             raise ValueError(batch)

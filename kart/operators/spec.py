@@ -9,6 +9,7 @@ an operator of the user's own stands behind the module or file that holds it: `m
 
 import inspect
 import itertools
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -102,6 +103,12 @@ def examples(factories: Sequence[Factory]) -> list[str]:
 def refusal(spec: str, why: str, near: Sequence[str] = ()) -> ValueError:
     """The error of a spec, with what it may have meant."""
     advice = f" Near matches: {', '.join(near)}." if near else ""
+    file = spec.rpartition(".py:")[0] + ".py"
+    if re.search(r"[+*|:]|[^\x00-\x7f]", file) and os.path.isfile(file):
+        advice = (
+            " A path in a spec is of ASCII letters, and has none of + * | : in it, which the spec "
+            f"has a use for: name {os.path.basename(file)} from within its folder, or rename it."
+        )
     return ValueError(
         f"`operator` needs a spec such as G3B, softmax or bspline-G8U:rank=24, got {spec!r}: "
         f"{why}.{advice}"

@@ -2,6 +2,7 @@
 parameters (`start`), or a teacher of attention (`attention_from`).
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,32 +80,79 @@ def begin(run: Run, configs: Sequence[Config], splits: Splits) -> tuple[State, d
 
     Raises ValueError for a donor that does not fit.
     """
-    state = run.init()
-    about: dict[str, Any] = {}
-    if run.config.start is not None:
-        state, about = _begun(run, state, configs, splits)
-    if run.config.attention_from is None:
-        return state, about
+    state, begun, source = run.init(), _begun, _source(run.config)
+    if source is None:
+        return state, {}
+    if source[0] == "attention_from":
+        begun = _taught
+    found = [_read(config) for config in configs]
+    params, about = begun(run, state, configs, found, splits)
+    about |= {source[0]: source[1], "fingerprints": [_fingerprint(donor) for donor in found]}
+    return train.begin_with(state, tree.to(params, run.config.device)), about
+
+
+def check_same(directory: Path, configs: Sequence[Config]) -> None:
+    """Raises ValueError where what the run in `directory` began with is another one by now; it may
+    be gone.
+    """
+    source, known = _source(configs[0]), _about(directory).get("fingerprints")
+    if source is None or known is None:
+        return
+    try:
+        now = [_fingerprint(_read(config)) for config in configs]
+    except ValueError:
+        return  # no donor any more, or one that is being trained
+    if now != known:
+        raise ValueError(
+            f"`{source[0]}` needs to be what {str(directory)!r} began with, got other weights in "
+            f"{source[1]!r}. Put those back, or train into a new directory."
+        )
+
+
+def _source(config: Config) -> tuple[str, str] | None:
+    """The field of a config that names what it begins with, and the path there."""
+    for name in ("start", "attention_from"):
+        path = getattr(config, name)
+        if path is not None:
+            return name, path
+    return None
+
+
+def _read(config: Config) -> Donor:
+    source = _source(config)
+    assert source is not None
+    return read(source[1], config.seed, source[0])
+
+
+def _fingerprint(donor: Donor) -> str:
+    """Sixteen hex digits that name the weights of a donor."""
+    digest = hashlib.sha256()
+    for name, leaf in tree.named(dict(donor.params)).items():
+        digest.update(f"{name} {leaf.dtype} {tuple(leaf.shape)}".encode())
+        digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+Found = tuple[train.Params, dict[str, Any]]
+
+
+def _taught(
+    run: Run, state: State, configs: Sequence[Config], found: Sequence[Donor], splits: Splits
+) -> Found:
     one = train.teacher(run.config, splits.train)
-    members = []
     own = population.members(state.params, len(configs))
-    for config, params in zip(configs, own, strict=True):
-        assert config.attention_from is not None
-        donor = read(config.attention_from, config.seed, "attention_from")
-        members.append(transfer.teach(params, one, donor.params, donor.model))
-    params = tree.to(population.together(members), run.config.device)
-    return train.begin_with(state, params), {**about, "attention_from": run.config.attention_from}
+    pairs = zip(own, found, strict=True)
+    taught = [transfer.teach(params, one, donor.params, donor.model) for params, donor in pairs]
+    return population.together(taught), {}
 
 
 def _begun(
-    run: Run, state: State, configs: Sequence[Config], splits: Splits
-) -> tuple[State, dict[str, Any]]:
+    run: Run, state: State, configs: Sequence[Config], found: Sequence[Donor], splits: Splits
+) -> Found:
     model = train.build(run.config, splits.train)
     ours = list(splits.train.classes)
     members, drawn, channels = [], [], None
-    for config in configs:
-        assert config.start is not None
-        donor = read(config.start, config.seed)
+    for config, donor in zip(configs, found, strict=True):
         # names are known of runs and exports alone; else their number decides
         same = donor.classes is None or donor.classes == ours
         generator = torch.Generator().manual_seed(config.seed)
@@ -112,25 +160,26 @@ def _begun(
         params, drawn = transfer.begin(model, donor.params, generator, donor.model, same)
         members.append(params)
     params = population.together(members)
-    leaves = len(tree.leaves(params))
-    told = {"start": run.config.start, "taken": leaves - len(drawn), "drawn": drawn}
+    about: dict[str, Any] = {"taken": len(tree.leaves(params)) - len(drawn), "drawn": drawn}
     if channels not in (None, model.config.in_channels):
-        told["channels"] = channels
-    return train.begin_with(state, tree.to(params, run.config.device)), told
+        about["channels"] = channels
+    return params, about
+
+
+def _about(directory: Path) -> dict[str, Any]:
+    """What `start.json` says of a run, nothing where there is none."""
+    path = directory / "start.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def told(directory: Path) -> str:
     """What the run in `directory` took of its donor, in a line; empty without one."""
-    path = directory / "start.json"
-    if not path.exists():
-        return ""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    looks = f"attends as {found['attention_from']} does" if "attention_from" in found else ""
+    found = _about(directory)
     if "start" not in found:
-        return looks
+        return f"attends as {found['attention_from']} does" if found else ""
     drawn = sorted({name.rpartition(".")[0] for name in found["drawn"]})
     rest = f"; drawn: {', '.join(drawn[:4])}{', ...' if len(drawn) > 4 else ''}" if drawn else ""
     began = f"began with {found['start']}, {found['taken']} tensors of it{rest}"
     if "channels" in found:
         began += f"; its filters, for images of {found['channels']} channels, made to fit"
-    return f"{began}; {looks}" if looks else began
+    return began

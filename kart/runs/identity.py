@@ -76,12 +76,25 @@ def _check_code(where: str, config: Config, own: dict[str, str | None]) -> None:
             )
 
 
+def _holds_run(directory: Path) -> bool:
+    """Whether a directory is a run, or was before its config.json was damaged: others have files of
+    that name.
+    """
+    try:
+        found = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        return False
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        return (directory / ".lock").exists()
+    return isinstance(found, dict) and {"run", "members"} <= found.keys()
+
+
 def check_place(directory: Path) -> None:
     """Raises ValueError where a run in `directory` would lie inside another one, or lie over files
     that are no run.
     """
     for parent in directory.absolute().parents:
-        if (parent / "config.json").exists():
+        if _holds_run(parent):
             raise ValueError(
                 f"`out` needs a directory outside of other runs, got {str(directory)!r} inside "
                 f"the run {str(parent)!r}. Choose another directory."

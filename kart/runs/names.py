@@ -35,11 +35,9 @@ def homes(configs: Sequence[Config], out: Path) -> list[Path]:
     if len(configs) == 1:
         return [out]
     specs = [config.operator for config in configs]
-    if len(set(specs)) < len(specs):
-        raise ValueError(
-            "`operator` needs different operators, got "
-            f"{[operators.shown(spec) for spec in specs]}. Drop the repeats."
-        )
+    shown = [operators.shown(spec) for spec in specs]  # one that all blocks have is that one
+    if len(set(shown)) < len(specs):
+        raise ValueError(f"`operator` needs different operators, got {shown}. Drop the repeats.")
     names = [slug(str(spec)) for spec in specs]
     # heads and blocks of the same operators, for one
     return [

@@ -56,11 +56,11 @@ def distinct(*paths: str) -> list[Path]:
         own = identity.read(directory)
         found.append((operators.shown(own.configs[0].operator), directory))
         for config in own.configs:
-            # wherever the data lay and it was trained
-            place = {"data": "", "threads": None, "device": "cpu"}
+            # wherever the data lay and it was trained, and however its operator is written
+            place: dict[str, Any] = {"data": "", "threads": None, "device": "cpu"}
+            spec = place["operator"] = operators.shown(config.operator)
             name = (dataclasses.replace(config, **place).hash, own.data["fingerprint"]["train"])
             if name in seen:
-                spec = operators.shown(config.operator)
                 raise ValueError(
                     f"`run` needs different runs, got the same one, {spec} seed {config.seed}, in "
                     f"{str(seen[name])!r} and {str(directory)!r}. Remove the "

@@ -114,6 +114,7 @@ def execute(
 
     with identity.locked(directory):
         owner = identity.claim(directory, configs, splits).id
+        donors.check_same(directory, configs)
         state, best = restore(last, run, owner) if last.exists() else (None, [])
         done = 0 if state is None else int(state.step.max())
         # a kill between record and checkpoint leaves a record that will be made again

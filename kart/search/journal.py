@@ -159,6 +159,16 @@ def put_aside(directory: Path) -> None:
             path.rename(directory / f"study.damaged-{stamp}.db{suffix}")
 
 
+def _renumbered(attrs: Mapping[str, Any], numbers: Mapping[int, int]) -> dict[str, Any]:
+    """The system attributes of a trial whose retries are called by other `numbers` now; those that
+    have none were never finished.
+    """
+    retried = {"retry_history", "failed_trial"}
+    history = [numbers[n] for n in attrs.get("retry_history", ()) if n in numbers]
+    again = {"failed_trial": history[0], "retry_history": history} if history else {}
+    return {name: value for name, value in attrs.items() if name not in retried} | again
+
+
 def restore(
     directory: Path,
     arms: Mapping[str, optuna.Study],
@@ -170,6 +180,7 @@ def restore(
     known = read(directory)
     for arm, study in arms.items():
         mine = [one for (of, _), one in sorted(known.items()) if of == arm]
+        numbers = {one["number"]: new for new, one in enumerate(mine)}
         done = []
         for one in mine:
             study.add_trial(
@@ -182,7 +193,7 @@ def restore(
                         for name, text in one["distributions"].items()
                     },
                     user_attrs=one["user_attrs"],
-                    system_attrs=one["system_attrs"],
+                    system_attrs=_renumbered(one["system_attrs"], numbers),
                     intermediate_values={int(k): v for k, v in one["reports"].items()},
                 )
             )

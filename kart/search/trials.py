@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
@@ -165,6 +164,32 @@ def scores_of(trials: Iterable[FrozenTrial], name: str) -> dict[int, float]:
     return found
 
 
+def _claim(
+    trial: optuna.Trial, name: str, least: int, count: int
+) -> tuple[range, dict[int, float]]:
+    """`count` seeds from `least` on for `trial`, noted in it, that no other trial of the
+    configuration `name` has trained or trains now; and the scores of those that are complete.
+
+    Others may choose at the same time, in other processes: so each looks again once its own seeds
+    can be seen, and where they clash those of the later trial come behind those of the earlier.
+    """
+    own = range(0)
+    while True:
+        every = trial.study.get_trials(deepcopy=False)
+        earlier, taken = scores_of(every, name), dict[int, list[int]]()
+        for other in every:
+            alive = other.state in (TrialState.RUNNING, TrialState.COMPLETE)
+            if alive and other.number != trial.number and other.user_attrs.get("key") == name:
+                taken[other.number] = other.user_attrs.get("seeds", [])
+        clashes = [number for number, seeds in taken.items() if set(own) & set(seeds)]
+        if own and not clashes:
+            return own, earlier
+        before = sum(number < trial.number for number in clashes)
+        first = 1 + max({least - 1, *earlier}.union(*taken.values())) + before * count
+        own = range(first, first + count)
+        trial.set_user_attr("seeds", list(own))
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -180,16 +205,12 @@ def _limited(val: data.Dataset, count: int) -> data.Dataset:
             f"`val_limit` needs at most the {whole} validation images, got {count}. Leave it out "
             "to use them all."
         )
-    index = np.arange(count)
-    if (np.diff(val.labels) >= 0).all():
-        # the first ones would be of the first classes
-        index = (2 * index + 1) * whole // (2 * count)
-    return val.part(index)
+    return val.part(val.spread(count))
 
 
 def loader(val_limit: int | None = None) -> Callable[[Config], Splits]:
-    """Loads training and validation data of configs, each once; `val_limit` images to validate: the
-    first, or where they lie class by class evenly from all of them.
+    """Loads training and validation data of configs, each once; `val_limit` images to validate, as
+    `Dataset.spread` has them.
     """
 
     @functools.lru_cache
@@ -301,10 +322,8 @@ def evaluation(
                 over.append(f"{limited} {cost[limited]:,.0f} > {limit:,.0f}")
         if over:
             return Outcome(None, "over the limit: " + ", ".join(over))
-        earlier = scores_of(trial.study.get_trials(deepcopy=False), name)
-        first = max(earlier, default=chosen.seed - 1) + 1
-        members = population.seeds(here, range(first, first + seeds))
-        return Task(trial, members, earlier, cost)
+        own, earlier = _claim(trial, name, chosen.seed, seeds)
+        return Task(trial, population.seeds(here, own), earlier, cost)
 
     def run(tasks: list[Task]) -> list[Outcome]:
         buckets: dict[str, list[int]] = {}
@@ -367,9 +386,10 @@ def objective(
     the scores of the seeds, the costs and the config (`Config.fromdict` reads it) are user
     attributes. The mean over the seeds is reported after each epoch but the last. A configuration
     that has been tried trains further seeds, none of which is stopped early, and its value is the
-    mean over all. Divergence of more than half of the seeds, a lack of memory, a cost over a limit
-    and `optuna.TrialPruned` from the space prune the trial, with the reason as the user attribute
-    `reason`.
+    mean over all; one that another trial trains at the same time (`n_jobs`, other workers) gets
+    other seeds than that. Divergence of more than half of the seeds, a lack of memory, a cost over
+    a limit and `optuna.TrialPruned` from the space prune the trial, with the reason as the user
+    attribute `reason`.
 
     Args:
         space: maps a trial to the config to train; the config's seed is the first of the seeds.

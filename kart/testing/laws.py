@@ -2,8 +2,11 @@
 
 import contextlib
 import random
+import sys
+import sysconfig
 import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy
@@ -145,6 +148,16 @@ def _noting(make: Any, seen: list[Any]) -> Any:
 # what is made of a seed beside torch's generators
 SEEDED = [(random, "Random"), (numpy.random, "default_rng"), (numpy.random, "RandomState")]
 SEEDED += [(numpy.random, name) for name in ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")]
+# where modules are that are nobody's own: Python's and those that are installed
+INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+
+
+def _bound(make: Any) -> Iterator[tuple[ModuleType, str]]:
+    """Where modules that are not installed have `make` by a name, as an import gives it to them."""
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if isinstance(file, str) and not file.startswith(INSTALLED):
+            yield from ((module, name) for name, one in list(vars(module).items()) if one is make)
 
 
 @contextlib.contextmanager
@@ -155,8 +168,10 @@ def _draws() -> Iterator[list[Any]]:
     seen: list[Any] = []
     with contextlib.ExitStack() as stack:
         for module, name in SEEDED:
-            noting = _noting(getattr(module, name), seen)
-            stack.enter_context(unittest.mock.patch.object(module, name, noting))
+            make = getattr(module, name)
+            noting = _noting(make, seen)
+            for place in [(module, name), *_bound(make)]:
+                stack.enter_context(unittest.mock.patch.object(*place, noting))
         stack.enter_context(_TorchDraws(seen))
         yield seen
 

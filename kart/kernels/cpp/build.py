@@ -89,8 +89,8 @@ def _of_this_process() -> Path:
 @functools.cache
 def _directory(base: str) -> Path:
     """Where compiled libraries are kept; one line where it cannot be below `base`."""
-    path = Path(base).expanduser().absolute() / "engines"
     try:
+        path = Path(base).expanduser().absolute() / "engines"
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
@@ -99,7 +99,9 @@ def _directory(base: str) -> Path:
         if not reason and not os.access(path, os.W_OK):
             reason = f"{path} cannot be written"
     except OSError as error:
-        reason = f"{path}: {error.strerror}"
+        reason = f"{error.filename or base}: {error.strerror}"
+    except RuntimeError as error:  # of a user who has no home
+        reason = f"{base}: {error}"
     if reason:
         log.warning("kart's C++ engine is not kept between processes: %s", reason)
         return _of_this_process()
