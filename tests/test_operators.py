@@ -306,6 +306,23 @@ def test_vmap_over_examples_and_over_populations_equals_a_loop(spec):
     assert_close(population, loop)
 
 
+@pytest.mark.parametrize("spec", ["dog:scales=true", "dog:order=elementwise,scales=true"])
+def test_a_parameter_without_a_part_has_zero_derivatives_of_any_order(spec):
+    op = operators.parse(spec).operator
+    params = op.init(torch.Generator().manual_seed(0), 2, 5)
+    q = torch.linspace(-1, 1, 30).view(2, 5, 3)
+
+    def loss(q, scale):
+        # of a base activation that is zero
+        units = {**params["units"], "scale_base": scale}
+        return op.attend({**params, "units": units}, q, q, q).square().sum()
+
+    slopes = torch.func.grad(loss, (0, 1))
+    second = torch.func.grad(lambda *x: sum(g.square().sum() for g in slopes(*x)), (0, 1))
+    found = second(q, params["units"]["scale_base"])
+    assert found[0].abs().max() > 0 and not found[1].any()
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_forward_derivative_agrees_with_the_reverse_one(spec):
     op, params, q, k, v = setting(spec, 3, 4)
