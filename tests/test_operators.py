@@ -306,6 +306,39 @@ def test_vmap_over_examples_and_over_populations_equals_a_loop(spec):
     assert_close(population, loop)
 
 
+ONE_OF_EACH = [
+    *("softmax", "tempered", "G2:rank=2", "G2:base=softmax", "G2:order=full_rank", "softconv"),
+    *("static:base=softmax", "G2:order=elementwise", "G2:order=by_distance,base=softmax", "dog"),
+    *("linformer:rank=2", "gated", "relative:inside=true", "G2:order=by_offset", "sparsemax"),
+    *("synthesizer:width=3", "performer:width=3", "G2:order=generated", "G2:order=project_first"),
+    *("static:rank=2", "G2:project=simplex", "G2:order=two_stage", "G2:order=beside_relative"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("one", ["params", "q", "k", "v"])
+@pytest.mark.parametrize("spec", ONE_OF_EACH)
+def test_what_has_one_head_has_it_for_all(spec, one, dtype):
+    op = operators.parse(spec).operator
+    generator = torch.Generator().manual_seed(0)
+    params = op.init(generator, 1 if one == "params" else 3, 5)
+    params = tree.map(lambda x: x + 0.3 * torch.randn(x.shape, generator=generator), params)
+    given = {x: torch.randn(2, 1 if x == one else 3, 5, 3, generator=generator) for x in "qkv"}
+    given = {x: y.to(dtype).requires_grad_() for x, y in given.items()}
+    params = tree.map(lambda x: x.to(dtype).requires_grad_(), params)
+
+    def spread():
+        whole = {x: y.expand(2, 3, 5, 3) for x, y in given.items()}
+        return tree.map(lambda x: x.expand(3, *x.shape[1:]), params), whole
+
+    leaves, found = [*given.values(), *tree.leaves(params)], []
+    for own, qkv in ((params, given), spread()):
+        out = op.attend(own, *qkv.values())
+        found.append([out, *torch.autograd.grad(out.sin().sum(), leaves, materialize_grads=True)])
+    for got, wanted in zip(*found, strict=True):
+        assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("spec", ["dog:scales=true", "dog:order=elementwise,scales=true"])
 def test_a_parameter_without_a_part_has_zero_derivatives_of_any_order(spec):
     op = operators.parse(spec).operator
@@ -319,8 +352,13 @@ def test_a_parameter_without_a_part_has_zero_derivatives_of_any_order(spec):
 
     slopes = torch.func.grad(loss, (0, 1))
     second = torch.func.grad(lambda *x: sum(g.square().sum() for g in slopes(*x)), (0, 1))
-    found = second(q, params["units"]["scale_base"])
-    assert found[0].abs().max() > 0 and not found[1].any()
+    found = [second(q, params["units"]["scale_base"])]
+    leaves = [q.requires_grad_(), params["units"]["scale_base"].requires_grad_()]
+    first = torch.autograd.grad(loss(*leaves), leaves, create_graph=True, materialize_grads=True)
+    total = sum(g.square().sum() for g in first)
+    found.append(torch.autograd.grad(total, leaves, materialize_grads=True))
+    for of_q, of_scale in found:
+        assert of_q.abs().max() > 0 and not of_scale.any()
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -41,10 +41,14 @@ def pullback(fn: Callable[..., Any], *primals: Tensor) -> Callable[..., tuple[Te
     with torch.enable_grad():
         y = fn(*leaves)
 
-    def pull(cotangent: Tensor) -> tuple[Tensor, ...]:
-        if not isinstance(y, tuple) and not y.requires_grad:  # it depends on none of them
+    def pull(cotangents: Any) -> tuple[Tensor, ...]:
+        outputs = zip(y, cotangents, strict=True) if isinstance(y, tuple) else [(y, cotangents)]
+        # what comes out may depend on none of them
+        some = [(out, cotangent) for out, cotangent in outputs if out.requires_grad]
+        if not some:
             return tuple(map(torch.zeros_like, leaves))
-        return torch.autograd.grad(y, leaves, cotangent, materialize_grads=True)
+        outs, given = zip(*some, strict=True)
+        return torch.autograd.grad(outs, leaves, given, materialize_grads=True)
 
     return pull
 
