@@ -311,7 +311,14 @@ ONE_OF_EACH = [
     *("static:base=softmax", "G2:order=elementwise", "G2:order=by_distance,base=softmax", "dog"),
     *("linformer:rank=2", "gated", "relative:inside=true", "G2:order=by_offset", "sparsemax"),
     *("synthesizer:width=3", "performer:width=3", "G2:order=generated", "G2:order=project_first"),
-    *("static:rank=2", "G2:project=simplex", "G2:order=two_stage", "G2:order=beside_relative"),
+    *(
+        "static:rank=2",
+        "static:rank=2,inside=true",
+        "static:inside=true",
+        "G2:project=simplex",
+        "G2:order=two_stage",
+        "G2:order=beside_relative",
+    ),
 ]
 
 
