@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from kart import bases, kernels, schema
+from kart import bases, kernels, schema, tree
 from kart.bases import Basis, Params
 from kart.factories import remember
 from kart.kernels.plain import scores as scores_of
@@ -149,6 +149,14 @@ def generated(
             return lattice(keys, features, prefix, device).to(like)
         return sequence(keys, features, reach, device).to(like)
 
+    def fits(params: Params, queries: int, keys: int) -> None:
+        found = tree.leaves(params["units"])[0].shape[2], params["mix"].shape[1]
+        if found != (features, features):
+            raise ValueError(
+                f"`generated` needs parameters of {features} features, got {found[0]} of the units "
+                f"and {found[1]} of the mix. Make the operator with as many."
+            )
+
     def of_keys(params: Params, keys: int) -> Params:
         """The parameters of `low_rank` for this many keys."""
         mix = params["mix"]
@@ -220,6 +228,7 @@ def generated(
         init,
         weights,
         attend,
+        fits=fits,
         basis=basis,
         resize=moved if reach is None else None,
         options=options,
