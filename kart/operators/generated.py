@@ -20,9 +20,12 @@ from kart.operators.contract import (
     attended_keys,
     check_basis,
     check_fits_memory,
+    check_names,
     check_rank,
+    check_unit_sizes,
     from_forms,
     only,
+    unit_sizes,
 )
 from kart.operators.learnable import low_rank
 from kart.operators.resize import Lattice, check_read
@@ -149,7 +152,11 @@ def generated(
             return lattice(keys, features, prefix, device).to(like)
         return sequence(keys, features, reach, device).to(like)
 
+    sizes = unit_sizes(basis)
+
     def fits(params: Params, queries: int, keys: int) -> None:
+        check_names("generated", params, ["units", "mix"])
+        check_unit_sizes("generated", params["units"], sizes, 3)
         found = tree.leaves(params["units"])[0].shape[2], params["mix"].shape[1]
         if found != (features, features):
             raise ValueError(
