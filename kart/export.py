@@ -34,6 +34,11 @@ class Exported(nn.Module):
         # a name of a buffer has no dots
         self._names = {name: name.replace(".", "__") for name in tree.named(params)}
         for name, leaf in tree.named(params).items():
+            if self._names[name] in self._buffers:
+                raise ValueError(
+                    f"`export` needs names that differ where dots are {'__'!r}, got two at "
+                    f"{self._names[name]!r}. Rename a leaf in `init` of the operator."
+                )
             self.register_buffer(self._names[name], leaf)
 
     def forward(self, images: Tensor) -> Tensor:

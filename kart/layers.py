@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from kart import kernels
 from kart.bases.basis import DRAWN, check_generator, check_input
+from kart.kernels.transforms import forward_levels, grad_levels
 
 Params = dict[str, Any]
 
@@ -71,10 +72,19 @@ def layer_norm_init(size: int) -> Params:
 def layer_norm(params: Params, x: Tensor, eps: float = 1e-6) -> Tensor:
     """Layer norm over the last axis, in the dtype of `x`."""
     weight, bias = params["weight"].to(x.dtype), params["bias"].to(x.dtype)
-    if torch.compiler.is_compiling() or not kernels.transforming():
+    if torch.compiler.is_exporting():
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    # torch's mapped backward of a scaled layer norm has a wrong derivative, so that
-    # torch.func.hessian through it is wrong without a word (torch 2.13); unscaled it is right
+    if torch.compiler.is_compiling() or forward_levels() or grad_levels() > 2:
+        # torch's tangent of a layer norm has wrong derivatives itself, and so has its second
+        # derivative, without a word (torch 2.13); a graph that is compiled does not say what
+        # transforms are in it
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        centred = wide - wide.mean(-1, keepdim=True)
+        spread = centred.square().mean(-1, keepdim=True)
+        return torch.addcmul(bias, (centred * (spread + eps).rsqrt()).to(x.dtype), weight)
+    if not kernels.transforming():
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    # so has the mapped backward of a scaled one (torch.func.hessian); unscaled it is right
     return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=eps), weight)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from kart import bases
+from kart import bases, operators, tree
 from kart.bases import wavelets
 from kart.testing import basis_suite, check_basis
 
@@ -324,6 +324,19 @@ def test_bad_hyperparameters_are_refused_with_the_words(call, words):
     with pytest.raises(ValueError) as caught:
         call()
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("order", ["low_rank", "full_rank", "two_stage", "elementwise"])
+@pytest.mark.parametrize("others", ["rational-5/4", "rational-1/2", "rational-2/1"])
+def test_parameters_of_other_degrees_are_refused(others, order, dtype):
+    op, other = (operators.parse(f"{x}:order={order}").operator for x in ("rational-2/2", others))
+    x = torch.ones(1, 2, 5, 3, dtype=dtype)
+    params = tree.to(other.init(torch.Generator().manual_seed(0), 2, 5), dtype)
+    with pytest.raises(ValueError, match="last axes of 3 and 2, got shapes"):
+        op.attend(params, x, x, x)
+    with pytest.raises(ValueError, match="last axes of 3 and 2, got shapes"):
+        op.weights(params, x @ x.mT)
 
 
 def test_bad_tensors_are_refused_with_the_words():

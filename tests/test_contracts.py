@@ -165,6 +165,32 @@ for spec in specs:
     assert run.returncode == 0, run.stderr
 
 
+def test_first_use_may_be_under_a_checkpoint():
+    program = """
+import logging, torch
+from torch.utils.checkpoint import checkpoint
+from kart import operators, tree
+
+
+class Heard(logging.Handler):
+    def emit(self, record):
+        raise AssertionError(record.getMessage())
+
+
+logging.getLogger("kart").addHandler(Heard())
+for spec in ("G2", "rational", "G1:base=softmax", "dog:order=elementwise", "static:base=softmax"):
+    op = operators.parse(spec).operator
+    params = tree.map(lambda x: x.requires_grad_(), op.init(torch.Generator(), 2, 5))
+    x = torch.ones(2, 2, 5, 3, requires_grad=True)
+    for reentrant in (False, True):
+        out = checkpoint(lambda x: op.attend(params, x, x, x), x, use_reentrant=reentrant)
+        out.sum().backward()
+    assert all(leaf.grad is not None for leaf in tree.leaves(params))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_every_module_and_public_function_has_a_docstring():
     for info in pkgutil.walk_packages(kart.__path__, "kart."):
         if "triton" in info.name.split(".")[-1] or ".triton" in info.name:

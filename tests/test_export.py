@@ -402,3 +402,9 @@ def test_transparent_ground_is_white(run, tmp_path, capsys):
     assert "missing.png': No such file or directory. Check the path" in capsys.readouterr().err
     assert cli.main(["predict", str(run), str(tmp_path / "text.png")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_leaves_whose_names_would_be_one_buffer_are_refused():
+    model = models.create("vit_nano", image_size=8, patch_size=4)
+    with pytest.raises(ValueError, match="`export` needs names that differ .* two at 'a__b'"):
+        export.Exported(model, {"a": {"b": torch.ones(1)}, "a__b": torch.zeros(1)})

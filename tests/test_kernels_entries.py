@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kart import bases, kernels
+from kart import bases, kernels, tree
 from kart.kernels import entries, plain, stream
 from kart.kernels.cpp import weights as compiled
 from kart.kernels.family import family_of
@@ -306,3 +306,36 @@ def test_a_table_of_every_query_and_key_meets_softmax_in_one_pass(rows):
     ):
         bound = 3e-5 * (1 + wanted.abs().max().item())
         assert_close(x.double(), wanted, rtol=3e-5, atol=bound)
+
+
+def limited(function, calls=200):
+    """`function`, which fails when it is called more often."""
+    left = iter(range(calls))
+
+    def call(*arguments):
+        assert next(left, None) is not None, "it is drawn again and again"
+        return function(*arguments)
+
+    return call
+
+
+NARROW = {
+    "meyer": bases.meyer(),
+    "gaussian_rbf": bases.gaussian_rbf(3, (-0.5, 0.5)),
+    "dog": bases.dog(),
+}
+
+
+@pytest.mark.parametrize("family", NARROW)
+def test_entries_that_vanish_far_out_do_not_keep_the_first_use_waiting(family, monkeypatch):
+    basis = NARROW[family]
+    known = family_of(basis)
+    monkeypatch.setattr(compiled, "_cases", limited(compiled._cases))
+    inputs, units = drawn(basis, 7, 9)
+    wanted = with_gradients(basis, inputs, units, None, form="l1", engine="plain")
+    inputs, units = tree.to((inputs, units), torch.float32)
+    why = compiled.engine_of(known, "l1", False)[1]
+    assert "again and again" not in why
+    found = with_gradients(basis, inputs, units, None, form="l1", engine="auto" if why else "cpp")
+    for name, exact in wanted.items():
+        assert_close(found[name].double(), exact, rtol=1e-3, atol=1e-4)

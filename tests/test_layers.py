@@ -1,7 +1,10 @@
 """Layers against torch's own modules."""
 
+import itertools
+
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 from kart import layers, models
@@ -73,8 +76,30 @@ def test_layer_norm_has_the_right_hessian_under_every_transform():
         return layers.layer_norm(params, (x * p[:4]).sin()).sin().sum()
 
     expected = torch.autograd.functional.hessian(loss, start)
-    assert_close(torch.func.hessian(loss)(start), expected)
-    assert_close(torch.func.jacrev(torch.func.jacrev(loss))(start), expected)
+    modes = (torch.func.jacrev, torch.func.jacfwd)
+    for outer, inner in itertools.product(modes, modes):
+        assert_close(outer(inner(loss))(start), expected)
+    compiled = torch.compile(torch.func.hessian(loss), backend="aot_eager", fullgraph=True)
+    assert_close(compiled(start), expected)
+    with forward_ad.dual_level():
+        moving = forward_ad.make_dual(start.requires_grad_(), torch.ones_like(start))
+        slope = forward_ad.unpack_dual(loss(moving)).tangent
+        (second,) = torch.autograd.grad(slope, start)
+    assert_close(second, expected.sum(-1))
+
+    def slope(f, mode):
+        along = torch.linspace(-1, 1, 12, dtype=torch.float64)
+        if mode is torch.func.jvp:
+            return lambda p: torch.func.jvp(f, (p,), (along,))[1]
+        return lambda p: torch.func.grad(f)(p) @ along
+
+    modes = (torch.func.jvp, torch.func.grad)
+    third, *others = (
+        slope(slope(slope(loss, a), b), c)(start.detach())
+        for a, b, c in itertools.product(modes, modes, modes)
+    )
+    for other in others:
+        assert_close(other, third)
 
 
 def test_integers_would_make_every_weight_zero():

@@ -368,6 +368,8 @@ def test_models_pickle_and_deepcopy(name, duplicate):
         ("vit", {"operator": "G2B"}, "`softmax` has no parameters, got units, mix, which"),
         ("convit", {"operator": "softmax", "sharing": "universal"}, "no 'blocks.2.operator'"),
         ("convit", {"depth": 4}, "4 blocks for 3 at 'blocks'"),
+        ("vit", {"image_size": 12}, "a `pos_embed` of 5 tokens, got one of 10, for images"),
+        ("convit", {"image_size": 4}, "a `pos_embed` of 9 tokens, got one of 1, for images"),
         ("swin", {"depths": (2, 3)}, "3 blocks for 2 at 'layers.1.blocks'"),
         ("swin", {"operator": "G2B"}, "`softmax` has no parameters, got units, mix, which"),
     ],
@@ -376,7 +378,8 @@ def test_parameters_of_another_model_are_named(name, changes, words):
     sizes = {"convit": CONVIT, "swin": SWIN, "vit": SMALL}[name]
     model = models.create(f"{name}_tiny", **sizes)
     other = models.create(f"{name}_tiny", **{**sizes, **changes})
-    params, images = drawn(other)
+    params, _ = drawn(other)
+    _, images = drawn(model)
     with pytest.raises(ValueError, match=words):
         model.apply(params, images)
     with pytest.raises(ValueError, match=words):

@@ -306,6 +306,131 @@ def test_vmap_over_examples_and_over_populations_equals_a_loop(spec):
     assert_close(population, loop)
 
 
+ONE_OF_EACH = [
+    *("softmax", "tempered", "G2:rank=2", "G2:base=softmax", "G2:order=full_rank", "softconv"),
+    *("static:base=softmax", "G2:order=elementwise", "G2:order=by_distance,base=softmax", "dog"),
+    *("linformer:rank=2", "gated", "relative:inside=true", "G2:order=by_offset", "sparsemax"),
+    *("synthesizer:width=3", "performer:width=3", "G2:order=generated", "G2:order=project_first"),
+    *(
+        "static:rank=2",
+        "static:rank=2,inside=true",
+        "static:inside=true",
+        "G2:project=simplex",
+        "G2:order=two_stage",
+        "G2:order=beside_relative",
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("one", ["params", "q", "k", "v"])
+@pytest.mark.parametrize("spec", ONE_OF_EACH)
+def test_what_has_one_head_has_it_for_all(spec, one, dtype):
+    op = operators.parse(spec).operator
+    generator = torch.Generator().manual_seed(0)
+    params = op.init(generator, 1 if one == "params" else 3, 5)
+    params = tree.map(lambda x: x + 0.3 * torch.randn(x.shape, generator=generator), params)
+    given = {x: torch.randn(2, 1 if x == one else 3, 5, 3, generator=generator) for x in "qkv"}
+    given = {x: y.to(dtype).requires_grad_() for x, y in given.items()}
+    params = tree.map(lambda x: x.to(dtype).requires_grad_(), params)
+
+    def spread():
+        whole = {x: y.expand(2, 3, 5, 3) for x, y in given.items()}
+        return tree.map(lambda x: x.expand(3, *x.shape[1:]), params), whole
+
+    leaves, found = [*given.values(), *tree.leaves(params)], []
+    for own, qkv in ((params, given), spread()):
+        out = op.attend(own, *qkv.values())
+        found.append([out, *torch.autograd.grad(out.sin().sum(), leaves, materialize_grads=True)])
+    for got, wanted in zip(*found, strict=True):
+        assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+OTHERS = [
+    ("full_rank,mix", "needs parameters units, got units, mix, which are of another"),
+    ("low_rank,units", "needs parameters units, mix, got units, which are"),
+    ("elementwise,low_rank", "needs parameters units, got units, mix, which are"),
+    (
+        "elementwise,full_rank",
+        r"needs units with '.*' \(H.*\), got shape \(2, 4, 4.*\), which is of",
+    ),
+    (
+        "by_distance,full_rank",
+        r"needs units with '.*' \(H.*\), got shape \(2, 4, 4.*\), which is of",
+    ),
+    (
+        "full_rank,elementwise",
+        r"needs units with '.*' \(H, ., ..*\), got shape \(2.*\), which is of",
+    ),
+    ("by_offset,low_rank", "needs parameters table, units, got units, mix"),
+    ("two_stage,low_rank", "needs parameters first, second, got units, mix"),
+    ("beside_relative,low_rank", "`added` needs parameters 0, 1, got units, mix"),
+    ("hybrid,low_rank", "`hybrid` needs parameters 0, 1, got units, mix"),
+    ("low_rank,moved", r"needs parameters of one number of keys, got \[4, 5\]"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", ["G2", "dog", "rational-2/2"])
+@pytest.mark.parametrize(("pair", "words"), OTHERS)
+def test_parameters_of_another_operator_are_refused(pair, words, family, dtype):
+    generator, (name, given) = torch.Generator().manual_seed(0), pair.split(",")
+    made = {
+        order: operators.parse(f"{family}:order={order}{more}").operator
+        for order, more in (
+            *(("low_rank", ",rank=2"), ("full_rank", ""), ("two_stage", ",rank=2")),
+            *(("elementwise", ""), ("by_distance", ""), ("by_offset", ",prefix=0,rows=1")),
+            ("beside_relative", ",rank=2,prefix=0,rows=1"),
+        )
+    }
+    made["hybrid"] = operators.hybrid([made["full_rank"], made["low_rank"]])
+    params = {order: op.init(generator, 2, 4) for order, op in made.items()}
+    params["mix"] = {**params["full_rank"], "mix": params["low_rank"]["mix"]}
+    params["units"] = {"units": params["low_rank"]["units"]}
+    other = made["low_rank"].init(generator, 2, 5)
+    params["moved"] = {**params["low_rank"], "mix": other["mix"]}
+    x = torch.ones(1, 2, 4, 3, dtype=dtype)
+    own = tree.to(params[given], dtype)
+    for call in (
+        lambda: made[name].attend(own, x, x, x),
+        lambda: made[name].weights(own, x @ x.mT),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_parts_without_parameters_may_be_missing_from_a_tree_of_leaves():
+    x = torch.linspace(-1, 1, 48).view(2, 2, 4, 3)
+    low_rank = operators.low_rank(bases.fourier(2), rank=2)
+    for make in (operators.hybrid, operators.added):
+        op = make([operators.softmax(), low_rank])
+        params = op.init(torch.Generator().manual_seed(0), 2, 4)
+        leaves = tree.unflatten(tree.named(params))
+        assert torch.equal(op.attend(leaves, x, x, x), op.attend(params, x, x, x))
+
+
+@pytest.mark.parametrize("spec", ["dog:scales=true", "dog:order=elementwise,scales=true"])
+def test_a_parameter_without_a_part_has_zero_derivatives_of_any_order(spec):
+    op = operators.parse(spec).operator
+    params = op.init(torch.Generator().manual_seed(0), 2, 5)
+    q = torch.linspace(-1, 1, 30).view(2, 5, 3)
+
+    def loss(q, scale):
+        # of a base activation that is zero
+        units = {**params["units"], "scale_base": scale}
+        return op.attend({**params, "units": units}, q, q, q).square().sum()
+
+    slopes = torch.func.grad(loss, (0, 1))
+    second = torch.func.grad(lambda *x: sum(g.square().sum() for g in slopes(*x)), (0, 1))
+    found = [second(q, params["units"]["scale_base"])]
+    leaves = [q.requires_grad_(), params["units"]["scale_base"].requires_grad_()]
+    first = torch.autograd.grad(loss(*leaves), leaves, create_graph=True, materialize_grads=True)
+    total = sum(g.square().sum() for g in first)
+    found.append(torch.autograd.grad(total, leaves, materialize_grads=True))
+    for of_q, of_scale in found:
+        assert of_q.abs().max() > 0 and not of_scale.any()
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_forward_derivative_agrees_with_the_reverse_one(spec):
     op, params, q, k, v = setting(spec, 3, 4)

@@ -365,6 +365,10 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"`generated` needs units linear in their coefficients"):
         operators.generated(bases.mexican_hat())
     q, k, v = inputs(2, 3)
+    one, many = (operators.generated(fourier, features=n) for n in (1, 4))
+    for op, other in ((one, many), (many, one)):
+        with pytest.raises(ValueError, match=r"`generated` needs parameters of . features, got"):
+            op.attend(other.init(source(), 3, 3), q, k, v)
     cosformer = operators.cosformer()
     for op in (cosformer, operators.added([cosformer]), operators.hybrid([cosformer] * 3)):
         with pytest.raises(ValueError, match=r"`step` needs weights that later tokens leave as"):

@@ -193,3 +193,17 @@ def test_autocast_leaves_the_scores_in_float32(spec):
     with torch.autocast("cpu", torch.bfloat16):
         assert_close(op.attend(params, q * 6, k, v), wanted)
         assert_close(op.weights(params, scores), looked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("spec", ["softmax+G2:rank=2", "G2:rank=2", "softconv", "linformer"])
+def test_autocast_takes_every_type(spec, dtype):
+    op = operators.parse(spec).operator
+    params = op.init(torch.Generator().manual_seed(0), 2, 4)
+    q = torch.linspace(-1, 1, 48).view(2, 2, 4, 3).to(dtype)
+    mask = torch.ones(4, 4, dtype=torch.bool).tril()
+    expected = op.attend(params, q, q, q, mask), op.weights(params, q @ q.mT, mask)
+    scores = q @ q.mT
+    with torch.autocast("cpu", torch.bfloat16):
+        found = op.attend(params, q, q, q, mask), op.weights(params, scores, mask)
+    assert all(map(torch.equal, found, expected))

@@ -282,3 +282,10 @@ def test_parameter_totals(operator, total):
 def test_bad_configurations_say_what_is_wrong(overrides, words):
     with pytest.raises(ValueError, match=words):
         small(**overrides)
+
+
+def test_parameters_of_other_windows_are_refused():
+    model, other = small(window_size=2), small(window_size=4)
+    params, images = drawn(other)
+    with pytest.raises(ValueError, match=r"bias_table` of 9 offsets, for windows of 2, got 49"):
+        model.apply(params, images)

@@ -122,15 +122,25 @@ def rational(
             a = a / math.sqrt(shape[-1] if shape else 1)
         return {"numerator": a, "denominator": b}
 
+    def both(params: Params) -> tuple[Tensor, Tensor]:
+        a, b = params["numerator"], params["denominator"]
+        if (a.shape[-1], b.shape[-1]) != (numerator + 1, denominator):
+            raise ValueError(
+                f"`rational` needs `numerator` and `denominator` with last axes of {numerator + 1} "
+                f"and {denominator}, got shapes {tuple(a.shape)} and {tuple(b.shape)}. Call `init` "
+                "of this basis for its parameters."
+            )
+        return a, b
+
     def core(params: Params, x: Tensor) -> Tensor:
-        below = 1 + (_horner(params["denominator"], x) * x).abs()
-        return _horner(params["numerator"], x) / below
+        a, b = both(params)
+        return _horner(a, x) / (1 + (_horner(b, x) * x).abs())
 
     def leaves(params: Params) -> Tensor:
-        a = params["numerator"]
+        a, b = both(params)
         if scales:
             a = a * params["scale_basis"][..., None]
-        return torch.cat([a, params["denominator"]], dim=-1)
+        return torch.cat([a, b], dim=-1)
 
     degrees = {"numerator": numerator, "denominator": denominator}
     shared = {"base": base, "init": init, "scales": scales}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch  # type: ignore[attr-defined]  # no stubs
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from kart import projections
 
@@ -33,16 +34,21 @@ def transforming() -> bool:
 def pullback(fn: Callable[..., Any], *primals: Tensor) -> Callable[..., tuple[Tensor, ...]]:
     """The map from a cotangent of `fn(*primals)` to cotangents of `primals`."""
     if torch.is_grad_enabled() or transforming():
-        return torch.func.vjp(fn, *primals)[1]
+        # torch gives no zeros like a tensor of a level that has ended, wrapped for another
+        return torch.func.vjp(fn, *unwrap_dead_wrappers(primals))[1]
     # nobody differentiates it again: without the graph that torch.func keeps for that
     leaves = [x.detach().requires_grad_() for x in primals]
     with torch.enable_grad():
         y = fn(*leaves)
 
-    def pull(cotangent: Tensor) -> tuple[Tensor, ...]:
-        if not isinstance(y, tuple) and not y.requires_grad:  # it depends on none of them
+    def pull(cotangents: Any) -> tuple[Tensor, ...]:
+        outputs = zip(y, cotangents, strict=True) if isinstance(y, tuple) else [(y, cotangents)]
+        # what comes out may depend on none of them
+        some = [(out, cotangent) for out, cotangent in outputs if out.requires_grad]
+        if not some:
             return tuple(map(torch.zeros_like, leaves))
-        return torch.autograd.grad(y, leaves, cotangent, materialize_grads=True)
+        outs, given = zip(*some, strict=True)
+        return torch.autograd.grad(outs, leaves, given, materialize_grads=True)
 
     return pull
 

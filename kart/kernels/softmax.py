@@ -200,8 +200,8 @@ def softmax_attention(
         q, k, v: `(..., H, N, d)`, `(..., H, M, d)` and `(..., H, M, e)`.
         mask: boolean, True = attend, broadcasting to `(..., H, N, M)`.
         scale: of the scores; default `d^-1/2`.
-        table: `(H, N, M)`, float32 beside half types, which a GPU rounds to theirs; not beside a
-            mask.
+        table: `(H or 1, N, M)`, float32 beside half types, which a GPU rounds to theirs; not beside
+            a mask.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -214,15 +214,17 @@ def softmax_attention(
             f"`softmax_attention` needs `v` (..., H, {k.shape[-2]}, e) in {q.dtype}, for the keys "
             f"of `k`, got {tuple(v.shape)} in {v.dtype}. Project v from the same tokens as k."
         )
-    size = (q.shape[-3], q.shape[-2], k.shape[-2])
-    if table is not None and (mask is not None or tuple(table.shape) != size):
+    *lead, heads = broadcast_leading("softmax_attention", q=q, k=k, v=v, mask=mask)
+    size = (heads, q.shape[-2], k.shape[-2])
+    # one table may be that of all heads
+    fits = table is None or tuple(table.shape) in (size, (1, *size[1:]))
+    if table is not None and (mask is not None or not fits):
         what = "a mask" if mask is not None else f"shape {tuple(table.shape)}"
         raise ValueError(
             f"`softmax_attention` needs `table` (H, N, M) = {size} without a mask, got {what}. "
             "Add the product of a masked table and v outside."
         )
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    *lead, heads = broadcast_leading("softmax_attention", q=q, k=k, v=v, mask=mask)
     q, k, v = four_axes([*lead, heads], q, k, v)
     some = None
     if mask is not None:
@@ -236,7 +238,7 @@ def softmax_attention(
     if table is None:
         out = _apply(q, k, v, mask, factor)
     else:
-        own = table[None].to(plain.wide(v[:0]).dtype)
+        own = table.expand(size)[None].to(plain.wide(v[:0]).dtype)
         out = _apply(q, k, v, mask, factor, own, torch.compiler.is_compiling())
     if some is not None:
         out = torch.where(some, out, 0)

@@ -144,17 +144,28 @@ def untransformed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def for_good() -> Iterator[None]:
-    """A block for what is kept, and so of no transform, mode or trace that first asks for it."""
+    """A block for what is kept, and so of no transform, mode, trace or checkpoint that first asks
+    for it.
+    """
     traced = torch._C._get_tracing_state()
     trace = torch._C._set_tracing_state  # type: ignore[attr-defined]  # no stubs
     if traced is not None:
         trace(None)
     try:
-        with untransformed(), torch.inference_mode(False):
+        with untransformed(), torch.inference_mode(False), _unhooked():
             yield
     finally:
         if traced is not None:
             trace(traced)
+
+
+def _unhooked() -> contextlib.AbstractContextManager[Any]:
+    """A block in which graphs keep tensors as they are: `torch.utils.checkpoint` counts them by its
+    hooks. Of several the innermost hold; where they are forbidden there are none.
+    """
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 @contextlib.contextmanager

@@ -61,6 +61,18 @@ def check_params(params: Params, sites: Sequence[Site], blocks: Mapping[str, int
         )
 
 
+def with_positions(params: Params, x: Tensor) -> Tensor:
+    """Tokens `x (..., N, D)` and the embeddings of their positions."""
+    positions = params["pos_embed"][0]
+    if positions.shape[-2] != x.shape[-2]:
+        raise ValueError(
+            f"`apply` needs a `pos_embed` of {x.shape[-2]} tokens, got one of "
+            f"{positions.shape[-2]}, for images or patches of another size. Move the parameters "
+            "with `kart.models.resize`, or create the model for their size."
+        )
+    return x + positions
+
+
 def prepend_class(params: Params, x: Tensor) -> Tensor:
     """The class token before tokens `(..., N, D)`: `(..., 1 + N, D)`."""
     token = params["cls_token"][0].to(x.dtype)

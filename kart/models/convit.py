@@ -78,7 +78,7 @@ def convit(operator: Choice = "softmax", **fields: Any) -> Model:
     def forward(params: Params, images: Tensor, look: dict[str, Tensor] | None) -> Tensor:
         blocks.check_images(images, config.in_channels, config.image_size)
         blocks.check_params(params, sites, {"blocks": config.depth})
-        x = layers.patch_embed(params["patch_embed"], images) + params["pos_embed"][0]
+        x = blocks.with_positions(params, layers.patch_embed(params["patch_embed"], images))
         for i, site in enumerate(sites):
             own, name = params["blocks"][str(i)], f"blocks.{i}"
             mixed = i < gated and not site.operator.traits.get("whole")

@@ -56,7 +56,7 @@ def vit(operator: Choice = "softmax", **fields: Any) -> Model:
         blocks.check_images(images, config.in_channels, config.image_size)
         blocks.check_params(params, sites, {"blocks": config.depth})
         x = blocks.prepend_class(params, layers.patch_embed(params["patch_embed"], images))
-        x = x + params["pos_embed"][0]
+        x = blocks.with_positions(params, x)
         for i, site in enumerate(sites):
             name = f"blocks.{i}"
 

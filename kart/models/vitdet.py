@@ -105,7 +105,7 @@ def vitdet(operator: Choice = "softmax", **fields: Any) -> Model:
     ) -> dict[str, Tensor]:
         blocks.check_images(images, config.in_channels, config.image_size)
         blocks.check_params(params, sites, {"blocks": config.depth})
-        x = layers.patch_embed(params["patch_embed"], images) + params["pos_embed"][0]
+        x = blocks.with_positions(params, layers.patch_embed(params["patch_embed"], images))
         x = x.unflatten(-2, (side, side))
         for i, site in enumerate(sites):
             attention = blocks.attention_at(site, params, look, f"blocks.{i}")

@@ -92,6 +92,12 @@ def relative_index(window: int, device: torch.device) -> Tensor:
 
 def position_bias(table: Tensor, window: int) -> Tensor:
     """Biases `(H, window^2, window^2)` of a table `((2 window - 1)^2, H)`."""
+    if table.shape[0] != (2 * window - 1) ** 2:
+        raise ValueError(
+            f"`apply` needs a `relative_position_bias_table` of {(2 * window - 1) ** 2} offsets, "
+            f"for windows of {window}, got {table.shape[0]}. Create the model with the "
+            "`window_size` that its parameters were made with."
+        )
     return table[relative_index(window, table.device)].movedim(-1, 0)
 
 

@@ -6,7 +6,7 @@ masked; the first two compute in float32 where the input is half precision.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -220,6 +220,46 @@ def check_keys(name: str, expected: int, keys: int) -> None:
             f"Call `init(generator, heads, {keys})` for this number of tokens, or move the "
             "parameters with `kart.operators.resize`."
         )
+
+
+def unit_sizes(basis: Basis) -> dict[str, tuple[int, ...]] | None:
+    """The axes that each leaf of units of a basis has behind those of their shape; None where one
+    of the user's own cannot draw no units.
+    """
+    try:
+        return {name: tuple(x.shape[2:]) for name, x in basis.init(Generator(), (0, 1)).items()}
+    except Exception:
+        return None
+
+
+def check_names(name: str, params: Params, wanted: Collection[str]) -> None:
+    """Raises ValueError unless the parameters are called as `wanted`."""
+    if params.keys() != set(wanted):
+        found = ", ".join(map(str, params)) or "none"
+        raise ValueError(
+            f"`{name}` needs parameters {', '.join(wanted)}, got {found}, which are of another "
+            "operator. Take that one, or call `init(generator, heads, tokens)` of this."
+        )
+
+
+def check_unit_sizes(
+    name: str, units: Params, sizes: Mapping[str, tuple[int, ...]] | None, axes: int
+) -> None:
+    """Raises ValueError unless the leaves of units are those of a basis, with `axes` before the
+    `sizes` that it has, where they are known.
+    """
+    if sizes is None:
+        return
+    check_names(name, units, sizes)
+    for leaf, own in sizes.items():
+        shape = tuple(units[leaf].shape)
+        if shape[axes:] != own or len(shape) < axes:
+            what = ", ".join(["H", *["."] * (axes - 1), *map(str, own)])
+            raise ValueError(
+                f"`{name}` needs units with {leaf!r} ({what}), got shape {shape}, which is of "
+                "another operator or basis. Take that one, or call `init(generator, heads, tokens)`"
+                " of this."
+            )
 
 
 def check_heads(name: str, params: Params, *tensors: Tensor) -> None:

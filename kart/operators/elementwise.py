@@ -20,7 +20,16 @@ from kart.kernels.arguments import broadcast_leading
 from kart.kernels.entries import ENGINES
 from kart.kernels.plain import softmax_rows, weigh, wide
 from kart.operators import static
-from kart.operators.contract import Operator, attended_keys, check_basis, from_forms, two_axes
+from kart.operators.contract import (
+    Operator,
+    attended_keys,
+    check_basis,
+    check_names,
+    check_unit_sizes,
+    from_forms,
+    two_axes,
+    unit_sizes,
+)
 from kart.operators.resize import amplitudes, check_amplitude, fixed_base
 
 NORMALISATIONS = ("count", "l1", "softmax")
@@ -101,6 +110,12 @@ def from_entries(
         scale = tokens**-0.5 if normalise is None and not inside else 1.0
         return {"units": draw_units(basis, generator, heads, scale, start)}
 
+    sizes = unit_sizes(basis)
+
+    def fits(params: Params, queries: int, keys: int) -> None:
+        check_names(name, params, ["units"])
+        check_unit_sizes(name, params["units"], sizes, 1)
+
     def places(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
         # the queries are the last tokens of the keys, as when tokens come in parts
         place = torch.arange(keys - queries, keys, device=device)[:, None]
@@ -161,7 +176,9 @@ def from_entries(
     if inside or (base and normalise in (None, "count")):
         found["softmax_base"] = True
         found["softmax_start"] = start == "zero"
-    return from_forms(name, init, weights, attend, basis=basis, options=options, traits=found)
+    return from_forms(
+        name, init, weights, attend, fits=fits, basis=basis, options=options, traits=found
+    )
 
 
 def default_start(

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from kart import bases, kernels, schema
+from kart import bases, kernels, schema, tree
 from kart.bases import Basis, Params
 from kart.factories import remember
 from kart.kernels.plain import scores as scores_of
@@ -20,9 +20,12 @@ from kart.operators.contract import (
     attended_keys,
     check_basis,
     check_fits_memory,
+    check_names,
     check_rank,
+    check_unit_sizes,
     from_forms,
     only,
+    unit_sizes,
 )
 from kart.operators.learnable import low_rank
 from kart.operators.resize import Lattice, check_read
@@ -149,6 +152,18 @@ def generated(
             return lattice(keys, features, prefix, device).to(like)
         return sequence(keys, features, reach, device).to(like)
 
+    sizes = unit_sizes(basis)
+
+    def fits(params: Params, queries: int, keys: int) -> None:
+        check_names("generated", params, ["units", "mix"])
+        check_unit_sizes("generated", params["units"], sizes, 3)
+        found = tree.leaves(params["units"])[0].shape[2], params["mix"].shape[1]
+        if found != (features, features):
+            raise ValueError(
+                f"`generated` needs parameters of {features} features, got {found[0]} of the units "
+                f"and {found[1]} of the mix. Make the operator with as many."
+            )
+
     def of_keys(params: Params, keys: int) -> Params:
         """The parameters of `low_rank` for this many keys."""
         mix = params["mix"]
@@ -220,6 +235,7 @@ def generated(
         init,
         weights,
         attend,
+        fits=fits,
         basis=basis,
         resize=moved if reach is None else None,
         options=options,

@@ -27,9 +27,12 @@ from kart.operators.contract import (
     Streamed,
     check_basis,
     check_fits_memory,
+    check_names,
     check_rank,
+    check_unit_sizes,
     from_logits,
     sum_units,
+    unit_sizes,
 )
 from kart.operators.resize import amplitudes, moving
 
@@ -90,12 +93,24 @@ def order(
         rows = (SOFTMAX if base else 0) + (SIMPLEX if project else 0)
         return tokens**2 * ((tokens if units is None else units) * unit + mixed + rows)
 
+    sizes = unit_sizes(basis)
+
     def keys(params: Params) -> int:
-        first = next(iter(axes))
-        leaf = params[first]
-        # units are a dict
-        leaf = next(iter(leaf.values())) if isinstance(leaf, dict) else leaf
-        return leaf.shape[axes[first][0]]
+        check_names(name, params, axes)
+        found = []
+        for part, places in axes.items():
+            leaves = [params[part]]
+            if isinstance(params[part], dict):  # units
+                check_unit_sizes(name, params[part], sizes, 3)
+                leaves = params[part].values()
+            found += [leaf.shape[place] for leaf in leaves for place in places]
+        # compared, not as a set: in a trace sizes are tensors
+        if any(size != found[0] for size in found):
+            raise ValueError(
+                f"`{name}` needs parameters of one number of keys, got {sorted(set(found))}. Move "
+                "all of them, with `kart.operators.resize`."
+            )
+        return found[0]
 
     return from_logits(
         name,

@@ -7,8 +7,9 @@ from torch import Generator, Tensor
 
 from kart.bases import Params
 from kart.factories import remember
+from kart.kernels.core import no_autocast
 from kart.operators.contract import Operator, check_qkv, check_scores, check_sizes
-from kart.operators.sums import of_parts
+from kart.operators.sums import of_parts, own_params
 
 
 @remember
@@ -57,11 +58,14 @@ def hybrid(operators: Sequence[Operator]) -> Operator:
             masks: Sequence[Tensor | None] = mask.split(counts, dim=-3)
         else:
             masks = [mask] * len(groups)
+        own = own_params("hybrid", [op for op, _ in groups], params)
         parts = [
-            form(op)(params[str(i)], *(column[i] for column in columns), masks[i])
+            form(op)(own[i], *(column[i] for column in columns), masks[i])
             for i, (op, _) in enumerate(groups)
         ]
-        return torch.cat(parts, dim=-3)
+        # which autocast would refuse of half types other than its own
+        with no_autocast(parts[0]):
+            return torch.cat(parts, dim=-3)
 
     def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
         check_scores("hybrid", scores, mask)

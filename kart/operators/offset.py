@@ -17,10 +17,13 @@ from kart.operators.contract import (
     Operator,
     check_basis,
     check_fits_memory,
+    check_names,
+    check_unit_sizes,
     from_forms,
     only,
     products,
     softmax_rows,
+    unit_sizes,
 )
 from kart.operators.learnable import low_rank
 from kart.operators.relative import (
@@ -146,7 +149,12 @@ def by_offset(
         y = only(y, mask)
         return y + softmax_rows(scores, mask) if base else y
 
+    sizes = unit_sizes(basis)
+
     def fits(params: Params, queries: int, keys: int) -> None:
+        check_names("by_offset", params, ["table", "units"])
+        for part in params["table"]:
+            check_unit_sizes("by_offset", params["units"].get(part, {}), sizes, 3)
         check_square("by_offset", tokens_in(params["table"]), queries, keys)
 
     def weights(params: Params, scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -81,6 +81,14 @@ def mixed(matrix: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("...nm,...me->...ne", matrix, v)
 
 
+def beside(x: Tensor, y: Tensor) -> Tensor:
+    """`x (..., H, N, d)` and `y (H, N, r)` side by side, `(..., H, N, d + r)`; one may have one
+    head for all.
+    """
+    lead = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
+    return torch.cat([z.to(x.dtype).expand(*lead, z.shape[-1]) for z in (x, y)], -1)
+
+
 def matrix_values(
     matrix: Tensor, v: Tensor, mask: Tensor | None, normalise: bool = False
 ) -> Tensor:
@@ -174,10 +182,8 @@ def from_matrix(
         t, q, k, v = matrix(params), wide(q), wide(k), wide(v)
         if isinstance(t, Factored):
             # q k^T / sqrt(d) + L R^T is one product of longer vectors
-            left = t.left.to(q.dtype).expand(*q.shape[:-1], -1)
-            right = t.right.to(q.dtype).expand(*k.shape[:-1], -1)
-            q = torch.cat([q * q.shape[-1] ** -0.5, left], -1)
-            k = torch.cat([k, right], -1)
+            q = beside(q * q.shape[-1] ** -0.5, t.left)
+            k = beside(k, t.right)
             return kernels.softmax_attention(q, k, v, mask, 1.0)
         return kernels.by_queries(block, [t.to(q.dtype), q], [k, v], mask)
 

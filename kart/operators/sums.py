@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 
 from kart.bases import Params
 from kart.factories import remember
-from kart.operators.contract import Operator, check_sizes
+from kart.operators.contract import Operator, check_names, check_sizes
 from kart.operators.resize import Lattice
 
 
@@ -20,6 +20,17 @@ def simple_parts(op: Operator) -> list[Operator]:
     """The operators that one is made of, down to those that are made of none; of those itself."""
     parts = parts_of(op)
     return [one for part in parts for one in simple_parts(part)] if parts else [op]
+
+
+def own_params(name: str, parts: Sequence[Operator], params: Params) -> list[Params]:
+    """The parameters of each part, under `str(i)`; a part without any may be left out, as where a
+    tree was made of its leaves.
+    """
+    names = [str(i) for i in range(len(parts))]
+    some = {i for i, op in zip(names, parts, strict=True) if op.traits.get("learned", True)}
+    if not some <= params.keys():
+        check_names(name, params, names)
+    return [params.get(i, {}) for i in names]
 
 
 def of_parts(parts: Sequence[Operator]) -> dict[str, Any]:
@@ -65,7 +76,7 @@ def added(operators: Sequence[Operator]) -> Operator:
         return {str(i): op.init(generator, heads, tokens) for i, op in enumerate(parts)}
 
     def total(call: Callable[[Operator, Params], Tensor], params: Params) -> Tensor:
-        first, *others = (call(op, params[str(i)]) for i, op in enumerate(parts))
+        first, *others = map(call, parts, own_params("added", parts, params))
         return sum(others, start=first)
 
     def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -7,7 +7,6 @@ anything fails the reason is logged once and torch runs instead.
 
 import ctypes
 import functools
-import itertools
 import re
 from typing import Any, NamedTuple
 
@@ -237,10 +236,11 @@ def _plainly(family: Family | None, form: str, case: _Case) -> list[Tensor]:
 
 def _check(engine: Engine, family: Family | None, form: str, matrix: bool) -> None:
     """RuntimeError unless the kernels agree with the plain expression in float64."""
-    draws = (_cases(family, matrix, seed) for seed in itertools.count())
+    draws = (_cases(family, matrix, seed) for seed in range(100))
     if form == "l1" and family is not None:
+        # none is where functions vanish by and by: there small entries keep their signs, too
         draws = (cases for cases in draws if _steady(family, cases))
-    for case in next(draws):
+    for case in next(draws, _cases(family, matrix, 0)):
         with untransformed(), torch.enable_grad():
             leaves = {name: x.clone().requires_grad_() for name, x in case.leaves.items()}
             q, k, v = (leaves[name].detach() for name in "qkv")
