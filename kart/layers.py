@@ -81,7 +81,8 @@ def layer_norm(params: Params, x: Tensor, eps: float = 1e-6) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         centred = wide - wide.mean(-1, keepdim=True)
         spread = centred.square().mean(-1, keepdim=True)
-        return torch.addcmul(bias, (centred * (spread + eps).rsqrt()).to(x.dtype), weight)
+        normed = centred * (spread + eps).rsqrt()
+        return torch.addcmul(bias.to(wide.dtype), normed, weight.to(wide.dtype)).to(x.dtype)
     if not kernels.transforming():
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     # so has the mapped backward of a scaled one (torch.func.hessian); unscaled it is right
