@@ -35,6 +35,7 @@ LENGTHS = {
 }
 TOKENS = {
     "patch 4": "65 tokens; 8,000, 10: 1,250",
+    "patch 4, 30 epochs": "65 tokens; 8,000, 30: 3,750",
     "patch 4, 45,000 images": "65 tokens; 45,000, 10: 7,030",
 }
 SIZES = {
@@ -48,6 +49,7 @@ SIZES = {
 SHAPES = {
     "centre": "16 patches, 2 blocks",
     "patch 4": "64 patches",
+    "patch 4, 30 epochs": "64 patches, 30 epochs: 3,750 steps",
     "patch 4, 45,000 images": "64 patches, 45,000 images: 7,030 steps",
     "depth 4": "4 blocks",
 }
