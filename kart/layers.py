@@ -72,7 +72,8 @@ def layer_norm_init(size: int) -> Params:
 def layer_norm(params: Params, x: Tensor, eps: float = 1e-6) -> Tensor:
     """Layer norm over the last axis, in the dtype of `x`."""
     weight, bias = params["weight"].to(x.dtype), params["bias"].to(x.dtype)
-    if torch.compiler.is_exporting():
+    # what Dynamo records is exported as well, as torch 2.11 has it
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     if torch.compiler.is_compiling() or forward_levels() or grad_levels() > 2:
         # torch's tangent of a layer norm has wrong derivatives itself, and so has its second
