@@ -333,10 +333,13 @@ def test_parameters_of_other_degrees_are_refused(others, order, dtype):
     op, other = (operators.parse(f"{x}:order={order}").operator for x in ("rational-2/2", others))
     x = torch.ones(1, 2, 5, 3, dtype=dtype)
     params = tree.to(other.init(torch.Generator().manual_seed(0), 2, 5), dtype)
-    with pytest.raises(ValueError, match="last axes of 3 and 2, got shapes"):
+    refused = r"needs units with '\w+' \(H.*\), got shape .* of another operator or basis"
+    with pytest.raises(ValueError, match=refused):
         op.attend(params, x, x, x)
-    with pytest.raises(ValueError, match="last axes of 3 and 2, got shapes"):
+    with pytest.raises(ValueError, match=refused):
         op.weights(params, x @ x.mT)
+    with pytest.raises(ValueError, match="last axes of 3 and 2, got shapes"):
+        op.basis.apply(other.basis.init(torch.Generator(), (1, 2, 5, 3)), x)
 
 
 def test_bad_tensors_are_refused_with_the_words():
