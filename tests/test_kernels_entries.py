@@ -259,6 +259,64 @@ def test_transforms_go_through_it(family, form):
     assert_close(*shared)
 
 
+# lengths of a row of q and k and of v: whole vectors, and a rest
+@pytest.mark.parametrize("widths", [(32, 16), (7, 5)])
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [*(pair for pair in PAIRS if pair[0] in ("fourier", "table")), ("rational", "inside")],
+)
+def test_few_queries_meet_their_keys_in_lanes(family, form, widths):
+    if reason := kernels.engines()["cpp"].replace("ready", ""):
+        pytest.skip(reason)
+    basis, draw, keys = FAMILIES[family], source(6), 41
+    for queries in (1, 2, 4, 5):
+        q, k, v = (
+            torch.randn(2, HEADS, rows, width, generator=draw)
+            for rows, width in ((queries, widths[0]), (keys, widths[0]), (keys, widths[1]))
+        )
+        units = drawn(basis, queries, keys, dtype=torch.float32)[1]
+        factor = torch.rand(2, 1, queries, 1, generator=draw)
+        each = torch.rand(2, HEADS, queries, keys, generator=draw) > 0.4
+        each[0, 0, 0] = False
+        # as made by `reshape` and `transpose` of projections, and with their axes turned
+        laid = [
+            (k, v),
+            [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)],
+            [x.mT.contiguous().mT for x in (k, v)],
+        ]
+        for mask in (None, each, each[1, 0, :1]):
+            with torch.no_grad():
+                wanted = kernels.entry_attention(
+                    basis, {name: x.double() for name, x in units.items()},
+                    q.double(), k.double(), v.double(), mask,
+                    form=form, factor=factor.double(), engine="plain",
+                )  # fmt: skip
+                for one, two in laid:
+                    found = kernels.entry_attention(
+                        basis, units, q, one, two, mask, form=form, factor=factor, engine="cpp"
+                    )
+                    bound = 3e-5 * (1 + wanted.abs().max().item())
+                    assert_close(found.double(), wanted, rtol=3e-5, atol=bound)
+
+
+def test_few_queries_take_the_compiled_engine_where_nothing_is_recorded(monkeypatch):
+    if reason := kernels.engines()["cpp"].replace("ready", ""):
+        pytest.skip(reason)
+    basis = FAMILIES["fourier"]
+    inputs, units = drawn(basis, 1, 64, dtype=torch.float32)
+    wanted = kernels.entry_attention(basis, units, *inputs, engine="cpp")
+    calls = []
+    monkeypatch.setattr(
+        plain, "entry_attention", lambda *x: calls.append(x) or torch.zeros(2, HEADS, 1, VALUES)
+    )
+    with torch.no_grad():
+        assert_close(kernels.entry_attention(basis, units, *inputs), wanted)
+    assert not calls
+    # autograd finds less work in the expression
+    kernels.entry_attention(basis, units, *inputs)
+    assert calls
+
+
 def test_one_query_is_the_first_of_many():
     basis = FAMILIES["fourier"]
     (q, k, v), units = drawn(basis, 6, 6)

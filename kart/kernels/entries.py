@@ -22,7 +22,7 @@ from kart.kernels.cpp import weights as compiled
 from kart.kernels.cpp.weights import Weighted
 from kart.kernels.family import family_of
 from kart.kernels.plain import wide, wide_dtype
-from kart.kernels.transforms import forward_levels, no_autocast
+from kart.kernels.transforms import forward_levels, no_autocast, recorded
 
 ENGINES = ("auto", "torch", "cpp", "plain")
 
@@ -124,11 +124,11 @@ def _apply(
     if engine == "plain" or torch.compiler.is_exporting():
         return reference(q, k, v, mask, factor, *leaves)
     numbers = 1 if basis is None else basis.size
-    if engine == "auto" and q.shape[2] * numbers <= q.shape[3]:
-        # features of so few queries take no more than their keys
-        return reference(q, k, v, mask, factor, *leaves)
-    expression = partial(_in_blocks, reference, numbers)
-    if torch.compiler.is_compiling() or forward_levels() or not q.shape[0]:
+    # features of so few queries take no more than their keys
+    few = engine == "auto" and q.shape[2] * numbers <= q.shape[3]
+    expression = reference if few else partial(_in_blocks, reference, numbers)
+    raw = not (torch.compiler.is_compiling() or forward_levels() or (few and recorded()))
+    if not raw or not q.shape[0]:
         return expression(q, k, v, mask, factor, *leaves)
     family = None if basis is None else family_of(basis)
 
@@ -142,7 +142,7 @@ def _apply(
         return Weighted(family, form, q, k, v, theta_of(*leaves), mask, factor, scale)
 
     chosen = _engine_for(engine, weighted(q, k, v, mask, factor, *leaves))
-    if chosen is None:
+    if chosen is None or (few and chosen is not compiled):
         return expression(q, k, v, mask, factor, *leaves)
 
     def forward(*inputs):

@@ -109,6 +109,13 @@ struct Matrix {
     return packed;
   }
 
+  // the same without a copy where whole vectors can be read of the rows as they lie, `step` apart
+  const float* lying(long& step) {
+    const bool lies = source.d == 1 && width % W == 0 && source_scale == 1.0f;
+    step = lies ? source.n : padded;
+    return lies ? source.data : rows();
+  }
+
  private:
   Strided source;
   long source_rows;

@@ -45,9 +45,3 @@ struct Based : Unit {
     if (BASE > 0) gradient[P - 1] = sums[P - 1];
   }
 };
-
-static float total(vec x) {
-  float sum = 0;
-  for (int i = 0; i < W; ++i) sum += x[i];
-  return sum;
-}

@@ -29,6 +29,11 @@ static INLINE void store(float* p, vec x) { *reinterpret_cast<loose*>(p) = x; }
 // x - 0 is x to the bit and costs nothing; 0 + x is an addition for each, for it is 0 where x is -0
 static INLINE vec splat(float x) { return x - vec{}; }
 static INLINE vec keep(vec x, ivec mask) { return (vec)((ivec)x & mask); }
+static INLINE float total(vec x) {
+  float sum = 0;
+  for (int i = 0; i < W; ++i) sum += x[i];
+  return sum;
+}
 
 // lanes FROM of the two, those of b counted on from a's
 template <int... FROM>

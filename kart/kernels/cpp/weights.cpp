@@ -13,10 +13,13 @@ constexpr bool SOFT = 2 <= FORM && FORM <= 4, SIMPLEX = FORM == 5;
 // a second output, that of softmax alone or the mean of the values that the simplex keeps
 constexpr bool TWO = FORM >= 4;
 constexpr int KEYS = 4 * ROWS, LONGEST = TILES ? 128 : KEYS;
+// queries, up to which the lanes of the forward are keys: fewer leave most of a block of queries empty
+constexpr int FEW = SIMPLEX ? 0 : W / 4;
 
 // --- entries ---------------------------------------------------------------------------------------
 
-// `at(n, m)` says where an entry of a table is; `sum` is what all samples of the head add their gradient to.
+// `at(n, m)` says where an entry of a table is, of a vector of queries from n on; `along` are those of a vector of keys
+// from m on, of any where there are no more. `sum` is what all samples of the head add their gradient to.
 
 #if defined(MATRIX)
 
@@ -26,11 +29,16 @@ struct Entry {
   const float* table;
   float* gradient;
   long row;
+  long last;
   Entry(const float*, const float* theta, float*, long size, long keys, float* sum)
-      : table(theta), gradient(sum), row(size / keys) {}
+      : table(theta), gradient(sum), row(size / keys), last(keys - 1) {}
   static long room(long) { return 0; }
   INLINE long at(long n, long m) const { return m * row + n; }
   INLINE vec value(vec, long at) const { return load(table + at); }
+  INLINE vec along(vec y, long n, long m) const {
+    for (int i = 0; i < W; ++i) y[i] = table[at(n, std::min(m + i, last))];
+    return y;
+  }
   INLINE vec slope(vec, vec dy, vec*, long at) const {
     store(gradient + at, load(gradient + at) + dy);
     return vec{};
@@ -54,6 +62,10 @@ struct Entry {
   static long room(long size) { return 2 * (size + LANES); }
   INLINE long at(long n, long m) const { return n + last - m; }
   INLINE vec value(vec, long at) const { return load(table + at); }
+  INLINE vec along(vec y, long n, long m) const {
+    for (int i = 0; i < W; ++i) y[i] = table[at(n, std::min(m + i, last))];
+    return y;
+  }
   INLINE vec slope(vec, vec dy, vec*, long at) const {
     store(gradient + at, load(gradient + at) + dy);
     return vec{};
@@ -75,6 +87,7 @@ struct Entry {
   static long room(long) { return 0; }
   INLINE long at(long, long) const { return 0; }
   INLINE vec value(vec x, long) const { return unit.value(x); }
+  INLINE vec along(vec x, long, long) const { return unit.value(x); }
   INLINE vec slope(vec x, vec dy, vec* sums, long) const { return unit.slope(x, dy, sums); }
   void finish(const vec* sums, float* gradient, long) const {
     float own[P], found[P];
@@ -88,6 +101,8 @@ struct Entry {
 
 // --- one block of queries --------------------------------------------------------------------------
 
+static bool few(const Shape& s) { return s.queries <= FEW; }
+
 struct Scratch {
   Rows keys, values;
   Lanes queries, douts;
@@ -100,8 +115,8 @@ struct Scratch {
         queries(s.width, backward, keys.unit),
         douts(backward ? s.value_width : 0, true, values.unit),
         between(backward ? LONGEST : s.keys, keys.unit || values.unit),
-        weights((backward ? LONGEST : round_up(s.keys, SIDE)) * LANES),
-        soft(TWO && !backward ? s.keys * LANES : 0),
+        weights(backward ? LONGEST * LANES : round_up(s.keys, SIDE) * (few(s) ? 1 : LANES)),
+        soft(TWO && !backward ? round_up(s.keys, SIDE) * (few(s) ? 1 : LANES) : 0),
         scores(backward ? LONGEST * LANES : 0),
         out(values.padded * LANES),
         soft_out(TWO ? values.padded * LANES : 0),
@@ -229,6 +244,67 @@ static void forward_block(const Entry& entry, const Shape& s, Scratch& w, const 
   }
 }
 
+// --- one query -------------------------------------------------------------------------------------
+
+// products of a query and W rows, `step` apart, as lanes; beyond the last, of the last again
+static INLINE vec along_rows(const float* query, const float* rows, long step, long width, long last, float* corner) {
+  for (long i = 0; i < W; ++i) {
+    const float* row = rows + std::min(i, last) * step;
+    vec sum{};
+    for (long c = 0; c < width; c += W) sum += load(query + c) * load(row + c);
+    store(corner + i * W, sum);
+  }
+  transpose(corner, W, corner, W);
+  vec x = load(corner);
+  for (int i = 1; i < W; ++i) x += load(corner + i * W);
+  return x;
+}
+
+// `forward_block` of the query n alone, in lanes of keys
+static void forward_row(const Entry& entry, const Shape& s, Scratch& w, const uint8_t* mask_at, const Mask& mask, long n) {
+  const float* query = w.queries.rows();
+  long step;
+  const float* rows = w.keys.lying(step);
+  alignas(64) float corner[W * W];
+  vec most = splat(-INFINITY), sum{};
+  ivec attend{};
+  for (long m = 0; m < s.keys; m += W) {
+    ivec kept;
+    for (int i = 0; i < W; ++i) kept[i] = m + i < s.keys && (!mask.data || mask_at[(m + i) * mask.m]) ? -1 : 0;
+    vec x = keep(along_rows(query, rows + m * step, step, w.keys.padded, s.keys - 1 - m, corner), kept);
+    vec y = entry.along(x, n, m);
+    if (FORM == 3) y += x;
+    if (FORM == 4) x = kept ? x : splat(-INFINITY);
+    y = SOFT && FORM < 4 ? (kept ? y : splat(-INFINITY)) : keep(y, kept);
+    if (FORM == 1) sum += magnitude(y);
+    if (SOFT) most = clamp_above(most, FORM == 4 ? x : y);
+    attend |= kept;
+    store(w.weights + m, y);
+    if (FORM == 4) store(w.soft + m, x);
+  }
+  float greatest = -INFINITY;
+  if (SOFT) {
+    float* at = FORM == 4 ? w.soft : w.weights;
+    bool some = false;
+    for (int i = 0; i < W; ++i) {
+      greatest = most[i] < greatest ? greatest : most[i];
+      some |= attend[i] != 0;
+    }
+    if (!some) greatest = 0;
+    for (long m = 0; m < s.keys; m += W) {
+      const vec e = exponential(load(at + m) - greatest);
+      sum += e;
+      store(at + m, e);
+    }
+  }
+  rows = w.values.lying(step);
+  const long padded = w.values.padded;
+  wide_gemm<WIDE_ROWS, 1>(1, padded, s.keys, w.weights, 1, rows, step, w.out, padded, false);
+  if (TWO) wide_gemm<WIDE_ROWS, 1>(1, padded, s.keys, w.soft, 1, rows, step, w.soft_out, padded, false);
+  w.rows[0] = total(sum);
+  w.rows[LANES] = greatest;
+}
+
 // w.rows: factor or inverse of the sum, or logarithm of the sum, or the greatest entry of a projection; sum of weights
 // times their gradients, or the mean of these where the simplex keeps a weight; factor, or what a projection takes away
 // beside the greatest entry
@@ -318,11 +394,14 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
         const Entry entry(options, theta, w.room, extra->size, s.keys, nullptr);
         w.keys.take(*k, k->at(b, h), 1.0f);
         w.values.take(*v, v->at(b, h), 1.0f);
-        for (long n = 0; n < s.queries; n += LANES) {
-          const long queries = std::min<long>(LANES, s.queries - n), row = (b * s.heads + h) * s.queries + n;
+        const long most = few(s) ? 1 : LANES;
+        for (long n = 0; n < s.queries; n += most) {
+          const long queries = std::min<long>(most, s.queries - n), row = (b * s.heads + h) * s.queries + n;
           w.queries.take(*q, q->at(b, h) + n * q->n, queries, scale);
           const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + n * mask->n : nullptr;
-          if (queries > W)
+          if (few(s))
+            forward_row(entry, s, w, mask_at, *mask, n);
+          else if (queries > W)
             forward_block<2>(entry, s, w, mask_at, *mask, n, queries);
           else
             forward_block<1>(entry, s, w, mask_at, *mask, n, queries);

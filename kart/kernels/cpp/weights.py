@@ -172,9 +172,9 @@ class _Case(NamedTuple):
 
 
 def _cases(family: Family | None, matrix: bool, seed: int) -> list[_Case]:
-    """Odd sizes and strides, a rest of every block, a query without keys; widths below and above
-    those that the tile unit takes. Scores of variance one, and small coefficients: an exponential
-    amplifies the roundings of larger ones.
+    """Odd sizes and strides, a rest of every block, a query without keys, a query alone; widths
+    below and above those that the tile unit takes. Scores of variance one, and small coefficients:
+    an exponential amplifies the roundings of larger ones.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -183,8 +183,8 @@ def _cases(family: Family | None, matrix: bool, seed: int) -> list[_Case]:
 
     batch, heads = 2, 2
     cases = []
-    small, large = (37, 53, 7, 5), (135, 147, 70, 66)
-    for own, (queries, keys, width, value_width) in ((1, small), (batch, large)):
+    small, large, one = (37, 53, 7, 5), (135, 147, 70, 66), (1, 53, 16, 16)
+    for own, (queries, keys, width, value_width) in ((1, small), (batch, large), (batch, one)):
         leaves = {"q": draw(batch, queries, heads, width).transpose(1, 2)}
         leaves |= {"k": draw(batch, heads, width, keys).mT}
         leaves |= {"v": draw(batch, keys, heads, value_width).transpose(1, 2)}
@@ -198,7 +198,7 @@ def _cases(family: Family | None, matrix: bool, seed: int) -> list[_Case]:
             units = family.basis.init(generator, (own, heads))
             leaves |= {name: x + 0.3 * draw(*x.shape) for name, x in units.items()}
         mask = torch.rand(1, heads, queries, keys, generator=generator) < 0.7
-        mask[:, :, 3] = False
+        mask[:, :, 3:4] = False
         factor = draw(1, 1, queries, 1)
         dout = draw(batch, heads, queries, value_width)
         cases.append(_Case(leaves, mask if own > 1 else None, factor, width**-0.5, dout))
