@@ -173,16 +173,17 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 def best_rates(records: Sequence[Mapping[str, Any]], cell: str = CENTRE_CELL) -> dict[str, float]:
     """The rate of each arm whose tuning in `cell` is finished: highest validation top-1, the lower
-    rate where two are equal.
+    rate where two are equal. Others than the cell's, tried afterwards, are not chosen.
     """
+    rates = RATES_IN.get(cell, RATES)
     scores: dict[str, dict[float, float]] = {}
     for one in records:
-        if one["tuning"] and one["cell"] == cell:
+        if one["tuning"] and one["cell"] == cell and one["rate"] in rates:
             scores.setdefault(one["arm"], {})[one["rate"]] = one["val_top1"]
     return {
         arm: max(sorted(own), key=lambda rate, own=own: own[rate])
         for arm, own in scores.items()
-        if len(own) == len(RATES_IN.get(cell, RATES))
+        if len(own) == len(rates)
     }
 
 
@@ -320,7 +321,7 @@ def tuning(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[s
     or highest tried, and the gain over softmax there and, where it was run too, with every arm at
     the rate of the centre.
     """
-    tried = sorted({*RATES, *itertools.chain(*RATES_IN.values())})
+    tried = sorted({one["rate"] for one in records if one["tuning"]})
     own, centre = tested(records), tested(records, own=False)
     rows = []
     for cell, arm in itertools.product((CENTRE_CELL, *RATES_IN), ARMS):

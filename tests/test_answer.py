@@ -92,6 +92,11 @@ def test_rates_of_their_own_are_shown_beside_those_of_the_centre():
     assert (cell, "G3") not in answer.tested(unfinished)
     fast_alone = [one for one in unfinished if one["tuning"] or one["rate"] == fast]
     assert len(answer.tested(fast_alone)[cell, "G3"]) == 3
+    # one that was tried afterwards is shown, and not chosen
+    later = next(one for one in found if one["tuning"] and one["cell"] == cell)
+    more = [*found, later | {"rate": 1e-5, "val_top1": 3.0}]
+    assert answer.best_rates(more, cell) == answer.best_rates(found, cell)
+    assert "300.0" in sum(answer.tuning(more)[1], [])
     lowest = [r | {"val_top1": 2.0} if r["rate"] == answer.RATES[0] else r for r in found]
     assert "200.0* lowest" in answer.tuning(lowest)[1][0]
     assert shown["centre", "G3"][f"{slow:g}"].endswith("*") and not shown["centre", "G3"]["gain"]
