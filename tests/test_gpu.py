@@ -21,7 +21,7 @@ from kart import bases, cli, data, gpu, kernels, models, operators, train, tree
 from kart.kernels import chunked, core, plain
 from kart.kernels import triton as triton_engine
 from kart.kernels.family import Product, family_of
-from kart.operators.relative import _kept_index
+from kart.operators.relative import entry_index
 from tests import tiny
 
 DEVICE = "cuda"
@@ -495,7 +495,7 @@ def test_a_captured_cuda_graph_owns_the_places_in_a_table(spec):
     case = Case(spec)
     inputs = case.on_device()
     replay, got = gpu.record(lambda: case.attend(**inputs))
-    _kept_index.cache_clear()
+    entry_index.kept.cache_clear()
     torch.cuda.empty_cache()
     elsewhere = [torch.zeros(17, 17, dtype=torch.long, device=DEVICE) for _ in range(64)]
     replay()

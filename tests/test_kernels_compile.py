@@ -10,7 +10,7 @@ from kart import bases, kernels, operators
 from kart.kernels import plain
 from kart.kernels.cpp import weights
 from kart.kernels.family import once
-from kart.operators.relative import _kept_index
+from kart.operators.relative import entry_index
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script.*:DeprecationWarning"),
@@ -242,7 +242,7 @@ def test_what_is_made_for_good_inside_of_a_trace_is_no_part_of_it(monkeypatch):
     first, other = torch.randn(2, 3, 2, 2, 5, 4, generator=torch.Generator().manual_seed(1))
     reason = weights.engine_of(None, "beside", True)[1]
     monkeypatch.setattr(weights, "engine_of", once(weights.engine_of.__wrapped__))
-    _kept_index.cache_clear()
+    entry_index.kept.cache_clear()
     with torch.no_grad():
         traced = torch.jit.trace(
             lambda *qkv: op.attend(params, *qkv), tuple(first), check_trace=False

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kart import kernels, models, operators, tree
 from kart.kernels import stream
-from kart.operators.relative import _kept_index, entry_index
+from kart.operators.relative import entry_index
 from kart.testing import operator_suite
 
 HEADS, D = 2, 3
@@ -197,7 +197,7 @@ def test_what_a_transform_asks_first_serves_all_others(order):
     def loss(params):
         return op.attend(params, q, k, v).square().sum()
 
-    _kept_index.cache_clear()
+    entry_index.kept.cache_clear()
     _, curved = torch.func.jvp(grad(loss), (params,), (params,))
     expected = torch.func.jvp(grad(loss), (params,), (params,))[1]
     assert_close(tree.ravel(curved), tree.ravel(expected))
@@ -207,11 +207,11 @@ def test_what_a_transform_asks_first_serves_all_others(order):
 def test_a_graph_that_is_recorded_keeps_no_places_of_entries(monkeypatch):
     """They are its own: what it makes has no values before it is replayed, and goes with it."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setitem(entry_index.__globals__, "_entry_index", lambda *_: object())
-    _kept_index.cache_clear()
+    monkeypatch.setattr(entry_index, "make", lambda *_: object())
+    entry_index.kept.cache_clear()
     cuda = torch.device("cuda")
     assert entry_index(1, 4, 4, cuda) is not entry_index(1, 4, 4, cuda)
-    assert not _kept_index.cache_info().currsize
+    assert not entry_index.kept.cache_info().currsize
 
 
 def test_by_hand_a_table_of_one_row():

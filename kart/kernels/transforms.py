@@ -159,6 +159,45 @@ def for_good() -> Iterator[None]:
             trace(traced)
 
 
+class Constant:
+    """`make(*sizes, device)`, a tensor of nothing else, whose last results are kept.
+
+    Not while something is compiled, traced or captured: torch.compile traces what is kept, and
+    warns that it does; tensors of a mode, as fake ones, are of no use after it; a CUDA graph owns
+    what is made while it is recorded, and would read what is kept after it has been let go.
+    """
+
+    def __init__(self, make: Callable[..., Tensor], most: int = 64):
+        functools.update_wrapper(self, make)
+        self.make = make
+        self.kept = functools.lru_cache(most)(self._for_good)
+
+    def _for_good(self, *sizes: Any) -> Tensor:
+        with for_good():
+            return self.make(*sizes)
+
+    def _keeps(self, device: torch.device) -> bool:
+        return not (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        )
+
+    def __call__(self, *sizes: Any) -> Tensor:
+        *counts, device = sizes
+        # torch.jit.trace has sizes as tensors
+        return self.kept(*map(int, counts), device) if self._keeps(device) else self.make(*sizes)
+
+    def rows(self, length: int, *sizes: Any) -> Tensor:
+        """The tensor of a first size `length`, whose rows are those of any longer one: up to 2^14
+        the next power of two is kept, as for tokens that come one by one.
+        """
+        traced = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        if traced or not self._keeps(sizes[-1]) or length > 2**14:
+            return self.make(length, *sizes)
+        return self(max(256, 1 << (length - 1).bit_length()), *sizes)[:length]
+
+
 def _unhooked() -> contextlib.AbstractContextManager[Any]:
     """A block in which graphs keep tensors as they are: `torch.utils.checkpoint` counts them by its
     hooks. Of several the innermost hold; where they are forbidden there are none.

@@ -15,6 +15,7 @@ from kart.bases import Basis, Params
 from kart.factories import remember
 from kart.kernels.plain import scores as scores_of
 from kart.kernels.plain import softmax_rows, wide
+from kart.kernels.transforms import Constant
 from kart.operators.contract import (
     Operator,
     attended_keys,
@@ -45,6 +46,7 @@ def cosines(places: Tensor, count: int) -> Tensor:
     return (math.pi * places[:, None] * waves).cos() * scale
 
 
+@Constant
 def sequence(keys: int, count: int, reach: int, device: torch.device) -> Tensor:
     """Features `(M, J)` of tokens 0..M - 1, in float64; beyond `reach` they are mirrored."""
     return cosines((torch.arange(keys, dtype=torch.float64, device=device) + 0.5) / reach, count)
@@ -150,7 +152,7 @@ def generated(
         device = torch.device("cpu") if like.device.type == "mps" else like.device
         if reach is None:
             return lattice(keys, features, prefix, device).to(like)
-        return sequence(keys, features, reach, device).to(like)
+        return sequence.rows(keys, features, reach, device).to(like)
 
     sizes = unit_sizes(basis)
 

@@ -5,7 +5,6 @@ The weight of a patch for another is an entry of a table over their offset; thos
 tokens have entries of their own for each patch.
 """
 
-import functools
 import math
 
 import torch
@@ -14,7 +13,7 @@ from torch import Generator, Tensor
 from kart import bases, schema
 from kart.bases import Params
 from kart.factories import remember
-from kart.kernels.transforms import for_good
+from kart.kernels.transforms import Constant
 from kart.operators.contract import Operator, check_fits_memory
 from kart.operators.resize import Lattice, check_prefix, interpolate
 from kart.operators.static import Form, default_start, from_matrix
@@ -50,30 +49,11 @@ def lattice_of(name: str, tokens: int, prefix: int | None, rows: int | None) -> 
     return Lattice(prefix, side, patches // side)
 
 
+@Constant
 def entry_index(prefix: int, rows: int, columns: int, device: torch.device) -> Tensor:
     """Where a flattened table has the entry of query n and key m, `(N, N)`, made on `device`: a
     copy to a GPU would wait for it.
     """
-    # torch.compile traces what is cached, and warns that it does; tensors of a mode, as fake ones,
-    # are of no use after it; a CUDA graph owns what is made while it is recorded, and would read
-    # what is kept after it has been let go
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-    ):
-        return _entry_index(prefix, rows, columns, device)
-    # torch.jit.trace has sizes as tensors
-    return _kept_index(int(prefix), int(rows), int(columns), device)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_index(prefix: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    with for_good():
-        return _entry_index(prefix, rows, columns, device)
-
-
-def _entry_index(prefix: int, rows: int, columns: int, device: torch.device) -> Tensor:
     y, x = (torch.arange(n, device=device) for n in (rows, columns))
     y, x = y[:, None].expand(rows, columns).flatten(), x.repeat(rows)
     down, right = y - y[:, None] + rows - 1, x - x[:, None] + columns - 1
