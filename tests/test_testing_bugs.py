@@ -2520,6 +2520,45 @@ def test_features_that_are_constant_pass():
     assert [result.message for result in results if result.passed is False] == []
 
 
+KERNEL_INPUTS = {
+    "transposed": lambda source, rows: (torch.randn(3, rows, generator=source).mT,),
+    "expanded": lambda source, rows: (torch.randn(1, 3, generator=source).expand(rows, 3),),
+    "one that does not count": lambda source, rows: (
+        torch.randn(rows, 3, generator=source),
+        torch.randn(rows, generator=source),
+    ),
+}
+
+
+@pytest.mark.parametrize("inputs", KERNEL_INPUTS)
+def test_a_right_kernel_passes_on_whatever_its_inputs_are(inputs):
+    results = testing.check_kernel(
+        lambda x, *rest: 2 * (x / 2).sin() * (x / 2).cos(),
+        lambda x, *rest: x.sin(),
+        KERNEL_INPUTS[inputs],
+        {"rows": [0, 1, 3]},
+        max_examples=10,
+        traits={"half": False},
+    )
+    assert [result.message for result in results if result.passed is False] == []
+
+
+def test_entries_on_the_edge_may_belong_to_the_support():
+    def project(y, dim=-1):
+        x = y.to(torch.promote_types(y.dtype, torch.float32)).movedim(dim, -1)
+        x = x - x.amax(-1, keepdim=True).detach()
+        ranked = x.sort(-1, descending=True).values
+        above = ranked.cumsum(-1) - 1
+        count = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype)
+        size = (ranked >= above / count).sum(-1, keepdim=True).clamp(min=1)
+        level = above.gather(-1, size - 1) / size
+        p = torch.where(x < level, 0, x - level)
+        return p.movedim(-1, dim).to(y.dtype)
+
+    (result,) = testing.check_projection(project, only=["large_rows"], max_examples=40)
+    assert result.passed, result.message
+
+
 def test_an_operator_inherits_what_its_units_do_not_hold_under():
     own = plain(lambda x: Generated.apply(x)[..., None], 1, forward_mode=False)
     op = operators.low_rank(own, 2, engine="torch")
