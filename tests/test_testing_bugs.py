@@ -2472,6 +2472,13 @@ def test_what_the_bugs_are_planted_in_is_right(kind):
     assert asked[kind] in put
 
 
+def test_a_step_may_have_no_metrics():
+    right = learning()
+    silent = right._replace(step=lambda state, batch: (right.step(state, batch)[0], None))
+    results = testing.check_step(silent, max_examples=3)
+    assert [result.message for result in results if result.passed is False] == []
+
+
 SINE = {"smooth": math.inf, "periodic": 2 * math.pi, "bounded": 1.0, "parity": "odd"}
 
 
