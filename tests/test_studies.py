@@ -348,6 +348,14 @@ def test_text_refuses_what_it_cannot_train(tmp_path, capsys):
     (out / "results.jsonl").write_text('{"arm": "softmax", "see')
     assert text.main(["--out", str(out)]) == 2
     assert "whole lines in" in capsys.readouterr().err
+    # the next record would stand on the same line
+    (out / "results.jsonl").write_text('{"arm": "softmax"}')
+    assert text.main(["--out", str(out)]) == 2
+    assert "line 1 that is cut off" in capsys.readouterr().err
+    for other in ('{"arm": "softmax"}\n', "[1]\n"):
+        (out / "results.jsonl").write_text(other)
+        assert text.main(["--out", str(out)]) == 2
+        assert "what it wrote itself" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert text.main(["--out", str(tmp_path / "file")]) == 2
 
