@@ -4,6 +4,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import re
 import subprocess
 import time
 
@@ -155,6 +156,10 @@ def test_samplers_are_compared_on_a_table(tmp_path, capsys):
     assert regret == samplers.regrets("random", 0, 30, names, levels, points)
     samplers.main(["--table", str(path), "--trials", "6", "--seeds", "3"])
     assert "24 points (a, b)" in capsys.readouterr().out
+    # two seeds say little, but no regret is larger than that of the worst point
+    samplers.main(["--table", str(path), "--trials", "1", "--seeds", "2"])
+    bounds = re.findall(r"([0-9.]+)\]", capsys.readouterr().out)
+    assert bounds and max(map(float, bounds)) <= 26
     write_table(path, [(a, b) for a in range(8) for b in "xyz"][1:])
     with pytest.raises(ValueError, match="23 of 24"):
         samplers.read(path, "KArAt")
