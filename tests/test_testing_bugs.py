@@ -833,6 +833,31 @@ def late_keys_dropped(attend, params, q, k, v, mask):
     return attend(params, q, k[..., :whole, :], v[..., :whole, :], mask)
 
 
+def one_tile_of_keys(attend, params, q, k, v, mask):
+    """One tile of 32 columns of queries and keys."""
+    tile = q[..., :32]
+    return attend(params, tile * root(tile) / root(q), k[..., :32], v, mask)
+
+
+def four_examples(attend, params, q, k, v, mask):
+    out = attend(params, q, k, v, mask)
+    place = torch.arange(len(out)).view(-1, *[1] * (out.dim() - 1))
+    return torch.where(place < 4, out, 0)
+
+
+def one_tile_of_values(attend, params, q, k, v, mask):
+    return attend(params, q, k, torch.where(torch.arange(v.shape[-1]) < 32, v, 0), mask)
+
+
+def short_masks_alone(attend, params, q, k, v, mask):
+    return attend(params, q, k, v, None if k.shape[-2] > 32 else mask)
+
+
+def gradient_of_one_block(attend, params, q, k, v, mask):
+    first = torch.arange(q.shape[-2])[:, None] < 64
+    return attend(params, torch.where(first, q, q.detach()), k, v, mask)
+
+
 def in_half(attend, params, q, k, v, mask):
     low = q.to(torch.bfloat16) if q.dtype == torch.float32 else q
     return attend(params, low.to(q.dtype), k, v, mask)
@@ -1074,6 +1099,14 @@ OPERATORS = {
         "attend_is_weights_times_values",
     ),
     "last keys dropped": (attending(late_keys_dropped), "large_as_weights"),
+    "one tile of the columns of q and k": (attending(one_tile_of_keys), "large_as_weights"),
+    "one tile of the columns of v": (attending(one_tile_of_values), "large_as_weights"),
+    "no more than four examples": (attending(four_examples), "large_as_weights"),
+    "no mask of many keys": (attending(short_masks_alone), "large_as_weights"),
+    "gradient of one block of queries": (
+        attending(gradient_of_one_block, G),
+        "large_has_the_gradients_of_weights",
+    ),
     "parameters detached in attend": (
         attending(
             lambda attend, p, q, k, v, mask: attend(tree.map(torch.detach, p), q, k, v, mask), G
