@@ -519,6 +519,22 @@ BASES = {
         "elementwise",
     ),
     "last block ignored": (applied(without_the_tail), "large_as_small"),
+    "gradient of one block": (
+        applied(lambda apply, params, x: apply(params, x.detach() if x.numel() > 128 else x)),
+        "large_as_small",
+    ),
+    "gradient of parameters in one block": (
+        applied(
+            lambda apply, params, x: apply(
+                tree.map(torch.detach, params) if x.numel() > 128 else params, x
+            )
+        ),
+        "large_as_small",
+    ),
+    "features of one block": (
+        bases.fourier(2)._replace(expand=lambda x: bases.fourier(2).expand(x) * (x.numel() <= 128)),
+        "large_as_small",
+    ),
     "memory taken for contiguous": (applied(assumes_contiguous), "layout_does_not_matter"),
     "x changed in place": (
         applied(lambda apply, params, x: apply(params, x.clamp_(-3, 3))),
@@ -1469,6 +1485,14 @@ PROJECTIONS = {
     "early exit on values": (
         projecting(lambda rows: rows if bool((rows == one_hot(rows)).all()) else RIGHT(rows)),
         "vmap_is_a_loop",
+    ),
+    "no more than 64 rows": (
+        projecting(
+            lambda rows: (
+                RIGHT(rows) * (torch.arange(rows[..., 0].numel()) < 64).view(*rows.shape[:-1], 1)
+            )
+        ),
+        "large_rows",
     ),
     "support of at most 16": (projecting(lambda rows: shifted(rows, most=16)), "large_rows"),
     "shifted in place": (projecting(shifted_in_place), "inputs_untouched"),
