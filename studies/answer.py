@@ -440,6 +440,7 @@ def execute(unit: Unit, source: str) -> dict[str, Any]:
         **scores,
         "tuning": unit.tuning,
         "config": config.asdict(),
+        "images": splits.val.fingerprint,
         "seconds": round(time.perf_counter() - began, 2),
         "cpu_seconds": round(time.process_time() - spent, 2),
         "versions": checkpoint.versions(),
@@ -457,10 +458,18 @@ def work(
     """Does units until none is left or the time is up; returns how many it did."""
     torch.set_num_threads(1)
     until, count = time.monotonic() + 60 * minutes, 0
+    own = data.load(source, "val").fingerprint
     busy: set[Path] = set()  # claimed by other processes when last seen
     with tables.bar(desc="answer", unit="unit") as bar:
         while time.monotonic() < until:
-            known = planned(read(out), cells, arms, seeds)
+            records = read(out)
+            other = next((one for one in records if one.get("images", own) != own), None)
+            if other is not None:
+                raise ValueError(
+                    f"`answer` needs `--data` of the images that the units below {str(out)!r} are "
+                    f"of, {other['config']['data']!r}, got {source!r}. Choose another `--out`."
+                )
+            known = planned(records, cells, arms, seeds)
             todo = [unit for unit in known if unit.path(out) not in busy]
             if not todo:
                 break

@@ -74,18 +74,26 @@ Scores = Mapping[tuple[str, str], Mapping[int, float]]
 def read(path: Path) -> list[dict[str, Any]]:
     """The runs of a file that `studies.answer report` wrote."""
     with open(path, newline="", encoding="utf-8") as file:
-        return [
-            {
-                "cell": row["cell"],
-                "arm": row["arm"],
-                "rate": float(row["rate"]),
-                "seed": int(row["seed"]),
-                "tuning": int(row["seed"]) == answer.TUNING_SEED,
-                "val_top1": float(row["val_top1"]),
-                "test_top1": float(row["test_top1"]) if row["test_top1"] else None,
-            }
-            for row in csv.DictReader(file)
-        ]
+        rows = list(csv.DictReader(file))
+    for place, row in enumerate(rows, 2):
+        if row.get("cell") not in answer.CELLS or row.get("arm") not in answer.ARMS:
+            raise ValueError(
+                "`answer_tables` needs the cells and arms of studies/answer.py, got "
+                f"{row.get('cell')!r} and {row.get('arm')!r} in line {place} of {str(path)!r}. "
+                "Name a runs.csv that `studies.answer report` wrote."
+            )
+    return [
+        {
+            "cell": row["cell"],
+            "arm": row["arm"],
+            "rate": float(row["rate"]),
+            "seed": int(row["seed"]),
+            "tuning": int(row["seed"]) == answer.TUNING_SEED,
+            "val_top1": float(row["val_top1"]),
+            "test_top1": float(row["test_top1"]) if row["test_top1"] else None,
+        }
+        for row in rows
+    ]
 
 
 def points(found: Interval | None, sign: str = "+") -> str:

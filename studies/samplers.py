@@ -103,10 +103,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = [
             regrets(sampler, seed, args.trials, names, levels, points) for seed in range(args.seeds)
         ]
-        cells = []
-        for mark in marks:
-            # a regret is never negative
-            cells.append(statistics.interval([run[mark - 1] for run in runs], low=0.0).text())
+        # a regret is never negative, and none is larger than that of the worst point
+        most = max(points.values()) - min(points.values())
+        cells = [
+            statistics.interval([run[mark - 1] for run in runs], low=0.0, high=most).text()
+            for mark in marks
+        ]
         found = sum(run[-1] == 0 for run in runs)
         rows.append([sampler, *cells, f"{found}/{args.seeds}"])
     print(table(rows, ["sampler", *(f"after {mark}" for mark in marks), "best found"]))

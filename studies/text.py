@@ -45,6 +45,7 @@ ARMS = {
     "generated polynomial-0 (control)": f"polynomial-0:{GENERATED}",
 }
 LENGTHS = (64, 128, 256)
+RECORD = ("arm", "seed", "bits", "seconds", "parameters")  # beside the settings
 
 
 # --- the text -------------------------------------------------------------------------------------
@@ -149,15 +150,22 @@ def train(op: Operator, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 def read_results(path: Path, settings: dict[str, Any]) -> dict[str, dict[int, dict[str, Any]]]:
     """What is done, by arm and seed; raises ValueError where it was done otherwise."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    lines = path.read_text().splitlines() if path.exists() else []
-    for place, line in enumerate(lines, 1):
+    text = path.read_text(errors="replace") if path.exists() else ""
+    for place, line in enumerate(text.splitlines(keepends=True), 1):
         try:
-            record = json.loads(line)
-        except ValueError as error:
+            record = json.loads(line) if line.endswith("\n") else None
+        except ValueError:
+            record = None
+        if record is None:
             raise ValueError(
                 f"`text` needs whole lines in {path}, got line {place} that is cut off. Remove "
                 "it: what it was to hold is trained again."
-            ) from error
+            )
+        if not isinstance(record, dict) or not {*RECORD, "settings"} <= record.keys():
+            raise ValueError(
+                f"`text` needs what it wrote itself in {path}, got line {place}, {line!r:.80}. "
+                "Choose another --out."
+            )
         if record["settings"] != settings:
             raise ValueError(
                 f"`text` needs the settings of {path}, {record['settings']}, got {settings}. "

@@ -182,6 +182,9 @@ def test_a_unit_trains_and_reads_the_test_split_for_fresh_seeds_alone(tmp_path, 
     assert done == len(records) >= 3 * (len(answer.RATES) + answer.SEEDS)
     assert all(("test_top1" in one) != one["tuning"] for one in records)
     assert answer.work("digits", tmp_path, 10.0, ["centre"]) == 0  # all is done
+    monkeypatch.setattr(answer.data.Dataset, "fingerprint", "that of other images")
+    with pytest.raises(ValueError, match="of the images that the units below .* are of, 'digits'"):
+        answer.work("digits", tmp_path, 10.0, ["centre"])
     said = "\n".join(answer.report(tmp_path))
     assert "share of G3's gain" in said
     assert "<svg" in (tmp_path / "answer.html").read_text()

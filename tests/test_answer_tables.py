@@ -73,3 +73,11 @@ def test_a_share_and_a_top1_of_the_tables_by_hand():
     assert answer_tables.top1(scores, "centre", "relative") == "not run"
     assert answer_tables.share(scores, "centre").startswith("0.5")
     assert answer_tables.table(["", "a"], [["b", "1"]]) == "| | a |\n|---|---|\n| b | 1 |"
+
+
+@pytest.mark.parametrize("line", ["a,b\n1,2", "cell,arm,rate\nnowhere,softmax,1"])
+def test_a_file_of_something_else_is_named(line, tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text(f"{line}\n")
+    with pytest.raises(ValueError, match="in line 2 of .*runs.csv"):
+        answer_tables.read(path)

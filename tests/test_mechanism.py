@@ -61,6 +61,8 @@ LEARNED = [
     ("{}B:order=elementwise", {}),
     ("{}B:order=elementwise,inside=true", {}),
     ("{}B:order=by_offset", {}),
+    ("{}B:order=by_offset,prefix=1,rows=1", {}),
+    ("{}B:order=by_offset,prefix=2,rows=3", {}),
     ("{}B:order=beside_relative,rank=3", {}),
     ("softmax+{}B:rank=3", {}),
 ]

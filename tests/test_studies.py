@@ -4,6 +4,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import re
 import subprocess
 import time
 
@@ -155,6 +156,10 @@ def test_samplers_are_compared_on_a_table(tmp_path, capsys):
     assert regret == samplers.regrets("random", 0, 30, names, levels, points)
     samplers.main(["--table", str(path), "--trials", "6", "--seeds", "3"])
     assert "24 points (a, b)" in capsys.readouterr().out
+    # two seeds say little, but no regret is larger than that of the worst point
+    samplers.main(["--table", str(path), "--trials", "1", "--seeds", "2"])
+    bounds = re.findall(r"([0-9.]+)\]", capsys.readouterr().out)
+    assert bounds and max(map(float, bounds)) <= 26
     write_table(path, [(a, b) for a in range(8) for b in "xyz"][1:])
     with pytest.raises(ValueError, match="23 of 24"):
         samplers.read(path, "KArAt")
@@ -348,6 +353,14 @@ def test_text_refuses_what_it_cannot_train(tmp_path, capsys):
     (out / "results.jsonl").write_text('{"arm": "softmax", "see')
     assert text.main(["--out", str(out)]) == 2
     assert "whole lines in" in capsys.readouterr().err
+    # the next record would stand on the same line
+    (out / "results.jsonl").write_text('{"arm": "softmax"}')
+    assert text.main(["--out", str(out)]) == 2
+    assert "line 1 that is cut off" in capsys.readouterr().err
+    for other in ('{"arm": "softmax"}\n', "[1]\n"):
+        (out / "results.jsonl").write_text(other)
+        assert text.main(["--out", str(out)]) == 2
+        assert "what it wrote itself" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert text.main(["--out", str(tmp_path / "file")]) == 2
 

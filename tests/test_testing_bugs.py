@@ -519,6 +519,22 @@ BASES = {
         "elementwise",
     ),
     "last block ignored": (applied(without_the_tail), "large_as_small"),
+    "gradient of one block": (
+        applied(lambda apply, params, x: apply(params, x.detach() if x.numel() > 128 else x)),
+        "large_as_small",
+    ),
+    "gradient of parameters in one block": (
+        applied(
+            lambda apply, params, x: apply(
+                tree.map(torch.detach, params) if x.numel() > 128 else params, x
+            )
+        ),
+        "large_as_small",
+    ),
+    "features of one block": (
+        bases.fourier(2)._replace(expand=lambda x: bases.fourier(2).expand(x) * (x.numel() <= 128)),
+        "large_as_small",
+    ),
     "memory taken for contiguous": (applied(assumes_contiguous), "layout_does_not_matter"),
     "x changed in place": (
         applied(lambda apply, params, x: apply(params, x.clamp_(-3, 3))),
@@ -833,6 +849,31 @@ def late_keys_dropped(attend, params, q, k, v, mask):
     return attend(params, q, k[..., :whole, :], v[..., :whole, :], mask)
 
 
+def one_tile_of_keys(attend, params, q, k, v, mask):
+    """One tile of 32 columns of queries and keys."""
+    tile = q[..., :32]
+    return attend(params, tile * root(tile) / root(q), k[..., :32], v, mask)
+
+
+def four_examples(attend, params, q, k, v, mask):
+    out = attend(params, q, k, v, mask)
+    place = torch.arange(len(out)).view(-1, *[1] * (out.dim() - 1))
+    return torch.where(place < 4, out, 0)
+
+
+def one_tile_of_values(attend, params, q, k, v, mask):
+    return attend(params, q, k, torch.where(torch.arange(v.shape[-1]) < 32, v, 0), mask)
+
+
+def short_masks_alone(attend, params, q, k, v, mask):
+    return attend(params, q, k, v, None if k.shape[-2] > 32 else mask)
+
+
+def gradient_of_one_block(attend, params, q, k, v, mask):
+    first = torch.arange(q.shape[-2])[:, None] < 64
+    return attend(params, torch.where(first, q, q.detach()), k, v, mask)
+
+
 def in_half(attend, params, q, k, v, mask):
     low = q.to(torch.bfloat16) if q.dtype == torch.float32 else q
     return attend(params, low.to(q.dtype), k, v, mask)
@@ -1074,6 +1115,14 @@ OPERATORS = {
         "attend_is_weights_times_values",
     ),
     "last keys dropped": (attending(late_keys_dropped), "large_as_weights"),
+    "one tile of the columns of q and k": (attending(one_tile_of_keys), "large_as_weights"),
+    "one tile of the columns of v": (attending(one_tile_of_values), "large_as_weights"),
+    "no more than four examples": (attending(four_examples), "large_as_weights"),
+    "no mask of many keys": (attending(short_masks_alone), "large_as_weights"),
+    "gradient of one block of queries": (
+        attending(gradient_of_one_block, G),
+        "large_has_the_gradients_of_weights",
+    ),
     "parameters detached in attend": (
         attending(
             lambda attend, p, q, k, v, mask: attend(tree.map(torch.detach, p), q, k, v, mask), G
@@ -1436,6 +1485,14 @@ PROJECTIONS = {
     "early exit on values": (
         projecting(lambda rows: rows if bool((rows == one_hot(rows)).all()) else RIGHT(rows)),
         "vmap_is_a_loop",
+    ),
+    "no more than 64 rows": (
+        projecting(
+            lambda rows: (
+                RIGHT(rows) * (torch.arange(rows[..., 0].numel()) < 64).view(*rows.shape[:-1], 1)
+            )
+        ),
+        "large_rows",
     ),
     "support of at most 16": (projecting(lambda rows: shifted(rows, most=16)), "large_rows"),
     "shifted in place": (projecting(shifted_in_place), "inputs_untouched"),
@@ -2472,6 +2529,13 @@ def test_what_the_bugs_are_planted_in_is_right(kind):
     assert asked[kind] in put
 
 
+def test_a_step_may_have_no_metrics():
+    right = learning()
+    silent = right._replace(step=lambda state, batch: (right.step(state, batch)[0], None))
+    results = testing.check_step(silent, max_examples=3)
+    assert [result.message for result in results if result.passed is False] == []
+
+
 SINE = {"smooth": math.inf, "periodic": 2 * math.pi, "bounded": 1.0, "parity": "odd"}
 
 
@@ -2518,6 +2582,45 @@ def test_features_that_are_constant_pass():
     ones = plain(lambda x: torch.ones(*x.shape, 1, dtype=x.dtype), 1)
     results = testing.check_basis(ones, max_examples=5)
     assert [result.message for result in results if result.passed is False] == []
+
+
+KERNEL_INPUTS = {
+    "transposed": lambda source, rows: (torch.randn(3, rows, generator=source).mT,),
+    "expanded": lambda source, rows: (torch.randn(1, 3, generator=source).expand(rows, 3),),
+    "one that does not count": lambda source, rows: (
+        torch.randn(rows, 3, generator=source),
+        torch.randn(rows, generator=source),
+    ),
+}
+
+
+@pytest.mark.parametrize("inputs", KERNEL_INPUTS)
+def test_a_right_kernel_passes_on_whatever_its_inputs_are(inputs):
+    results = testing.check_kernel(
+        lambda x, *rest: 2 * (x / 2).sin() * (x / 2).cos(),
+        lambda x, *rest: x.sin(),
+        KERNEL_INPUTS[inputs],
+        {"rows": [0, 1, 3]},
+        max_examples=10,
+        traits={"half": False},
+    )
+    assert [result.message for result in results if result.passed is False] == []
+
+
+def test_entries_on_the_edge_may_belong_to_the_support():
+    def project(y, dim=-1):
+        x = y.to(torch.promote_types(y.dtype, torch.float32)).movedim(dim, -1)
+        x = x - x.amax(-1, keepdim=True).detach()
+        ranked = x.sort(-1, descending=True).values
+        above = ranked.cumsum(-1) - 1
+        count = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype)
+        size = (ranked >= above / count).sum(-1, keepdim=True).clamp(min=1)
+        level = above.gather(-1, size - 1) / size
+        p = torch.where(x < level, 0, x - level)
+        return p.movedim(-1, dim).to(y.dtype)
+
+    (result,) = testing.check_projection(project, only=["large_rows"], max_examples=40)
+    assert result.passed, result.message
 
 
 def test_an_operator_inherits_what_its_units_do_not_hold_under():

@@ -39,7 +39,7 @@ from kart.models.model import place
 from kart.models.resize import lattice
 from kart.operators import Operator
 from kart.operators.contract import sum_units
-from kart.operators.relative import PARTS, entry_index, flatten_table
+from kart.operators.relative import PARTS, entry_index, flatten_table, index_of
 from kart.operators.sums import parts_of, simple_parts
 from kart.train import Config, Splits
 
@@ -234,7 +234,7 @@ def _units(op: Operator, params: Params, scores: Tensor) -> Iterator[_Units]:
     elif kind == "by_offset":
         table, given = params["table"], params["units"]
         tokens = scores.shape[-1]
-        index = entry_index(*lattice(tokens), scores.device).flatten()
+        index = index_of(table).flatten()
         leaves = {}
         for name in given["offsets"]:
             entries = flatten_table({part: own[name] for part, own in given.items()})

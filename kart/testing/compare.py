@@ -84,7 +84,8 @@ def spread(f: Callable[..., Tensor], args: tuple[Any, ...], dtype: torch.dtype) 
 
     value = f(*exact)
     swing = [(f(*tree.map(shaken, exact)) - value).abs() for _ in range(4)]
-    return 4 * torch.stack(swing).amax(0) + unit(dtype) * value.abs().amax()
+    largest = value.abs().amax() if value.numel() else 0.0
+    return 4 * torch.stack(swing).amax(0) + unit(dtype) * largest
 
 
 def close(

@@ -25,9 +25,10 @@ class Training(NamedTuple):
 
     `init(generator)` gives a state, a tree of tensors with the parameters at `params(state)`;
     `batch(generator, size)` a batch, a tree of tensors led by the axis of examples; `step(state,
-    batch)` the next state and metrics. Optional, each the switch of its properties:
-    `gradients(state, batch)`, those of the mean loss over the batch, as the parameters are;
-    `loss(state, batch)`, that mean; `still`, the same step at learning rate 0 (and without decay);
+    batch)` the next state and metrics, a tree of tensors or None. Optional, each the switch of its
+    properties: `gradients(state, batch)`, those of the mean loss over the batch, as the
+    parameters are; `loss(state, batch)`, that mean; `still`, the same step at learning rate 0 (and
+    without decay);
     `freeze(mask)`, the same step with the parameters held where `mask(path, leaf)` is true;
     `formula`, what the step computes from those gradients as a plain formula has it, and
     `average(state)`, the moving average of the parameters, where it keeps one.
@@ -346,4 +347,9 @@ def suite(training: Training, *, name: str | None = None) -> Suite:
             f"`step_suite` needs a `kart.testing.Training`, got {training!r:.200}. "
             "Wrap `init`, `step` and `batch` in one."
         )
-    return Suite("step", name or "step", training, {}, PROPERTIES)
+
+    def step(state: State, batch: Batch) -> tuple[State, Any]:
+        following, metrics = training.step(state, batch)
+        return following, {} if metrics is None else metrics
+
+    return Suite("step", name or "step", training._replace(step=step), {}, PROPERTIES)

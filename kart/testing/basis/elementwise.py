@@ -4,11 +4,21 @@ import math
 
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
 from kart import tree
 from kart.testing import draw, laws
-from kart.testing.basis.subject import PAIR, Subject, finite, near, phi_slack, rows, setting
-from kart.testing.compare import agree
+from kart.testing.basis.subject import (
+    PAIR,
+    Params,
+    Subject,
+    finite,
+    near,
+    phi_slack,
+    rows,
+    setting,
+)
+from kart.testing.compare import agree, agree_trees
 from kart.testing.core import Property
 from kart.testing.draw import Theta
 
@@ -31,21 +41,43 @@ def elementwise(s: Subject, theta: Theta, x: list[float], other: float, dtype: t
 
 
 def large_as_small(
-    s: Subject, seed: int, size: int, cut: int, pokes: list[float], dtype: torch.dtype
+    s: Subject,
+    seed: int,
+    rows: int,
+    size: int,
+    cut: int,
+    pokes: list[float],
+    dtype: torch.dtype,
 ) -> None:
-    """phi of a large tensor is phi of its pieces, put together.
+    """phi of a large tensor is phi of its pieces, put together, and so are its features and its
+    derivatives in x and theta.
 
     Vectorised and leftover elements, or blocks and the last block, are treated differently.
     """
     source = draw.generator(seed)
-    x = torch.randn(size, generator=source, dtype=torch.float64).float().to(dtype) * 3
-    where = torch.randint(0, size, (len(pokes),), generator=source)
+    count = rows * size
+    x = torch.randn(count, generator=source, dtype=torch.float64).float().to(dtype) * 3
+    # off the points where something happens
+    params, clear = s.params(Theta(seed, 0.0), (), torch.float64), x.double()
+
+    def slopes(values: Tensor) -> tuple[Params, Tensor]:
+        return laws.vjp(s.basis.apply, params, values)[1](values.cos())
+
+    (first, here), (second, there) = slopes(clear[:cut]), slopes(clear[cut:])
+    pieces = tree.map(torch.add, first, second), torch.cat([here, there]).view(rows, size)
+    got = slopes(clear.view(rows, size))
+    agree_trees(got, pieces, 64, "the derivatives of the whole,", "of the pieces,")
+    where = torch.randint(0, count, (len(pokes),), generator=source)
     x[where] = torch.tensor(pokes, dtype=dtype)
     params = s.params(Theta(seed, 0.0), (), dtype)
     parts = torch.cat([s.basis.apply(params, part) for part in (x[:cut], x[cut:])])
-    whole = s.basis.apply(params, x)
-    spread = tree.map(lambda leaf: leaf.expand(size, *leaf.shape), params)
+    whole = s.basis.apply(params, x.view(rows, size)).flatten()
+    spread = tree.map(lambda leaf: leaf.expand(count, *leaf.shape), params)
     agree(whole, parts, phi_slack(s, spread, x), "phi of the whole", "phi of the pieces")
+    features = s.basis.expand(x.view(rows, size))
+    if features is not None:
+        parts = torch.cat([s.basis.expand(part) for part in (x[:cut], x[cut:])])
+        agree(features.flatten(0, 1), parts, s.slack(x), "features of the whole", "of the pieces")
 
 
 def nan_stays_nan(s: Subject, theta: Theta, dtype: torch.dtype) -> None:
@@ -139,6 +171,7 @@ PROPERTIES = (
         large_as_small,
         {
             "seed": draw.seeds,
+            "rows": st.sampled_from([1, 5]),
             "size": st.sampled_from([17, 130, 1023]),
             "cut": st.integers(0, 16),
             "pokes": rows(near, 0),

@@ -37,30 +37,32 @@ def attend_is_weights_times_values(
     agree(s.op.attend(*x, given), wanted, attend_slack(s, x, given), "attend", "weights v")
 
 
-def large_as_weights(
-    s: Subject, seed: int, queries: int, keys: int, poke: int, dtype: torch.dtype
-) -> None:
-    """attend(theta, q, k, v) = weights(theta, q k^T / sqrt(d)) v for many queries and keys.
+def _large(
+    s: Subject, seed: int, batch: int, queries: int, keys: int, width: int, masked: bool
+) -> tuple[Row, Tensor | None]:
+    """A case of many of everything, and its mask, which differs between queries."""
+    row = Row(seed, batch, s.heads or 1, queries, keys, width, columns=width - 1)
+    mask = torch.rand(queries, keys, generator=draw.generator(seed)) > 0.3
+    return row, mask if masked else None
+
+
+def large_as_weights(s: Subject, seed: int, poke: int, dtype: torch.dtype, **sizes: Any) -> None:
+    """attend(theta, q, k, v, mask) = weights(theta, q k^T / sqrt(d), mask) v for many examples,
+    queries, keys and columns.
 
     A fused form that works in blocks drops, repeats or misplaces the last one.
     """
-    row = Row(seed, 1, s.heads or 1, queries, keys, 4)
+    row, mask = _large(s, seed, **sizes)
     x = s.inputs(row, dtype)
     # one late key that matters more than all others
-    place = max(0, keys - 1 - poke)
+    place = max(0, row.keys - 1 - poke)
     x.v[..., place, :] = x.v[..., place, :] + 100
-    wanted = s.op.weights(x.params, scores_of(x.q, x.k)) @ x.v
-    agree(s.op.attend(*x), wanted, attend_slack(s, x), "attend", "weights v")
+    wanted = s.op.weights(x.params, scores_of(x.q, x.k), mask) @ x.v
+    agree(s.op.attend(*x, mask), wanted, attend_slack(s, x, mask), "attend", "weights v")
 
 
-def attend_has_the_gradients_of_weights(s: Subject, row: Row, kept: list[bool], mask: str) -> None:
-    """d attend = d (weights v) in theta, q, k and v, in all at once and in each alone.
-
-    A fused backward is wrong, although the forward is right, or leaves out a gradient where another
-    is not asked for (`ctx.needs_input_grad`).
-    """
-    x = s.inputs(mild(row), torch.float64)
-    given = masked_by(row, kept, mask)
+def _same_gradients(s: Subject, row: Row, given: Tensor | None) -> None:
+    x = s.inputs(row, torch.float64)
     probe = draw.probe(x.q.shape[:-1] + x.v.shape[-1:], row.seed)
 
     def attended(params: Params, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -79,6 +81,23 @@ def attend_has_the_gradients_of_weights(s: Subject, row: Row, kept: list[bool], 
 
         alone = laws.eager_vjp(of_one, x[i])[1](probe)
         agree_trees(alone, (slope,), 64, f"the gradient of argument {i} alone", "of all")
+
+
+def attend_has_the_gradients_of_weights(s: Subject, row: Row, kept: list[bool], mask: str) -> None:
+    """d attend = d (weights v) in theta, q, k and v, in all at once and in each alone.
+
+    A fused backward is wrong, although the forward is right, or leaves out a gradient where another
+    is not asked for (`ctx.needs_input_grad`).
+    """
+    _same_gradients(s, mild(row), masked_by(row, kept, mask))
+
+
+def large_has_the_gradients_of_weights(s: Subject, seed: int, **sizes: Any) -> None:
+    """d attend = d (weights v) for many examples, queries, keys and columns.
+
+    A fused backward that works in blocks drops, repeats or misplaces the last one.
+    """
+    _same_gradients(s, *_large(s, seed, **sizes))
 
 
 def linear_in_values(s: Subject, row: Row, seed: int, dtype: torch.dtype) -> None:
@@ -113,19 +132,20 @@ def change_of_basis(s: Subject, row: Row, seed: int) -> None:
     agree(s.op.attend(*moved), s.op.attend(*x), 4 * limit, "attend(q G, k G^-T)", "attend(q, k)")
 
 
+LARGE: dict[str, Any] = {
+    "seed": draw.seeds,
+    "batch": st.sampled_from([1, 5]),
+    "queries": st.sampled_from([1, 65]),
+    "keys": st.sampled_from([33, 64, 129]),
+    "width": st.sampled_from([4, 65]),
+    "masked": st.booleans(),
+}
+
 PROPERTIES = (
     Property(attend_is_weights_times_values, {**PAIR, "kept": MASK, "mask": KIND}),
-    Property(
-        large_as_weights,
-        {
-            "seed": draw.seeds,
-            "queries": st.sampled_from([1, 65]),
-            "keys": st.sampled_from([33, 64, 129]),
-            "poke": st.integers(0, 2),
-            "dtype": draw.dtypes,
-        },
-    ),
+    Property(large_as_weights, {**LARGE, "poke": st.integers(0, 2), "dtype": draw.dtypes}),
     Property(attend_has_the_gradients_of_weights, {**ROW, "kept": MASK, "mask": KIND}),
+    Property(large_has_the_gradients_of_weights, LARGE),
     Property(linear_in_values, {**PAIR, "seed": draw.seeds}),
     Property(change_of_basis, {**ROW, "seed": draw.seeds}),
 )

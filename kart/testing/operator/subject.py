@@ -20,7 +20,7 @@ Params = dict[str, Any]
 
 class Row(NamedTuple):
     """Drawn sizes and inputs of one head product; `kind` "integers" makes scores tie and hit knots,
-    `size` scales the queries.
+    `size` scales the queries; values have `columns`.
     """
 
     seed: int
@@ -32,6 +32,7 @@ class Row(NamedTuple):
     kind: str = "normal"
     size: float = 1.0
     jitter: float = 0.0
+    columns: int = 3
 
 
 class Inputs(NamedTuple):
@@ -65,7 +66,8 @@ class Subject(NamedTuple):
         params = self.op.init(source, row.heads, row.keys)
         params = draw.jittered(params, Theta(row.seed, row.jitter))
         tensors = []
-        for n, width in ((row.queries, row.width), (row.keys, row.width), (row.keys, 3)):
+        sizes = (row.queries, row.width), (row.keys, row.width), (row.keys, row.columns)
+        for n, width in sizes:
             x = torch.randn(row.batch, row.heads, n, width, generator=source)
             tensors.append(x.round() if row.kind == "integers" else x)
         q, k, v = tensors
