@@ -299,22 +299,25 @@ def test_few_queries_meet_their_keys_in_lanes(family, form, widths):
                     assert_close(found.double(), wanted, rtol=3e-5, atol=bound)
 
 
-def test_few_queries_take_the_compiled_engine_where_nothing_is_recorded(monkeypatch):
+def test_few_queries_take_the_compiled_engine_and_its_gradients_are_the_expressions(monkeypatch):
     if reason := kernels.engines()["cpp"].replace("ready", ""):
         pytest.skip(reason)
+    for queries, keys in ((1, 64), (3, 64), (4, 64)):
+        check(FAMILIES["fourier"], queries, keys, None, 3e-5, torch.float32, form="plain")
     basis = FAMILIES["fourier"]
     inputs, units = drawn(basis, 1, 64, dtype=torch.float32)
-    wanted = kernels.entry_attention(basis, units, *inputs, engine="cpp")
-    calls = []
+    recorded = kernels.entry_attention(basis, units, *[x.requires_grad_() for x in inputs])
+    expression, calls = plain.entry_attention, []
     monkeypatch.setattr(
-        plain, "entry_attention", lambda *x: calls.append(x) or torch.zeros(2, HEADS, 1, VALUES)
+        plain, "entry_attention", lambda *x, **more: calls.append(x) or expression(*x, **more)
     )
     with torch.no_grad():
-        assert_close(kernels.entry_attention(basis, units, *inputs), wanted)
+        # to the bit, whether it is recorded or not
+        assert_close(kernels.entry_attention(basis, units, *inputs), recorded, rtol=0, atol=0)
     assert not calls
-    # autograd finds less work in the expression
-    kernels.entry_attention(basis, units, *inputs)
-    assert calls
+    # the kernels would fill a block of queries
+    recorded.sum().backward()
+    assert len(calls) == 1
 
 
 def test_one_query_is_the_first_of_many():

@@ -22,7 +22,7 @@ from kart.kernels.cpp import weights as compiled
 from kart.kernels.cpp.weights import Weighted
 from kart.kernels.family import family_of
 from kart.kernels.plain import wide, wide_dtype
-from kart.kernels.transforms import forward_levels, no_autocast, recorded
+from kart.kernels.transforms import forward_levels, no_autocast
 
 ENGINES = ("auto", "torch", "cpp", "plain")
 
@@ -127,8 +127,7 @@ def _apply(
     # features of so few queries take no more than their keys
     few = engine == "auto" and q.shape[2] * numbers <= q.shape[3]
     expression = reference if few else partial(_in_blocks, reference, numbers)
-    raw = not (torch.compiler.is_compiling() or forward_levels() or (few and recorded()))
-    if not raw or not q.shape[0]:
+    if torch.compiler.is_compiling() or forward_levels() or not q.shape[0]:
         return expression(q, k, v, mask, factor, *leaves)
     family = None if basis is None else family_of(basis)
 
@@ -149,6 +148,14 @@ def _apply(
         return chosen.forward(weighted(*inputs))
 
     def backward(gradients, inputs, results):
+        if few and inputs[0].shape[2] < 4:
+            # most of a block of queries would be empty
+            q, k, v, mask, factor, *leaves = inputs
+
+            def expressed(q, k, v, *leaves):
+                return expression(q, k, v, mask, factor, *leaves)
+
+            return plain.pullback(expressed, q, k, v, *leaves)(gradients[0])
         dq, dk, dv, dtheta = chosen.backward(weighted(*inputs), *gradients, *results)
         if names == ["theta"]:
             return dq, dk, dv, dtheta
