@@ -346,6 +346,16 @@ def test_a_nonlinear_family_that_tells_the_engines_nothing_is_one_of_ones_own(ma
         assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("spec", OFFSETS)
+def test_what_one_query_keeps_in_single_precision_is_not_used_in_double(spec):
+    op, params = operator(spec), parameters(spec)
+    q, k, v = inputs(1, 6)
+    op.attend(tree.map(torch.Tensor.float, params), q.float(), k.float(), v.float())
+    place = torch.arange(5, -1, -1, dtype=torch.float64)[None]
+    wanted = expected(spec, q @ k.mT / 2, place, None) @ v
+    assert_close(op.attend(params, q, k, v), wanted, rtol=1e-12, atol=1e-13)
+
+
 def test_bad_input_is_named():
     fourier = bases.fourier(2)
     with pytest.raises(ValueError, match=r"`elementwise` needs `normalise` None or in .*'l1'"):

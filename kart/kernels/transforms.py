@@ -160,7 +160,8 @@ def for_good() -> Iterator[None]:
 
 
 class Constant:
-    """`make(*sizes, device)`, a tensor of nothing else, whose last results are kept.
+    """`make(*sizes, device)`, a tensor of nothing else, whose last results are kept; a dtype may be
+    among the sizes.
 
     Not while something is compiled, traced or captured: torch.compile traces what is kept, and
     warns that it does; tensors of a mode, as fake ones, are of no use after it; a CUDA graph owns
@@ -184,9 +185,10 @@ class Constant:
         )
 
     def __call__(self, *sizes: Any) -> Tensor:
-        *counts, device = sizes
+        if not self._keeps(sizes[-1]):
+            return self.make(*sizes)
         # torch.jit.trace has sizes as tensors
-        return self.kept(*map(int, counts), device) if self._keeps(device) else self.make(*sizes)
+        return self.kept(*(int(x) if isinstance(x, Tensor) else x for x in sizes))
 
     def rows(self, length: int, *sizes: Any) -> Tensor:
         """The tensor of a first size `length`, whose rows are those of any longer one: up to 2^14

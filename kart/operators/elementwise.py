@@ -16,9 +16,11 @@ from torch import Generator, Tensor
 from kart import kernels, schema
 from kart.bases import Basis, Params
 from kart.factories import remember
+from kart.kernels import plain
 from kart.kernels.arguments import broadcast_leading
 from kart.kernels.entries import ENGINES
 from kart.kernels.plain import softmax_rows, weigh, wide
+from kart.kernels.transforms import Constant
 from kart.operators import static
 from kart.operators.contract import (
     Operator,
@@ -70,12 +72,11 @@ def check_form(name: str, normalise: str | None, base: str | None, inside: bool)
 
 def from_entries(
     name: str,
-    entries: Callable[[Params, Tensor | None, Tensor, Tensor], Tensor],
     basis: Basis,
     given: Form,
     *,
-    of_scores: bool,
     engine: str,
+    table: Callable[[Params, int, int], Tensor] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Operator:
     """An operator from the entry Y of a query and a key, which no other key has a part in.
@@ -86,14 +87,13 @@ def from_entries(
     those of the basis, (H,)}`.
 
     Args:
-        entries: of parameters, scores `(..., H, n, M)` (None unless `of_scores`), places of the
-            queries `(n, 1)` and of the keys `(M,)`; `(..., H, n, M)`.
         basis: of the units.
         given: see above. Its start is "scaled", as the basis draws, without a normalisation over
             sqrt(tokens); "zero", of which Y = 0; None for "zero" beside or inside softmax, else
             "scaled".
-        of_scores: whether entries are of the scores.
         engine: of `kart.kernels.entry_attention`.
+        table: of parameters and the numbers N and M of queries and keys, the entries `(H, N + M -
+            1)` at the offsets -(N - 1) to M - 1 from key to query; None, where they are phi_h(S).
         options: recorded in the result.
     """
     check_basis(name, basis)
@@ -116,17 +116,14 @@ def from_entries(
         check_names(name, params, ["units"])
         check_unit_sizes(name, params["units"], sizes, 1)
 
-    def places(queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        # the queries are the last tokens of the keys, as when tokens come in parts
-        place = torch.arange(keys - queries, keys, device=device)[:, None]
-        return place, torch.arange(keys, device=device)
-
     def factor_of(mask: Tensor | None, keys: int, like: Tensor) -> Tensor | None:
         return two_axes(1 / attended_keys(mask, keys, like)) if normalise == "count" else None
 
     def weights(params: Params, scores: Tensor, mask: Tensor | None) -> Tensor:
-        place, keys = places(scores.shape[-2], scores.shape[-1], scores.device)
-        y = entries(params, scores if of_scores else None, place, keys)
+        if table is None:
+            y = each_head(basis, params["units"], scores)
+        else:
+            y = plain.entries(None, {"theta": table(params, *scores.shape[-2:])}, scores)
         y = weigh(alone, y, scores, mask, factor_of(mask, scores.shape[-1], scores))
         return y + softmax_rows(scores, mask) if base else y.expand(scores.shape)
 
@@ -135,42 +132,42 @@ def from_entries(
         added = kernels.softmax_attention(q, k, v, mask) if apart else None
         q, k, v = wide(q), wide(k), wide(v)
         factor = factor_of(mask, k.shape[-2], v)
-        if of_scores or form in ("inside", "beside"):
+        if table is None or form in ("inside", "beside"):
             out = of_each(params, q, k, v, mask, factor)
         else:
             out = of_places(params, q, k, v, mask, factor)
         return out if added is None else out + added
 
     def of_each(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Any, factor: Any) -> Tensor:
-        units, of = params["units"], basis if of_scores else None
-        if not of_scores:
-            # every offset once, as those of one query
-            keys = torch.arange(q.shape[-2] - 1, -k.shape[-2], -1, device=q.device)
-            units = {"table": entries(params, None, keys.new_zeros(1, 1), keys)[..., 0, :]}
+        own = params["units"]
+        if table is not None:
+            own = {"table": table(params, q.shape[-2], k.shape[-2])}
+        of = basis if table is None else None
         return kernels.entry_attention(
-            of, units, q, k, v, mask, form=form, factor=factor, engine=engine
+            of, own, q, k, v, mask, form=form, factor=factor, engine=engine
         )
 
     def of_places(
         params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Any, factor: Any
     ) -> Tensor:
-        names, leaves = list(params["units"]), list(params["units"].values())
+        assert table is not None  # for the type checker
+        queries, keys = q.shape[-2], k.shape[-2]
 
-        def block(place: Tensor, *rest: Any) -> Tensor:
-            v, *leaves, mask = rest
-            own = {"units": dict(zip(names, leaves, strict=True))}
-            y = entries(own, None, place, torch.arange(v.shape[-2], device=v.device))
-            return static.mixed(weigh(alone, y, None, mask).to(v.dtype), v)
+        def block(place: Tensor, v: Tensor, entries: Tensor, mask: Tensor | None) -> Tensor:
+            index = place - torch.arange(keys, device=place.device)
+            y = weigh(alone, entries[:, 0, index], None, mask)
+            return static.mixed(y.to(v.dtype), v)
 
-        place, _ = places(q.shape[-2], k.shape[-2], q.device)
-        out = kernels.by_queries(block, [place], [v, *leaves], mask, 2)
+        place = torch.arange(queries, device=q.device)[:, None] + keys - 1
+        entries = table(params, queries, keys)[:, None]
+        out = kernels.by_queries(block, [place], [v, entries], mask, 2)
         # the axes of q and k, which have no other part
         lead = broadcast_leading(name, q=q, k=k, out=out)
         out = out.expand(*lead, *out.shape[-2:])
         return out if factor is None else out * factor
 
     options = {**(options or {}), **given._asdict(), "start": start}
-    found: dict[str, Any] = {"length_free": True, "queries_last": not of_scores}
+    found: dict[str, Any] = {"length_free": True, "queries_last": table is not None}
     if inside or (normalise == "softmax" and not base):
         found["simplex"] = True
     if inside or (base and normalise in (None, "count")):
@@ -245,18 +242,8 @@ def elementwise(
         engine: of `kart.kernels.entry_attention`.
     """
 
-    def entries(params: Params, scores: Tensor | None, place: Tensor, keys: Tensor) -> Tensor:
-        assert scores is not None
-        return each_head(basis, params["units"], scores)
-
-    return from_entries(
-        "elementwise",
-        entries,
-        basis,
-        Form(normalise, base, inside, start),
-        of_scores=True,
-        engine=engine,
-    )
+    given = Form(normalise, base, inside, start)
+    return from_entries("elementwise", basis, given, engine=engine)
 
 
 @remember
@@ -292,27 +279,35 @@ def by_distance(
     advice = "Pass the longest sequence of training."
     schema.check_integer("by_distance", "reach", reach, 1, advice)
 
-    def entries(params: Params, scores: Tensor | None, place: Tensor, keys: Tensor) -> Tensor:
-        # not `len`, which is a number where `torch.export` leaves it open
-        queries, tokens = place.shape[0], keys.shape[0]
-        alone, offsets = queries == 1, place - keys
-        if not alone:
-            # every offset once: a block of n queries and M keys has n + M - 1 of them
-            first = place[0] - keys[-1]
-            index = offsets - first
-            offsets = first + torch.arange(queries + tokens - 1, device=keys.device)
-        leaf = next(iter(params["units"].values()))
-        offsets = offsets.reshape(1, -1).to(torch.promote_types(leaf.dtype, torch.float32))
-        u = offsets.sign() * offsets.abs().log1p() * (math.pi / math.log1p(reach))
-        table = each_head(basis, params["units"], u[None])
-        return table if alone else table[:, 0, index]
+    def angles(first: int, stop: int, device: torch.device) -> Tensor:
+        offsets = torch.arange(first, stop, dtype=torch.float64, device=device)
+        return offsets.sign() * offsets.abs().log1p() * (math.pi / math.log1p(reach))
+
+    @Constant
+    def past(keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Features `(M, K)` at the offsets 0..M - 1, all that one query has."""
+        return basis.features(angles(0, keys, device)).to(dtype)  # type: ignore[misc]
+
+    def table(params: Params, queries: int, keys: int) -> Tensor:
+        units = params["units"]
+        leaf = next(iter(units.values()))
+        like = leaf.to(torch.promote_types(leaf.dtype, torch.float32))
+        # MPS has no float64
+        device = torch.device("cpu") if leaf.device.type == "mps" else leaf.device
+        if basis.features is None or basis.coefficients is None:
+            lifted = {name: leaf[:, None] for name, leaf in units.items()}
+            return basis.apply(lifted, angles(1 - queries, keys, device).to(like))
+        if queries == 1:
+            features = past.rows(keys, like.dtype, device)
+        else:
+            features = basis.features(angles(1 - queries, keys, device))
+        return basis.coefficients(units).to(like.dtype) @ features.to(like).mT
 
     return from_entries(
         "by_distance",
-        entries,
         basis,
         Form(normalise, base, inside, start),
-        of_scores=False,
         engine=engine,
+        table=table,
         options={"reach": reach},
     )

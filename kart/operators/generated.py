@@ -47,9 +47,10 @@ def cosines(places: Tensor, count: int) -> Tensor:
 
 
 @Constant
-def sequence(keys: int, count: int, reach: int, device: torch.device) -> Tensor:
-    """Features `(M, J)` of tokens 0..M - 1, in float64; beyond `reach` they are mirrored."""
-    return cosines((torch.arange(keys, dtype=torch.float64, device=device) + 0.5) / reach, count)
+def sequence(keys: int, count: int, reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Features `(M, J)` of tokens 0..M - 1; beyond `reach` they are mirrored."""
+    places = (torch.arange(keys, dtype=torch.float64, device=device) + 0.5) / reach
+    return cosines(places, count).to(dtype)
 
 
 def lattice(keys: int, count: int, prefix: int, device: torch.device) -> Tensor:
@@ -152,7 +153,7 @@ def generated(
         device = torch.device("cpu") if like.device.type == "mps" else like.device
         if reach is None:
             return lattice(keys, features, prefix, device).to(like)
-        return sequence.rows(keys, features, reach, device).to(like)
+        return sequence.rows(keys, features, reach, like.dtype, device).to(like)
 
     sizes = unit_sizes(basis)
 
@@ -197,7 +198,8 @@ def generated(
         values = basis.features(scores)  # type: ignore[misc]
         values = values if mask is None else torch.where(mask[..., None], values, 0)
         coefs = basis.coefficients(params["units"]).to(scores.dtype)  # type: ignore[misc]
-        y = torch.einsum("...hnkj,hrjk->...hnr", values.mT @ found, coefs)
+        sums = (values.mT @ found).flatten(-2)  # (..., H, 1, K J)
+        y = sums @ coefs.mT.flatten(-2).mT
         y = only((y @ params["mix"].to(y.dtype).mT) @ found.mT, mask)
         y = resized(y, mask, k.shape[-2])
         y = y + softmax_rows(scores, mask) if base else y
