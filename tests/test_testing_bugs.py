@@ -683,6 +683,10 @@ BASES = {
     ),
     # axes, strides and memory
     "leading axes restored in another order": (applied(flattened), "units_stand_alone"),
+    "units of three axes": (
+        applied(lambda apply, p, x: apply(p, x) * (0.5 if p["coefs"].dim() > 3 else 1)),
+        "units_stand_alone",
+    ),
     "a batch of one": (
         applied(lambda apply, p, x: apply(p, x) * (0.5 if x.dim() > 1 == len(x) else 1)),
         "units_stand_alone",
@@ -701,6 +705,12 @@ BASES = {
     "parameters kept while the tensor is the same": (applied(Stale(0)), "deterministic"),
     "half of float16 alone": (
         applied(lambda apply, p, x: apply(p, x.clamp(-2, 2) if x.dtype == torch.half else x)),
+        "half_rounds_once",
+    ),
+    "features of half precision": (
+        bases.fourier(2)._replace(
+            expand=lambda x: bases.fourier(2).expand(x) * (1.03 if x.itemsize == 2 else 1)
+        ),
         "half_rounds_once",
     ),
     "init with a seed of its own": (
@@ -1493,6 +1503,16 @@ PROJECTIONS = {
             )
         ),
         "large_rows",
+    ),
+    "no more than 2,000 entries": (
+        projecting(
+            lambda rows: RIGHT(torch.where(torch.arange(rows.shape[-1]) < 2000, rows, -math.inf))
+        ),
+        "large_rows",
+    ),
+    "three leading axes": (
+        projecting(lambda rows: RIGHT(rows.flip(0) if rows.dim() > 3 else rows)),
+        "rows_stand_alone",
     ),
     "support of at most 16": (projecting(lambda rows: shifted(rows, most=16)), "large_rows"),
     "shifted in place": (projecting(shifted_in_place), "inputs_untouched"),

@@ -122,6 +122,9 @@ def units_stand_alone(s: Subject, theta: Theta, x: list[float], dtype: torch.dty
             own = tree.map(lambda leaf, p=p, i=i: leaf[p, i], params)
             limit = phi_slack(s, own, values[i])
             agree(whole[p, i], s.basis.apply(own, values[i]), limit, f"unit {p, i}", "alone")
+    more = s.basis.apply(tree.map(lambda leaf: leaf[:, None], params), values)[:, 0]
+    limit = phi_slack(s, params, values.expand(2, n))
+    agree(more, whole, limit, "units of three axes", "of two")
     one = s.params(theta, (), dtype)
     for lead in ((2, 2), (1, 3)):
         pieces = [values * (1 - 0.3 * j) for j in range(math.prod(lead))]

@@ -1,5 +1,8 @@
 """The numbers of a basis: right in every precision, and at single points as beside them."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -24,21 +27,24 @@ def float32_follows_float64(s: Subject, theta: Theta, x: list[float]) -> None:
 
 
 def half_rounds_once(s: Subject, theta: Theta, x: list[float], dtype: torch.dtype) -> None:
-    """phi in bfloat16 and float16 is phi in float32, rounded once.
+    """phi and expand in bfloat16 and float16 are those in float32, rounded once.
 
     Evaluating in half precision itself loses what 8 or 11 bits cannot hold, and overflows: convert
     x to float32, and the result back.
     """
     params, values = setting(s, theta, x, torch.float32)
     low, kind = values.to(dtype), torch.finfo(dtype)
-    wanted = s.basis.apply(params, low.float())
-    limit = phi_slack(s, params, low.float())
-    limit = limit + kind.eps / 2 * (wanted.double().abs() + limit).clamp(min=kind.smallest_normal)
-    # what float16 cannot hold is infinite, and counts as its largest number
-    got, wanted = (
-        y.double().clamp(-kind.max, kind.max) for y in (s.basis.apply(params, low), wanted)
-    )
-    agree(got, wanted, limit, f"phi in {dtype}", "phi in float32")
+
+    def rounds_once(fn: Callable[[Tensor], Tensor], limit: Tensor, what: str) -> None:
+        wanted = fn(low.float())
+        size = (wanted.double().abs() + limit).clamp(min=kind.smallest_normal)
+        # what float16 cannot hold is infinite, and counts as its largest number
+        got, wanted = (y.double().clamp(-kind.max, kind.max) for y in (fn(low), wanted))
+        agree(got, wanted, limit + kind.eps / 2 * size, f"{what} in {dtype}", f"{what} in float32")
+
+    rounds_once(partial(s.basis.apply, params), phi_slack(s, params, low.float()), "phi")
+    if s.basis.expand(low) is not None:
+        rounds_once(s.basis.expand, s.slack(low.float()), "expand")
 
 
 def no_stray_points(s: Subject, theta: Theta) -> None:
