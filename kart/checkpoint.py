@@ -84,6 +84,8 @@ def save(path: str | os.PathLike, params: Params, config: Any, **trees: Tree) ->
                 f"`save` needs dense tensors with data, got {leaf.layout} on {leaf.device} at "
                 f"{name!r}. Convert it with `to_dense`, or initialise it."
             )
+    # a view that says how its memory is to be read has no bytes of its own
+    tensors = {name: x.detach().resolve_conj().resolve_neg() for name, x in tensors.items()}
     if _has_namedtuple(structures["params"]):
         raise ValueError(
             "`save` needs `params` of dicts, lists and tuples, got a NamedTuple, which `load` "
@@ -508,7 +510,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes, dtypes and bytes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        x = tensors[name].detach().to("cpu").contiguous()
+        x = tensors[name].to("cpu").contiguous()
         digest.update(f"{name} {_kind(x)}\n".encode())
         digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -545,7 +547,7 @@ def _path(function: str, path: Any) -> Path:
 def _write(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
     # copies: leaves may share storage or be strided, which safetensors refuses
     whole = {
-        name: x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        name: x.to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, x in tensors.items()
     }
     write_tensors(path, whole, {"kart": text})

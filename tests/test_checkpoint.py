@@ -39,6 +39,8 @@ def example():
         "row": [torch.ones(1), (torch.zeros(2), [])],
         "expanded": torch.ones(1).expand(3),
         "trained": torch.nn.Parameter(torch.ones(2)),
+        "conjugate": torch.tensor([1 + 2j, 3 - 1j]).conj(),
+        "negated": torch._neg_view(torch.ones(2)),
     }
 
 
@@ -46,8 +48,8 @@ def equal_bits(a, b):
     def same(x, y):
         assert (x.dtype, x.shape, x.device) == (y.dtype, y.shape, y.device)
         if x.numel():
-            flat = (z.detach().contiguous().flatten().view(torch.uint8) for z in (x, y))
-            assert torch.equal(*flat)
+            x, y = (z.detach().resolve_conj().resolve_neg().contiguous() for z in (x, y))
+            assert torch.equal(*(z.flatten().view(torch.uint8) for z in (x, y)))
 
     tree.map(same, a, b)
 
