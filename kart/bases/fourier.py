@@ -51,19 +51,21 @@ def feature(state, density, J: tl.constexpr, SIZE: tl.constexpr):
 def harmonics(x: Tensor, grid: int) -> tuple[list[Tensor], list[Tensor]]:
     """`cos(kx)` and `sin(kx)` for k = 1..grid, two lists of tensors like `x`, from one of each.
 
-    Harmonic k is the angle sum of harmonics k//2 and k - k//2, brought back to the unit circle by
-    one Newton step: without it every doubling doubles the error of the radius. What is left is a
-    few eps times (abs(value) + condition), the condition k x d/dx of the harmonic; the three-term
-    recurrence would lose k^2 eps.
+    Harmonic k is the angle sum of harmonics k//2 and k - k//2, from the fourth on brought back to
+    the unit circle by one Newton step: without it every doubling doubles the error of the radius.
+    What is left is a few eps times (abs(value) + condition), the condition k x d/dx of the
+    harmonic; the three-term recurrence would lose k^2 eps.
     """
     cosines, sines = [x.cos()], [x.sin()]
     for k in range(2, grid + 1):
         i, j = k // 2 - 1, k - k // 2 - 1
         c = torch.addcmul(cosines[i] * cosines[j], sines[i], sines[j], value=-1)
         s = torch.addcmul(sines[i] * cosines[j], cosines[i], sines[j])
-        radius = torch.rsub(torch.addcmul(c * c, s, s), 1.5, alpha=0.5)
-        cosines.append(c * radius)
-        sines.append(s * radius)
+        if k > 3:
+            radius = torch.rsub(torch.addcmul(c * c, s, s), 1.5, alpha=0.5)
+            c, s = c * radius, s * radius
+        cosines.append(c)
+        sines.append(s)
     return cosines, sines
 
 
