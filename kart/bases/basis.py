@@ -1,5 +1,6 @@
 """What a family of learnable functions of one real variable is, and what all families share."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -286,13 +287,10 @@ def assemble(
         check_input(f"{family}.apply", x)
         widened = wide(x)
         if expand is not None:
-            coefs = coefficients(params)
-            values = features(widened)
             # one feature at a time: the (..., K) product of a broadcast x and coefs is never built
-            y = values[..., 0] * coefs[..., 0]
-            for k in range(1, coefs.shape[-1]):
-                y = y + values[..., k] * coefs[..., k]
-            return y.to(x.dtype)
+            values, coefs = features(widened), coefficients(params)
+            products = map(torch.mul, values.unbind(-1), coefs.unbind(-1))
+            return functools.reduce(torch.add, products).to(x.dtype)
         assert core is not None
         y = core(params, widened)
         if scales:
