@@ -21,55 +21,48 @@ constexpr int FEW = SIMPLEX ? 0 : W / 4;
 // `at(n, m)` says where an entry of a table is, of a vector of queries from n on; `along` are those of a vector of keys
 // from m on, of any where there are no more. `sum` is what all samples of the head add their gradient to.
 
-#if defined(MATRIX)
-
-// Entries of every query and key, (keys, row) with a row of whole blocks of queries.
-struct Entry {
+struct Table {
   static constexpr int P = 1;
   const float* table;
   float* gradient;
-  long row;
-  long last;
-  Entry(const float*, const float* theta, float*, long size, long keys, float* sum)
-      : table(theta), gradient(sum), row(size / keys), last(keys - 1) {}
-  static long room(long) { return 0; }
-  INLINE long at(long n, long m) const { return m * row + n; }
+  long last;  // key
   INLINE vec value(vec, long at) const { return load(table + at); }
-  INLINE vec along(vec y, long n, long m) const {
-    for (int i = 0; i < W; ++i) y[i] = table[at(n, std::min(m + i, last))];
-    return y;
-  }
   INLINE vec slope(vec, vec dy, vec*, long at) const {
     store(gradient + at, load(gradient + at) + dy);
     return vec{};
   }
+  // of the keys from m on, the first of them at `at`
+  INLINE vec lanes(vec y, long at, long step, long m) const {
+    for (int i = 0; i < W; ++i) y[i] = table[at + std::min<long>(i, last - m) * step];
+    return y;
+  }
+};
+
+#if defined(MATRIX)
+
+// Entries of every query and key, (keys, row) with a row of whole blocks of queries.
+struct Entry : Table {
+  long row;
+  Entry(const float*, const float* theta, float*, long size, long keys, float* sum)
+      : Table{theta, sum, keys - 1}, row(size / keys) {}
+  static long room(long) { return 0; }
+  INLINE long at(long n, long m) const { return m * row + n; }
+  INLINE vec along(vec y, long n, long m) const { return lanes(y, at(n, m), row, m); }
   void finish(const vec*, float*, long) const {}
 };
 
 #elif defined(PLACES)
 
 // Entries of every offset, with room for a block of queries beyond the last.
-struct Entry {
-  static constexpr int P = 1;
-  const float* table;
-  float* gradient;
-  long last;
+struct Entry : Table {
   Entry(const float*, const float* theta, float* room, long size, long keys, float*)
-      : table(room), gradient(room + size + LANES), last(keys - 1) {
+      : Table{room, room + size + LANES, keys - 1} {
     std::copy(theta, theta + size, room);
     std::fill(room + size, room + 2 * (size + LANES), 0.0f);
   }
   static long room(long size) { return 2 * (size + LANES); }
   INLINE long at(long n, long m) const { return n + last - m; }
-  INLINE vec value(vec, long at) const { return load(table + at); }
-  INLINE vec along(vec y, long n, long m) const {
-    for (int i = 0; i < W; ++i) y[i] = table[at(n, std::min(m + i, last))];
-    return y;
-  }
-  INLINE vec slope(vec, vec dy, vec*, long at) const {
-    store(gradient + at, load(gradient + at) + dy);
-    return vec{};
-  }
+  INLINE vec along(vec y, long n, long m) const { return lanes(y, at(n, m), -1, m); }
   void finish(const vec*, float* sum, long size) const {
     for (long i = 0; i < size; ++i) sum[i] += gradient[i];
   }
