@@ -8,29 +8,18 @@
 
 // --- features --------------------------------------------------------------------------------------
 
-// the family's features, then the base activation: 0 none, 1 identity, 2 SiLU, 3 GELU
+// the family's features, then the base activation
 struct Features : Piece {
   static constexpr int K = Piece::K + (BASE > 0);
   using Piece::Piece;
   INLINE void features(vec x, vec* f) const {
     Piece::features(x, f);
-    vec density;
-    if constexpr (BASE == 1) f[K - 1] = x;
-    if constexpr (BASE == 2) f[K - 1] = x * sigmoid(x);
-    if constexpr (BASE == 3) f[K - 1] = x * normal(x, density);
+    vec unused;
+    if constexpr (BASE > 0) f[K - 1] = activation<BASE>(x, unused);
   }
   INLINE void slopes(vec x, const vec* f, vec* g) const {
     Piece::slopes(x, f, g);
-    if constexpr (BASE == 1) g[K - 1] = splat(1.0f);
-    if constexpr (BASE == 2) {
-      const vec s = sigmoid(x);
-      g[K - 1] = s + f[K - 1] * (1.0f - s);
-    }
-    if constexpr (BASE == 3) {
-      vec density;
-      const vec share = normal(x, density);
-      g[K - 1] = share + x * density;
-    }
+    if constexpr (BASE > 0) activation<BASE>(x, g[K - 1]);
   }
 };
 
