@@ -17,6 +17,8 @@ from torch import Generator, Tensor
 from kart import schema, tree
 
 Pipeline = Callable[[Generator, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+# of a random box: shares of the area, and width / height
+_SCALE, _RATIO = (0.08, 1.0), (0.67, 1.5)
 
 
 def flip(generator: Generator, images: Tensor, p: float = 0.5) -> Tensor:
@@ -54,8 +56,8 @@ def crop(generator: Generator, images: Tensor, padding: int = 4, mode: str = "ze
 def random_resized_crop(
     generator: Generator,
     images: Tensor,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (0.67, 1.5),
+    scale: tuple[float, float] = _SCALE,
+    ratio: tuple[float, float] = _RATIO,
     size: int | None = None,
 ) -> Tensor:
     """Scales a random box of each image, bilinearly, to `size` x `size`, or to the image's own
@@ -85,15 +87,9 @@ def random_resized_crop(
     return out.reshape(*images.shape[:-2], rows, columns)
 
 
-def random_box(
-    generator: Generator,
-    height: int,
-    width: int,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (0.67, 1.5),
-) -> tuple[int, int, int, int]:
+def random_box(generator: Generator, height: int, width: int) -> tuple[int, int, int, int]:
     """The box, `(top, left, height, width)`, that `random_resized_crop` takes of one such image."""
-    corner, box = _boxes(generator, 1, height, width, scale, ratio)
+    corner, box = _boxes(generator, 1, height, width, _SCALE, _RATIO)
     top, left, rows, columns = (int(value) for value in (*corner[:, 0, 0], *box[:, 0, 0]))
     return top, left, rows, columns
 

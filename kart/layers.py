@@ -4,7 +4,6 @@ Weights keep torch's layout, `(out, in)`, and are cast to the dtype of the input
 inputs compute in bfloat16 with float32 parameters.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,18 +39,6 @@ def linear(params: Params, x: Tensor) -> Tensor:
         return F.linear(x, weight, bias)
     # beyond three axes torch rounds otherwise where gradients are traced than where they are not
     return F.linear(x.flatten(0, -2), weight, bias).reshape(*x.shape[:-1], weight.shape[-2])
-
-
-def split_outputs(params: Params, shares: Sequence[int]) -> list[Params]:
-    """Parameters of several `linear`, whose outputs lie side by side in that of `params`, in these
-    shares.
-    """
-    unit = params["weight"].shape[-2] // sum(shares)
-    sizes = [share * unit for share in shares]
-    parts = {
-        name: leaf.split(sizes, -2 if name == "weight" else -1) for name, leaf in params.items()
-    }
-    return [{name: leaf[i] for name, leaf in parts.items()} for i in range(len(shares))]
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -327,12 +327,7 @@ class Attention(torch.nn.Module):
         given = {"device": device, "dtype": dtype}
         self.qkv = linear(generator, dim, (heads + 2 * groups) * width, bias, **given)
         self.proj = linear(generator, dim, dim, proj_bias, **given)
-        if isinstance(operator, Operator):
-            check_shared(operator, heads, tokens)
-            self.operator = operator
-        else:
-            op = named_operator(operator)
-            self.operator = Operator(op, heads, tokens, generator, **given)
+        self.operator = own_or_shared(operator, heads, tokens, generator, **given)
 
     def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q `(B, H, N, d)` of `x`, k and v `(B, G, M, d)` of `context`, which is `x` by default."""
@@ -397,11 +392,19 @@ class Attention(torch.nn.Module):
         return self.proj(merge_heads(out)), cache
 
 
-def check_shared(module: Operator, heads: int, tokens: int | None) -> None:
-    """Raises ValueError unless a shared module is for these heads and keys."""
-    if module.heads != heads or tokens not in (None, module.tokens):
+def own_or_shared(
+    op: "str | operators.Operator | Operator",
+    heads: int,
+    tokens: int | None,
+    generator: Generator,
+    **given: Any,
+) -> Operator:
+    """The module of a layer: a new one, or `op` itself where it is one for these heads and keys."""
+    if not isinstance(op, Operator):
+        return Operator(named_operator(op), heads, tokens, generator, **given)
+    if op.heads != heads or tokens not in (None, op.tokens):
         raise ValueError(
             f"`operator` needs a module of {heads} heads and {tokens} tokens, got one of "
-            f"{module.heads} and {module.tokens}. Make it with `kart.nn.operator(op, {heads}, "
-            f"{tokens})`."
+            f"{op.heads} and {op.tokens}. Make it with `kart.nn.operator(op, {heads}, {tokens})`."
         )
+    return op

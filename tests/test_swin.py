@@ -43,7 +43,7 @@ def test_shifted_windows_attend_only_to_what_was_near():
 def test_offsets_are_counted_row_by_row():
     # query less key in a window of 2, plus one: (down, right) in 0..2, counted as 3 down + right
     wanted = [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
-    assert windows.relative_index(2, torch.device("cpu")).tolist() == wanted
+    assert windows.position_bias(torch.arange(9)[:, None], 2)[0].tolist() == wanted
 
 
 def test_padding_is_no_key():

@@ -269,22 +269,6 @@ def flops(model: Model) -> Flops:
     return Flops(**parts)
 
 
-def streamed_flops(op: Operator, heads: int, tokens: int, width: int) -> int:
-    """Multiply-accumulates of kart's `attend` for low rank, q k^T and the values included.
-
-    The weights are never multiplied with the values: scores N^2 d, features times coefficients
-    N^2 K r, and N r d twice. The paper's form has 2 N^2 d and the activation.
-    """
-    if op.options.get("kind") != "low_rank" or op.basis is None or op.options["project"]:
-        raise ValueError(
-            f"`streamed_flops` needs a low-rank operator without projection, got {op.name!r}. "
-            "Use `activation_flops`."
-        )
-    rank, square = op.options["rank"], tokens * tokens
-    streamed = square * width + square * op.basis.size * rank + 2 * tokens * rank * width
-    return heads * (streamed + (2 * square * width if op.options["base"] else 0))
-
-
 class _Saved:
     """A tensor that a graph keeps, for as long as it does."""
 

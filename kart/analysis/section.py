@@ -449,9 +449,9 @@ class Column(NamedTuple):
     high: float = math.inf
 
 
-def percent(measure: str, header: str, digits: int = 1) -> Column:
+def percent(measure: str, header: str) -> Column:
     """A column of a share in [0, 1], shown in per cent."""
-    return Column(measure, header, digits, "", 100.0, 0.0, 1.0)
+    return Column(measure, header, 1, "", 100.0, 0.0, 1.0)
 
 
 def scalars(

@@ -20,7 +20,10 @@ struct Unit {
   Unit(const float* options, const float* theta)
       : psi(options), weight(theta[0]), shift(theta[1]), scale(theta[2]),
         below(scale * scale + 1e-20f), inverse(scale / below) {}
-  INLINE vec value(vec x) const { return psi.value((x - shift) * inverse) * weight; }
+  INLINE vec value(vec x) const {
+    vec unused;
+    return psi.both((x - shift) * inverse, unused) * weight;
+  }
   INLINE vec slope(vec x, vec dy, vec* sums) const {
     const vec moved = x - shift;
     vec d;
@@ -59,11 +62,6 @@ MEXICAN_HAT = """
 struct Psi {
   float factor;
   explicit Psi(const float* options) : factor(options[0]) {}
-  INLINE vec value(vec t) const {
-    t = clamp(t, -15.0f, 15.0f);
-    const vec z = t * t;
-    return (1.0f - z) * exponential(-0.5f * z) * factor;
-  }
   INLINE vec both(vec t, vec& slope) const {
     t = clamp(t, -15.0f, 15.0f);
     const vec z = t * t, e = exponential(-0.5f * z) * factor;
@@ -85,12 +83,6 @@ MORLET = """
 struct Psi {
   float omega;
   explicit Psi(const float* options) : omega(options[0]) {}
-  INLINE vec value(vec t) const {
-    t = clamp(t, -15.0f, 15.0f);
-    vec s, c;
-    sincos(omega * t, s, c);
-    return c * exponential(-0.5f * t * t);
-  }
   INLINE vec both(vec t, vec& slope) const {
     t = clamp(t, -15.0f, 15.0f);
     vec s, c;
@@ -114,10 +106,6 @@ def psi(t, FAST: tl.constexpr):
 DOG = """
 struct Psi {
   explicit Psi(const float*) {}
-  INLINE vec value(vec t) const {
-    t = clamp(t, -15.0f, 15.0f);
-    return t * exponential(-0.5f * t * t);
-  }
   INLINE vec both(vec t, vec& slope) const {
     t = clamp(t, -15.0f, 15.0f);
     const vec e = exponential(-0.5f * t * t), y = t * e;
@@ -145,11 +133,6 @@ struct Psi {
   static INLINE vec nu_slope(vec a) {
     const vec b = a * (1.0f - a);
     return 140.0f * b * b * b;
-  }
-  INLINE vec value(vec t) const {
-    const vec a = clamp(magnitude(t), 0.0f, 1.0f), rest = 1.0f - a;
-    const vec inner = clamp(2.0f * (PRINTED ? nu(rest) : rest), 0.0f, 1.0f);
-    return sine_half_turns(clamp_below(a, rest)) * sine_half_turns(0.5f * nu(inner));
   }
   INLINE vec both(vec t, vec& slope) const {
     const vec a = clamp(magnitude(t), 0.0f, 1.0f), rest = 1.0f - a;
@@ -211,10 +194,6 @@ struct Psi {
     const vec rise = small * (-1.0f / 3 + z * (1.0f / 30 + z * top));
     slope = magnitude(t) < 1.0f ? rise : (c - y) * over;
     return magnitude(t) < 1.0f ? near : y;
-  }
-  INLINE vec value(vec t) const {
-    vec unused;
-    return both(t, unused);
   }
   INLINE vec both(vec t, vec& slope) const {
     const vec held = clamp(t, -limit, limit);

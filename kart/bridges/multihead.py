@@ -78,12 +78,7 @@ class MultiheadAttention(torch.nn.Module):
         zeros = torch.zeros(3 * embed_dim, **given) if bias else None
         self.in_proj_bias = None if zeros is None else torch.nn.Parameter(zeros)
         self.out_proj = nn.linear(generator, embed_dim, embed_dim, bias, **given)
-        if isinstance(operator, nn.Operator):
-            nn.check_shared(operator, num_heads, tokens)
-            self.operator = operator
-        else:
-            op = nn.named_operator(operator)
-            self.operator = nn.Operator(op, num_heads, tokens, generator, **given)
+        self.operator = nn.own_or_shared(operator, num_heads, tokens, generator, **given)
 
     def project(self, *inputs: Tensor) -> list[Tensor]:
         """q, k and v `(B, H, ., d)` of the three inputs `(B, ., .)`."""

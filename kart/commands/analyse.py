@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import multiprocessing
 import shlex
 import sys
@@ -67,7 +68,7 @@ def _context(args: argparse.Namespace) -> "Context":
         results,
         owned.load(str(first), own, dataclasses.replace(config, data=source)),
         cache=Path(args.run[0]) / "analysis",
-        say=_say,
+        say=functools.partial(print, file=sys.stderr, flush=True),
         **{field: getattr(args, name) for name, (field, *_) in OPTIONS.items()},
     )
 
@@ -82,10 +83,6 @@ def _measure(args: argparse.Namespace, part: int) -> None:
     for name in args.code:
         code.use(name)
     report.measure(_context(args), _sections(args), args.minutes, part, args.processes)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _sections(args: argparse.Namespace) -> Any:

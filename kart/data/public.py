@@ -11,7 +11,7 @@ from kart import schema
 from kart.data import splits, tables
 from kart.data.dataset import Unused
 from kart.data.names import Public
-from kart.data.source import INSTALL, Row, Source, first_line, unreadable
+from kart.data.source import INSTALL, Row, Source, first_line, reading
 
 
 def read(
@@ -98,10 +98,8 @@ def read(
 
 def _hides(source: str, stream: Any, label: str) -> bool:
     """Whether a split begins without a label; its images are not read."""
-    try:
+    with reading(source):
         first = next(iter(stream.select_columns([label])), None)
-    except Exception as err:
-        raise unreadable(source, err) from err
     return first is not None and first[label] in (-1, None)
 
 
@@ -134,8 +132,8 @@ def _rows(
     stream = stream.select_columns(list(columns))
     if notes[columns[0]].kind == "image":
         stream = stream.cast_column(columns[0], datasets.Image(decode=False))
-    number, bound = 0, 2**63 if numbers is None else len(numbers)
-    try:
+    bound = 2**63 if numbers is None else len(numbers)
+    with reading(source):
         for number, row in enumerate(stream):
             value, label = row[columns[0]], row[columns[1]]
             data = value.get("bytes") if isinstance(value, dict) else value
@@ -148,11 +146,6 @@ def _rows(
                     "another column of labels, or use a revision that has them."
                 )
             yield Row(where, io.BytesIO(data), label if numbers is None else int(numbers[label]))
-    # Arrow's and the network's errors: name the source, keep the cause
-    except Exception as err:
-        if str(err).startswith("`load`"):
-            raise
-        raise unreadable(source, err) from err
 
 
 def _size(builder: Any, split: str) -> int | None:

@@ -1,5 +1,6 @@
 """A data set that is found but not decoded yet."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -49,12 +50,19 @@ def check_labels(
     return tuple(map(str, range(labels.max() + 1)) if classes is None else classes)
 
 
-def unreadable(source: object, err: Exception) -> ValueError:
-    """The error of a table that cannot be read to its end."""
-    return ValueError(
-        f"`load` could not read {str(source)!r} to its end: {first_line(err)} "
-        "Fetch the damaged file again."
-    )
+@contextlib.contextmanager
+def reading(source: object) -> Iterator[None]:
+    """Names the source of a table that cannot be read to its end; errors of `load` pass."""
+    try:
+        yield
+    # Arrow's and the network's are of many kinds, and may be ValueErrors too
+    except Exception as err:
+        if str(err).startswith("`load`"):
+            raise
+        raise ValueError(
+            f"`load` could not read {str(source)!r} to its end: {first_line(err)} "
+            "Fetch the damaged file again."
+        ) from err
 
 
 def first_line(err: Exception) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from kart.data import splits
 from kart.data.dataset import Unused
-from kart.data.source import INSTALL, Row, Source, check_labels, unreadable
+from kart.data.source import INSTALL, Row, Source, check_labels, reading
 
 _IMAGE_NAMES = ("image", "img")
 _LABEL_NAMES = ("fine_label", "label", "labels")
@@ -135,12 +135,8 @@ def _open(path: Path) -> _Table:
             f"`load` needs whole parquet files, got {str(path)!r}, truncated or something else. "
             "Fetch it again."
         )
-    try:
-        with parquet.ParquetFile(path) as file:
-            return _Table(path, _columns(file.schema_arrow), file.metadata.num_rows)
-    # Arrow's errors on a damaged footer are of many kinds
-    except Exception as err:
-        raise unreadable(path, err) from err
+    with reading(path), parquet.ParquetFile(path) as file:
+        return _Table(path, _columns(file.schema_arrow), file.metadata.num_rows)
 
 
 def has_images(path: Path, image_column: str | None) -> bool:
@@ -281,30 +277,21 @@ def _rows(
     parquet, number = _pyarrow(), 0
     for table in group:
         numbers = maps[table.path]
-        try:
-            with parquet.ParquetFile(table.path) as file:
-                for batch in file.iter_batches(batch_size=256, columns=list(columns)):
-                    images = batch.column(columns[0]).to_pylist()
-                    labels = batch.column(columns[1]).to_pylist()
-                    for value, label in zip(images, labels, strict=True):
-                        data = value.get("bytes") if isinstance(value, dict) else value
-                        where = where_is(str(root), name, number)
-                        if not isinstance(data, bytes):
-                            raise ValueError(
-                                f"`load` needs images inside of the parquet file, got {where}, "
-                                "without bytes. Save the table again with its images."
-                            )
-                        yield Row(
-                            where,
-                            io.BytesIO(data),
-                            int(label if numbers is None else numbers[label]),
+        with reading(table.path), parquet.ParquetFile(table.path) as file:
+            for batch in file.iter_batches(batch_size=256, columns=list(columns)):
+                images = batch.column(columns[0]).to_pylist()
+                labels = batch.column(columns[1]).to_pylist()
+                for value, label in zip(images, labels, strict=True):
+                    data = value.get("bytes") if isinstance(value, dict) else value
+                    where = where_is(str(root), name, number)
+                    if not isinstance(data, bytes):
+                        raise ValueError(
+                            f"`load` needs images inside of the parquet file, got {where}, "
+                            "without bytes. Save the table again with its images."
                         )
-                        number += 1
-        # Arrow's own may be ValueErrors too
-        except Exception as err:
-            if str(err).startswith("`load`"):
-                raise
-            raise unreadable(table.path, err) from err
+                    own = label if numbers is None else numbers[label]
+                    yield Row(where, io.BytesIO(data), int(own))
+                    number += 1
 
 
 def _renumbered(labels: np.ndarray, numbers: np.ndarray | None) -> np.ndarray:
@@ -314,12 +301,9 @@ def _renumbered(labels: np.ndarray, numbers: np.ndarray | None) -> np.ndarray:
 def _labels(path: Path, label: str) -> np.ndarray:
     """The labels of one file, int64; a missing one is -1."""
     parquet = _pyarrow()
-    try:
-        with parquet.ParquetFile(path) as file:
-            column = file.read(columns=[label]).column(label)
+    with reading(path), parquet.ParquetFile(path) as file:
+        column = file.read(columns=[label]).column(label)
         values = [-1 if value is None else value for value in column.to_pylist()]
-    except Exception as err:
-        raise unreadable(path, err) from err
     # an unsigned one may not fit; nor is it a label
     return np.array([min(value, 2**63 - 1) for value in values], dtype=np.int64)
 

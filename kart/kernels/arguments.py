@@ -121,6 +121,13 @@ def flat_mask(mask: Tensor, lead: Sequence[int]) -> Tensor:
     return mask.reshape(math.prod(mask.shape[: len(lead)]), *mask.shape[len(lead) :])
 
 
+def dense_rows(*tensors: Tensor) -> list[Tensor]:
+    """Tensors with a contiguous last axis, copied where it is not: a raw kernel takes it for that,
+    and would read other memory.
+    """
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
 def side_by_side(x: Tensor) -> bool:
     """Whether rows of heads of `x (B, H, N, d)` lie side by side, as a projection leaves them."""
     return x.shape[1] > 1 and x.shape[2] > 1 and 0 < x.stride(1) < x.stride(2)

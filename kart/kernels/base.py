@@ -75,8 +75,7 @@ def _both(family: Family, scale: float) -> fused.Fused:
     """Of q, k, v, coefs and mask in the layout of a `Product`."""
 
     def forward(q, k, v, coefs, mask):
-        y, out, sums = cpp.forward_beside(Product(family, q, k, coefs, mask, scale), v)
-        return y, out, sums
+        return cpp.forward_beside(Product(family, q, k, coefs, mask, scale), v)
 
     def backward(gradients, inputs, results):
         q, k, v, coefs, mask = inputs

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kart.kernels import fused, plain
-from kart.kernels.arguments import broadcast_leading, check, flat_mask, four_axes
+from kart.kernels.arguments import broadcast_leading, check, dense_rows, flat_mask, four_axes
 from kart.kernels.cpp import weights as compiled
 from kart.kernels.cpp.weights import Weighted
 from kart.kernels.transforms import forward_levels, grad_levels, untransformed, vmap_levels
@@ -29,18 +29,13 @@ def _bias(mask: Tensor | None, like: Tensor, rows: int, keys: int) -> Tensor | N
     return zeros.masked_fill(~mask, -math.inf).expand(-1, -1, rows, keys)
 
 
-def _dense(*tensors: Tensor) -> list[Tensor]:
-    # the raw kernel takes the last axis for contiguous and reads other memory where it is not
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
-
-
 def _flash_forward(scale, q, k, v, mask):
     keys = k.shape[-2]
     if mask is None and keys < _LANES:
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
     bias = _bias(mask, q, q.shape[-2], keys)
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        *_dense(q, k, v), 0.0, False, attn_mask=bias, scale=scale
+        *dense_rows(q, k, v), 0.0, False, attn_mask=bias, scale=scale
     )
 
 
@@ -49,7 +44,7 @@ def _flash_backward(scale, gradients, inputs, results):
     bias = _bias(mask, q, q.shape[-2], k.shape[-2])
     out, logsumexp = results
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *_dense(*gradients, q, k, v, out), logsumexp, 0.0, False, attn_mask=bias, scale=scale
+        *dense_rows(*gradients, q, k, v, out), logsumexp, 0.0, False, attn_mask=bias, scale=scale
     )
 
 
@@ -86,7 +81,7 @@ def _whole(scale: float) -> fused.Fused:
 
 
 def _beside_forward(scale, q, k, v, table):
-    q, k, v = _dense(q, k, v)
+    q, k, v = dense_rows(q, k, v)
     out, logsumexp = _flash_forward(scale, q, k, v, None)
     # the backward of softmax's share needs `out` as it is
     total = torch.empty_like(out)
@@ -97,7 +92,7 @@ def _beside_forward(scale, q, k, v, table):
 
 def _beside_backward(scale, gradients, inputs, results):
     q, k, v, table = inputs
-    (gradient, v), (_, *rest) = _dense(gradients[0], v), results
+    (gradient, v), (_, *rest) = dense_rows(gradients[0], v), results
     found = _flash_backward(scale, [gradient], (q, k, v, None), rest)
     shared = len(table) != len(v)
     of_table = torch.empty_like(table) if shared else gradient @ v.mT

@@ -107,7 +107,9 @@ def attention(
     `kart.operators.projected`) and nothing is masked; `mask` is as `attend` takes it.
     """
     if factors is not None and mask is None and pays(factors, x, heads):
-        queries_keys, value = layers.split_outputs(params["qkv"], [2, 1])
+        size = x.shape[-1]
+        parts = {name: leaf.split([2 * size, size]) for name, leaf in params["qkv"].items()}
+        queries_keys, value = ({name: x[i] for name, x in parts.items()} for i in (0, 1))
         q, k = split_heads(layers.linear(queries_keys, x), heads, 2)
         return projected(factors.of(q, k), x, value, params["proj"])
     q, k, v = split_heads(layers.linear(params["qkv"], x), heads)

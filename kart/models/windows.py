@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kart.operators.relative import entry_index
+
 
 class Cut(NamedTuple):
     """How a grid of `side` x `side` tokens is cut into windows of `window` x `window`: rolled by
@@ -79,26 +81,19 @@ def shift_mask(side: int, window: int, shift: int, device: torch.device) -> Tens
     return (kinds == kinds.mT)[:, None]
 
 
-def relative_index(window: int, device: torch.device) -> Tensor:
-    """Row of a table of `(2 window - 1)^2` offsets for each query and key, `(window^2, window^2)`.
-
-    Offsets (query less key) are counted row by row, from `(1 - window, 1 - window)` on.
-    """
-    place = torch.arange(window, device=device)
-    rows, columns = place.repeat_interleave(window), place.repeat(window)
-    down, right = (x[:, None] - x + window - 1 for x in (rows, columns))
-    return down * (2 * window - 1) + right
-
-
 def position_bias(table: Tensor, window: int) -> Tensor:
-    """Biases `(H, window^2, window^2)` of a table `((2 window - 1)^2, H)`."""
+    """Biases `(H, window^2, window^2)` of a table `((2 window - 1)^2, H)`, whose offsets (query
+    less key) are counted row by row, from `(1 - window, 1 - window)` on.
+    """
     if table.shape[0] != (2 * window - 1) ** 2:
         raise ValueError(
             f"`apply` needs a `relative_position_bias_table` of {(2 * window - 1) ** 2} offsets, "
             f"for windows of {window}, got {table.shape[0]}. Create the model with the "
             "`window_size` that its parameters were made with."
         )
-    return table[relative_index(window, table.device)].movedim(-1, 0)
+    # turned around: its offsets are key less query
+    index = entry_index(0, window, window, table.device).mT.contiguous()
+    return table[index].movedim(-1, 0)
 
 
 def biased(q: Tensor, k: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -389,12 +389,15 @@ def from_forms(
         check_sizes(heads, tokens)
         return {} if init is None else init(generator, heads, tokens)
 
-    def check_own(params: Params) -> None:
+    def check_own(params: Params, queries: int, keys: int, *tensors: Tensor) -> None:
         if init is None and params:
             raise ValueError(
                 f"`{name}` has no parameters, got {', '.join(params)}, which are of another "
                 "operator. Take that one, or pass {}."
             )
+        check_heads(name, params, *tensors)
+        if fits is not None:
+            fits(params, queries, keys)
 
     def checked_weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
         if isinstance(weights, str):
@@ -403,10 +406,7 @@ def from_forms(
                 "identity (M, M) as `v` to `attend`, which gives them."
             )
         check_scores(name, scores, mask)
-        check_own(params)
-        check_heads(name, params, scores)
-        if fits is not None:
-            fits(params, *scores.shape[-2:])
+        check_own(params, scores.shape[-2], scores.shape[-1], scores)
         mask = two_axes(mask)
         with no_autocast(scores):
             return weights(params, only(wide(scores), mask), mask).to(scores.dtype)
@@ -415,10 +415,7 @@ def from_forms(
         params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         check_qkv(name, q, k, v, mask)
-        check_own(params)
-        check_heads(name, params, q, k, v)
-        if fits is not None:
-            fits(params, q.shape[-2], k.shape[-2])
+        check_own(params, q.shape[-2], k.shape[-2], q, k, v)
         mask, dtype = two_axes(mask), v.dtype
         with no_autocast(q):
             return attend(params, *silence(q, k, v, mask), mask).to(dtype)

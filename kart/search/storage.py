@@ -359,19 +359,18 @@ def recover(arms: dict[str, optuna.Study]) -> None:
 
 
 @contextlib.contextmanager
-def beating(storage: RDBStorage, study: optuna.Study, numbers: Sequence[int]) -> Iterator[None]:
-    """Records heartbeats of trials that were asked for, as Optuna does in `optimize` alone."""
+def beating(storage: RDBStorage, study: optuna.Study, number: int) -> Iterator[None]:
+    """Records heartbeats of a trial that was asked for, as Optuna does in `optimize` alone."""
     interval = storage.get_heartbeat_interval()
     stop = threading.Event()
     of = storage.get_study_id_from_name(study.study_name)
-    ids = [storage.get_trial_id_from_study_id_trial_number(of, number) for number in numbers]
+    trial = storage.get_trial_id_from_study_id_trial_number(of, number)
 
     def beat() -> None:
         while True:
             # what stops a heartbeat stops the worker's own calls as well, which say so
             with contextlib.suppress(Exception):
-                for trial in ids:
-                    storage.record_heartbeat(trial)
+                storage.record_heartbeat(trial)
             if stop.wait(interval):
                 return
 

@@ -264,7 +264,7 @@ def trial_batch(
         with contextlib.ExitStack() as stack:
             for _ in range(count):
                 trials.append(store.ask(study))
-                stack.enter_context(store.beating(storage, study, [trials[-1].number]))
+                stack.enter_context(store.beating(storage, study, trials[-1].number))
                 trials[-1].set_user_attr("worker", worker)
                 # parameters are drawn before the next trial is asked for, which must see them
                 ready.append((trials[-1], todo.prepare(trials[-1])))

@@ -178,59 +178,41 @@ def mapped(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> 
     The rule for batches folds the wrong axis; populations and per-example gradients mix.
     """
     case = s.drawn(seed, sizes, dtype)
-    count = len(case.floats)
-    for chosen in [*((i,) for i in range(count)), tuple(range(count))]:
-
-        def stacked(x: Sequence[Tensor], chosen: Sequence[int] = chosen) -> list[Tensor]:
-            return [torch.stack([y, y * 0.5, -y]) if i in chosen else y for i, y in enumerate(x)]
-
-        def loop(*x: Tensor, chosen: Sequence[int] = chosen, stacked: Any = stacked) -> Any:
-            members = [
-                case.plain(*(y[m] if i in chosen else y for i, y in enumerate(stacked(x))))
-                for m in range(3)
-            ]
-            return tree.stack(members)
-
-        axes = tuple(0 if i in chosen else None for i in range(count))
-        exact, limit = _exactly(loop, case.floats, dtype)
-        for how, got in laws.vmaps(case.fast, axes, stacked(case.floats)).items():
-            what = f"vmap{how} of fast over {list(chosen)}"
-            agree(tree.ravel(got), exact, limit, what, "the loop of plain")
-    _mapped_with_masks(s, case, dtype)
-
-
-def _mapped_with_masks(s: Subject, case: Case, dtype: torch.dtype) -> None:
-    """Asserts that vmap over all floating-point and boolean tensors is the loop."""
-    arguments, places, floats, *_ = case
+    arguments, places = case.arguments, case.places
     masks = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and x.dtype == torch.bool]
-    if not masks:
-        return
+    over = {f"[{n}]": [place] for n, place in enumerate(places)}
+    over[str(list(range(len(places))))] = places
+    if masks:
+        over["floats and masks"] = [*places, *masks]
+    for what, chosen in over.items():
 
-    def members(floats: Sequence[Tensor]) -> list[list[Any]]:
-        found = []
-        for m in range(3):
-            member = list(arguments)
+        def members(floats: Sequence[Tensor], chosen: Sequence[int] = chosen) -> list[list[Any]]:
+            full = list(arguments)
             for i, x in zip(places, floats, strict=True):
-                member[i] = (x, x * 0.5, -x)[m]
-            for i in masks:
-                mask = member[i]
-                member[i] = (mask, mask.flip(-1) if mask.dim() else mask, mask | True)[m]
-            found.append(member)
-        return found
+                full[i] = x
+            return [
+                [_three(x)[m] if i in chosen else x for i, x in enumerate(full)] for m in range(3)
+            ]
 
-    def loop(*floats: Tensor) -> Any:
-        return tree.stack([s.plain(*member) for member in members(floats)])
+        def loop(*floats: Tensor, members: Any = members) -> Any:
+            return tree.stack([s.plain(*member) for member in members(floats)])
 
-    chosen = [*places, *masks]
-    axes = tuple(0 if i in chosen else None for i in range(len(arguments)))
-    together = [
-        torch.stack([member[i] for member in members(floats)]) if i in chosen else arguments[i]
-        for i in range(len(arguments))
-    ]
-    exact, limit = _exactly(loop, floats, dtype)
-    for how, got in laws.vmaps(s.fast, axes, together).items():
-        what = f"vmap{how} of fast over floats and masks"
-        agree(tree.ravel(got), exact, limit, what, "the loop of plain")
+        axes = tuple(0 if i in chosen else None for i in range(len(arguments)))
+        together = [
+            x[0] if axis is None else torch.stack(x)
+            for axis, x in zip(axes, zip(*members(case.floats), strict=True), strict=True)
+        ]
+        exact, limit = _exactly(loop, case.floats, dtype)
+        for how, got in laws.vmaps(s.fast, axes, together).items():
+            what_of = f"vmap{how} of fast over {what}"
+            agree(tree.ravel(got), exact, limit, what_of, "the loop of plain")
+
+
+def _three(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What members have for `x`, a mask or numbers."""
+    if x.dtype == torch.bool:
+        return x, x.flip(-1) if x.dim() else x, x | True
+    return x, x * 0.5, -x
 
 
 def per_example_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
@@ -239,7 +221,7 @@ def per_example_gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: t
     The backward has no rule for batches, or sums over the examples it should keep apart.
     """
     case = s.drawn(seed, sizes, dtype)
-    stacked = tuple(torch.stack([x, x * 0.5, -x]) for x in case.floats)
+    stacked = tuple(torch.stack(_three(x)) for x in case.floats)
     got = tree.ravel(vmap(_gradient(case.fast))(*stacked))
     plain = _gradient(case.plain)
 

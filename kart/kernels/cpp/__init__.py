@@ -220,18 +220,12 @@ def _wanted(family: Family, case: _Case, softmax: bool) -> dict[str, Tensor]:
         if family.basis.features is not None:
             y = plain.contract(family.basis, units["coefs"], q, k, case.mask, case.scale)
         else:
-            samples = range(q.shape[0])
-            own = [
-                {name: x.expand(len(samples), *x.shape[1:])[i] for name, x in units.items()}
-                for i in samples
-            ]
-            mask = None if case.mask is None else case.mask[0]
-            y = torch.stack(
-                [
-                    plain.contract_units(family.basis, own[i], q[i], k[i], mask, case.scale)
-                    for i in samples
-                ]
-            )
+            mask, samples = None if case.mask is None else case.mask[0], []
+            for i in range(len(q)):
+                own = {name: x[i if len(x) > 1 else 0] for name, x in units.items()}
+                y = plain.contract_units(family.basis, own, q[i], k[i], mask, case.scale)
+                samples.append(y)
+            y = torch.stack(samples)
         found, total = {"y": y}, (y * case.dy).sum()
         if softmax:
             found["out"] = plain.softmax_attention(q, k, v, case.mask, case.scale)

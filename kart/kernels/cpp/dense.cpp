@@ -62,35 +62,31 @@ int kart_mixed(const Shape* shape, const Coefs* coefs, int own, const Strided* v
   const Shape& s = *shape;
   const Groups groups(s, own, *coefs);
   threads = std::min<long>(threads, groups.count());
-  std::atomic<int> failed{0};
+  std::atomic<bool> unfit{false};
   spread(groups.count(), threads, [&](int, long begin, long end) {
-    try {
-      const Tiles unit;
-      Matrix<true> matrix(s.queries, GROUP, true, true, false);
-      Values values(s, groups.order.batch, true);
-      long head = -1;
-      for (long task = begin; task < end && !failed; ++task) {
-        if (groups.head(task) != head) {
-          head = groups.head(task);
-          values.take(groups, head, *v, s);
-        }
-        groups.take(matrix, s, task);
-        if (!matrix.tiles || !values.tiles) {
-          failed = UNFIT;
-          break;
-        }
-        for (long i = 0; i < groups.order.batch; ++i) {
-          const Matrix<false>& x = *values.of[i];
-          tile_gemm(tiles_of(s.value_width), tiles_of(matrix.width), x.whole / PAIRED,
-                    {x.pairs, x.column_step(), x.exact}, {matrix.pairs, matrix.column_step(), matrix.exact},
-                    mixed->at(groups.b(head, i), groups.h(head)) + groups.first(task), mixed->n, false);
-        }
+    const Tiles unit;
+    Matrix<true> matrix(s.queries, GROUP, true, true, false);
+    Values values(s, groups.order.batch, true);
+    long head = -1;
+    for (long task = begin; task < end && !unfit; ++task) {
+      if (groups.head(task) != head) {
+        head = groups.head(task);
+        values.take(groups, head, *v, s);
       }
-    } catch (const std::bad_alloc&) {
-      failed = NO_MEMORY;
+      groups.take(matrix, s, task);
+      if (!matrix.tiles || !values.tiles) {
+        unfit = true;
+        break;
+      }
+      for (long i = 0; i < groups.order.batch; ++i) {
+        const Matrix<false>& x = *values.of[i];
+        tile_gemm(tiles_of(s.value_width), tiles_of(matrix.width), x.whole / PAIRED,
+                  {x.pairs, x.column_step(), x.exact}, {matrix.pairs, matrix.column_step(), matrix.exact},
+                  mixed->at(groups.b(head, i), groups.h(head)) + groups.first(task), mixed->n, false);
+      }
     }
   });
-  return failed;
+  return unfit ? UNFIT : 0;
 } catch (...) {
   return NO_MEMORY;
 }
@@ -111,45 +107,41 @@ int kart_unmixed(const Shape* shape, const Coefs* coefs, int own, const Strided*
   const long size = samples * rows * columns;
   Buffer sums(slots.count * size);
   std::fill(sums.data, sums.data + slots.count * size, 0.0f);
-  std::atomic<int> failed{0};
+  std::atomic<bool> unfit{false};
   spread(groups.count(), threads, [&](int thread, long begin, long end) {
-    try {
-      const Tiles unit;
-      Matrix<false> matrix(s.queries, GROUP, false, true);
-      Matrix<true> pulled(s.value_width, GROUP, true, true);
-      Values values(s, samples, false);
-      Buffer found(rows * GROUP);
-      long head = -1;
-      for (long task = begin; task < end && !failed; ++task) {
-        if (groups.head(task) != head) {
-          head = groups.head(task);
-          values.take(groups, head, *v, s);
-        }
-        groups.take(matrix, s, task);
-        pulled.width = matrix.width;
-        const long wide = tiles_of(matrix.width);
-        for (long i = 0; i < samples; ++i) {
-          const Matrix<false>& x = *values.of[i];
-          const float* at = dmixed->at(groups.b(head, i), groups.h(head)) + groups.first(task) * dmixed->d;
-          pulled.take(*dmixed, at, s.value_width, 1.0f);
-          if (!matrix.tiles || !values.tiles || !pulled.tiles) {
-            failed = UNFIT;
-            return;
-          }
-          tile_gemm(rows / SIDE, columns / SIDE, round_up(matrix.width, PAIRED) / PAIRED,
-                    {matrix.columns, matrix.row_step(), matrix.exact}, {pulled.columns, pulled.row_step(), pulled.exact},
-                    sums + slots.slot(thread, head) * size + i * rows * columns, columns, true);
-          tile_gemm(rows / SIDE, wide, x.padded / PAIRED, {x.columns, x.row_step(), x.exact},
-                    {pulled.pairs, pulled.column_step(), pulled.exact}, found, GROUP, i > 0);
-        }
-        float* out = dcoefs + head * s.queries * s.keys + groups.first(task);
-        for (long p = 0; p < s.queries; ++p) std::memcpy(out + p * s.keys, found + p * GROUP, 4 * matrix.width);
+    const Tiles unit;
+    Matrix<false> matrix(s.queries, GROUP, false, true);
+    Matrix<true> pulled(s.value_width, GROUP, true, true);
+    Values values(s, samples, false);
+    Buffer found(rows * GROUP);
+    long head = -1;
+    for (long task = begin; task < end && !unfit; ++task) {
+      if (groups.head(task) != head) {
+        head = groups.head(task);
+        values.take(groups, head, *v, s);
       }
-    } catch (const std::bad_alloc&) {
-      failed = NO_MEMORY;
+      groups.take(matrix, s, task);
+      pulled.width = matrix.width;
+      const long wide = tiles_of(matrix.width);
+      for (long i = 0; i < samples; ++i) {
+        const Matrix<false>& x = *values.of[i];
+        const float* at = dmixed->at(groups.b(head, i), groups.h(head)) + groups.first(task) * dmixed->d;
+        pulled.take(*dmixed, at, s.value_width, 1.0f);
+        if (!matrix.tiles || !values.tiles || !pulled.tiles) {
+          unfit = true;
+          return;
+        }
+        tile_gemm(rows / SIDE, columns / SIDE, round_up(matrix.width, PAIRED) / PAIRED,
+                  {matrix.columns, matrix.row_step(), matrix.exact}, {pulled.columns, pulled.row_step(), pulled.exact},
+                  sums + slots.slot(thread, head) * size + i * rows * columns, columns, true);
+        tile_gemm(rows / SIDE, wide, x.padded / PAIRED, {x.columns, x.row_step(), x.exact},
+                  {pulled.pairs, pulled.column_step(), pulled.exact}, found, GROUP, i > 0);
+      }
+      float* out = dcoefs + head * s.queries * s.keys + groups.first(task);
+      for (long p = 0; p < s.queries; ++p) std::memcpy(out + p * s.keys, found + p * GROUP, 4 * matrix.width);
     }
   });
-  if (failed) return failed;
+  if (unfit) return UNFIT;
   slots.collect(sums, size, [&](long head, const float* sum, bool fresh) {
     for (long i = 0; i < samples; ++i) {
       float* out = dv->at(groups.b(head, i), groups.h(head));

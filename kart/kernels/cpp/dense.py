@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kart.kernels.arguments import room_like
+from kart.kernels.arguments import dense_rows, room_like
 from kart.kernels.cpp import Coefs, Shape, address_of, array_of, build
 from kart.kernels.transforms import untransformed
 
@@ -37,7 +37,7 @@ class Engine:
     def _call(self, function: Any, coefs: Tensor, v: Tensor, *arguments: Any) -> bool:
         batch, heads, tokens, width = v.shape
         shape = Shape(batch, heads, tokens, coefs.shape[3], 0, 0, width)
-        coefs = coefs if coefs.stride(3) == 1 else coefs.contiguous()
+        (coefs,) = dense_rows(coefs)
         code = function(
             ctypes.byref(shape),
             ctypes.byref(array_of(coefs[..., None], Coefs)),

@@ -61,25 +61,20 @@ int kart_mix(const Shape* shape, const Strided* v, const Strided* y, const Strid
              const Strided* out, float* hidden, int threads) try {
   const Shape& s = *shape;
   const Order order(s, own);
-  std::atomic<bool> failed{false};
   spread(order.count(), threads, [&](int, long begin, long end) {
-    try {
-      Scratch w(s);
-      for (long task = begin; task < end; ++task) {
-        const long b = order.b(task), h = order.h(task);
-        const Rows values(*v, v->at(b, h), s.keys, s.width, w.padded, w.values);
-        wide_gemm<WIDE_ROWS, 1>(s.rank, w.padded, s.keys, mix->at(own ? b : 0, h), mix->n, values.data, values.step,
-                                w.hidden, w.padded, false);
-        float* to = hidden + (b * s.heads + h) * s.rank * s.width;
-        for (long p = 0; p < s.rank; ++p) std::memcpy(to + p * s.width, w.hidden + p * w.padded, 4 * s.width);
-        product(s.queries, s.width, w.padded, s.rank, y->at(b, h), y->n, w.hidden, *out,
-                const_cast<float*>(out->at(b, h)), w.room, *beside, beside->data ? beside->at(b, h) : nullptr);
-      }
-    } catch (const std::bad_alloc&) {
-      failed = true;
+    Scratch w(s);
+    for (long task = begin; task < end; ++task) {
+      const long b = order.b(task), h = order.h(task);
+      const Rows values(*v, v->at(b, h), s.keys, s.width, w.padded, w.values);
+      wide_gemm<WIDE_ROWS, 1>(s.rank, w.padded, s.keys, mix->at(own ? b : 0, h), mix->n, values.data, values.step,
+                              w.hidden, w.padded, false);
+      float* to = hidden + (b * s.heads + h) * s.rank * s.width;
+      for (long p = 0; p < s.rank; ++p) std::memcpy(to + p * s.width, w.hidden + p * w.padded, 4 * s.width);
+      product(s.queries, s.width, w.padded, s.rank, y->at(b, h), y->n, w.hidden, *out,
+              const_cast<float*>(out->at(b, h)), w.room, *beside, beside->data ? beside->at(b, h) : nullptr);
     }
   });
-  return failed;
+  return 0;
 } catch (...) {
   return 1;
 }
@@ -93,32 +88,26 @@ int kart_unmix(const Shape* shape, const Strided* dout, const Strided* v, const 
   const long rank = round_up(s.rank, W), size = s.keys * rank;
   Buffer sums(slots.count * size);
   std::fill(sums.data, sums.data + slots.count * size, 0.0f);
-  std::atomic<bool> failed{false};
   spread(order.count(), threads, [&](int thread, long begin, long end) {
-    try {
-      Scratch w(s);
-      for (long task = begin; task < end; ++task) {
-        const long b = order.b(task), h = order.h(task), head = b * s.heads + h;
-        const float *units = y->at(b, h), *mixing = mix->at(own ? b : 0, h), *u = hidden + head * s.rank * s.width;
-        const Rows pulled(*dout, dout->at(b, h), s.queries, s.width, w.padded, w.douts);
-        const Rows values(*v, v->at(b, h), s.keys, s.width, w.padded, w.values);
-        // dy = dout hidden^T
-        for (long p = 0; p < s.rank; ++p) std::memcpy(w.hidden + p * w.padded, u + p * s.width, 4 * s.width);
-        w.by_hidden(s.queries, s.width, pulled, w.y, false);
-        float* to = dy + head * s.queries * s.rank;
-        for (long n = 0; n < s.queries; ++n) std::memcpy(to + n * s.rank, w.y + n * w.rank, 4 * s.rank);
-        // dhidden = y^T dout, dv = mix dhidden, dmix = v dhidden^T
-        wide_gemm<WIDE_ROWS, 1>(s.rank, w.padded, s.queries, units, y->n, pulled.data, pulled.step, w.hidden, w.padded,
-                                false);
-        product(s.keys, s.width, w.padded, s.rank, mixing, mix->n, w.hidden, *dv, const_cast<float*>(dv->at(b, h)),
-                w.room);
-        w.by_hidden(s.keys, s.width, values, sums + slots.slot(thread, order.head(task)) * size, true);
-      }
-    } catch (const std::bad_alloc&) {
-      failed = true;
+    Scratch w(s);
+    for (long task = begin; task < end; ++task) {
+      const long b = order.b(task), h = order.h(task), head = b * s.heads + h;
+      const float *units = y->at(b, h), *mixing = mix->at(own ? b : 0, h), *u = hidden + head * s.rank * s.width;
+      const Rows pulled(*dout, dout->at(b, h), s.queries, s.width, w.padded, w.douts);
+      const Rows values(*v, v->at(b, h), s.keys, s.width, w.padded, w.values);
+      // dy = dout hidden^T
+      for (long p = 0; p < s.rank; ++p) std::memcpy(w.hidden + p * w.padded, u + p * s.width, 4 * s.width);
+      w.by_hidden(s.queries, s.width, pulled, w.y, false);
+      float* to = dy + head * s.queries * s.rank;
+      for (long n = 0; n < s.queries; ++n) std::memcpy(to + n * s.rank, w.y + n * w.rank, 4 * s.rank);
+      // dhidden = y^T dout, dv = mix dhidden, dmix = v dhidden^T
+      wide_gemm<WIDE_ROWS, 1>(s.rank, w.padded, s.queries, units, y->n, pulled.data, pulled.step, w.hidden, w.padded,
+                              false);
+      product(s.keys, s.width, w.padded, s.rank, mixing, mix->n, w.hidden, *dv, const_cast<float*>(dv->at(b, h)),
+              w.room);
+      w.by_hidden(s.keys, s.width, values, sums + slots.slot(thread, order.head(task)) * size, true);
     }
   });
-  if (failed) return 1;
   slots.collect(sums, size, [&](long head, const float* sum, bool fresh) {
     float* out = dmix + head * s.keys * s.rank;
     for (long m = 0; m < s.keys; ++m)

@@ -11,13 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kart.kernels.arguments import room_like
+from kart.kernels.arguments import dense_rows, room_like
 from kart.kernels.cpp import Shape, address_of, array_of, build
 from kart.kernels.transforms import untransformed
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class Engine:
@@ -39,7 +35,7 @@ class Engine:
         """`y (mix^T v) + beside`, and `mix^T v (B, H, r, e)`, for `v (B, H, M, e)`, `y (B, H, N,
         r)`, `mix (B or 1, H, M, r)` and `beside (B, H, N, e)`, all float32.
         """
-        y, mix = _flat(y), _flat(mix)
+        y, mix = dense_rows(y, mix)
         out = room_like(v, y.shape[2])
         hidden = v.new_empty(*v.shape[:2], mix.shape[3], v.shape[3])
         inputs = [ctypes.byref(array_of(x)) for x in (v, y, mix, beside)]
@@ -52,7 +48,7 @@ class Engine:
         self, dout: Tensor, v: Tensor, y: Tensor, mix: Tensor, hidden: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dv, dy and dmix."""
-        y, mix, hidden = _flat(y), _flat(mix), hidden.contiguous()
+        (y, mix), hidden = dense_rows(y, mix), hidden.contiguous()
         dv, dy, dmix = room_like(v), y.new_empty(y.shape), mix.new_empty(mix.shape)
         inputs = [ctypes.byref(array_of(x)) for x in (dout, v, y, mix)]
         own = int(mix.shape[0] > 1)

@@ -8,29 +8,18 @@
 
 // --- features --------------------------------------------------------------------------------------
 
-// the family's features, then the base activation: 0 none, 1 identity, 2 SiLU, 3 GELU
+// the family's features, then the base activation
 struct Features : Piece {
   static constexpr int K = Piece::K + (BASE > 0);
   using Piece::Piece;
   INLINE void features(vec x, vec* f) const {
     Piece::features(x, f);
-    vec density;
-    if constexpr (BASE == 1) f[K - 1] = x;
-    if constexpr (BASE == 2) f[K - 1] = x * sigmoid(x);
-    if constexpr (BASE == 3) f[K - 1] = x * normal(x, density);
+    vec unused;
+    if constexpr (BASE > 0) f[K - 1] = activation<BASE>(x, unused);
   }
   INLINE void slopes(vec x, const vec* f, vec* g) const {
     Piece::slopes(x, f, g);
-    if constexpr (BASE == 1) g[K - 1] = splat(1.0f);
-    if constexpr (BASE == 2) {
-      const vec s = sigmoid(x);
-      g[K - 1] = s + f[K - 1] * (1.0f - s);
-    }
-    if constexpr (BASE == 3) {
-      vec density;
-      const vec share = normal(x, density);
-      g[K - 1] = share + x * density;
-    }
+    if constexpr (BASE > 0) activation<BASE>(x, g[K - 1]);
   }
 };
 
@@ -330,51 +319,46 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
   const Shape& s = *shape;
   const Order order(s, own);
   const Features family(options);
-  std::atomic<bool> failed{false};
   spread(order.count(), threads, [&](int, long begin, long end) {
-    try {
-      const Tiles tiles;
-      Forward w(s);
-      Buffer packed(s.keys * K * s.rank);
-      long head = -1;
-      for (long task = begin; task < end; ++task) {
-        const long b = order.b(task), h = order.h(task);
-        if (order.head(task) != head) {
-          head = order.head(task);
-          pack_coefs(*coefs, coefs_at(*coefs, order, task), s, packed);
-        }
-        w.keys.take(*k, k->at(b, h), 1.0f);
-        if (SOFTMAX) w.values.take(soft->v, soft->v.at(b, h), 1.0f);
-        for (long n = 0; n < s.queries; n += LANES) {
-          const long queries = std::min<long>(LANES, s.queries - n);
-          w.queries.take(*q, q->at(b, h) + n * q->n, queries, scale);
-          const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + n * mask->n : nullptr;
-          if (queries > W)
-            forward_block<2>(family, s, w, packed, mask_at, *mask, queries);
-          else
-            forward_block<1>(family, s, w, packed, mask_at, *mask, queries);
-          const long row = (b * s.heads + h) * s.queries + n;
-          float* out = y + row * s.rank;
-          for (long i = 0; i < queries; ++i)
-            for (long p = 0; p < s.rank; ++p) *out++ = w.y[p * LANES + i];
-          if (SOFTMAX) {
-            out = soft->result.at(b, h) + n * soft->result.n;
-            const float* own = w.values.lane_rows(w.out, w.rows);
-            for (long i = 0; i < queries; ++i) {
-              const float total = w.statistics[i];
-              const float inverse = total == 0 ? 0 : 1 / total;
-              for (long c = 0; c < s.value_width; ++c) out[i * soft->result.n + c] = own[i * w.values.padded + c] * inverse;
-              // of a query without keys: e^(score - inf) is 0
-              soft->logsumexp[row + i] = total == 0 ? INFINITY : w.statistics[LANES + i] + std::log(total);
-            }
+    const Tiles tiles;
+    Forward w(s);
+    Buffer packed(s.keys * K * s.rank);
+    long head = -1;
+    for (long task = begin; task < end; ++task) {
+      const long b = order.b(task), h = order.h(task);
+      if (order.head(task) != head) {
+        head = order.head(task);
+        pack_coefs(*coefs, coefs_at(*coefs, order, task), s, packed);
+      }
+      w.keys.take(*k, k->at(b, h), 1.0f);
+      if (SOFTMAX) w.values.take(soft->v, soft->v.at(b, h), 1.0f);
+      for (long n = 0; n < s.queries; n += LANES) {
+        const long queries = std::min<long>(LANES, s.queries - n);
+        w.queries.take(*q, q->at(b, h) + n * q->n, queries, scale);
+        const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + n * mask->n : nullptr;
+        if (queries > W)
+          forward_block<2>(family, s, w, packed, mask_at, *mask, queries);
+        else
+          forward_block<1>(family, s, w, packed, mask_at, *mask, queries);
+        const long row = (b * s.heads + h) * s.queries + n;
+        float* out = y + row * s.rank;
+        for (long i = 0; i < queries; ++i)
+          for (long p = 0; p < s.rank; ++p) *out++ = w.y[p * LANES + i];
+        if (SOFTMAX) {
+          out = soft->result.at(b, h) + n * soft->result.n;
+          const float* own = w.values.lane_rows(w.out, w.rows);
+          for (long i = 0; i < queries; ++i) {
+            const float total = w.statistics[i];
+            const float inverse = total == 0 ? 0 : 1 / total;
+            for (long c = 0; c < s.value_width; ++c) out[i * soft->result.n + c] = own[i * w.values.padded + c] * inverse;
+            // of a query without keys: e^(score - inf) is 0
+            soft->logsumexp[row + i] = total == 0 ? INFINITY : w.statistics[LANES + i] + std::log(total);
           }
         }
       }
-    } catch (const std::bad_alloc&) {
-      failed = true;
     }
   });
-  return failed;
+  return 0;
 } catch (...) {
   return 1;
 }
@@ -400,58 +384,51 @@ int kart_backward(const Shape* shape, const float* options, const Strided* dy, c
           for (long j = 0; j < K; ++j, ++out) *out = fresh ? x[j * LANES + m] : *out + x[j * LANES + m];
       }
   };
-  std::atomic<bool> failed{false};
   spread(order.count(), threads, [&](int thread, long begin, long end) {
-    try {
-      const Tiles tiles;
-      Backward w(s);
-      Buffer packed(size);
-      long head = -1;
-      float* sum = nullptr;
-      for (long task = begin; task < end; ++task) {
-        const long b = order.b(task), h = order.h(task);
-        if (order.head(task) != head) {
-          head = order.head(task);
-          pack_blocks(*coefs, coefs_at(*coefs, order, task), s, packed);
-          sum = sums + (alone ? thread : slots.slot(thread, head)) * size;
-          std::fill(sum, sum + size, 0.0f);
-        }
-        w.take_queries(*q, q->at(b, h), scale, *dy, dy->at(b, h), s);
-        if (SOFTMAX)
-          w.take_outputs(soft->dout, soft->dout.at(b, h), soft->out, soft->out.at(b, h),
-                         soft->logsumexp + (b * s.heads + h) * s.queries, s);
-        for (long i = 0; i < blocks; ++i) {
-          const long first = i * LANES;
-          const int keys = std::min<long>(LANES, s.keys - first);
-          w.keys.take(*k, k->at(b, h) + first * k->n, keys, 1.0f);
-          std::fill(w.dk.data, w.dk.data + w.keys.padded * LANES, 0.0f);
-          if (SOFTMAX) {
-            w.values.take(soft->v, soft->v.at(b, h) + first * soft->v.n, keys, 1.0f);
-            std::fill(w.dv.data, w.dv.data + w.values.padded * LANES, 0.0f);
-          }
-          const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + first * mask->m : nullptr;
-          (keys > W ? backward_block<2> : backward_block<1>)(family, s, w, keys, packed + i * block, sum + i * block,
-                                                             mask_at, *mask);
-          const float* own = w.queries.lane_rows(w.dk, w.rows);
-          for (int m = 0; m < keys; ++m)
-            std::memcpy(dk->at(b, h) + (first + m) * dk->n, own + m * w.queries.padded, 4 * s.width);
-          if (SOFTMAX) {
-            own = w.douts.lane_rows(w.dv, w.rows);
-            for (int m = 0; m < keys; ++m)
-              std::memcpy(soft->dv.at(b, h) + (first + m) * soft->dv.n, own + m * w.douts.padded,
-                          4 * s.value_width);
-          }
-        }
-        float* out = dq->at(b, h);
-        for (long n = 0; n < s.queries; ++n, out += dq->n)
-          for (long c = 0; c < s.width; ++c) out[c] = scale * w.dq[n * w.queries.padded + c];
-        if (alone) collect(head, sum, true);
+    const Tiles tiles;
+    Backward w(s);
+    Buffer packed(size);
+    long head = -1;
+    float* sum = nullptr;
+    for (long task = begin; task < end; ++task) {
+      const long b = order.b(task), h = order.h(task);
+      if (order.head(task) != head) {
+        head = order.head(task);
+        pack_blocks(*coefs, coefs_at(*coefs, order, task), s, packed);
+        sum = sums + (alone ? thread : slots.slot(thread, head)) * size;
+        std::fill(sum, sum + size, 0.0f);
       }
-    } catch (const std::bad_alloc&) {
-      failed = true;
+      w.take_queries(*q, q->at(b, h), scale, *dy, dy->at(b, h), s);
+      if (SOFTMAX)
+        w.take_outputs(soft->dout, soft->dout.at(b, h), soft->out, soft->out.at(b, h),
+                       soft->logsumexp + (b * s.heads + h) * s.queries, s);
+      for (long i = 0; i < blocks; ++i) {
+        const long first = i * LANES;
+        const int keys = std::min<long>(LANES, s.keys - first);
+        w.keys.take(*k, k->at(b, h) + first * k->n, keys, 1.0f);
+        std::fill(w.dk.data, w.dk.data + w.keys.padded * LANES, 0.0f);
+        if (SOFTMAX) {
+          w.values.take(soft->v, soft->v.at(b, h) + first * soft->v.n, keys, 1.0f);
+          std::fill(w.dv.data, w.dv.data + w.values.padded * LANES, 0.0f);
+        }
+        const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + first * mask->m : nullptr;
+        (keys > W ? backward_block<2> : backward_block<1>)(family, s, w, keys, packed + i * block, sum + i * block,
+                                                           mask_at, *mask);
+        const float* own = w.queries.lane_rows(w.dk, w.rows);
+        for (int m = 0; m < keys; ++m)
+          std::memcpy(dk->at(b, h) + (first + m) * dk->n, own + m * w.queries.padded, 4 * s.width);
+        if (SOFTMAX) {
+          own = w.douts.lane_rows(w.dv, w.rows);
+          for (int m = 0; m < keys; ++m)
+            std::memcpy(soft->dv.at(b, h) + (first + m) * soft->dv.n, own + m * w.douts.padded, 4 * s.value_width);
+        }
+      }
+      float* out = dq->at(b, h);
+      for (long n = 0; n < s.queries; ++n, out += dq->n)
+        for (long c = 0; c < s.width; ++c) out[c] = scale * w.dq[n * w.queries.padded + c];
+      if (alone) collect(head, sum, true);
     }
   });
-  if (failed) return 1;
   if (!alone) slots.collect(sums, size, collect);
   return 0;
 } catch (...) {

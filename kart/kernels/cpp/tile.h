@@ -233,18 +233,26 @@ static void pack_mask(const uint8_t* x, int64_t row_step, int64_t lane_step, lon
 // spin beside torch's.
 template <class Work>
 static void spread(long count, int threads, const Work& work) {
+  std::atomic<bool> failed{false};
+  const auto part = [&](int t) {
+    try {
+      work(t, count * t / threads, count * (t + 1) / threads);
+    } catch (const std::bad_alloc&) {  // which would end the process if it left a thread
+      failed = true;
+    }
+  };
   std::vector<std::thread> others;
   others.reserve(threads);
   for (int t = 1; t < threads; ++t) {
-    const auto part = [&work, t, count, threads] { work(t, count * t / threads, count * (t + 1) / threads); };
     try {
-      others.emplace_back(part);
+      others.emplace_back(part, t);
     } catch (const std::system_error&) {
-      part();  // the system gives no more threads
+      part(t);  // the system gives no more threads
     }
   }
-  work(0, 0, count / threads);
+  part(0);
   for (auto& other : others) other.join();
+  if (failed) throw std::bad_alloc();
 }
 
 // Samples whose coefficients differ count as heads: then `batch` samples share those of each of `heads`.

@@ -114,3 +114,21 @@ static INLINE vec normal(vec x, vec& density) {
   density = 0.39894228040143f * e;
   return x < 0.0f ? tail : 1.0f - tail;
 }
+
+// a base activation and its slope; BASE is 0 for none, 1 the identity, 2 SiLU, 3 GELU
+template <int KIND>
+static INLINE vec activation(vec x, vec& slope) {
+  if constexpr (KIND == 2) {
+    const vec s = sigmoid(x), y = x * s;
+    slope = s + y * (1.0f - s);
+    return y;
+  }
+  if constexpr (KIND == 3) {
+    vec density;
+    const vec s = normal(x, density);
+    slope = s + x * density;
+    return x * s;
+  }
+  slope = splat(1.0f);
+  return x;
+}

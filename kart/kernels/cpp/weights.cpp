@@ -21,55 +21,48 @@ constexpr int FEW = SIMPLEX ? 0 : W / 4;
 // `at(n, m)` says where an entry of a table is, of a vector of queries from n on; `along` are those of a vector of keys
 // from m on, of any where there are no more. `sum` is what all samples of the head add their gradient to.
 
-#if defined(MATRIX)
-
-// Entries of every query and key, (keys, row) with a row of whole blocks of queries.
-struct Entry {
+struct Table {
   static constexpr int P = 1;
   const float* table;
   float* gradient;
-  long row;
-  long last;
-  Entry(const float*, const float* theta, float*, long size, long keys, float* sum)
-      : table(theta), gradient(sum), row(size / keys), last(keys - 1) {}
-  static long room(long) { return 0; }
-  INLINE long at(long n, long m) const { return m * row + n; }
+  long last;  // key
   INLINE vec value(vec, long at) const { return load(table + at); }
-  INLINE vec along(vec y, long n, long m) const {
-    for (int i = 0; i < W; ++i) y[i] = table[at(n, std::min(m + i, last))];
-    return y;
-  }
   INLINE vec slope(vec, vec dy, vec*, long at) const {
     store(gradient + at, load(gradient + at) + dy);
     return vec{};
   }
+  // of the keys from m on, the first of them at `at`
+  INLINE vec lanes(vec y, long at, long step, long m) const {
+    for (int i = 0; i < W; ++i) y[i] = table[at + std::min<long>(i, last - m) * step];
+    return y;
+  }
+};
+
+#if defined(MATRIX)
+
+// Entries of every query and key, (keys, row) with a row of whole blocks of queries.
+struct Entry : Table {
+  long row;
+  Entry(const float*, const float* theta, float*, long size, long keys, float* sum)
+      : Table{theta, sum, keys - 1}, row(size / keys) {}
+  static long room(long) { return 0; }
+  INLINE long at(long n, long m) const { return m * row + n; }
+  INLINE vec along(vec y, long n, long m) const { return lanes(y, at(n, m), row, m); }
   void finish(const vec*, float*, long) const {}
 };
 
 #elif defined(PLACES)
 
 // Entries of every offset, with room for a block of queries beyond the last.
-struct Entry {
-  static constexpr int P = 1;
-  const float* table;
-  float* gradient;
-  long last;
+struct Entry : Table {
   Entry(const float*, const float* theta, float* room, long size, long keys, float*)
-      : table(room), gradient(room + size + LANES), last(keys - 1) {
+      : Table{room, room + size + LANES, keys - 1} {
     std::copy(theta, theta + size, room);
     std::fill(room + size, room + 2 * (size + LANES), 0.0f);
   }
   static long room(long size) { return 2 * (size + LANES); }
   INLINE long at(long n, long m) const { return n + last - m; }
-  INLINE vec value(vec, long at) const { return load(table + at); }
-  INLINE vec along(vec y, long n, long m) const {
-    for (int i = 0; i < W; ++i) y[i] = table[at(n, std::min(m + i, last))];
-    return y;
-  }
-  INLINE vec slope(vec, vec dy, vec*, long at) const {
-    store(gradient + at, load(gradient + at) + dy);
-    return vec{};
-  }
+  INLINE vec along(vec y, long n, long m) const { return lanes(y, at(n, m), -1, m); }
   void finish(const vec*, float* sum, long size) const {
     for (long i = 0; i < size; ++i) sum[i] += gradient[i];
   }
@@ -383,57 +376,52 @@ int kart_forward(const Shape* shape, const float* options, const Strided* q, con
                  const Mask* mask, const Extra* extra, int own, float scale, const Room* out, int threads) try {
   const Shape& s = *shape;
   const Order order(s, own);
-  std::atomic<bool> failed{false};
   spread(order.count(), threads, [&](int, long begin, long end) {
-    try {
-      const Tiles tiles;
-      Scratch w(s, extra->size, false);
-      for (long task = begin; task < end; ++task) {
-        const long b = order.b(task), h = order.h(task);
-        const float* theta = extra->theta + order.head(task) * extra->size;
-        const Entry entry(options, theta, w.room, extra->size, s.keys, nullptr);
-        w.keys.take(*k, k->at(b, h), 1.0f);
-        w.values.take(*v, v->at(b, h), 1.0f);
-        const long most = few(s) ? 1 : LANES;
-        for (long n = 0; n < s.queries; n += most) {
-          const long queries = std::min<long>(most, s.queries - n), row = (b * s.heads + h) * s.queries + n;
-          w.queries.take(*q, q->at(b, h) + n * q->n, queries, scale);
-          const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + n * mask->n : nullptr;
-          if (few(s))
-            forward_row(entry, s, w, mask_at, *mask, n);
-          else if (queries > W)
-            forward_block<2>(entry, s, w, mask_at, *mask, n, queries);
-          else
-            forward_block<1>(entry, s, w, mask_at, *mask, n, queries);
-          const float *found = w.values.lane_rows(w.out, w.turned), *apart = nullptr;
-          if (TWO) apart = w.values.lane_rows(w.soft_out, w.turned + LANES * w.values.padded);
-          for (long i = 0; i < queries; ++i) {
-            const float total = w.rows[i], greatest = w.rows[LANES + i];
-            const float c = extra->factor ? extra->factor[row + i] : 1.0f;
-            // of a query without keys: e^(score - inf) is 0
-            if (SOFT) extra->statistic[row + i] = total == 0 ? INFINITY : greatest + std::log(total);
-            if (SIMPLEX) extra->statistic[row + i] = total == 0 && greatest == greatest ? INFINITY : greatest;
-            if (SIMPLEX) extra->low[row + i] = w.rows[2 * LANES + i];
-            // a row of zeros stays one
-            const float inverse = FORM == 1 ? 1 / std::max(total, FLT_MIN) : total > 0 ? 1 / total : total;
-            if (FORM == 1) extra->statistic[row + i] = inverse;
-            const float times = SIMPLEX ? 1.0f : FORM == 0 || FORM == 4 ? c : inverse;
-            float* at = out->at(b, h) + (n + i) * out->n;
-            for (long e = 0; e < s.value_width; ++e) at[e] = found[i * w.values.padded + e] * times;
-            if (TWO) {
-              float* beside = extra->soft.at(b, h) + (n + i) * extra->soft.n;
-              for (long e = 0; e < s.value_width; ++e) beside[e] = apart[i * w.values.padded + e] * inverse;
-              if (FORM == 4)
-                for (long e = 0; e < s.value_width; ++e) at[e] += beside[e];
-            }
+    const Tiles tiles;
+    Scratch w(s, extra->size, false);
+    for (long task = begin; task < end; ++task) {
+      const long b = order.b(task), h = order.h(task);
+      const float* theta = extra->theta + order.head(task) * extra->size;
+      const Entry entry(options, theta, w.room, extra->size, s.keys, nullptr);
+      w.keys.take(*k, k->at(b, h), 1.0f);
+      w.values.take(*v, v->at(b, h), 1.0f);
+      const long most = few(s) ? 1 : LANES;
+      for (long n = 0; n < s.queries; n += most) {
+        const long queries = std::min<long>(most, s.queries - n), row = (b * s.heads + h) * s.queries + n;
+        w.queries.take(*q, q->at(b, h) + n * q->n, queries, scale);
+        const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + n * mask->n : nullptr;
+        if (few(s))
+          forward_row(entry, s, w, mask_at, *mask, n);
+        else if (queries > W)
+          forward_block<2>(entry, s, w, mask_at, *mask, n, queries);
+        else
+          forward_block<1>(entry, s, w, mask_at, *mask, n, queries);
+        const float *found = w.values.lane_rows(w.out, w.turned), *apart = nullptr;
+        if (TWO) apart = w.values.lane_rows(w.soft_out, w.turned + LANES * w.values.padded);
+        for (long i = 0; i < queries; ++i) {
+          const float total = w.rows[i], greatest = w.rows[LANES + i];
+          const float c = extra->factor ? extra->factor[row + i] : 1.0f;
+          // of a query without keys: e^(score - inf) is 0
+          if (SOFT) extra->statistic[row + i] = total == 0 ? INFINITY : greatest + std::log(total);
+          if (SIMPLEX) extra->statistic[row + i] = total == 0 && greatest == greatest ? INFINITY : greatest;
+          if (SIMPLEX) extra->low[row + i] = w.rows[2 * LANES + i];
+          // a row of zeros stays one
+          const float inverse = FORM == 1 ? 1 / std::max(total, FLT_MIN) : total > 0 ? 1 / total : total;
+          if (FORM == 1) extra->statistic[row + i] = inverse;
+          const float times = SIMPLEX ? 1.0f : FORM == 0 || FORM == 4 ? c : inverse;
+          float* at = out->at(b, h) + (n + i) * out->n;
+          for (long e = 0; e < s.value_width; ++e) at[e] = found[i * w.values.padded + e] * times;
+          if (TWO) {
+            float* beside = extra->soft.at(b, h) + (n + i) * extra->soft.n;
+            for (long e = 0; e < s.value_width; ++e) beside[e] = apart[i * w.values.padded + e] * inverse;
+            if (FORM == 4)
+              for (long e = 0; e < s.value_width; ++e) at[e] += beside[e];
           }
         }
       }
-    } catch (const std::bad_alloc&) {
-      failed = true;
     }
   });
-  return failed;
+  return 0;
 } catch (...) {
   return 1;
 }
@@ -447,64 +435,58 @@ int kart_backward(const Shape* shape, const float* options, const Strided* q, co
   const Slots slots(order, threads);
   const long size = extra->size;
   Buffer found(slots.count * size);
-  std::atomic<bool> failed{false};
   spread(order.count(), threads, [&](int thread, long begin, long end) {
-    try {
-      const Tiles tiles;
-      Scratch w(s, size, true);
-      long head = -1;
-      float* sum = nullptr;
-      for (long task = begin; task < end; ++task) {
-        const long b = order.b(task), h = order.h(task);
-        if (order.head(task) != head) {
-          head = order.head(task);
-          sum = found + slots.slot(thread, head) * size;
-          std::fill(sum, sum + size, 0.0f);
-        }
-        const Entry entry(options, extra->theta + head * size, w.room, size, s.keys, sum);
-        vec sums[Entry::P];
-        for (int i = 0; i < Entry::P; ++i) sums[i] = vec{};
-        w.keys.take(*k, k->at(b, h), 1.0f);
-        w.values.take(*v, v->at(b, h), 1.0f);
-        std::fill(w.dk.data, w.dk.data + w.keys.whole * w.keys.padded, 0.0f);
-        std::fill(w.dv.data, w.dv.data + w.values.whole * w.values.padded, 0.0f);
-        for (long n = 0; n < s.queries; n += LANES) {
-          const long queries = std::min<long>(LANES, s.queries - n), row = (b * s.heads + h) * s.queries + n;
-          w.queries.take(*q, q->at(b, h) + n * q->n, queries, scale);
-          w.douts.take(*dout, dout->at(b, h) + n * dout->n, queries, 1.0f);
-          const float* out = FORM > 0 ? result->at(b, h) + n * result->n : nullptr;
-          for (long i = 0; i < LANES; ++i) {
-            const bool wanted = FORM > 0 && i < queries;
-            const float* third = SIMPLEX ? extra->low : extra->factor;
-            const float c = i < queries && third ? third[row + i] : 1.0f;
-            w.rows[i] = FORM == 0 ? c : i < queries ? extra->statistic[row + i] : SOFT || SIMPLEX ? INFINITY : 1.0f;
-            w.rows[LANES + i] =
-                wanted ? dot(w.douts.rows() + i * w.douts.padded, out + i * result->n, result->d, s.value_width) : 0.0f;
-            w.rows[2 * LANES + i] = c;
-          }
-          std::fill(w.dq.data, w.dq.data + w.keys.padded * LANES, 0.0f);
-          const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + n * mask->n : nullptr;
-          if (queries > W)
-            backward_block<2>(entry, s, w, sums, mask_at, *mask, n, queries);
-          else
-            backward_block<1>(entry, s, w, sums, mask_at, *mask, n, queries);
-          const float* own = w.keys.lane_rows(w.dq, w.turned);
-          float* at = dq->at(b, h) + n * dq->n;
-          for (long i = 0; i < queries; ++i, at += dq->n)
-            for (long c = 0; c < s.width; ++c) at[c] = scale * own[i * w.keys.padded + c];
-        }
-        entry.finish(sums, sum, size);
-        float* at = dk->at(b, h);
-        for (long m = 0; m < s.keys; ++m, at += dk->n) std::memcpy(at, w.dk + m * w.keys.padded, 4 * s.width);
-        at = dv->at(b, h);
-        for (long m = 0; m < s.keys; ++m, at += dv->n)
-          std::memcpy(at, w.dv + m * w.values.padded, 4 * s.value_width);
+    const Tiles tiles;
+    Scratch w(s, size, true);
+    long head = -1;
+    float* sum = nullptr;
+    for (long task = begin; task < end; ++task) {
+      const long b = order.b(task), h = order.h(task);
+      if (order.head(task) != head) {
+        head = order.head(task);
+        sum = found + slots.slot(thread, head) * size;
+        std::fill(sum, sum + size, 0.0f);
       }
-    } catch (const std::bad_alloc&) {
-      failed = true;
+      const Entry entry(options, extra->theta + head * size, w.room, size, s.keys, sum);
+      vec sums[Entry::P];
+      for (int i = 0; i < Entry::P; ++i) sums[i] = vec{};
+      w.keys.take(*k, k->at(b, h), 1.0f);
+      w.values.take(*v, v->at(b, h), 1.0f);
+      std::fill(w.dk.data, w.dk.data + w.keys.whole * w.keys.padded, 0.0f);
+      std::fill(w.dv.data, w.dv.data + w.values.whole * w.values.padded, 0.0f);
+      for (long n = 0; n < s.queries; n += LANES) {
+        const long queries = std::min<long>(LANES, s.queries - n), row = (b * s.heads + h) * s.queries + n;
+        w.queries.take(*q, q->at(b, h) + n * q->n, queries, scale);
+        w.douts.take(*dout, dout->at(b, h) + n * dout->n, queries, 1.0f);
+        const float* out = FORM > 0 ? result->at(b, h) + n * result->n : nullptr;
+        for (long i = 0; i < LANES; ++i) {
+          const bool wanted = FORM > 0 && i < queries;
+          const float* third = SIMPLEX ? extra->low : extra->factor;
+          const float c = i < queries && third ? third[row + i] : 1.0f;
+          w.rows[i] = FORM == 0 ? c : i < queries ? extra->statistic[row + i] : SOFT || SIMPLEX ? INFINITY : 1.0f;
+          w.rows[LANES + i] =
+              wanted ? dot(w.douts.rows() + i * w.douts.padded, out + i * result->n, result->d, s.value_width) : 0.0f;
+          w.rows[2 * LANES + i] = c;
+        }
+        std::fill(w.dq.data, w.dq.data + w.keys.padded * LANES, 0.0f);
+        const uint8_t* mask_at = mask->data ? mask->data + b * mask->b + h * mask->h + n * mask->n : nullptr;
+        if (queries > W)
+          backward_block<2>(entry, s, w, sums, mask_at, *mask, n, queries);
+        else
+          backward_block<1>(entry, s, w, sums, mask_at, *mask, n, queries);
+        const float* own = w.keys.lane_rows(w.dq, w.turned);
+        float* at = dq->at(b, h) + n * dq->n;
+        for (long i = 0; i < queries; ++i, at += dq->n)
+          for (long c = 0; c < s.width; ++c) at[c] = scale * own[i * w.keys.padded + c];
+      }
+      entry.finish(sums, sum, size);
+      float* at = dk->at(b, h);
+      for (long m = 0; m < s.keys; ++m, at += dk->n) std::memcpy(at, w.dk + m * w.keys.padded, 4 * s.width);
+      at = dv->at(b, h);
+      for (long m = 0; m < s.keys; ++m, at += dv->n)
+        std::memcpy(at, w.dv + m * w.values.padded, 4 * s.value_width);
     }
   });
-  if (failed) return 1;
   slots.collect(found, size, [&](long head, const float* sum, bool fresh) {
     float* out = extra->dtheta + head * size;
     for (long i = 0; i < size; ++i) out[i] = sum[i] + (fresh ? 0.0f : out[i]);
