@@ -135,6 +135,19 @@ def heads_of(layer: torch.nn.Module) -> int | None:
     return next((n for n in found if isinstance(n, int)), None)
 
 
+def passed_over(layer: torch.nn.Module) -> str | None:
+    """The `attn_implementation` of a layer where it is one of transformers' own, which would leave
+    an operator aside.
+    """
+    name = getattr(layer.config, "_attn_implementation", None)
+    if name is None:
+        return None
+    library = importlib.import_module("transformers")
+    found = library.AttentionInterface().get(name)
+    own = found is None or found.__module__.startswith("transformers.")
+    return name if own else None
+
+
 def attach(
     model: torch.nn.Module,
     operator: str | operators.Operator = "G3B",
@@ -164,6 +177,14 @@ def attach(
             f"`attach` needs a model with attention layers (with `is_causal` and `config`), got "
             f"{type(model).__name__} without. Update transformers, or set `{NAME}` of its layers."
         )
+    for name, layer in found.items():
+        if (other := passed_over(layer)) is not None:
+            raise ValueError(
+                f"`attach` needs layers that call kart's attention, got {name!r} with "
+                f"attn_implementation={other!r}, which would leave its operator aside. Make the "
+                'model with attn_implementation="kart", the name given to `register`, or attach to '
+                "the part of it that has that."
+            )
     heads = [heads_of(layer) or 0 for layer in found.values()]
     if universal and len(set(heads)) > 1:
         raise ValueError(
