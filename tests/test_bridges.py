@@ -343,6 +343,9 @@ def test_transformers_bad_input_is_named():
         layer(x, dropout=0.1)
     with pytest.raises(ValueError, match=r"needs a model without `softcap`"):
         layer(x, softcap=30.0)
+    for name in ("s_aux", "sinks"):  # a column of logits beside those of the keys
+        with pytest.raises(ValueError, match=f"needs a model without `{name}`"):
+            layer(x, **{name: torch.zeros(2, HEADS, TOKENS, 1)})
     q, k = normal(2, HEADS, 2, 4), normal(2, HEADS, 5, 4)
     with pytest.raises(ValueError, match=r"needs a mask for 2 causal queries of 5 keys, got None"):
         transformers.attention(layer, q, k, k, None)

@@ -72,7 +72,7 @@ def attention(
             "`kart.bridges.transformers.attach(model, operator, tokens)` after making the model."
         )
     arguments.check_no_dropout("attention", "dropout", dropout)
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("softcap", "s_aux", "sinks", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"`attention` needs a model without `{name}`, got one. It belongs to softmax: "
