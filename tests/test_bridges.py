@@ -337,6 +337,17 @@ def test_attach_gives_every_layer_its_own_or_one_operator():
     assert one["a"].kart_operator.mix.grad.abs().max() > 0
 
 
+def test_attach_replaces_no_operator_that_an_optimiser_may_hold():
+    model = model_of("G3B:rank=3", tokens=TOKENS)
+    held = model["a"].kart_operator.mix
+    with pytest.raises(ValueError, match="layers without an operator, got 'a' with one, which an"):
+        transformers.attach(model, "G3B:rank=3", TOKENS)
+    assert model["a"].kart_operator.mix is held
+    for layer in model.values():
+        del layer.kart_operator
+    assert transformers.attach(model, "softmax") == ["a", "b"]
+
+
 def test_transformers_bad_input_is_named():
     layer, x = model_of()["a"], normal(2, TOKENS, DIM)
     with pytest.raises(ValueError, match=r"`attention` needs `dropout` 0, got 0.1"):

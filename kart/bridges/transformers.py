@@ -178,6 +178,11 @@ def attach(
             f"{type(model).__name__} without. Update transformers, or set `{NAME}` of its layers."
         )
     for name, layer in found.items():
+        if hasattr(layer, NAME):
+            raise ValueError(
+                f"`attach` needs layers without an operator, got {name!r} with one, which an "
+                f"optimiser may hold. Make the model anew, or delete `{NAME}` of its layers first."
+            )
         if (other := passed_over(layer)) is not None:
             raise ValueError(
                 f"`attach` needs layers that call kart's attention, got {name!r} with "
