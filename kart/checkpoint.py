@@ -179,7 +179,8 @@ def from_timm(
 
     Args:
         model: has `init(generator)` and a `config` with `image_size` and `patch_size`.
-        state_dict: the donor's tensors by dotted name, cast to the dtypes of the model.
+        state_dict: the donor's tensors by dotted name, cast to the dtypes of the model; operators
+            by kart's names or as a timm model with layers of `kart.bridges.timm` has them.
         strict_head: False keeps the initialised classifier where the donor's has other classes, or
             none.
         generator: draws what the donor does not give; None is seed 0.
@@ -190,7 +191,7 @@ def from_timm(
         ValueError: names every leaf that is missing, unexpected, of another shape or without
             floating-point numbers.
     """
-    donors = _donor(model, state_dict)
+    donors = donor_leaves(model, state_dict)
     params = model.init(generator or torch.Generator().manual_seed(0))
     own = tree.named(params)
     taken: dict[str, Tensor] = {}
@@ -590,8 +591,10 @@ def write_tensors(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _donor(model: Any, given: Any) -> dict[str, Tensor]:
-    """The tensors of a donor by timm's names, out of its wrapper and without prefixes."""
+def donor_leaves(model: Any, given: Any) -> dict[str, Tensor]:
+    """The tensors of a donor by the names of `model`: out of its wrapper, without prefixes, and
+    operators of `kart.bridges.timm` where `model` has them.
+    """
     if isinstance(model, Mapping) and hasattr(given, "init"):
         raise ValueError(
             "`from_timm` needs the model first, got a dict first and a model second. "
@@ -625,7 +628,37 @@ def _donor(model: Any, given: Any) -> dict[str, Tensor]:
         (p for p in PREFIXES if names and all(n.startswith(p) for n in names)), ""
     ):
         names = {name.removeprefix(prefix): leaf for name, leaf in names.items()}
-    return names
+    config: Any = model.config  # type: ignore
+    return _unbridged(names, getattr(config, "sharing", None) == "universal")
+
+
+# where a layer of `kart.bridges.timm` has its operator, and where a block of kart's has it
+BRIDGED, OWN = ".attn.operator.", ".operator."
+
+
+def bridged(params: Params) -> dict[str, Tensor]:
+    """The leaves of a ViT as a timm model with layers of `kart.bridges.timm` names them."""
+    found: dict[str, Tensor] = {}
+    for name, leaf in tree.named(params).items():
+        shared = name.startswith(OWN[1:])
+        blocks = [f"blocks.{i}." for i in params["blocks"]] if shared else [""]
+        found |= {(prefix + name).replace(OWN, BRIDGED, 1): leaf for prefix in blocks}
+    return found
+
+
+def _unbridged(names: Mapping[str, Tensor], universal: bool) -> dict[str, Tensor]:
+    """Leaves named as by `bridged`, or by kart, as kart names them."""
+    found: dict[str, Tensor] = {}
+    for name, leaf in names.items():
+        block, bridge, rest = name.partition(BRIDGED)
+        own = name if not bridge else OWN[1:] + rest if universal else block + OWN + rest
+        if own in found and not torch.equal(found[own], leaf):
+            raise ValueError(
+                f"`from_timm` needs one operator for all blocks, got several, which differ in "
+                f"{rest!r}. Create the model with blockwise sharing."
+            )
+        found[own] = leaf
+    return found
 
 
 def _hints(own: Mapping[str, Tensor], donors: Mapping[str, Tensor]) -> list[str]:

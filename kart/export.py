@@ -62,8 +62,10 @@ def _safetensors(model: Model, params: Params, path: Path) -> None:
 
 
 def _timm(model: Model, params: Params, path: Path) -> None:
-    # the names of kart's leaves are timm's; what timm has no place for is the operators' own
-    tensors = {name: leaf.contiguous() for name, leaf in tree.named(params).items()}
+    # the names of kart's leaves are timm's, of a ViT's operators those of `kart.bridges.timm`
+    named = checkpoint.bridged(params) if model.config.family == "vit" else tree.named(params)
+    # copies: safetensors holds no tensor twice
+    tensors = {name: leaf.clone().contiguous() for name, leaf in named.items()}
     checkpoint.write_tensors(path, tensors)
 
 

@@ -63,7 +63,7 @@ def begin(
     if like is not None and like.config.patch_size == model.config.patch_size:
         nested = tree.unflatten(tree.named(params))
         _, params = models.resize(like, nested, model.config.image_size)
-    named = tree.named(params)
+    named: Mapping[str, Any] = checkpoint.donor_leaves(model, tree.named(params))
     if not same_classes:
         named = {name: leaf for name, leaf in named.items() if name.split(".")[0] != "head"}
     named = _with_channels(named, model.config.in_channels)
@@ -210,7 +210,8 @@ def teach(
     """
     if like is not None:
         _check_operators("attention_from", teacher, like, DRAWN)
-    rest = {name: node for name, node in donor.items() if name.split(".")[0] != "head"}
+    donor = checkpoint.donor_leaves(teacher, tree.named(dict(donor)))
+    rest = {name: leaf for name, leaf in donor.items() if name.split(".")[0] != "head"}
     wrong = "`attention_from` needs a teacher with the operators of `operator`, got one"
     channels = channels_of(donor)
     if channels not in (None, teacher.config.in_channels):
@@ -218,7 +219,8 @@ def teach(
             f"{wrong} for images of {channels} channels. Give one of as many as the data's."
         )
     try:
-        found = begin(teacher, {**rest, "head": params[TEACHER]["head"]}, Generator(), like)
+        head = tree.named({"head": params[TEACHER]["head"]})
+        found = begin(teacher, {**rest, **head}, Generator(), like)
     except ValueError as error:
         raise ValueError(f"{wrong} that does not fit: {error}") from None
     if found.drawn:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 import types
 
 import pytest
@@ -294,10 +295,11 @@ class Layer(torch.nn.Module):
         return out.reshape(*x.shape[:-1], -1), weights
 
 
-def model_of(spec="softmax", causal=True, groups=1, tokens=None, **options):
+def model_of(spec="softmax", causal=True, groups=1, tokens=None, called=None, **options):
     config = types.SimpleNamespace(num_attention_heads=HEADS, num_key_value_heads=groups)
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"a": Layer(config, causal), "b": Layer(config, causal)})
+    config._attn_implementation = called
     assert transformers.attach(model, spec, tokens, **options) == ["a", "b"]
     return model
 
@@ -335,12 +337,26 @@ def test_attach_gives_every_layer_its_own_or_one_operator():
     assert one["a"].kart_operator.mix.grad.abs().max() > 0
 
 
+def test_attach_replaces_no_operator_that_an_optimiser_may_hold():
+    model = model_of("G3B:rank=3", tokens=TOKENS)
+    held = model["a"].kart_operator.mix
+    with pytest.raises(ValueError, match="layers without an operator, got 'a' with one, which an"):
+        transformers.attach(model, "G3B:rank=3", TOKENS)
+    assert model["a"].kart_operator.mix is held
+    for layer in model.values():
+        del layer.kart_operator
+    assert transformers.attach(model, "softmax") == ["a", "b"]
+
+
 def test_transformers_bad_input_is_named():
     layer, x = model_of()["a"], normal(2, TOKENS, DIM)
     with pytest.raises(ValueError, match=r"`attention` needs `dropout` 0, got 0.1"):
         layer(x, dropout=0.1)
     with pytest.raises(ValueError, match=r"needs a model without `softcap`"):
         layer(x, softcap=30.0)
+    for name in ("s_aux", "sinks"):  # a column of logits beside those of the keys
+        with pytest.raises(ValueError, match=f"needs a model without `{name}`"):
+            layer(x, **{name: torch.zeros(2, HEADS, TOKENS, 1)})
     q, k = normal(2, HEADS, 2, 4), normal(2, HEADS, 5, 4)
     with pytest.raises(ValueError, match=r"needs a mask for 2 causal queries of 5 keys, got None"):
         transformers.attention(layer, q, k, k, None)
@@ -349,6 +365,35 @@ def test_transformers_bad_input_is_named():
         layer(x)
     with pytest.raises(ValueError, match=r"`attach` needs a model with attention layers"):
         transformers.attach(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("given", [torch.zeros(TOKENS, TOKENS), torch.zeros(2, 1, TOKENS, TOKENS)])
+def test_a_learned_bias_is_refused_though_it_begins_at_zero(given):
+    bias, x = torch.nn.Parameter(given), normal(2, TOKENS, DIM)
+    needed = "that is not learned, got one that requires gradients. A bias of the scores"
+    with pytest.raises(ValueError, match=f"`attention_mask` {needed}"):
+        model_of()["a"](x, bias)
+    bias.requires_grad_(False)
+    assert_close(model_of(causal=False)["a"](x, bias)[0], model_of(causal=False)["a"](x)[0])
+    if bias.dim() == 2:
+        layer = MultiheadAttention(DIM, HEADS, operator="softmax", batch_first=True)
+        with pytest.raises(ValueError, match=f"`attn_mask` {needed}"):
+            layer(x, x, x, attn_mask=bias.requires_grad_())
+
+
+def test_attach_refuses_layers_that_would_leave_the_operator_aside(monkeypatch):
+    def theirs(*given, **options):
+        raise AssertionError
+
+    theirs.__module__ = "transformers.integrations.sdpa_attention"
+    known = {"sdpa": theirs, "kart": transformers.attention, "mine": lambda *given: None}
+    library = types.SimpleNamespace(AttentionInterface=lambda: known)
+    monkeypatch.setitem(sys.modules, "transformers", library)
+    for name in ("sdpa", "eager"):
+        with pytest.raises(ValueError, match=rf"got 'a' with attn_implementation='{name}', which"):
+            model_of(called=name)
+    for name in ("kart", "mine"):
+        model_of(called=name)
 
 
 def test_a_cache_that_moves_keys_is_refused_where_places_count():
@@ -482,6 +527,27 @@ def test_generation_with_a_static_cache_is_the_full_pass(real, spec, prompt):
             logits = model(padded, use_cache=False).logits[:, ids.shape[1] - 1]
             ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
     assert torch.equal(found, ids)
+
+
+def test_a_model_of_transformers_that_calls_its_own_attention_is_refused(real):
+    sizes = {"image_size": 16, "patch_size": 4, "hidden_size": 12, "intermediate_size": 16}
+    config = real.ViTConfig(**sizes, num_hidden_layers=1, num_attention_heads=HEADS)
+    model = real.ViTModel(config)
+    with pytest.raises(ValueError, match="with attn_implementation='sdpa', which would leave its"):
+        transformers.attach(model, "softmax")
+    model.set_attn_implementation("kart")
+    assert transformers.attach(model, "softmax")
+    with_bias = real.BeitConfig(
+        **sizes,
+        num_hidden_layers=1,
+        num_attention_heads=HEADS,
+        use_relative_position_bias=True,
+        attn_implementation="kart",
+    )
+    model = real.BeitModel(with_bias)
+    transformers.attach(model, "softmax")
+    with pytest.raises(ValueError, match="`attention_mask` that is not learned"):
+        model(normal(1, 3, 16, 16))
 
 
 def test_a_vision_model_of_transformers_trains_shares_and_is_saved(real, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kart import checkpoint, cli, code, models, operators, runs, train
+from kart import checkpoint, cli, code, models, operators, runs, train, tree
 from kart.train import Config
 
 SOURCE = '''
@@ -34,6 +34,16 @@ def waves(rank: int = 2):
 
 def halved(share: float = 0.5):
     return operators.from_rows("halved", lambda scores, mask: share * scores.softmax(-1))
+
+def warm():
+    def weights(params, scores, mask=None):
+        return (scores * params["warmth"][:, None, None]).softmax(-1)
+
+    def attend(params, q, k, v, mask=None):
+        return weights(params, q @ k.mT * q.shape[-1] ** -0.5) @ v
+
+    init = lambda generator, heads, tokens: {"warmth": torch.ones(heads)}
+    return operators.Operator("warm", init, weights, attend)
 
 def broken(grid: int = 2):
     raise RuntimeError("no such\\nthing")
@@ -78,6 +88,16 @@ def test_a_spec_names_a_basis_of_ones_own(spec, size, sharing, own):
     assert torch.equal(again.apply(params, images), model.apply(params, images))
 
 
+@pytest.mark.parametrize(("letter", "leaves"), [("B", 2), ("U", 1)])
+def test_an_operator_made_by_hand_has_parameters_to_share(letter, leaves, own):
+    spec = f"waves.py:warm-{letter}"
+    model = models.create("vit_nano", spec, image_size=8, patch_size=4, depth=2)
+    names = tree.named(model.init(torch.Generator().manual_seed(0)))
+    assert sum(name.endswith("operator.warmth") for name in names) == leaves
+    argv = ["train", "--operator", "waves.py:warm", "--sharing", "universal", *TINY, "--out", "run"]
+    assert cli.main(argv) == 0
+
+
 def test_overrides_reach_it(own):
     assert operators.options("waves.py:sinc-4B") >= {"rank", "width"}
     op = operators.parse("waves.py:sinc-B", rank=2).operator
@@ -92,7 +112,7 @@ def test_overrides_reach_it(own):
         ("waves.py:sinc-1/2/3B", "takes 2 numbers, got 3"),
         ("waves.py:sinc-4B:grid=3", "given twice"),
         ("waves.py:sinc-B:heihgt=3", "no effect"),
-        ("waves.py:broken-B", "waves.py, line 23: RuntimeError: no such thing"),
+        ("waves.py:broken-B", "waves.py, line 33: RuntimeError: no such thing"),
         ("waves.py:sinc-0B", "got 0. Pass a larger one."),
         ("waves.py:waves-B:rank=3", "rank is an option of low_rank and of waves: rename that of w"),
         ("waves.py", "what is in a file is named waves.py:NAME-NUMBERS, B or U behind them"),

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from kart import bases, checkpoint, cli, data, export, models, nn, operators, runs, tree
+from kart.bridges import timm
 from kart.commands import predict
 from kart.models import blocks
 
@@ -64,6 +65,31 @@ def test_the_names_are_timms(run, tmp_path):
     one = runs.only(run)
     again = checkpoint.from_timm(one.model, found)
     tree.map(lambda a, b: assert_close(a, b, rtol=0, atol=0), again, one.params)
+
+
+@pytest.mark.parametrize("spec", ["G2B:rank=3", "G2U:rank=3", "softmax+G2B:rank=3"])
+def test_operators_are_where_the_bridge_to_timm_has_them_and_come_back(spec, tmp_path):
+    model = models.create("vit_nano", operator=spec, image_size=8, patch_size=4, depth=2)
+    params = model.init(torch.Generator().manual_seed(0))
+    export.write(tmp_path / "m.safetensors", model, params, {}, "timm")
+    found = safetensors.torch.load_file(tmp_path / "m.safetensors")
+    layer = timm.attention(spec, tokens=5)
+    for i in range(2):
+        own = f"blocks.{i}.attn."
+        there = {name: leaf for name, leaf in found.items() if name.startswith(own)}
+        module = layer(64, num_heads=2, qkv_bias=True)
+        module.load_state_dict({name.removeprefix(own): leaf for name, leaf in there.items()})
+    again = checkpoint.from_timm(model, {f"module.{name}": x for name, x in found.items()})
+    tree.map(lambda a, b: assert_close(a, b, rtol=0, atol=0), again, params)
+
+
+def test_a_donor_with_several_operators_is_not_one_that_all_blocks_share():
+    names = {"operator": "G2B:rank=3", "image_size": 8, "patch_size": 4, "depth": 2}
+    model = models.create("vit_nano", **names)
+    params = checkpoint.bridged(model.init(torch.Generator().manual_seed(0)))
+    universal = models.create("vit_nano", **names | {"operator": "G2U:rank=3"})
+    with pytest.raises(ValueError, match="one operator for all blocks, got several, which differ"):
+        checkpoint.from_timm(universal, params)
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11 of its own file

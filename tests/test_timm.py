@@ -1,10 +1,12 @@
 """The models beside timm's own, with every weight drawn; skipped where timm does not import."""
 
 import pytest
+import safetensors.torch
 import torch
 from torch.testing import assert_close
 
-from kart import checkpoint, models, tree
+from kart import checkpoint, export, models, tree
+from kart.bridges import timm as bridges
 
 try:
     # its torchvision may raise anything beside a torch it was not built for
@@ -68,3 +70,22 @@ def test_convit_is_drawn_as_local_as_timms():
     )
     for name in ("v.weight", "pos_proj.weight", "pos_proj.bias", "gating_param"):
         assert torch.equal(ours[f"blocks.3.attn.{name}"], theirs[f"blocks.3.attn.{name}"])
+
+
+@pytest.mark.parametrize("spec", ["G2B:rank=3", "G2U:rank=3", "2*softmax+G2B:rank=3"])
+def test_models_of_timms_with_learned_operators_are_karts_and_back(spec, tmp_path):
+    layer = bridges.attention(spec, tokens=17)
+    other = donor("vit_tiny_patch16_224", **SIZES, depth=2, attn_layer=layer)
+    model = models.create("vit_tiny", operator=spec, image_size=64, num_classes=7, depth=2)
+    params = checkpoint.from_timm(model, other.state_dict())
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = other(images)
+        assert_close(model.apply(params, images), wanted, rtol=1e-5, atol=1e-5)
+    export.write(tmp_path / "m.safetensors", model, params, {}, "timm")
+    again = timm.create_model(
+        "vit_tiny_patch16_224", **SIZES, depth=2, attn_layer=bridges.attention(spec, tokens=17)
+    ).eval()
+    again.load_state_dict(safetensors.torch.load_file(tmp_path / "m.safetensors"))
+    with torch.no_grad():
+        assert_close(again(images), wanted)

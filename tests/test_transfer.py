@@ -173,15 +173,18 @@ def first_weights(home):
     return runs.load_trajectory(home)[0][1]
 
 
-@pytest.mark.parametrize("kind", ["run", "export", "timm"])
+@pytest.mark.parametrize("kind", ["run", "export", "timm", "wrapped"])
 def test_a_run_begins_with_a_run_or_a_file(kind, donor_run, splits, tmp_path):
     trained = runs.only(donor_run)
     start = donor_run
     if kind != "run":
         start = tmp_path / "donor.safetensors"
         about = {"classes": trained.identity.data["classes"]}
-        form = {"export": "safetensors", "timm": "timm"}[kind]
+        form = "safetensors" if kind == "export" else "timm"
         export.write(start, trained.model, trained.params, about, form)
+    if kind == "wrapped":  # as saved of a model that torch's own wrappers hold
+        named = {f"module.{name}": x for name, x in tree.named(trained.params).items()}
+        safetensors.torch.save_file(named, start)
     config = change(operator="G2B:base=softmax", start=str(start), trajectory=3)
     list(runs.execute(tmp_path / "run", [config], splits))
     (params,) = first_weights(tmp_path / "run")

@@ -12,12 +12,17 @@ def from_additive(function: str, argument: str, mask: Tensor) -> Tensor:
 
     Raises:
         ValueError: where it holds other numbers, for a bias has no meaning beyond softmax, or
-            integers.
+            integers, or is learned, as a bias is that begins at 0.
     """
     if not mask.dtype.is_floating_point:
         raise ValueError(
             f"`{function}` needs `{argument}` boolean or of floating-point numbers, got "
             f"{mask.dtype}. Convert it with `.bool()`."
+        )
+    if mask.requires_grad:
+        raise ValueError(
+            f"`{function}` needs `{argument}` that is not learned, got one that requires "
+            "gradients. A bias of the scores has a meaning within softmax alone: leave it out."
         )
     shown = mask == 0
     hidden = mask <= torch.finfo(mask.dtype).min

@@ -4,7 +4,8 @@
     model = timm.create_model("vit_tiny_patch16_224", attn_layer=layer)
 
 The modules are those of timm's `Attention` by name (`qkv`, `proj`, `q_norm`, `k_norm`, `norm`), so
-that its weights load, with `operator` beside them. timm itself is never imported.
+that its weights load, with `operator` beside them, where `kart export --format timm` writes that of
+a ViT and `kart.checkpoint.from_timm` finds it. timm itself is never imported.
 
 Blocks of timm's that compute attention by themselves, as `ParallelScalingBlock`
 (vit_base_patch16_xp_224), leave `attn_layer` aside without a word and keep softmax.

@@ -72,7 +72,7 @@ def attention(
             "`kart.bridges.transformers.attach(model, operator, tokens)` after making the model."
         )
     arguments.check_no_dropout("attention", "dropout", dropout)
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("softcap", "s_aux", "sinks", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"`attention` needs a model without `{name}`, got one. It belongs to softmax: "
@@ -135,6 +135,19 @@ def heads_of(layer: torch.nn.Module) -> int | None:
     return next((n for n in found if isinstance(n, int)), None)
 
 
+def passed_over(layer: torch.nn.Module) -> str | None:
+    """The `attn_implementation` of a layer where it is one of transformers' own, which would leave
+    an operator aside.
+    """
+    name = getattr(layer.config, "_attn_implementation", None)
+    if name is None:
+        return None
+    library = importlib.import_module("transformers")
+    found = library.AttentionInterface().get(name)
+    own = found is None or found.__module__.startswith("transformers.")
+    return name if own else None
+
+
 def attach(
     model: torch.nn.Module,
     operator: str | operators.Operator = "G3B",
@@ -164,6 +177,19 @@ def attach(
             f"`attach` needs a model with attention layers (with `is_causal` and `config`), got "
             f"{type(model).__name__} without. Update transformers, or set `{NAME}` of its layers."
         )
+    for name, layer in found.items():
+        if hasattr(layer, NAME):
+            raise ValueError(
+                f"`attach` needs layers without an operator, got {name!r} with one, which an "
+                f"optimiser may hold. Make the model anew, or delete `{NAME}` of its layers first."
+            )
+        if (other := passed_over(layer)) is not None:
+            raise ValueError(
+                f"`attach` needs layers that call kart's attention, got {name!r} with "
+                f"attn_implementation={other!r}, which would leave its operator aside. Make the "
+                'model with attn_implementation="kart", the name given to `register`, or attach to '
+                "the part of it that has that."
+            )
     heads = [heads_of(layer) or 0 for layer in found.values()]
     if universal and len(set(heads)) > 1:
         raise ValueError(

@@ -190,7 +190,7 @@ def configs_of(args: argparse.Namespace) -> list[Config]:
 
 def _learned(spec: str | tuple[str, ...]) -> bool:
     ones = [spec] if isinstance(spec, str) else spec
-    return any(operators.parse(one).operator.traits.get("learned") for one in ones)
+    return any(operators.parse(one).operator.traits.get("learned", True) for one in ones)
 
 
 def flag(name: str) -> str:

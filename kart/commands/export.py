@@ -13,7 +13,8 @@ def _flags(parser: argparse.ArgumentParser) -> None:
         "--format",
         default="safetensors",
         choices=["safetensors", "timm", "torch", "onnx"],
-        help="safetensors (default): for kart.checkpoint.load; timm: its names of the weights; "
+        help="safetensors (default): for kart.checkpoint.load; timm: its names of the weights, "
+        "with a ViT's operators where kart.bridges.timm has them; "
         "torch: a graph of torch.export, which runs without kart; onnx",
     )
     parser.add_argument("--checkpoint", default="last", choices=["last", "best"])

@@ -419,7 +419,7 @@ def read(spec: str, factories: Sequence[Factory], overrides: Mapping[str, Any]) 
         for text, head, options in zip(texts, heads, given, strict=True)
     ]
     for head, op in zip(heads, made, strict=True):
-        if head.sharing and not op.traits.get("learned"):
+        if head.sharing and not op.traits.get("learned", True):
             what = head.text if head.source else head.factory.__name__
             raise refusal(spec, f"{what} has no parameters to share")
     modes = {head.sharing for head in heads} - {None}
