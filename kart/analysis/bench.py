@@ -176,10 +176,11 @@ SETTINGS = (
 IN_BFLOAT16 = Setting(
     "op G=3 N=197 bfloat16", "G3", precision="bfloat16", goals={"cpp": (1.2, 1.0)}
 )
-# softmax beside a table by offset: no units
+# tables by offset, and a function of the score at every offset
 TABLES = (
     Setting("op softconv N=197", "softconv", goals={"auto": (1.5, 1.4)}),
     Setting("op softconv N=65", "softconv", 65, goals={"auto": (1.5, 1.4)}),
+    Setting("op by_offset G=3 N=197", "G3:order=by_offset"),
 )
 # operators that do not know the length
 ANY_LENGTH = {
@@ -220,13 +221,13 @@ BLOCKS = {"vit_tiny": 8, "vit_small": 8, "vit_base": 2}
 def op_flops(name: str, op: operators.Operator, tokens: int, pairs: int) -> float:
     """FLOPs of forward and backward over `pairs` (batch x heads) score matrices.
 
-    Softmax attention, and one function of the score a head: 2 products forward, 5 backward. KArAt:
+    Softmax attention, and a function of the score: 2 products forward, 5 backward. KArAt:
     scores and F C forward; scores again, dF, dC, dq and dk backward. The share of W^T V, r N d, is
     left out.
     """
     square = tokens * tokens * pairs
     kind = op.options.get("kind")
-    if name == "softmax" or kind == "elementwise":
+    if name == "softmax" or kind in ("elementwise", "by_offset"):
         return square * 2 * WIDTH * 7
     if op.basis is None:  # a table beside softmax: in one pass 3 products forward, 5 backward
         return square * 2 * WIDTH * 8
@@ -266,8 +267,9 @@ def _variants(setting: Setting, device: str, inputs: tuple) -> dict[str, Attend]
         found["naive"] = _naive(op)
     joint = "," if ":" in setting.spec else ":"
     linear = op.basis is not None and op.basis.features is not None
-    for engine in engines_for(device) if linear else ["auto"]:
-        spec = f"{setting.spec}{joint}engine={engine}" if linear else setting.spec
+    engines = linear and "engine" in operators.options(setting.spec)
+    for engine in engines_for(device) if engines else ["auto"]:
+        spec = f"{setting.spec}{joint}engine={engine}" if engines else setting.spec
         attend = operators.parse(spec).operator.attend
         try:
             attend(*inputs)
