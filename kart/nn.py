@@ -20,7 +20,7 @@ from kart import layers, operators, schema, tree
 from kart.kernels.transforms import autocasting
 from kart.layers import merge_heads, split_heads
 from kart.operators import Cache
-from kart.operators.contract import check_padded, draw
+from kart.operators.contract import check_mask, check_padded, draw
 from kart.operators.resize import Tokens, lattice
 
 Params = dict[str, Any]
@@ -379,7 +379,9 @@ class Attention(torch.nn.Module):
         """
         q, k, v = self.project(x, context)
         if is_causal:
-            causal = causal_mask(q.shape[-2], k.shape[-2], q.device)
+            queries, keys = q.shape[-2], k.shape[-2]
+            causal = causal_mask(queries, keys, q.device)
+            check_mask("Attention", mask, queries, keys, *(y.shape[:-2] for y in (q, k)))
             mask = causal if mask is None else causal & mask
         return self.proj(merge_heads(self.operator(q, k, v, mask)))
 

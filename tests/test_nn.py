@@ -510,6 +510,8 @@ def test_what_does_not_fit_is_named():
 
     layer, x = nn.Attention(32, 4, 9), torch.randn(2, 9, 32)
     cache = tuple(layer.step(x[:, :1])[1])
+    wide = operators.Cache(cache[0].double(), cache[1])
+    late = operators.Cache(cache[0], cache[1].double())
     mask = torch.ones(3, 1, 1, 9, dtype=torch.bool)
     for call, words in (
         (made(32.0, 4, 9), "integer `dim` >= 1, got 32.0"),
@@ -519,6 +521,12 @@ def test_what_does_not_fit_is_named():
         (lambda: layer(x, context=x.double()), "`context` in the dtype of its parameters"),
         (lambda: layer.step(x[:, :1], cache), "`cache` as it returned it, got tuple"),
         (lambda: layer.step(x[:1, :1], operators.Cache(*cache)), "samples and heads of the new t"),
+        (lambda: layer.step(x[:, :1], wide), "`cache` like the new .* got keys torch.float64"),
+        (lambda: layer.step(x[:, :1], late), "`cache` like the new .* got values torch.flo"),
+        (lambda: layer(x, x @ x.mT, True), r"boolean `mask` .*, got torch.float32 \(2, 9"),
+        (lambda: layer(x, mask[:, 0, 0], True), r"boolean `mask` .*, got torch.bool \(3, 9\)"),
+        (lambda: layer(x, [True] * 9, True), "boolean `mask` .*, got <class 'list'>"),
+        (lambda: layer(x, mask, True), r"broadcast with those of the other tensors, \(2, 4\), got"),
         (lambda: layer(x, mask), r"broadcast with those of the other tensors, \(2, 4\), got shape"),
     ):
         with pytest.raises(ValueError, match=words):
