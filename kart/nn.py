@@ -20,7 +20,7 @@ from kart import layers, operators, schema, tree
 from kart.kernels.transforms import autocasting
 from kart.layers import merge_heads, split_heads
 from kart.operators import Cache
-from kart.operators.contract import check_padded, draw
+from kart.operators.contract import check_mask, check_padded, check_qkv, draw
 from kart.operators.resize import Tokens, lattice
 
 Params = dict[str, Any]
@@ -33,7 +33,8 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """Keys or values `(..., G, M, d)` of grouped-query attention for `heads` heads, each group's
     repeated for the heads / G queries that share it.
     """
-    if x.dim() < 3 or heads % x.shape[-3]:
+    whole = schema.fits(heads, int) and heads > 0
+    if not whole or x.dim() < 3 or not x.shape[-3] or heads % x.shape[-3]:
         raise ValueError(
             f"`repeat_heads` needs `x` (..., G, M, d) with {heads} heads divisible by G, got "
             f"{tuple(x.shape)}. Choose heads that divide."
@@ -49,7 +50,7 @@ def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> 
     >>> causal_mask(2, 3).int().tolist()
     [[1, 1, 0], [1, 1, 1]]
     """
-    if queries > keys:
+    if not 0 <= queries <= keys:
         raise ValueError(
             f"`causal_mask` needs no more queries than keys, got {queries} and {keys}. The queries "
             "are the last tokens of the keys."
@@ -215,6 +216,7 @@ class Operator(Tree):
     def weights(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
         """The attention weights `(..., H, N, M)`, materialised, for looking."""
         params, q, k, _ = self.ready(q, k, k)
+        check_qkv("operator", q, k, k, mask)
         return self.op.weights(params, q @ k.mT * q.shape[-1] ** -0.5, mask)
 
     def step(
@@ -240,6 +242,16 @@ class Operator(Tree):
                 "parametrize.remove_parametrizations of torch.nn.utils."
             )
         moved = operators.resize(self.op, found, old_tokens, new_tokens)
+        before, after = (lattice("tokens", one) for one in (old_tokens, new_tokens))
+        if self.tokens is not None:
+            prefix = self.tokens - before.patches
+            # parameters of any length do not say it
+            if prefix < 0 or {before.prefix, after.prefix} - {None, prefix}:
+                raise ValueError(
+                    f"`resize` needs `old_tokens` to be the {self.tokens} keys of the module, and "
+                    f"`new_tokens` with as many prefix tokens, got {tuple(before)} and "
+                    f"{tuple(after)}. Name the lattice, (prefix, rows, columns)."
+                )
         for name in moved:
             delattr(self, name)
         self._names.clear()
@@ -247,7 +259,6 @@ class Operator(Tree):
         for name, parameter in self.named_parameters(remove_duplicate=False):
             parameter.requires_grad_(own[name].requires_grad)
         if self.tokens is not None:
-            before, after = (lattice("tokens", one) for one in (old_tokens, new_tokens))
             self.tokens += after.patches - before.patches
         return self
 
@@ -379,7 +390,9 @@ class Attention(torch.nn.Module):
         """
         q, k, v = self.project(x, context)
         if is_causal:
-            causal = causal_mask(q.shape[-2], k.shape[-2], q.device)
+            queries, keys = q.shape[-2], k.shape[-2]
+            causal = causal_mask(queries, keys, q.device)
+            check_mask("Attention", mask, queries, keys, *(y.shape[:-2] for y in (q, k)))
             mask = causal if mask is None else causal & mask
         return self.proj(merge_heads(self.operator(q, k, v, mask)))
 

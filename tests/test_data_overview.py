@@ -175,6 +175,20 @@ def test_classes_that_a_split_lacks_are_logged_with_it(tmp_path, caplog):
         assert split != "test" or absent == ["bee"]
 
 
+@pytest.mark.parametrize(("count", "limit", "absent"), [(3, None, 1), (30, 2, 1), (30, 24, 0)])
+def test_a_class_without_training_images_is_named_however_few_there_are(
+    tmp_path, caplog, count, limit, absent
+):
+    root = save_folder(tmp_path / "set" / "train", count).parent
+    save_folder(root / "test", 6)
+    dataset = data.load(root, "train", train_limit=limit)
+    assert dataset.counts.count(0) == absent
+    told = [record.message for record in caplog.records]
+    missing = [name for name, n in zip(dataset.classes, dataset.counts, strict=True) if not n]
+    line = "set: 'train' has no image of 1 of 3 classes: "
+    assert told == [line + name for name in missing]
+
+
 def test_an_unreadable_image_has_no_size_and_is_not_converted(tmp_path):
     root = save_folder(tmp_path / "set", 12)
     (root / "ant" / "000.png").write_bytes(b"")

@@ -284,6 +284,19 @@ def test_resize_moves_the_parameters():
     assert {name for name, p in module.named_parameters() if p.requires_grad} == {"mix"}
 
 
+@pytest.mark.parametrize("spec", ["softmax", "G3B:order=elementwise", "G3B:rank=3"])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(26, 37), ((1, 3, 3), (0, 5, 5)), ((0, 4, 4), (0, 5, 5)), ((2, 2), (0, 5, 5)), ((5, 5), 37)],
+)
+def test_resize_is_from_the_keys_that_a_module_has_whatever_its_parameters_say(spec, old, new):
+    module = nn.operator(spec, HEADS, 17)
+    with pytest.raises(ValueError, match="`resize` needs `(old|new)_tokens`"):
+        module.resize(old, new)
+    assert module.tokens == 17
+    assert module.resize((4, 4), (1, 5, 5)).tokens == 26
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -322,6 +335,15 @@ def test_bad_input_is_named():
         nn.operator("softmax", HEADS)(*qkv(heads=2, groups=2))
     with pytest.raises(ValueError, match=r"`repeat_heads` needs `x` .* divisible by G"):
         nn.operator("softmax", HEADS)(*qkv(groups=3))
+    for heads, groups in ((0, 2), (-2, 2), (2.0, 2), (2, 0)):
+        with pytest.raises(ValueError, match=r"`repeat_heads` needs `x` .* divisible by G"):
+            nn.repeat_heads(torch.ones(2, groups, 3, 4), heads)
+    with pytest.raises(ValueError, match=r"`causal_mask` needs no more queries than keys"):
+        nn.causal_mask(-1, 3)
+    with pytest.raises(ValueError, match=r"needs `q` \(..., H, N, d\), `k` \(..., H, M, d\)"):
+        nn.operator("softmax", HEADS).weights(
+            torch.ones(2, HEADS, 3, 4), torch.ones(2, HEADS, 3, 8)
+        )
     with pytest.raises(ValueError, match=r"`step` needs at most the 7 tokens"):
         attention().step(tokens(2, 8))
 
@@ -510,6 +532,8 @@ def test_what_does_not_fit_is_named():
 
     layer, x = nn.Attention(32, 4, 9), torch.randn(2, 9, 32)
     cache = tuple(layer.step(x[:, :1])[1])
+    wide = operators.Cache(cache[0].double(), cache[1])
+    late = operators.Cache(cache[0], cache[1].double())
     mask = torch.ones(3, 1, 1, 9, dtype=torch.bool)
     for call, words in (
         (made(32.0, 4, 9), "integer `dim` >= 1, got 32.0"),
@@ -519,6 +543,12 @@ def test_what_does_not_fit_is_named():
         (lambda: layer(x, context=x.double()), "`context` in the dtype of its parameters"),
         (lambda: layer.step(x[:, :1], cache), "`cache` as it returned it, got tuple"),
         (lambda: layer.step(x[:1, :1], operators.Cache(*cache)), "samples and heads of the new t"),
+        (lambda: layer.step(x[:, :1], wide), "`cache` like the new .* got keys torch.float64"),
+        (lambda: layer.step(x[:, :1], late), "`cache` like the new .* got values torch.flo"),
+        (lambda: layer(x, x @ x.mT, True), r"boolean `mask` .*, got torch.float32 \(2, 9"),
+        (lambda: layer(x, mask[:, 0, 0], True), r"boolean `mask` .*, got torch.bool \(3, 9\)"),
+        (lambda: layer(x, [True] * 9, True), "boolean `mask` .*, got <class 'list'>"),
+        (lambda: layer(x, mask, True), r"broadcast with those of the other tensors, \(2, 4\), got"),
         (lambda: layer(x, mask), r"broadcast with those of the other tensors, \(2, 4\), got shape"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -110,16 +110,16 @@ def load(
                 streams = streaming.chosen(found, image_size, stream, base)
         if streams:
             dataset = streaming.load(found, split, image_size, base, workers)
+    if split == "train" and train_limit is not None:
+        if train_limit > len(dataset.labels):
+            raise ValueError(
+                f"`load` needs `train_limit` <= {len(dataset.labels)}, the training images of "
+                f"{str(source)!r}, got {train_limit}. Leave it out to use them all."
+            )
+        dataset = dataset.part(slice(train_limit))
     for line in [*notes(dataset, unused=split == "train"), *_absent(dataset, split)]:
         _LOG.warning("%s", line)
-    if split != "train" or train_limit is None:
-        return dataset
-    if train_limit > len(dataset.labels):
-        raise ValueError(
-            f"`load` needs `train_limit` <= {len(dataset.labels)}, the training images of "
-            f"{str(source)!r}, got {train_limit}. Leave it out to use them all."
-        )
-    return dataset.part(slice(train_limit))
+    return dataset
 
 
 def read_images(
@@ -201,9 +201,12 @@ def notes(dataset: Dataset, unused: bool = True) -> list[str]:
 
 
 def _absent(dataset: Dataset, split: str) -> list[str]:
-    """A line that names the classes of which a split has no image, though it has as many images."""
+    """A line that names the classes of which a split has no image, though it has as many images;
+    of the training split in any case, as what is not there is not learned.
+    """
     absent = [name for name, n in zip(dataset.classes, dataset.counts, strict=True) if not n]
-    if not absent or len(dataset.labels) < len(dataset.classes):
+    few = split != "train" and len(dataset.labels) < len(dataset.classes)
+    if not absent or few:
         return []
     shown = ", ".join(absent[:5]) + ", ..." * (len(absent) > 5)
     every = len(dataset.classes)

@@ -62,6 +62,12 @@ def step(
                     "`step` needs a `cache` of the samples and heads of the new tokens, got "
                     f"{name} {tuple(old.shape)} for {tuple(more.shape)}. Index both alike."
                 )
+            if (old.dtype, old.device) != (more.dtype, more.device):
+                raise ValueError(
+                    f"`step` needs a `cache` like the new tokens, {more.dtype} on {more.device}, "
+                    f"got {name} {old.dtype} on {old.device}. Convert them with `.to`, or start a "
+                    "new cache."
+                )
         k, v = torch.cat([cache.keys, k], -2), torch.cat([cache.values, v], -2)
     new, count = q.shape[-2], k.shape[-2]
     if tokens is not None and count > tokens:
