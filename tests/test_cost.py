@@ -234,7 +234,7 @@ def test_what_is_not_known_of_an_operator_is_said():
 KEPT = [
     *("softmax", "sparsemax", "G3B", "G3U", "G1B:rank=24", "G2B:scales=true", "bspline-G4B"),
     *("rational-2/1B", "G3B:base=softmax", "G3B:project=simplex", "G2B:order=full_rank"),
-    *("G2B:order=project_first", "G2B:order=two_stage", "softmax+2*G3B"),
+    *("G2B:order=project_first", "G2B:order=two_stage", "softmax+2*G3B", "2*softmax+G3B"),
     # where attention meets its projections first
     *("G1B:rank=3", "G1U:rank=3"),
 ]
@@ -260,7 +260,13 @@ def test_counted_memory_is_what_a_step_keeps(operator, form):
         def attend(op, params, q, k, v, mask=None):
             return op.weights(params, q @ k.mT * q.shape[-1] ** -0.5) @ v
 
-        blocks = [op._replace(attend=functools.partial(attend, op)) for op in model.operators]
+        def materialised(op):
+            if op.options["kind"] != "hybrid":
+                return op._replace(attend=functools.partial(attend, op))
+            parts = [(materialised(part), count) for part, count in op.options["groups"]]
+            return operators.hybrid([part for part, count in parts for _ in range(count)])
+
+        blocks = [materialised(op) for op in model.operators]
         one = model.config.sharing == "universal"
         options = {**models.MODELS["vit_tiny"], **TINY, "sharing": model.config.sharing}
         model = models.vit(blocks[0] if one else blocks, **options)

@@ -29,7 +29,7 @@ from kart.analysis.section import Analysis, Context
 from kart.models import Model, Site, work
 from kart.models.blocks import merge_heads
 from kart.models.model import find
-from kart.operators import Operator
+from kart.operators import Operator, hybrid
 from kart.operators.contract import SOFTMAX
 from kart.operators.projected import factors_of, pays, projected
 from kart.operators.sums import parts_of, simple_parts
@@ -299,14 +299,27 @@ def kept_bytes(call: Callable[[], Any], beside: Any = ()) -> int:
     return sum(storages.values())
 
 
+def _materialised(op: Operator) -> Operator:
+    """The operator with `attend` by its weights, of a hybrid one by those of each group."""
+    if op.options.get("kind") == "hybrid":
+        groups = [(_materialised(part), count) for part, count in op.options["groups"]]
+        return hybrid([part for part, count in groups for _ in range(count)])
+
+    def attend(params: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return op.weights(params, q @ k.mT * q.shape[-1] ** -0.5, mask) @ v
+
+    return op._replace(attend=attend)
+
+
 def _kept_by_heads(
-    op: Operator, heads: int, tokens: int, width: int, form: str, size: int, joined: bool
+    op: Operator, heads: int, tokens: int, width: int, form: str, size: int
 ) -> tuple[int, int]:
-    """Bytes that `heads` keep from q, k and v (included) to their output: an image, and once; with
-    `joined` to the projection behind them, whose input may be what they keep themselves. `form`
-    "projected" is from q and k to the output of the block, of width `size`.
+    """Bytes that `heads` keep from q, k and v (included) to the projection behind them, whose input
+    may be what they keep themselves: an image, and once. `form` "projected" is from q and k to the
+    output of the block, of width `size`.
     """
     generator = Generator().manual_seed(0)
+    op = _materialised(op) if form == "naive" else op
     params = tree.map(lambda x: x.requires_grad_(), op.init(generator, heads, tokens))
     own = 4 * tree.size(params)
 
@@ -334,11 +347,7 @@ def _kept_by_heads(
 
         def attend() -> Tensor:
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-            if form == "streamed":
-                y = op.attend(params, q, k, v)
-            else:
-                y = op.weights(params, q @ k.mT * width**-0.5) @ v
-            return F.linear(merge_heads(y), weight) if joined else y
+            return F.linear(merge_heads(op.attend(params, q, k, v)), weight)
 
         return kept_bytes(attend, weight)
 
@@ -371,10 +380,11 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
 
     Counted per block, in floats of N D an image: the inputs of both norms (2) and of three linear
     layers (1 + 1 + 4), and the GELU's input (4). From q, k and v (3) to the output of the heads,
-    which the fourth takes, the operator is asked: `kept_bytes` of two heads on two and three random
-    images, at the model's N and d. `form` "streamed" is kart's `attend`: KArAt keeps q, k, v, its
-    hidden values (N r a head), W^T V and the batch's copies of W; in float32, where attention meets
-    its projections first (see `kart.operators.projected`), neither v nor the output of the heads.
+    which the fourth takes, the operator is asked: `kept_bytes` of two heads, of a hybrid one of
+    all, on two and three random images, at the model's N and d. `form` "streamed" is kart's
+    `attend`: KArAt keeps q, k, v, its hidden values (N r a head), W^T V and the batch's copies of
+    W; in float32, where attention meets its projections first (see `kart.operators.projected`),
+    neither v nor the output of the heads.
     "naive" is the materialised form of the paper: for KArAt scores, features, what their
     derivatives need and weights, each N^2 a head; for softmax the weights. Blocks that are computed
     again (`recompute`) keep their inputs, and of one of them, at its turn in the backward, all of
@@ -402,23 +412,20 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
     block = n * (4 * c.embed_dim + 2 * hidden)
     images = (n - 1) * c.in_channels * c.patch_size**2
     blocks: list[float] = []
-    known: dict[tuple[int, int], tuple[int, int]] = {}
+    known: dict[int, tuple[int, int]] = {}
     width, like = c.embed_dim // c.num_heads, torch.empty(n, c.embed_dim)
     for operator in model.operators:
         floats = float(batch * block)
-        hybrid, way = operator.options.get("kind") == "hybrid", form
+        way = form
         if form == "streamed" and bytes_each == 4 and pays(factors_of(operator), like, c.num_heads):
             way = "projected"
-        elif hybrid:
-            floats += batch * like.numel()  # the output of all heads, put together anew
-        for op, count in operator.options["groups"] if hybrid else [(operator, c.num_heads)]:
-            few = min(2, count)  # a single head is laid out otherwise
-            if (id(op), few) not in known:
-                known[id(op), few] = _kept_by_heads(
-                    op, few, n, width, way, c.embed_dim, joined=not hybrid
-                )
-            each, once = known[id(op), few]
-            floats += count / few * (batch * each + once) / 4
+        # a single head is laid out otherwise, and those of a hybrid one differ
+        mixed = operator.options.get("kind") == "hybrid"
+        few = c.num_heads if mixed else min(2, c.num_heads)
+        if id(operator) not in known:
+            known[id(operator)] = _kept_by_heads(operator, few, n, width, way, c.embed_dim)
+        each, once = known[id(operator)]
+        floats += c.num_heads / few * (batch * each + once) / 4
         blocks.append(floats)
     kept = c.depth * batch * n * c.embed_dim + max(blocks) if c.recompute else sum(blocks)
     return int((kept + batch * (images + n * c.embed_dim)) * bytes_each)
