@@ -1,6 +1,7 @@
 """The sections of `kart analyse` against their measures called by hand, and what they refuse."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -181,6 +182,12 @@ def test_the_curvature_is_that_of_its_measures(results):
         assert numbers(found, "G2B", name)[1] == pytest.approx(float(top[0]), rel=1e-4, abs=1e-6)
         assert numbers(found, "G2B", measure)[1] == pytest.approx(float(value), rel=1e-4, abs=1e-6)
     assert not numbers(found, "softmax", "operator_trace")
+    errors = []
+    for result, seed, pattern in itertools.product(results, (0, 1), ("*", "*.operator.*")):
+        if pattern == "*" or result.name != "softmax":
+            some = curvature._curvature(own, section.Member(result, seed), pattern)
+            errors.append(some["trace_error"] / abs(some["trace"]))
+    assert f"of a trace is up to {100 * float(max(errors)):.0f} % of it" in " ".join(found.blocks)
     assert "8 validation images" in " ".join(found.blocks)
 
 

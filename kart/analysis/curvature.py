@@ -508,12 +508,22 @@ def section(context: Context) -> pages.Section:
         Column("operator_trace", "trace", 1),
         Column("operator_mean", "mean eigenvalue, 1e-3", 3, "", 1000.0),
     ]
+    shares = [
+        one[f"{name}_error"] / abs(one[name])
+        for seeds in found.values()
+        for one in seeds.values()
+        for name in ("trace", "operator_trace")
+        if one.get(name)
+    ]
+    error = max(filter(math.isfinite, shares), default=0.0)
     told = (
         f"The Hessian of the loss on {count} validation images at the final weights, by products "
         "alone: its largest eigenvalue (negative ones, however large, are in the picture below), "
         f"to {100 * TOLERANCE:g} % of the largest magnitude, its trace from {SAMPLES} "
         "products (the more curved in all directions, the larger), over all weights and over "
-        "those of the operators alone, the others held. Noise scale: the batch at which the "
+        "those of the operators alone, the others held. The standard error of a trace is up to "
+        f"{100 * error:.0f} % of it, by the same products: where few eigenvalues are large, they "
+        "may have missed some. Noise scale: the batch at which the "
         f"noise of the gradient is as large as the gradient, from {noise} images one by one; "
         "infinite where they are too few to see the gradient."
     )
