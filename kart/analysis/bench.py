@@ -246,13 +246,6 @@ def attend_softmax(params: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def _naive(op: operators.Operator) -> Attend:
-    def attend(params: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return op.weights(params, q @ k.mT * q.shape[-1] ** -0.5).to(v.dtype) @ v
-
-    return attend
-
-
 def gradients(attend: Attend, inputs: tuple, probe: Tensor) -> None:
     """Forward and backward of `attend(*inputs)`, with `probe` the gradient of its output."""
     leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), inputs)
@@ -264,7 +257,7 @@ def _variants(setting: Setting, device: str, inputs: tuple) -> dict[str, Attend]
     op = operators.parse(setting.spec).operator
     found = {"softmax": attend_softmax}
     if setting.tokens < 400:
-        found["naive"] = _naive(op)
+        found["naive"] = cost.materialised(op).attend
     joint = "," if ":" in setting.spec else ":"
     linear = op.basis is not None and op.basis.features is not None
     engines = linear and "engine" in operators.options(setting.spec)

@@ -299,10 +299,12 @@ def kept_bytes(call: Callable[[], Any], beside: Any = ()) -> int:
     return sum(storages.values())
 
 
-def _materialised(op: Operator) -> Operator:
-    """The operator with `attend` by its weights, of a hybrid one by those of each group."""
+def materialised(op: Operator) -> Operator:
+    """The operator with `attend` by its N x N weights, as in the paper; of a hybrid one by those of
+    each group.
+    """
     if op.options.get("kind") == "hybrid":
-        groups = [(_materialised(part), count) for part, count in op.options["groups"]]
+        groups = [(materialised(part), count) for part, count in op.options["groups"]]
         return hybrid([part for part, count in groups for _ in range(count)])
 
     def attend(params: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -319,7 +321,7 @@ def _kept_by_heads(
     output of the block, of width `size`.
     """
     generator = Generator().manual_seed(0)
-    op = _materialised(op) if form == "naive" else op
+    op = materialised(op) if form == "naive" else op
     params = tree.map(lambda x: x.requires_grad_(), op.init(generator, heads, tokens))
     own = 4 * tree.size(params)
 
