@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kart import cli, layers, models
+from kart import cli, layers, models, operators
 from kart.analysis import bench
 from kart.models import blocks
 
@@ -45,6 +45,34 @@ def test_verdicts_follow_the_goals():
     late = row("full rank G=10, batch 1", peak_mib=960.0)
     assert bench.verdict(late) == "reach 1000 MB peak: missed"
     assert bench.verdict({"what": "step", "variant": "naive", "both": {"ratio": 2.0}}) == ""
+
+
+def test_a_missed_goal_is_told_with_what_its_products_take():
+    row = {"what": "op G=3 N=197", "variant": "cpp", "both": {"ratio": 1.0}, "floor": 0.75}
+    assert bench.verdict(row).startswith("reach 0.8: missed, 1.25 x of it, 0.75 by its products")
+
+
+@pytest.mark.parametrize(
+    ("spec", "products"),
+    [
+        ("softmax", 7 * 64),
+        ("softconv", 8 * 64),
+        ("G3:rank=12", 4 * 64 + 3 * 6 * 12),
+        ("G3:rank=12,base=softmax", 7 * 64 + 3 * 6 * 12),
+        ("G3:rank=12,project=simplex", 7 * 64 + 3 * 6 * 12 + 4 * 12),
+        ("G3:order=full_rank", 4 * 64 + 7 * 6 * 64),
+        ("mexican_hat:rank=12", 4 * 64),
+        ("G3:order=elementwise", 7 * 64),
+        ("G3:order=elementwise,inside=true", 7 * 64),
+        ("G3:order=elementwise,base=softmax", 8 * 64),
+        ("G3:order=by_distance", 3 * 64),
+        ("G3:order=generated,rank=12,base=softmax", 7 * 64 + 3 * 6 * 12),
+    ],
+)
+def test_products_of_a_pair_of_query_and_key(spec, products):
+    op = operators.parse(spec).operator
+    name = "softmax" if spec == "softmax" else "auto"
+    assert bench.op_flops(name, op, 10, 2) == 10 * 10 * 2 * 2 * products
 
 
 def test_every_goal_is_of_a_row_that_is_measured():
