@@ -491,6 +491,37 @@ def test_softmax_in_a_transformers_model_is_its_own(real):
         assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+SMALL = {"vocab_size": 11, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 24}
+GROUPED = {**SMALL, "num_key_value_heads": 2, "intermediate_size": 32}
+LAYERS = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+HEADED = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_model": 24}
+# what masks are made of: padding alone, causal, a window, windows and whole layers in turn, other
+# keys than queries
+KINDS = {
+    "bert": {**SMALL, "intermediate_size": 32},
+    "gpt2": {"vocab_size": 11, "n_embd": 24, "n_head": 4, "n_layer": 2},
+    "mistral": {**GROUPED, "sliding_window": 3},
+    "gemma3_text": {**GROUPED, "head_dim": 6, "sliding_window": 3},
+    "bart": {"vocab_size": 11, **LAYERS, **HEADED},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_softmax_in_kinds_of_transformers_models_is_their_own(real, kind):
+    models = []
+    for name in ("eager", "kart"):
+        config = real.AutoConfig.for_model(kind, **KINDS[kind], pad_token_id=0)
+        torch.manual_seed(0)
+        models.append(real.AutoModel.from_config(config, attn_implementation=name).eval())
+    transformers.attach(models[1], "softmax")
+    more = {"decoder_input_ids": IDS.flip(1)} if "decoder_layers" in KINDS[kind] else {}
+    for mask in (None, torch.ones_like(IDS), LEFT_PADDED):
+        with torch.no_grad():
+            theirs, ours = (m(IDS, attention_mask=mask, **more)[0] for m in models)
+        seen = LEFT_PADDED.bool() if mask is LEFT_PADDED and not more else torch.ones_like(IDS) > 0
+        assert_close(ours[seen], theirs[seen], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("mask", [None, LEFT_PADDED])
 @pytest.mark.parametrize(
     "spec", ["softmax", "G3:order=elementwise,base=softmax", "G3:order=generated,reach=32"]
@@ -527,6 +558,14 @@ def test_generation_with_a_static_cache_is_the_full_pass(real, spec, prompt):
             logits = model(padded, use_cache=False).logits[:, ids.shape[1] - 1]
             ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
     assert torch.equal(found, ids)
+
+
+def test_a_model_of_transformers_without_sdpa_is_refused(real):
+    # its encoder adds masks to scores, its decoder's layers are causal and do not say so
+    config = real.BigBirdPegasusConfig(vocab_size=11, **LAYERS, **HEADED)
+    model = real.BigBirdPegasusModel._from_config(config, attn_implementation="kart")
+    with pytest.raises(ValueError, match=r"'decoder.layers.0.self_attn' in BigBirdPegasusDecoder,"):
+        transformers.attach(model, "softmax")
 
 
 def test_a_model_of_transformers_that_calls_its_own_attention_is_refused(real):

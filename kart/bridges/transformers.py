@@ -148,6 +148,18 @@ def passed_over(layer: torch.nn.Module) -> str | None:
     return name if own else None
 
 
+def without_sdpa(model: torch.nn.Module, name: str) -> str | None:
+    """The class of the innermost model around the layer `name`, where it is one of transformers'
+    that cannot run with "sdpa", whose masks `register` takes: it may add them to its scores.
+    """
+    while name:
+        name = name.rpartition(".")[0]
+        around = model.get_submodule(name)
+        if (supported := getattr(around, "_supports_sdpa", None)) is not None:
+            return None if supported else type(around).__name__
+    return None
+
+
 def attach(
     model: torch.nn.Module,
     operator: str | operators.Operator = "G3B",
@@ -189,6 +201,12 @@ def attach(
                 f"attn_implementation={other!r}, which would leave its operator aside. Make the "
                 'model with attn_implementation="kart", the name given to `register`, or attach to '
                 "the part of it that has that."
+            )
+        if (around := without_sdpa(model, name)) is not None:
+            raise ValueError(
+                f'`attach` needs a model that runs with attn_implementation="sdpa", got {name!r} '
+                f"in {around}, which does not: masks that are boolean, or left out where a layer "
+                "is causal, may mean something else there. Choose another model."
             )
     heads = [heads_of(layer) or 0 for layer in found.values()]
     if universal and len(set(heads)) > 1:
