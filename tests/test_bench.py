@@ -49,7 +49,8 @@ def test_verdicts_follow_the_goals():
 
 def test_a_missed_goal_is_told_with_what_its_products_take():
     row = {"what": "op G=3 N=197", "variant": "cpp", "both": {"ratio": 1.0}, "floor": 0.75}
-    assert bench.verdict(row).startswith("reach 0.8: missed, 1.25 x of it, 0.75 by its products")
+    assert bench.verdict(row).startswith("reach 0.8: missed, 1.25 x of it; then 0.7: missed")
+    assert bench.verdict(row).endswith("; products alone 0.75")
 
 
 @pytest.mark.parametrize(
