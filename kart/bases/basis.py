@@ -62,7 +62,8 @@ class Triton(NamedTuple):
     Where `gate` is 0 rather than 1 they return zeros. `fold` maps coefficients `(..., K, M)` to
     those of the derivative, where that has the same features: `feature` then returns the value for
     the slope. `rescale` multiplies coefficients `(..., K, M, r)` in place, where the features of
-    the text are multiples of the family's.
+    the text are multiples of the family's. `linear` takes it as its `triton`; as with `Cpp`, what
+    is wrong is refused.
 
     Any other family defines `unit(x, theta, FAST: tl.constexpr)`, one function with P parameters: a
     value, its slope in x, and a tuple of its derivatives by the P tiles `theta`, which broadcast
@@ -411,6 +412,7 @@ def linear(
     options: Mapping[str, Any] | None = None,
     traits: Mapping[str, Any] | None = None,
     cpp: Cpp | None = None,
+    triton: Triton | None = None,
 ) -> Basis:
     """A basis of one's own from its features: phi(x) = sum_k coefs[k] expand(x)[k].
 
@@ -428,8 +430,8 @@ def linear(
             scale_base b + scale_basis sum. With them a unit has 2 more parameters, the count of the
             paper's tables ((2G + 3) with W's one); where b is zero, `scale_base` is counted alone.
         options, traits: recorded in the result as they are.
-        cpp: the features and their slopes in C++, for the compiled engine; held against `expand`
-            before it is used, and refused where the two differ.
+        cpp, triton: the features and their slopes in C++ and in Triton, for the engines on the CPU
+            and on a GPU; held against `expand` before they are used, and refused where they differ.
 
     >>> waves = linear(lambda x: torch.stack([x.sin(), (2 * x).sin()], dim=-1), 2, family="sines")
     >>> params = waves.init(torch.Generator().manual_seed(0), (3, 5))
@@ -439,9 +441,9 @@ def linear(
     arguments = {
         "expand": expand, "size": size, "family": family, "init": init, "orders": orders,
         "grid": grid, "base": base, "scales": scales, "options": options, "traits": traits,
-        "cpp": cpp,
+        "cpp": cpp, "triton": triton,
     }  # fmt: skip
-    name = names.own(family, expand, size, base, cpp)
+    name = names.own(family, expand, size, base, (cpp, triton))
     return expansion(
         linear,
         expand,
@@ -453,4 +455,5 @@ def linear(
         traits=traits or {},
         own=(family, arguments, name),
         cpp=cpp,
+        triton=triton,
     )
