@@ -90,8 +90,8 @@ class _There(NamedTuple):
         return tuple(x.cpu() for x in found)
 
     def _moved(self, product: Product) -> Product:
-        moved = (x.to(self.device) if isinstance(x, Tensor) else x for x in product)
-        return Product(*moved)
+        tensors = {name: x for name, x in product._asdict().items() if isinstance(x, Tensor)}
+        return product._replace(**{name: x.to(self.device) for name, x in tensors.items()})
 
 
 @once
