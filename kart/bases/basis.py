@@ -201,6 +201,15 @@ def check_span(function: str, span: Sequence[float]) -> tuple[float, float]:
     return float(span[0]), float(span[1])
 
 
+def check_type(function: str, argument: str, value: Any, kind: Any) -> None:
+    """Raises ValueError unless `value` is of the type `kind`."""
+    if not schema.fits(value, kind):
+        raise ValueError(
+            f"`{function}` needs `{argument}` of type {schema.name(kind)}, got {value!r:.100}. "
+            "Change it."
+        )
+
+
 def last_axis(features: Tensor) -> Tensor:
     """`(K, ...)` as `(..., K)`, a view: a feature lies together in memory, and is written and read
     in rows, eight times as fast on a CPU as number by number.
@@ -248,6 +257,7 @@ def assemble(
     `Pieces`.
     """
     schema.check_choice(family, "base", base, BASES)
+    check_type(family, "scales", scales, bool)
     activation = BASES[base]
 
     def init(generator: Generator, shape: Sequence[int]) -> Params:
@@ -360,7 +370,8 @@ def expansion(
     check_integer(family, "size", size, 1, math.inf)
     starts = ["paper", "scaled"] + ["smooth"] * (orders is not None)
     schema.check_choice(family, "init", init, starts)
-    if orders is not None and (len(orders) != size or min(orders) < 1):
+    positive = all(schema.fits(order, int) and order >= 1 for order in orders or ())
+    if orders is not None and (len(orders) != size or not positive):
         raise ValueError(
             f"`{family}` needs `orders` of {size} positive integers, got {orders!r}. "
             "Give one a feature."
@@ -438,6 +449,18 @@ def linear(
     >>> waves.apply(params, torch.zeros(4, 1, 5)).shape
     torch.Size([4, 3, 5])
     """
+    for argument, value, kind in (
+        ("expand", expand, Callable),
+        ("family", family, str),
+        ("orders", orders, Sequence | None),
+        ("options", options, Mapping | None),
+        ("traits", traits, Mapping | None),
+        ("cpp", cpp, Cpp | None),
+        ("triton", triton, Triton | None),
+    ):
+        check_type("linear", argument, value, kind)
+    if grid is not None:
+        check_integer(family, "grid", grid, 1, math.inf)
     arguments = {
         "expand": expand, "size": size, "family": family, "init": init, "orders": orders,
         "grid": grid, "base": base, "scales": scales, "options": options, "traits": traits,
