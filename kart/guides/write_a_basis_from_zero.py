@@ -76,8 +76,8 @@ False
 
 Such a family (`bases.rational`, the wavelets) writes `init` and `apply` itself, as a `bases.Basis`
 whose `expand` returns None; it runs in bounded memory, but slower than one with features. Its trait
-`amplitude` names the parameter that is a factor of the function: what a start at zero sets to zero,
-`operators.resize` weighs anew and `functions.prune` drops.
+`amplitude` names the parameter that is a factor of the function: a start at zero sets it to zero,
+`operators.resize` weighs it anew, and `functions.prune` drops units by it.
 
 >>> def steps():
 ...     def init(generator, shape):  # of any shape, () among them
