@@ -128,6 +128,8 @@ def seeded(generator: Generator | None) -> Generator:
 
 def placed(device: Any, dtype: torch.dtype | None) -> dict[str, Any]:
     """Where and in what parameters of a module are kept, by default as those of torch's modules."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"a module needs a floating-point `dtype`, got {dtype}.")
     return {
         "device": torch.get_default_device() if device is None else device,
         "dtype": torch.get_default_dtype() if dtype is None else dtype,

@@ -130,23 +130,28 @@ def given() -> Operator:
         return {}
 
     def weights(params: Params, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        _unmasked(mask)
-        return params["weights"].to(scores.dtype)
+        return taught(params, mask).to(scores.dtype)
 
     def attend(
         params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        _unmasked(mask)
-        return params["weights"].to(v.dtype) @ v
+        return taught(params, mask).to(v.dtype) @ v
 
     options = {"kind": "given"}
     traits = {"learned": False, "length_free": True, "whole": True}
     return Operator("given", init, weights, attend, options=options, traits=traits)
 
 
-def _unmasked(mask: Tensor | None) -> None:
+def taught(params: Params, mask: Tensor | None) -> Tensor:
+    """The weights among the parameters of `given`; ValueError where there are none, or a mask."""
     if mask is not None:
         raise ValueError("`given` needs no mask, got one: the weights are the teacher's.")
+    if "weights" not in params:
+        raise ValueError(
+            "`given` needs weights among its parameters, got none. Put the model into "
+            "`with_attention`, whose teacher has them."
+        )
+    return params["weights"]
 
 
 def with_attention(student: Model, teacher: Model) -> Model:

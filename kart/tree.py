@@ -151,6 +151,8 @@ def stack(trees: Sequence[Tree], dim: int = 0) -> Tree:
 
 def unstack(tree: Tree, dim: int = 0) -> list[Tree]:
     """The list of trees that `stack` was given."""
+    if any(not -leaf.dim() <= dim < leaf.dim() for leaf in leaves(tree)):
+        raise ValueError(f"`tree.unstack` needs leaves with an axis {dim}, got one without.")
     sizes = {leaf.shape[dim] for leaf in leaves(tree)}
     if len(sizes) != 1:
         raise ValueError(

@@ -396,3 +396,21 @@ def test_what_a_basis_is_pickles_with_it():
     assert (copied.traits, copied.family) == (told.traits, told.family)
     with pytest.raises(TypeError, match="as its factory made it, got a changed 'fourier'"):
         pickle.dumps(bases.fourier(2)._replace(apply=halve))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"grid": 0}, "integer `grid` >= 1, got 0"),
+        ({"family": 3}, "`family` of type str, got 3"),
+        ({"orders": ["a"], "init": "smooth"}, "`orders` of 1 positive integers"),
+        ({"scales": "no"}, "`scales` of type bool, got 'no'"),
+        ({"traits": ["periodic"]}, "`traits` of type .*Mapping.*, got"),
+        ({"cpp": "struct Piece"}, "`cpp` of type .*Cpp.*, got 'struct Piece'"),
+        ({"triton": "def start"}, "`triton` of type .*Triton.*, got 'def start'"),
+        ({"expand": None}, "`expand` of type Callable, got None"),
+    ],
+)
+def test_what_a_basis_of_ones_own_is_made_of_is_checked(options, words):
+    with pytest.raises(ValueError, match=words):
+        bases.linear(**{"expand": lambda x: x[..., None], "size": 1, **options})

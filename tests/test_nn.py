@@ -587,3 +587,8 @@ def test_hooks_of_the_projection_run_under_cross_attention(kind):
     x, context = (torch.randn(1, n, 8, requires_grad=True) for n in (3, 5))
     module(x, context=context).sum().backward()
     assert calls
+
+
+def test_an_operator_is_of_floating_point():
+    with pytest.raises(ValueError, match="floating-point `dtype`, got torch.int32"):
+        nn.operator("G2B", 2, 5, dtype=torch.int32)

@@ -708,3 +708,15 @@ def test_operators_of_blocks_that_differ_are_described_apart():
         "mine: softmax in blocks 1, 2; low rank 12 of fourier units (grid 2) in block 3; low rank "
         "12 of fourier units (grid 3) in block 4"
     )
+
+
+def test_what_is_learned_without_a_basis_is_not_called_fixed():
+    for spec, words in [
+        ("sparsemax", "a fixed function"),
+        ("static", "learned, of no basis"),
+        ("linformer:rank=4", "learned, of no basis"),
+        ("softmax+G2B", "heads that differ"),
+        ("dog-B:rank=4", "low rank 4 of dog units, one a block"),
+    ]:
+        model = models.create("vit_nano", spec, image_size=8, patch_size=4)
+        assert scores.described(spec, model) == f"{spec}: {words}"

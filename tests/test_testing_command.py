@@ -184,3 +184,13 @@ def test_signatures_say_what_may_be_given():
 def test_a_trait_that_no_property_is_of_is_refused(check, objects):
     with pytest.raises(ValueError, match="needs `traits` among .*forward_mode.*, got 'smoth'"):
         check(*objects, traits={"smoth": 3}, only=["deterministic"])
+
+
+def test_a_claim_that_nothing_reads_is_refused():
+    sines = bases.linear(lambda x: x.sin()[..., None], 1, traits={"odd": True})
+    with pytest.raises(ValueError, match="traits are among .*parity.*, got 'odd'"):
+        check_basis(sines, only=["parity"])
+    softmax = operators.softmax()
+    misspelt = softmax._replace(traits={**softmax.traits, "lenght_free": True})
+    with pytest.raises(ValueError, match="got 'lenght_free'. Near matches: length_free"):
+        testing.check_operator(misspelt, only=["length_free"])

@@ -492,3 +492,9 @@ def test_training_says_that_a_donors_filters_were_made_to_fit(tmp_path, capsys):
     argv = ["train", *flags, "--data", str(tmp_path / "colour"), "--from", str(tmp_path / "grey")]
     assert cli.main([*argv, "--out", str(tmp_path / "run")]) == 0
     assert "its filters, for images of 1 channels, made to fit" in capsys.readouterr().out
+
+
+def test_given_weights_are_asked_for():
+    x = torch.ones(2, 3, 4)
+    with pytest.raises(ValueError, match="needs weights among its parameters, got none"):
+        transfer.given().attend({}, x, x, x)

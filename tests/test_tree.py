@@ -157,3 +157,8 @@ def test_ravel_refuses(call, words):
 def test_two_leaves_of_one_path_are_refused():
     with pytest.raises(ValueError, match="a path for each leaf, got two at 'a.b'"):
         tree.named({"a.b": 1, "a": {"b": 2}})
+
+
+def test_what_has_no_such_axis_is_not_unstacked():
+    with pytest.raises(ValueError, match="leaves with an axis 0, got one without"):
+        tree.unstack({"a": torch.tensor(1.0)})

@@ -227,6 +227,24 @@ def new_families() -> None:
     compare(*case(sines(5), 9, 5, rank=5, heads=1), choose=small_tiles)
 
 
+def own_pieces() -> None:
+    """A basis of one's own brings its piece; a wrong one is refused."""
+    draw = engine.cpp._cases
+    engine.cpp._cases = lambda family, attempt: draw(family, attempt)[:1]
+    (_, q, k, coefs), mask, _ = case(sines(2), 9, 5, rank=5, heads=1)
+    for text, words in [
+        (SINES, ""),
+        (SINES.replace("tl.cos(t", "tl.cos(0.99 * t"), "self-check failed: dq"),
+        (SINES.replace("tl.sin", "tl.sine"), "has no attribute"),
+    ]:
+        piece = sines(2).pieces.triton._replace(text=text)
+        basis = bases.linear(sines(2).expand, 2, family="own-sines", triton=piece)
+        product = Product(family_of(basis), q, k, coefs, mask, 0.25)
+        assert words in engine.refuses(product) and bool(words) == bool(engine.refuses(product))
+        found = kernels.contract(basis, coefs, q, k, mask, 0.25, "auto" if words else "triton")
+        assert_close(found, plain.contract(basis, coefs, q, k, mask, 0.25))
+
+
 def half_precision() -> None:
     compare(*case(bases.fourier(3), 20, 33, dtype=torch.float16))
 
@@ -485,7 +503,7 @@ def between_tokens_and_ranks():
 GROUPS = {
     "sizes": [sizes, grids_and_ranks, empty_batch],
     "inputs": [masks, strides, own_coefficients],
-    "values": [families, new_families, half_precision, large_scores, repeats],
+    "values": [families, new_families, own_pieces, half_precision, large_scores, repeats],
     "mixes": [between_tokens_and_ranks],
     "units": [unit_families, new_units, unit_repeats, unit_entry],
     "unit inputs": [unit_sizes, unit_masks, unit_inputs, far_units],

@@ -39,13 +39,19 @@ def _verdict(one: Result, base: Result) -> str:
 
 def _words(op: Operator, name: str) -> str:
     if op.basis is None:
-        return "a fixed function" if op.options.get("kind") == name else op.name
+        if op.name != name:
+            return op.name
+        if op.options.get("kind") == "hybrid":
+            return "heads that differ"
+        return "learned, of no basis" if op.traits.get("learned", True) else "a fixed function"
     options = {k: v for k, v in op.basis.options.items() if k not in ("init", "scales")}
-    units = ", ".join(f"{key} {value}" for key, value in options.items() if value != "zero")
+    shown = {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in options.items()}
+    units = ", ".join(f"{key} {value}" for key, value in shown.items() if value != "zero")
+    units = f" ({units})" if units else ""
     kind = str(op.options.get("kind", op.name)).replace("_", " ")
     rank = f" {op.options['rank']}" if "rank" in op.options else ""
     extra = "".join(f", {k} {op.options[k]}" for k in ("project", "base") if op.options.get(k))
-    return f"{kind}{rank} of {op.basis.family} units ({units}){extra}"
+    return f"{kind}{rank} of {op.basis.family} units{units}{extra}"
 
 
 def described(name: str, model: Model) -> str:

@@ -23,7 +23,7 @@ All take `base`, `init` and `scales`, of which `linear` says more; `init="smooth
 
 from collections.abc import Callable
 
-from kart.bases.basis import BASES, DRAWN, Basis, Cpp, Params, linear, normal
+from kart.bases.basis import BASES, DRAWN, Basis, Cpp, Params, Triton, linear, normal
 from kart.bases.bspline import bspline
 from kart.bases.fourier import fourier, harmonics
 from kart.bases.polynomial import chebyshev, polynomial
@@ -63,6 +63,7 @@ __all__ = [
     "Basis",
     "Cpp",
     "Params",
+    "Triton",
     "harmonics",
     "linear",
     "normal",

@@ -62,7 +62,8 @@ class Triton(NamedTuple):
     Where `gate` is 0 rather than 1 they return zeros. `fold` maps coefficients `(..., K, M)` to
     those of the derivative, where that has the same features: `feature` then returns the value for
     the slope. `rescale` multiplies coefficients `(..., K, M, r)` in place, where the features of
-    the text are multiples of the family's.
+    the text are multiples of the family's. `linear` takes it as its `triton`; as with `Cpp`, what
+    is wrong is refused.
 
     Any other family defines `unit(x, theta, FAST: tl.constexpr)`, one function with P parameters: a
     value, its slope in x, and a tuple of its derivatives by the P tiles `theta`, which broadcast
@@ -200,6 +201,15 @@ def check_span(function: str, span: Sequence[float]) -> tuple[float, float]:
     return float(span[0]), float(span[1])
 
 
+def check_type(function: str, argument: str, value: Any, kind: Any) -> None:
+    """Raises ValueError unless `value` is of the type `kind`."""
+    if not schema.fits(value, kind):
+        raise ValueError(
+            f"`{function}` needs `{argument}` of type {schema.name(kind)}, got {value!r:.100}. "
+            "Change it."
+        )
+
+
 def last_axis(features: Tensor) -> Tensor:
     """`(K, ...)` as `(..., K)`, a view: a feature lies together in memory, and is written and read
     in rows, eight times as fast on a CPU as number by number.
@@ -247,6 +257,7 @@ def assemble(
     `Pieces`.
     """
     schema.check_choice(family, "base", base, BASES)
+    check_type(family, "scales", scales, bool)
     activation = BASES[base]
 
     def init(generator: Generator, shape: Sequence[int]) -> Params:
@@ -359,7 +370,8 @@ def expansion(
     check_integer(family, "size", size, 1, math.inf)
     starts = ["paper", "scaled"] + ["smooth"] * (orders is not None)
     schema.check_choice(family, "init", init, starts)
-    if orders is not None and (len(orders) != size or min(orders) < 1):
+    positive = all(schema.fits(order, int) and order >= 1 for order in orders or ())
+    if orders is not None and (len(orders) != size or not positive):
         raise ValueError(
             f"`{family}` needs `orders` of {size} positive integers, got {orders!r}. "
             "Give one a feature."
@@ -411,6 +423,7 @@ def linear(
     options: Mapping[str, Any] | None = None,
     traits: Mapping[str, Any] | None = None,
     cpp: Cpp | None = None,
+    triton: Triton | None = None,
 ) -> Basis:
     """A basis of one's own from its features: phi(x) = sum_k coefs[k] expand(x)[k].
 
@@ -428,20 +441,32 @@ def linear(
             scale_base b + scale_basis sum. With them a unit has 2 more parameters, the count of the
             paper's tables ((2G + 3) with W's one); where b is zero, `scale_base` is counted alone.
         options, traits: recorded in the result as they are.
-        cpp: the features and their slopes in C++, for the compiled engine; held against `expand`
-            before it is used, and refused where the two differ.
+        cpp, triton: the features and their slopes in C++ and in Triton, for the engines on the CPU
+            and on a GPU; held against `expand` before they are used, and refused where they differ.
 
     >>> waves = linear(lambda x: torch.stack([x.sin(), (2 * x).sin()], dim=-1), 2, family="sines")
     >>> params = waves.init(torch.Generator().manual_seed(0), (3, 5))
     >>> waves.apply(params, torch.zeros(4, 1, 5)).shape
     torch.Size([4, 3, 5])
     """
+    for argument, value, kind in (
+        ("expand", expand, Callable),
+        ("family", family, str),
+        ("orders", orders, Sequence | None),
+        ("options", options, Mapping | None),
+        ("traits", traits, Mapping | None),
+        ("cpp", cpp, Cpp | None),
+        ("triton", triton, Triton | None),
+    ):
+        check_type("linear", argument, value, kind)
+    if grid is not None:
+        check_integer(family, "grid", grid, 1, math.inf)
     arguments = {
         "expand": expand, "size": size, "family": family, "init": init, "orders": orders,
         "grid": grid, "base": base, "scales": scales, "options": options, "traits": traits,
-        "cpp": cpp,
+        "cpp": cpp, "triton": triton,
     }  # fmt: skip
-    name = names.own(family, expand, size, base, cpp)
+    name = names.own(family, expand, size, base, (cpp, triton))
     return expansion(
         linear,
         expand,
@@ -453,4 +478,5 @@ def linear(
         traits=traits or {},
         own=(family, arguments, name),
         cpp=cpp,
+        triton=triton,
     )

@@ -27,10 +27,10 @@ def builtin(factory: Callable[..., Any], options: Mapping[str, Any]) -> str:
     return f"kart.bases:{factory.__name__}?{json.dumps(options, sort_keys=True)}"
 
 
-def own(family: str, expand: Callable[..., Any], size: int, base: str, cpp: Any) -> str:
+def own(family: str, expand: Callable[..., Any], size: int, base: str, pieces: Any) -> str:
     """The name of features of one's own: where they are written, and a hash of what they are."""
     where = f"{getattr(expand, '__module__', '')}.{getattr(expand, '__qualname__', '')}"
-    text = "\n".join((family, str(size), base, repr(cpp), *_parts(expand, {})))
+    text = "\n".join((family, str(size), base, *_parts((pieces, expand), {})))
     return f"own:{family}:{where}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 

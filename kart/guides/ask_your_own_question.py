@@ -33,8 +33,8 @@ trained, such as heads that do not divide the width, is pruned where it is drawn
     kart study run my_question.py --set epochs=10 --fix learning_rate=1e-3 --out runs/longer
 
 Killed and started again, it goes on. Several machines share one storage: `kart study init` with
-`--storage postgresql://...`, `kart study work` as often as you like. Names near what you meant
-are listed for what does not exist; an option without effect is an error.
+`--storage postgresql://...`, `kart study work` as often as you like. A name that does not exist is
+an error that lists those near it, and so is an option without effect.
 
 # A space without a file
 

@@ -17,8 +17,8 @@ seeds know. One seed has none.
 '96.20 (one seed)'
 
 A difference to the baseline is paired by seed, since a seed fixes the batches and the first weights
-of both. Its interval may leave out zero where the intervals of the two overlap: it is the number to
-quote.
+of both. Quote this number: its interval can leave out zero although the intervals of the two
+overlap.
 
 >>> statistics.difference([0.972, 0.967, 0.977], [0.962, 0.958, 0.966]).text(sign="+")
 '+1.00 [+0.75, +1.25]'
@@ -43,12 +43,19 @@ not by itself what the decision rests on: the pointing game, on images whose obj
 
 # How tokens are mixed
 
-What accuracy is lost where every learned function is replaced by the constant, the affine function
-or the exponential nearest to it: the upper end of a cost's interval says how much the shape that it
-had can matter, where one that is not clear of zero alone may only say that seeds are few. The first
-column replaces the whole attention matrix by its mean over images, which no image can change. Below
-it what is left of the cost after some more steps of training, the share of the output that position
-explains, and what the mean matrix looks like.
+The points of accuracy that are lost when every learned function is replaced by the constant, the
+affine function or the exponential nearest to it. Read the upper end of the interval: its shape
+matters no more than that. That an interval holds zero may only say that seeds are few. The first
+column replaces the whole attention matrix by its mean over images. Below stand what is left of the
+loss after some more steps of training, the share of the output that position explains, and the mean
+matrix as a picture.
+
+# Spectra, weights, landscape, curvature, cost
+
+How many directions a head's weights use; how weights are distributed, over training where the run
+kept a trajectory (`--trajectory 60`); how the loss rises around the final weights, along the path
+of that trajectory and in a random plane; eigenvalues and trace of the Hessian; and what an operator
+costs beside softmax. Each says on the page what it measures.
 
 # A study's page
 

@@ -38,6 +38,11 @@ An operator takes any basis, and streams it: what `attend` needs is `expand`.
 >>> operator.attend(params, q, k, v).shape
 torch.Size([2, 9, 8])
 
+In torch alone that takes a multiple of softmax's time. `bases.linear` takes the same features in
+C++ and in Triton as well, `cpp=bases.Cpp(text)` and `triton=bases.Triton(text)`: kart/bases/rbf.py
+has both. A piece is held against `expand` before its first use; one that is wrong is refused, with
+a line in the log, and torch runs.
+
 # Is it right?
 
 The suites that kart's own families pass ask yours the same: derivatives, dtypes, `vmap`, half
@@ -71,8 +76,8 @@ False
 
 Such a family (`bases.rational`, the wavelets) writes `init` and `apply` itself, as a `bases.Basis`
 whose `expand` returns None; it runs in bounded memory, but slower than one with features. Its trait
-`amplitude` names the parameter that is a factor of the function: what a start at zero sets to zero,
-`operators.resize` weighs anew and `functions.prune` drops.
+`amplitude` names the parameter that is a factor of the function: a start at zero sets it to zero,
+`operators.resize` weighs it anew, and `functions.prune` drops units by it.
 
 >>> def steps():
 ...     def init(generator, shape):  # of any shape, () among them

@@ -33,7 +33,8 @@ a step is held to, `core.py` how a property is run and how a failure reads.
 
 * Some properties are asked of everyone (elementwise, derivatives, dtypes, vmap, float32 against
   float64, half precision, NaN behind masks). The others follow from what the object declares in
-  `traits`; a trait that is not declared is probed, and listed as skipped with what the probe found.
+  `traits`; a trait that is not declared is probed, and listed as skipped with what the probe found;
+  one that nothing reads is an error.
   "points" are where something happens (knots, poles, ends): examples are drawn on and beside them.
 * Transforms are taken to hold unless traits say False: "vmap", "forward_mode", "second_derivative",
   and "compiles" for a basis. A right `torch.autograd.Function` without `jvp` declares

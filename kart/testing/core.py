@@ -101,19 +101,27 @@ def with_traits(
     own: Mapping[str, Any],
     given: Mapping[str, Any] | None,
     others: Sequence[str] = (),
+    declared: Mapping[str, Any] | None = None,
+    elsewhere: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The traits of an object, its `own` and those `given` beside them; refuses given ones of which
-    nothing depends: those of no property, not among its own, nor among `others`.
+    """The traits of an object: its `own`, those that it has `declared` and those `given` beside
+    them. Refuses one of which nothing depends: of no property, not among its own, nor among
+    `others`; those that are read `elsewhere` may be declared, and are left out.
     """
     known = {one.trait for one in properties if one.trait} | {*own, *others}
-    unknown = sorted(set(given or {}) - known)
-    if unknown:
-        near = schema.near_matches(unknown[0], known)
-        raise ValueError(
-            f"`{kind}_suite` needs `traits` among {', '.join(sorted(known))}, got {unknown[0]!r}."
-            f"{near}"
-        )
-    return {**own, **(given or {})}
+    for source, traits, names in (
+        ("`traits`", given or {}, known),
+        ("an object whose traits are", declared or {}, {*known, *elsewhere}),
+    ):
+        unknown = sorted(traits.keys() - names)
+        if unknown:
+            near = schema.near_matches(unknown[0], names)
+            raise ValueError(
+                f"`{kind}_suite` needs {source} among {', '.join(sorted(names))}, got "
+                f"{unknown[0]!r}.{near}"
+            )
+    kept = {name: value for name, value in (declared or {}).items() if name in known}
+    return {**own, **kept, **(given or {})}
 
 
 DTYPES = (torch.float32, torch.float64)

@@ -236,7 +236,7 @@ def _wanted(family: Family, case: _Case, softmax: bool) -> dict[str, Tensor]:
     return found | {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
 
 
-def _found(engine: Engine, family: Family, case: _Case, softmax: bool) -> dict[str, Tensor]:
+def _found(engine: Any, family: Family, case: _Case, softmax: bool) -> dict[str, Tensor]:
     """The same by the compiled kernels."""
     q, k, v = (case.leaves[name] for name in "qkv")
     units = {name: x.clone().requires_grad_() for name, x in units_of(case.leaves).items()}
@@ -266,7 +266,7 @@ def _steady(family: Family, case: _Case) -> bool:
     return True
 
 
-def _check(engine: Engine, family: Family, softmax: bool) -> None:
+def check(engine: Any, family: Family, softmax: bool) -> None:
     """RuntimeError unless the kernels agree with the plain expressions."""
     draws = (_cases(family, attempt) for attempt in range(16))
     steady = (cases for cases in draws if all(_steady(family, case) for case in cases))
@@ -299,7 +299,7 @@ def engine_of(family: Family, softmax: bool) -> tuple[Engine | None, str]:
         re.sub(r"[^\w]+", "-", family.basis.family),
         source(family, softmax),
         functools.partial(Engine, options=family.pieces.cpp.options),
-        functools.partial(_check, family=family, softmax=softmax),
+        functools.partial(check, family=family, softmax=softmax),
     )
 
 

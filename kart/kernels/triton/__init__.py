@@ -3,7 +3,8 @@
 `forward` and `backward` are raw operations on a `kart.kernels.family.Product`, deterministic and
 seen by no transform: of linear families by `linear`, of units that are not linear in their
 parameters by `units`. Triton itself is imported by their first call. With TRITON_INTERPRET=1 in the
-environment before that, the same kernels run on CPU tensors, slowly: so they are tested.
+environment before that, the same kernels run on CPU tensors, slowly: so they are tested. A piece
+of the user's own is held against the plain expression before its first use.
 
 Products of float32 inputs follow `torch.set_float32_matmul_precision`: "highest", torch's default,
 splits each operand in two ("tf32x3", about 22 bits); "high" and "medium" round it to tf32 (11
@@ -12,15 +13,20 @@ bits: with a score of 100 goes an error of 0.05). Scores and sums are float32 fo
 
 import functools
 import importlib.util
+import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kart.kernels.family import Product
+from kart.kernels import cpp
+from kart.kernels.family import Family, Product, once, pin
+from kart.kernels.transforms import for_good
 from kart.kernels.triton import linear, units
 from kart.kernels.triton.launch import Tiles, interpreted, kind_of
+
+log = logging.getLogger("kart.kernels")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTH = 128
@@ -68,6 +74,38 @@ def refuses(product: Product) -> str:
     if _kernels(product) is units and family.width > units.PARAMETERS:
         most = units.PARAMETERS
         return f"the Triton engine takes units of {most} parameters at most, not {family.width}"
+    return _refuses_piece(family, q.device) if family.name.startswith("own:") else ""
+
+
+class _There(NamedTuple):
+    """The kernels on a device, exact, for tensors of the CPU."""
+
+    device: torch.device
+
+    def forward(self, product: Product, soft: None) -> tuple[Tensor, ...]:
+        return (forward(self._moved(product), "ieee").cpu(),)
+
+    def backward(self, product: Product, dy: Tensor, soft: None) -> tuple[Tensor, ...]:
+        found = backward(self._moved(product), dy.to(self.device), "ieee")
+        return tuple(x.cpu() for x in found)
+
+    def _moved(self, product: Product) -> Product:
+        tensors = {name: x for name, x in product._asdict().items() if isinstance(x, Tensor)}
+        return product._replace(**{name: x.to(self.device) for name, x in tensors.items()})
+
+
+@once
+def _refuses_piece(family: Family | None, device: torch.device) -> str:
+    """Why the piece of a basis of one's own is not taken, or ""; logged once."""
+    assert family is not None
+    pin(family)
+    try:
+        with for_good(), torch.device("cpu"):
+            cpp.check(_There(device), family, False)
+    except Exception as error:
+        why = " ".join(str(error).split())
+        log.warning("kart's Triton engine is off for %s, torch runs instead: %s", family.name, why)
+        return why
     return ""
 
 

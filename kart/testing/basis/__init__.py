@@ -37,11 +37,12 @@ def suite(
     require("basis", obj, ("init", "apply", "expand"), "`kart.bases.linear` makes a basis.")
     # the contract itself declares it: features are what `apply` is linear in
     own = {**laws.TRANSFORMS, "compiles": True, "linear": obj.expand(torch.zeros(1)) is not None}
-    own |= getattr(obj, "traits", None) or {}
+    claims = getattr(obj, "traits", None)
     options = dict(getattr(obj, "options", None) or {})
     family = str(getattr(obj, "family", None) or type(obj).__name__)
     shown = {k: v for k, v in options.items() if k != "init"}
     asked = (*PROPERTIES, *OF_FAMILY.get(family, ()))
-    declared = with_traits("basis", asked, own, traits, ("amplitude", "finite", "points"))
+    others = ("amplitude", "finite", "points")
+    declared = with_traits("basis", asked, own, traits, others, claims, ["operations"])
     subject = Subject(obj, family, options, declared, dtypes_of(dtype))
     return Suite("basis", name or title(family, shown), subject, declared, asked)

@@ -20,6 +20,10 @@ PROPERTIES = (
     *traits.PROPERTIES,
 )
 
+# traits that other rooms read, see `kart.operators.Operator`
+ELSEWHERE = ("activation_flops", "by_length", "by_place", "learned", "of_scores", "product_flops")
+ELSEWHERE += ("queries_last", "self_attention", "whole")
+
 
 def suite(
     obj: Any,
@@ -39,10 +43,9 @@ def suite(
     """
     parts = ("init", "weights", "attend")
     require("operator", obj, parts, "`kart.operators.low_rank` makes one from a basis.")
-    known = {one.trait for one in PROPERTIES}
-    own = {k: v for k, v in (getattr(obj, "traits", None) or {}).items() if k in known}
-    own = {**laws.TRANSFORMS, **traits_of(obj), **own}
-    declared = with_traits("operator", PROPERTIES, own, traits)
+    own = {**laws.TRANSFORMS, **traits_of(obj)}
+    claims = getattr(obj, "traits", None)
+    declared = with_traits("operator", PROPERTIES, own, traits, (), claims, ELSEWHERE)
     groups = (getattr(obj, "options", None) or {}).get("groups")
     if heads is None and groups:
         heads = sum(count for _, count in groups)
