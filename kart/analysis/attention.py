@@ -844,11 +844,5 @@ def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:
 
 
 ANALYSIS = Analysis(
-    "attention",
-    "Attention",
-    section,
-    version=3,
-    minutes=2.5,
-    measure=measure,
-    uses=("shown",),
+    "attention", "Attention", section, version=3, minutes=2.5, measure=measure, uses=("shown",)
 )

@@ -559,10 +559,5 @@ def section(context: Context) -> pages.Section:
 
 
 ANALYSIS = Analysis(
-    "curvature",
-    "Curvature",
-    section,
-    minutes=9.0,
-    measure=measure,
-    uses=("examples", "limit_mib"),
+    "curvature", "Curvature", section, minutes=9.0, measure=measure, uses=("examples", "limit_mib")
 )

@@ -93,10 +93,7 @@ FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
         "learning_rate": (_rate, "peak of the schedule; `paper` for 5e-4 * batch / 512"),
         "start_learning_rate": (REAL, "where the warm-up begins"),
         "end_learning_rate": (REAL, "where the cosine ends"),
-        "warmup_epochs": (
-            REAL,
-            "linear warm-up, <= --epochs; half of the run at most",
-        ),
+        "warmup_epochs": (REAL, "linear warm-up, <= --epochs; half of the run at most"),
         "weight_decay": (REAL, "decoupled weight decay"),
         "adam_eps": (REAL, "epsilon of AdamW"),
         "max_norm": (REAL, "global norm to which gradients are clipped"),
@@ -210,10 +207,7 @@ def check_effects(
             f"a warm-up (`{asked('warmup_epochs')}`)",
             not any(one.warmup_epochs for one in configs),
         ),
-        "sharing": (
-            "an operator that learns",
-            not any(_learned(one.operator) for one in configs),
-        ),
+        "sharing": ("an operator that learns", not any(_learned(one.operator) for one in configs)),
     }
     for name, (needed, is_idle) in idle.items():
         if name in given and is_idle:

@@ -144,11 +144,7 @@ def _study_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--pruner", help=PRUNERS_HELP)
     group.add_argument(
-        "--objectives",
-        type=commas,
-        metavar="NAMES",
-        default=("accuracy",),
-        help=OBJECTIVES_HELP,
+        "--objectives", type=commas, metavar="NAMES", default=("accuracy",), help=OBJECTIVES_HELP
     )
     for name, unit in LIMITS_HELP.items():
         short = {"parameters": "params"}.get(name, name)

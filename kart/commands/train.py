@@ -13,17 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator
 
-from kart import (
-    data,
-    distributed,
-    operators,
-    population,
-    recipes,
-    runs,
-    statistics,
-    tables,
-    train,
-)
+from kart import data, distributed, operators, population, recipes, runs, statistics, tables, train
 from kart.analysis import cost
 from kart.commands.command import Command, integer, number, place
 from kart.commands.config import (
