@@ -6,7 +6,6 @@ beforehand comes from their headers, and mean and standard deviation from the fi
 (shuffled) training split; both are noted in the cache directory.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from kart import schema
 from kart.data import cache, changes, files, images, splits, statistics, unpacked
 from kart.data.dataset import Dataset
 from kart.data.finding import Finding
@@ -199,8 +199,8 @@ class _Note:
     """A small JSON file in the cache directory about files that did not change since."""
 
     def __init__(self, base: Path, found: Finding, about: list):
-        key = json.dumps([_FORMAT, found.identity, about])
-        self.path = base / f"stream-{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
+        key = schema.digest([_FORMAT, found.identity, about])
+        self.path = base / f"stream-{key[:20]}.json"
 
     def read(self) -> dict[str, Any] | None:
         try:

@@ -8,7 +8,6 @@ named `<study>/<arm>`.
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import sqlite3
 import threading
@@ -27,7 +26,7 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
 import kart
-from kart import checkpoint
+from kart import checkpoint, schema
 from kart.search import patience
 from kart.search.trials import OBJECTIVES
 
@@ -418,8 +417,7 @@ class PerTrial(BaseSampler):
         first = original(trial)
         trials = study.get_trials(deepcopy=False)
         index = sum(original(one) == one.number < first for one in trials)
-        digest = hashlib.sha256(json.dumps([*self._keys, index]).encode()).digest()
-        self._now = self._make(int.from_bytes(digest[:4], "big"))
+        self._now = self._make(int(schema.digest([*self._keys, index])[:8], 16))
         self._now.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> Any:
