@@ -162,9 +162,7 @@ def _bound(make: Any) -> Iterator[tuple[ModuleType, str]]:
 
 @contextlib.contextmanager
 def _draws() -> Iterator[list[Any]]:
-    """Notes within the block what torch draws from, and the seeds of numpy's and Python's
-    generators that are made.
-    """
+    """Notes what torch draws from, and what seeds generators of numpy and Python are made of."""
     seen: list[Any] = []
     with contextlib.ExitStack() as stack:
         for module, name in SEEDED:

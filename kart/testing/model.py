@@ -107,9 +107,7 @@ def intermediates_agree(s: Subject, seed: int, dtype: torch.dtype) -> None:
 
 
 def _blocks(names: Sequence[str], params: Params) -> dict[str, list[str]]:
-    """The intermediates of each block, in their order: a block is the longest dotted path that an
-    intermediate shares with parameters.
-    """
+    """The intermediates of each block in order: the longest path that parameters have, too."""
     paths = {
         ".".join(parts[:n])
         for parts in (name.split(".") for name in tree.named(params))
