@@ -419,10 +419,6 @@ def _equalize(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tenso
     return torch.where(step[..., None] == 0, images, new)  # too few pixels to spread
 
 
-def _invert(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
-    return 1 - images
-
-
 def _posterize(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
     bits = 4 - (level * 4).long()
     mask = 256 - 2 ** (8 - bits)
@@ -485,7 +481,7 @@ def _rotated(x: Tensor, y: Tensor, angle: Tensor, width: int, height: int) -> tu
 OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "autocontrast": _autocontrast,
     "equalize": _equalize,
-    "invert": _invert,
+    "invert": lambda images, level, sign, fill: 1 - images,
     "rotate": _warp(_rotated, math.radians(30)),
     "posterize": _posterize,
     "solarize": _solarize,

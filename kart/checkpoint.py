@@ -2,8 +2,7 @@
 
 A file holds every leaf under `<tree>.<dotted path>`, so any safetensors reader can look inside, and
 one metadata entry `kart`: JSON with the format, the versions of kart and torch, the config, the
-containers, and digests of every tree and of the JSON itself, so that damage is found when it is
-read.
+containers, and digests of every tree and of the JSON itself: damage is found when it is read.
 """
 
 import contextlib
@@ -563,9 +562,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes contiguous tensors on the CPU to a safetensors file, whole or not at all; whom the
-    umask allows may read it.
-    """
+    """Writes contiguous tensors on the CPU as safetensors, whole or not at all, by the umask."""
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - stale.stat().st_mtime > STALE_S:

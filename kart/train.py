@@ -266,8 +266,7 @@ def check_sizes(model: str, given: Mapping[str, Any]) -> None:
 def build(config: Config, dataset: Dataset) -> Model:
     """The model of `config` for the images and classes of `dataset`.
 
-    With `attention_from` that is a student; `operator` and the other fields of the model are those
-    of both.
+    With `attention_from` a student; `operator` and the other fields of the model are those of both.
     """
     dataset.check()
     given = {name: getattr(config, name) for name in MODEL_FIELDS}
@@ -345,9 +344,7 @@ class Metrics(NamedTuple):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats, `(..., C)` and soft targets `(..., C)` to `(...)`, in float32 or
-    wider.
-    """
+    """Cross-entropy in nats, logits and soft targets `(..., C)` to `(...)`, in float32 at least."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return -(targets * logits.log_softmax(-1)).sum(-1)
 
@@ -452,9 +449,7 @@ Differentiate = Callable[[Params, Tensor, Tensor], tuple[Params, Tensor]]
 def trained_alone(
     held: Collection[str], loss: Callable[[Params, Tensor, Tensor], Tensor]
 ) -> Differentiate:
-    """`(gradients, value)` of `loss` where the parameters `held` are frozen: gradients of zeros
-    there.
-    """
+    """`(gradients, value)` of `loss` where parameters are `held`: gradients of zeros there."""
 
     def of_free(own: Params, params: Params, images: Tensor, targets: Tensor) -> Tensor:
         named = tree.named(own)
@@ -571,9 +566,7 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
         mean = average.update(state.average, params) if config.ema else state.average
         counters, fine = counted(state, value, norm)
 
-        def keep(new: Tensor, old: Tensor) -> Tensor:
-            return torch.where(fine, new, old)
-
+        keep = functools.partial(torch.where, fine)
         # made anew: what `_replace` gives lacks fields in a compiled step of torch 2.11
         following = State(
             tree.map(keep, params, state.params),
@@ -621,9 +614,7 @@ def whole(config: Config, step: Step, *, donate: bool = False) -> Step:
 
 
 def donated(config: Config, functions: Program) -> Step:
-    """A step that may write over the state that it is given, in the form that the config asks
-    for.
-    """
+    """A step that may write over the state that it is given, in the form the config asks for."""
     step = functions.step if config.step == "compiled" else functions.advance
     return whole(config, step, donate=True)
 

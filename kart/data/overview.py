@@ -197,7 +197,8 @@ def _sheet(
     draw = ImageDraw.Draw(sheet)
     for row, (name, count) in enumerate(counts.items()):
         place = (gap, gap + row * (side + gap) + side // 2 - 8)
-        draw.text(place, f"{_printable(name)} ({count})", fill="black", font_size=14)
+        printable = name.encode("ascii", "replace").decode()[:20]  # Pillow's own font has no more
+        draw.text(place, f"{printable} ({count})", fill="black", font_size=14)
         for column, image in enumerate(image for label, image in shown if label == row):
             # small images stay sharp squares, large ones are scaled down smoothly
             small = max(image.size) <= side
@@ -210,11 +211,6 @@ def _sheet(
         place = (gap, height - side // 2 - 8)
         draw.text(place, f"{more} more classes", fill="black", font_size=14)
     return sheet
-
-
-def _printable(name: str) -> str:
-    # Pillow's own font knows no more
-    return name.encode("ascii", "replace").decode()[:20]
 
 
 def _few(counts: dict[str, int]) -> str:
