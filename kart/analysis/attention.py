@@ -79,9 +79,7 @@ def window_maps(weights: Tensor, cut: windows.Cut) -> Tensor:
 
 
 def last_maps(model: Model, aux: Mapping[str, Tensor]) -> Tensor:
-    """The maps `(..., H, rows, columns)` of the last block from `model.intermediates`: those of the
-    class token, or in windows `window_maps`.
-    """
+    """Maps `(..., H, rows, columns)` of the last block: of its class token, or `window_maps`."""
     weights, cut = aux[f"blocks.{len(model.sites) - 1}.weights"], model.sites[-1].cut
     return class_maps(weights) if cut is None else window_maps(weights, cut)
 
@@ -599,9 +597,7 @@ class Scenes(NamedTuple):
 
 
 def _scenes(context: Context) -> Scenes:
-    """Validation images (`some_images`) with the masks of the data, where they have any and are
-    shown whole, else pasted by `scenes.pasted`.
-    """
+    """Validation images with the masks of the data, where shown whole, else `scenes.pasted`."""
     config = context.results[0].configs[0]
     size = context.model(config).config.image_size
     whole = context.splits.val

@@ -230,8 +230,7 @@ def moved(values: Tensor, initial: Tensor) -> Tensor:
 
 def density(scores: Tensor, x: Tensor) -> Tensor:
     """How often scores are seen at each point of an ascending grid: `x (X)` to `(X,)` of sum 1,
-    float64. A score counts at the nearest point; those beyond the ends by more than half a step are
-    not counted.
+    float64. A score counts at the nearest point, unless it is over half a step beyond the ends.
 
     >>> density(torch.tensor([0.1, 0.9, 1.1, 9.0]), torch.tensor([0.0, 1.0])).tolist()
     [0.3333333333333333, 0.6666666666666666]
@@ -615,9 +614,7 @@ def _pruned(context: Context, member: Member) -> dict[str, Tensor]:
 
 
 def section(context: Context) -> pages.Section:
-    """How much the output follows the scores, what the functions are near to, what of them can be
-    dropped, and their pictures.
-    """
+    """How much follows the scores, what functions are near to, what can be dropped; pictures."""
     found = scalars(context, measure)
     column = percent("score_share", "of the scores %")
     kinds = [Column(f"r2_{name}", f"R² {name}", 3, low=0.0, high=1.0) for name in Fits._fields]
@@ -650,9 +647,8 @@ def section(context: Context) -> pages.Section:
             f"Each panel is a head, {context.first_seeds}. Solid: the four units that move its "
             "weights most; dotted: the same units before training. Grey band: 90 % of all its "
             "units. Silhouette: where the scores that they see of validation images lie, which is "
-            "where the functions are used. The "
-            "change is the root mean square over all units of a head, relative to the initial "
-            "functions."
+            "where the functions are used. The change is the root mean square over all units of a "
+            "head, relative to the initial functions."
         ),
         pages.text(
             "A key's weight by its own score is the sum over p of W[m, p] \u03c6_pm(score), less "

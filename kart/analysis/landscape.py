@@ -124,8 +124,7 @@ def _across(direction: Tensor) -> Tensor:
 def coordinates(path: Tensor, directions: Tensor) -> Tensor:
     """Where the snapshots lie in the plane about the last of them, `(T, P)` to `(T, 2)`, float64.
 
-    The coordinates of the nearest points of the plane, whether or not `directions (2, P)` are
-    orthonormal.
+    The coordinates of the nearest points of the plane, be `directions (2, P)` orthonormal or not.
 
     >>> coordinates(torch.tensor([[1.0, 2.0, 9.0], [0.0, 0.0, 0.0]]), torch.eye(3)[:2]).tolist()
     [[1.0, 2.0], [0.0, 0.0]]
@@ -382,9 +381,7 @@ def roughness(z: Tensor, axes: Tensor) -> Tensor:
 
 
 def _levels(surfaces: Iterable[Tensor]) -> list[float]:
-    """Levels of the loss that several surfaces share: its lowest value, and from there on evenly
-    spaced in the logarithm of the rise.
-    """
+    """Levels of the loss for surfaces: the lowest, then even in the logarithm of the rise."""
     finite = torch.cat([z[z.isfinite()].flatten().cpu() for z in surfaces])
     if not len(finite):
         raise ValueError("`plot` needs a surface with finite points, got none. Shrink the extent.")
@@ -441,9 +438,7 @@ def plot(
 
 
 def plot_surfaces(surfaces: Mapping[str, Tensor], axes: Mapping[str, Tensor]) -> Any:
-    """A matplotlib Figure: each surface by name in perspective, all with the same height and
-    colours; Args as of `plot`.
-    """
+    """A matplotlib Figure: surfaces by name in perspective, one height and colours; see `plot`."""
     _check_named(surfaces, axes)
     levels = _levels(surfaces.values())
     fig, cells = figures.panels(len(surfaces), 3, 3.0, 2.8, subplot_kw={"projection": "3d"})

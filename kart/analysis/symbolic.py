@@ -42,9 +42,7 @@ def _checked(name: str, values: Tensor, x: Tensor, density: Tensor | None) -> tu
 
 
 class Clusters(NamedTuple):
-    """Functions that are alike: the cluster of each, `(n,)`, -1 for none, and the index of the
-    function that leads each cluster, `(clusters,)`.
-    """
+    """Alike functions: the cluster of each, `(n,)`, -1 for none; the leaders, `(clusters,)`."""
 
     labels: Tensor
     leaders: Tensor

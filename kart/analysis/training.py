@@ -20,9 +20,7 @@ LEAST_EPOCHS = 6
 
 
 def history(records: Sequence[Sequence[Record]], key: str) -> Tensor:
-    """Entry `key` of `records[epoch][member]`, as `population.fit` yields them: float64 `(members,
-    epochs)`.
-    """
+    """Entry `key` of `records[epoch][member]` of `population.fit`: float64 `(members, epochs)`."""
     if not records or any(key not in record for row in records for record in row):
         raise ValueError(
             f"`history` needs records with {key!r}, got {len(records)} epochs of them. "
@@ -42,9 +40,7 @@ class Trend(NamedTuple):
 
     @property
     def at_rest(self) -> bool:
-        """Whether it rose by no more than a point, or by no more than twice the error; never with
-        less than six epochs, which cannot show it.
-        """
+        """Whether it rose by a point at most, or twice the error; never with under six epochs."""
         return self.epochs >= LEAST_EPOCHS and self.rise <= max(RISE, 2 * self.error)
 
 

@@ -64,9 +64,7 @@ def outlast() -> None:
 
 
 def standalone(main: Callable[..., int | None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs `main(argv)` as this process, which ends with the status that it returns, or with 2 and
-    one line for a mistake that it raises.
-    """
+    """Runs `main(argv)` as this process; ends with its status, or 2 and a line on a mistake."""
     outlast()
     try:
         sys.exit(main(argv))
@@ -84,9 +82,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **options)
 
     def check_once(self, argv: Sequence[str]) -> None:
-        """Raises for a flag that takes several values and stands there twice: the last one would
-        hold alone.
-        """
+        """Raises for a flag of several values that is there twice: the last would hold alone."""
         before = argv[: argv.index("--")] if "--" in argv else argv
         names = [word.partition("=")[0] for word in before]
         for flag, action in self._option_string_actions.items():

@@ -172,9 +172,7 @@ def config_of(args: argparse.Namespace, **changes: Any) -> Config:
 
 
 def configs_of(args: argparse.Namespace) -> list[Config]:
-    """One Config for each of the operators; each option of operators is for those that leave it
-    open.
-    """
+    """One Config for each operator; options of operators are for those that leave them open."""
     specs = [config_of(args, operator=text).operator for text in args.operator]
     some = set[str]().union(*map(runs.options_of, specs))
     configs = [
@@ -198,9 +196,7 @@ def flag(name: str) -> str:
 def check_effects(
     given: Collection[str], configs: Sequence[Config], asked: Callable[[str], str] = flag
 ) -> None:
-    """Refuses fields that were `given`, as `asked` names them, and change nothing in what `configs`
-    do.
-    """
+    """Refuses fields that were `given`, as `asked` names them, and change nothing in `configs`."""
     idle = {
         "ema_warmup": (f"`{asked('ema')}`", not any(one.ema for one in configs)),
         "start_learning_rate": (

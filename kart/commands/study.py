@@ -206,9 +206,7 @@ def _report_flags(parser: argparse.ArgumentParser) -> None:
 
 
 class Opened(NamedTuple):
-    """A study that is there: where, its database and settings, and, where its code was named on
-    the command line, its question.
-    """
+    """A study that is there: where, database, settings, its question if its code was named."""
 
     where: "Home"
     database: "RDBStorage"

@@ -209,9 +209,7 @@ def _limited(val: data.Dataset, count: int) -> data.Dataset:
 
 
 def loader(val_limit: int | None = None) -> Callable[[Config], Splits]:
-    """Loads training and validation data of configs, each once; `val_limit` images to validate, as
-    `Dataset.spread` has them.
-    """
+    """Loads the data of configs, each once; `val_limit` images to validate, by `Dataset.spread`."""
 
     @functools.lru_cache
     def load(of_data: Config) -> Splits:
