@@ -106,19 +106,17 @@ def add(parser: Parser, commands: Sequence[Command]) -> None:
     # argparse wants a metavar to list them without their names in braces
     below = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for one in commands:
-        child = below.add_parser(
+        sub = below.add_parser(
             one.name, help=one.help, description=one.description or one.help, epilog=one.epilog
         )
         if one.commands:
-            add(child, one.commands)
+            add(sub, one.commands)
             continue
         assert one.add_flags is not None and one.run is not None
-        one.add_flags(child)
+        one.add_flags(sub)
         if one.reads:
-            child.add_argument(
-                "--code", action="append", default=[], metavar="FILE", help=CODE_HELP
-            )
-        child.set_defaults(call=one.run, parser=child)
+            sub.add_argument("--code", action="append", default=[], metavar="FILE", help=CODE_HELP)
+        sub.set_defaults(call=one.run, parser=sub)
 
 
 def flag(name: str) -> str:
