@@ -330,9 +330,7 @@ def resize(images: Tensor, size: int) -> Tensor:
     # the CPU has no half precision here; along a side that grows antialiasing changes nothing
     flat = images.reshape(-1, *images.shape[-3:])
     flat = flat.to(torch.promote_types(images.dtype, torch.float32))
-    out = F.interpolate(
-        flat, size=(size, size), mode="bilinear", antialias=size < max(flat.shape[-2:])
-    )
+    out = F.interpolate(flat, (size, size), mode="bilinear", antialias=size < max(flat.shape[-2:]))
     return out.reshape(*images.shape[:-2], size, size).to(images.dtype)
 
 
@@ -436,10 +434,8 @@ def _solarize_add(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> T
     return torch.where(images < 0.5, images + more, images)
 
 
-def _enhance(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    return lambda images, level, sign, fill: operation(
-        images, (1 + 0.9 * level * sign).clamp(min=0.1)
-    )
+def _enhance(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda images, level, sign, fill: change(images, (1 + 0.9 * level * sign).clamp(min=0.1))
 
 
 def _sample(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -454,10 +450,8 @@ def _sample(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return out.clamp(0, 1).to(images.dtype)
 
 
-def _warp(
-    coordinates: Callable[..., tuple[Tensor, Tensor]], strength: float
-) -> Callable[..., Tensor]:
-    """The operation that reads at `coordinates(x, y, amount, width, height)`, `fill` outside."""
+def _warp(places: Callable[..., tuple[Tensor, Tensor]], strength: float) -> Callable[..., Tensor]:
+    """The operation that reads at `places(x, y, amount, width, height)`, `fill` outside."""
 
     def apply(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
         height, width = images.shape[-2:]
@@ -466,7 +460,7 @@ def _warp(
         amount = tree.onto(amount, images.device)
         x = (torch.arange(width, device=images.device, dtype=dtype) + 0.5)[None, None, :]
         y = (torch.arange(height, device=images.device, dtype=dtype) + 0.5)[None, :, None]
-        x, y = torch.broadcast_tensors(*coordinates(x, y, amount, width, height))
+        x, y = torch.broadcast_tensors(*places(x, y, amount, width, height))
         outside = (x < 0) | (x >= width) | (y < 0) | (y >= height)
         return torch.where(outside[:, None], fill, _sample(images, x, y))
 

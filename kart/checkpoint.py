@@ -519,14 +519,13 @@ def _read(
     function: str, path: str | os.PathLike, file: Any, header: Mapping[str, Any], name: str
 ) -> dict[str, Tensor]:
     """The tensors of one tree of an open file, after a check that they are what was written."""
+    where = repr(str(path))
     try:
         found = {leaf: file.get_tensor(leaf) for leaf in _leaf_names(header["trees"][name])}
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-        raise _damaged(function, repr(str(path)), f"{error!r:.200}") from error
+        raise _damaged(function, where, f"{error!r:.200}") from error
     if _digest(found) != header["digests"][name]:
-        raise _damaged(
-            function, repr(str(path)), f"the tensors of {name!r} are not what was written"
-        )
+        raise _damaged(function, where, f"the tensors of {name!r} are not what was written")
     return found
 
 
@@ -621,10 +620,8 @@ def donor_leaves(model: Any, given: Any) -> dict[str, Tensor]:
             f"{odd[0]!r}. Pass the inner dict, as in `torch.load(...)[{odd[0]!r}]`."
         )
     names = {str(name): leaf for name, leaf in found.items()}
-    while prefix := next(
-        (p for p in PREFIXES if names and all(n.startswith(p) for n in names)), ""
-    ):
-        names = {name.removeprefix(prefix): leaf for name, leaf in names.items()}
+    while lead := next((p for p in PREFIXES if names and all(n.startswith(p) for n in names)), ""):
+        names = {name.removeprefix(lead): leaf for name, leaf in names.items()}
     config: Any = model.config  # type: ignore
     return _unbridged(names, getattr(config, "sharing", None) == "universal")
 

@@ -576,9 +576,7 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
                 seen = seen_by(group, scores)
                 x = score_range(seen, group.operator)
                 values = curves(group.operator, group.params, x)
-                near.append(
-                    torch.stack([fit.flatten() for fit in fits(values, x, density(seen, x))])
-                )
+                near.append(torch.stack([r2.flatten() for r2 in fits(values, x, density(seen, x))]))
         found = {}
         if len(shares) == len(model.sites):
             by_block = torch.stack([share.mean() for share in shares])
@@ -708,7 +706,7 @@ def _shapes(
     context: Context, learned: Sequence[Result], numbers: list[pages.Number]
 ) -> list[pages.Markup]:
     """Groups of alike units of the last block and their formulas; amplitudes of harmonics."""
-    shown, amplitudes_of = [], {}
+    shown, amplitudes = [], {}
     for result in learned:
         look = context.look(result)
         block = len(look.model.operators) - 1
@@ -718,9 +716,9 @@ def _shapes(
             assert group.operator.basis is not None
             if group.operator.basis.family == "fourier":
                 name = result.name
-                if name in amplitudes_of:  # of hybrid heads each group
+                if name in amplitudes:  # of hybrid heads each group
                     name += f", head {group.first + 1}"
-                amplitudes_of[name] = harmonics(group.operator, group.params)
+                amplitudes[name] = harmonics(group.operator, group.params)
             own = seen_by(group, scores)
             x = score_range(own, group.operator)
             seen = density(own, x)
@@ -740,12 +738,10 @@ def _shapes(
             alt = f"Groups of alike functions of {result.name} and their formulas"
             caption = f"{result.name}, last block, head {group.first + 1}."
             shown.append(pages.figure(fig, name, alt, caption))
-    if amplitudes_of:
-        alt = f"Amplitude by harmonic of {', '.join(amplitudes_of)}"
+    if amplitudes:
+        alt = f"Amplitude by harmonic of {', '.join(amplitudes)}"
         caption = "Amplitude by harmonic, last block: root mean square over units, band over heads."
-        shown.append(
-            pages.figure(plot_harmonics(amplitudes_of), "functions-harmonics", alt, caption)
-        )
+        shown.append(pages.figure(plot_harmonics(amplitudes), "functions-harmonics", alt, caption))
     return shown
 
 

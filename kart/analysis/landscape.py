@@ -201,16 +201,14 @@ def axes(extent: Extent, points: int) -> Tensor:
         given = torch.as_tensor(extent, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):  # ragged, or no numbers
         given = torch.full((), torch.nan, dtype=torch.float64)
-    ranges = torch.stack([-given, given]).expand(2, 2) if given.dim() == 0 else given
-    fits = ranges.shape == (2, 2) and bool(ranges.isfinite().all())
-    if not fits or not bool((ranges[:, 0] < ranges[:, 1]).all()):
+    spans = torch.stack([-given, given]).expand(2, 2) if given.dim() == 0 else given
+    fits = spans.shape == (2, 2) and bool(spans.isfinite().all())
+    if not fits or not bool((spans[:, 0] < spans[:, 1]).all()):
         raise ValueError(
             f"`surface` needs `extent` > 0 or two ranges (low, high), got {extent!r}. "
             "Take 1.0, or ranges that hold the path."
         )
-    lines = [
-        torch.linspace(low, high, points, dtype=torch.float64) for low, high in ranges.tolist()
-    ]
+    lines = [torch.linspace(low, high, points, dtype=torch.float64) for low, high in spans.tolist()]
     return torch.stack(lines)
 
 

@@ -210,10 +210,8 @@ def section(context: Context) -> pages.Section:
             ranks.add(None)  # their weights are mixed with those of positions
         bounds[result.name] = max(ranks) if None not in ranks else None  # type: ignore[type-var]
     known = {rank for rank in bounds.values() if rank is not None}
-    titles = {"before the operator": "scores_values", "after it": "weights_values"}
-    panels = {
-        title: {name: own[key] for name, own in first.items()} for title, key in titles.items()
-    }
+    keys = {"before the operator": "scores_values", "after it": "weights_values"}
+    panels = {title: {name: own[key] for name, own in first.items()} for title, key in keys.items()}
     fig = pages.figure(
         plot(panels, known.pop() if len(known) == 1 else None),
         "spectra",

@@ -237,9 +237,7 @@ def vmaps(f: Callable[..., Any], axes: Sequence[int | None], args: Sequence[Any]
     """
 
     def put(change: Callable[[Tensor], Tensor]) -> list[Any]:
-        return [
-            x if axis is None else tree.map(change, x) for axis, x in zip(axes, args, strict=True)
-        ]
+        return [x if a is None else tree.map(change, x) for a, x in zip(axes, args, strict=True)]
 
     ends = tuple(None if axis is None else -1 for axis in axes)
     at_end = vmap(f, in_dims=ends)(*put(lambda t: t.movedim(0, -1)))

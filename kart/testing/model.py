@@ -135,13 +135,11 @@ def intermediates_are_of_their_block(s: Subject, seed: int) -> None:
     for i, block in enumerate(blocks):
         source = draw.generator(seed + 3)
 
-        def moved(
-            name: str, leaf: Tensor, block: str = block, source: Generator = source
-        ) -> Tensor:
+        def move(name: str, leaf: Tensor, block: str = block, source: Generator = source) -> Tensor:
             other = leaf + 0.5 * torch.randn(leaf.shape, generator=source).double()
             return other if name.startswith(f"{block}.") else leaf
 
-        after = s.model.intermediates(tree.map_named(moved, params), images)
+        after = s.model.intermediates(tree.map_named(move, params), images)
         for j, other in enumerate(blocks):
             for name in blocks[other]:
                 kept = torch.equal(after[name], aux[name])
