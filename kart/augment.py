@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 from kart import schema, tree
 
 Pipeline = Callable[[Generator, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+_Range = tuple[float, float]
 # of a random box: shares of the area, and width / height
 _SCALE, _RATIO = (0.08, 1.0), (0.67, 1.5)
 
@@ -56,8 +57,8 @@ def crop(generator: Generator, images: Tensor, padding: int = 4, mode: str = "ze
 def random_resized_crop(
     generator: Generator,
     images: Tensor,
-    scale: tuple[float, float] = _SCALE,
-    ratio: tuple[float, float] = _RATIO,
+    scale: _Range = _SCALE,
+    ratio: _Range = _RATIO,
     size: int | None = None,
 ) -> Tensor:
     """Scales a random box of each image, bilinearly, to `size` x `size`, or to the image's own
@@ -95,12 +96,7 @@ def random_box(generator: Generator, height: int, width: int) -> tuple[int, int,
 
 
 def _boxes(
-    generator: Generator,
-    count: int,
-    height: int,
-    width: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    generator: Generator, count: int, height: int, width: int, scale: _Range, ratio: _Range
 ) -> tuple[Tensor, Tensor]:
     """Upper left corners and sides of random boxes, each `(2, count, 1)`: down, then across."""
     if not 0 < scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
@@ -444,9 +440,7 @@ def _sample(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
     # the CPU has no half precision here, and coordinates need float32
     dtype = torch.promote_types(images.dtype, torch.float32)
     grid = torch.stack([x * (2 / width) - 1, y * (2 / height) - 1], dim=-1).to(dtype)
-    out = F.grid_sample(
-        images.to(dtype), grid, mode="bilinear", padding_mode="border", align_corners=False
-    )
+    out = F.grid_sample(images.to(dtype), grid, padding_mode="border", align_corners=False)
     return out.clamp(0, 1).to(images.dtype)
 
 

@@ -133,8 +133,7 @@ class Config:
         need(_is_device(self.device), "device", 'one that torch knows, such as "cpu" or "cuda:0"')
         need(self.threads is None or self.threads >= 1, "threads", ">= 1, or None")
         need(self.seed >= 0, "seed", "an integer >= 0")
-        kept = self.trajectory
-        need(kept == 0 or kept >= 3, "trajectory", "0, or 3 and more")
+        need(self.trajectory == 0 or self.trajectory >= 3, "trajectory", "0, or 3 and more")
         parts = self.accumulate
         need(self.batch_size % parts == 0, "accumulate", f"to divide the batch, {self.batch_size}")
         alone = self.attention_from is None or self.start is None
@@ -704,8 +703,7 @@ def evaluate(
                     f"`evaluate` needs logits of the {len(dataset.classes)} classes of "
                     f"{dataset.name!r}, got {logits.shape[-1]}. Take the model of these data."
                 )
-            ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
-            hits = ranked == labels[:, None]
+            hits = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
             losses = cross_entropy(logits, F.one_hot(labels, logits.shape[-1]))
             sums = {
                 "top1": hits[..., 0].double().sum(-1),

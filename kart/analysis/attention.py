@@ -392,8 +392,7 @@ def entropy(weights: Tensor) -> Tensor:
     """
     _check_weights("entropy", weights)
     size = weights.double().abs()
-    share = size / _nonzero(size.sum(-1, keepdim=True))
-    return torch.special.entr(share).sum(-1)
+    return torch.special.entr(size / _nonzero(size.sum(-1, keepdim=True))).sum(-1)
 
 
 def head_diversity(weights: Tensor) -> Tensor:
@@ -799,8 +798,7 @@ def _notes(context: Context) -> list[pages.Markup]:
         lines.append("No rollout: it multiplies the weights of blocks that have the same tokens.")
     if any(model.sites[-1].windows > 1 for model in models):
         lines.append("The last block has several windows: a map compares places within one.")
-    notes = windowed(context, " ".join(lines))
-    return notes or [pages.note(line) for line in lines]
+    return windowed(context, " ".join(lines)) or [pages.note(line) for line in lines]
 
 
 def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:

@@ -64,8 +64,7 @@ class Flops(NamedTuple):
 
 
 def _distinct(model: Model) -> tuple[Operator, ...]:
-    universal = model.config.sharing == "universal"
-    return model.operators[:1] if universal else model.operators
+    return model.operators[:1] if model.config.sharing == "universal" else model.operators
 
 
 def parameters(model: Model) -> Parameters:

@@ -535,8 +535,7 @@ def _kept_surface(context: Context, member: Member, kind: str, extent: float) ->
             plane = random_directions(context.generator("random", member.seed), params)
         model = context.model(member.config)
         examples = context.images(member.config, context.examples)
-        losses = context.losses(model, member.params)
-        loss = mean_loss(losses, *examples, batch=128)
+        loss = mean_loss(context.losses(model, member.params), *examples, batch=128)
         said = f"{member.name}, seed {member.seed}, {kind}"
         z = surface(loss, params, plane, extent, points, progress=_progress(context, said))
         return {"z": z}

@@ -239,8 +239,7 @@ def _units(op: Operator, params: Params, scores: Tensor) -> Iterator[_Units]:
         count = int(index.max()) + 1
 
         def same(y: Tensor) -> Tensor:
-            zeros = y.new_zeros(*y.shape[:-2], count)
-            return zeros.index_add(-1, index, y.flatten(-2))
+            return y.new_zeros(*y.shape[:-2], count).index_add(-1, index, y.flatten(-2))
 
         def back(coefs: Tensor) -> dict[str, Tensor]:
             shapes = {name: table[name].shape for name in PARTS if name in table}

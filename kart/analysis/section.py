@@ -166,8 +166,7 @@ def samples(site: Site, tensor: Tensor) -> Tensor:
                 f"`samples` needs windows that no mask cuts, got a grid of {site.cut.side} in "
                 f"windows of {site.cut.window}. Take smaller windows."
             )
-        chosen = torch.tensor(site.cut.whole, device=tensor.device)
-        tensor = tensor.index_select(-4, chosen)
+        tensor = tensor.index_select(-4, torch.tensor(site.cut.whole, device=tensor.device))
     return tensor.reshape(-1, *tensor.shape[-3:])
 
 

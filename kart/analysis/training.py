@@ -64,9 +64,8 @@ def warnings(results: Sequence[Result]) -> list[str]:
     short = {name: one.epochs for name, one in trends.items() if one.epochs < LEAST_EPOCHS}
     lines = []
     if short:
-        epochs = min(short.values())
-        names = ", ".join(short)
-        lines = [f"Too few epochs ({epochs}) to show whether {names} converged."]
+        fewest, names = min(short.values()), ", ".join(short)
+        lines.append(f"Too few epochs ({fewest}) to show whether {names} converged.")
     for i, (name, one) in enumerate(trends.items()):
         if one.at_rest or name in short:
             continue

@@ -45,8 +45,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
         help="that share the runs, one thread each (1)",
     )
     for name, (_, least, default, text) in OPTIONS.items():
-        told = f"{text} ({default})"
-        add(flag(name), type=integer(least), metavar="INT", help=told)
+        add(flag(name), type=integer(least), metavar="INT", help=f"{text} ({default})")
     add("--checkpoint", default="last", choices=["last", "best"])
     add("--data", help="where the data is now, if it has moved")
 

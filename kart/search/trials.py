@@ -113,8 +113,7 @@ def costs(config: Config, splits: Splits, members: int = 1) -> dict[str, float]:
     part = config.batch_size // config.accumulate
     held = 4 * copies * parameters + cost.activation_memory(model, part, bytes_each=width)
     counted = {} if cost.uncounted(model) else {"flops": float(cost.flops(model).total)}
-    memory = members * held / 2**20
-    return {"parameters": float(parameters), **counted, "memory": memory}
+    return {"parameters": float(parameters), **counted, "memory": members * held / 2**20}
 
 
 class Outcome(NamedTuple):

@@ -428,9 +428,8 @@ class Confirmed(NamedTuple):
 
 def confirmed(study: optuna.Study) -> dict[str, Confirmed]:
     """What has been confirmed of an arm, by key."""
-    stored = study.user_attrs.get("confirmed", [])
     found = {}
-    for one in stored:
+    for one in study.user_attrs.get("confirmed", []):
         numbers = {
             split: {int(seed): value for seed, value in one[split].items()}
             for split in ("val", "test")

@@ -448,8 +448,7 @@ def suite(
             f"`kernel_suite` needs one or more numbers for each of `sizes`, got {dict(sizes)!r}. "
             "Include those around the block size of the fast form."
         )
-    own = {**laws.TRANSFORMS, "half": True}
-    declared = with_traits("kernel", PROPERTIES, own, traits)
+    declared = with_traits("kernel", PROPERTIES, {**laws.TRANSFORMS, "half": True}, traits)
     subject = Subject(fast, plain, inputs, sizes, declared, dtypes_of(dtype))
     named = name or getattr(fast, "__name__", type(fast).__name__)
     return Suite("kernel", named, subject, declared, PROPERTIES)
