@@ -509,9 +509,8 @@ def average_in_place(average: Ema, state: EmaState, params: Params, fine: Tensor
     after = flat_state
     for names in _packs(flat_params, lambda name, leaf: True):
         part = _packed(flat_state, names)
-        after = _settle(
-            flat_state, part, average.update(part, _packed(flat_params, names)), fine, names
-        )
+        new = average.update(part, _packed(flat_params, names))
+        after = _settle(flat_state, part, new, fine, names)
     return _with_dicts(state, after)
 
 

@@ -860,10 +860,8 @@ def loop(
         if on_step is not None:
             on_step(state, metrics)
         last_of_epoch = (step + 1) % run.steps_per_epoch == 0
-        if last_of_epoch or (step + 1) % check_every == 0:
-            bad = state.bad_step >= 0
-            if bool(bad.all()):
-                raise run.diagnose(state, 0)
+        if (last_of_epoch or (step + 1) % check_every == 0) and bool((state.bad_step >= 0).all()):
+            raise run.diagnose(state, 0)
         if not last_of_epoch:
             continue
         now = torch.tensor(step, device=config.device)

@@ -602,10 +602,8 @@ def memory_level(args: argparse.Namespace, progress: Say) -> Rows:
 def paper_level(args: argparse.Namespace, progress: Say) -> Rows:
     """Peak memory of the nine models of the paper's Table 13 at batch 32, on a GPU as there."""
     jobs = [(spec, 32, name) for name, spec, *_ in cost.PAPER]
-    for (name, spec, *_, memory), found in zip(
-        cost.PAPER, peaks(jobs, args, progress), strict=True
-    ):
-        row = {"what": "table 13", "variant": f"{name} {spec}", "batch": 32, **found}
+    for (name, spec, *_, memory), peak in zip(cost.PAPER, peaks(jobs, args, progress), strict=True):
+        row = {"what": "table 13", "variant": f"{name} {spec}", "batch": 32, **peak}
         yield {**row, "paper_gb": memory}
 
 

@@ -410,8 +410,7 @@ def plot(densities: Mapping[str, Density], label: str = "eigenvalue of the Hessi
     """
     if not densities:
         raise ValueError("`plot` needs at least one density, got none. Pass {name: density}.")
-    fig, axes = figures.grid(1, 1, 4.4, 2.7)
-    ax = axes[0, 0]
+    fig, (ax,) = figures.panels(1, 1, 4.4, 2.7)
     tops = [float(found.density.max()) for found in densities.values()]
     narrow = min(float(found.grid[-1] - found.grid[0]) for found in densities.values())
     for i, (name, found) in enumerate(densities.items()):

@@ -145,9 +145,7 @@ def response(operator: Operator, params: Params, x: Tensor, scores: Tensor | Non
 
 
 class Group(NamedTuple):
-    """Heads with the same learnable operator: the first of them, the operator, its parameters and
-    their dotted path in those of the whole.
-    """
+    """Heads with one learnable operator: the first, the operator, its parameters, their path."""
 
     first: int
     operator: Operator
@@ -525,8 +523,7 @@ def plot_harmonics(found: Mapping[str, Tensor]) -> Any:
     """
     if not found:
         raise ValueError("`plot_harmonics` needs amplitudes by name, got none. Pass some.")
-    fig, axes = figures.grid(1, 1, 3.4, 2.4)
-    ax = axes[0, 0]
+    fig, (ax,) = figures.panels(1, 1, 3.4, 2.4)
     for i, (name, values) in enumerate(found.items()):
         style = figures.look(i)
         heads = values.double().square().flatten(1, 2).mean(1).sqrt().cpu()  # (H, G)

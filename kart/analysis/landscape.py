@@ -259,10 +259,9 @@ def surface(
         return value.double()
 
     many = torch.func.vmap(at, randomness="different")
-    found = []
+    parts = pairs if progress is None else progress(pairs)
     with torch.no_grad():
-        for part in pairs if progress is None else progress(pairs):
-            found.append(at(part[0])[None] if len(part) == 1 else many(part))
+        found = [at(part[0])[None] if len(part) == 1 else many(part) for part in parts]
     return torch.cat(found).reshape(points, points)
 
 

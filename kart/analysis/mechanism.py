@@ -614,14 +614,12 @@ def _position(context: Context, member: Member, model: Model, few: int) -> dict[
 
 
 # whose functions are of one score
-SWAPPABLE = ("low_rank", "full_rank", "project_first", "two_stage", "elementwise", "by_offset")
+OF_SCORE = ("low_rank", "full_rank", "project_first", "two_stage", "elementwise", "by_offset")
 
 
 def _swappable(op: Operator) -> bool:
     """Whether `swap` takes all of an operator's learned functions."""
-    return all(
-        one.basis is None or one.options.get("kind") in SWAPPABLE for one in simple_parts(op)
-    )
+    return all(one.basis is None or one.options.get("kind") in OF_SCORE for one in simple_parts(op))
 
 
 def _starts(context: Context, member: Member) -> dict[str, Tensor]:

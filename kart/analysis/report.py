@@ -106,9 +106,7 @@ def analyse(
         raise ValueError("`report` needs at least one result, got none. Train something first.")
     check_out(out)
     end = time.monotonic() + 60 * minutes
-    done = []
-    for i, one in enumerate(sections):
-        done.append(_run(one, context, _deadline(sections[i:], end)))
+    done = [_run(one, context, _deadline(sections[i:], end)) for i, one in enumerate(sections)]
     configs = [config for result in results for config in result.configs]
     settings = {
         "title": title,

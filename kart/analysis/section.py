@@ -287,9 +287,7 @@ class Context:
         return max(4, min(64, 2**22 // most))
 
     def look(self, result: Result, count: int | None = None) -> Look:
-        """The first member of `result` on `count` validation images (`some_images`), `few` where it
-        is not said, computed once a page.
-        """
+        """The first member of `result` on `count` or `few` validation images, once a page."""
         config = result.configs[0]
         model = self.model(config)
         c = model.config

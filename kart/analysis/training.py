@@ -96,8 +96,7 @@ def plot(
         log: whether the axis may be logarithmic; it is where they span more than a decade.
         start: how many epochs to leave out, for a closer look at the others.
     """
-    fig, axes = figures.grid(1, 1, 4.4, 2.9)
-    ax = axes[0, 0]
+    fig, (ax,) = figures.panels(1, 1, 4.4, 2.9)
     low, high = float("inf"), -float("inf")
     for i, (name, values) in enumerate(series.items()):
         shown = scale * values[:, start:].numpy()

@@ -355,9 +355,7 @@ def _set_up(args: argparse.Namespace) -> Opened:
 
 
 def _open(args: argparse.Namespace, name: str | None, asked: "Question | None" = None) -> Opened:
-    """A study that is there already; runs no code. `asked` is its code, where the command line has
-    named it, which must be the study's own.
-    """
+    """A study that is there; runs no code. `asked` is its own, where the command line named it."""
     from kart.search import journal, storage, work
     from kart.train import Config
 

@@ -96,9 +96,7 @@ def _needed(source: Source, image_size: int | None) -> int:
     return 3 * width * height * sum(source.sizes[split] or 0 for split in source.rows)
 
 
-def load(
-    found: Finding, split: str, image_size: int | None, base: Path, workers: int | None
-) -> Dataset:
+def load(found: Finding, split: str, size: int | None, base: Path, workers: int | None) -> Dataset:
     """One split of `found` with `Pictures` for images."""
     if workers is None:
         # macOS does not tell which cores a process may use
@@ -115,7 +113,7 @@ def load(
     rows = {name: list(source.rows[name]()) for name in sorted(own)}
     seen = {name: _noted(found, base, name, rows[name]) for name in rows}
     channels = 1 if seen["train"].grey().all() else 3
-    height, width = _shape(seen, image_size)
+    height, width = _shape(seen, size)
 
     def pictures(rows: list[Row], root: Path) -> Pictures:
         paths = [os.path.abspath(row.file) for row in rows]
@@ -126,7 +124,7 @@ def load(
             channels=channels,
             height=height,
             width=width,
-            scaled=image_size is not None,
+            scaled=size is not None,
             workers=workers,
         )
 
@@ -134,7 +132,7 @@ def load(
     parts = splits.partition(labels, splits.cuts(source.rows))
     of = "train" if split in parts else split
     index = parts.get(split, np.arange(len(rows[of])))
-    note = _Note(base, found, ["statistics", image_size])
+    note = _Note(base, found, ["statistics", size])
     known = note.read()
     if known is None:
         sample = pictures([rows["train"][i] for i in parts["train"][:SAMPLE]], places["train"])
