@@ -145,7 +145,7 @@ def response(operator: Operator, params: Params, x: Tensor, scores: Tensor | Non
 
 
 class Group(NamedTuple):
-    """Heads with one learnable operator: the first, the operator, its parameters, their path."""
+    """Heads with one learnable operator: the first, operator, parameters and their dotted path."""
 
     first: int
     operator: Operator

@@ -107,7 +107,7 @@ def intermediates_agree(s: Subject, seed: int, dtype: torch.dtype) -> None:
 
 
 def _blocks(names: Sequence[str], params: Params) -> dict[str, list[str]]:
-    """The intermediates of each block in order: the longest path that parameters have, too."""
+    """The intermediates of each block in order: of the longest path shared with parameters."""
     paths = {
         ".".join(parts[:n])
         for parts in (name.split(".") for name in tree.named(params))
