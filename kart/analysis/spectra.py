@@ -185,9 +185,7 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
             aux = model.intermediates(member.params, images)
         found: dict[str, Tensor] = {}
         for kind in ("scores", "weights"):
-            blocks = [
-                samples(site, aux[f"blocks.{i}.{kind}"]) for i, site in enumerate(model.sites)
-            ]
+            blocks = [samples(one, aux[f"blocks.{i}.{kind}"]) for i, one in enumerate(model.sites)]
             found[f"{kind}_values"] = singular_values(blocks[-1])
             ranks = torch.stack([effective_rank(block).mean() for block in blocks])
             found[f"{kind}_effective"], found[f"{kind}_by_block"] = ranks.mean(), ranks

@@ -157,15 +157,13 @@ def candidate(
     if whole <= 1e-14 * float((values.double() * roots).square().sum()):
         return Candidate("constant", f"{mean:.3g}", 1.0, 0.0, 0.0, 0.0, mean)
     x = x.double().to(values.device)
-    found = [_fit(name, target, whole, mean, x, roots) for name in SHAPES]
+    found = [_fit(name, target, mean, x, roots) for name in SHAPES]
     best = max(one.r2 for one in found)
     return next(one for one in found if one.r2 >= best - margin)
 
 
-def _fit(
-    name: str, target: Tensor, whole: float, mean: float, x: Tensor, roots: Tensor
-) -> Candidate:
-    shape = SHAPES[name]
+def _fit(name: str, target: Tensor, mean: float, x: Tensor, roots: Tensor) -> Candidate:
+    shape, whole = SHAPES[name], float(target.square().sum())
 
     def best(scales: Tensor, places: Tensor) -> tuple[float, float, float, float, float]:
         """R^2, a, d, b and t of the best of all scales b and places t; a, d by least squares."""

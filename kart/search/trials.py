@@ -163,10 +163,8 @@ def scores_of(trials: Iterable[FrozenTrial], name: str) -> dict[int, float]:
     return found
 
 
-def _claim(
-    trial: optuna.Trial, name: str, least: int, count: int
-) -> tuple[range, dict[int, float]]:
-    """`count` seeds from `least` on for `trial`, noted in it, that no other trial of the
+def _claim(trial: optuna.Trial, name: str, low: int, count: int) -> tuple[range, dict[int, float]]:
+    """`count` seeds from `low` on for `trial`, noted in it, that no other trial of the
     configuration `name` has trained or trains now; and the scores of those that are complete.
 
     Others may choose at the same time, in other processes: so each looks again once its own seeds
@@ -184,7 +182,7 @@ def _claim(
         if own and not clashes:
             return own, earlier
         before = sum(number < trial.number for number in clashes)
-        first = 1 + max({least - 1, *earlier}.union(*taken.values())) + before * count
+        first = 1 + max({low - 1, *earlier}.union(*taken.values())) + before * count
         own = range(first, first + count)
         trial.set_user_attr("seeds", list(own))
 
