@@ -243,11 +243,9 @@ def _describe(name: str, source: Source) -> Description:
             raise ValueError(EMPTY)
         array = np.array(labels, dtype=np.int64)
         classes = check_labels(array, classes, lambda n, split=split: f"image {n} of {split!r}")
+        origin, parts = source.origins[split], {split: np.arange(len(array))}
         if split == "train":
             channels = 1 if all(header.grey for header in headers) else 3
-        origin = source.origins[split]
-        parts = {split: np.arange(len(array))}
-        if split == "train":
             parts = splits.partition(array, splits.cuts(source.rows))
         grey = np.array([header.grey for header in headers])
         readable = np.array([header.mode != _UNREADABLE for header in headers])
