@@ -12,11 +12,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from kart import schema
 from kart.analysis import figures
-from kart.search.storage import Settings, original
+from kart.search.storage import Arms, Settings, original
 from kart.search.trials import OBJECTIVES, trained
 from kart.statistics import Interval
 
-Arms = Mapping[str, optuna.Study]
 UNITS = {
     "accuracy": "validation top-1, %",
     "parameters": "parameters",

@@ -30,6 +30,8 @@ from kart import checkpoint, schema
 from kart.search import patience
 from kart.search.trials import OBJECTIVES
 
+Arms = Mapping[str, optuna.Study]  # by name
+
 SQLITE_WORKERS = 2
 MAX_RETRIES = 3
 
@@ -348,7 +350,7 @@ def worker_slot(directory: Path, recover: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def recover(arms: dict[str, optuna.Study]) -> None:
+def recover(arms: Arms) -> None:
     """Ends every running trial of a study that has no worker, and puts it back into the queue."""
     again = retry()
     for study in arms.values():
