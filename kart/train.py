@@ -445,9 +445,7 @@ def frozen(config: Config, params: Params) -> set[str]:
 Differentiate = Callable[[Params, Tensor, Tensor], tuple[Params, Tensor]]
 
 
-def trained_alone(
-    held: Collection[str], loss: Callable[[Params, Tensor, Tensor], Tensor]
-) -> Differentiate:
+def trained_alone(held: Collection[str], loss: Callable[..., Tensor]) -> Differentiate:
     """`(gradients, value)` of `loss` where parameters are `held`: gradients of zeros there."""
 
     def of_free(own: Params, params: Params, images: Tensor, targets: Tensor) -> Tensor:

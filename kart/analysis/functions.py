@@ -543,6 +543,7 @@ def plot_harmonics(found: Mapping[str, Tensor]) -> Any:
 # --- the section ----------------------------------------------------------------------------------
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.4)
+Numbers = list[pages.Number]
 
 
 def measure(context: Context, member: Member) -> dict[str, Tensor]:
@@ -662,9 +663,7 @@ def section(context: Context) -> pages.Section:
     return pages.Section(blocks, numbers)
 
 
-def _dropped(
-    context: Context, learned: Sequence[Result], numbers: list[pages.Number]
-) -> list[pages.Markup]:
+def _dropped(context: Context, learned: Sequence[Result], numbers: Numbers) -> list[pages.Markup]:
     """The table of what dropping small terms costs, of each first seed."""
     rows, without = [], []
     for result in learned:
@@ -699,9 +698,7 @@ def _sizeless(model: Model) -> bool:
     return any(one.basis is not None and not amplitude(one.basis) for one in ones)
 
 
-def _shapes(
-    context: Context, learned: Sequence[Result], numbers: list[pages.Number]
-) -> list[pages.Markup]:
+def _shapes(context: Context, learned: Sequence[Result], numbers: Numbers) -> list[pages.Markup]:
     """Groups of alike units of the last block and their formulas; amplitudes of harmonics."""
     shown, amplitudes = [], {}
     for result in learned:
@@ -751,7 +748,7 @@ def _blocks(names: Sequence[int], depth: int) -> str:
     return f"blocks {', '.join(str(i + 1) for i in names)} (shared)"
 
 
-def _pictures(looks: Sequence[Look]) -> tuple[list[pages.Markup], list[pages.Number]]:
+def _pictures(looks: Sequence[Look]) -> tuple[list[pages.Markup], Numbers]:
     """The functions of some blocks as curves, and how far training moved them."""
     shown, numbers = [], []
     for look in looks:
