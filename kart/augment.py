@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 from kart import schema, tree
 
 Pipeline = Callable[[Generator, Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+_Range = tuple[float, float]
 # of a random box: shares of the area, and width / height
 _SCALE, _RATIO = (0.08, 1.0), (0.67, 1.5)
 
@@ -56,8 +57,8 @@ def crop(generator: Generator, images: Tensor, padding: int = 4, mode: str = "ze
 def random_resized_crop(
     generator: Generator,
     images: Tensor,
-    scale: tuple[float, float] = _SCALE,
-    ratio: tuple[float, float] = _RATIO,
+    scale: _Range = _SCALE,
+    ratio: _Range = _RATIO,
     size: int | None = None,
 ) -> Tensor:
     """Scales a random box of each image, bilinearly, to `size` x `size`, or to the image's own
@@ -95,12 +96,7 @@ def random_box(generator: Generator, height: int, width: int) -> tuple[int, int,
 
 
 def _boxes(
-    generator: Generator,
-    count: int,
-    height: int,
-    width: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
+    generator: Generator, count: int, height: int, width: int, scale: _Range, ratio: _Range
 ) -> tuple[Tensor, Tensor]:
     """Upper left corners and sides of random boxes, each `(2, count, 1)`: down, then across."""
     if not 0 < scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
@@ -330,9 +326,7 @@ def resize(images: Tensor, size: int) -> Tensor:
     # the CPU has no half precision here; along a side that grows antialiasing changes nothing
     flat = images.reshape(-1, *images.shape[-3:])
     flat = flat.to(torch.promote_types(images.dtype, torch.float32))
-    out = F.interpolate(
-        flat, size=(size, size), mode="bilinear", antialias=size < max(flat.shape[-2:])
-    )
+    out = F.interpolate(flat, (size, size), mode="bilinear", antialias=size < max(flat.shape[-2:]))
     return out.reshape(*images.shape[:-2], size, size).to(images.dtype)
 
 
@@ -419,10 +413,6 @@ def _equalize(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tenso
     return torch.where(step[..., None] == 0, images, new)  # too few pixels to spread
 
 
-def _invert(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
-    return 1 - images
-
-
 def _posterize(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
     bits = 4 - (level * 4).long()
     mask = 256 - 2 ** (8 - bits)
@@ -440,10 +430,8 @@ def _solarize_add(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> T
     return torch.where(images < 0.5, images + more, images)
 
 
-def _enhance(operation: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    return lambda images, level, sign, fill: operation(
-        images, (1 + 0.9 * level * sign).clamp(min=0.1)
-    )
+def _enhance(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda images, level, sign, fill: change(images, (1 + 0.9 * level * sign).clamp(min=0.1))
 
 
 def _sample(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -452,16 +440,12 @@ def _sample(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
     # the CPU has no half precision here, and coordinates need float32
     dtype = torch.promote_types(images.dtype, torch.float32)
     grid = torch.stack([x * (2 / width) - 1, y * (2 / height) - 1], dim=-1).to(dtype)
-    out = F.grid_sample(
-        images.to(dtype), grid, mode="bilinear", padding_mode="border", align_corners=False
-    )
+    out = F.grid_sample(images.to(dtype), grid, padding_mode="border", align_corners=False)
     return out.clamp(0, 1).to(images.dtype)
 
 
-def _warp(
-    coordinates: Callable[..., tuple[Tensor, Tensor]], strength: float
-) -> Callable[..., Tensor]:
-    """The operation that reads at `coordinates(x, y, amount, width, height)`, `fill` outside."""
+def _warp(places: Callable[..., tuple[Tensor, Tensor]], strength: float) -> Callable[..., Tensor]:
+    """The operation that reads at `places(x, y, amount, width, height)`, `fill` outside."""
 
     def apply(images: Tensor, level: Tensor, sign: Tensor, fill: float) -> Tensor:
         height, width = images.shape[-2:]
@@ -470,7 +454,7 @@ def _warp(
         amount = tree.onto(amount, images.device)
         x = (torch.arange(width, device=images.device, dtype=dtype) + 0.5)[None, None, :]
         y = (torch.arange(height, device=images.device, dtype=dtype) + 0.5)[None, :, None]
-        x, y = torch.broadcast_tensors(*coordinates(x, y, amount, width, height))
+        x, y = torch.broadcast_tensors(*places(x, y, amount, width, height))
         outside = (x < 0) | (x >= width) | (y < 0) | (y >= height)
         return torch.where(outside[:, None], fill, _sample(images, x, y))
 
@@ -485,7 +469,7 @@ def _rotated(x: Tensor, y: Tensor, angle: Tensor, width: int, height: int) -> tu
 OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "autocontrast": _autocontrast,
     "equalize": _equalize,
-    "invert": _invert,
+    "invert": lambda images, level, sign, fill: 1 - images,
     "rotate": _warp(_rotated, math.radians(30)),
     "posterize": _posterize,
     "solarize": _solarize,

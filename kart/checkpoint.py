@@ -2,8 +2,7 @@
 
 A file holds every leaf under `<tree>.<dotted path>`, so any safetensors reader can look inside, and
 one metadata entry `kart`: JSON with the format, the versions of kart and torch, the config, the
-containers, and digests of every tree and of the JSON itself, so that damage is found when it is
-read.
+containers, and digests of every tree and of the JSON itself: damage is found when it is read.
 """
 
 import contextlib
@@ -520,14 +519,13 @@ def _read(
     function: str, path: str | os.PathLike, file: Any, header: Mapping[str, Any], name: str
 ) -> dict[str, Tensor]:
     """The tensors of one tree of an open file, after a check that they are what was written."""
+    where = repr(str(path))
     try:
         found = {leaf: file.get_tensor(leaf) for leaf in _leaf_names(header["trees"][name])}
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-        raise _damaged(function, repr(str(path)), f"{error!r:.200}") from error
+        raise _damaged(function, where, f"{error!r:.200}") from error
     if _digest(found) != header["digests"][name]:
-        raise _damaged(
-            function, repr(str(path)), f"the tensors of {name!r} are not what was written"
-        )
+        raise _damaged(function, where, f"the tensors of {name!r} are not what was written")
     return found
 
 
@@ -563,9 +561,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes contiguous tensors on the CPU to a safetensors file, whole or not at all; whom the
-    umask allows may read it.
-    """
+    """Writes contiguous tensors on the CPU as safetensors, whole or not at all, by the umask."""
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - stale.stat().st_mtime > STALE_S:
@@ -624,10 +620,8 @@ def donor_leaves(model: Any, given: Any) -> dict[str, Tensor]:
             f"{odd[0]!r}. Pass the inner dict, as in `torch.load(...)[{odd[0]!r}]`."
         )
     names = {str(name): leaf for name, leaf in found.items()}
-    while prefix := next(
-        (p for p in PREFIXES if names and all(n.startswith(p) for n in names)), ""
-    ):
-        names = {name.removeprefix(prefix): leaf for name, leaf in names.items()}
+    while lead := next((p for p in PREFIXES if names and all(n.startswith(p) for n in names)), ""):
+        names = {name.removeprefix(lead): leaf for name, leaf in names.items()}
     config: Any = model.config  # type: ignore
     return _unbridged(names, getattr(config, "sharing", None) == "universal")
 

@@ -35,9 +35,7 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 1 for a failed run, 2 for a mistake,
-    130 after Ctrl-C.
-    """
+    """Runs the command line; returns 0, 1 for a failed run, 2 for a mistake, 130 after Ctrl-C."""
     if argv is None:
         outlast()
     argv = list(sys.argv[1:] if argv is None else argv)

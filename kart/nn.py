@@ -111,9 +111,7 @@ def check_device(name: str, module: torch.nn.Module, x: Tensor) -> None:
 
 
 def check_dtype(name: str, argument: str, weight: Tensor, x: Tensor) -> None:
-    """Raises ValueError where a weight has another dtype than its input, and no autocast makes them
-    one.
-    """
+    """Raises ValueError where a weight is not of its input's dtype, and no autocast makes it so."""
     if weight.is_floating_point() and weight.dtype != x.dtype and not autocasting(x):
         raise ValueError(
             f"`{name}` needs `{argument}` in the dtype of its parameters, {weight.dtype}, got "

@@ -208,8 +208,7 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Tran
 
     Moments and the resulting updates are float32, or wider where the parameters are.
 
-    Reference: Kingma and Ba, "Adam", 2015, arXiv:1412.6980, Algorithm 1. The KArAt paper has eps
-        1e-6.
+    Reference: Kingma and Ba, "Adam", 2015, arXiv:1412.6980, Algorithm 1; KArAt's paper: eps 1e-6.
     """
     _check("scale_by_adam", "b1", b1, 0 <= b1 < 1, "in [0, 1)")
     _check("scale_by_adam", "b2", b2, 0 <= b2 < 1, "in [0, 1)")
@@ -271,8 +270,7 @@ def decay_mask(operators: bool = True) -> Mask:
 
     The rule of timm and DeiT, which the paper's recipe follows; also spared are scales and shifts
     of learned units, which decay would pull to a function of no or of infinite width.
-    `operators=False` spares the learned attention operators altogether (every leaf below a key
-    `operator`).
+    `operators=False` spares the learned attention operators (every leaf below a key `operator`).
     """
 
     def mask(path: str, leaf: Tensor) -> bool:
@@ -419,9 +417,7 @@ def _packs(params: Mapping[str, Tensor], alike: Mask) -> list[list[str]]:
 
 
 def _each(of_dicts: Callable[..., Any], of_tensors: Callable[..., Any], *states: State) -> State:
-    """What is made of the dicts of alike states, and of the tensors outside of them, in their
-    tuples.
-    """
+    """What is made of the dicts of alike states, and of tensors outside them, in their tuples."""
     first = states[0]
     if isinstance(first, dict | Tensor):
         return (of_dicts if isinstance(first, dict) else of_tensors)(*states)
@@ -513,9 +509,8 @@ def average_in_place(average: Ema, state: EmaState, params: Params, fine: Tensor
     after = flat_state
     for names in _packs(flat_params, lambda name, leaf: True):
         part = _packed(flat_state, names)
-        after = _settle(
-            flat_state, part, average.update(part, _packed(flat_params, names)), fine, names
-        )
+        new = average.update(part, _packed(flat_params, names))
+        after = _settle(flat_state, part, new, fine, names)
     return _with_dicts(state, after)
 
 

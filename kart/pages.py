@@ -40,9 +40,7 @@ class Section(NamedTuple):
     title: str = ""
 
     def asdict(self) -> dict[str, Any]:
-        """The section as JSON has it, where a number that is not finite is None; `fromdict` makes
-        it again.
-        """
+        """The section as JSON has it, numbers that are not finite as None; `fromdict` reads it."""
         numbers = [
             {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in one}
             for one in (number._asdict().items() for number in self.numbers)
@@ -106,9 +104,7 @@ def table(
     caption: Any = "",
     words: Sequence[int] = (),
 ) -> Markup:
-    """A table whose first column names the rows and stays in sight when the others scroll; the
-    columns in `words` are prose.
-    """
+    """A table whose first column names rows and stays in sight; columns in `words` are prose."""
 
     def row(cells: Sequence[Any], first: str, other: str) -> Markup:
         shown = []
@@ -124,9 +120,7 @@ def table(
 
 
 def figure(fig: Any, name: str, alt: str, caption: Any = "") -> Markup:
-    """A matplotlib Figure in the page, its caption above it; `name` is unique on the page, `alt`
-    says what it shows to who cannot see it.
-    """
+    """A matplotlib Figure below its caption; `name` is unique, `alt` is for who cannot see it."""
     width = fig.get_size_inches()[0] * 96
     # texts stay legible: a narrow screen scrolls a figure that it would shrink by a quarter
     place = f"min-width: {0.75 * width:.0f}px; max-width: {1.4 * width:.0f}px"

@@ -19,9 +19,7 @@ FEW = (
 
 
 class Interval(NamedTuple):
-    """A mean over `n` values and its interval; where there is none, `why` says so in words and the
-    bounds are those of the range.
-    """
+    """A mean over `n` values and its interval; where none, `why`, and the bounds of the range."""
 
     mean: float
     low: float
@@ -136,9 +134,7 @@ def ratio(part: Sequence[float], whole: Sequence[float], level: float = 0.95) ->
 
 
 def verdict(name: str, ours: Sequence[float], other: str, theirs: Sequence[float]) -> str:
-    """One sentence on two lists of accuracies, seed by seed: how far apart, and whether that is
-    more than the seeds explain.
-    """
+    """One sentence on two lists of accuracies by seed: how far apart, and if seeds explain it."""
     found = difference(ours, theirs)
     points = f"{100 * abs(found.mean):.2f} points {'above' if found.mean >= 0 else 'below'} {other}"
     if found.n == 1:

@@ -133,8 +133,7 @@ class Config:
         need(_is_device(self.device), "device", 'one that torch knows, such as "cpu" or "cuda:0"')
         need(self.threads is None or self.threads >= 1, "threads", ">= 1, or None")
         need(self.seed >= 0, "seed", "an integer >= 0")
-        kept = self.trajectory
-        need(kept == 0 or kept >= 3, "trajectory", "0, or 3 and more")
+        need(self.trajectory == 0 or self.trajectory >= 3, "trajectory", "0, or 3 and more")
         parts = self.accumulate
         need(self.batch_size % parts == 0, "accumulate", f"to divide the batch, {self.batch_size}")
         alone = self.attention_from is None or self.start is None
@@ -266,8 +265,7 @@ def check_sizes(model: str, given: Mapping[str, Any]) -> None:
 def build(config: Config, dataset: Dataset) -> Model:
     """The model of `config` for the images and classes of `dataset`.
 
-    With `attention_from` that is a student; `operator` and the other fields of the model are those
-    of both.
+    With `attention_from` a student; `operator` and the other fields of the model are those of both.
     """
     dataset.check()
     given = {name: getattr(config, name) for name in MODEL_FIELDS}
@@ -345,9 +343,7 @@ class Metrics(NamedTuple):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats, `(..., C)` and soft targets `(..., C)` to `(...)`, in float32 or
-    wider.
-    """
+    """Cross-entropy in nats, logits and soft targets `(..., C)` to `(...)`, in float32 at least."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return -(targets * logits.log_softmax(-1)).sum(-1)
 
@@ -449,12 +445,8 @@ def frozen(config: Config, params: Params) -> set[str]:
 Differentiate = Callable[[Params, Tensor, Tensor], tuple[Params, Tensor]]
 
 
-def trained_alone(
-    held: Collection[str], loss: Callable[[Params, Tensor, Tensor], Tensor]
-) -> Differentiate:
-    """`(gradients, value)` of `loss` where the parameters `held` are frozen: gradients of zeros
-    there.
-    """
+def trained_alone(held: Collection[str], loss: Callable[..., Tensor]) -> Differentiate:
+    """`(gradients, value)` of `loss` where parameters are `held`: gradients of zeros there."""
 
     def of_free(own: Params, params: Params, images: Tensor, targets: Tensor) -> Tensor:
         named = tree.named(own)
@@ -571,9 +563,7 @@ def program(config: Config, model: Model, steps_per_epoch: int, ranks: Ranks = A
         mean = average.update(state.average, params) if config.ema else state.average
         counters, fine = counted(state, value, norm)
 
-        def keep(new: Tensor, old: Tensor) -> Tensor:
-            return torch.where(fine, new, old)
-
+        keep = functools.partial(torch.where, fine)
         # made anew: what `_replace` gives lacks fields in a compiled step of torch 2.11
         following = State(
             tree.map(keep, params, state.params),
@@ -621,9 +611,7 @@ def whole(config: Config, step: Step, *, donate: bool = False) -> Step:
 
 
 def donated(config: Config, functions: Program) -> Step:
-    """A step that may write over the state that it is given, in the form that the config asks
-    for.
-    """
+    """A step that may write over the state that it is given, in the form the config asks for."""
     step = functions.step if config.step == "compiled" else functions.advance
     return whole(config, step, donate=True)
 
@@ -713,8 +701,7 @@ def evaluate(
                     f"`evaluate` needs logits of the {len(dataset.classes)} classes of "
                     f"{dataset.name!r}, got {logits.shape[-1]}. Take the model of these data."
                 )
-            ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
-            hits = ranked == labels[:, None]
+            hits = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
             losses = cross_entropy(logits, F.one_hot(labels, logits.shape[-1]))
             sums = {
                 "top1": hits[..., 0].double().sum(-1),
@@ -871,10 +858,8 @@ def loop(
         if on_step is not None:
             on_step(state, metrics)
         last_of_epoch = (step + 1) % run.steps_per_epoch == 0
-        if last_of_epoch or (step + 1) % check_every == 0:
-            bad = state.bad_step >= 0
-            if bool(bad.all()):
-                raise run.diagnose(state, 0)
+        if (last_of_epoch or (step + 1) % check_every == 0) and bool((state.bad_step >= 0).all()):
+            raise run.diagnose(state, 0)
         if not last_of_epoch:
             continue
         now = torch.tensor(step, device=config.device)

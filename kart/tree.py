@@ -204,9 +204,7 @@ def size(tree: Tree) -> int:
 
 
 def check_floating(function: str, tree: Tree) -> None:
-    """Raises ValueError where a leaf of `tree` is not of floating point, for which there are no
-    directions and no derivatives.
-    """
+    """Raises ValueError where a leaf of `tree` is not of floating point, and has no derivatives."""
     for name, leaf in named(tree).items():
         if not leaf.dtype.is_floating_point:
             raise ValueError(

@@ -79,9 +79,7 @@ def window_maps(weights: Tensor, cut: windows.Cut) -> Tensor:
 
 
 def last_maps(model: Model, aux: Mapping[str, Tensor]) -> Tensor:
-    """The maps `(..., H, rows, columns)` of the last block from `model.intermediates`: those of the
-    class token, or in windows `window_maps`.
-    """
+    """Maps `(..., H, rows, columns)` of the last block: of its class token, or `window_maps`."""
     weights, cut = aux[f"blocks.{len(model.sites) - 1}.weights"], model.sites[-1].cut
     return class_maps(weights) if cut is None else window_maps(weights, cut)
 
@@ -394,8 +392,7 @@ def entropy(weights: Tensor) -> Tensor:
     """
     _check_weights("entropy", weights)
     size = weights.double().abs()
-    share = size / _nonzero(size.sum(-1, keepdim=True))
-    return torch.special.entr(share).sum(-1)
+    return torch.special.entr(size / _nonzero(size.sum(-1, keepdim=True))).sum(-1)
 
 
 def head_diversity(weights: Tensor) -> Tensor:
@@ -599,9 +596,7 @@ class Scenes(NamedTuple):
 
 
 def _scenes(context: Context) -> Scenes:
-    """Validation images (`some_images`) with the masks of the data, where they have any and are
-    shown whole, else pasted by `scenes.pasted`.
-    """
+    """Validation images with the masks of the data, where shown whole, else `scenes.pasted`."""
     config = context.results[0].configs[0]
     size = context.model(config).config.image_size
     whole = context.splits.val
@@ -803,8 +798,7 @@ def _notes(context: Context) -> list[pages.Markup]:
         lines.append("No rollout: it multiplies the weights of blocks that have the same tokens.")
     if any(model.sites[-1].windows > 1 for model in models):
         lines.append("The last block has several windows: a map compares places within one.")
-    notes = windowed(context, " ".join(lines))
-    return notes or [pages.note(line) for line in lines]
+    return windowed(context, " ".join(lines)) or [pages.note(line) for line in lines]
 
 
 def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:
@@ -844,11 +838,5 @@ def _maps(context: Context) -> tuple[list[pages.Markup], list[pages.Number]]:
 
 
 ANALYSIS = Analysis(
-    "attention",
-    "Attention",
-    section,
-    version=3,
-    minutes=2.5,
-    measure=measure,
-    uses=("shown",),
+    "attention", "Attention", section, version=3, minutes=2.5, measure=measure, uses=("shown",)
 )

@@ -516,14 +516,11 @@ def step_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
     """The whole training step of ViT-Tiny: loss, gradients, AdamW."""
     progress("training step")
     batch = args.step_batch
-    calls = {
-        name: step_call(spec, batch, args.device, args.precision) for name, spec in STEPS.items()
-    }
+    where = batch, args.device, args.precision
+    calls = {name: step_call(spec, *where) for name, spec in STEPS.items()}
     if args.device == "cuda":  # on a CPU it saves a few per cent, after a minute of compiling
         for name, step in itertools.product(("softmax", "auto"), ("compiled", "graph")):
-            calls[f"{name}, {step}"] = step_call(
-                STEPS[name], batch, args.device, args.precision, step=step
-            )
+            calls[f"{name}, {step}"] = step_call(STEPS[name], *where, step=step)
     yield from beside_softmax("step", batch, interleave(calls, max(3, args.repeats // 3), clock))
 
 
@@ -607,10 +604,8 @@ def memory_level(args: argparse.Namespace, progress: Say) -> Rows:
 def paper_level(args: argparse.Namespace, progress: Say) -> Rows:
     """Peak memory of the nine models of the paper's Table 13 at batch 32, on a GPU as there."""
     jobs = [(spec, 32, name) for name, spec, *_ in cost.PAPER]
-    for (name, spec, *_, memory), found in zip(
-        cost.PAPER, peaks(jobs, args, progress), strict=True
-    ):
-        row = {"what": "table 13", "variant": f"{name} {spec}", "batch": 32, **found}
+    for (name, spec, *_, memory), peak in zip(cost.PAPER, peaks(jobs, args, progress), strict=True):
+        row = {"what": "table 13", "variant": f"{name} {spec}", "batch": 32, **peak}
         yield {**row, "paper_gb": memory}
 
 

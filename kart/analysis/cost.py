@@ -64,14 +64,11 @@ class Flops(NamedTuple):
 
 
 def _distinct(model: Model) -> tuple[Operator, ...]:
-    universal = model.config.sharing == "universal"
-    return model.operators[:1] if universal else model.operators
+    return model.operators[:1] if model.config.sharing == "universal" else model.operators
 
 
 def parameters(model: Model) -> Parameters:
-    """Parameters of `model`, those of a teacher not among them; those of a ViT are counted without
-    drawing the backbone.
-    """
+    """Parameters of `model` but a teacher's; those of a ViT without drawing the backbone."""
     c = model.config
     if c.family != "vit":
         drawn = model.init(Generator().manual_seed(0))
@@ -91,9 +88,7 @@ def parameters(model: Model) -> Parameters:
 
 
 def _unseen(site: Site) -> tuple[int, int]:
-    """How many heads of a block have the same output whatever their queries are, and how many
-    whatever their keys.
-    """
+    """How many heads of a block have one output whatever their queries, and whatever their keys."""
     generator, width = Generator().manual_seed(0), site.width + site.tokens * site.biased
     drawn = site.operator.init(generator, site.heads, site.tokens)
     # at a start of zero what is learned does not show
@@ -190,9 +185,7 @@ def unit_flops(op: Operator) -> int:
 
 
 def _counted(op: Operator, heads: int) -> Iterator[tuple[Operator, int]]:
-    """The operators that one is made of, hybrid or a sum, until they say what they cost, and the
-    heads of each.
-    """
+    """The operators that one is made of until they say what they cost, and the heads of each."""
     parts = op.options.get("groups") or [(one, heads) for one in op.options.get("parts", ())]
     if "activation_flops" in op.traits or not parts:
         yield op, heads
@@ -300,9 +293,7 @@ def kept_bytes(call: Callable[[], Any], beside: Any = ()) -> int:
 
 
 def materialised(op: Operator) -> Operator:
-    """The operator with `attend` by its N x N weights, as in the paper; of a hybrid one by those of
-    each group.
-    """
+    """The operator with `attend` by its N x N weights, as in the paper; of a hybrid each group."""
     if op.options.get("kind") == "hybrid":
         groups = [(materialised(part), count) for part, count in op.options["groups"]]
         return hybrid([part for part, count in groups for _ in range(count)])

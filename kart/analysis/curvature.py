@@ -70,8 +70,7 @@ def subset(loss: Loss, params: Params, pattern: str) -> tuple[Loss, dict[str, Te
     """The loss as a function of some of the parameters, the others held, and those parameters.
 
     They are the leaves whose dotted path matches `pattern` as file names do, with or without a dot
-    before it: "*.operator.*" is every operator, "blocks.0.*" the first block. They come as one
-    dict by path.
+    before it: "*.operator.*" is every operator, "blocks.0.*" the first block. They come by path.
 
     >>> params = {"a": torch.ones(2), "b": torch.ones(2)}
     >>> part, some = subset(lambda p: (p["a"] ** 2 * p["b"]).sum(), params, "a")
@@ -175,8 +174,7 @@ def top_eigenvalues(
 
     Lanczos with full orthogonalisation and thick restarts (Wu and Simon 2000), in the dtype of
     `params`, float32 at least. A multiple eigenvalue is counted as often as it occurs where
-    `vectors` reaches P, and may be counted once otherwise, as by every method that starts from one
-    vector.
+    `vectors` reaches P, else perhaps once, as by every method that starts from one vector.
 
     Args:
         which: "magnitude", "largest" (descending; the first is the sharpness) or "smallest"
@@ -412,8 +410,7 @@ def plot(densities: Mapping[str, Density], label: str = "eigenvalue of the Hessi
     """
     if not densities:
         raise ValueError("`plot` needs at least one density, got none. Pass {name: density}.")
-    fig, axes = figures.grid(1, 1, 4.4, 2.7)
-    ax = axes[0, 0]
+    fig, (ax,) = figures.panels(1, 1, 4.4, 2.7)
     tops = [float(found.density.max()) for found in densities.values()]
     narrow = min(float(found.grid[-1] - found.grid[0]) for found in densities.values())
     for i, (name, found) in enumerate(densities.items()):
@@ -559,10 +556,5 @@ def section(context: Context) -> pages.Section:
 
 
 ANALYSIS = Analysis(
-    "curvature",
-    "Curvature",
-    section,
-    minutes=9.0,
-    measure=measure,
-    uses=("examples", "limit_mib"),
+    "curvature", "Curvature", section, minutes=9.0, measure=measure, uses=("examples", "limit_mib")
 )

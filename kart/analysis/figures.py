@@ -16,9 +16,7 @@ QUIET = "#8b909a"  # axes, reference lines
 
 
 def look(i: int) -> dict[str, Any]:
-    """Colour and dash of the i-th line, for `Axes.plot`: the dashes move on by one each time the
-    colours have been used up.
-    """
+    """Colour and dash of line i for `Axes.plot`; dashes move on when the colours are used up."""
     return {"color": COLOURS[i % len(COLOURS)], "ls": DASHES[(i + i // len(COLOURS)) % len(DASHES)]}
 
 

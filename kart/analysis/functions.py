@@ -145,9 +145,7 @@ def response(operator: Operator, params: Params, x: Tensor, scores: Tensor | Non
 
 
 class Group(NamedTuple):
-    """Heads with the same learnable operator: the first of them, the operator, its parameters and
-    their dotted path in those of the whole.
-    """
+    """Heads with one learnable operator: the first, operator, parameters and their dotted path."""
 
     first: int
     operator: Operator
@@ -230,8 +228,7 @@ def moved(values: Tensor, initial: Tensor) -> Tensor:
 
 def density(scores: Tensor, x: Tensor) -> Tensor:
     """How often scores are seen at each point of an ascending grid: `x (X)` to `(X,)` of sum 1,
-    float64. A score counts at the nearest point; those beyond the ends by more than half a step are
-    not counted.
+    float64. A score counts at the nearest point, unless it is over half a step beyond the ends.
 
     >>> density(torch.tensor([0.1, 0.9, 1.1, 9.0]), torch.tensor([0.0, 1.0])).tolist()
     [0.3333333333333333, 0.6666666666666666]
@@ -526,8 +523,7 @@ def plot_harmonics(found: Mapping[str, Tensor]) -> Any:
     """
     if not found:
         raise ValueError("`plot_harmonics` needs amplitudes by name, got none. Pass some.")
-    fig, axes = figures.grid(1, 1, 3.4, 2.4)
-    ax = axes[0, 0]
+    fig, (ax,) = figures.panels(1, 1, 3.4, 2.4)
     for i, (name, values) in enumerate(found.items()):
         style = figures.look(i)
         heads = values.double().square().flatten(1, 2).mean(1).sqrt().cpu()  # (H, G)
@@ -547,6 +543,7 @@ def plot_harmonics(found: Mapping[str, Tensor]) -> Any:
 # --- the section ----------------------------------------------------------------------------------
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.4)
+Numbers = list[pages.Number]
 
 
 def measure(context: Context, member: Member) -> dict[str, Tensor]:
@@ -577,9 +574,7 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
                 seen = seen_by(group, scores)
                 x = score_range(seen, group.operator)
                 values = curves(group.operator, group.params, x)
-                near.append(
-                    torch.stack([fit.flatten() for fit in fits(values, x, density(seen, x))])
-                )
+                near.append(torch.stack([r2.flatten() for r2 in fits(values, x, density(seen, x))]))
         found = {}
         if len(shares) == len(model.sites):
             by_block = torch.stack([share.mean() for share in shares])
@@ -615,9 +610,7 @@ def _pruned(context: Context, member: Member) -> dict[str, Tensor]:
 
 
 def section(context: Context) -> pages.Section:
-    """How much the output follows the scores, what the functions are near to, what of them can be
-    dropped, and their pictures.
-    """
+    """How much follows the scores, what functions are near to, what can be dropped; pictures."""
     found = scalars(context, measure)
     column = percent("score_share", "of the scores %")
     kinds = [Column(f"r2_{name}", f"R² {name}", 3, low=0.0, high=1.0) for name in Fits._fields]
@@ -650,9 +643,8 @@ def section(context: Context) -> pages.Section:
             f"Each panel is a head, {context.first_seeds}. Solid: the four units that move its "
             "weights most; dotted: the same units before training. Grey band: 90 % of all its "
             "units. Silhouette: where the scores that they see of validation images lie, which is "
-            "where the functions are used. The "
-            "change is the root mean square over all units of a head, relative to the initial "
-            "functions."
+            "where the functions are used. The change is the root mean square over all units of a "
+            "head, relative to the initial functions."
         ),
         pages.text(
             "A key's weight by its own score is the sum over p of W[m, p] \u03c6_pm(score), less "
@@ -671,9 +663,7 @@ def section(context: Context) -> pages.Section:
     return pages.Section(blocks, numbers)
 
 
-def _dropped(
-    context: Context, learned: Sequence[Result], numbers: list[pages.Number]
-) -> list[pages.Markup]:
+def _dropped(context: Context, learned: Sequence[Result], numbers: Numbers) -> list[pages.Markup]:
     """The table of what dropping small terms costs, of each first seed."""
     rows, without = [], []
     for result in learned:
@@ -708,11 +698,9 @@ def _sizeless(model: Model) -> bool:
     return any(one.basis is not None and not amplitude(one.basis) for one in ones)
 
 
-def _shapes(
-    context: Context, learned: Sequence[Result], numbers: list[pages.Number]
-) -> list[pages.Markup]:
+def _shapes(context: Context, learned: Sequence[Result], numbers: Numbers) -> list[pages.Markup]:
     """Groups of alike units of the last block and their formulas; amplitudes of harmonics."""
-    shown, amplitudes_of = [], {}
+    shown, amplitudes = [], {}
     for result in learned:
         look = context.look(result)
         block = len(look.model.operators) - 1
@@ -722,9 +710,9 @@ def _shapes(
             assert group.operator.basis is not None
             if group.operator.basis.family == "fourier":
                 name = result.name
-                if name in amplitudes_of:  # of hybrid heads each group
+                if name in amplitudes:  # of hybrid heads each group
                     name += f", head {group.first + 1}"
-                amplitudes_of[name] = harmonics(group.operator, group.params)
+                amplitudes[name] = harmonics(group.operator, group.params)
             own = seen_by(group, scores)
             x = score_range(own, group.operator)
             seen = density(own, x)
@@ -744,12 +732,10 @@ def _shapes(
             alt = f"Groups of alike functions of {result.name} and their formulas"
             caption = f"{result.name}, last block, head {group.first + 1}."
             shown.append(pages.figure(fig, name, alt, caption))
-    if amplitudes_of:
-        alt = f"Amplitude by harmonic of {', '.join(amplitudes_of)}"
+    if amplitudes:
+        alt = f"Amplitude by harmonic of {', '.join(amplitudes)}"
         caption = "Amplitude by harmonic, last block: root mean square over units, band over heads."
-        shown.append(
-            pages.figure(plot_harmonics(amplitudes_of), "functions-harmonics", alt, caption)
-        )
+        shown.append(pages.figure(plot_harmonics(amplitudes), "functions-harmonics", alt, caption))
     return shown
 
 
@@ -762,7 +748,7 @@ def _blocks(names: Sequence[int], depth: int) -> str:
     return f"blocks {', '.join(str(i + 1) for i in names)} (shared)"
 
 
-def _pictures(looks: Sequence[Look]) -> tuple[list[pages.Markup], list[pages.Number]]:
+def _pictures(looks: Sequence[Look]) -> tuple[list[pages.Markup], Numbers]:
     """The functions of some blocks as curves, and how far training moved them."""
     shown, numbers = [], []
     for look in looks:

@@ -124,8 +124,7 @@ def _across(direction: Tensor) -> Tensor:
 def coordinates(path: Tensor, directions: Tensor) -> Tensor:
     """Where the snapshots lie in the plane about the last of them, `(T, P)` to `(T, 2)`, float64.
 
-    The coordinates of the nearest points of the plane, whether or not `directions (2, P)` are
-    orthonormal.
+    The coordinates of the nearest points of the plane, be `directions (2, P)` orthonormal or not.
 
     >>> coordinates(torch.tensor([[1.0, 2.0, 9.0], [0.0, 0.0, 0.0]]), torch.eye(3)[:2]).tolist()
     [[1.0, 2.0], [0.0, 0.0]]
@@ -202,16 +201,14 @@ def axes(extent: Extent, points: int) -> Tensor:
         given = torch.as_tensor(extent, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):  # ragged, or no numbers
         given = torch.full((), torch.nan, dtype=torch.float64)
-    ranges = torch.stack([-given, given]).expand(2, 2) if given.dim() == 0 else given
-    fits = ranges.shape == (2, 2) and bool(ranges.isfinite().all())
-    if not fits or not bool((ranges[:, 0] < ranges[:, 1]).all()):
+    spans = torch.stack([-given, given]).expand(2, 2) if given.dim() == 0 else given
+    fits = spans.shape == (2, 2) and bool(spans.isfinite().all())
+    if not fits or not bool((spans[:, 0] < spans[:, 1]).all()):
         raise ValueError(
             f"`surface` needs `extent` > 0 or two ranges (low, high), got {extent!r}. "
             "Take 1.0, or ranges that hold the path."
         )
-    lines = [
-        torch.linspace(low, high, points, dtype=torch.float64) for low, high in ranges.tolist()
-    ]
+    lines = [torch.linspace(low, high, points, dtype=torch.float64) for low, high in spans.tolist()]
     return torch.stack(lines)
 
 
@@ -262,10 +259,9 @@ def surface(
         return value.double()
 
     many = torch.func.vmap(at, randomness="different")
-    found = []
+    parts = pairs if progress is None else progress(pairs)
     with torch.no_grad():
-        for part in pairs if progress is None else progress(pairs):
-            found.append(at(part[0])[None] if len(part) == 1 else many(part))
+        found = [at(part[0])[None] if len(part) == 1 else many(part) for part in parts]
     return torch.cat(found).reshape(points, points)
 
 
@@ -382,9 +378,7 @@ def roughness(z: Tensor, axes: Tensor) -> Tensor:
 
 
 def _levels(surfaces: Iterable[Tensor]) -> list[float]:
-    """Levels of the loss that several surfaces share: its lowest value, and from there on evenly
-    spaced in the logarithm of the rise.
-    """
+    """Levels of the loss for surfaces: the lowest, then even in the logarithm of the rise."""
     finite = torch.cat([z[z.isfinite()].flatten().cpu() for z in surfaces])
     if not len(finite):
         raise ValueError("`plot` needs a surface with finite points, got none. Shrink the extent.")
@@ -441,9 +435,7 @@ def plot(
 
 
 def plot_surfaces(surfaces: Mapping[str, Tensor], axes: Mapping[str, Tensor]) -> Any:
-    """A matplotlib Figure: each surface by name in perspective, all with the same height and
-    colours; Args as of `plot`.
-    """
+    """A matplotlib Figure: surfaces by name in perspective, one height and colours; see `plot`."""
     _check_named(surfaces, axes)
     levels = _levels(surfaces.values())
     fig, cells = figures.panels(len(surfaces), 3, 3.0, 2.8, subplot_kw={"projection": "3d"})
@@ -542,8 +534,7 @@ def _kept_surface(context: Context, member: Member, kind: str, extent: float) ->
             plane = random_directions(context.generator("random", member.seed), params)
         model = context.model(member.config)
         examples = context.images(member.config, context.examples)
-        losses = context.losses(model, member.params)
-        loss = mean_loss(losses, *examples, batch=128)
+        loss = mean_loss(context.losses(model, member.params), *examples, batch=128)
         said = f"{member.name}, seed {member.seed}, {kind}"
         z = surface(loss, params, plane, extent, points, progress=_progress(context, said))
         return {"z": z}

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -157,9 +158,7 @@ def _learns(op: Operator) -> bool:
 
 
 def _simpler(op: Operator, params: Params, form: str, scores: Tensor) -> tuple[Operator, Params]:
-    """An operator with simple functions in place of its learned ones, seen at scores
-    `(B, H, N, M)`.
-    """
+    """An operator with simple functions for its learned ones, seen at scores `(B, H, N, M)`."""
     parts = parts_of(op)
     if parts:
         counts = [count for _, count in op.options.get("groups", ())]
@@ -228,9 +227,7 @@ def _units(op: Operator, params: Params, scores: Tensor) -> Iterator[_Units]:
         yield stage("second", params["second"], hidden)
     elif kind == "elementwise":
         leaves = {name: leaf[:, None, None] for name, leaf in params["units"].items()}
-        yield _Units(
-            leaves, _rows(scores), lambda y: y.sum((-2, -1)), lambda coefs: {"units": coefs}
-        )
+        yield stage("units", leaves, scores)._replace(same=lambda y: y.sum((-2, -1)))
     elif kind == "by_offset":
         table, given = params["table"], params["units"]
         tokens = scores.shape[-1]
@@ -242,8 +239,7 @@ def _units(op: Operator, params: Params, scores: Tensor) -> Iterator[_Units]:
         count = int(index.max()) + 1
 
         def same(y: Tensor) -> Tensor:
-            zeros = y.new_zeros(*y.shape[:-2], count)
-            return zeros.index_add(-1, index, y.flatten(-2))
+            return y.new_zeros(*y.shape[:-2], count).index_add(-1, index, y.flatten(-2))
 
         def back(coefs: Tensor) -> dict[str, Tensor]:
             shapes = {name: table[name].shape for name in PARTS if name in table}
@@ -618,14 +614,12 @@ def _position(context: Context, member: Member, model: Model, few: int) -> dict[
 
 
 # whose functions are of one score
-SWAPPABLE = ("low_rank", "full_rank", "project_first", "two_stage", "elementwise", "by_offset")
+OF_SCORE = ("low_rank", "full_rank", "project_first", "two_stage", "elementwise", "by_offset")
 
 
 def _swappable(op: Operator) -> bool:
     """Whether `swap` takes all of an operator's learned functions."""
-    return all(
-        one.basis is None or one.options.get("kind") in SWAPPABLE for one in simple_parts(op)
-    )
+    return all(one.basis is None or one.options.get("kind") in OF_SCORE for one in simple_parts(op))
 
 
 def _starts(context: Context, member: Member) -> dict[str, Tensor]:
@@ -645,9 +639,7 @@ def _starts(context: Context, member: Member) -> dict[str, Tensor]:
 
 
 def section(context: Context) -> pages.Section:
-    """Tables of what swaps cost, of gradients at the start and of the share of position; pictures
-    of the mean attention by offset.
-    """
+    """Tables of what swaps cost, of first gradients, of position; the mean attention by offset."""
     found = scalars(context, measure)
     shown, numbers = _costs(context, found)
     place = "Position is the place in a window, and a mean matrix that of all windows of a block."
@@ -728,10 +720,9 @@ def _gradients(context: Context) -> Part:
     header += [f"{name}, block {i + 1}" for i in some_blocks(max(depths)) for name in "qkv"]
     caption = (
         "Gradients before training: the norm of the gradient of an image's loss in the queries, "
-        "keys and values of a block, all heads together, root mean square over "
-        f"{count} training images. Mean, 95 % interval over {SEEDS} initialisations, whose "
-        "backbone operators share. 0 in q and k is an operator that ignores its scores at the "
-        "start."
+        f"keys and values of a block, all heads together, root mean square over {count} training "
+        f"images. Mean, 95 % interval over {SEEDS} initialisations, whose backbone operators "
+        "share. 0 in q and k is an operator that ignores its scores at the start."
     )
     return [pages.table(header, rows, caption)], numbers
 
@@ -763,8 +754,7 @@ def _layouts(context: Context) -> Part:
     chance, classes = (0.0, 0.0), False
     for k, result in enumerate(context.results):
         sites = context.model(result.configs[0]).sites
-        names: dict[str, int] = {}
-        shares: dict[str, list[float]] = {}
+        names, shares = Counter[str](), defaultdict[str, list[float]](list)
         first: list[Layout] = []
         for index in range(len(result.configs)):
             own = measure(context, Member(result, index))
@@ -773,11 +763,11 @@ def _layouts(context: Context) -> Part:
             seed = result.configs[index].seed
             for i, one in enumerate(layouts):
                 chance, classes = one.chance, classes or one.own is not None
-                for h, name in enumerate(verdict(one)):
-                    names[name] = names.get(name, 0) + 1
+                names.update(verdict(one))
+                for h in range(len(one.level)):
                     for key in ("level", "by_offset", "by_key", "near"):
                         value = float(getattr(one, key)[h])
-                        shares.setdefault(key, []).append(value)
+                        shares[key].append(value)
                         measured = f"layout_{key}_block_{i + 1}_head_{h + 1}"
                         numbers.append(pages.Number(result.name, measured, value, "", seed))
         means = {key: sum(values) / len(values) for key, values in shares.items()}
@@ -786,7 +776,7 @@ def _layouts(context: Context) -> Part:
                 result.name,
                 *(f"{100 * means[key]:.0f}" for key in ("level", "by_offset", "by_key")),
                 f"{means['near']:.2f}",
-                *(str(names.get(n, 0)) for n in ("convolution", "global pooling", "neither")),
+                *(str(names[n]) for n in ("convolution", "global pooling", "neither")),
             ]
         )
         chosen = some_blocks(len(first))

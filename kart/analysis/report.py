@@ -106,9 +106,7 @@ def analyse(
         raise ValueError("`report` needs at least one result, got none. Train something first.")
     check_out(out)
     end = time.monotonic() + 60 * minutes
-    done = []
-    for i, one in enumerate(sections):
-        done.append(_run(one, context, _deadline(sections[i:], end)))
+    done = [_run(one, context, _deadline(sections[i:], end)) for i, one in enumerate(sections)]
     configs = [config for result in results for config in result.configs]
     settings = {
         "title": title,
@@ -227,13 +225,12 @@ def _setting(context: Context) -> str:
     window = "" if model.sites[0].cut is None else " a window"
     return (
         f"{os.path.basename(config.data)}, {len(context.splits.train.labels):,} training images of "
-        f"{c.image_size} x {c.image_size}. {config.model}: {c.depth} "
-        f"block{'s' if c.depth > 1 else ''}, {heads} heads, "
-        f"width {c.embed_dim}, patches of {c.patch_size}, {c.tokens} tokens{window}. "
-        f"{config.epochs} epochs in batches of {config.batch_size}, AdamW at "
+        f"{c.image_size} x {c.image_size}. {config.model}: {c.depth} block{'s' * (c.depth > 1)}, "
+        f"{heads} heads, width {c.embed_dim}, patches of {c.patch_size}, {c.tokens} tokens{window}."
+        f" {config.epochs} epochs in batches of {config.batch_size}, AdamW at "
         f"{config.peak_learning_rate:g} with warm-up and cosine, weight decay "
-        f"{config.weight_decay:g}. {seeds} seed{'s' if counts[-1] > 1 else ''} each; all "
-        "operators with the same recipe."
+        f"{config.weight_decay:g}. {seeds} seed{'s' * (counts[-1] > 1)} each; all operators with "
+        "the same recipe."
     )
 
 

@@ -10,9 +10,7 @@ from kart.operators import Operator
 
 
 def verdicts(results: Sequence[Result]) -> list[str]:
-    """What the differences to softmax mean (to the first result, where softmax is not there), over
-    the seeds that both have.
-    """
+    """What the differences to softmax, else to the first result, mean, over the seeds both have."""
     names = [result.name for result in results]
     base = results[names.index("softmax") if "softmax" in names else 0]
     return [_verdict(result, base) for result in results if result is not base]

@@ -166,8 +166,7 @@ def samples(site: Site, tensor: Tensor) -> Tensor:
                 f"`samples` needs windows that no mask cuts, got a grid of {site.cut.side} in "
                 f"windows of {site.cut.window}. Take smaller windows."
             )
-        chosen = torch.tensor(site.cut.whole, device=tensor.device)
-        tensor = tensor.index_select(-4, chosen)
+        tensor = tensor.index_select(-4, torch.tensor(site.cut.whole, device=tensor.device))
     return tensor.reshape(-1, *tensor.shape[-3:])
 
 
@@ -245,9 +244,7 @@ class Context:
         return train.prepare(pixels, split, config), labels
 
     def available(self, count: int, split: data.Dataset | None = None) -> int:
-        """How many images of a split, by default of validation, `images` gives where `count` are
-        asked for.
-        """
+        """How many images of a split, by default of validation, `images` gives for `count`."""
         return min(count, len((self.splits.val if split is None else split).labels))
 
     def losses(self, model: Model, beside: Params | None = None) -> Callable[..., Tensor]:
@@ -285,16 +282,12 @@ class Context:
         return float(max(site.tokens for model in self.models for site in model.sites))
 
     def few(self, model: Model) -> int:
-        """On how many images weights and scores, N x N a head and window, stay small in every
-        block.
-        """
+        """On how many images weights and scores, N x N a head and window, stay small per block."""
         most = max(site.windows * site.heads * site.tokens**2 for site in model.sites)
         return max(4, min(64, 2**22 // most))
 
     def look(self, result: Result, count: int | None = None) -> Look:
-        """The first member of `result` on `count` validation images (`some_images`), `few` where it
-        is not said, computed once a page.
-        """
+        """The first member of `result` on `count` or `few` validation images, once a page."""
         config = result.configs[0]
         model = self.model(config)
         c = model.config
@@ -323,9 +316,7 @@ class Context:
         return self.memory["data"]
 
     def generator(self, *keys: int | str) -> Generator:
-        """A generator that depends on the section and `keys` alone: the same for each operator
-        where they are to be compared.
-        """
+        """A generator of the section and `keys` alone: the same for operators to be compared."""
         return data.generator_for("analysis", self.name, *keys)
 
     def left(self) -> float:
@@ -400,9 +391,7 @@ def trajectories(context: Context) -> str | None:
 
 
 def fingerprint(splits: Splits) -> str:
-    """Eight hex digits that name the data: all labels, classes and statistics, and of the images
-    16 MB a split.
-    """
+    """Eight hex digits that name the data: labels, classes, statistics, 16 MB of images a split."""
     digest = hashlib.sha256()
     for one in splits:
         described = [one.name, one.classes, one.mean, one.std, one.images.shape]
@@ -436,9 +425,7 @@ Measured = Mapping[str, Mapping[int, Mapping[str, float]]]  # by operator, seed 
 
 
 class Column(NamedTuple):
-    """A measure as a table of operators shows it: `digits` of `scale` times its values, which lie
-    in [low, high].
-    """
+    """A measure in a table of operators: `digits` of `scale` times its values, in [low, high]."""
 
     measure: str
     header: str

@@ -185,9 +185,7 @@ def measure(context: Context, member: Member) -> dict[str, Tensor]:
             aux = model.intermediates(member.params, images)
         found: dict[str, Tensor] = {}
         for kind in ("scores", "weights"):
-            blocks = [
-                samples(site, aux[f"blocks.{i}.{kind}"]) for i, site in enumerate(model.sites)
-            ]
+            blocks = [samples(one, aux[f"blocks.{i}.{kind}"]) for i, one in enumerate(model.sites)]
             found[f"{kind}_values"] = singular_values(blocks[-1])
             ranks = torch.stack([effective_rank(block).mean() for block in blocks])
             found[f"{kind}_effective"], found[f"{kind}_by_block"] = ranks.mean(), ranks
@@ -210,10 +208,8 @@ def section(context: Context) -> pages.Section:
             ranks.add(None)  # their weights are mixed with those of positions
         bounds[result.name] = max(ranks) if None not in ranks else None  # type: ignore[type-var]
     known = {rank for rank in bounds.values() if rank is not None}
-    titles = {"before the operator": "scores_values", "after it": "weights_values"}
-    panels = {
-        title: {name: own[key] for name, own in first.items()} for title, key in titles.items()
-    }
+    keys = {"before the operator": "scores_values", "after it": "weights_values"}
+    panels = {title: {name: own[key] for name, own in first.items()} for title, key in keys.items()}
     fig = pages.figure(
         plot(panels, known.pop() if len(known) == 1 else None),
         "spectra",

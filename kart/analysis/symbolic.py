@@ -42,9 +42,7 @@ def _checked(name: str, values: Tensor, x: Tensor, density: Tensor | None) -> tu
 
 
 class Clusters(NamedTuple):
-    """Functions that are alike: the cluster of each, `(n,)`, -1 for none, and the index of the
-    function that leads each cluster, `(clusters,)`.
-    """
+    """Alike functions: the cluster of each, `(n,)`, -1 for none; the leaders, `(clusters,)`."""
 
     labels: Tensor
     leaders: Tensor
@@ -159,15 +157,29 @@ def candidate(
     if whole <= 1e-14 * float((values.double() * roots).square().sum()):
         return Candidate("constant", f"{mean:.3g}", 1.0, 0.0, 0.0, 0.0, mean)
     x = x.double().to(values.device)
-    found = [_fit(name, target, whole, mean, x, roots) for name in SHAPES]
+    found = [_fit(name, target, mean, x, roots) for name in SHAPES]
     best = max(one.r2 for one in found)
     return next(one for one in found if one.r2 >= best - margin)
 
 
-def _fit(
-    name: str, target: Tensor, whole: float, mean: float, x: Tensor, roots: Tensor
-) -> Candidate:
-    shape = SHAPES[name]
+def _fit(name: str, target: Tensor, mean: float, x: Tensor, roots: Tensor) -> Candidate:
+    shape, whole = SHAPES[name], float(target.square().sum())
+
+    def best(scales: Tensor, places: Tensor) -> tuple[float, float, float, float, float]:
+        """R^2, a, d, b and t of the best of all scales b and places t; a, d by least squares."""
+        b, t = (v.flatten() for v in torch.meshgrid(scales, places, indexing="ij"))
+        f = shape.function((b[:, None] * (x - t[:, None])).clamp(-50, 50))
+        means = (f * roots.square()).sum(-1)
+        rows = (f - means[:, None]) * roots
+        size = rows.square().sum(-1)
+        along = rows @ target
+        # a shape that is flat where scores are has no part in the fit
+        flat = size <= 1e-12 * (f * roots).square().sum(-1)
+        r2 = torch.where(flat, 0.0, along.square() / torch.where(flat, 1.0, size) / whole)
+        i = int(r2.argmax())
+        a = 0.0 if bool(flat[i]) else float(along[i] / size[i])
+        return min(float(r2[i]), 1.0), a, mean - a * float(means[i]), float(b[i]), float(t[i])
+
     middle, half = float(x.max() + x.min()) / 2, float(x.max() - x.min()) / 2
     scales = torch.logspace(-1, 1.4, 37, dtype=x.dtype, device=x.device) / half
     scales = scales if shape.scaled else scales.new_ones(1)
@@ -176,40 +188,15 @@ def _fit(
     places = places if shape.moved else places.new_full((1,), middle)
     ratio, step = math.exp(2.4 * math.log(10) / 36), 3 * half / 48
     near = torch.linspace(-1, 1, 9, dtype=x.dtype, device=x.device)
-    r2, a, d, b, t = _best(shape, target, whole, mean, x, roots, scales, places)
+    r2, a, d, b, t = best(scales, places)
     for _ in range(10):
         scales = b * ratio**near if shape.scaled else scales
         places = t + step * near if shape.moved else places
-        r2, a, d, b, t = _best(shape, target, whole, mean, x, roots, scales, places)
+        r2, a, d, b, t = best(scales, places)
         ratio, step = ratio**0.4, 0.4 * step
     u = b * x - b * t
     reach = float(x.abs().max()), float(shape.function(u.clamp(-50, 50)).abs().max())
     return Candidate(name, _written(shape, a, b, -b * t, d, reach), r2, a, b, -b * t, d)
-
-
-def _best(
-    shape: Shape,
-    target: Tensor,
-    whole: float,
-    mean: float,
-    x: Tensor,
-    roots: Tensor,
-    scales: Tensor,
-    places: Tensor,
-) -> tuple[float, float, float, float, float]:
-    """R^2, a, d, b and t of the best of all scales b and places t, a and d by least squares."""
-    b, t = (v.flatten() for v in torch.meshgrid(scales, places, indexing="ij"))
-    f = shape.function((b[:, None] * (x - t[:, None])).clamp(-50, 50))
-    means = (f * roots.square()).sum(-1)
-    rows = (f - means[:, None]) * roots
-    size = rows.square().sum(-1)
-    along = rows @ target
-    # a shape that is flat where scores are has no part in the fit
-    flat = size <= 1e-12 * (f * roots).square().sum(-1)
-    r2 = torch.where(flat, 0.0, along.square() / torch.where(flat, 1.0, size) / whole)
-    i = int(r2.argmax())
-    a = 0.0 if bool(flat[i]) else float(along[i] / size[i])
-    return min(float(r2[i]), 1.0), a, mean - a * float(means[i]), float(b[i]), float(t[i])
 
 
 def _written(

@@ -20,9 +20,7 @@ LEAST_EPOCHS = 6
 
 
 def history(records: Sequence[Sequence[Record]], key: str) -> Tensor:
-    """Entry `key` of `records[epoch][member]`, as `population.fit` yields them: float64 `(members,
-    epochs)`.
-    """
+    """Entry `key` of `records[epoch][member]` of `population.fit`: float64 `(members, epochs)`."""
     if not records or any(key not in record for row in records for record in row):
         raise ValueError(
             f"`history` needs records with {key!r}, got {len(records)} epochs of them. "
@@ -42,9 +40,7 @@ class Trend(NamedTuple):
 
     @property
     def at_rest(self) -> bool:
-        """Whether it rose by no more than a point, or by no more than twice the error; never with
-        less than six epochs, which cannot show it.
-        """
+        """Whether it rose by a point at most, or twice the error; never with under six epochs."""
         return self.epochs >= LEAST_EPOCHS and self.rise <= max(RISE, 2 * self.error)
 
 
@@ -68,9 +64,8 @@ def warnings(results: Sequence[Result]) -> list[str]:
     short = {name: one.epochs for name, one in trends.items() if one.epochs < LEAST_EPOCHS}
     lines = []
     if short:
-        epochs = min(short.values())
-        names = ", ".join(short)
-        lines = [f"Too few epochs ({epochs}) to show whether {names} converged."]
+        fewest, names = min(short.values()), ", ".join(short)
+        lines.append(f"Too few epochs ({fewest}) to show whether {names} converged.")
     for i, (name, one) in enumerate(trends.items()):
         if one.at_rest or name in short:
             continue
@@ -101,8 +96,7 @@ def plot(
         log: whether the axis may be logarithmic; it is where they span more than a decade.
         start: how many epochs to leave out, for a closer look at the others.
     """
-    fig, axes = figures.grid(1, 1, 4.4, 2.9)
-    ax = axes[0, 0]
+    fig, (ax,) = figures.panels(1, 1, 4.4, 2.9)
     low, high = float("inf"), -float("inf")
     for i, (name, values) in enumerate(series.items()):
         shown = scale * values[:, start:].numpy()

@@ -254,10 +254,8 @@ def section(context: Context) -> pages.Section:
         if not own:  # too few numbers for a distribution
             continue
         name = "all weights" if part == "all" else f"{part.replace('_', ' ')} of the operators"
-        caption = name.capitalize()
-        blocks.append(
-            pages.figure(plot(stages), f"weights-{part}", f"Histograms of {name}", caption)
-        )
+        title = name.capitalize()
+        blocks.append(pages.figure(plot(stages), f"weights-{part}", f"Histograms of {name}", title))
         columns = [
             Column(f"{part}|end|rms", "root mean square", 3, low=0.0),
             Column(f"{part}|end|kurtosis", "excess kurtosis", 2),

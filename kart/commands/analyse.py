@@ -32,26 +32,22 @@ OPTIONS = {
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", nargs="+", help="directories that `kart train` wrote")
-    parser.add_argument(
-        "--out", type=file, metavar="HTML", help="the page (default report.html in the first)"
-    )
-    parser.add_argument("--title", help="its headline")
-    parser.add_argument(
-        "--sections", type=commas, metavar="NAMES", help="comma-separated; default all"
-    )
-    parser.add_argument("--minutes", type=number(0), help="for all slow sections together (28)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("run", nargs="+", help="directories that `kart train` wrote")
+    add("--out", type=file, metavar="HTML", help="the page (default report.html in the first)")
+    add("--title", help="its headline")
+    add("--sections", type=commas, metavar="NAMES", help="comma-separated; default all")
+    add("--minutes", type=number(0), help="for all slow sections together (28)")
+    add(
         "--processes",
         type=integer(1),
         metavar="INT",
         help="that share the runs, one thread each (1)",
     )
     for name, (_, least, default, text) in OPTIONS.items():
-        told = f"{text} ({default})"
-        parser.add_argument(flag(name), type=integer(least), metavar="INT", help=told)
-    parser.add_argument("--checkpoint", default="last", choices=["last", "best"])
-    parser.add_argument("--data", help="where the data is now, if it has moved")
+        add(flag(name), type=integer(least), metavar="INT", help=f"{text} ({default})")
+    add("--checkpoint", default="last", choices=["last", "best"])
+    add("--data", help="where the data is now, if it has moved")
 
 
 def _context(args: argparse.Namespace) -> "Context":

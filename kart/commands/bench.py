@@ -6,24 +6,17 @@ from kart.commands.command import Command, file, flag, integer
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     count = integer(1)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--precision", choices=["float32", "bfloat16"])
-    parser.add_argument(
-        "--repeats", type=count, default=15, metavar="INT", help="timed rounds (default 15)"
-    )
-    parser.add_argument(
-        "--op-batch", type=count, metavar="INT", help="batch at N = 197 (default 8; GPU 128)"
-    )
-    parser.add_argument(
-        "--step-batch", type=count, metavar="INT", help="batch of a step (default 8; GPU 128)"
-    )
-    parser.add_argument("--sizes", type=integer(0), metavar="INT", help="drawn sizes (default 16)")
-    parser.add_argument("--quick", action="store_true", help="operator level only")
-    parser.add_argument(
-        "--out", type=file, default="cost.json", help="JSON; the plot goes beside it"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--precision", choices=["float32", "bfloat16"])
+    add("--repeats", type=count, default=15, metavar="INT", help="timed rounds (default 15)")
+    add("--op-batch", type=count, metavar="INT", help="batch at N = 197 (default 8; GPU 128)")
+    add("--step-batch", type=count, metavar="INT", help="batch of a step (default 8; GPU 128)")
+    add("--sizes", type=integer(0), metavar="INT", help="drawn sizes (default 16)")
+    add("--quick", action="store_true", help="operator level only")
+    add("--out", type=file, default="cost.json", help="JSON; the plot goes beside it")
+    add("--quiet", action="store_true", help="no progress on stderr")
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -64,9 +64,7 @@ def outlast() -> None:
 
 
 def standalone(main: Callable[..., int | None], argv: Sequence[str] | None = None) -> NoReturn:
-    """Runs `main(argv)` as this process, which ends with the status that it returns, or with 2 and
-    one line for a mistake that it raises.
-    """
+    """Runs `main(argv)` as this process; ends with its status, or 2 and a line on a mistake."""
     outlast()
     try:
         sys.exit(main(argv))
@@ -84,9 +82,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **options)
 
     def check_once(self, argv: Sequence[str]) -> None:
-        """Raises for a flag that takes several values and stands there twice: the last one would
-        hold alone.
-        """
+        """Raises for a flag of several values that is there twice: the last would hold alone."""
         before = argv[: argv.index("--")] if "--" in argv else argv
         names = [word.partition("=")[0] for word in before]
         for flag, action in self._option_string_actions.items():
@@ -110,19 +106,17 @@ def add(parser: Parser, commands: Sequence[Command]) -> None:
     # argparse wants a metavar to list them without their names in braces
     below = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for one in commands:
-        child = below.add_parser(
+        sub = below.add_parser(
             one.name, help=one.help, description=one.description or one.help, epilog=one.epilog
         )
         if one.commands:
-            add(child, one.commands)
+            add(sub, one.commands)
             continue
         assert one.add_flags is not None and one.run is not None
-        one.add_flags(child)
+        one.add_flags(sub)
         if one.reads:
-            child.add_argument(
-                "--code", action="append", default=[], metavar="FILE", help=CODE_HELP
-            )
-        child.set_defaults(call=one.run, parser=child)
+            sub.add_argument("--code", action="append", default=[], metavar="FILE", help=CODE_HELP)
+        sub.set_defaults(call=one.run, parser=sub)
 
 
 def flag(name: str) -> str:

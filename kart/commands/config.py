@@ -93,10 +93,7 @@ FLAGS: dict[str, dict[str, tuple[Parse, str]]] = {
         "learning_rate": (_rate, "peak of the schedule; `paper` for 5e-4 * batch / 512"),
         "start_learning_rate": (REAL, "where the warm-up begins"),
         "end_learning_rate": (REAL, "where the cosine ends"),
-        "warmup_epochs": (
-            REAL,
-            "linear warm-up, <= --epochs; half of the run at most",
-        ),
+        "warmup_epochs": (REAL, "linear warm-up, <= --epochs; half of the run at most"),
         "weight_decay": (REAL, "decoupled weight decay"),
         "adam_eps": (REAL, "epsilon of AdamW"),
         "max_norm": (REAL, "global norm to which gradients are clipped"),
@@ -175,9 +172,7 @@ def config_of(args: argparse.Namespace, **changes: Any) -> Config:
 
 
 def configs_of(args: argparse.Namespace) -> list[Config]:
-    """One Config for each of the operators; each option of operators is for those that leave it
-    open.
-    """
+    """One Config for each operator; options of operators are for those that leave them open."""
     specs = [config_of(args, operator=text).operator for text in args.operator]
     some = set[str]().union(*map(runs.options_of, specs))
     configs = [
@@ -201,19 +196,14 @@ def flag(name: str) -> str:
 def check_effects(
     given: Collection[str], configs: Sequence[Config], asked: Callable[[str], str] = flag
 ) -> None:
-    """Refuses fields that were `given`, as `asked` names them, and change nothing in what `configs`
-    do.
-    """
+    """Refuses fields that were `given`, as `asked` names them, and change nothing in `configs`."""
     idle = {
         "ema_warmup": (f"`{asked('ema')}`", not any(one.ema for one in configs)),
         "start_learning_rate": (
             f"a warm-up (`{asked('warmup_epochs')}`)",
             not any(one.warmup_epochs for one in configs),
         ),
-        "sharing": (
-            "an operator that learns",
-            not any(_learned(one.operator) for one in configs),
-        ),
+        "sharing": ("an operator that learns", not any(_learned(one.operator) for one in configs)),
     }
     for name, (needed, is_idle) in idle.items():
         if name in given and is_idle:

@@ -88,9 +88,7 @@ def _setting(config: Config, data: dict[str, Any]) -> tuple[Config, str]:
 
 
 def _names(settings: Sequence[tuple[Config, str]]) -> list[str]:
-    """A name for each of several settings: the operator, and what sets it apart from others with
-    the same one.
-    """
+    """A name for each setting: the operator, and what sets it apart from others with the same."""
     names = []
     for config, data in settings:
         alike = [one for one in settings if one[0].operator == config.operator]

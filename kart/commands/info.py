@@ -19,18 +19,15 @@ DEFAULTS = {"operator": "softmax", "num_classes": 10, "in_channels": 3} | {
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     count = integer(1, most=10**6)
     absent = argparse.SUPPRESS
-    parser.add_argument(
-        "--operator", default=absent, metavar="SPEC", help="see below (default softmax)"
-    )
+    add("--operator", default=absent, metavar="SPEC", help="see below (default softmax)")
     for name in ("num_classes", "in_channels"):
         told = f"(default {DEFAULTS[name]})"
-        parser.add_argument(flag(name), type=count, default=absent, metavar="INT", help=told)
-    parser.add_argument(
-        "--paper", action="store_true", help="the paper's nine models beside kart's, alone"
-    )
-    parser.add_argument(
+        add(flag(name), type=count, default=absent, metavar="INT", help=told)
+    add("--paper", action="store_true", help="the paper's nine models beside kart's, alone")
+    add(
         "--roofline",
         nargs="?",
         const="h100",
@@ -38,7 +35,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
         help="least time of the paper's models on an H100, at --batch-size images and up to 16,384 "
         "tokens; cpu: the same counts beside this machine's clock",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add("--json", action="store_true", help="print JSON")
     add_config_flags(parser, ("model", "optimisation", "execution"), FIELDS, DEFAULTS)
 
 

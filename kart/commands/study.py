@@ -80,20 +80,16 @@ def _pairs(items: Sequence[str], given: str) -> dict[str, Any]:
 
 
 def _place_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("this process")
-    group.add_argument("--device", default=None, help="cpu or cuda (default cpu)")
-    group.add_argument(
-        "--threads", type=THREADS, metavar="INT", help="CPU threads (default torch's)"
-    )
-    group.add_argument("--quiet", action="store_true", help="no progress bar")
+    add = parser.add_argument_group("this process").add_argument
+    add("--device", default=None, help="cpu or cuda (default cpu)")
+    add("--threads", type=THREADS, metavar="INT", help="CPU threads (default torch's)")
+    add("--quiet", action="store_true", help="no progress bar")
 
 
 def _search_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the search")
-    group.add_argument("--pool", type=integer(1), default=1, metavar="N", help=POOL_HELP)
-    group.add_argument(
-        "--timeout", type=number(0), metavar="SECONDS", help="start no trial after it"
-    )
+    add = parser.add_argument_group("the search").add_argument
+    add("--pool", type=integer(1), default=1, metavar="N", help=POOL_HELP)
+    add("--timeout", type=number(0), metavar="SECONDS", help="start no trial after it")
 
 
 def _home_flags(parser: argparse.ArgumentParser, out: str = "run directory") -> None:
@@ -115,54 +111,34 @@ def _wait_flags(parser: argparse.ArgumentParser) -> None:
 def _study_flags(parser: argparse.ArgumentParser) -> None:
     count, positive = integer(0), integer(1)
     parser.add_argument("study", help="a name of `kart study list`, or a file of your own")
-    group = parser.add_argument_group("what is searched (defaults: the study's own)")
-    group.add_argument("--data", help="digits, a directory, or a public name")
-    group.add_argument("--epochs", type=positive, metavar="INT", help="epochs of every run")
+    add = parser.add_argument_group("what is searched (defaults: the study's own)").add_argument
+    add("--data", help="digits, a directory, or a public name")
+    add("--epochs", type=positive, metavar="INT", help="epochs of every run")
     for split, what in (("train", "train"), ("val", "validate")):
-        group.add_argument(
-            f"--{split}-limit", type=positive, metavar="INT", help=f"{what} on the first so many"
-        )
-    group.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="any field of Config"
-    )
-    group.add_argument(
-        "--fix", action="append", default=[], metavar="NAME=VALUE", help="fix a parameter"
-    )
-    group.add_argument("--tiny", action="store_true", help="the study's tiny setting, for a look")
-    group = parser.add_argument_group("how")
-    group.add_argument(
-        "--trials", type=count, metavar="INT", help="trials, shared equally by the arms"
-    )
-    group.add_argument("--seeds", type=positive, metavar="K", help="the seeds of a trial")
-    group.add_argument("--confirm", type=count, metavar="N", help="fresh seeds of the winners")
-    group.add_argument("--sampler", help=SAMPLERS_HELP)
-    group.add_argument(
-        "--levels", type=positive, metavar="INT", help="values of an interval, grid (3)"
-    )
-    group.add_argument(
-        "--sampler-seed", type=count, default=0, metavar="INT", help="seed of the search (0)"
-    )
-    group.add_argument("--pruner", help=PRUNERS_HELP)
-    group.add_argument(
-        "--objectives",
-        type=commas,
-        metavar="NAMES",
-        default=("accuracy",),
-        help=OBJECTIVES_HELP,
-    )
+        add(f"--{split}-limit", type=positive, metavar="INT", help=f"{what} on the first so many")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="any field of Config")
+    add("--fix", action="append", default=[], metavar="NAME=VALUE", help="fix a parameter")
+    add("--tiny", action="store_true", help="the study's tiny setting, for a look")
+    add = parser.add_argument_group("how").add_argument
+    add("--trials", type=count, metavar="INT", help="trials, shared equally by the arms")
+    add("--seeds", type=positive, metavar="K", help="the seeds of a trial")
+    add("--confirm", type=count, metavar="N", help="fresh seeds of the winners")
+    add("--sampler", help=SAMPLERS_HELP)
+    add("--levels", type=positive, metavar="INT", help="values of an interval, grid (3)")
+    add("--sampler-seed", type=count, default=0, metavar="INT", help="seed of the search (0)")
+    add("--pruner", help=PRUNERS_HELP)
+    add("--objectives", type=commas, metavar="NAMES", default=("accuracy",), help=OBJECTIVES_HELP)
     for name, unit in LIMITS_HELP.items():
         short = {"parameters": "params"}.get(name, name)
-        group.add_argument(
+        add(
             f"--max-{short}",
             dest=f"max_{name}",
             type=number(0),
             metavar="NUMBER",
             help=f"never train what has more ({unit})",
         )
-    group.add_argument(
-        "--group", type=positive, metavar="INT", help="seeds trained as one (default: measured)"
-    )
-    group.add_argument(
+    add("--group", type=positive, metavar="INT", help="seeds trained as one (default: measured)")
+    add(
         "--heartbeat",
         type=positive,
         default=20,
@@ -210,9 +186,7 @@ def _report_flags(parser: argparse.ArgumentParser) -> None:
 
 
 class Opened(NamedTuple):
-    """A study that is there: where, its database and settings, and, where its code was named on
-    the command line, its question.
-    """
+    """A study that is there: where, database, settings, its question if its code was named."""
 
     where: "Home"
     database: "RDBStorage"
@@ -381,9 +355,7 @@ def _set_up(args: argparse.Namespace) -> Opened:
 
 
 def _open(args: argparse.Namespace, name: str | None, asked: "Question | None" = None) -> Opened:
-    """A study that is there already; runs no code. `asked` is its code, where the command line has
-    named it, which must be the study's own.
-    """
+    """A study that is there; runs no code. `asked` is its own, where the command line named it."""
     from kart.search import journal, storage, work
     from kart.train import Config
 

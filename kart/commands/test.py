@@ -6,15 +6,12 @@ from kart.commands.command import Command, integer, number
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", help="basis, operator, projection, kernel, step or model")
-    parser.add_argument("target", help="module:object or file.py:object, such as my_module:hats")
-    parser.add_argument(
-        "--max-examples", type=integer(1), metavar="INT", help="examples drawn for each property"
-    )
-    parser.add_argument(
-        "--seconds", type=number(0), default=20.0, help="a property begins no example after (20)"
-    )
-    parser.add_argument("--only", nargs="+", metavar="PROPERTY", help="check these alone")
+    add = parser.add_argument
+    add("kind", help="basis, operator, projection, kernel, step or model")
+    add("target", help="module:object or file.py:object, such as my_module:hats")
+    add("--max-examples", type=integer(1), metavar="INT", help="examples drawn for each property")
+    add("--seconds", type=number(0), default=20.0, help="a property begins no example after (20)")
+    add("--only", nargs="+", metavar="PROPERTY", help="check these alone")
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -13,17 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator
 
-from kart import (
-    data,
-    distributed,
-    operators,
-    population,
-    recipes,
-    runs,
-    statistics,
-    tables,
-    train,
-)
+from kart import data, distributed, operators, population, recipes, runs, statistics, tables, train
 from kart.analysis import cost
 from kart.commands.command import Command, integer, number, place
 from kart.commands.config import (
@@ -42,31 +32,26 @@ LONG_S = 86_400.0  # what would take longer is said
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--operator", nargs="+", default=["softmax"], metavar="SPEC", help="see below"
-    )
-    parser.add_argument(
-        "--seeds", nargs="+", type=SEED, default=[0], metavar="INT", help="seeds (default 0)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--operator", nargs="+", default=["softmax"], metavar="SPEC", help="see below")
+    add("--seeds", nargs="+", type=SEED, default=[0], metavar="INT", help="seeds (default 0)")
+    add(
         "--group",
         type=_group,
         default="auto",
         metavar="INT",
         help="seeds that train as one vmapped program; auto (default) measures what is fastest",
     )
-    parser.add_argument(
-        "--out", type=place, help="run directory (default runs/<data>-<hash of the config>)"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument(
+    add("--out", type=place, help="run directory (default runs/<data>-<hash of the config>)")
+    add("--quiet", action="store_true", help="no progress bar")
+    add(
         "--space-timeout",
         type=number(0),
         default=600.0,
         metavar="SECONDS",
         help="how long to wait for room where the disk is full (600)",
     )
-    parser.add_argument(
+    add(
         "--workers",
         type=integer(0, 256),
         metavar="INT",

@@ -193,8 +193,7 @@ def write_labels(path: Path, labels: np.ndarray) -> None:
 def write_manifest(entry: Path, manifest: Manifest) -> None:
     """Writes the manifest of `entry` with the hashes of the arrays that are there."""
     blocks = {file.name: _blocks(file) for file in sorted(entry.glob("*.npy"))}
-    content = manifest._replace(blocks=blocks)._asdict()
-    write_json(entry / "manifest.json", content)
+    write_json(entry / "manifest.json", manifest._replace(blocks=blocks)._asdict())
 
 
 def write_json(path: Path, content: Any) -> None:

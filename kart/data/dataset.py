@@ -54,9 +54,7 @@ class Dataset(NamedTuple):
     masks: np.ndarray | None = None  # bool (n, height, width), True on the object; "masked_digits"
 
     def check(self) -> None:
-        """Raises ValueError, naming the field, unless images, labels and statistics are as above:
-        for a data set made of arrays of one's own.
-        """
+        """Raises ValueError, with the field, unless images, labels and statistics are as above."""
         images, labels = self.images, self.labels
         for field, dtype, ndim, wanted in (
             ("images", np.uint8, 4, "uint8 (n, channels, height, width)"),

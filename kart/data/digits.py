@@ -36,9 +36,8 @@ def load(name: str, split: str, image_size: int | None) -> Dataset:
     parts = splits.partition(labels, splits.cuts(()))
     mean, std = statistics.mean_and_std(images[parts["train"]])
     classes = tuple(str(name) for name in digits.target_names)
-    part = parts[split]
-    kept = None if masks is None else masks[part]
-    return Dataset(images[part], labels[part], classes, name, mean, std, masks=kept)
+    whole = Dataset(images, labels, classes, name, mean, std, masks=masks)
+    return whole.part(parts[split])
 
 
 def _paste(

@@ -52,8 +52,7 @@ def walk(root: Path) -> Found:
     """Reads the names of all files below `root`.
 
     A link is followed to where it leads below `root` if that is not read anyway. A link to an
-    image, a table or a folder elsewhere is an error: it would make the data depend on what was not
-    named.
+    image, a table or a folder elsewhere is an error: the data would depend on what was not named.
     """
     real = Path(os.path.realpath(root))
     if str(real) in _SYSTEM:

@@ -25,8 +25,7 @@ def read(root: Path, found: Found) -> Source:
     is an error.
     """
     unused = list(found.unused)
-    top = _unwrap(found.top, unused, root)
-    chosen = _splits(top, unused, root)
+    chosen = _splits(_unwrap(found.top, unused, root), unused, root)
     own = splits.resolve({name: known for name, (_, known) in chosen.items()}, str(root))
     _check_links(found, set(own.values()))
     found_in = {split: _classes(chosen[name][0], root, unused) for split, name in own.items()}

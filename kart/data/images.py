@@ -15,6 +15,8 @@ _DEEP = "16 bits a channel scaled to 8"
 TO_COLOUR = "grey repeated in three channels"
 TO_GREY = "colour to grey by luminance"
 
+Box = Callable[[int, int], tuple[int, int, int, int]]
+
 
 class Header(NamedTuple):
     """What a file says before its pixels are decoded."""
@@ -52,9 +54,7 @@ def decode(file: Any, where: str) -> tuple[Any, Header]:
         return _pixels(opened, told), told
 
 
-def cut(
-    file: Any, where: str, box: Callable[[int, int], tuple[int, int, int, int]], size: int
-) -> Any:
+def cut(file: Any, where: str, box: Box, size: int) -> Any:
     """The part `box(height, width)`, `(top, left, height, width)`, of an image file as `decode` has
     it, scaled to `size` x `size`: bilinear, antialiased when smaller, as Pillow and torchvision.
 

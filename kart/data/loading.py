@@ -217,23 +217,21 @@ def _entry(base: Path, found: Finding, image_size: int | None, role: str) -> Pat
     return entries.place(base, found.name, role, [_FORMAT, found.identity, image_size])
 
 
-def _cached(
-    found: Finding, split: str, image_size: int | None, base: Path, limited: bool
-) -> Dataset:
+def _cached(found: Finding, split: str, size: int | None, base: Path, limited: bool) -> Dataset:
     entries.sweep(base)
-    fit_path = _entry(base, found, image_size, "fit")
+    fit_path = _entry(base, found, size, "fit")
     fit = entries.read(fit_path)
     if fit is None:
-        fit = _build(fit_path, found, image_size, None, limited)
+        fit = _build(fit_path, found, size, None, limited)
     path, manifest = fit_path, fit
     if split == "test" and not fit.holds_test:
-        path = _entry(base, found, image_size, "test")
+        path = _entry(base, found, size, "test")
         manifest = entries.read(path)
         if manifest is None or manifest.classes != fit.classes or manifest.shape != fit.shape:
-            manifest = _build(path, found, image_size, fit)
+            manifest = _build(path, found, size, fit)
     arrays = entries.arrays(path, manifest, split)
     if arrays is None:
-        manifest = _build(path, found, image_size, None if path == fit_path else fit)
+        manifest = _build(path, found, size, None if path == fit_path else fit)
         fit = manifest if path == fit_path else fit
         arrays = entries.arrays(path, manifest, split)
     if arrays is None:

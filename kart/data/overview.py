@@ -197,7 +197,8 @@ def _sheet(
     draw = ImageDraw.Draw(sheet)
     for row, (name, count) in enumerate(counts.items()):
         place = (gap, gap + row * (side + gap) + side // 2 - 8)
-        draw.text(place, f"{_printable(name)} ({count})", fill="black", font_size=14)
+        printable = name.encode("ascii", "replace").decode()[:20]  # Pillow's own font has no more
+        draw.text(place, f"{printable} ({count})", fill="black", font_size=14)
         for column, image in enumerate(image for label, image in shown if label == row):
             # small images stay sharp squares, large ones are scaled down smoothly
             small = max(image.size) <= side
@@ -210,11 +211,6 @@ def _sheet(
         place = (gap, height - side // 2 - 8)
         draw.text(place, f"{more} more classes", fill="black", font_size=14)
     return sheet
-
-
-def _printable(name: str) -> str:
-    # Pillow's own font knows no more
-    return name.encode("ascii", "replace").decode()[:20]
 
 
 def _few(counts: dict[str, int]) -> str:
@@ -247,11 +243,9 @@ def _describe(name: str, source: Source) -> Description:
             raise ValueError(EMPTY)
         array = np.array(labels, dtype=np.int64)
         classes = check_labels(array, classes, lambda n, split=split: f"image {n} of {split!r}")
+        origin, parts = source.origins[split], {split: np.arange(len(array))}
         if split == "train":
             channels = 1 if all(header.grey for header in headers) else 3
-        origin = source.origins[split]
-        parts = {split: np.arange(len(array))}
-        if split == "train":
             parts = splits.partition(array, splits.cuts(source.rows))
         grey = np.array([header.grey for header in headers])
         readable = np.array([header.mode != _UNREADABLE for header in headers])

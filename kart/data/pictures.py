@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import numpy as np
 
 from kart.data import images
-
-Box = Callable[[int, int], tuple[int, int, int, int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +85,7 @@ class Pictures:
         pixels = self[np.arange(len(self))]
         return pixels if dtype is None else pixels.astype(dtype)
 
-    def cut(self, index: int, box: Box, size: int) -> np.ndarray:
+    def cut(self, index: int, box: images.Box, size: int) -> np.ndarray:
         """The part `box(height, width)` of image `index`, as large as it is in its file, scaled to
         `(channels, size, size)`: see `kart.data.images.cut`.
         """

@@ -6,7 +6,6 @@ beforehand comes from their headers, and mean and standard deviation from the fi
 (shuffled) training split; both are noted in the cache directory.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from kart import schema
 from kart.data import cache, changes, files, images, splits, statistics, unpacked
 from kart.data.dataset import Dataset
 from kart.data.finding import Finding
@@ -96,9 +96,7 @@ def _needed(source: Source, image_size: int | None) -> int:
     return 3 * width * height * sum(source.sizes[split] or 0 for split in source.rows)
 
 
-def load(
-    found: Finding, split: str, image_size: int | None, base: Path, workers: int | None
-) -> Dataset:
+def load(found: Finding, split: str, size: int | None, base: Path, workers: int | None) -> Dataset:
     """One split of `found` with `Pictures` for images."""
     if workers is None:
         # macOS does not tell which cores a process may use
@@ -115,7 +113,7 @@ def load(
     rows = {name: list(source.rows[name]()) for name in sorted(own)}
     seen = {name: _noted(found, base, name, rows[name]) for name in rows}
     channels = 1 if seen["train"].grey().all() else 3
-    height, width = _shape(seen, image_size)
+    height, width = _shape(seen, size)
 
     def pictures(rows: list[Row], root: Path) -> Pictures:
         paths = [os.path.abspath(row.file) for row in rows]
@@ -126,7 +124,7 @@ def load(
             channels=channels,
             height=height,
             width=width,
-            scaled=image_size is not None,
+            scaled=size is not None,
             workers=workers,
         )
 
@@ -134,7 +132,7 @@ def load(
     parts = splits.partition(labels, splits.cuts(source.rows))
     of = "train" if split in parts else split
     index = parts.get(split, np.arange(len(rows[of])))
-    note = _Note(base, found, ["statistics", image_size])
+    note = _Note(base, found, ["statistics", size])
     known = note.read()
     if known is None:
         sample = pictures([rows["train"][i] for i in parts["train"][:SAMPLE]], places["train"])
@@ -199,8 +197,8 @@ class _Note:
     """A small JSON file in the cache directory about files that did not change since."""
 
     def __init__(self, base: Path, found: Finding, about: list):
-        key = json.dumps([_FORMAT, found.identity, about])
-        self.path = base / f"stream-{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
+        key = schema.digest([_FORMAT, found.identity, about])
+        self.path = base / f"stream-{key[:20]}.json"
 
     def read(self) -> dict[str, Any] | None:
         try:

@@ -78,9 +78,8 @@ def _unpack(path: Path, opened: Source, split: str, classes: Sequence[str] | Non
     def fill(work: Path) -> None:
         entry, index = work / "entry", Index([], [], [], [], [], [], {})
         rows, size = opened.rows[split](), opened.sizes[split]
-        for number, row in enumerate(
-            tqdm(rows, f"unpacking {split}", size, unit=" images", disable=None)
-        ):
+        bar = tqdm(rows, f"unpacking {split}", size, unit=" images", disable=None)
+        for number, row in enumerate(bar):
             if number % _FOLDER == 0:
                 _file(entry, number).parent.mkdir()
             content = row.file.getvalue()

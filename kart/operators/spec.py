@@ -39,9 +39,7 @@ REAL = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 class Spec(NamedTuple):
-    """What a spec string says: the operator, and "blockwise", "universal" or None where it is
-    silent.
-    """
+    """What a spec string says: the operator, "blockwise" or "universal" or None where silent."""
 
     operator: Operator
     sharing: str | None
@@ -259,9 +257,7 @@ def own_match(text: str) -> re.Match[str] | None:
 
 
 def sources(operator: str | Sequence[str]) -> set[str]:
-    """The modules and files of the user's own that a spec, or those of the blocks, name; nothing
-    is run.
-    """
+    """The modules and files of the user's own that a spec, or a block's, names; nothing is run."""
     specs = [operator] if isinstance(operator, str) else operator
     heads = [part.partition("*")[2] or part for spec in specs for part in str(spec).split("+")]
     return {match["source"] for match in map(own_match, heads) if match is not None}

@@ -34,9 +34,7 @@ def own_params(name: str, parts: Sequence[Operator], params: Params) -> list[Par
 
 
 def of_parts(parts: Sequence[Operator]) -> dict[str, Any]:
-    """The fields `traits` and `resize` of an operator made of others, whose parameters are under
-    `str(i)`.
-    """
+    """`traits` and `resize` of an operator made of others, whose parameters are under `str(i)`."""
 
     def resize(params: Params, old: Lattice, new: Lattice) -> Params:
         return {

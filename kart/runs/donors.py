@@ -92,9 +92,7 @@ def begin(run: Run, configs: Sequence[Config], splits: Splits) -> tuple[State, d
 
 
 def check_same(directory: Path, configs: Sequence[Config]) -> None:
-    """Raises ValueError where what the run in `directory` began with is another one by now; it may
-    be gone.
-    """
+    """Raises ValueError where what the run in `directory` began with is another; it may be gone."""
     source, known = _source(configs[0]), _about(directory).get("fingerprints")
     if source is None or known is None:
         return

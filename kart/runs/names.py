@@ -12,9 +12,7 @@ OPTIONS = {"rank", "project", "base"}
 
 
 def options_of(operator: str | tuple[str, ...]) -> set[str]:
-    """Those of `OPTIONS` that the spec of an operator, or one of those of the blocks, leaves
-    open.
-    """
+    """Those of `OPTIONS` that the spec of an operator, or one of the blocks', leaves open."""
     specs = [operator] if isinstance(operator, str) else operator
     return OPTIONS & set[str]().union(*map(operators.options, specs))
 

@@ -14,9 +14,7 @@ LONGEST_S = 30.0
 
 
 def check(directory: Path, needed: int) -> None:
-    """Raises ValueError where the disk of `directory`, which may not be there yet, has not `needed`
-    bytes.
-    """
+    """Raises ValueError where the disk of `directory`, be it there or not, lacks `needed` bytes."""
     there = next(p for p in (directory, *directory.absolute().parents) if p.is_dir())
     free = shutil.disk_usage(there).free
     if free < needed:

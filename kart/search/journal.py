@@ -17,6 +17,7 @@ from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState
 
 from kart import checkpoint, schema
+from kart.search.storage import Arms
 
 NAME = "study.jsonl"
 HEADER = b"SQLite format 3\0"
@@ -54,7 +55,7 @@ def read(directory: Path) -> dict[tuple[str, int], dict[str, Any]]:
     return found
 
 
-def _lines(arms: Mapping[str, optuna.Study], known: Container[tuple[str, int]]) -> str:
+def _lines(arms: Arms, known: Container[tuple[str, int]]) -> str:
     """The finished trials that are not `known`, one a line."""
     return "".join(
         f"{schema.dumps(entry(arm, trial))}\n"
@@ -64,7 +65,7 @@ def _lines(arms: Mapping[str, optuna.Study], known: Container[tuple[str, int]]) 
     )
 
 
-def append(directory: Path, arms: Mapping[str, optuna.Study]) -> None:
+def append(directory: Path, arms: Arms) -> None:
     """Adds the finished trials that the journal has not yet."""
     text = _lines(arms, read(directory))
     if not text:
@@ -170,9 +171,7 @@ def _renumbered(attrs: Mapping[str, Any], numbers: Mapping[int, int]) -> dict[st
 
 
 def restore(
-    directory: Path,
-    arms: Mapping[str, optuna.Study],
-    points: Mapping[str, Sequence[Mapping[str, Any]]] | None,
+    directory: Path, arms: Arms, points: Mapping[str, Sequence[Mapping[str, Any]]] | None
 ) -> int:
     """Adds the trials of the journal to new, empty studies, and the `points` of their queues that
     no finished trial has; returns how many trials there are.

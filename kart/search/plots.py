@@ -12,11 +12,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from kart import schema
 from kart.analysis import figures
-from kart.search.storage import Settings, original
+from kart.search.storage import Arms, Settings, original
 from kart.search.trials import OBJECTIVES, trained
 from kart.statistics import Interval
 
-Arms = Mapping[str, optuna.Study]
 UNITS = {
     "accuracy": "validation top-1, %",
     "parameters": "parameters",
@@ -61,9 +60,8 @@ def confirmation_figure(rows: Sequence[tuple[str, Sequence[Interval | None]]]) -
                 ax.plot([100 * one.low, 100 * one.high], [place] * 2, color=colour, linewidth=1.6)
             shown = label if y == 0 else None
             ax.plot([100 * one.mean], [place], mark, color=colour, markersize=5, label=shown)
-    ax.set_yticks(
-        range(len(rows)), ["\n".join(textwrap.wrap(_plain(name), 20)) for name, _ in rows]
-    )
+    labels = ["\n".join(textwrap.wrap(_plain(name), 20)) for name, _ in rows]
+    ax.set_yticks(range(len(rows)), labels)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlabel("top-1, % (line: 95 % interval)")
     figures.legend(figure)

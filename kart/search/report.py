@@ -23,8 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from kart import checkpoint, operators, pages, schema, statistics
 from kart.analysis import figures
 from kart.search import plots
-from kart.search.plots import Arms
-from kart.search.storage import Settings, original
+from kart.search.storage import Arms, Settings, original
 from kart.search.trials import trained
 from kart.search.work import Candidate, Confirmed, best_confirmed, candidates, confirmed, winners
 from kart.statistics import Interval

@@ -1,18 +1,14 @@
-"""Search spaces: pure functions from a trial to a `Config`, and what can be known of them
-beforehand.
+"""Search spaces: pure functions from a trial to a `Config`, and what is known of them before.
 
     def space(trial):
         return Config(operator=suggest_operator(trial), **suggest_rates(trial))
 
 What fixes shapes (family, grid, rank, sharing) and what does not (`population.FREE`: learning rate,
-weight decay, seed) are told apart by the fields of the Config: configs of one `shape` train
-together.
+weight decay, seed) are told apart by fields of the Config: those of one `shape` train together.
 """
 
 import dataclasses
-import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,8 +29,7 @@ Params = dict[str, Any]
 
 # where a trial runs: no part of what is searched, and workers may differ in it
 PLACE = {"device": "cpu", "threads": None}
-# the free fields are put to these values to name a shape: the peak above any that a schedule begins
-# or ends with
+# the free fields are these to name a shape: the peak above any that a schedule begins or ends with
 SHAPE = {**PLACE, "seed": 0, "learning_rate": 1e30, "weight_decay": 0.0}
 
 MOST_POINTS = 10_000
@@ -46,9 +41,7 @@ def key(config: Config) -> str:
 
 
 def shape(config: Config) -> str:
-    """Names what fixes the shapes of a configuration: configs of one shape can train as one
-    population.
-    """
+    """Names what fixes the shapes of a configuration: those of one can train as one population."""
     return dataclasses.replace(config, **SHAPE).hash
 
 
@@ -201,9 +194,8 @@ def draw(space: Space, trial: optuna.trial.BaseTrial) -> Config:
     made = space(trial)  # type: ignore[arg-type]
     if not isinstance(made, Config):
         raise ValueError(
-            f"a search needs a `space` that returns a kart.train.Config, got "
-            f"{type(made).__name__} of a trial. Return `Config(...)`, or the config of an arm with "
-            "fields replaced."
+            f"a search needs a `space` that returns a kart.train.Config, got {type(made).__name__} "
+            "of a trial. Return `Config(...)`, or the config of an arm with fields replaced."
         )
     return made
 
@@ -276,11 +268,10 @@ def fingerprint(space: Space) -> dict[str, Any]:
     """What identifies a space: its distributions, and the configs of some of its points."""
     found, configs = probe(space)
     keys = ["pruned" if made is None else key(made) for made in configs]
-    digest = hashlib.sha256(json.dumps(keys).encode()).hexdigest()[:12]
     listed = {
         name: sorted({distribution_to_json(one) for one in found[name]}) for name in sorted(found)
     }
-    return {"distributions": listed, "points": digest}
+    return {"distributions": listed, "points": schema.digest(keys)[:12]}
 
 
 def _values(distribution: BaseDistribution, levels: int | None) -> list[Any]:

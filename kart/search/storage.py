@@ -8,7 +8,6 @@ named `<study>/<arm>`.
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import sqlite3
 import threading
@@ -27,9 +26,11 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
 import kart
-from kart import checkpoint
+from kart import checkpoint, schema
 from kart.search import patience
 from kart.search.trials import OBJECTIVES
+
+Arms = Mapping[str, optuna.Study]  # by name
 
 SQLITE_WORKERS = 2
 MAX_RETRIES = 3
@@ -349,7 +350,7 @@ def worker_slot(directory: Path, recover: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def recover(arms: dict[str, optuna.Study]) -> None:
+def recover(arms: Arms) -> None:
     """Ends every running trial of a study that has no worker, and puts it back into the queue."""
     again = retry()
     for study in arms.values():
@@ -418,8 +419,7 @@ class PerTrial(BaseSampler):
         first = original(trial)
         trials = study.get_trials(deepcopy=False)
         index = sum(original(one) == one.number < first for one in trials)
-        digest = hashlib.sha256(json.dumps([*self._keys, index]).encode()).digest()
-        self._now = self._make(int.from_bytes(digest[:4], "big"))
+        self._now = self._make(int(schema.digest([*self._keys, index])[:8], 16))
         self._now.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> Any:

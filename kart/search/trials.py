@@ -113,8 +113,7 @@ def costs(config: Config, splits: Splits, members: int = 1) -> dict[str, float]:
     part = config.batch_size // config.accumulate
     held = 4 * copies * parameters + cost.activation_memory(model, part, bytes_each=width)
     counted = {} if cost.uncounted(model) else {"flops": float(cost.flops(model).total)}
-    memory = members * held / 2**20
-    return {"parameters": float(parameters), **counted, "memory": memory}
+    return {"parameters": float(parameters), **counted, "memory": members * held / 2**20}
 
 
 class Outcome(NamedTuple):
@@ -164,10 +163,8 @@ def scores_of(trials: Iterable[FrozenTrial], name: str) -> dict[int, float]:
     return found
 
 
-def _claim(
-    trial: optuna.Trial, name: str, least: int, count: int
-) -> tuple[range, dict[int, float]]:
-    """`count` seeds from `least` on for `trial`, noted in it, that no other trial of the
+def _claim(trial: optuna.Trial, name: str, low: int, count: int) -> tuple[range, dict[int, float]]:
+    """`count` seeds from `low` on for `trial`, noted in it, that no other trial of the
     configuration `name` has trained or trains now; and the scores of those that are complete.
 
     Others may choose at the same time, in other processes: so each looks again once its own seeds
@@ -185,7 +182,7 @@ def _claim(
         if own and not clashes:
             return own, earlier
         before = sum(number < trial.number for number in clashes)
-        first = 1 + max({least - 1, *earlier}.union(*taken.values())) + before * count
+        first = 1 + max({low - 1, *earlier}.union(*taken.values())) + before * count
         own = range(first, first + count)
         trial.set_user_attr("seeds", list(own))
 
@@ -209,9 +206,7 @@ def _limited(val: data.Dataset, count: int) -> data.Dataset:
 
 
 def loader(val_limit: int | None = None) -> Callable[[Config], Splits]:
-    """Loads training and validation data of configs, each once; `val_limit` images to validate, as
-    `Dataset.spread` has them.
-    """
+    """Loads the data of configs, each once; `val_limit` images to validate, by `Dataset.spread`."""
 
     @functools.lru_cache
     def load(of_data: Config) -> Splits:

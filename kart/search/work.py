@@ -22,7 +22,7 @@ from kart.search import journal, patience
 from kart.search import storage as store
 from kart.search.question import Question, Study
 from kart.search.space import PLACE, Space, enumerate_space, fingerprint, first
-from kart.search.storage import Settings
+from kart.search.storage import Arms, Settings
 from kart.search.trials import (
     Evaluation,
     Outcome,
@@ -227,7 +227,7 @@ def winners(study: optuna.Study) -> list[Candidate]:
     return [one for one in found if one.key in front]
 
 
-def _next(arms: Mapping[str, optuna.Study], settings: Settings) -> tuple[str, int] | None:
+def _next(arms: Arms, settings: Settings) -> tuple[str, int] | None:
     """The arm that is furthest behind, and how many trials it may start; None if none may."""
     found = []
     for place, (arm, study) in enumerate(arms.items()):
@@ -240,7 +240,7 @@ def _next(arms: Mapping[str, optuna.Study], settings: Settings) -> tuple[str, in
     return min(found)[2:] if found else None
 
 
-def _patience(arms: Mapping[str, optuna.Study], grace: float) -> float:
+def _patience(arms: Arms, grace: float) -> float:
     """Seconds after which a trial of another worker is not waited for: it may be long dead."""
     finished = [
         trial.duration.total_seconds()
@@ -355,7 +355,7 @@ def work(
 
 
 @contextlib.contextmanager
-def _kept(where: Home, arms: Mapping[str, optuna.Study], settings: Settings) -> Iterator[None]:
+def _kept(where: Home, arms: Arms, settings: Settings) -> Iterator[None]:
     """Writes the trials of the block into the journal of a run directory, and raises ValueError
     where its SQLite file was lost, whatever the block raised.
     """
@@ -373,7 +373,7 @@ def _kept(where: Home, arms: Mapping[str, optuna.Study], settings: Settings) -> 
     journal.check(directory, settings.names.values(), least)
 
 
-def summary(arms: Mapping[str, optuna.Study]) -> str:
+def summary(arms: Arms) -> str:
     """The best of each arm so far, in one line."""
     best = {arm: winners(study) for arm, study in arms.items()}
     shown = [
@@ -385,9 +385,7 @@ def summary(arms: Mapping[str, optuna.Study]) -> str:
 
 
 @contextlib.contextmanager
-def _bar(
-    arms: Mapping[str, optuna.Study], settings: Settings, quiet: bool
-) -> Iterator[Callable[[], None]]:
+def _bar(arms: Arms, settings: Settings, quiet: bool) -> Iterator[Callable[[], None]]:
     def done() -> int:
         states = [counts(study) for study in arms.values()]
         return sum(state[TrialState.COMPLETE] + state[TrialState.PRUNED] for state in states)
@@ -428,9 +426,8 @@ class Confirmed(NamedTuple):
 
 def confirmed(study: optuna.Study) -> dict[str, Confirmed]:
     """What has been confirmed of an arm, by key."""
-    stored = study.user_attrs.get("confirmed", [])
     found = {}
-    for one in stored:
+    for one in study.user_attrs.get("confirmed", []):
         numbers = {
             split: {int(seed): value for seed, value in one[split].items()}
             for split in ("val", "test")
@@ -445,7 +442,7 @@ def best_confirmed(study: optuna.Study) -> Confirmed | None:
     return next((stored[one.key] for one in winners(study) if one.key in stored), None)
 
 
-def fresh_seeds(arms: Mapping[str, optuna.Study], count: int) -> range:
+def fresh_seeds(arms: Arms, count: int) -> range:
     """The seeds that winners are confirmed with, the same for all arms: none that chose any."""
     used = (seed for study in arms.values() for one in candidates(study) for seed in one.scores)
     first = max(FRESH_SEED, 1 + max(used, default=0))
@@ -453,11 +450,7 @@ def fresh_seeds(arms: Mapping[str, optuna.Study], count: int) -> range:
 
 
 def confirm(
-    arms: Mapping[str, optuna.Study],
-    settings: Settings,
-    seeds: int,
-    place: Mapping[str, Any],
-    quiet: bool = False,
+    arms: Arms, settings: Settings, seeds: int, place: Mapping[str, Any], quiet: bool = False
 ) -> None:
     """Trains the best of each arm again with `seeds` fresh seeds, the same for all arms, and scores
     them on the test split; what has been confirmed is not touched again.
@@ -506,19 +499,19 @@ def confirm(
         study.set_user_attr("confirmed", [*others.values(), entry._asdict()])
 
 
-def _results_digest(arms: Mapping[str, optuna.Study]) -> str:
+def _results_digest(arms: Arms) -> str:
     found = [(arm, best_confirmed(study)) for arm, study in arms.items()]
     text = json.dumps([(arm, None if one is None else one._asdict()) for arm, one in found])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def save_answer(arms: Mapping[str, optuna.Study], text: str) -> None:
+def save_answer(arms: Arms, text: str) -> None:
     """Stores what a study concludes from the confirmed results that there are."""
     first = next(iter(arms.values()))
     first.set_user_attr("answer", {"text": text, "results": _results_digest(arms)})
 
 
-def stored_answer(arms: Mapping[str, optuna.Study]) -> str | None:
+def stored_answer(arms: Arms) -> str | None:
     """What the study's own code concluded; None where it has not, or from other results."""
     stored = next(iter(arms.values())).user_attrs.get("answer")
     if stored is None or stored["results"] != _results_digest(arms):

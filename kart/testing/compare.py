@@ -113,9 +113,7 @@ def same_tree(got: Any, wanted: Any, left: str, right: str) -> None:
 
 
 def agree_trees(got: Any, wanted: Any, factor: float, left: str, right: str) -> None:
-    """Asserts that two trees agree within `factor` roundings of the largest entry of all, 1 at
-    least.
-    """
+    """Asserts that trees agree within `factor` roundings of the largest entry of all, or of 1."""
     here, there = tree.named(got), tree.named(wanted)
     size = max([1.0, *(float(leaf.abs().max()) for leaf in there.values() if leaf.numel())])
     for name, leaf in there.items():

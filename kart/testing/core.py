@@ -138,9 +138,7 @@ def dtypes_of(dtype: torch.dtype | None) -> tuple[torch.dtype, ...]:
 
 
 class TorchRandom:
-    """torch's global CPU generator in the clothes of `random.Random`, for Hypothesis to seed before
-    an example and to restore after it.
-    """
+    """torch's global CPU generator as a `random.Random`, for Hypothesis to seed and to restore."""
 
     def seed(self, seed: int) -> None:
         # not torch.manual_seed, which also queues seeds for devices that are not there

@@ -53,10 +53,8 @@ class Subject(NamedTuple):
 
         def of_floats(f: Callable[..., Any]) -> Callable[..., Any]:
             def of(*floats: Tensor) -> Any:
-                full = list(arguments)
-                for i, x in zip(places, floats, strict=True):
-                    full[i] = x
-                return f(*full)
+                given = dict(zip(places, floats, strict=True))
+                return f(*(given.get(i, x) for i, x in enumerate(arguments)))
 
             return of
 
@@ -91,9 +89,15 @@ def sizes(s: Subject) -> SearchStrategy[dict[str, int]]:
     return st.one_of(each, st.sampled_from(shared).map(lambda n: {k: n for k in s.sizes}))
 
 
-def _like(floats: Sequence[Tensor], seed: int) -> tuple[Tensor, ...]:
-    source = draw.generator(seed)
-    return tuple(torch.randn(x.shape, generator=source).to(x.dtype) for x in floats)
+def _along(f: Callable[..., Any], seed: int) -> Callable[..., Any]:
+    """The derivative of `f` along a line that is drawn."""
+
+    def derivative(*floats: Tensor) -> Any:
+        source = draw.generator(seed)
+        line = tuple(torch.randn(x.shape, generator=source).to(x.dtype) for x in floats)
+        return jvp(f, floats, line)[1]
+
+    return derivative
 
 
 def _loss(f: Callable[..., Any]) -> Callable[..., Tensor]:
@@ -187,9 +191,8 @@ def mapped(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> 
     for what, chosen in over.items():
 
         def members(floats: Sequence[Tensor], chosen: Sequence[int] = chosen) -> list[list[Any]]:
-            full = list(arguments)
-            for i, x in zip(places, floats, strict=True):
-                full[i] = x
+            given = dict(zip(places, floats, strict=True))
+            full: list[Any] = [given.get(i, x) for i, x in enumerate(arguments)]
             return [
                 [_three(x)[m] if i in chosen else x for i, x in enumerate(full)] for m in range(3)
             ]
@@ -237,11 +240,7 @@ def forward_mode(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtyp
 
     Forward mode is missing, wrong, or silently zero: Hessian-vector products are wrong.
     """
-
-    def transform(f: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *x: jvp(f, x, _like(x, seed))[1]
-
-    _compare(s, seed, sizes, dtype, transform, "the forward derivative")
+    _compare(s, seed, sizes, dtype, lambda f: _along(f, seed), "the forward derivative")
 
 
 def second_derivative(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
@@ -249,11 +248,8 @@ def second_derivative(s: Subject, seed: int, sizes: dict[str, int], dtype: torch
 
     The backward is not differentiable itself.
     """
-
-    def transform(f: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *x: jvp(_gradient(f), x, _like(x, seed))[1]
-
-    _compare(s, seed, sizes, dtype, transform, "the Hessian-vector product", 4.0)
+    what = "the Hessian-vector product"
+    _compare(s, seed, sizes, dtype, lambda f: _along(_gradient(f), seed), what, 4.0)
 
 
 def every_element_counts(
@@ -452,8 +448,7 @@ def suite(
             f"`kernel_suite` needs one or more numbers for each of `sizes`, got {dict(sizes)!r}. "
             "Include those around the block size of the fast form."
         )
-    own = {**laws.TRANSFORMS, "half": True}
-    declared = with_traits("kernel", PROPERTIES, own, traits)
+    declared = with_traits("kernel", PROPERTIES, {**laws.TRANSFORMS, "half": True}, traits)
     subject = Subject(fast, plain, inputs, sizes, declared, dtypes_of(dtype))
     named = name or getattr(fast, "__name__", type(fast).__name__)
     return Suite("kernel", named, subject, declared, PROPERTIES)

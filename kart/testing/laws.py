@@ -162,9 +162,7 @@ def _bound(make: Any) -> Iterator[tuple[ModuleType, str]]:
 
 @contextlib.contextmanager
 def _draws() -> Iterator[list[Any]]:
-    """Notes within the block what torch draws from, and the seeds of numpy's and Python's
-    generators that are made.
-    """
+    """Notes what torch draws from, and what seeds generators of numpy and Python are made of."""
     seen: list[Any] = []
     with contextlib.ExitStack() as stack:
         for module, name in SEEDED:
@@ -239,9 +237,7 @@ def vmaps(f: Callable[..., Any], axes: Sequence[int | None], args: Sequence[Any]
     """
 
     def put(change: Callable[[Tensor], Tensor]) -> list[Any]:
-        return [
-            x if axis is None else tree.map(change, x) for axis, x in zip(axes, args, strict=True)
-        ]
+        return [x if a is None else tree.map(change, x) for a, x in zip(axes, args, strict=True)]
 
     ends = tuple(None if axis is None else -1 for axis in axes)
     at_end = vmap(f, in_dims=ends)(*put(lambda t: t.movedim(0, -1)))

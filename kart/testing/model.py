@@ -107,9 +107,7 @@ def intermediates_agree(s: Subject, seed: int, dtype: torch.dtype) -> None:
 
 
 def _blocks(names: Sequence[str], params: Params) -> dict[str, list[str]]:
-    """The intermediates of each block, in their order: a block is the longest dotted path that an
-    intermediate shares with parameters.
-    """
+    """The intermediates of each block in order: of the longest path shared with parameters."""
     paths = {
         ".".join(parts[:n])
         for parts in (name.split(".") for name in tree.named(params))
@@ -137,13 +135,11 @@ def intermediates_are_of_their_block(s: Subject, seed: int) -> None:
     for i, block in enumerate(blocks):
         source = draw.generator(seed + 3)
 
-        def moved(
-            name: str, leaf: Tensor, block: str = block, source: Generator = source
-        ) -> Tensor:
+        def move(name: str, leaf: Tensor, block: str = block, source: Generator = source) -> Tensor:
             other = leaf + 0.5 * torch.randn(leaf.shape, generator=source).double()
             return other if name.startswith(f"{block}.") else leaf
 
-        after = s.model.intermediates(tree.map_named(moved, params), images)
+        after = s.model.intermediates(tree.map_named(move, params), images)
         for j, other in enumerate(blocks):
             for name in blocks[other]:
                 kept = torch.equal(after[name], aux[name])

@@ -173,7 +173,8 @@ def micro_batches(t: Training, seed: int, steps: int, parts: int) -> None:
     mean = tree.map(lambda *xs: torch.stack(xs).mean(0), *each)
     _near(mean, t.gradients(state, batch), "the mean of micro-batches", "the full batch")
     twice, _ = t.step(state, tree.map(lambda x: torch.cat([x, x]), batch))
-    _updates_near(t, twice, t.step(state, batch)[0], state, "a batch twice")
+    once, _ = t.step(state, batch)
+    _moved_alike(t.params(twice), t.params(once), t.params(state), "a batch twice")
 
 
 def examples_permute(t: Training, seed: int, steps: int, size: int) -> None:
@@ -188,7 +189,7 @@ def examples_permute(t: Training, seed: int, steps: int, size: int) -> None:
     moved = tree.map(lambda x: x[order], batch)
     _near(t.gradients(state, moved), t.gradients(state, batch), "the permuted batch", "the batch")
     after, alone = t.step(state, moved)[0], t.step(state, batch)[0]
-    _updates_near(t, after, alone, state, "the permuted batch")
+    _moved_alike(t.params(after), t.params(alone), t.params(state), "the permuted batch")
 
 
 def member_is_solo(t: Training, seed: int, steps: int) -> None:
@@ -204,12 +205,7 @@ def member_is_solo(t: Training, seed: int, steps: int) -> None:
         # compared are the gradients where they are at hand
         member = tree.map(lambda x, i=i: x[i], stacked)
         alone, _ = t.step(state, batch)
-        _updates_near(t, member, alone, state, f"member {i}")
-
-
-def _updates_near(t: Training, got: State, wanted: State, start: State, who: str) -> None:
-    """Asserts that two next states moved the parameters alike from `start`."""
-    _moved_alike(t.params(got), t.params(wanted), t.params(start), who)
+        _moved_alike(t.params(member), t.params(alone), t.params(state), f"member {i}")
 
 
 def _moved_alike(got: Any, wanted: Any, start: Any, who: str) -> None:

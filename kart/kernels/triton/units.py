@@ -10,15 +10,7 @@ from torch import Tensor
 from kart.kernels.arguments import side_by_side
 from kart.kernels.family import Product
 from kart.kernels.triton.coefs import KEYS, identity, pack, unpack
-from kart.kernels.triton.launch import (
-    Kind,
-    Launcher,
-    Tiles,
-    batch_stride,
-    groups,
-    room_for,
-    slices,
-)
+from kart.kernels.triton.launch import Kind, Launcher, Tiles, batch_stride, groups, room_for, slices
 
 # of a unit at most: beyond, its derivatives by them no longer fit the registers
 PARAMETERS = 25

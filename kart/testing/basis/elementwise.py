@@ -8,16 +8,7 @@ from torch import Tensor
 
 from kart import tree
 from kart.testing import draw, laws
-from kart.testing.basis.subject import (
-    PAIR,
-    Params,
-    Subject,
-    finite,
-    near,
-    phi_slack,
-    rows,
-    setting,
-)
+from kart.testing.basis.subject import PAIR, Params, Subject, finite, near, phi_slack, rows, setting
 from kart.testing.compare import agree, agree_trees
 from kart.testing.core import Property
 from kart.testing.draw import Theta
@@ -41,13 +32,7 @@ def elementwise(s: Subject, theta: Theta, x: list[float], other: float, dtype: t
 
 
 def large_as_small(
-    s: Subject,
-    seed: int,
-    rows: int,
-    size: int,
-    cut: int,
-    pokes: list[float],
-    dtype: torch.dtype,
+    s: Subject, seed: int, rows: int, size: int, cut: int, pokes: list[float], dtype: torch.dtype
 ) -> None:
     """phi of a large tensor is phi of its pieces, put together, and so are its features and its
     derivatives in x and theta.

@@ -129,9 +129,7 @@ def phi_slack(s: Subject, params: Params, x: Tensor) -> Tensor:
     return swing[:7].amax(0) + swing[7:].amax(0) + size
 
 
-def setting(
-    s: Subject, theta: Theta, x: Sequence[float], dtype: torch.dtype
-) -> tuple[Params, Tensor]:
+def setting(s: Subject, theta: Theta, x: list[float], dtype: torch.dtype) -> tuple[Params, Tensor]:
     """Parameters of one function an element of `x`, and `x` as a tensor."""
     return s.params(theta, (len(x),), dtype), torch.tensor(x, dtype=dtype)
 

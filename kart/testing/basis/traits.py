@@ -115,8 +115,7 @@ def nonnegative(s: Subject, x: list[float], dtype: torch.dtype) -> None:
 
     A function dips below zero: a wrong polynomial piece, or one used outside its interval.
     """
-    values = torch.tensor(x, dtype=dtype)
-    y = s.functions(values)
+    y = s.functions(torch.tensor(x, dtype=dtype))
     agree(y, y.clamp(min=0), unit(dtype) * s.reach, "phi_k(x)", "its positive part")
 
 
