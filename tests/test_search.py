@@ -345,6 +345,17 @@ def test_a_point_that_cannot_be_trained_is_named_or_pruned_by_its_space(splits):
     assert report.tally(study)["pruned by the space"] == 1
 
 
+@pytest.mark.parametrize("fields", [{"batch_size": 25}, {"freeze": ("nothing",)}])
+def test_a_point_of_which_training_says_what_is_wrong_is_named(fields, splits):
+    def space(trial):
+        return change(learning_rate=trial.suggest_float("rate", 1e-3, 1e-3), **fields)
+
+    study = optuna.create_study(direction="maximize", study_name="s")
+    words = rf"trial 0 of 's' with {{'rate': 0.001}}: .*`{next(iter(fields))}`.*TrialPruned"
+    with pytest.raises(ValueError, match=words):
+        study.optimize(objective(space, splits), n_trials=1)
+
+
 def test_a_limit_of_memory_is_no_lack_of_memory(splits):
     study = optuna.create_study(direction="maximize")
     study.optimize(objective(karat, splits, limits={"memory": 1e-9}), n_trials=1)

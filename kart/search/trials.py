@@ -190,6 +190,13 @@ def _claim(
         trial.set_user_attr("seeds", list(own))
 
 
+def _untrained(trial: optuna.Trial, error: ValueError) -> ValueError:
+    return ValueError(
+        f"trial {trial.number} of {trial.study.study_name!r} with {trial.params}: {error} If this "
+        "point cannot be trained, prune it in its space: `raise optuna.TrialPruned(why)`."
+    )
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -303,11 +310,7 @@ def evaluation(
         except optuna.TrialPruned as error:
             return Outcome(None, f"pruned by its space: {error}")
         except ValueError as error:
-            raise ValueError(
-                f"trial {trial.number} of {trial.study.study_name!r} with {trial.params}: {error} "
-                "If this point cannot be trained, prune it in its space: `raise "
-                "optuna.TrialPruned(why)`."
-            ) from error
+            raise _untrained(trial, error) from error
         trial.set_user_attr("cost", cost)
         if "flops" in (*limits, *objectives) and "flops" not in cost:
             raise ValueError(
@@ -356,6 +359,8 @@ def evaluation(
 
         try:
             members = train_members(configs, load(configs[0]), size, after_epoch)
+        except ValueError as error:  # it says what is wrong with all that have this shape
+            raise _untrained(tasks[0].trial, error) from error
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
