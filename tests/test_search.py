@@ -270,6 +270,21 @@ def test_a_repeat_trains_further_seeds_and_pools_them(splits):
     assert len(best) == 1 and len(best[0].scores) == 4
 
 
+def test_other_images_by_the_same_name_are_refused(splits):
+    study = optuna.create_study(direction="maximize")
+    study.enqueue_trial({"learning_rate": 1e-3})
+    study.optimize(objective(learning_rate_only, splits, seeds=1), n_trials=1)
+    for name in ("train", "val"):
+        others = splits._replace(**{name: getattr(splits, name).part(slice(8, None))})
+        study.enqueue_trial({"learning_rate": 1e-3})  # which used to pool its seeds
+        with pytest.raises(ValueError, match="had as 'digits', got others than those of trial 0"):
+            study.optimize(objective(learning_rate_only, others, seeds=1), n_trials=1)
+    named = objective(lambda trial: change(train_limit=16, learning_rate=1e-3), splits, seeds=1)
+    study.optimize(named, n_trials=1)
+    study.optimize(objective(learning_rate_only, splits, seeds=1), n_trials=1)
+    assert len(study.get_trials(states=(TrialState.COMPLETE,))) == 3
+
+
 def test_a_repeat_does_not_train_a_seed_that_diverged_again(splits, monkeypatch):
     def without_the_last(configs, *args):
         *fine, last = train_members(configs, *args)
