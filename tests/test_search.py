@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import json
+import math
 import os
 import re
 import shlex
@@ -1066,6 +1067,10 @@ def test_importances_are_of_good_values(direction):
     assert found["fine"] > 0.9 and sum(found.values()) == pytest.approx(1)
     few = optuna.create_study(direction=direction)
     few.add_trials(study.trials[:7])
+    assert plots.importances(few) == {}
+    for trial in study.trials[7:9]:  # of which none are counted
+        trial.values = [math.inf]
+        few.add_trial(trial)
     assert plots.importances(few) == {}
 
 
