@@ -180,6 +180,9 @@ def test_a_fixed_value_is_one_that_steps_reach():
         (optuna.distributions.FloatDistribution(0.1, 0.7, step=0.2), 0.3, 0.4),
     ):
         assert space.contains(distribution, good) and not space.contains(distribution, bad)
+    for choices, good, bad in (([True, None], True, 1), ([1, "a"], 1, True), ([1.0, 2.0], 1, 0)):
+        choice = CategoricalDistribution(choices)
+        assert space.contains(choice, good) and not space.contains(choice, bad)
 
 
 @pytest.mark.parametrize(

@@ -275,7 +275,11 @@ def distributions(space: Space) -> dict[str, list[BaseDistribution]]:
 def contains(distribution: BaseDistribution, value: Any) -> bool:
     """Whether a parameter can take `value`."""
     if isinstance(distribution, CategoricalDistribution):
-        return value in distribution.choices
+        # True is 1 to Python, and no number to who wrote the choices
+        return any(
+            value == one and isinstance(value, bool) == isinstance(one, bool)
+            for one in distribution.choices
+        )
     assert isinstance(distribution, IntDistribution | FloatDistribution)
     if not schema.fits(value, int if isinstance(distribution, IntDistribution) else float):
         return False
