@@ -7,7 +7,7 @@ gives the same draws on every device. Inputs are never written to; dtypes are ke
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -99,7 +99,8 @@ def _boxes(
     generator: Generator, count: int, height: int, width: int, scale: _Range, ratio: _Range
 ) -> tuple[Tensor, Tensor]:
     """Upper left corners and sides of random boxes, each `(2, count, 1)`: down, then across."""
-    if not 0 < scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
+    pairs = all(schema.fits(one, tuple[float, ...]) and len(one) == 2 for one in (scale, ratio))
+    if not pairs or not 0 < scale[0] <= scale[1] <= 1 or not 0 < ratio[0] <= ratio[1]:
         raise ValueError(
             f"`random_resized_crop` needs 0 < low <= high in `scale` (at most 1) and `ratio`, got "
             f"{scale} and {ratio}."
@@ -128,8 +129,7 @@ def color_jitter(generator: Generator, images: Tensor, strength: float = 0.4) ->
     The order is fixed (torchvision draws it). Images that are not RGB have no saturation to change.
     """
     _check("color_jitter", generator, images)
-    if not 0 <= strength <= 1:
-        raise ValueError(f"`color_jitter` needs `strength` in [0, 1], got {strength}.")
+    _check_probability("color_jitter", "strength", strength)
     factors = 1 + strength * (2 * _uniform(generator, (3, *images.shape[:-3])) - 1)
     for operation, factor in zip((_brightness, _contrast, _color), factors, strict=True):
         images = operation(images, _per_image(factor, images))
@@ -161,9 +161,10 @@ def rand_augment(
     _check_probability("rand_augment", "p", p)
     _check_probability("rand_augment", "fill", fill)
     schema.check_integer("rand_augment", "layers", layers, 0)
-    if not 0 <= std < math.inf or not 0 <= magnitude < math.inf:
+    if not all(schema.fits(one, float) and 0 <= one < math.inf for one in (magnitude, std)):
         raise ValueError(
-            f"`rand_augment` needs finite `magnitude` and `std` >= 0, got {magnitude} and {std}."
+            f"`rand_augment` needs finite `magnitude` and `std` >= 0, got {magnitude!r} and "
+            f"{std!r}."
         )
     flat = images.flatten(0, -4).clone()
     shape = (layers, len(flat))
@@ -261,6 +262,7 @@ def one_hot(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         kind = getattr(labels, "dtype", type(labels).__name__)
         raise ValueError(f"`one_hot` needs int64 labels, got {kind}.")
+    schema.check_integer("one_hot", "num_classes", num_classes, 1)
     _check_probability("one_hot", "smoothing", smoothing)
     # on a GPU the test would stall every step; `data.load` has made it once
     if labels.device.type == "cpu" and labels.numel():
@@ -293,7 +295,7 @@ def pipeline(name: str) -> Pipeline:
     * "small": for images of 32 pixels: shifts and flips, RandAugment of magnitude 9, every batch
       mixed, labels smoothed by 0.1.
     """
-    if name not in _PIPELINES:
+    if not isinstance(name, str) or name not in _PIPELINES:
         near = ", ".join(schema.near(name, _PIPELINES) or _PIPELINES)
         raise ValueError(f"`pipeline` needs one of {[*_PIPELINES]}, got {name!r}. Near: {near}.")
     return _PIPELINES[name].run
@@ -316,10 +318,10 @@ def after_crop(name: str) -> Pipeline | None:
 def resize(images: Tensor, size: int) -> Tensor:
     """Images `(..., C, height, width)` to `size` x `size`, bilinear, antialiased when smaller."""
     schema.check_integer("resize", "size", size, 1)
-    if images.ndim < 3 or not images.is_floating_point():
+    if not _is_float(images, 3):
         raise ValueError(
-            f"`resize` needs float images (..., C, height, width), got {images.dtype} "
-            f"{tuple(images.shape)}. Turn bytes into floats by `data.as_float`."
+            f"`resize` needs float images (..., C, height, width), got {_shown(images)}. Turn "
+            "bytes into floats by `data.as_float`."
         )
     if images.shape[-2:] == (size, size):
         return images
@@ -334,10 +336,12 @@ def center_crop(images: Tensor, size: int, ratio: float = 0.9) -> Tensor:
     """The centre `size` x `size` of images `(..., C, side, side)` scaled to floor(size / ratio), as
     timm evaluates with a crop ratio; a ratio of 1 only scales.
     """
-    if images.shape[-2] != images.shape[-1] or not 0 < ratio <= 1:
+    shape = images.shape[-3:] if isinstance(images, Tensor) else ()
+    square = len(shape) == 3 and shape[1] == shape[2]
+    if not square or not schema.fits(ratio, float) or not 0 < ratio <= 1:
         raise ValueError(
-            f"`center_crop` needs square images and `ratio` in (0, 1], got "
-            f"{tuple(images.shape)} and {ratio}."
+            f"`center_crop` needs square images and `ratio` in (0, 1], got {_shown(images)} and "
+            f"{ratio!r}."
         )
     scaled = resize(images, math.floor(size / ratio))
     start = (scaled.shape[-1] - size) // 2
@@ -554,8 +558,8 @@ def _uniform(generator: Generator, shape: Sequence[int]) -> Tensor:
 
 def _beta(name: str, generator: Generator, alpha: float, shape: Sequence[int]) -> Tensor:
     """Beta(alpha, alpha): torch's own sampler takes no generator, NumPy's is seeded from it."""
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"`{name}` needs a finite `alpha` > 0, got {alpha}.")
+    if not schema.fits(alpha, float) or not 0 < alpha < math.inf:
+        raise ValueError(f"`{name}` needs a finite `alpha` > 0, got {alpha!r}.")
     seed = int(torch.randint(2**62, (), generator=generator))
     return torch.as_tensor(np.random.Generator(np.random.PCG64(seed)).beta(alpha, alpha, shape))
 
@@ -575,15 +579,23 @@ def _check(name: str, generator: Generator, images: Tensor, labels: Tensor | Non
             f"`{name}` needs a torch.Generator on the CPU, got {generator!r}. "
             "Make one by `data.generator_for(...)`."
         )
-    if not images.is_floating_point() or images.ndim < 4:
+    if not _is_float(images, 4):
         raise ValueError(
-            f"`{name}` needs float images (..., B, C, height, width) in [0, 1], got {images.dtype} "
-            f"{tuple(images.shape)}. Turn bytes into floats by `data.as_float`."
+            f"`{name}` needs float images (..., B, C, height, width) in [0, 1], got "
+            f"{_shown(images)}. Turn bytes into floats by `data.as_float`."
         )
-    if labels is not None and (
-        not labels.is_floating_point() or labels.shape[:-1] != images.shape[:-3]
-    ):
+    if labels is not None and (not _is_float(labels, 1) or labels.shape[:-1] != images.shape[:-3]):
         raise ValueError(
-            f"`{name}` needs soft labels {(*images.shape[:-3], 'classes')}, got {labels.dtype} "
-            f"{tuple(labels.shape)}. Make them by `augment.one_hot`."
+            f"`{name}` needs soft labels {(*images.shape[:-3], 'classes')}, got {_shown(labels)}. "
+            "Make them by `augment.one_hot`."
         )
+
+
+def _is_float(value: Any, axes: int) -> bool:
+    """Whether a value is a tensor of floats with so many axes, or more."""
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= axes
+
+
+def _shown(value: Any) -> str:
+    is_tensor = isinstance(value, Tensor)
+    return f"{value.dtype} {tuple(value.shape)}" if is_tensor else type(value).__name__

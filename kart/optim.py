@@ -96,6 +96,11 @@ def _check(function: str, name: str, value: float | Tensor, ok: bool, needs: str
         raise ValueError(f"`{function}` needs `{name}` {needs}, got {value!r}. Change `{name}`.")
 
 
+def _real(value: Any) -> float:
+    """A number as it is; NaN, which no range holds, for what is none."""
+    return float(value) if hasattr(value, "__float__") else math.nan
+
+
 def _check_rate(function: str, name: str, value: float | Tensor) -> None:
     # a tensor's value stays unread: under vmap it is one member's, on a GPU reading it would wait
     if isinstance(value, Tensor):
@@ -156,7 +161,7 @@ def scale(factor: float | Tensor) -> Transformation:
     if isinstance(factor, Tensor):
         _check_rate("scale", "factor", factor)
     else:
-        _check("scale", "factor", factor, math.isfinite(factor), "finite")
+        _check("scale", "factor", factor, math.isfinite(_real(factor)), "finite")
     return _stateless(lambda updates, params: _scaled(updates, factor))
 
 
@@ -174,7 +179,8 @@ def clip_by_global_norm(max_norm: float) -> Transformation:
     unchanged: scaling would spread one bad entry over all parameters, and hide which it was.
     Whoever trains reads `state.norm` and stops.
     """
-    _check("clip_by_global_norm", "max_norm", max_norm, 0 < max_norm < math.inf, "finite and > 0")
+    ok = 0 < _real(max_norm) < math.inf
+    _check("clip_by_global_norm", "max_norm", max_norm, ok, "finite and > 0")
 
     def init(params: Params) -> ClipState:
         return ClipState(torch.zeros_like(tree.norm(params)))
@@ -210,9 +216,9 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Tran
 
     Reference: Kingma and Ba, "Adam", 2015, arXiv:1412.6980, Algorithm 1; KArAt's paper: eps 1e-6.
     """
-    _check("scale_by_adam", "b1", b1, 0 <= b1 < 1, "in [0, 1)")
-    _check("scale_by_adam", "b2", b2, 0 <= b2 < 1, "in [0, 1)")
-    _check("scale_by_adam", "eps", eps, 0 < eps < math.inf, "finite and > 0")
+    _check("scale_by_adam", "b1", b1, 0 <= _real(b1) < 1, "in [0, 1)")
+    _check("scale_by_adam", "b2", b2, 0 <= _real(b2) < 1, "in [0, 1)")
+    _check("scale_by_adam", "eps", eps, 0 < _real(eps) < math.inf, "finite and > 0")
 
     def init(params: Params) -> AdamState:
         return AdamState(
@@ -248,7 +254,7 @@ def momentum(decay: float = 0.9, nesterov: bool = False) -> Transformation:
         decay: in [0, 1), the share of the sum that survives a step.
         nesterov: look one step ahead, `u + decay * total`, as `torch.optim.SGD` does.
     """
-    _check("momentum", "decay", decay, 0 <= decay < 1, "in [0, 1)")
+    _check("momentum", "decay", decay, 0 <= _real(decay) < 1, "in [0, 1)")
 
     def init(params: Params) -> MomentumState:
         return MomentumState(tree.map(_accumulator, params))
@@ -537,9 +543,10 @@ def warmup_cosine(
     """
     for name, rate in (("base", base), ("start", start), ("end", end)):
         _check_rate("warmup_cosine", name, rate)
-    _check("warmup_cosine", "warmup_steps", warmup_steps, warmup_steps >= 0, ">= 0")
+    first, last = _real(warmup_steps), _real(total_steps)
+    _check("warmup_cosine", "warmup_steps", warmup_steps, first >= 0, ">= 0")
     needs = f"> `warmup_steps` = {warmup_steps}"
-    _check("warmup_cosine", "total_steps", total_steps, total_steps > warmup_steps, needs)
+    _check("warmup_cosine", "total_steps", total_steps, first < last < math.inf, needs)
 
     def schedule(step: Tensor | int) -> Tensor:
         now = torch.as_tensor(step).double()
@@ -557,7 +564,7 @@ def paper_learning_rate(batch_size: int) -> float:
     >>> paper_learning_rate(128)
     0.000125
     """
-    _check("paper_learning_rate", "batch_size", batch_size, batch_size >= 1, ">= 1")
+    _check("paper_learning_rate", "batch_size", batch_size, _real(batch_size) >= 1, ">= 1")
     return 5e-4 * batch_size / 512
 
 
@@ -569,7 +576,7 @@ def ema(decay: float = 0.99992, warmup: bool = False) -> Ema:
         warmup: begin with the smaller `(1 + step) / (10 + step)`: a run much shorter than
             1 / (1 - decay) updates would otherwise average little but its initialisation.
     """
-    _check("ema", "decay", decay, 0 <= decay < 1, "in [0, 1)")
+    _check("ema", "decay", decay, 0 <= _real(decay) < 1, "in [0, 1)")
 
     def init(params: Params) -> EmaState:
         # a copy, which a later in-place change of the parameters cannot reach

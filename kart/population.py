@@ -187,19 +187,26 @@ def fit(
     `group` is the number of members trained at once, or "auto" to measure it (`fastest_group`). A
     record has also `member`, its index in `configs`, and in the last epoch `params`. A member that
     diverges stands still, with the step in `diverged`, and leaves the others alone.
+
+    Raises Diverged, once the other groups are trained, where of a group no member is left.
     """
     _check(configs)
     splits = splits or train.load_data(configs[0])
     size = fastest_group(configs, splits)[0] if group == "auto" else group
-    first = 0
+    first, lost = 0, []
     for part in groups(configs, size):
         count = len(part)
-        for state, record in train.loop(run(part, splits)):
-            records = split_record(record, count)
-            weights = members(train.weights_for_evaluation(state), count)
-            for i, one in enumerate(records):
-                one["member"] = first + i
-                if one["epoch"] == part[0].epochs:
-                    one["params"] = weights[i]
-            yield records
+        try:
+            for state, record in train.loop(run(part, splits)):
+                records = split_record(record, count)
+                weights = members(train.weights_for_evaluation(state), count)
+                for i, one in enumerate(records):
+                    one["member"] = first + i
+                    if one["epoch"] == part[0].epochs:
+                        one["params"] = weights[i]
+                yield records
+        except train.Diverged as error:
+            lost.append(error)
         first += count
+    if lost:
+        raise lost[0]

@@ -55,7 +55,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 def fields(name: str) -> dict[str, Any]:
     """The fields of `Config` that the recipe `name` sets."""
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         near = ", ".join(schema.near(name, RECIPES) or RECIPES)
         raise ValueError(f"`recipe` needs one of {list(RECIPES)}, got {name!r}. Near: {near}.")
     return dict(RECIPES[name])

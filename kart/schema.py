@@ -12,13 +12,23 @@ from typing import Any
 
 def fits(value: Any, kind: Any) -> bool:
     """Whether a value is of an annotated type: a union, a tuple of one type (or a list, as JSON
-    has it), a number (an integer is a float, a truth value is neither) or a class.
+    has it), a list or dict of one, a number (an integer is a float, a truth value is neither), a
+    class or Any.
     """
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return any(fits(value, one) for one in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
         return isinstance(value, list | tuple) and all(fits(one, inner) for one in value)
+    if typing.get_origin(kind) is list:
+        inner = typing.get_args(kind)[0]
+        return isinstance(value, list) and all(fits(one, inner) for one in value)
+    if typing.get_origin(kind) is dict:
+        left, right = typing.get_args(kind)
+        whole = isinstance(value, dict)
+        return whole and all(fits(a, left) and fits(b, right) for a, b in value.items())
+    if kind is Any:
+        return True
     if kind is type(None):
         return value is None
     if kind in (int, float):

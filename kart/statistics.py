@@ -7,6 +7,7 @@ says.
 """
 
 import math
+import numbers
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -63,7 +64,8 @@ def accuracy(values: Sequence[float], images: int | None = None, level: float = 
     those: `FEW`.
     """
     values = _fractions(values, "accuracy")
-    if images is not None and not images >= 1:
+    counted = isinstance(images, numbers.Real) and 1 <= images < math.inf
+    if images is not None and not counted:
         raise ValueError(
             f"`accuracy` needs `images` >= 1, got {images!r}. Pass how many were scored, or None."
         )

@@ -557,6 +557,18 @@ def test_center_crop_is_timms_resize_and_cut():
         (lambda g, x: augment.resize(x, 2.5), "an integer `size` >= 1, got 2.5"),
         (lambda g, x: augment.one_hot([1, 2], 3), "needs int64 labels, got list"),
         (lambda g, x: augment.pipeline(None), "got None. Near: none"),
+        (lambda g, x: augment.pipeline(["none"]), "got \\['none'\\]. Near: none"),
+        (lambda g, x: augment.mixup(g, x, torch.eye(4), alpha="1"), "`alpha` > 0, got '1'"),
+        (lambda g, x: augment.mixup(g, x, [[1.0]] * 4), "soft labels .*, got list"),
+        (lambda g, x: augment.mixup(g, None, torch.eye(4)), "float images .*, got NoneType"),
+        (lambda g, x: augment.color_jitter(g, x, "0.4"), "`strength` in \\[0, 1\\], got '0.4'"),
+        (lambda g, x: augment.rand_augment(g, x, std=None), "finite .* got 15 and None"),
+        (lambda g, x: augment.random_resized_crop(g, x, scale=0.5), "got 0.5 and"),
+        (lambda g, x: augment.random_resized_crop(g, x, ratio=(1.0,)), "and \\(1.0,\\)"),
+        (lambda g, x: augment.center_crop(torch.rand(8), 8), "square images .* \\(8,\\)"),
+        (lambda g, x: augment.center_crop(x, 8, "0.9"), "`ratio` in \\(0, 1\\], .* '0.9'"),
+        (lambda g, x: augment.resize([1], 8), "float images .*, got list"),
+        (lambda g, x: augment.one_hot(torch.tensor([1]), "3"), "integer `num_classes` >= 1"),
     ],
 )
 def test_bad_input_is_named(call, words):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
 
@@ -208,4 +209,24 @@ def test_a_study_searches_it(own, capsys):
     (own / "width.py").write_text("\n".join(lines))
     argv = ["study", "run", "width.py", "--tiny", "--set", "confirm=1", "--quiet", "--out", "out"]
     assert cli.main(argv) == 0, capsys.readouterr().err
+    assert "waves.py:sinc-B" in (own / "out" / "report.html").read_text()
+
+
+def test_a_search_that_went_on_confirms_it_behind_other_choices(own, monkeypatch, capsys):
+    (own / "kinds.py").write_text(
+        "import dataclasses\n"
+        "from kart.search import Study\n"
+        "from kart.train import Config\n"
+        "def choose(trial, config):\n"
+        "    kinds = [trial.suggest_categorical(name, ['softmax', 'own']) for name in 'ab']\n"
+        "    last = 'waves.py:sinc-B:rank=2' if kinds == ['own', 'own'] else 'softmax'\n"
+        "    return dataclasses.replace(config, operator=last)\n"
+        "STUDY = Study(Config(), {'own': choose}, trials=1, seeds=1)\n"
+    )
+    # the first point, and those one choice apart from it, are softmax
+    monkeypatch.setattr(optuna.samplers.TPESampler, "sample_independent", lambda *args: "own")
+    argv = ["study", "run", "kinds.py", "--tiny", "--group", "1", "--quiet", "--out", "out"]
+    for confirm in "01":
+        monkeypatch.setattr(code, "_given", {})
+        assert cli.main([*argv, "--confirm", confirm]) == 0, capsys.readouterr().err
     assert "waves.py:sinc-B" in (own / "out" / "report.html").read_text()

@@ -390,6 +390,15 @@ def test_ema_under_vmap_equals_solo_runs():
         (lambda: optim.warmup_cosine(1.0, 5, 9, end=-1.0), "needs `end`"),
         (lambda: optim.paper_learning_rate(0), "needs `batch_size` >= 1"),
         (lambda: optim.ema(1.0), "`ema` needs `decay`"),
+        (lambda: optim.ema("0.9"), r"`ema` needs `decay` in \[0, 1\), got '0.9'"),
+        (lambda: optim.sgd(1.0, decay=None), "`momentum` needs `decay`"),
+        (lambda: optim.adamw(1.0, b1="0.9"), "needs `b1`"),
+        (lambda: optim.adamw(1.0, eps=None), "needs `eps`"),
+        (lambda: optim.adamw(1.0, max_norm="1"), "needs `max_norm`"),
+        (lambda: optim.scale("2"), "`scale` needs `factor`"),
+        (lambda: optim.warmup_cosine(1.0, None, 9), "needs `warmup_steps`"),
+        (lambda: optim.warmup_cosine(1.0, 5, math.inf), "needs `total_steps`"),
+        (lambda: optim.paper_learning_rate("32"), "needs `batch_size` >= 1, got '32'"),
     ],
 )
 def test_bad_hyperparameters_are_named(make, words):

@@ -52,6 +52,8 @@ def test_what_is_given_stands_over_the_recipe_and_is_named():
 def test_bad_recipes_and_fields_name_themselves():
     with pytest.raises(ValueError, match="Near: paper"):
         recipes.config("papr")
+    with pytest.raises(ValueError, match=r"got \['paper'\]"):
+        recipes.config(["paper"])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Near: epochs"):
         recipes.config("paper", epoch=3)
     with pytest.raises(ValueError, match="smooths by 0.1 itself"):

@@ -368,3 +368,16 @@ def test_fingerprints_are_of_content(splits):
     copy = splits.train._replace(images=np.array(splits.train.images), name="elsewhere")
     assert copy.fingerprint == splits.train.fingerprint
     assert splits.val.fingerprint != splits.train.fingerprint
+
+
+@pytest.mark.parametrize("name", ["torch", "cpu_capability"])
+def test_going_on_with_another_torch_is_told(name, home, splits, capsys, monkeypatch):
+    config = dataclasses.replace(TINY, seed=2)
+    assert len(list(runs.execute(shutil.copytree(home / "part", home / "same"), [config], splits)))
+    assert "begun with" not in capsys.readouterr().err
+    now = checkpoint.versions()
+    monkeypatch.setattr(checkpoint, "versions", lambda: {**now, name: "another"})
+    list(runs.execute(home / "part", [config], splits))
+    assert f"begun with {name} {now[name]}, now another" in capsys.readouterr().err
+    list(runs.execute(home / "part", [config], splits))  # which is finished
+    assert not capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 import dataclasses
 import html
+import json
+import math
 import os
 import re
 import shlex
@@ -136,6 +138,24 @@ def test_points_of_finite_spaces_and_of_grids():
     assert values == pytest.approx([1e-3, 10**-2.5, 1e-2]) and max(values) <= 1e-2
 
 
+@pytest.mark.parametrize("levels", [None, 2, 3])
+def test_steps_end_where_the_interval_does(levels):
+    def stepped(trial):
+        # 0.1 + 6 * 0.1 is above 0.7
+        return change(weight_decay=trial.suggest_float("decay", 0.1, 0.7, step=0.1))
+
+    values = [point["decay"] for point in space.enumerate_space(stepped, levels)]
+    assert values[0] == 0.1 and values[-1] == 0.7 and len(values) == (levels or 7)
+
+
+def test_choices_that_a_database_does_not_give_back_are_refused():
+    def blocks(trial):
+        return change(operator=trial.suggest_categorical("blocks", [("G1B",), ("softmax",)]))
+
+    with pytest.raises(ValueError, match=r"choices of None, bool, .* got \('G1B',\) for 'blocks'"):
+        space.fingerprint(blocks)
+
+
 def test_a_space_may_use_all_of_a_trial_and_prune_points():
     def picky(trial):
         size = trial.suggest_int(name="size", low=1, high=3)
@@ -160,6 +180,9 @@ def test_a_fixed_value_is_one_that_steps_reach():
         (optuna.distributions.FloatDistribution(0.1, 0.7, step=0.2), 0.3, 0.4),
     ):
         assert space.contains(distribution, good) and not space.contains(distribution, bad)
+    for choices, good, bad in (([True, None], True, 1), ([1, "a"], 1, True), ([1.0, 2.0], 1, 0)):
+        choice = CategoricalDistribution(choices)
+        assert space.contains(choice, good) and not space.contains(choice, bad)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +274,21 @@ def test_a_repeat_trains_further_seeds_and_pools_them(splits):
     assert len(best) == 1 and len(best[0].scores) == 4
 
 
+def test_other_images_by_the_same_name_are_refused(splits):
+    study = optuna.create_study(direction="maximize")
+    study.enqueue_trial({"learning_rate": 1e-3})
+    study.optimize(objective(learning_rate_only, splits, seeds=1), n_trials=1)
+    for name in ("train", "val"):
+        others = splits._replace(**{name: getattr(splits, name).part(slice(8, None))})
+        study.enqueue_trial({"learning_rate": 1e-3})  # which used to pool its seeds
+        with pytest.raises(ValueError, match="had as 'digits', got others than those of trial 0"):
+            study.optimize(objective(learning_rate_only, others, seeds=1), n_trials=1)
+    named = objective(lambda trial: change(train_limit=16, learning_rate=1e-3), splits, seeds=1)
+    study.optimize(named, n_trials=1)
+    study.optimize(objective(learning_rate_only, splits, seeds=1), n_trials=1)
+    assert len(study.get_trials(states=(TrialState.COMPLETE,))) == 3
+
+
 def test_a_repeat_does_not_train_a_seed_that_diverged_again(splits, monkeypatch):
     def without_the_last(configs, *args):
         *fine, last = train_members(configs, *args)
@@ -324,6 +362,17 @@ def test_a_point_that_cannot_be_trained_is_named_or_pruned_by_its_space(splits):
     study.optimize(function, n_trials=1)
     assert study.trials[1].user_attrs["reason"] == "pruned by its space: no heads of memory"
     assert report.tally(study)["pruned by the space"] == 1
+
+
+@pytest.mark.parametrize("fields", [{"batch_size": 25}, {"freeze": ("nothing",)}])
+def test_a_point_of_which_training_says_what_is_wrong_is_named(fields, splits):
+    def space(trial):
+        return change(learning_rate=trial.suggest_float("rate", 1e-3, 1e-3), **fields)
+
+    study = optuna.create_study(direction="maximize", study_name="s")
+    words = rf"trial 0 of 's' with {{'rate': 0.001}}: .*`{next(iter(fields))}`.*TrialPruned"
+    with pytest.raises(ValueError, match=words):
+        study.optimize(objective(space, splits), n_trials=1)
 
 
 def test_a_limit_of_memory_is_no_lack_of_memory(splits):
@@ -752,6 +801,41 @@ def test_grid_and_brute_try_all_points_once(asked, tmp_path):
         assert sorted(trial.params["rank"] for trial in study.trials) == [2, 3]
 
 
+def test_a_point_that_failed_goes_back_to_its_queue(asked, tmp_path, monkeypatch, capsys):
+    path, argv = asked
+    argv += ["--sampler", "grid", "--levels", "2", "--trials", "99", "--confirm", "0"]
+    argv += ["--set", "epochs=1"]
+    whole, seen = trials.train_members, []
+
+    def fails(configs, *args):
+        seen.append(configs)
+        if len(seen) in (2, 3):
+            raise RuntimeError("the device is gone")
+        return whole(configs, *args)
+
+    monkeypatch.setattr(trials, "train_members", fails)
+    monkeypatch.chdir(tmp_path)
+    assert [kart_study(argv) for _ in range(3)] == [2, 2, 0]
+    assert "G1: all of its 4 points, fewer than 49 trials" in capsys.readouterr().out
+    for study in opened(tmp_path / "out").values():
+        done = study.get_trials(states=(TrialState.COMPLETE,))
+        assert len({tuple(sorted(trial.params.items())) for trial in done}) == len(done) == 4
+
+
+def test_what_fails_again_and_again_is_not_tried_for_ever(asked, tmp_path, monkeypatch, capsys):
+    path, argv = asked
+
+    def fails(*args):
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(trials, "train_members", fails)
+    monkeypatch.chdir(tmp_path)
+    argv += ["--sampler", "brute", "--fix", "learning_rate=0.01", "--fix", "rank=2"]
+    argv += ["--trials", "2", "--confirm", "0", "--set", "epochs=1"]
+    codes = [kart_study(argv) for _ in range(2 * (1 + storage.MAX_RETRIES) + 1)]
+    assert codes == [2] * (len(codes) - 1) + [0]
+
+
 def test_more_trials_are_more_points_of_a_grid(asked, tmp_path, capsys):
     path, argv = asked
     argv += ["--sampler", "grid", "--levels", "2", "--confirm", "0", "--set", "epochs=1"]
@@ -763,6 +847,52 @@ def test_more_trials_are_more_points_of_a_grid(asked, tmp_path, capsys):
         points = {tuple(sorted(trial.params.items())) for trial in study.trials}
         assert len(points) == len(study.trials) == 4
         assert listed(tmp_path / "out")[arm][:2] == before[arm]
+
+
+def test_a_mistake_in_an_arm_is_named_with_its_line(asked, tmp_path, capsys):
+    path, argv = asked
+    path.write_text(path.read_text().replace("operator=operator", 'operator={}["none"]'))
+    assert kart_study(argv) == 2
+    error = capsys.readouterr().err
+    line = next(i for i, t in enumerate(path.read_text().splitlines(), 1) if "none" in t)
+    assert f"got 'softmax', which failed: {path}, line {line}: KeyError: 'none'" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"trials": "4"}, "trials is '4'"),
+        ({"trials": 1}, "trials is 1"),
+        ({"objectives": "accuracy"}, "objectives is 'accuracy'"),
+        ({"objectives": ["speed"]}, r"objectives is \['speed'\]"),
+        ({"seeds": None}, "seeds is None"),
+        ({"spaces": {}}, "spaces are {}"),
+        ({"limits": {"memory": "1"}}, "limits is"),
+        ({"sampler": "zzz"}, "sampler is 'zzz'"),
+        ({"heartbeat": 0}, "heartbeat is 0"),
+        ({"dataset": {}}, "dataset is {}"),
+        ({"more": 1}, "more"),
+        (b"\xff", "utf-8"),
+        (b"[" * 100_000, "recursion"),
+        (b"null", "mapping"),
+    ],
+)
+def test_settings_that_were_edited_are_named(change, words, tmp_path):
+    whole = {
+        **{name: "" for name in ("study", "named", "question", "source")},
+        **dict.fromkeys(("versions", "config", "limits", "fix"), {}),
+        **{"spaces": {"a": {}, "b": {}}, "dataset": {"train": 1, "val": 1}, "val_limit": None},
+        **{"objectives": ["accuracy"], "sampler": "tpe", "pruner": "none", "trials": 2},
+        **dict.fromkeys(("seeds", "sampler_seed", "levels", "group", "confirm", "heartbeat"), 1),
+    }
+    path = tmp_path / "study.json"
+    path.write_text(json.dumps(whole))
+    assert storage.read_settings(tmp_path) == storage.Settings(**whole)
+    text = change if isinstance(change, bytes) else json.dumps({**whole, **change}).encode()
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=f"a whole study.json .*{words}"):
+        storage.read_settings(tmp_path)
 
 
 def test_flags_that_every_arm_overrides_are_refused(asked, tmp_path, capsys):
@@ -851,6 +981,10 @@ def test_an_answer_that_fails_is_named_and_what_was_confirmed_is_kept(asked, tmp
         ({"arms": {"one": lambda trial: TINY}}, r"`arms` of functions .* as 'one'"),
         ({"seeds": 2.5}, "`seeds` of type int, got 2.5"),
         ({"sampler": None}, "`sampler` of type str"),
+        ({"answer": "softmax"}, "`answer` as a function"),
+        ({"tiny": None}, "`tiny` as a dict of fields .* got None"),
+        ({"tiny": {"epoch": 1}}, "`tiny` as a dict of fields .* got 'epoch'. Near matches: epochs"),
+        ({"tiny": {"arms": {}}}, "`tiny` as a dict of fields .* got 'arms'"),
     ],
 )
 def test_a_study_of_other_kinds_is_refused(fields, words):
@@ -937,6 +1071,10 @@ def test_importances_are_of_good_values(direction):
     few = optuna.create_study(direction=direction)
     few.add_trials(study.trials[:7])
     assert plots.importances(few) == {}
+    for trial in study.trials[7:9]:  # of which none are counted
+        trial.values = [math.inf]
+        few.add_trial(trial)
+    assert plots.importances(few) == {}
 
 
 def test_several_objectives_have_a_front_in_the_report(asked, tmp_path):
@@ -977,6 +1115,11 @@ def test_several_objectives_have_a_front_in_the_report(asked, tmp_path):
                 ("--set warmup_epochs=0.01", "`--set warmup_epochs` has no effect in a run of 2"),
                 ("--seeds 2 --group 3", "`--group` needs at most the 2 seeds of a trial, got 3"),
                 ("--pruner asha", "no effect on runs of one epoch"),
+                ("--set pruner=asha", "no effect on runs of one epoch"),
+                (
+                    "--epochs 2 --set pruner=asha --objectives accuracy,flops",
+                    "`--pruner` needs one objective",
+                ),
                 ("--storage-timeout 3", "`--storage-timeout` needs `--storage`"),
             )
         ),
@@ -1147,6 +1290,28 @@ def test_ticks_of_a_logarithmic_parameter_are_its_values():
     (axes,) = figure.axes
     for place, text in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True):
         assert float(text.get_text()) == pytest.approx(place, rel=0.05)
+
+
+def test_a_winner_whose_fresh_seeds_all_diverged_says_so(tmp_path):
+    about = {"key": "k", "config": TINY.asdict(), "scores": {"0": 0.5}, "n": 1}
+    study = completed([(0.5, {})], cost={"parameters": 1.0}, **about)
+    entry = work.Confirmed("k", about["config"], [0.5], {}, {}, [10_000, 10_001], 1.0, 9)
+    study.set_user_attr("confirmed", [entry._asdict()])
+    settings = SimpleNamespace(objectives=["accuracy"], dataset={"val": 9}, confirm=2)
+    (line,) = report.lines({"one": study}, settings)
+    assert line.endswith("%; 2 of the fresh seeds diverged")
+    view = report.View({"one": study}, settings, "--out x", tmp_path)
+    assert "2 diverged" in "".join(report._outcome(view).blocks)
+
+
+def test_a_command_for_workers_holds_the_whole_name():
+    settings = SimpleNamespace(named="a--b.py")
+    view = report.View({}, settings, "a--b --storage postgresql://host/kart", Path("x"))
+    assert report._command("work", view) == (
+        "kart study work a--b.py --storage postgresql://host/kart"
+    )
+    view = view._replace(where="--out 'a?b'")
+    assert "sqlite:///a%3Fb/study.db" in report.rerun(view)
 
 
 def test_a_winner_of_which_a_seed_diverged_is_not_confirmed_again(monkeypatch):

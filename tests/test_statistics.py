@@ -172,8 +172,9 @@ def test_values_may_be_an_array(kind):
 
 
 def test_what_is_not_a_number_is_named_as_such():
-    with pytest.raises(ValueError, match="`accuracy` needs `images` >= 1, got nan"):
-        statistics.accuracy([0.5, 0.6], images=math.nan)
+    for bad in (math.nan, math.inf, "100"):  # of which inf used to give bounds of nan
+        with pytest.raises(ValueError, match=f"`accuracy` needs `images` >= 1, got {bad!r}"):
+            statistics.accuracy([0.5, 0.6], images=bad)
     with pytest.raises(ValueError, match="`difference` needs one finite value a seed"):
         statistics.difference([0.5, math.nan], [0.1, 0.2])
 

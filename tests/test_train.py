@@ -284,6 +284,16 @@ def test_a_member_that_diverges_leaves_the_others_alone(splits):
     assert record["train_loss"][1] == alone[-1][1]["train_loss"][1]
 
 
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_group_that_diverges_leaves_the_others_alone(group, splits):
+    configs = [*members(0, 1, epochs=1, learning_rate=1e35, weight_decay=1e35), *members(2)]
+    configs[2] = dataclasses.replace(configs[2], epochs=1)
+    done = []
+    with pytest.raises(train.Diverged):
+        done.extend(one for part in population.fit(configs, splits, group) for one in part)
+    assert [one["member"] for one in done if "params" in one] == [2]
+
+
 def test_the_group_size_is_measured(splits):
     size, seconds = population.fastest_group(members(0, 1, 2), splits, repeats=1)
     assert size in seconds and seconds[size] == min(seconds.values())

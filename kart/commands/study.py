@@ -233,14 +233,19 @@ def _elsewhere(args: argparse.Namespace) -> dict[str, Any]:
     return _place(args) | ({} if args.data is None else {"data": args.data})
 
 
-def _give_code(study: "Study") -> None:
-    """Runs the user's own code that the operators of the study's arms name, as its file does."""
+def _give_code(study: "Study", fix: Mapping[str, Any], arms: "Arms | None" = None) -> None:
+    """Runs the user's own code that the operators of the study's arms name, as its file does: at
+    the points of `probe`, and at the winners of `arms`.
+    """
     from kart import code, operators
-    from kart.search.space import first
+    from kart.search import space, work
 
-    for space in study.spaces(study.config, {}).values():
-        for name in operators.sources(first(space).operator):
-            code.use(name)
+    for arm, one in study.spaces(study.config, fix).items():
+        found = work.winners(arms[arm]) if arms is not None else []
+        configs = space.probe(one)[1] + [space.at(one, best.trial.params) for best in found]
+        for config in filter(None, configs):
+            for name in sorted(operators.sources(config.operator)):
+                code.use(name)
 
 
 def _asked(args: argparse.Namespace, study: "Study") -> tuple["Study", dict[str, Any], list[str]]:
@@ -262,9 +267,10 @@ def _asked(args: argparse.Namespace, study: "Study") -> tuple["Study", dict[str,
     question.check_effects(before, study, changes, fix)
     firsts = [space.first(arm) for arm in study.spaces(study.config, fix).values()]
     check_effects(asked, firsts, lambda name: f"--set {name}")
-    if args.pruner not in (None, "none") and all(one.epochs == 1 for one in firsts):
+    pruner = changes.get("pruner", "none")
+    if pruner != "none" and all(one.epochs == 1 for one in firsts):
         raise ValueError(
-            f"`--pruner {args.pruner}` has no effect on runs of one epoch: it looks at those "
+            f"`--pruner {pruner}` has no effect on runs of one epoch: it looks at those "
             "before the last. Leave it out."
         )
     if args.levels is not None and study.sampler != "grid":
@@ -289,9 +295,9 @@ def _asked(args: argparse.Namespace, study: "Study") -> tuple["Study", dict[str,
     objectives = [choice("--objectives", n, list(OBJECTIVES)) for n in args.objectives]
     check_objectives(objectives)
     if len(objectives) > 1:
-        if args.pruner not in (None, "none"):
+        if pruner != "none":
             raise ValueError(
-                f"`--pruner` needs one objective, got {args.pruner} with {len(objectives)}: Optuna "
+                f"`--pruner` needs one objective, got {pruner} with {len(objectives)}: Optuna "
                 "prunes by one value. Leave it out."
             )
         study = question.with_changes(study, {"pruner": "none"})
@@ -326,8 +332,8 @@ def _set_up(args: argparse.Namespace) -> Opened:
 
     where = _home(args)
     found = question.load(args.study)
-    _give_code(found.study)
     study, fix, objectives = _asked(args, found.study)
+    _give_code(study, fix)
     load = loader(args.val_limit)
     _check_rounding(args, study, fix, load)
     limits = {name: getattr(args, f"max_{name}") for name in LIMITS}
@@ -386,6 +392,7 @@ def _open(args: argparse.Namespace, name: str | None, asked: "Question | None" =
         prints = {arm: work.fingerprint(space) for arm, space in spaces.items()}
         now = storage.changed(now, spaces=prints, source=asked.source)
     storage.check_same(found, now, where.name)
+    Config.fromdict(found.config)  # of this version, it is whole
     if where.directory is not None and asked is not None:
         work.mend(where, found, asked.study)
     elif where.directory is not None:
@@ -400,8 +407,9 @@ def _join(args: argparse.Namespace) -> Opened:
 
     name = Path(args.study).stem if args.study.endswith(".py") else args.study
     asked = question.load(args.study)
-    _give_code(asked.study)
-    return _open(args, name, asked)
+    opened = _open(args, name, asked)
+    _give_code(asked.study, opened.settings.fix)
+    return opened
 
 
 def _named(opened: Opened) -> str:
@@ -475,6 +483,8 @@ def _run(args: argparse.Namespace) -> int:
     finished = _search(args, opened, _place(args))
     arms = storage.studies(opened.database, settings)
     if finished and settings.confirm:
+        assert opened.study is not None
+        _give_code(opened.study, settings.fix, arms)
         work.confirm(arms, settings, settings.confirm, _place(args), args.quiet)
     _write(opened, args.out, arms)
     if not finished:

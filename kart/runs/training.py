@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from torch import Tensor
 from kart import checkpoint, population, train, tree
 from kart.runs import donors, identity, records, room, weights
 from kart.train import Config, Record, Run, Splits, State
+
+# of the versions that a run notes, those that change the last bits of a step
+ROUNDING = ("torch", "cpu_capability")
 
 
 def _about(owner: str, best: list[float]) -> dict[str, Any]:
@@ -113,7 +117,8 @@ def execute(
         room.wait_for(directory, size, space_timeout, call)
 
     with identity.locked(directory):
-        owner = identity.claim(directory, configs, splits).id
+        own = identity.claim(directory, configs, splits)
+        owner = own.id
         donors.check_same(directory, configs)
         state, best = restore(last, run, owner) if last.exists() else (None, [])
         done = 0 if state is None else int(state.step.max())
@@ -137,6 +142,15 @@ def execute(
         yield from earlier
         if done >= total:
             return
+        now = checkpoint.versions()
+        others = [
+            f"{name} {own.versions.get(name)}, now {now[name]}"
+            for name in ROUNDING
+            if own.versions.get(name) != now[name]
+        ]
+        if done and others:
+            begun = f"{str(directory)!r} was begun with {'; '.join(others)}"
+            print(f"kart: {begun}: it goes on, rounded otherwise", file=sys.stderr)
 
         def keep(state: State, step: int) -> None:
             if step in kept:

@@ -1,6 +1,7 @@
 """The figures of a study's report; each returns a matplotlib Figure."""
 
 import collections
+import math
 import statistics
 import textwrap
 import warnings
@@ -97,9 +98,10 @@ def history_figure(arms: Arms, settings: Settings) -> Any:
 
 def importances(study: optuna.Study) -> dict[str, float]:
     """What each parameter has to do with good values of the first objective, summing to one; empty
-    for less than eight complete trials.
+    for less than eight complete trials of a finite value.
     """
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    complete = [trial for trial in complete if math.isfinite(trial.values[0])]
     if len(complete) < 8 or not complete[0].params:
         return {}
     # PED-ANOVA asks what brings low values, and warns of that whatever it is given

@@ -22,6 +22,12 @@ from kart.train import Config
 
 Arm = Callable[[optuna.Trial, Config], Config]
 
+# what code raises that is wrong; other errors are of databases and devices
+MISTAKES = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError),
+    *(LookupError, NameError, TypeError),
+)
+
 # a setting in which a run takes a blink, for the `tiny` of a study
 TINY: dict[str, Any] = {
     "data": "digits",
@@ -83,6 +89,18 @@ class Study:
                     f"`Study` needs `arms` of functions (trial, config) -> Config, got {arm!r:.100}"
                     f" as {name!r} ({error}). Change it."
                 ) from None
+        if self.answer is not None and not callable(self.answer):
+            raise ValueError(
+                f"`Study` needs `answer` as a function of the confirmed results by arm, or None, "
+                f"got {self.answer!r:.100}. Change it."
+            )
+        fields = set[str]().union(*changeable())
+        for name in self.tiny if isinstance(self.tiny, Mapping) else [self.tiny]:
+            if name not in fields:
+                raise ValueError(
+                    f"`Study` needs `tiny` as a dict of fields of Config, or of its own, got "
+                    f"{name!r:.100}.{schema.near_matches(name, fields)}"
+                )
         for name, kind in typing.get_type_hints(Study).items():
             value = getattr(self, name)
             if kind in (int, str) and not schema.fits(value, kind):
@@ -92,12 +110,23 @@ class Study:
                 )
 
     def spaces(self, config: Config, fix: Mapping[str, Any]) -> dict[str, Space]:
-        """The space of each arm over `config`, with the parameters in `fix` fixed."""
+        """The space of each arm over `config`, with the parameters in `fix` fixed. A mistake in the
+        code of an arm is a ValueError that says where it is.
+        """
 
-        def space(arm: Arm) -> Space:
-            return lambda trial: arm(trial, config)
+        def space(name: str, arm: Arm) -> Space:
+            def made(trial: optuna.Trial) -> Config:
+                try:
+                    return arm(trial, config)
+                except MISTAKES as error:
+                    raise ValueError(
+                        f"`arms` needs functions that make a Config of a trial, got {name!r}, "
+                        f"which failed: {code.where(error, '')}. Mend it."
+                    ) from error
 
-        return {name: fixed(space(arm), fix) for name, arm in self.arms.items()}
+            return made
+
+        return {name: fixed(space(name, arm), fix) for name, arm in self.arms.items()}
 
 
 def folder() -> Path:
@@ -163,10 +192,15 @@ def load(name: str) -> Question:
     return Question(path.stem, name, study, (module.__doc__ or "").strip(), source)
 
 
+def changeable() -> tuple[set[str], set[str]]:
+    """The fields of a study, and those of its config, that flags and `tiny` may change."""
+    own = {f.name for f in dataclasses.fields(Study)} - {"config", "arms", "tiny", "answer"}
+    return own, {f.name for f in dataclasses.fields(Config)}
+
+
 def with_changes(study: Study, changes: Mapping[str, Any]) -> Study:
     """`study` with some of its own fields, and fields of its config, changed."""
-    own = {f.name for f in dataclasses.fields(Study)} - {"config", "arms", "tiny", "answer"}
-    shared = {f.name for f in dataclasses.fields(Config)}
+    own, shared = changeable()
     unknown = sorted(set(changes) - own - shared)
     if unknown:
         near = schema.near_matches(unknown[0], own | shared)

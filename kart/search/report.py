@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 from kart import checkpoint, operators, pages, schema, statistics
 from kart.analysis import figures
 from kart.search import plots
-from kart.search.storage import Arms, Settings, original
+from kart.search.storage import Arms, Settings, directory_url, original
 from kart.search.trials import trained
 from kart.search.work import Candidate, Confirmed, best_confirmed, candidates, confirmed, winners
 from kart.statistics import Interval
@@ -130,7 +130,8 @@ def lines(arms: Arms, settings: Settings) -> list[str]:
     for row in result_rows(arms, settings):
         parts = {"search": row.search, "fresh seeds": row.val, "test": row.test}
         shown = ", ".join(f"{name} {one.text()}" for name, one in parts.items() if one)
-        found[row.arm].append(f"{row.arm}: {describe(row.best.trial)}: {shown} %")
+        bad = f"; {row.diverged} of the fresh seeds diverged" if row.diverged else ""
+        found[row.arm].append(f"{row.arm}: {describe(row.best.trial)}: {shown} %{bad}")
     for arm, study in arms.items():
         if not found[arm]:
             found[arm].append(f"{arm}: no value yet, {_why_none(study)}")
@@ -227,7 +228,8 @@ def _outcome(view: View) -> pages.Section:
             for row in rows
             if row.val
         ]
-        blocks.append(pages.figure(plots.confirmation_figure(shown), "confirmation", alt))
+        if shown:
+            blocks.append(pages.figure(plots.confirmation_figure(shown), "confirmation", alt))
     return pages.Section(blocks, title="What the search found, and what it is worth")
 
 
@@ -307,7 +309,7 @@ def _command(name: str, view: View, *flags: str) -> str:
     # its code runs where the command line names it, and nowhere else
     where = view.where
     if name == "work":
-        home = where[where.index("--") :]
+        home = shlex.join(shlex.split(where)[-2:])
         where = f"{shlex.quote(view.settings.named)} {home}"
     return " ".join(["kart study", name, where, *map(shlex.quote, flags)])
 
@@ -319,7 +321,7 @@ def rerun(view: View) -> str:
         _command("report", view): "writes this page again",
     }
     if view.where.startswith("--out"):
-        url = f"sqlite:///{Path(shlex.split(view.where)[1]) / 'study.db'}"
+        url = directory_url(Path(shlex.split(view.where)[1]))
         found[f"optuna-dashboard {shlex.quote(url)}"] = "after: pip install optuna-dashboard"
     width = max(map(len, found))
     return "\n".join(f"{command:{width}}  # {why}" for command, why in found.items())

@@ -177,6 +177,13 @@ class _Recorder(optuna.trial.FixedTrial):
         return value
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        for choice in choices:
+            if not isinstance(choice, bool | int | float | str | None):
+                raise ValueError(
+                    f"a search needs choices of None, bool, int, float and str, which a database "
+                    f"gives back as they are, got {choice!r:.100} for {name!r}. Suggest a word "
+                    "for each, and look it up in a dict."
+                )
         distribution = CategoricalDistribution(list(choices))
         return self._take(name, distribution, distribution.choices[0])
 
@@ -207,6 +214,11 @@ def _record(space: Space, given: Params) -> tuple[_Recorder, Config | None]:
         return recorder, draw(space, recorder)
     except optuna.TrialPruned:
         return recorder, None
+
+
+def at(space: Space, point: Params) -> Config | None:
+    """The config of a point of the space, None where the space prunes it."""
+    return _record(space, point)[1]
 
 
 def first(space: Space) -> Config:
@@ -255,7 +267,11 @@ def distributions(space: Space) -> dict[str, list[BaseDistribution]]:
 def contains(distribution: BaseDistribution, value: Any) -> bool:
     """Whether a parameter can take `value`."""
     if isinstance(distribution, CategoricalDistribution):
-        return value in distribution.choices
+        # True is 1 to Python, and no number to who wrote the choices
+        return any(
+            value == one and isinstance(value, bool) == isinstance(one, bool)
+            for one in distribution.choices
+        )
     assert isinstance(distribution, IntDistribution | FloatDistribution)
     if not schema.fits(value, int if isinstance(distribution, IntDistribution) else float):
         return False
@@ -283,15 +299,16 @@ def _values(distribution: BaseDistribution, levels: int | None) -> list[Any]:
     if levels is None:
         if step is None:
             raise ValueError("continuous")
-        return [low + i * step for i in range(int((high - low) / step + 1e-9) + 1)]
+        count = int((high - low) / step + 1e-9) + 1
+        return [min(low + i * step, high) for i in range(count)]
     shares = [i / (levels - 1) for i in range(levels)] if levels > 1 else [0.5]
     if distribution.log:
         points = [low ** (1 - share) * high**share for share in shares]
     else:
         points = [low + share * (high - low) for share in shares]
     if step is not None:
-        return sorted({low + round((point - low) / step) * step for point in points})
-    # a power may leave the interval by a rounding
+        points = sorted({low + round((point - low) / step) * step for point in points})
+    # powers and steps may leave the interval by a rounding
     return [min(max(point, low), high) for point in points]
 
 

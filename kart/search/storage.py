@@ -11,6 +11,7 @@ import fcntl
 import json
 import sqlite3
 import threading
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -246,14 +247,35 @@ def studies(storage: RDBStorage, settings: Settings) -> dict[str, optuna.Study]:
     }
 
 
+def _settings(stored: Any) -> Settings:
+    """The settings that were stored, as JSON has them; raises TypeError for what are none."""
+    found = Settings(**stored)
+    for name, kind in typing.get_type_hints(Settings).items():
+        if not schema.fits(getattr(found, name), kind):
+            raise TypeError(f"{name} is {getattr(found, name)!r:.60}")
+    known = {"objectives": OBJECTIVES, "sampler": SAMPLERS, "pruner": PRUNERS}
+    for name, words in known.items():
+        value = getattr(found, name)
+        if not value or not {*([value] if isinstance(value, str) else value)} <= {*words}:
+            raise TypeError(f"{name} is {value!r:.60}")
+    least = {"trials": max(1, len(found.spaces)), "seeds": 1, "heartbeat": 1}
+    for name, count in least.items():
+        if getattr(found, name) < count:
+            raise TypeError(f"{name} is {getattr(found, name)}")
+    counts = [found.dataset.get(split) for split in ("train", "val")]
+    if not found.spaces or not all(schema.fits(count, int) for count in counts):
+        raise TypeError(f"spaces are {found.spaces!r:.60}, dataset is {found.dataset!r:.60}")
+    return found
+
+
 def read_settings(directory: Path) -> Settings | None:
     """The settings in a run directory, None where it holds no study."""
     path = directory / "study.json"
     if not path.exists():
         return None
     try:
-        return Settings(**json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, TypeError) as error:
+        return _settings(json.loads(path.read_text(encoding="utf-8")))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, TypeError) as error:
         raise ValueError(
             f"`study` needs a whole study.json of this version of kart, got another in "
             f"{str(directory)!r} ({error}). Start a new study in another directory."

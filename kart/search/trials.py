@@ -31,6 +31,7 @@ OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
     "step_time": "minimize",
 }
 LIMITS = ("parameters", "flops", "memory")  # what is known before training
+DATA = ("data", "train_limit", "decode_size", "stream")  # fields of Config that name the data
 
 
 class Member(NamedTuple):
@@ -187,6 +188,13 @@ def _claim(trial: optuna.Trial, name: str, low: int, count: int) -> tuple[range,
         trial.set_user_attr("seeds", list(own))
 
 
+def _untrained(trial: optuna.Trial, error: ValueError) -> ValueError:
+    return ValueError(
+        f"trial {trial.number} of {trial.study.study_name!r} with {trial.params}: {error} If this "
+        "point cannot be trained, prune it in its space: `raise optuna.TrialPruned(why)`."
+    )
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -215,8 +223,30 @@ def loader(val_limit: int | None = None) -> Callable[[Config], Splits]:
             return splits
         return splits._replace(val=_limited(splits.val, val_limit))
 
-    fields = ("data", "train_limit", "decode_size", "stream")
-    return lambda config: load(Config(**{name: getattr(config, name) for name in fields}))
+    return lambda config: load(_of_data(config))
+
+
+def _of_data(config: Config) -> Config:
+    """A config that names the data of `config`, and nothing else."""
+    return Config(**{name: getattr(config, name) for name in DATA})
+
+
+def _check_images(trial: optuna.Trial, config: Config, images: Mapping[str, str]) -> None:
+    """Raises ValueError where an earlier trial of the study had other `images` by the same name:
+    neither their values nor the seeds of one configuration could be taken together.
+    """
+    named = {name: getattr(config, name) for name in DATA}
+    for other in trial.study.get_trials(deepcopy=False):
+        attrs = other.user_attrs
+        if not {"key", "config", "images"} <= attrs.keys():
+            continue
+        same = {name: attrs["config"].get(name) for name in DATA} == named
+        if same and attrs["images"] != images:
+            raise ValueError(
+                f"`objective` needs the images that the other trials of {trial.study.study_name!r} "
+                f"had as {config.data!r}, got others than those of trial {other.number}. Start a "
+                "new study."
+            )
 
 
 def check_objectives(names: Sequence[str]) -> None:
@@ -287,6 +317,10 @@ def evaluation(
         )
     several = len(objectives) > 1
 
+    @functools.lru_cache
+    def images_of(of_data: Config) -> dict[str, str]:
+        return {name: one.fingerprint[:16] for name, one in load(of_data)._asdict().items()}
+
     def prepare(trial: optuna.Trial) -> Task | Outcome:
         try:
             chosen = draw(space, trial)
@@ -298,12 +332,11 @@ def evaluation(
         except optuna.TrialPruned as error:
             return Outcome(None, f"pruned by its space: {error}")
         except ValueError as error:
-            raise ValueError(
-                f"trial {trial.number} of {trial.study.study_name!r} with {trial.params}: {error} "
-                "If this point cannot be trained, prune it in its space: `raise "
-                "optuna.TrialPruned(why)`."
-            ) from error
+            raise _untrained(trial, error) from error
         trial.set_user_attr("cost", cost)
+        images = images_of(_of_data(here))
+        _check_images(trial, chosen, images)
+        trial.set_user_attr("images", images)
         if "flops" in (*limits, *objectives) and "flops" not in cost:
             raise ValueError(
                 "`objective` needs operators whose operations are known for `flops`, got "
@@ -351,6 +384,8 @@ def evaluation(
 
         try:
             members = train_members(configs, load(configs[0]), size, after_epoch)
+        except ValueError as error:  # it says what is wrong with all that have this shape
+            raise _untrained(tasks[0].trial, error) from error
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -379,7 +414,8 @@ def objective(
 
     The value is the mean validation accuracy (a fraction) after the last epoch; its standard error,
     the scores of the seeds, the costs and the config (`Config.fromdict` reads it) are user
-    attributes. The mean over the seeds is reported after each epoch but the last. A configuration
+    attributes, and so are fingerprints of the images: others by the same name are refused in one
+    study. The mean over the seeds is reported after each epoch but the last. A configuration
     that has been tried trains further seeds, none of which is stopped early, and its value is the
     mean over all; one that another trial trains at the same time (`n_jobs`, other workers) gets
     other seeds than that. Divergence of more than half of the seeds, a lack of memory, a cost over

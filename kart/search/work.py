@@ -112,6 +112,8 @@ def points_of(settings: Settings, spaces: Mapping[str, Space]) -> dict[str, list
         if len(points) > settings.per_arm:
             told = f"{settings.per_arm} of its {len(points)} points, drawn"
             print(f"{arm}: {told}; --trials gives it more")
+        elif len(points) < settings.per_arm:
+            print(f"{arm}: all of its {len(points)} points, fewer than {settings.per_arm} trials")
     return queues
 
 
@@ -256,7 +258,8 @@ def trial_batch(
 ) -> None:
     """Asks for `count` trials, trains them, tells their results.
 
-    An interrupt ends them and puts them back into the queue.
+    An interrupt ends them and puts them back into the queue; an error puts back those that came
+    from it, `store.MAX_RETRIES` times at most.
     """
     trials: list[optuna.Trial] = []
     ready: list[tuple[optuna.Trial, Task | Outcome]] = []
@@ -285,8 +288,8 @@ def trial_batch(
         for frozen in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if frozen.number in {trial.number for trial in trials}:
                 study.tell(frozen.number, state=TrialState.FAIL)
-                if again:
-                    store.retry(None)(study, frozen)
+                if again or "fixed_params" in frozen.system_attrs:
+                    store.retry(None if again else store.MAX_RETRIES)(study, frozen)
         if not isinstance(error, optuna.exceptions.UpdateFinishedTrialError):
             raise
 
