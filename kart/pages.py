@@ -202,7 +202,7 @@ figcaption { color: var(--ink); margin-bottom: .3rem; overflow-wrap: anywhere; }
 .warning { border-left: 3px solid var(--mark); padding-left: .7rem; }
 .wide, .scroll { overflow-x: auto; }
 .wide { margin: 1.2rem 0 .6rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .925rem; }
+table { border-spacing: 0; font-variant-numeric: tabular-nums; font-size: .925rem; }
 th, td { padding: .4rem .9rem .4rem 0; text-align: right; white-space: nowrap; font-weight: 400;
   vertical-align: top; }
 thead th { color: var(--quiet); border-bottom: 1px solid var(--ink); font-size: .8125rem; }
