@@ -62,11 +62,13 @@ NAMES = {
     "G3": "G3: a learned function",
 }
 LASTING = ("softmax", "softmax + relative", "polynomial-0", "polynomial-1", "G3")
+SHAPED = (*LASTING[:2], "softmax(S + relative)", *LASTING[2:])
 LESS = {
     "G3 less polynomial-0": ("G3", "polynomial-0"),
     "`softconv` less polynomial-0": ("softmax + relative", "polynomial-0"),
     "`softconv` less G3": ("softmax + relative", "G3"),
 }
+OUTSIDE = {"`softconv` less the table inside": ("softmax + relative", "softmax(S + relative)")}
 
 Scores = Mapping[tuple[str, str], Mapping[int, float]]
 
@@ -163,7 +165,7 @@ def tables(scores: Scores) -> list[str]:
         by_cell(scores, SIZES, tried, {}, False),
         by_cell(scores, SIZES, [], answer.PARTS, True),
         by_cell(scores, LENGTHS, LASTING, LESS, False),
-        by_cell(scores, SHAPES, LASTING, LESS, True),
+        by_cell(scores, SHAPES, SHAPED, LESS | OUTSIDE, True),
     ]
 
 
