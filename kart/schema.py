@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import math
+import numbers
 import types
 import typing
 from collections.abc import Collection, Iterable
@@ -40,6 +41,8 @@ def fits(value: Any, kind: Any) -> bool:
 def check_integer(function: str, argument: str, value: Any, least: int, advice: str = "") -> None:
     """Raises ValueError unless `value` is an integer from `least` on."""
     if not fits(value, int) or value < least:
+        if isinstance(value, numbers.Integral) and not isinstance(value, int):  # as of numpy
+            advice = "Pass a Python int."
         told = f"`{function}` needs an integer `{argument}` >= {least}, got {value!r}. {advice}"
         raise ValueError(told.strip())
 

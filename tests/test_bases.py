@@ -4,6 +4,7 @@ import functools
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -414,3 +415,8 @@ def test_what_a_basis_is_pickles_with_it():
 def test_what_a_basis_of_ones_own_is_made_of_is_checked(options, words):
     with pytest.raises(ValueError, match=words):
         bases.linear(**{"expand": lambda x: x[..., None], "size": 1, **options})
+
+
+def test_an_integer_of_numpy_is_refused_with_what_to_do():
+    with pytest.raises(ValueError, match=r"integer `size` >= 1, got .*3.*\. Pass a Python int\."):
+        bases.linear(lambda x: x[..., None], np.int64(3))
