@@ -38,6 +38,14 @@ def fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
+def check_type(function: str, argument: str, value: Any, kind: Any) -> None:
+    """Raises ValueError unless `value` is of the type `kind`."""
+    if not fits(value, kind):
+        raise ValueError(
+            f"`{function}` needs `{argument}` of type {name(kind)}, got {value!r:.100}. Change it."
+        )
+
+
 def check_integer(function: str, argument: str, value: Any, least: int, advice: str = "") -> None:
     """Raises ValueError unless `value` is an integer from `least` on."""
     if not fits(value, int) or value < least:

@@ -201,15 +201,6 @@ def check_span(function: str, span: Sequence[float]) -> tuple[float, float]:
     return float(span[0]), float(span[1])
 
 
-def check_type(function: str, argument: str, value: Any, kind: Any) -> None:
-    """Raises ValueError unless `value` is of the type `kind`."""
-    if not schema.fits(value, kind):
-        raise ValueError(
-            f"`{function}` needs `{argument}` of type {schema.name(kind)}, got {value!r:.100}. "
-            "Change it."
-        )
-
-
 def last_axis(features: Tensor) -> Tensor:
     """`(K, ...)` as `(..., K)`, a view: a feature lies together in memory, and is written and read
     in rows, eight times as fast on a CPU as number by number.
@@ -257,7 +248,7 @@ def assemble(
     `Pieces`.
     """
     schema.check_choice(family, "base", base, BASES)
-    check_type(family, "scales", scales, bool)
+    schema.check_type(family, "scales", scales, bool)
     activation = BASES[base]
 
     def init(generator: Generator, shape: Sequence[int]) -> Params:
@@ -458,7 +449,7 @@ def linear(
         ("cpp", cpp, Cpp | None),
         ("triton", triton, Triton | None),
     ):
-        check_type("linear", argument, value, kind)
+        schema.check_type("linear", argument, value, kind)
     if grid is not None:
         check_integer(family, "grid", grid, 1, math.inf)
     arguments = {

@@ -44,11 +44,11 @@ not by itself what the decision rests on: the pointing game, on images whose obj
 # How tokens are mixed
 
 The points of accuracy that are lost when every learned function is replaced by the constant, the
-affine function or the exponential nearest to it. Read the upper end of the interval: its shape
-matters no more than that. That an interval holds zero may only say that seeds are few. The first
-column replaces the whole attention matrix by its mean over images. Below stand what is left of the
-loss after some more steps of training, the share of the output that position explains, and the mean
-matrix as a picture.
+affine function or the exponential nearest to it. Read the upper end of the interval: the shape of
+the function matters no more than that. That an interval holds zero may only say that seeds are few.
+The first column replaces the whole attention matrix by its mean over images. Below stand what is
+left of the loss after some more steps of training, the share of the output that position explains,
+and the mean matrix as a picture.
 
 # Spectra, weights, landscape, curvature, cost
 

@@ -73,11 +73,8 @@ def create(name: str, operator: Choice = "softmax", **overrides: Any) -> Model:
     hints = typing.get_type_hints(found[0].config)
     for field, value in overrides.items():
         optional = value is None and field == "sharing"  # left to the spec
-        if field in hints and not optional and not schema.fits(value, hints[field]):
-            raise ValueError(
-                f"`create` needs `{field}` of type {schema.name(hints[field])}, got "
-                f"{value!r:.100}. Change it."
-            )
+        if field in hints and not optional:
+            schema.check_type("create", field, value, hints[field])
     return found[0].build(operator, **{**found[0].sizes[name], **overrides})
 
 

@@ -102,12 +102,8 @@ class Study:
                     f"{name!r:.100}.{schema.near_matches(name, fields)}"
                 )
         for name, kind in typing.get_type_hints(Study).items():
-            value = getattr(self, name)
-            if kind in (int, str) and not schema.fits(value, kind):
-                raise ValueError(
-                    f"`Study` needs `{name}` of type {schema.name(kind)}, got {value!r:.100}. "
-                    "Change it."
-                )
+            if kind in (int, str):
+                schema.check_type("Study", name, getattr(self, name), kind)
 
     def spaces(self, config: Config, fix: Mapping[str, Any]) -> dict[str, Space]:
         """The space of each arm over `config`, with the parameters in `fix` fixed. A mistake in the
