@@ -171,6 +171,12 @@ def entries(basis: Any, units: dict[str, Tensor], x: Tensor, place: Tensor | Non
     return (basis.features(x) * coefs[..., None, None, :]).sum(-1)
 
 
+def pair_entries(basis: Any, matrix: Tensor, x: Tensor) -> Tensor:
+    """`t[n, m] + sum_j features(x[n, m])[j] c[j, n, m]`, of t and then c `(.., H, 1 + K, N, M)`."""
+    t, *coefs = matrix.to(x.dtype).unbind(-3)
+    return sum((f * c for f, c in zip(basis.features(x).unbind(-1), coefs, strict=True)), t)
+
+
 def entry_attention(
     basis: Any,
     units: dict[str, Tensor],
@@ -184,12 +190,15 @@ def entry_attention(
     place: Tensor | None = None,
     matrix: Tensor | None = None,
 ) -> Tensor:
-    """`weigh(form, entries(...), ...) v`, `(..., H, N, e)`; with `matrix (.., H, N, M)` it is the
-    entries.
+    """`weigh(form, entries(...), ...) v`, `(..., H, N, e)`; `matrix (.., H, N, M)`, or with a basis
+    `(.., H, 1 + K, N, M)` and a function of each score, is in their place.
     """
     x = scores(q, k, scale)
     # hidden scores may be NaN
     x = x if mask is None else torch.where(mask, x, 0)
-    y = entries(basis, units, x, place) if matrix is None else matrix
+    if matrix is None:
+        y = entries(basis, units, x, place)
+    else:
+        y = matrix if basis is None else pair_entries(basis, matrix, x)
     y = weigh(form, y, x, mask, factor)
     return (y @ wide(v)).to(v.dtype)

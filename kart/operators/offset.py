@@ -32,7 +32,6 @@ from kart.operators.relative import (
     index_of,
     init_table,
     lattice_of,
-    looked_up,
     relative,
     resize_table,
     table_shapes,
@@ -90,8 +89,8 @@ def by_offset(
     """Weights T[o] + phi_o(S), o the offset of the key: a table and a unit an offset (ours).
 
     With a linear basis phi_o(S) = sum_k F_k(S) c_k(o), a sum of products of a function of the score
-    and one of the offset. `attend` holds the scores of a block of queries at a time, and computes
-    them again in the backward.
+    and one of the offset. `attend` streams (see `kart.kernels.pair_attention`); with units that are
+    not linear it holds the scores of a block of queries at a time.
 
     Parameters `{"table": as `relative` has it, "units": {part of the table: its units}}`, e.g.
     `params["units"]["offsets"]["coefs"]` (H, 2R - 1, 2C - 1, K).
@@ -143,7 +142,11 @@ def by_offset(
         names: list[str], index: Tensor, scores: Tensor, mask: Tensor | None, leaves: list[Tensor]
     ) -> Tensor:
         """The weights of some queries, whose rows of the index these are."""
-        t, *units = (looked_up(leaf, index) for leaf in leaves)
+        # leaves of units may have axes after that of the places
+        t, *units = (
+            kernels.looked_up(leaf.movedim(1, -1), index).movedim((-2, -1), (1, 2))
+            for leaf in leaves
+        )
         scores = only(scores, mask)
         y = t + basis.apply(dict(zip(names, units, strict=True)), scores)
         y = only(y, mask)
@@ -163,6 +166,11 @@ def by_offset(
 
     def attend(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = wide(q), wide(k), wide(v)
+        if basis.features is not None and basis.coefficients is not None:
+            table = params["table"]
+            units = {part: basis.coefficients(own) for part, own in params["units"].items()}
+            entries = torch.cat([flatten_table(table)[:, None], flatten_table(units).mT], 1)
+            return kernels.pair_attention(basis, entries, index_of(table), q, k, v, mask, base)
         names, leaves, index = rows_of(params, q.dtype)
 
         def some(index: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:

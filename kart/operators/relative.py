@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from kart import bases, schema
+from kart import bases, kernels, schema
 from kart.bases import Params
 from kart.factories import remember
 from kart.kernels.transforms import Constant
@@ -103,17 +103,9 @@ def index_of(table: Params) -> Tensor:
     return entry_index(lattice.prefix or 0, lattice.rows, lattice.columns, device)
 
 
-def looked_up(entries: Tensor, index: Tensor) -> Tensor:
-    """The entries `(H, E, ...)` at an index `(N, M)`: `(H, N, M, ...)`."""
-    if entries.device.type == "cuda":
-        # the gradient of this is summed in a fixed order, that of `index_select` is not there
-        return entries[:, index]
-    return entries.index_select(1, index.flatten()).unflatten(1, index.shape)
-
-
 def expand_table(table: Params) -> Tensor:
     """The matrix `(H, N, M)` of a table: `T[n, m] = offsets[place of m - place of n]`."""
-    return looked_up(flatten_table(table), index_of(table))
+    return kernels.looked_up(flatten_table(table), index_of(table))
 
 
 def tokens_in(table: Params) -> int:

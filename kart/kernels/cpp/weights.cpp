@@ -1,6 +1,6 @@
 // Attention whose weights are functions of one score, or of it and of the place of its key, in float32, forward
 // and backward. With scores s = scale q_n . k_m and entries y = phi(s) of the head's one function, or y = table[n -
-// m] where PLACES is defined, or y = table[n, m] where MATRIX is,
+// m] where PLACES is defined, or y = table[n, m] where MATRIX is, plus a function of s of that place where PAIRS is,
 //   out[n] = sum_m w[n, m] v[m],
 // where w is, by FORM, 0: c y; 1: y / sum |y|; 2: softmax(y); 3: softmax(s + y); 4: c y + softmax(s); 5: y projected
 // onto the simplex; with a factor c of each query. The family's `struct Unit` and the constants come before this file.
@@ -38,18 +38,58 @@ struct Table {
   }
 };
 
-#if defined(MATRIX)
+#if defined(MATRIX) || defined(PAIRS)
 
-// Entries of every query and key, (keys, row) with a row of whole blocks of queries.
-struct Entry : Table {
-  long row;
-  Entry(const float*, const float* theta, float*, long size, long keys, float* sum)
-      : Table{theta, sum, keys - 1}, row(size / keys) {}
+// Entries of every query and key, (blocks, keys, BLOCK) with the queries in blocks.
+struct Pairwise : Table {
+  Pairwise(const float* theta, long keys, float* sum) : Table{theta, sum, keys - 1} {}
   static long room(long) { return 0; }
-  INLINE long at(long n, long m) const { return m * row + n; }
-  INLINE vec along(vec y, long n, long m) const { return lanes(y, at(n, m), row, m); }
+  INLINE long at(long n, long m) const { return (n / BLOCK * (last + 1) + m) * BLOCK + n % BLOCK; }
+  INLINE vec along(vec y, long n, long m) const { return lanes(y, at(n, m), BLOCK, m); }
   void finish(const vec*, float*, long) const {}
 };
+
+#ifdef MATRIX
+
+struct Entry : Pairwise {
+  Entry(const float*, const float* theta, float*, long, long keys, float* sum) : Pairwise(theta, keys, sum) {}
+};
+
+#else
+
+// After those entries the coefficients of a function of the score for each of them, feature by feature.
+struct Entry : Pairwise {
+  static constexpr int K = Piece::K;
+  Piece piece;
+  long step;
+  Entry(const float* options, const float* theta, float*, long size, long keys, float* sum)
+      : Pairwise(theta, keys, sum), piece(options), step(size / (1 + K)) {}
+  INLINE vec value(vec x, long at) const {
+    vec f[K], y = load(table + at);
+    piece.features(x, f);
+    UNROLL for (int j = 0; j < K; ++j) y += load(table + at + (j + 1) * step) * f[j];
+    return y;
+  }
+  INLINE vec along(vec x, long n, long m) const {
+    vec f[K], y = Pairwise::along(x, n, m);
+    piece.features(x, f);
+    UNROLL for (int j = 0; j < K; ++j) y += lanes(x, at(n, m) + (j + 1) * step, BLOCK, m) * f[j];
+    return y;
+  }
+  INLINE vec slope(vec x, vec dy, vec* sums, long at) const {
+    vec f[K], g[K], y = Table::slope(x, dy, sums, at);
+    piece.features(x, f);
+    piece.slopes(x, f, g);
+    UNROLL for (int j = 0; j < K; ++j) {
+      const long own = at + (j + 1) * step;
+      store(gradient + own, load(gradient + own) + dy * f[j]);
+      y += load(table + own) * g[j];
+    }
+    return y;
+  }
+};
+
+#endif
 
 #elif defined(PLACES)
 

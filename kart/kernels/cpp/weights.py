@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kart.kernels import plain
 from kart.kernels.arguments import room_like
@@ -33,8 +34,10 @@ from kart.kernels.transforms import untransformed
 class Weighted(NamedTuple):
     """The arguments of raw attention: `q (B, H, N, d)`, `k (B, H, M, d)`, `v (B, H, M, e)`, `theta
     (B or 1, H, P)` of the functions of a family or, without one, the entries of every offset, or,
-    where it is `matrix`, those that `of_matrix` packs; `mask` None or boolean `(B or 1, H or 1, N
-    or 1, M or 1)`, `factor` None or `(B or 1, H or 1, N or 1, 1)`; `form` is one of `plain.FORMS`.
+    where it is `matrix`, what `of_matrix` packs: entries of every query and key, with a family
+    `(B or 1, H, 1 + K, N, M)`, the coefficients of a function for each after them; `mask` None or
+    boolean `(B or 1, H or 1, N or 1, M or 1)`, `factor` None or `(B or 1, H or 1, N or 1, 1)`;
+    `form` is one of `plain.FORMS`.
     """
 
     family: Family | None
@@ -49,23 +52,22 @@ class Weighted(NamedTuple):
     matrix: bool = False
 
 
-# rows of a packed matrix are of whole blocks of queries, 32 or fewer
+# queries of a packed matrix that lie together, for each key: as many as a kernel takes at once, or
+# a multiple of it
 BLOCK = 32
 
 
-def of_matrix(matrix: Tensor) -> Tensor:
-    """`(B or 1, H, N, M)` as the kernels take it, `(B or 1, H, M N')`: keys first, N' a multiple of
-    `BLOCK`.
+def of_matrix(matrix: Tensor, beyond: float = 0) -> Tensor:
+    """`(B or 1, H, .., N, M)` as the kernels take it, `(B or 1, H, .. N' M)`: N' a multiple of
+    `BLOCK`, whose entries are `beyond` after N, in blocks of that many queries, keys first.
     """
-    *lead, rows, keys = matrix.shape
-    packed = matrix.new_zeros(*lead, keys, -(-rows // BLOCK) * BLOCK)
-    packed[..., :rows] = matrix.mT
-    return packed.flatten(-2)
+    padded = functional.pad(matrix, (0, 0, 0, -matrix.shape[-2] % BLOCK), value=beyond)
+    return padded.unflatten(-2, (-1, BLOCK)).mT.flatten(2)
 
 
 def as_matrix(packed: Tensor, rows: int, keys: int) -> Tensor:
-    """The matrix of `of_matrix`."""
-    return packed.unflatten(-1, (keys, -1))[..., :rows].mT
+    """The matrix `(B or 1, H, N, M)` of `of_matrix`."""
+    return packed.unflatten(-1, (-1, keys, BLOCK)).mT.flatten(-3, -2)[..., :rows, :]
 
 
 FIELDS = ("theta", "factor", "statistic", "low", "dtheta")
@@ -145,6 +147,7 @@ class Engine:
 def source(family: Family | None, form: str, matrix: bool) -> str:
     """The C++ of a family in a form."""
     lines = ['#include "vector.h"', f"constexpr int FORM = {plain.FORMS.index(form)};"]
+    lines.append(f"constexpr long BLOCK = {BLOCK};")
     if family is None:
         lines.append("#define MATRIX" if matrix else "#define PLACES")
     else:
@@ -152,7 +155,9 @@ def source(family: Family | None, form: str, matrix: bool) -> str:
         constants = {**cpp.sizes, "BASE": BASES.index(family.base)}
         lines += [f"constexpr int {name} = {value};" for name, value in constants.items()]
         lines.append(cpp.text)
-        if family.basis.features is not None:
+        if matrix:
+            lines.append("#define PAIRS")
+        elif family.basis.features is not None:
             lines.append('#include "linear.h"')
     return "\n".join([*lines, '#include "weights.cpp"', ""])
 
@@ -189,7 +194,8 @@ def _cases(family: Family | None, matrix: bool, seed: int) -> list[_Case]:
         leaves |= {"k": draw(batch, heads, width, keys).mT}
         leaves |= {"v": draw(batch, keys, heads, value_width).transpose(1, 2)}
         if matrix:
-            leaves["matrix"] = draw(own, heads, queries, keys)
+            planes = () if family is None else (1 + family.width,)
+            leaves["matrix"] = draw(own, heads, *planes, queries, keys) / (planes or (1,))[0]
         elif family is None:
             leaves["theta"] = draw(own, heads, queries + keys - 1)
         elif family.basis.features is not None:
