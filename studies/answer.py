@@ -121,7 +121,7 @@ ARMS: dict[str, Arm] = {
         {"operator": "G3B:order=beside_relative", "rank": 12}, "exp and a learned function"
     ),
     "relative + phi(S, offset)": Arm(
-        {"operator": "G3B:order=by_offset"}, "exp and a learned function"
+        {"operator": "G3B:order=by_offset"}, "a learned function"
     ),
 }
 
