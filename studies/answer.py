@@ -120,9 +120,7 @@ ARMS: dict[str, Arm] = {
     "softmax + relative + G3": Arm(
         {"operator": "G3B:order=beside_relative", "rank": 12}, "exp and a learned function"
     ),
-    "relative + phi(S, offset)": Arm(
-        {"operator": "G3B:order=by_offset"}, "a learned function"
-    ),
+    "relative + phi(S, offset)": Arm({"operator": "G3B:order=by_offset"}, "a learned function"),
 }
 
 

@@ -1,10 +1,11 @@
 """Attention whose weights are functions of one score, another one for every place.
 
-In memory what is learned is as long as there are places. The compiled engine reads it laid out for
-every query and key, gathered before and summed after each call; torch gathers it for a block of
-queries at a time.
+What is learned is as long as there are places. Each engine has it laid out for some queries and all
+keys at a time: the compiled one between a look-up and a sum by places, torch with all else.
 """
 
+import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,9 @@ from kart.kernels.cpp.weights import Weighted
 from kart.kernels.family import family_of
 from kart.kernels.plain import wide_dtype
 from kart.kernels.transforms import forward_levels, no_autocast
+
+# numbers that are laid out at a time, 16 MiB of float32
+LAID = 2**22
 
 
 def looked_up(entries: Tensor, index: Tensor) -> Tensor:
@@ -66,11 +70,6 @@ def pair_attention(
     return out.reshape(*lead, *out.shape[2:])
 
 
-def _order(index: Tensor, places: int) -> Tensor:
-    """The places in the order of the compiled engine; of what only fills a block it is one more."""
-    return compiled.of_matrix(index[None], places).flatten()
-
-
 def _apply(
     basis: Any,
     form: str,
@@ -91,20 +90,38 @@ def _apply(
         return expression(*inputs)
     family = family_of(basis)
 
-    def weighted(q, k, v, mask, index, entries) -> Weighted:
-        laid = functional.pad(entries, (0, 1)).index_select(-1, _order(index, entries.shape[-1]))
-        return Weighted(family, form, q, k, v, laid.flatten(2), mask, None, scale, matrix=True)
+    def parts(q, k, v, mask, index, *rest) -> Iterator[tuple[Weighted, Tensor, tuple[Tensor, ...]]]:
+        """Of some queries the product, the order of its entries, and the others of `rest`."""
+        entries, *rest = rest
+        numbers, places = math.prod(entries.shape[:3]) * k.shape[2], entries.shape[3]
+        # whole blocks of queries, whose entries fit
+        step = compiled.BLOCK * max(1, LAID // numbers // compiled.BLOCK)
+        padded = functional.pad(entries, (0, 1))
+        for i in range(0, q.shape[2], step):
+            own, *others = (x[:, :, i : i + step] for x in (q, *rest))
+            hidden = mask
+            if mask is not None and mask.shape[2] > 1:
+                hidden = mask[:, :, i : i + step]
+            # what only fills a block has a place of its own, of zeros
+            order = compiled.of_matrix(index[:, i : i + step], places).flatten()
+            laid = padded.index_select(-1, order).flatten(2)
+            x = Weighted(family, form, own, k, v, laid, hidden, None, scale, matrix=True)
+            yield x, order, tuple(others)
 
     def forward(*inputs):
-        return compiled.forward(weighted(*inputs))
+        found = [compiled.forward(x) for x, *_ in parts(*inputs)]
+        return tuple(torch.cat(y, 2) for y in zip(*found, strict=True))
 
     def backward(gradients, inputs, results):
-        *found, dlaid = compiled.backward(weighted(*inputs), *gradients, *results)
-        index, entries = inputs[4:]
-        order = _order(index, entries.shape[-1])
-        dlaid = dlaid.view(-1, len(order))
-        sums = dlaid.new_zeros(len(dlaid), entries.shape[-1] + 1).index_add_(1, order, dlaid)
-        return *found, sums[:, :-1].reshape(entries.shape)
+        k, v, entries = inputs[1], inputs[2], inputs[5]
+        dqs, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
+        sums = entries.new_zeros(math.prod(entries.shape[:3]), entries.shape[3] + 1)
+        for x, order, given in parts(*inputs, *gradients, *results):
+            dq, *found, dlaid = compiled.backward(x, *given)
+            dqs.append(dq)
+            dk, dv = dk.add_(found[0]), dv.add_(found[1])
+            sums.index_add_(1, order, dlaid.view(len(sums), -1))
+        return torch.cat(dqs, 2), dk, dv, sums[:, :-1].reshape(entries.shape)
 
     if compiled.refuses(Weighted(family, form, q, k, v, entries, mask, None, scale, matrix=True)):
         return expression(*inputs)
