@@ -18,8 +18,9 @@ pytestmark = pytest.mark.skipif(
     kernels.engines()["cpp"] != "ready", reason="the C++ engine does not run here"
 )
 
-# one of each source: features, features beside softmax, units in registers, weights of scores
-SPECS = ("G2", "G2:base=softmax", "dog", "softconv")
+# one of each source: features, features beside softmax, units in registers, weights of scores, by
+# place
+SPECS = ("G2", "G2:base=softmax", "dog", "softconv", "G2:order=by_offset")
 PROGRAM = """
 import sys, torch
 from kart import kernels, operators
@@ -56,7 +57,8 @@ def test_every_kind_of_kernel_compiles_for_arm():
     fourier = family_named('kart.bases:fourier?{"base": "silu", "grid": 2}')
     dog = family_named('kart.bases:dog?{"base": "zero"}')
     texts = [cpp.source(family, softmax) for family in (fourier, dog) for softmax in (False, True)]
-    texts.append(weights.source(fourier, "softmax", False))
+    alone = family_named('kart.bases:fourier?{"base": "zero", "grid": 2}')
+    texts += [weights.source(fourier, "softmax", False), weights.source(alone, "beside", True)]
     texts += ['#include "mix.cpp"', '#include "dense.cpp"']
     flags = [flag for flag in build.FLAGS if flag != build.NATIVE and flag != "-shared"]
     for text in texts:

@@ -51,8 +51,8 @@ def pair_attention(
     Scores are computed again in the backward; no N x M matrix is kept.
 
     Args:
-        basis: a basis that is linear in its coefficients, without a base activation.
-        entries: `(H, 1 + K, E)`, of every place T and the K coefficients of phi.
+        basis: a basis that is linear in its coefficients.
+        entries: `(H, 1 + K, E)`, of every place T and the coefficients of phi, one a feature.
         index: `(N, M)` integers, the place of query n and key m.
         q, k, v: `(..., H, N, d)`, `(..., H, M, d)` and `(..., H, M, e)`.
         mask: boolean, True = attend, broadcasting to `(..., H, N, M)`.

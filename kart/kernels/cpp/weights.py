@@ -270,6 +270,8 @@ def engine_of(family: Family | None, form: str, matrix: bool) -> tuple[Engine | 
     options, name = (), "matrix" if matrix else "table"
     if family is not None:
         reason = refuses_family(family)
+        if matrix and family.base != "zero":
+            reason = "the C++ engine takes no base activation beside a function for every place"
         if reason:
             return None, reason
         pin(family)
