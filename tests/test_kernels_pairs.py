@@ -17,8 +17,11 @@ FAMILIES = {
     "rbf": bases.gaussian_rbf(4),
     "bspline": bases.bspline(3),
     "silu": bases.fourier(1, base="silu"),
+    "none": None,
     "own": bases.linear(lambda x: torch.stack([x.sin(), (2 * x).cos()], -1), 2),
 }
+# weights that no score has a part in
+NEITHER = ("none", "plain")
 
 
 def source(seed):
@@ -31,7 +34,7 @@ def drawn(basis, queries, keys, dtype=torch.float64, batch=2):
     q = torch.randn(batch, queries, HEADS, WIDTH, generator=draw).transpose(1, 2)
     k = torch.randn(batch, HEADS, WIDTH, keys, generator=draw).mT
     v = torch.randn(HEADS, keys, VALUES, generator=draw)
-    width = basis.features(torch.zeros(1)).shape[-1]
+    width = 0 if basis is None else basis.features(torch.zeros(1)).shape[-1]
     entries = torch.randn(HEADS, 1 + width, PLACES, generator=draw)
     index = torch.randint(PLACES, (queries, keys), generator=draw)
     return [x.to(dtype) for x in (q, k, v, entries)], index
@@ -43,12 +46,15 @@ def masks(queries, keys):
     return {"none": None, "each": each, "keys": each[0, 0, -1]}
 
 
-def by_hand(basis, index, base, mask, q, k, v, entries):
+def by_hand(basis, index, form, mask, q, k, v, entries):
     scores = q @ k.mT / WIDTH**0.5
-    t, coefs = entries[:, 0][:, index], entries[:, 1:].movedim(1, -1)[:, index]
-    y = t + (basis.features(scores) * coefs).sum(-1)
+    y, coefs = entries[:, 0][:, index], entries[:, 1:].movedim(1, -1)[:, index]
+    if basis is not None:
+        y = y + (basis.features(scores) * coefs).sum(-1)
+    if form == "inside":
+        return plain.softmax_rows(scores + y, mask) @ v
     y = y if mask is None else torch.where(mask, y, 0)
-    return (y + plain.softmax_rows(scores, mask) if base else y) @ v
+    return (y + plain.softmax_rows(scores, mask) if form == "beside" else y) @ v
 
 
 def with_gradients(call, inputs):
@@ -58,14 +64,14 @@ def with_gradients(call, inputs):
     return [out, *torch.autograd.grad((out * probe).sum(), leaves, materialize_grads=True)]
 
 
-def check(basis, queries, keys, base, mask, dtype, tolerance):
+def check(basis, queries, keys, form, mask, dtype, tolerance):
     inputs, index = drawn(basis, queries, keys, dtype)
     found = with_gradients(
-        lambda q, k, v, entries: kernels.pair_attention(basis, entries, index, q, k, v, mask, base),
+        lambda q, k, v, entries: kernels.pair_attention(basis, entries, index, q, k, v, mask, form),
         inputs,
     )
     wanted = with_gradients(
-        lambda *x: by_hand(basis, index, base, mask, *x), [x.double() for x in inputs]
+        lambda *x: by_hand(basis, index, form, mask, *x), [x.double() for x in inputs]
     )
     for name, x, y in zip(["out", *"qkv", "entries"], found, wanted, strict=True):
         assert x.dtype == dtype
@@ -75,20 +81,24 @@ def check(basis, queries, keys, base, mask, dtype, tolerance):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("base", [None, "softmax"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [(family, form) for family in FAMILIES for form in pairs.FORMS if (family, form) != NEITHER],
+)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float64, 1e-12), (torch.float32, 3e-5), (torch.bfloat16, 2e-2)],
 )
-def test_every_engine_has_the_values_and_gradients(family, base, dtype, tolerance):
+def test_every_engine_has_the_values_and_gradients(family, form, dtype, tolerance):
     for queries, keys in ((37, 37), (5, 61), (1, 9), (33, 2)):
         for mask in masks(queries, keys).values():
-            check(FAMILIES[family], queries, keys, base, mask, dtype, tolerance)
+            check(FAMILIES[family], queries, keys, form, mask, dtype, tolerance)
 
 
-@pytest.mark.parametrize("form", ["plain", "beside"])
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("own", "silu")])
+@pytest.mark.parametrize("form", pairs.FORMS)
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILIES if name not in ("none", "own", "silu")]
+)
 def test_the_compiled_engine_takes_every_family_of_kart(family, form):
     if reason := kernels.engines()["cpp"].replace("ready", ""):
         pytest.skip(reason)
@@ -104,22 +114,22 @@ def test_a_wrong_piece_is_refused_and_torch_runs_instead(caplog):
     basis = bases.linear(
         lambda x: torch.stack([x**0, x, x * x], -1), 3, family="wrong-powers", cpp=wrong
     )
-    check(basis, 5, 9, None, None, torch.float32, 1e-5)
+    check(basis, 5, 9, "plain", None, torch.float32, 1e-5)
     assert "torch runs instead" in caplog.text
     assert "self-check failed" in compiled.engine_of(family_of(basis), "plain", True)[1]
 
 
-@pytest.mark.parametrize("base", [None, "softmax"])
-def test_transforms(base):
+@pytest.mark.parametrize("form", pairs.FORMS)
+def test_transforms(form):
     basis = FAMILIES["fourier"]
     inputs, index = drawn(basis, 6, 6, torch.float32)
     inputs[2] = inputs[2].expand(2, -1, -1, -1).clone()
 
     def call(q, k, v, entries):
-        return kernels.pair_attention(basis, entries, index, q, k, v, None, base)
+        return kernels.pair_attention(basis, entries, index, q, k, v, None, form)
 
     def wanted(*x):
-        return by_hand(basis, index, base, None, *x)
+        return by_hand(basis, index, form, None, *x)
 
     tangents = [torch.randn(x.shape, generator=source(5)) for x in inputs]
     close = {"rtol": 1e-4, "atol": 1e-4}
@@ -162,7 +172,17 @@ def test_a_block_of_queries_at_a_time(dtype, tolerance, monkeypatch):
     monkeypatch.setattr(stream, "CHUNK", 2**10)
     monkeypatch.setattr(pairs, "LAID", 1)
     for mask in masks(71, 9).values():
-        check(FAMILIES["chebyshev"], 71, 9, "softmax", mask, dtype, tolerance)
+        check(FAMILIES["chebyshev"], 71, 9, "beside", mask, dtype, tolerance)
+
+
+def test_a_table_alone_is_refused():
+    (q, k, v, entries), index = drawn(None, 6, 6)
+    with pytest.raises(ValueError, match=r"`form` in \['inside', 'beside'\], got 'plain'"):
+        kernels.pair_attention(None, entries, index, q, k, v)
+    # every query and key has a place of its own
+    own = torch.randn(HEADS, 1, 36, dtype=torch.float64, generator=source(6))
+    wanted = torch.softmax(q @ k.mT / WIDTH**0.5 + own.view(HEADS, 6, 6), -1) @ v
+    assert_close(kernels.pair_attention(None, own, None, q, k, v, form="inside"), wanted)
 
 
 def test_learned_numbers_of_the_features_are_refused_where_gradients_would_be_lost():

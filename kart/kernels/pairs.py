@@ -1,4 +1,4 @@
-"""Attention whose weights are functions of one score, another one for every place.
+"""Attention whose weights have a number, or a function of the score, for every place.
 
 What is learned is as long as there are places. Each engine has it laid out for some queries and all
 keys at a time: the compiled one between a look-up and a sum by places, torch with all else.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kart import schema
 from kart.kernels import fused, plain, stream
 from kart.kernels.arguments import broadcast_leading, check, flat_mask, four_axes
 from kart.kernels.cpp import weights as compiled
@@ -21,6 +22,7 @@ from kart.kernels.family import family_of
 from kart.kernels.plain import wide_dtype
 from kart.kernels.transforms import forward_levels, no_autocast
 
+FORMS = ("plain", "inside", "beside")
 # numbers that are laid out at a time, 16 MiB of float32
 LAID = 2**22
 
@@ -38,35 +40,38 @@ def looked_up(entries: Tensor, index: Tensor) -> Tensor:
 def pair_attention(
     basis: Any,
     entries: Tensor,
-    index: Tensor,
+    index: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None = None,
-    base: str | None = None,
+    form: str = "plain",
 ) -> Tensor:
-    """`(T + phi(S)) v`, `(..., H, N, e)`, for scores `S = d^-1/2 q k^T`, where T and phi are those
-    of the place of query and key; with `base="softmax"` plus `softmax(S) v`.
+    """`w v`, `(..., H, N, e)`, for weights w of entries `y = T + phi(s)` of the scores `s = d^-1/2
+    q k^T`, where T and phi are those of the place of query and key.
 
-    Scores are computed again in the backward; no N x M matrix is kept.
+    By `form` w is "plain" y, "inside" softmax(s + y) or "beside" y + softmax(s). Scores are
+    computed again in the backward; no N x M matrix is kept.
 
     Args:
-        basis: a basis that is linear in its coefficients.
+        basis: a basis that is linear in its coefficients, or None for y = T, not with "plain".
         entries: `(H, 1 + K, E)`, of every place T and the coefficients of phi, one a feature.
-        index: `(N, M)` integers, the place of query n and key m.
+        index: `(N, M)` integers, the place of query n and key m; None where n M + m is.
         q, k, v: `(..., H, N, d)`, `(..., H, M, d)` and `(..., H, M, e)`.
         mask: boolean, True = attend, broadcasting to `(..., H, N, M)`.
 
     Raises:
         ValueError: names the argument that does not fit.
     """
-    name = "pair_attention"
+    name, size = "pair_attention", (q.shape[-2], k.shape[-2])
+    schema.check_choice(name, "form", form, FORMS if basis is not None else FORMS[1:])
     check(name, q, k, mask, None, v=v)
+    if index is None:
+        index = torch.arange(math.prod(size), device=q.device).view(size)
     lead = broadcast_leading(name, q=q, k=k, v=v, mask=mask, entries=entries[..., 0])
     q, k, v = four_axes(lead, q, k, v)
     own = entries.to(wide_dtype(q)).expand(lead[-1], -1, -1)[None]
     mask = None if mask is None else flat_mask(mask, lead[:-1])
-    form = "beside" if base else "plain"
     with no_autocast(q):
         out = _apply(basis, form, q, k, v, mask, index[None], own)
     return out.reshape(*lead, *out.shape[2:])
@@ -94,7 +99,7 @@ def _apply(
     inputs = (q, k, v, mask, index, entries)
     if torch.compiler.is_compiling() or forward_levels() or q.device.type != "cpu":
         return expression(*inputs)
-    family = family_of(basis)
+    family = None if basis is None else family_of(basis)
 
     def parts(q, k, v, mask, index, *rest) -> Iterator[tuple[Weighted, Tensor, tuple[Tensor, ...]]]:
         """Of some queries the product, the order of its entries, and the others of `rest`."""
@@ -152,6 +157,7 @@ def _in_blocks(
     def some(index: Tensor, q: Tensor, *rest: Any) -> Tensor:
         k, v, entries, mask = rest
         matrix = looked_up(entries, index)
+        matrix = matrix.squeeze(-3) if basis is None else matrix
         return plain.entry_attention(basis, {}, q, k, v, mask, None, form, scale, matrix=matrix)
 
     # the features, their products with the coefficients, and what derivatives need

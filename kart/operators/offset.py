@@ -170,7 +170,8 @@ def by_offset(
             table = params["table"]
             units = {part: basis.coefficients(own) for part, own in params["units"].items()}
             entries = torch.cat([flatten_table(table)[:, None], flatten_table(units).mT], 1)
-            return kernels.pair_attention(basis, entries, index_of(table), q, k, v, mask, base)
+            form = "beside" if base else "plain"
+            return kernels.pair_attention(basis, entries, index_of(table), q, k, v, mask, form)
         names, leaves, index = rows_of(params, q.dtype)
 
         def some(index: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from torch.nn import functional
 from kart import bases, kernels, schema
 from kart.bases import Params
 from kart.factories import remember
-from kart.kernels.plain import scores as scores_of
 from kart.kernels.plain import wide
 from kart.operators.contract import (
     Factored,
@@ -139,10 +138,6 @@ def from_matrix(
     def entries(t: Tensor) -> Tensor:
         return t if signed else functional.softplus(t) / t.shape[-1]
 
-    def block(t: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        # the rows of T, of q and of the mask for some of the queries
-        return softmax_rows(scores_of(q, k, None) + t, mask) @ v
-
     def fits(params: Params, queries: int, keys: int) -> None:
         check_square(name, tokens(params), queries, keys)
 
@@ -185,7 +180,7 @@ def from_matrix(
             q = beside(q * q.shape[-1] ** -0.5, t.left)
             k = beside(k, t.right)
             return kernels.softmax_attention(q, k, v, mask, 1.0)
-        return kernels.by_queries(block, [t.to(q.dtype), q], [k, v], mask)
+        return kernels.pair_attention(None, t.flatten(1)[:, None], None, q, k, v, mask, "inside")
 
     def product_flops(tokens: int, width: int) -> int:
         low = rank is not None and signed and not normalise and not inside
