@@ -1,7 +1,5 @@
 """The fixed operators, baselines of the learnable ones: softmax, sigmoid, relu, sparsemax."""
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +7,6 @@ from torch import Tensor
 
 from kart import bases, kernels
 from kart.factories import remember
-from kart.kernels.plain import scores as scores_of
 from kart.kernels.plain import wide
 from kart.operators.contract import (
     SIMPLEX,
@@ -22,20 +19,27 @@ from kart.operators.contract import (
     simplex_rows,
     simplex_values,
     softmax_rows,
+    two_axes,
 )
+from kart.operators.static import beside
 
 
-def feature(unit: Callable[[Tensor], Tensor]) -> bases.Basis:
-    """A basis of the one feature `unit(x)`."""
-    return bases.linear(lambda x: unit(x)[..., None], 1, family="fixed")
+def piece(value: str, slope: str) -> bases.Cpp:
+    """The one feature `f` of a score `x`, and its slope, in C++."""
+    return bases.Cpp(f"""
+struct Piece {{
+  static constexpr int K = 1;
+  explicit Piece(const float*) {{}}
+  INLINE void features(vec x, vec* f) const {{ f[0] = {value}; }}
+  INLINE void slopes(vec x, const vec* f, vec* g) const {{ g[0] = {slope}; }}
+}};
+""")
 
 
-def streamed(basis: bases.Basis, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`sum_m f(S[n, m]) v[m]` over attended keys, `(..., H, N, e)`, f the feature, without the
-    weights.
-    """
-    # the full-rank product with v for coefficients
-    return kernels.contract(basis, wide(v).mT[..., None], q, k, mask)
+def each(basis: bases.Basis, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Attention with the one feature of `basis` for weights: see `kernels.entry_attention`."""
+    units = {"coefs": q.new_ones(v.shape[-3], 1)}
+    return kernels.entry_attention(basis, units, q, k, v, **options)
 
 
 def on_simplex(each: int) -> dict[str, Any]:
@@ -54,17 +58,24 @@ def softmax() -> Operator:
 @remember
 def sigmoid() -> Operator:
     """sigmoid(s - log n), n the number of keys that are attended (Ramapuram et al. 2024)."""
+    basis = bases.linear(
+        lambda x: x.sigmoid()[..., None],
+        1,
+        family="sigmoid",
+        cpp=piece("sigmoid(x)", "f[0] * (1.0f - f[0])"),
+    )
 
     def rows(scores: Tensor, mask: Tensor | None) -> Tensor:
         count = attended_keys(mask, scores.shape[-1], scores)
         return only((scores - count.log()).sigmoid(), mask)
 
     def product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        # a basis is not made while it is traced, where the number of keys may be left open
-        if mask is not None or torch.compiler.is_compiling():
-            return rows(scores_of(q, k, None), mask) @ wide(v)
-        shift = math.log(k.shape[-2])
-        return streamed(feature(lambda x: (x - shift).sigmoid()), q, k, v, None)
+        q, k, v = wide(q), wide(k), wide(v)
+        shift = -attended_keys(mask, k.shape[-2], q).log()
+        # s - log n is the product of vectors with a number more
+        q = beside(q * q.shape[-1] ** -0.5, shift.reshape(*shift.shape[:-1], 1))
+        k = beside(k, torch.ones_like(k[..., :1]))
+        return each(basis, q, k, v, mask=mask, scale=1.0)
 
     return from_rows("sigmoid", rows, product, traits=scored(3))
 
@@ -72,16 +83,20 @@ def sigmoid() -> Operator:
 @remember
 def relu() -> Operator:
     """relu(s) / n, n the number of keys that are attended (Wortsman et al. 2023)."""
-    basis = feature(Tensor.relu)
+    basis = bases.linear(
+        lambda x: x.relu()[..., None],
+        1,
+        family="relu",
+        cpp=piece("x <= 0.0f ? vec{} : x", "x <= 0.0f ? vec{} : splat(1.0f)"),
+    )
 
     def rows(scores: Tensor, mask: Tensor | None) -> Tensor:
         return only(scores.relu() / attended_keys(mask, scores.shape[-1], scores), mask)
 
     def product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        # divided before the sum, which half types could not hold
-        keys = k.shape[-2]
-        mean = streamed(basis, q, k, wide(v) / keys, mask)
-        return mean if mask is None else wide(mean) * (keys / attended_keys(mask, keys, wide(mean)))
+        q, k, v = wide(q), wide(k), wide(v)
+        factor = two_axes(1 / attended_keys(mask, k.shape[-2], q))
+        return each(basis, q, k, v, mask=mask, factor=factor)
 
     return from_rows("relu", rows, product, traits=scored(2))
 
