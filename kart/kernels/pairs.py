@@ -28,12 +28,12 @@ LAID = 2**22
 
 
 def looked_up(entries: Tensor, index: Tensor) -> Tensor:
-    """The entries `(..., E)` at an index `(N, M)`: `(..., N, M)`."""
+    """The entries `(H, ..., E)` at an index `(N, M)`: `(H, ..., N, M)`."""
     if entries.device.type == "cuda":
         # the gradient of this is summed in a fixed order, that of `index_select` is not there
         return entries[..., index]
     # of matrices it is several times as fast as with more axes
-    rows = entries.reshape(-1, entries.shape[-1]).index_select(1, index.flatten())
+    rows = entries.flatten(0, -2).index_select(1, index.flatten())
     return rows.view(*entries.shape[:-1], *index.shape)
 
 
