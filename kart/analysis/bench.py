@@ -176,11 +176,13 @@ SETTINGS = (
 IN_BFLOAT16 = Setting(
     "op G=3 N=197 bfloat16", "G3", precision="bfloat16", goals={"cpp": (1.2, 1.0)}
 )
-# tables by offset, and a function of the score at every offset
+# tables by offset, a function of the score at every offset, and the same one everywhere
 TABLES = (
     Setting("op softconv N=197", "softconv", goals={"auto": (1.5, 1.4)}),
     Setting("op softconv N=65", "softconv", 65, goals={"auto": (1.5, 1.4)}),
+    Setting("op table inside softmax N=197", "relative:inside=true", goals={"auto": (1.5, 1.4)}),
     Setting("op by_offset G=3 N=197", "G3:order=by_offset", goals={"auto": (2.0, 1.5)}),
+    Setting("op sigmoid N=197", "sigmoid", goals={"auto": (1.5, 1.2)}),
 )
 # operators that do not know the length
 ANY_LENGTH = {
@@ -230,7 +232,7 @@ def op_flops(name: str, op: operators.Operator, tokens: int, pairs: int) -> floa
     square, options = tokens * tokens * pairs, op.options
     if name == "softmax":
         return square * 2 * WIDTH * 7
-    beside, kind = options["base"] == "softmax", options["kind"]
+    beside, kind = options.get("base") == "softmax", options.get("kind")
     if op.basis is None or kind in ("elementwise", "by_offset"):
         return square * 2 * WIDTH * (7 + beside)
     if kind == "by_distance":
