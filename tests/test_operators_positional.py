@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad
 from torch.nn import functional
 from torch.testing import assert_close
@@ -480,6 +481,20 @@ def test_by_queries_is_the_function_under_vmap_and_forward_mode(monkeypatch):
     assert_close(torch.func.vmap(streamed, (None, 0))(t, both), fn(t, both, None))
     got = torch.func.jvp(streamed, (t, v), (t, v))
     assert_close(got, torch.func.jvp(lambda t, v: fn(t, v, None), (t, v), (t, v)))
+
+
+@pytest.mark.parametrize(("device", "blocks"), [("cpu", 32), ("cuda", 2)])
+def test_blocks_of_queries_are_larger_on_a_gpu(device, blocks):
+    sizes = []
+
+    def fn(q, k, mask):
+        sizes.append(len(q))
+        return q + k.sum()
+
+    with FakeTensorMode():
+        rows = torch.empty(2**13, 1, device=device)
+        kernels.by_queries(fn, [rows], [rows[: 2**12]])
+    assert sizes == [2**13 // blocks] * blocks
 
 
 # --- functions of score and offset ----------------------------------------------------------------

@@ -24,6 +24,12 @@ from kart.kernels.transforms import Quick, batchable, forward_levels, no_autocas
 CHUNK = 2**20
 # numbers of C V at a time, 8 MiB of float32
 VALUES = 2**21
+# as many times as much on a GPU, where an operation on so little is over before the next has begun
+LARGER = 16
+
+
+def _room(numbers: int, like: Tensor) -> int:
+    return LARGER * numbers if like.device.type == "cuda" else numbers
 
 
 class _Recompute(Quick):
@@ -132,7 +138,7 @@ def contract_values(
 
 def _step(v: Tensor, coefs: Tensor) -> int:
     """Samples whose C V are held at a time."""
-    return max(1, VALUES // (v.shape[-1] * coefs.shape[3:].numel() * v.shape[1]))
+    return max(1, _room(VALUES, v) // (v.shape[-1] * coefs.shape[3:].numel() * v.shape[1]))
 
 
 def _mixed(coefs: Tensor, v: Tensor) -> Tensor:
@@ -311,7 +317,7 @@ def _units_in_chunks(
     *leaves: Tensor,
 ) -> Tensor:
     """`_units` in torch, one unit and a few samples at a time, recomputed in the backward."""
-    step = max(1, CHUNK // (q.shape[1] * q.shape[2] * k.shape[2]))
+    step = max(1, _room(CHUNK, q) // (q.shape[1] * q.shape[2] * k.shape[2]))
 
     def one(q: Tensor, k: Tensor, mask: Tensor | None, *leaves: Tensor) -> Tensor:
         lifted = {name: leaf.unsqueeze(2) for name, leaf in zip(names, leaves, strict=True)}
@@ -379,7 +385,7 @@ def by_queries(
         return fn(*rows, *whole, mask)
     named = {f"argument {i}": x for i, x in enumerate((*rows, *whole, mask))}
     each = math.prod(broadcast_leading("by_queries", **named)) * keys * numbers
-    step = max(1, CHUNK // max(1, each))
+    step = max(1, _room(CHUNK, split[0]) // max(1, each))
 
     def parts(x: Tensor | None, cut: bool) -> Sequence[Tensor | None]:
         return x.split(step, -2) if x is not None and cut else [x] * -(-count // step)
