@@ -176,13 +176,23 @@ def test_a_block_of_queries_at_a_time(dtype, tolerance, monkeypatch):
 
 
 def test_a_table_alone_is_refused():
-    (q, k, v, entries), index = drawn(None, 6, 6)
+    (q, k, v, entries), index = drawn(None, 6, 6, torch.float32)
     with pytest.raises(ValueError, match=r"`form` in \['inside', 'beside'\], got 'plain'"):
         kernels.pair_attention(None, entries, index, q, k, v)
     # every query and key has a place of its own
-    own = torch.randn(HEADS, 1, 36, dtype=torch.float64, generator=source(6))
+    own = torch.randn(HEADS, 1, 36, generator=source(6))
     wanted = torch.softmax(q @ k.mT / WIDTH**0.5 + own.view(HEADS, 6, 6), -1) @ v
     assert_close(kernels.pair_attention(None, own, None, q, k, v, form="inside"), wanted)
+
+
+def test_an_index_can_be_mapped():
+    (q, k, v, entries), index = drawn(None, 6, 6, torch.float32)
+
+    def call(index):
+        return kernels.pair_attention(None, entries, index, q, k, v, form="inside")
+
+    several = torch.stack([index, index.flip(0)])
+    assert_close(torch.func.vmap(call)(several), torch.stack([call(x) for x in several]))
 
 
 def test_learned_numbers_of_the_features_are_refused_where_gradients_would_be_lost():

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, jvp, linearize, vmap
 from torch.testing import assert_close
 
-from kart import bases, operators, tree
+from kart import bases, kernels, operators, tree
+from kart.kernels.cpp import weights
 
 SPECS = [
     "softmax",
@@ -513,6 +514,31 @@ def test_fixed_operators_by_hand():
     assert_close(relu, torch.tensor([[[0.0, 2.0]]]))
     sparse = operators.sparsemax().weights({}, torch.tensor([[[0.5, 0.0, -3.0]]]))
     assert_close(sparse, torch.tensor([[[0.75, 0.25, 0.0]]]))
+
+
+@pytest.mark.parametrize("spec", ["sigmoid", "relu"])
+@pytest.mark.parametrize("shape", [None, (37,), (2, 1, 37, 37)])
+def test_a_fixed_function_of_the_score_is_one_compiled_pass(spec, shape, monkeypatch):
+    if reason := kernels.engines()["cpp"].replace("ready", ""):
+        pytest.skip(reason)
+    runs = []
+    forward = weights.forward
+    monkeypatch.setattr(weights, "forward", lambda x: runs.append(x.form) or forward(x))
+    op = operators.parse(spec).operator
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(3, 2, HEADS, 37, 4, generator=generator).unbind(0)
+    mask = None if shape is None else torch.rand(shape, generator=generator) > 0.4
+    leaves = [x.clone().requires_grad_() for x in qkv]
+    out = op.attend({}, *leaves, mask)
+    out.square().sum().backward()
+    wide = [x.double().requires_grad_() for x in qkv]
+    q, k, v = wide
+    wanted = op.weights({}, q @ k.mT / 2, mask) @ v
+    wanted.square().sum().backward()
+    assert_close(out.double(), wanted, rtol=1e-5, atol=1e-6)
+    for x, y in zip(leaves, wide, strict=True):
+        assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-6)
+    assert runs == ["plain"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch  # type: ignore[attr-defined]  # no stubs
 from torch.nn import functional
 
 from kart import schema
@@ -97,7 +98,9 @@ def _apply(
     scale = q.shape[-1] ** -0.5
     expression = partial(_in_blocks, basis, form, scale)
     inputs = (q, k, v, mask, index, entries)
-    if torch.compiler.is_compiling() or forward_levels() or q.device.type != "cpu":
+    # the compiled engine has one index for all samples
+    apart = forward_levels() or _functorch.is_batchedtensor(index)
+    if torch.compiler.is_compiling() or apart or q.device.type != "cpu":
         return expression(*inputs)
     family = None if basis is None else family_of(basis)
 
