@@ -98,11 +98,7 @@ def _unpack(path: Path, opened: Source, split: str, classes: Sequence[str] | Non
         )
         cache.write_json(entry / "index.json", whole._asdict())
 
-    cache.build(path, fill)
-    index = _read(path)
-    if index is None:
-        raise cache.lost(path)
-    return index
+    return cache.build(path, fill, _read)
 
 
 def _read(path: Path) -> Index | None:
