@@ -167,6 +167,5 @@ def traits_of(op: Any) -> dict[str, Any]:
 
 KIND = st.sampled_from(["none", "keys", "queries"])
 MASK = st.lists(st.booleans(), min_size=5, max_size=5)
-ORDER = st.permutations(range(5))
 ROW: dict[str, Any] = {"row": rows}
 PAIR: dict[str, Any] = {"row": rows, "dtype": draw.dtypes}
