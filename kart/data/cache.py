@@ -272,11 +272,9 @@ def _whole(path: Path) -> bool:
 
 
 def _blocks(path: Path) -> tuple[str, ...]:
-    found = []
     with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            found.append(hashlib.sha256(block).hexdigest())
-    return tuple(found)
+        blocks = iter(lambda: file.read(_BLOCK), b"")
+        return tuple(hashlib.sha256(block).hexdigest() for block in blocks)
 
 
 def _manifest(content: dict[str, Any]) -> Manifest:

@@ -157,11 +157,8 @@ def _directory(root: Path, text: str, options: Options) -> Finding:
             for path in parquet
         ]
     source = source._replace(unused=(*source.unused, *left))
-    notes = []
-    for path in source.files:
-        info = path.stat()
-        place = str(path.relative_to(root))
-        notes.append((place, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
+    infos = [(str(path.relative_to(root)), path.stat()) for path in source.files]
+    notes = [(place, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for place, s in infos]
     real = Path(os.path.realpath(root))
     identity = ["directory", str(real), notes, options.columns]
     return Finding(real.name, identity, source, None, options)

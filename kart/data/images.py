@@ -139,9 +139,7 @@ def tally(
 
     `changes` and `grey`, bool `(n,)`, are those of each image's `Header`.
     """
-    counts: Counter[str] = Counter()
-    for i in index:
-        counts.update(changes[i])
+    counts = Counter(what for i in index for what in changes[i])
     turned = int(grey[index].sum())
     counts[_TO_COLOUR if channels == 3 else _TO_GREY] += (
         turned if channels == 3 else len(index) - turned

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -383,11 +384,8 @@ def _check_configurations(
 
 def _check_shards(paths: list[Path]) -> None:
     """Refuses a sharded set with shards missing."""
-    shards: dict[tuple[str, str], int] = {}
-    for path in paths:
-        if match := re.match(r"(.*)-\d+-of-(\d+)", str(path)):
-            key = (match[1], match[2])
-            shards[key] = shards.get(key, 0) + 1
+    found = (re.match(r"(.*)-\d+-of-(\d+)", str(path)) for path in paths)
+    shards = Counter((match[1], match[2]) for match in found if match)
     for (prefix, total), count in shards.items():
         if count != int(total):
             raise ValueError(
