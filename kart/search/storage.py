@@ -518,7 +518,7 @@ class Halving(optuna.pruners.BasePruner):
         return better >= max(1, (len(others) + 1) // self._factor)
 
 
-# for the number of epochs
+# each for a number of epochs
 PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {
     "asha": lambda epochs: Halving(max(1, epochs // 4)),
     "median": lambda epochs: optuna.pruners.MedianPruner(

@@ -65,12 +65,9 @@ class Subject(NamedTuple):
         source = draw.generator(row.seed)
         params = self.op.init(source, row.heads, row.keys)
         params = draw.jittered(params, Theta(row.seed, row.jitter))
-        tensors = []
         sizes = (row.queries, row.width), (row.keys, row.width), (row.keys, row.columns)
-        for n, width in sizes:
-            x = torch.randn(row.batch, row.heads, n, width, generator=source)
-            tensors.append(x.round() if row.kind == "integers" else x)
-        q, k, v = tensors
+        drawn = (torch.randn(row.batch, row.heads, *size, generator=source) for size in sizes)
+        q, k, v = (x.round() if row.kind == "integers" else x for x in drawn)
         return Inputs(tree.to(params, dtype), (q * row.size).to(dtype), k.to(dtype), v.to(dtype))
 
     def keep(self, params: Params, index: Tensor, heads: int) -> Params:
