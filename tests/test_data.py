@@ -17,11 +17,7 @@ from kart import data, train
 from kart.data import splits
 from kart.data.dataset import mean_and_std
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KART_CACHE", str(tmp_path / "cache"))
-
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 # the digits
 

@@ -15,11 +15,7 @@ from kart.data import names, splits
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "datasets" / "cifar10"
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KART_CACHE", str(tmp_path / "cache"))
-
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 # describe
 
