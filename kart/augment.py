@@ -314,7 +314,8 @@ def after_crop(name: str) -> Pipeline | None:
     """
     pipeline(name)
     steps = _PIPELINES[name]
-    return steps.placed if steps.place is _boxed else None
+    placed = steps._replace(place=lambda generator, images, size: images)
+    return placed.run if steps.place is _boxed else None
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -504,13 +505,11 @@ class _Steps(NamedTuple):
     smoothing: float = 0.0
     mixed: float = 0.0
 
-    def run(self, generator: Generator, images: Tensor, labels: Tensor, classes: int, size: int):
-        images = self.place(generator, images, size)
-        return self.placed(generator, images, labels, classes, size)
-
-    def placed(self, generator: Generator, images: Tensor, labels: Tensor, classes: int, size: int):
-        images = self.change(generator, images)
-        targets = one_hot(labels, classes, self.smoothing)
+    def run(
+        self, generator: Generator, images: Tensor, labels: Tensor, num_classes: int, size: int
+    ) -> tuple[Tensor, Tensor]:
+        images = self.change(generator, self.place(generator, images, size))
+        targets = one_hot(labels, num_classes, self.smoothing)
         if not self.mixed:
             return images, targets
         return mixup_or_cutmix(generator, images, targets, p=self.mixed)

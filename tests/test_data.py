@@ -265,21 +265,6 @@ def test_unknown_sources(tmp_path, monkeypatch):
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ({"train_limit": 2000}, "`train_limit` <= 1077, .*'digits', got 2000. Leave it out"),
-        ({"train_limit": 0}, "`train_limit` >= 1 or None, got 0"),
-        ({"image_size": 0}, "`image_size` >= 1 or None, got 0"),
-        ({"image_size": 8.0}, "`image_size` >= 1 or None, got 8.0"),
-        ({"label_column": "y"}, "no columns, `config` or `revision` for 'digits'"),
-    ],
-)
-def test_bad_options(options, words):
-    with pytest.raises(ValueError, match=words):
-        data.load(**options)
-
-
 def test_bad_folders(tmp_path):
     root = save_folder(tmp_path / "pictures", 10)
     with pytest.raises(ValueError, match="columns for tables only, got them with .*pictures"):
