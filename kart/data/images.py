@@ -1,4 +1,4 @@
-"""One image file as 8-bit grey or RGB pixels, the way a viewer shows it."""
+"""Image files as 8-bit grey or RGB pixels, the way a viewer shows them, and what that changes."""
 
 import contextlib
 import warnings

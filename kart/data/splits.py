@@ -30,7 +30,7 @@ _GLUED = re.compile(
     r"(?P<before>.*?)(?:(?P<train>training|train)|(?P<val>validation|valid|val)|"
     r"(?P<test>testing|test))(?P<after>.*)"
 )
-# behind the name of a file: `train-00000-of-00005`
+# the number of a shard behind the name of a file, as in `train-00000-of-00005`
 SHARD = re.compile(r"[-_.]\d+[-_]of[-_]\d+(?:-[0-9a-f]+)?$")
 
 

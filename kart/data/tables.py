@@ -227,7 +227,7 @@ def read(root: Path, paths: list[Path], columns: tuple[str | None, str | None]) 
         first_row = 0
         for table in tables[name]:
             known = table.columns[label].names or classes
-            check_labels(raw[table.path], known, lambda n, p=place, row=first_row: p(row + n))
+            check_labels(raw[table.path], known, lambda n, at=first_row, of=place: of(at + n))
             first_row += table.rows
     if classes is None or len(classes) < 2:
         raise ValueError(

@@ -73,7 +73,7 @@ def load_trajectory(directory: str | os.PathLike) -> list[tuple[int, list[train.
             f"snapshots in {str(directory)!r}. Train it further with the same command."
         )
     found = (read(path, own.id) for path in paths)
-    return [(config["step"], population.members(x, len(configs))) for x, config in found]
+    return [(config["step"], population.members(params, len(configs))) for params, config in found]
 
 
 class Trained(NamedTuple):
