@@ -242,7 +242,7 @@ def studies(storage: RDBStorage, settings: Settings) -> dict[str, optuna.Study]:
             study_name=name,
             storage=storage,
             sampler=PerTrial(lambda seed: make(seed, several), settings.sampler_seed, arm),
-            pruner=PRUNERS[settings.pruner](settings.config["epochs"]),
+            pruner=_PRUNERS[settings.pruner](settings.config["epochs"]),
         )
         for arm, name in settings.names.items()
     }
@@ -519,10 +519,11 @@ class Halving(optuna.pruners.BasePruner):
 
 
 # each for a number of epochs
-PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {
+_PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {
     "asha": lambda epochs: Halving(max(1, epochs // 4)),
     "median": lambda epochs: optuna.pruners.MedianPruner(
         n_startup_trials=4, n_warmup_steps=epochs // 2, interval_steps=1, n_min_trials=4
     ),
     "none": lambda epochs: optuna.pruners.NopPruner(),
 }
+PRUNERS = tuple(_PRUNERS)
