@@ -5,6 +5,7 @@ for each image (for each batch of B where said) and come from an explicit CPU ge
 gives the same draws on every device. Inputs are never written to; dtypes are kept.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -312,7 +313,9 @@ def after_crop(name: str) -> Pipeline | None:
     `random_box`; None for a pipeline that does not begin with it.
     """
     pipeline(name)
-    return _PIPELINES[name].after_crop
+    steps = _PIPELINES[name]
+    placed = steps._replace(place=lambda generator, images, size: images)
+    return placed.run if steps.place is _boxed else None
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -493,59 +496,51 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
 
 
 class _Steps(NamedTuple):
-    run: Pipeline
-    smoothing: float
-    after_crop: Pipeline | None = None
+    """A pipeline: `place(generator, images, size)` gives images of that size, `change(generator,
+    images)` what follows; a batch is mixed with probability `mixed`.
+    """
+
+    place: Callable[[Generator, Tensor, int], Tensor]
+    change: Callable[[Generator, Tensor], Tensor] = lambda generator, images: images
+    smoothing: float = 0.0
+    mixed: float = 0.0
+
+    def run(
+        self, generator: Generator, images: Tensor, labels: Tensor, num_classes: int, size: int
+    ) -> tuple[Tensor, Tensor]:
+        images = self.change(generator, self.place(generator, images, size))
+        targets = one_hot(labels, num_classes, self.smoothing)
+        if not self.mixed:
+            return images, targets
+        return mixup_or_cutmix(generator, images, targets, p=self.mixed)
 
 
-def _none(generator: Generator, images: Tensor, labels: Tensor, num_classes: int, size: int):
+def _scaled(generator: Generator, images: Tensor, size: int) -> Tensor:
     _check("pipeline", generator, images)
-    return resize(images, size), one_hot(labels, num_classes)
+    return resize(images, size)
 
 
-def _shifted(generator: Generator, images: Tensor) -> Tensor:
+def _shifted(generator: Generator, images: Tensor, size: int, flips: bool = True) -> Tensor:
     _check("pipeline", generator, images)
-    return crop(generator, images, padding=max(1, min(images.shape[-2:]) // 8))
+    images = crop(generator, images, padding=max(1, min(images.shape[-2:]) // 8))
+    return resize(flip(generator, images) if flips else images, size)
 
 
-def _crop(generator: Generator, images: Tensor, labels: Tensor, num_classes: int, size: int):
-    return resize(_shifted(generator, images), size), one_hot(labels, num_classes)
+def _boxed(generator: Generator, images: Tensor, size: int) -> Tensor:
+    return random_resized_crop(generator, images, size=size)
 
 
-def _flip_crop(generator: Generator, images: Tensor, labels: Tensor, num_classes: int, size: int):
-    shifted = flip(generator, _shifted(generator, images))
-    return resize(shifted, size), one_hot(labels, num_classes)
-
-
-_SMOOTHING = 0.1
-
-
-def _paper(mixed: float) -> _Steps:
-    def run(generator: Generator, images: Tensor, labels: Tensor, num_classes: int, size: int):
-        images = random_resized_crop(generator, images, size=size)
-        return rest(generator, images, labels, num_classes, size)
-
-    def rest(generator: Generator, images: Tensor, labels: Tensor, num_classes: int, size: int):
-        images = color_jitter(generator, rand_augment(generator, flip(generator, images)))
-        targets = one_hot(labels, num_classes, _SMOOTHING)
-        return mixup_or_cutmix(generator, images, targets, p=mixed)
-
-    return _Steps(run, _SMOOTHING, rest)
-
-
-def _small(generator: Generator, images: Tensor, labels: Tensor, num_classes: int, size: int):
-    images = resize(flip(generator, _shifted(generator, images)), size)
-    images = rand_augment(generator, images, magnitude=9)
-    return mixup_or_cutmix(generator, images, one_hot(labels, num_classes, _SMOOTHING))
+def _painted(generator: Generator, images: Tensor) -> Tensor:
+    return color_jitter(generator, rand_augment(generator, flip(generator, images)))
 
 
 _PIPELINES: dict[str, _Steps] = {
-    "none": _Steps(_none, 0.0),
-    "crop": _Steps(_crop, 0.0),
-    "flip_crop": _Steps(_flip_crop, 0.0),
-    "paper": _paper(mixed=1.0),
-    "paper_half": _paper(mixed=0.5),
-    "small": _Steps(_small, _SMOOTHING),
+    "none": _Steps(_scaled),
+    "crop": _Steps(functools.partial(_shifted, flips=False)),
+    "flip_crop": _Steps(_shifted),
+    "paper": _Steps(_boxed, _painted, smoothing=0.1, mixed=1.0),
+    "paper_half": _Steps(_boxed, _painted, smoothing=0.1, mixed=0.5),
+    "small": _Steps(_shifted, functools.partial(rand_augment, magnitude=9), 0.1, mixed=1.0),
 }
 
 

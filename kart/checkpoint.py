@@ -111,7 +111,19 @@ def save(path: str | os.PathLike, params: Params, config: Any, **trees: Tree) ->
             f"`save` needs a config of JSON values, got {config!r} ({error}). Convert it to "
             f"numbers, strings, lists and dicts with string keys."
         ) from error
-    _write(path, tensors, text)
+    # copies: leaves may share storage or be strided, which safetensors refuses
+    whole = {
+        name: x.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, x in tensors.items()
+    }
+    write_tensors(path, whole, {"kart": text})
+    # the renaming, too, must outlive a crash; Windows cannot sync directories
+    if os.name == "posix":
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> tuple[Params, Any]:
@@ -540,22 +552,6 @@ def _path(function: str, path: Any) -> Path:
             f"({error.strerror})."
         ) from error
     return Path(path)
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], text: str) -> None:
-    # copies: leaves may share storage or be strided, which safetensors refuses
-    whole = {
-        name: x.to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, x in tensors.items()
-    }
-    write_tensors(path, whole, {"kart": text})
-    # the renaming, too, must outlive a crash; Windows cannot sync directories
-    if os.name == "posix":
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
 
 
 def write_tensors(

@@ -132,7 +132,6 @@ def buckets(leaves: list[Tensor], most_bytes: int = BUCKET_BYTES) -> list[list[i
 def _collective(rank: int, value: Tree, send: Callable[[Tensor], Any]) -> Tree:
     """`value` after `send`, which writes into the flat tensor it is given, on each bucket."""
     leaves = tree.leaves(value)
-    found: dict[int, Tensor] = {}
     with _watched(rank):
         sent = []
         for places in buckets(leaves):
@@ -142,9 +141,8 @@ def _collective(rank: int, value: Tree, send: Callable[[Tensor], Any]) -> Tree:
             work.wait()
             parts = flat.split([leaves[i].numel() for i in places])
             for i, part in zip(places, parts, strict=True):
-                found[i] = part.view(leaves[i].shape)
-    results = iter([found[i] for i in range(len(leaves))])
-    return tree.map(lambda _: next(results), value)
+                leaves[i] = part.view(leaves[i].shape)
+    return tree.with_leaves(value, leaves)
 
 
 def _total(rank: int, value: Tree) -> Tree:

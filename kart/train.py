@@ -308,11 +308,6 @@ def build(config: Config, dataset: Dataset) -> Model:
     return transfer.with_attention(student, model)
 
 
-def teacher(config: Config, dataset: Dataset) -> Model:
-    """The model whose attention that of `config` has, where there is `attention_from`."""
-    return build(dataclasses.replace(config, attention_from=None), dataset)
-
-
 class Hyper(NamedTuple):
     """Hyperparameters that fix no shape, as tensors: each member of a population has its own."""
 
@@ -351,16 +346,14 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def batch_loss(model: Model, batching: str) -> Callable[[Params, Tensor, Tensor], Tensor]:
     """Mean loss over a batch: "native" batches in the model, "vmap" maps a per-example loss."""
 
-    def native(params: Params, images: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(model.apply(params, images), targets).mean()
+    def losses(params: Params, images: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy(model.apply(params, images), targets)
 
-    def mapped(params: Params, images: Tensor, targets: Tensor) -> Tensor:
-        def one(image: Tensor, target: Tensor) -> Tensor:
-            return cross_entropy(model.apply(params, image), target)
+    def mean(params: Params, images: Tensor, targets: Tensor) -> Tensor:
+        each = losses if batching == "native" else vmap(losses, in_dims=(None, 0, 0))
+        return each(params, images, targets).mean()
 
-        return vmap(one)(images, targets).mean()
-
-    return native if batching == "native" else mapped
+    return mean
 
 
 def warmup_steps(config: Config, steps_per_epoch: int) -> int:
@@ -448,19 +441,17 @@ Differentiate = Callable[[Params, Tensor, Tensor], tuple[Params, Tensor]]
 def trained_alone(held: Collection[str], loss: Callable[..., Tensor]) -> Differentiate:
     """`(gradients, value)` of `loss` where parameters are `held`: gradients of zeros there."""
 
-    def of_free(own: Params, params: Params, images: Tensor, targets: Tensor) -> Tensor:
-        named = tree.named(own)
-        merged = tree.map_named(lambda name, leaf: named.get(name, leaf), params)
+    def of_free(free: Params, params: Params, images: Tensor, targets: Tensor) -> Tensor:
+        merged = tree.map_named(lambda name, leaf: free.get(name, leaf), params)
         return loss(merged, images, targets)
 
     differentiate = value_and_gradients(of_free)
 
     def run(params: Params, images: Tensor, targets: Tensor) -> tuple[Params, Tensor]:
-        free = [name for name in tree.named(params) if name not in held]
-        grads, value = differentiate(tree.restrict(params, free), params, images, targets)
-        named = tree.named(grads)
+        free = {name: leaf for name, leaf in tree.named(params).items() if name not in held}
+        grads, value = differentiate(free, params, images, targets)
         zeros = torch.zeros_like
-        return tree.map_named(lambda n, x: named[n] if n in named else zeros(x), params), value
+        return tree.map_named(lambda n, x: grads[n] if n in grads else zeros(x), params), value
 
     return run
 

@@ -1,7 +1,7 @@
 """Pytrees of tensors: map, dotted paths, stack, norm; the one user of torch's private pytrees."""
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -114,32 +114,6 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             )
         node[last] = leaf
     return root
-
-
-def restrict(tree: Tree, names: Collection[str], prefix: str = "") -> Tree:
-    """`tree` without the leaves of its dicts whose dotted path is not among `names`.
-
-    Paths start at the outermost dict, whatever tuples it is in: the state of an optimiser is
-    restricted as its parameters are. Leaves outside dicts stay.
-
-    >>> restrict(({"a": {"x": 1, "y": 2}, "b": 3}, 4), {"a.x"})
-    ({'a': {'x': 1}}, 4)
-    """
-    if isinstance(tree, dict):
-        found = {}
-        for key, value in tree.items():
-            name = f"{prefix}{key}"
-            if isinstance(value, dict):
-                value = restrict(value, names, f"{name}.")
-                if value:
-                    found[key] = value
-            elif name in names:
-                found[key] = value
-        return found
-    if isinstance(tree, tuple):
-        parts = [restrict(value, names) for value in tree]
-        return tree._make(parts) if hasattr(tree, "_make") else tuple(parts)  # type: ignore
-    return tree
 
 
 def stack(trees: Sequence[Tree], dim: int = 0) -> Tree:

@@ -26,6 +26,11 @@ def _one_thread_and_poison():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KART_CACHE", str(tmp_path / "cache"))
+
+
 def pytest_terminal_summary(terminalreporter):
     """Says how many of the planted bugs their suites caught, after a run of those tests."""
     runs, caught = Counter(), Counter()

@@ -14,13 +14,10 @@ from PIL import Image
 from torch.testing import assert_close
 
 from kart import data, train
-from kart.data import splits, statistics
+from kart.data import splits
+from kart.data.dataset import mean_and_std
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KART_CACHE", str(tmp_path / "cache"))
-
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 # the digits
 
@@ -95,14 +92,14 @@ def test_partition_is_stratified_and_exact(labels, with_test):
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(0, 100))
 def test_statistics_are_exact(channels, n, seed):
     images = np.random.default_rng(seed).integers(0, 256, (n, channels, 3, 4)).astype(np.uint8)
-    mean, std = statistics.mean_and_std(images)
+    mean, std = mean_and_std(images)
     pixels = images.astype(np.float64) / 255
     assert_close(mean, tuple(pixels.mean((0, 2, 3)).tolist()))
     assert_close(std, tuple(pixels.std((0, 2, 3)).tolist()))
 
 
 def test_statistics_of_a_constant_channel_stay_finite():
-    mean, std = statistics.mean_and_std(np.full((2, 1, 3, 3), 51, np.uint8))
+    mean, std = mean_and_std(np.full((2, 1, 3, 3), 51, np.uint8))
     assert_close(mean, (0.2,))
     assert std == (1 / 255,)
 
@@ -139,19 +136,6 @@ def test_folder_with_its_own_test_split(tmp_path, names):
     assert (len(train.labels), len(val.labels)) == (27, 3)
     assert sorted(val.labels.tolist()) == [0, 1, 2]
     assert sorted(numbers(train) + numbers(val)) == list(range(30))
-
-
-def test_folder_with_three_splits(tmp_path):
-    root = tmp_path / "pictures"
-    for start, split in ((0, "train"), (50, "validation"), (100, "test")):
-        save_folder(root / split, 6, start=start)
-    for start, split in ((0, "train"), (50, "val"), (100, "test")):
-        assert sorted(numbers(data.load(root, split))) == list(range(start, start + 6))
-
-
-def test_folder_of_a_class_called_train(tmp_path):
-    root = save_folder(tmp_path / "vehicles", 20, classes=["bus", "train"])
-    assert data.load(root).classes == ("bus", "train")
 
 
 def test_gray_stays_gray_and_mixed_becomes_rgb(tmp_path):
@@ -279,21 +263,6 @@ def test_unknown_sources(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="needs `split` .*'validation'"):
         data.load(split="validation")
     assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ({"train_limit": 2000}, "`train_limit` <= 1077, .*'digits', got 2000. Leave it out"),
-        ({"train_limit": 0}, "`train_limit` >= 1 or None, got 0"),
-        ({"image_size": 0}, "`image_size` >= 1 or None, got 0"),
-        ({"image_size": 8.0}, "`image_size` >= 1 or None, got 8.0"),
-        ({"label_column": "y"}, "no columns, `config` or `revision` for 'digits'"),
-    ],
-)
-def test_bad_options(options, words):
-    with pytest.raises(ValueError, match=words):
-        data.load(**options)
 
 
 def test_bad_folders(tmp_path):

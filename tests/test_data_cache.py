@@ -20,10 +20,7 @@ from kart import data
 from kart.data import cache as entries_module
 from kart.data import images, loading
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KART_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_cache_is_used_and_follows_the_source(tmp_path, monkeypatch):
@@ -303,27 +300,16 @@ def test_cache_that_cannot_be_written(tmp_path):
         data.load(root, cache="~nobody-of-this-name/kart")
 
 
-def test_disk_that_fills_up(tmp_path, monkeypatch):
-    root = save_folder(tmp_path / "pictures", 10)
+@pytest.mark.parametrize("what", ["arrays", "the notes of a stream"])
+def test_disk_that_fills_up(tmp_path, monkeypatch, what):
+    root, streams = save_folder(tmp_path / "pictures", 10), what != "arrays"
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(entries_module, "write_array", full)
+    monkeypatch.setattr(*(os, "replace") if streams else (entries_module, "write_array"), full)
     with pytest.raises(ValueError, match="ran out of room in .*cache.*: No space left.*KART_CACHE"):
-        data.load(root)
-    assert entries(tmp_path / "cache") == []
-
-
-def test_disk_that_fills_up_under_the_notes_of_a_stream(tmp_path, monkeypatch):
-    root = save_folder(tmp_path / "pictures", 10)
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(ValueError, match="ran out of room in .*cache.*: No space left.*KART_CACHE"):
-        data.load(root, stream=True, workers=0)
+        data.load(root, stream=streams or None, workers=0)
     assert entries(tmp_path / "cache") == []
 
 

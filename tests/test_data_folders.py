@@ -13,10 +13,7 @@ from pictures import CLASSES, numbers, picture, save_folder
 from kart import data
 from kart.data import files, splits
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KART_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def lay(root: Path, **folders: int) -> Path:

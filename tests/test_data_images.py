@@ -12,10 +12,7 @@ from PIL import Image
 from kart import data
 from kart.data import images
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KART_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def decoded(image: Image.Image, format="PNG", **options) -> tuple[np.ndarray, images.Header]:

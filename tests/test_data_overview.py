@@ -15,11 +15,7 @@ from kart.data import names, splits
 
 CIFAR10 = Path(__file__).parents[2] / "shared" / "datasets" / "cifar10"
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KART_CACHE", str(tmp_path / "cache"))
-
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 # describe
 
@@ -371,9 +367,14 @@ def test_masked_digits_never_change_and_have_any_size():
         ({"cache": 3}, "`cache` to be a path"),
         ({"config": 3}, "`config` to be a name or None, got 3"),
         ({"image_column": ["x"]}, "`image_column` to be a name or None"),
+        ({"train_limit": 2000}, "`train_limit` <= 1077, .*'digits', got 2000. Leave it out"),
+        ({"train_limit": 0}, "`train_limit` >= 1 or None, got 0"),
+        ({"image_size": 0}, "`image_size` >= 1 or None, got 0"),
+        ({"image_size": 8.0}, "`image_size` >= 1 or None, got 8.0"),
+        ({"label_column": "y"}, "no columns, `config` or `revision` for 'digits'"),
     ],
 )
-def test_arguments_of_wrong_types(options, words):
+def test_arguments_of_wrong_types_or_ranges(options, words):
     with pytest.raises(ValueError, match=words):
         data.load(**options)
 

@@ -36,9 +36,7 @@ def photographs() -> list[Image.Image]:
     return [Image.fromarray(one) for one in datasets.load_sample_images().images]
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KART_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def parts(photographs: list[Image.Image], count: int, seed: int = 0) -> list[Image.Image]:

@@ -10,10 +10,7 @@ from pyarrow import parquet
 
 from kart import cli, data, runs
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KART_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -75,8 +75,8 @@ class DoubledGradient(torch.autograd.Function):
         return 2 * grad * ctx.saved_tensors[0].cos()
 
 
-class HalfTheGradient(torch.autograd.Function):
-    """x, whose gradient is halved where it is of half precision."""
+class Copied(torch.autograd.Function):
+    """The identity."""
 
     generate_vmap_rule = True
 
@@ -90,20 +90,18 @@ class HalfTheGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        return grad
+
+
+class HalfTheGradient(Copied):
+    """x, whose gradient is halved where it is of half precision."""
+
+    @staticmethod
+    def backward(ctx, grad):
         return grad / 2 if grad.itemsize == 2 else grad
 
 
-class OnceDifferentiable(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x.sin()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
+class OnceDifferentiable(DoubledGradient):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
@@ -254,27 +252,8 @@ def numbered(apply, params, x):
     return apply(params, x) * (1 + torch.arange(x.shape[-1] if x.dim() else 1, dtype=x.dtype)[-1])
 
 
-class WrongTangent(DoubledGradient):
-    """A right gradient, and the forward derivative of another function."""
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.saved_tensors[0].cos()
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        return tangent * ctx.saved_tensors[0].cos() * 1.01
-
-
-class Sine(DoubledGradient):
-    """A right sine, with every part by hand."""
-
-    generate_vmap_rule = False
+class RightSine(DoubledGradient):
+    """A right sine, whose rule for vmap is made by torch."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -288,6 +267,20 @@ class Sine(DoubledGradient):
     @staticmethod
     def jvp(ctx, tangent):
         return tangent * ctx.saved_tensors[0].cos()
+
+
+class WrongTangent(RightSine):
+    """A right gradient, and the forward derivative of another function."""
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent * ctx.saved_tensors[0].cos() * 1.01
+
+
+class Sine(RightSine):
+    """A right sine, with every part by hand."""
+
+    generate_vmap_rule = False
 
     @classmethod
     def vmap(cls, info, in_dims, x):
@@ -319,22 +312,8 @@ class ConstantBackward(Sine):
         return grad * ctx.saved_tensors[0].detach().cos()
 
 
-class Scaled(torch.autograd.Function):
+class Scaled(Copied):
     """The identity, forward derivatives of which are a tenth too large."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
 
     @staticmethod
     def jvp(ctx, tangent):
@@ -894,18 +873,8 @@ def scaling_in_place(attend, params, q, k, v, mask):
     return attend(params, q, k.div_(root(q)) if free else k / root(q), v, mask)
 
 
-class Flipped(torch.autograd.Function):
+class Flipped(Copied):
     """The identity, whose backward mixes up the examples, or what else leads."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
 
     @staticmethod
     def backward(ctx, grad):

@@ -178,14 +178,6 @@ def test_stopping_and_going_on_changes_nothing(splits):
         same(rest[-1][0], whole[-1][0])
 
 
-def test_inputs_of_a_step_are_not_changed(splits):
-    run = train.solo(change(ema=0.9), splits)
-    state, batch = run.init(), run.batch(0)
-    copies = tree.map(torch.clone, (state, batch))
-    run.step(state, run.hyper, *batch)
-    same((state, batch), copies)
-
-
 def test_learning_rate_zero_changes_no_parameter(splits):
     config = change(learning_rate=0.0, end_learning_rate=0.0, warmup_epochs=0.0)
     run = train.solo(config, splits)

@@ -117,8 +117,9 @@ def arrays(path: Path, manifest: Manifest, split: str) -> tuple[np.ndarray, np.n
     return (images, labels) if fits else None
 
 
-def build(path: Path, fill: Callable[[Path], None]) -> None:
-    """Calls `fill(work)`, which writes `work / "entry"`, and moves that to `path` in one step.
+def build(path: Path, fill: Callable[[Path], None], note: Callable[[Path], Any]) -> Any:
+    """Calls `fill(work)`, which writes `work / "entry"`, moves that to `path` in one step, and
+    returns `note(path)`, which reads what is there and is None where nothing is.
 
     What is at `path` now is taken for damaged, since who builds has found nothing there to use;
     what comes there meanwhile stays if it is whole.
@@ -139,12 +140,16 @@ def build(path: Path, fill: Callable[[Path], None]) -> None:
                 break
             except OSError:
                 if _whole(path):
-                    return
+                    break
                 with contextlib.suppress(FileNotFoundError):
                     path.rename(work / f"damaged-{attempt}")
         else:
             (work / "entry").rename(path)
         _sync_directory(base)
+    found = note(path)
+    if found is None:
+        raise lost(path)
+    return found
 
 
 @contextlib.contextmanager
@@ -267,11 +272,9 @@ def _whole(path: Path) -> bool:
 
 
 def _blocks(path: Path) -> tuple[str, ...]:
-    found = []
     with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            found.append(hashlib.sha256(block).hexdigest())
-    return tuple(found)
+        blocks = iter(lambda: file.read(_BLOCK), b"")
+        return tuple(hashlib.sha256(block).hexdigest() for block in blocks)
 
 
 def _manifest(content: dict[str, Any]) -> Manifest:

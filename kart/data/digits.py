@@ -1,13 +1,11 @@
 """Handwritten digits that come with scikit-learn: as they are, and on photographs with masks."""
 
-from typing import Any
-
 import numpy as np
 
 from kart.data import images as decoding
-from kart.data import splits, statistics
-from kart.data.dataset import Dataset
-from kart.data.source import INSTALL
+from kart.data import splits
+from kart.data.dataset import Dataset, mean_and_std
+from kart.data.source import library
 
 LARGEST = 512  # pixels a side: 1797 colour images of it take 1.4 GB
 _MASKED_SIZE = 32
@@ -16,17 +14,14 @@ _MASKED_SEED = 1906  # places, sizes, inks and backgrounds, never a user's choic
 
 def load(name: str, split: str, image_size: int | None) -> Dataset:
     """One split of "digits" or "masked_digits"; both cut the same digits in the same way."""
-    try:
-        from sklearn import datasets
-    except ImportError as err:
-        raise ValueError(f"`load` needs scikit-learn for {name!r}. {INSTALL}") from err
-    digits: Any = datasets.load_digits()
+    datasets = library("sklearn.datasets", f"scikit-learn for {name!r}")
+    digits = datasets.load_digits()
     levels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     labels = digits.target.astype(np.int64)
     masks = None
     if name == "masked_digits":
-        photographs: Any = datasets.load_sample_images()
-        images, masks = _paste(levels, photographs.images, image_size or _MASKED_SIZE)
+        photographs = datasets.load_sample_images().images
+        images, masks = _paste(levels, photographs, image_size or _MASKED_SIZE)
     elif image_size in (None, 8):
         images = levels[:, None]
     else:
@@ -34,7 +29,7 @@ def load(name: str, split: str, image_size: int | None) -> Dataset:
         resized = [decoding.resize(pillow.fromarray(level), image_size) for level in levels]
         images = np.stack([np.asarray(image) for image in resized])[:, None]
     parts = splits.partition(labels, splits.cuts(()))
-    mean, std = statistics.mean_and_std(images[parts["train"]])
+    mean, std = mean_and_std(images[parts["train"]])
     classes = tuple(str(name) for name in digits.target_names)
     whole = Dataset(images, labels, classes, name, mean, std, masks=masks)
     return whole.part(parts[split])

@@ -4,28 +4,19 @@ import os
 import re
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from kart import schema
-from kart.data import digits, files, folders, public, tables
-from kart.data.dataset import Dataset, Unused
+from kart.data import files, folders, public, tables
+from kart.data.dataset import Unused
 from kart.data.names import SHORT, Public
 from kart.data.source import Source
 
-
-class BuiltIn(NamedTuple):
-    """A source that needs no files: `load(name, split, image_size)`, and where it is from."""
-
-    load: Callable[[str, str, int | None], Dataset]
-    origin: str
-
-
-# to add one, add its file and its line
+# sources that need no files, see `digits`, and where they are from
 BUILT_IN = {
-    "digits": BuiltIn(digits.load, "the digits of scikit-learn"),
-    "masked_digits": BuiltIn(digits.load, "the masked digits of scikit-learn"),
+    "digits": "the digits of scikit-learn",
+    "masked_digits": "the masked digits of scikit-learn",
 }
 
 
@@ -166,11 +157,8 @@ def _directory(root: Path, text: str, options: Options) -> Finding:
             for path in parquet
         ]
     source = source._replace(unused=(*source.unused, *left))
-    notes = []
-    for path in source.files:
-        info = path.stat()
-        place = str(path.relative_to(root))
-        notes.append((place, info.st_size, info.st_mtime_ns, info.st_ctime_ns))
+    infos = [(str(path.relative_to(root)), path.stat()) for path in source.files]
+    notes = [(place, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for place, s in infos]
     real = Path(os.path.realpath(root))
     identity = ["directory", str(real), notes, options.columns]
     return Finding(real.name, identity, source, None, options)

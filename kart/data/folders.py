@@ -230,26 +230,23 @@ def _once(
     kept: dict[str, list[tuple[Path, str]]] = {}
     unused = []
     for split, images in labelled.items():
-        kept[split] = []
+        # of the names of one file the real one stays
+        first: dict[str, Path] = {}
         for path, name in images:
             real = os.path.realpath(path)
-            if real in targets and seen.setdefault(real, (split, name)) != (split, name):
+            if real not in targets:
+                continue
+            if seen.setdefault(real, (split, name)) != (split, name):
                 raise ValueError(
                     f"`load` needs every image in one class of one split, got {str(path)!r} in "
                     f"{seen[real]} and in {(split, name)}. Remove one of the links."
                 )
-            kept[split].append((path, name))
-        # of the names of one file the real one stays
-        order = sorted(kept[split], key=lambda item: os.path.islink(item[0]))
-        first: dict[str, Path] = {}
-        for path, _ in order:
-            real = os.path.realpath(path)
-            if real in targets:
-                first.setdefault(real, path)
-        again = {p for p, _ in kept[split] if first.get(os.path.realpath(p), p) != p}
+            if os.path.islink(first.setdefault(real, path)) and not os.path.islink(path):
+                first[real] = path
+        again = {p for p, _ in images if first.get(os.path.realpath(p), p) != p}
         unused += [
             Unused(str(path.relative_to(root)), 1, "a link to an image that is read already")
             for path in sorted(again)
         ]
-        kept[split] = [item for item in kept[split] if item[0] not in again]
+        kept[split] = [item for item in images if item[0] not in again]
     return kept, unused

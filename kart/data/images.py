@@ -1,19 +1,21 @@
-"""One image file as 8-bit grey or RGB pixels, the way a viewer shows it."""
+"""Image files as 8-bit grey or RGB pixels, the way a viewer shows them, and what that changes."""
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from kart.data.source import INSTALL, first_line
+from kart.data.dataset import Converted
+from kart.data.source import first_line, library
 
 GREY_MODES = frozenset({"1", "L", "LA", "La"})
 _TURNED = "turned as EXIF says"
 _DEEP = "16 bits a channel scaled to 8"
-TO_COLOUR = "grey repeated in three channels"
-TO_GREY = "colour to grey by luminance"
+_TO_COLOUR = "grey repeated in three channels"
+_TO_GREY = "colour to grey by luminance"
 
 Box = Callable[[int, int], tuple[int, int, int, int]]
 
@@ -30,11 +32,7 @@ class Header(NamedTuple):
 
 def pillow() -> Any:
     """Pillow's module `Image`."""
-    try:
-        from PIL import Image
-    except ImportError as err:
-        raise ValueError(f"`load` needs Pillow to decode or resize images. {INSTALL}") from err
-    return Image
+    return library("PIL.Image", "Pillow to decode or resize images")
 
 
 def header(file: Any, where: str) -> Header:
@@ -128,6 +126,26 @@ def channels_first(pixels: np.ndarray, channels: int) -> np.ndarray:
     if channels == 1:
         return luminance(pixels)[..., None, :, :]
     return np.moveaxis(pixels, -1, -3)
+
+
+def tally(
+    changes: Sequence[tuple[str, ...]],
+    grey: np.ndarray,
+    index: np.ndarray,
+    channels: int,
+    renumbered: int = 0,
+) -> tuple[Converted, ...]:
+    """The changes at `index`, counted by kind, of images that come out with `channels`.
+
+    `changes` and `grey`, bool `(n,)`, are those of each image's `Header`.
+    """
+    counts = Counter(what for i in index for what in changes[i])
+    turned = int(grey[index].sum())
+    counts[_TO_COLOUR if channels == 3 else _TO_GREY] += (
+        turned if channels == 3 else len(index) - turned
+    )
+    counts["labels renumbered to agree by name"] += renumbered
+    return tuple(Converted(what, count) for what, count in sorted(counts.items()) if count)
 
 
 def _header(opened: Any) -> Header:

@@ -10,10 +10,10 @@ from tqdm import tqdm
 
 from kart import schema
 from kart.data import cache as entries
-from kart.data import changes, digits, finding, images, splits, statistics
+from kart.data import digits, finding, images, splits
 from kart.data import stream as streaming
 from kart.data.cache import Manifest
-from kart.data.dataset import SPLITS, Converted, Dataset
+from kart.data.dataset import SPLITS, Converted, Dataset, mean_and_std
 from kart.data.finding import Finding, Options
 from kart.data.source import EMPTY, Row, Source, check_labels
 
@@ -98,7 +98,7 @@ def load(
                 f"`load` streams directories and public data sets alone, got {str(source)!r}. "
                 "Leave `stream` out."
             )
-        dataset = finding.BUILT_IN[str(source)].load(str(source), split, image_size)
+        dataset = digits.load(str(source), split, image_size)
     else:
         found = finding.find(source, options)
         base = entries.directory(cache)
@@ -147,7 +147,7 @@ def read_images(
         told.append(changed)
         grey.append(header.grey)
     index = np.arange(len(pixels))
-    return np.stack(pixels), changes.tally(told, np.array(grey, bool), index, channels)
+    return np.stack(pixels), images.tally(told, np.array(grey, bool), index, channels)
 
 
 def _check_source(source: Any) -> None:
@@ -253,11 +253,7 @@ def _build(
             streaming.measure(found, source, image_size, path.parent)
         fill(work, source, image_size, like)
 
-    entries.build(path, decode)
-    manifest = entries.read(path)
-    if manifest is None:
-        raise entries.lost(path)
-    return manifest
+    return entries.build(path, decode, entries.read)
 
 
 def fill(work: Path, source: Source, image_size: int | None, like: Manifest | None) -> None:
@@ -291,7 +287,7 @@ def fill(work: Path, source: Source, image_size: int | None, like: Manifest | No
             parts = splits.partition(labels, splits.cuts(own))
         for part, index in parts.items():
             count = source.renumbered.get(split, 0) and len(index)
-            converted[part] = changes.tally(told, grey, index, shape[0], count)
+            converted[part] = images.tally(told, grey, index, shape[0], count)
             size_on_disk = (len(index), *shape)
             chunks = _chunks(pixels, index, shape[0])
             entries.write_array(entry / f"{part}.images.npy", size_on_disk, chunks)
@@ -301,7 +297,7 @@ def fill(work: Path, source: Source, image_size: int | None, like: Manifest | No
     assert classes is not None and shape is not None  # "train" is among the splits
     if like is None:
         train = np.load(entry / "train.images.npy", mmap_mode="r")
-        mean, std = statistics.mean_and_std(train)
+        mean, std = mean_and_std(train)
     else:
         mean, std = like.mean, like.std
     holds_test = "test" not in own

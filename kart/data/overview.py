@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kart import tables
-from kart.data import changes, finding, images, splits
+from kart.data import digits, finding, images, splits
 from kart.data.dataset import SPLITS, Converted, Unused
 from kart.data.finding import Options
 from kart.data.loading import asked, load
@@ -255,7 +255,7 @@ def _describe(name: str, source: Source) -> Description:
             found[part] = _split(told, classes, array[index], [headers[i] for i in index])
             marks[part] = [own[i] for i in index]
             count = source.renumbered.get(split, 0) and len(index)
-            for what, number in changes.tally(kinds, grey, index[readable[index]], channels, count):
+            for what, number in images.tally(kinds, grey, index[readable[index]], channels, count):
                 converted[what] += number
     assert classes is not None  # "train" is among the splits
     return Description(
@@ -339,19 +339,13 @@ def _split(
 
 
 def _built_in(name: str) -> Description:
-    source = finding.BUILT_IN[name]
-    datasets = {split: source.load(name, split, None) for split in SPLITS}
+    datasets = {split: digits.load(name, split, None) for split in SPLITS}
     train = datasets["train"]
     height, width = train.images.shape[2:]
-    mode = "L" if train.channels == 1 else "RGB"
+    grey = train.channels == 1
+    header = images.Header((width, height), "L" if grey else "RGB", "array", grey, ())
     found = {
-        split: SplitDescription(
-            origin=source.origin,
-            counts=dict(zip(dataset.classes, dataset.counts, strict=True)),
-            sizes={(width, height): len(dataset.labels)},
-            modes={mode: len(dataset.labels)},
-            formats={"array": len(dataset.labels)},
-        )
-        for split, dataset in datasets.items()
+        split: _split(finding.BUILT_IN[name], train.classes, one.labels, [header] * len(one.labels))
+        for split, one in datasets.items()
     }
     return Description(name, train.classes, train.channels, found, (), (), ())

@@ -11,7 +11,7 @@ from kart import schema
 from kart.data import splits, tables
 from kart.data.dataset import Unused
 from kart.data.names import Public
-from kart.data.source import INSTALL, Row, Source, first_line, reading
+from kart.data.source import Row, Source, first_line, library, reading
 
 
 def read(
@@ -25,10 +25,7 @@ def read(
     whose first label is missing (-1) has none to score by, and is left out.
     """
     source = public.path
-    try:
-        import datasets
-    except ImportError as err:
-        raise ValueError(f"`load` needs `datasets` to read {source!r}. {INSTALL}") from err
+    datasets = library("datasets", f"`datasets` to read {source!r}")
     try:
         builder = datasets.load_dataset_builder(
             source, cache_dir=str(scratch), name=public.config, revision=revision

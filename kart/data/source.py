@@ -1,6 +1,7 @@
 """A data set that is found but not decoded yet."""
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -8,8 +9,17 @@ import numpy as np
 
 from kart.data.dataset import Unused
 
-INSTALL = 'Run `pip install "kart-attention[data]"`.'
 EMPTY = "`load` needs images in every split, got an empty one. Add or remove it."
+
+
+def library(name: str, need: str) -> Any:
+    """The module `name` of a library that may not be installed; `need` says for what it is."""
+    try:
+        importlib.import_module(name.partition(".")[0])
+        return importlib.import_module(name)
+    except ImportError as err:
+        told = f'`load` needs {need}. Run `pip install "kart-attention[data]"`.'
+        raise ValueError(told) from err
 
 
 class Row(NamedTuple):

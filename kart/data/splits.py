@@ -30,7 +30,8 @@ _GLUED = re.compile(
     r"(?P<before>.*?)(?:(?P<train>training|train)|(?P<val>validation|valid|val)|"
     r"(?P<test>testing|test))(?P<after>.*)"
 )
-_SHARD = re.compile(r"[-_.]\d+[-_]of[-_]\d+(?:-[0-9a-f]+)?$")
+# the number of a shard behind the name of a file, as in `train-00000-of-00005`
+SHARD = re.compile(r"[-_.]\d+[-_]of[-_]\d+(?:-[0-9a-f]+)?$")
 
 
 def role(name: str) -> str | None:
@@ -72,11 +73,6 @@ def roles(names: Iterable[str]) -> dict[str, str]:
 def fills(name: str) -> bool:
     """Whether a name says nothing, like "images" or "data"."""
     return re.fullmatch(_FILL, name.casefold()) is not None and not name.isdigit()
-
-
-def without_shard(stem: str) -> str:
-    """The name of a file less the number of its shard: `train-00000-of-00005` is `train`."""
-    return _SHARD.sub("", stem)
 
 
 def resolve(found: dict[str, str], where: str) -> dict[str, str]:

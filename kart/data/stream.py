@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from kart import schema
-from kart.data import cache, changes, files, images, splits, statistics, unpacked
-from kart.data.dataset import Dataset
+from kart.data import cache, files, images, splits, unpacked
+from kart.data.dataset import Dataset, mean_and_std
 from kart.data.finding import Finding
 from kart.data.pictures import Pictures
 from kart.data.source import Row, Source
@@ -136,7 +136,7 @@ def load(found: Finding, split: str, size: int | None, base: Path, workers: int 
     known = note.read()
     if known is None:
         sample = pictures([rows["train"][i] for i in parts["train"][:SAMPLE]], places["train"])
-        mean, std = statistics.mean_and_std(np.asarray(sample))
+        mean, std = mean_and_std(np.asarray(sample))
         known = {"mean": mean, "std": std}
         note.write(known)
     renumbered = source.renumbered.get(of, 0) and len(index)
@@ -148,7 +148,7 @@ def load(found: Finding, split: str, size: int | None, base: Path, workers: int 
         tuple(known["mean"]),
         tuple(known["std"]),
         unused=source.unused,
-        converted=changes.tally(seen[of].changes(), seen[of].grey(), index, channels, renumbered),
+        converted=images.tally(seen[of].changes(), seen[of].grey(), index, channels, renumbered),
     )
 
 

@@ -1,8 +1,10 @@
 """Parquet files as data sets: those of a directory, read by pyarrow, whatever else lies there."""
 
+import functools
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +13,7 @@ import numpy as np
 
 from kart.data import splits
 from kart.data.dataset import Unused
-from kart.data.source import INSTALL, Row, Source, check_labels, reading
+from kart.data.source import Row, Source, check_labels, library, reading
 
 _IMAGE_NAMES = ("image", "img")
 _LABEL_NAMES = ("fine_label", "label", "labels")
@@ -146,11 +148,7 @@ def has_images(path: Path, image_column: str | None) -> bool:
 
 
 def _pyarrow() -> Any:
-    try:
-        from pyarrow import parquet
-    except ImportError as err:
-        raise ValueError(f"`load` needs `pyarrow` to read parquet files. {INSTALL}") from err
-    return parquet
+    return library("pyarrow.parquet", "`pyarrow` to read parquet files")
 
 
 def _columns(schema: Any) -> dict[str, Column]:
@@ -223,11 +221,14 @@ def read(root: Path, paths: list[Path], columns: tuple[str | None, str | None]) 
                 f"`load` needs images in every split, got none in {name!r} of {str(root)!r}. Add "
                 "or remove it."
             )
+        place = functools.partial(where_is, str(root), name)
         if classes is None and split == "train":
-            classes = check_labels(labels, None, _place(root, name))
+            classes = check_labels(labels, None, place)
+        first_row = 0
         for table in tables[name]:
-            size = table.columns[label].names or classes
-            check_labels(raw[table.path], size, _place(root, name, tables[name], table))
+            known = table.columns[label].names or classes
+            check_labels(raw[table.path], known, lambda n, at=first_row, of=place: of(at + n))
+            first_row += table.rows
     if classes is None or len(classes) < 2:
         raise ValueError(
             f"`load` needs two or more classes in {str(root)!r}, got {classes} in the column "
@@ -254,17 +255,6 @@ def read(root: Path, paths: list[Path], columns: tuple[str | None, str | None]) 
 def where_is(source: str, split: str, number: int) -> str:
     """How messages name a row."""
     return f"image {number} of {source!r}, split {split!r}"
-
-
-def _place(
-    root: Path, name: str, group: Sequence[_Table] = (), table: _Table | None = None
-) -> Callable[[int], str]:
-    before = 0
-    for other in group:
-        if other is table:
-            break
-        before += other.rows
-    return lambda row: where_is(str(root), name, before + row)
 
 
 def _rows(
@@ -364,7 +354,7 @@ def _parts(root: Path, path: Path) -> list[str]:
     """The names on the way to a file that may tell its split."""
     *folders, _ = path.relative_to(root).parts
     # shards may be counted in other ways than `-00000-of-00002`
-    stem = re.sub(r"[\W_]*\d+$", "", splits.without_shard(path.stem))
+    stem = re.sub(r"[\W_]*\d+$", "", splits.SHARD.sub("", path.stem))
     return [*folders, stem]
 
 
@@ -394,11 +384,8 @@ def _check_configurations(
 
 def _check_shards(paths: list[Path]) -> None:
     """Refuses a sharded set with shards missing."""
-    shards: dict[tuple[str, str], int] = {}
-    for path in paths:
-        if match := re.match(r"(.*)-\d+-of-(\d+)", str(path)):
-            key = (match[1], match[2])
-            shards[key] = shards.get(key, 0) + 1
+    found = (re.match(r"(.*)-\d+-of-(\d+)", str(path)) for path in paths)
+    shards = Counter((match[1], match[2]) for match in found if match)
     for (prefix, total), count in shards.items():
         if count != int(total):
             raise ValueError(

@@ -76,7 +76,7 @@ def _file(path: Path, number: int) -> Path:
 
 def _unpack(path: Path, opened: Source, split: str, classes: Sequence[str] | None) -> Index:
     def fill(work: Path) -> None:
-        entry, index = work / "entry", Index([], [], [], [], [], [], {})
+        entry, where, labels, sizes = work / "entry", [], [], []
         rows, size = opened.rows[split](), opened.sizes[split]
         bar = tqdm(rows, f"unpacking {split}", size, unit=" images", disable=None)
         for number, row in enumerate(bar):
@@ -84,25 +84,16 @@ def _unpack(path: Path, opened: Source, split: str, classes: Sequence[str] | Non
                 _file(entry, number).parent.mkdir()
             content = row.file.getvalue()
             _file(entry, number).write_bytes(content)
-            index.where.append(row.where)
-            index.labels.append(min(row.label, 2**63 - 1))
-            index.sizes.append(len(content))
-        if not index.labels:
+            where.append(row.where)
+            labels.append(min(row.label, 2**63 - 1))
+            sizes.append(len(content))
+        if not labels:
             raise ValueError(EMPTY)
-        names = check_labels(np.array(index.labels), classes, lambda n: index.where[n])
-        whole = index._replace(
-            classes=list(names),
-            splits=list(opened.rows),
-            unused=[list(one) for one in opened.unused],
-            renumbered=opened.renumbered,
-        )
-        cache.write_json(entry / "index.json", whole._asdict())
+        names = check_labels(np.array(labels), classes, lambda n: where[n])
+        of_all = list(names), list(opened.rows), list(map(list, opened.unused)), opened.renumbered
+        cache.write_json(entry / "index.json", Index(where, labels, sizes, *of_all)._asdict())
 
-    cache.build(path, fill)
-    index = _read(path)
-    if index is None:
-        raise cache.lost(path)
-    return index
+    return cache.build(path, fill, _read)
 
 
 def _read(path: Path) -> Index | None:

@@ -2,6 +2,7 @@
 parameters (`start`), or a teacher of attention (`attention_from`).
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -137,7 +138,7 @@ Found = tuple[train.Params, dict[str, Any]]
 def _taught(
     run: Run, state: State, configs: Sequence[Config], found: Sequence[Donor], splits: Splits
 ) -> Found:
-    one = train.teacher(run.config, splits.train)
+    one = train.build(dataclasses.replace(run.config, attention_from=None), splits.train)
     own = population.members(state.params, len(configs))
     pairs = zip(own, found, strict=True)
     taught = [transfer.teach(params, one, donor.params, donor.model) for params, donor in pairs]

@@ -72,11 +72,8 @@ def load_trajectory(directory: str | os.PathLike) -> list[tuple[int, list[train.
             f"`run` needs a finished trajectory, got {len(paths)} of {configs[0].trajectory} "
             f"snapshots in {str(directory)!r}. Train it further with the same command."
         )
-    found = []
-    for path in paths:
-        params, config = read(path, own.id)
-        found.append((config["step"], population.members(params, len(configs))))
-    return found
+    found = (read(path, own.id) for path in paths)
+    return [(config["step"], population.members(params, len(configs))) for params, config in found]
 
 
 class Trained(NamedTuple):

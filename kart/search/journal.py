@@ -87,11 +87,6 @@ def _held(path: Path, device: int, inode: int) -> int:
     return os.open(path, os.O_RDONLY)
 
 
-def _beginning(path: Path) -> bytes:
-    found = path.stat()
-    return os.pread(_held(path, found.st_dev, found.st_ino), len(HEADER), 0)
-
-
 def problem(directory: Path, names: Collection[str], known: Mapping[tuple[str, int], Any]) -> str:
     """What is wrong with the SQLite file of a directory, which must hold the Optuna studies `names`
     and all trials that are `known`; empty if nothing is. Raises ValueError where it is locked.
@@ -102,7 +97,8 @@ def problem(directory: Path, names: Collection[str], known: Mapping[tuple[str, i
     if not path.is_file():
         return "is gone"
     try:
-        if _beginning(path) != HEADER:
+        info = path.stat()
+        if os.pread(_held(path, info.st_dev, info.st_ino), len(HEADER), 0) != HEADER:
             return "is no SQLite file any more"
         url = f"{path.resolve().as_uri()}?mode=ro"
         with contextlib.closing(sqlite3.connect(url, LOCKED_S, uri=True)) as db:

@@ -17,7 +17,7 @@ from optuna.distributions import CategoricalDistribution
 
 import kart
 from kart import code, schema
-from kart.search.space import Space, contains, distributions, fixed, probe
+from kart.search.space import Space, contains, fixed, probe
 from kart.train import Config
 
 Arm = Callable[[optuna.Trial, Config], Config]
@@ -228,7 +228,7 @@ def _parameters(study: Study, fix: Mapping[str, Any]) -> dict[str, list[Any]]:
     """The parameters of all arms, with those in `fix` fixed, and what each may be."""
     known: dict[str, list[Any]] = {}
     for arm in study.spaces(study.config, fix).values():
-        for name, found in distributions(arm).items():
+        for name, found in probe(arm)[0].items():
             known.setdefault(name, []).extend(found)
     return known
 

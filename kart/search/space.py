@@ -259,11 +259,6 @@ def probe(space: Space) -> tuple[dict[str, list[BaseDistribution]], list[Config 
     return found, configs
 
 
-def distributions(space: Space) -> dict[str, list[BaseDistribution]]:
-    """The parameters of a space, each with the distributions that its branches ask for."""
-    return probe(space)[0]
-
-
 def contains(distribution: BaseDistribution, value: Any) -> bool:
     """Whether a parameter can take `value`."""
     if isinstance(distribution, CategoricalDistribution):

@@ -236,12 +236,13 @@ def studies(storage: RDBStorage, settings: Settings) -> dict[str, optuna.Study]:
             f"`study` needs a database with every arm of {settings.study!r}, got one without "
             f"{', '.join(map(repr, missing))}. Put the right file back, or start a new study."
         )
+    make, several = SAMPLERS[settings.sampler], len(settings.objectives) > 1
     return {
         arm: optuna.load_study(
             study_name=name,
             storage=storage,
-            sampler=make_sampler(settings, arm),
-            pruner=make_pruner(settings),
+            sampler=PerTrial(lambda seed: make(seed, several), settings.sampler_seed, arm),
+            pruner=_PRUNERS[settings.pruner](settings.config["epochs"]),
         )
         for arm, name in settings.names.items()
     }
@@ -484,12 +485,6 @@ SAMPLERS: dict[str, Callable[[int, bool], BaseSampler]] = {
 }
 
 
-def make_sampler(settings: Settings, arm: str) -> BaseSampler:
-    """The sampler of an arm."""
-    make, several = SAMPLERS[settings.sampler], len(settings.objectives) > 1
-    return PerTrial(lambda seed: make(seed, several), settings.sampler_seed, arm)
-
-
 class Halving(optuna.pruners.BasePruner):
     """Asynchronous successive halving (Li et al. 2020, ASHA) on the reported values alone.
 
@@ -523,16 +518,12 @@ class Halving(optuna.pruners.BasePruner):
         return better >= max(1, (len(others) + 1) // self._factor)
 
 
-PRUNERS = ("asha", "median", "none")
-
-
-def make_pruner(settings: Settings) -> optuna.pruners.BasePruner:
-    """The pruner of a study, for its number of epochs."""
-    epochs = settings.config["epochs"]
-    if settings.pruner == "asha":
-        return Halving(max(1, epochs // 4))
-    if settings.pruner == "median":
-        return optuna.pruners.MedianPruner(
-            n_startup_trials=4, n_warmup_steps=epochs // 2, interval_steps=1, n_min_trials=4
-        )
-    return optuna.pruners.NopPruner()
+# each for a number of epochs
+_PRUNERS: dict[str, Callable[[int], optuna.pruners.BasePruner]] = {
+    "asha": lambda epochs: Halving(max(1, epochs // 4)),
+    "median": lambda epochs: optuna.pruners.MedianPruner(
+        n_startup_trials=4, n_warmup_steps=epochs // 2, interval_steps=1, n_min_trials=4
+    ),
+    "none": lambda epochs: optuna.pruners.NopPruner(),
+}
+PRUNERS = tuple(_PRUNERS)

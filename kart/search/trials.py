@@ -19,7 +19,7 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from kart import data, operators, population, schema, train, tree
+from kart import operators, population, schema, train, tree
 from kart.search.space import Space, draw, key, shape
 from kart.train import Config, Record, Splits, State
 
@@ -203,16 +203,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
-def _limited(val: data.Dataset, count: int) -> data.Dataset:
-    whole = len(val.labels)
-    if count > whole:
-        raise ValueError(
-            f"`val_limit` needs at most the {whole} validation images, got {count}. Leave it out "
-            "to use them all."
-        )
-    return val.part(val.spread(count))
-
-
 def loader(val_limit: int | None = None) -> Callable[[Config], Splits]:
     """Loads the data of configs, each once; `val_limit` images to validate, by `Dataset.spread`."""
 
@@ -221,7 +211,13 @@ def loader(val_limit: int | None = None) -> Callable[[Config], Splits]:
         splits = train.load_data(of_data)
         if val_limit is None:
             return splits
-        return splits._replace(val=_limited(splits.val, val_limit))
+        whole = len(splits.val.labels)
+        if val_limit > whole:
+            raise ValueError(
+                f"`val_limit` needs at most the {whole} validation images, got {val_limit}. Leave "
+                "it out to use them all."
+            )
+        return splits._replace(val=splits.val.part(splits.val.spread(val_limit)))
 
     return lambda config: load(_of_data(config))
 

@@ -390,13 +390,12 @@ def summary(arms: Arms) -> str:
 @contextlib.contextmanager
 def _bar(arms: Arms, settings: Settings, quiet: bool) -> Iterator[Callable[[], None]]:
     def done() -> int:
-        states = [counts(study) for study in arms.values()]
+        states = map(counts, arms.values())
         return sum(state[TrialState.COMPLETE] + state[TrialState.PRUNED] for state in states)
 
     total = settings.per_arm * len(arms)
     if settings.queued:
-        states = [counts(study) for study in arms.values()]
-        total = sum(state.total() - state[TrialState.FAIL] for state in states)
+        total = sum(one.total() - one[TrialState.FAIL] for one in map(counts, arms.values()))
     with tables.bar(
         total=total, initial=done(), desc=settings.study, unit="trial", disable=quiet
     ) as bar:

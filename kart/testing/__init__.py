@@ -1,23 +1,8 @@
 """Property suites for bases, operators, projections, kernels, training steps and models: your own
 are held to the mathematics that kart's are held to.
 
-A basis of one's own, hat functions on equal intervals:
-
-    def hats(grid=5, low=-2.0, high=2.0):
-        step = (high - low) / (grid - 1)
-
-        def expand(x):
-            places = torch.arange(grid, dtype=x.dtype, device=x.device)
-            t = (x[..., None] - low) / step - places
-            # at a knot all hats have the slope of their right side: abs and relu would have none
-            hat = torch.where(t < 0, 1 + t, 1 - t)
-            return torch.where((t < -1) | (t >= 1), 0, hat)
-
-        traits = {"partition_of_unity": (low, high), "nonnegative": True, "smooth": 0}
-        traits["points"] = [low + j * step for j in range(-1, grid + 1)]
-        return bases.linear(expand, grid, family="hats", traits=traits)
-
-is checked in three lines, each property a test of pytest:
+A basis of one's own, such as the `hats` that `kart/guides/write_a_basis_from_zero.py` writes, is
+checked in three lines, each property a test of pytest:
 
     @basis_suite(hats(grid=7), expected_failures={})
     def test_hats(): ...

@@ -65,12 +65,9 @@ class Subject(NamedTuple):
         source = draw.generator(row.seed)
         params = self.op.init(source, row.heads, row.keys)
         params = draw.jittered(params, Theta(row.seed, row.jitter))
-        tensors = []
         sizes = (row.queries, row.width), (row.keys, row.width), (row.keys, row.columns)
-        for n, width in sizes:
-            x = torch.randn(row.batch, row.heads, n, width, generator=source)
-            tensors.append(x.round() if row.kind == "integers" else x)
-        q, k, v = tensors
+        drawn = (torch.randn(row.batch, row.heads, *size, generator=source) for size in sizes)
+        q, k, v = (x.round() if row.kind == "integers" else x for x in drawn)
         return Inputs(tree.to(params, dtype), (q * row.size).to(dtype), k.to(dtype), v.to(dtype))
 
     def keep(self, params: Params, index: Tensor, heads: int) -> Params:
@@ -167,6 +164,5 @@ def traits_of(op: Any) -> dict[str, Any]:
 
 KIND = st.sampled_from(["none", "keys", "queries"])
 MASK = st.lists(st.booleans(), min_size=5, max_size=5)
-ORDER = st.permutations(range(5))
 ROW: dict[str, Any] = {"row": rows}
 PAIR: dict[str, Any] = {"row": rows, "dtype": draw.dtypes}
