@@ -326,13 +326,6 @@ def processes(each: int | None = None) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=each)
 
 
-def build_all(args: argparse.Namespace, progress: Say) -> None:
-    """Builds the kernels of all settings in processes beside each other, on a GPU."""
-    progress("building kernels")
-    with processes() as pool:
-        list(pool.map(build, settings_of(args), itertools.repeat(args)))
-
-
 def operator_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
     """Forward, and forward + backward, of one attention operator."""
     rates: dict[torch.dtype, float] = {}
@@ -766,7 +759,9 @@ def run(args: argparse.Namespace) -> None:
             print(f"{time.monotonic() - began:5.0f} s  {what}", file=sys.stderr, flush=True)
 
     if on_gpu:
-        build_all(args, progress)
+        progress("building kernels")
+        with processes() as pool:
+            list(pool.map(build, settings_of(args), itertools.repeat(args)))
     levels = [operator_level(args, clock, progress)]
     if not args.quick:
         if args.sizes > 0:

@@ -43,7 +43,8 @@ class Machine(NamedTuple):
 
 # dense bfloat16 and HBM3 of the SXM5 (NVIDIA, H100 data sheet); 16 special functions a cycle of
 # each of 132 multiprocessors (Shah et al., "FlashAttention-3", arXiv:2407.08608, sec. 3.1)
-H100 = Machine("H100 SXM, bfloat16", 989.4e12, 3.35e12, 3.9e12)
+SPECIAL = 3.9e12
+H100 = Machine("H100 SXM, bfloat16", 989.4e12, 3.35e12, SPECIAL)
 
 
 def roof(work: Work, machine: Machine) -> tuple[float, str]:
@@ -120,9 +121,7 @@ def rest(model: Model, batch: int, tokens: int, each: int) -> list[Work]:
 TOKENS = (197, 1024, 4096, 16384)
 
 
-def rows_of(
-    name: str, spec: str, classes: int, batch: int, machine: Machine
-) -> Iterator[list[str]]:
+def rows_of(name: str, spec: str, classes: int, batch: int) -> Iterator[list[str]]:
     """A row of text for each of `TOKENS`: this operator's figures, softmax's in brackets."""
     model = models.create(name, operator=spec, num_classes=classes)
     c = model.config
@@ -132,10 +131,10 @@ def rows_of(
         for op in (model.operators[0], softmax):
             kernels = attention(op, batch, c.num_heads, tokens, c.embed_dim // c.num_heads, 2)
             sums.append(Work(*(c.depth * sum(x) for x in zip(*kernels, strict=True))))
-            roofs = [roof(kernel, machine) for kernel in kernels]
+            roofs = [roof(kernel, H100) for kernel in kernels]
             seconds.append(c.depth * sum(spent for spent, _ in roofs))
             units.append(" ".join(dict.fromkeys(unit for _, unit in roofs)))
-        beside = sum(roof(kernel, machine)[0] for kernel in rest(model, batch, tokens, 2))
+        beside = sum(roof(kernel, H100)[0] for kernel in rest(model, batch, tokens, 2))
         (own, least), (spent, base) = sums, seconds
         yield [
             f"{name} {spec[:2]}",
@@ -150,21 +149,19 @@ def rows_of(
         ]
 
 
-def paper(batch: int, machine: Machine = H100) -> str:
-    """The table of the paper's models, a batch of `batch` images forward and backward."""
-    chosen = [row for row in cost.PAPER if row[1].endswith("B")]
+def paper(batch: int) -> str:
+    """The table of the paper's models on an H100, `batch` images forward and backward."""
     rows = [
         line
-        for name, spec, classes, *_ in chosen
-        for line in rows_of(name, spec, classes, batch, machine)
+        for name, spec, classes, *_ in cost.PAPER
+        if spec.endswith("B")
+        for line in rows_of(name, spec, classes, batch)
     ]
     header = ["model", "N", "attention GFLOP", "MB", "roofline ms", "bound by", "ratio"]
-    special = (
-        f", {machine.special / 1e12:.1f} T exp, sin or cos a second" if machine.special else ""
-    )
     note = (
-        f"{machine.name}, batch {batch}, forward and backward; softmax's figure in brackets.\n"
-        f"{machine.flops / 1e12:.1f} TFLOP/s, {machine.bytes / 1e12:.2f} TB/s{special}.\n"
+        f"{H100.name}, batch {batch}, forward and backward; softmax's figure in brackets.\n"
+        f"{H100.flops / 1e12:.1f} TFLOP/s, {H100.bytes / 1e12:.2f} TB/s, "
+        f"{SPECIAL / 1e12:.1f} T exp, sin or cos a second.\n"
         "A bound, not a forecast: no kernel of these forms is faster. Blockwise and universal "
         "operators are\nequal here."
     )
