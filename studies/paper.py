@@ -122,7 +122,7 @@ def home(row: Row, scale: str, out: Path = OUT) -> Path:
     return out / scale / row.name
 
 
-def flags(row: Row, scale: str, out: Path = OUT, seeds: Sequence[int] = (0,)) -> list[str]:
+def flags(row: Row, scale: str, out: Path = OUT) -> list[str]:
     """The arguments of `kart` that train a row.
 
     >>> shlex.join(flags(ROWS["tiny-g3b-cifar10"], "paper"))[:58]
@@ -137,8 +137,7 @@ def flags(row: Row, scale: str, out: Path = OUT, seeds: Sequence[int] = (0,)) ->
         given += ["--from", str(home(ROWS[row.donor], scale, out))]
     if row.teacher is not None:
         given += ["--attention-from", str(home(ROWS[row.teacher], scale, out))]
-    seeded = ["--seeds", *map(str, seeds), "--group", "1"] if len(seeds) > 1 else []
-    return [*given, *seeded, "--out", str(home(row, scale, out))]
+    return [*given, "--out", str(home(row, scale, out))]
 
 
 def train(argv: Sequence[str], minutes: float) -> int:
