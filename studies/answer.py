@@ -500,11 +500,6 @@ def stacked(found: Interval | None, factor: float = 100.0, above: str = "") -> p
     return pages.Markup("<br>".join(lines))
 
 
-def decided(found: Interval | None) -> bool:
-    """Whether an interval is there and does not hold 0."""
-    return found is not None and not found.why and not found.low <= 0 <= found.high
-
-
 SIGHTS = ("ignores the scores", "a function of the scores", "softmax, alone or beside more")
 
 
@@ -631,7 +626,7 @@ def report(out: Path) -> list[str]:
         stacks.setdefault(arm, {})[cell] = stacked(found, above=above)
         rows.append([cell, arm, ARMS[arm].sees, f"{size:,}", shown(mean, sign=""), shown(found)])
         numbers.append([cell, arm, size, len(own), mean.mean, *(found or [None] * 3)[:3]])
-        if found is not None and not decided(found):
+        if found is not None and (found.why or found.low <= 0 <= found.high):
             undecided_ones.append(f"{arm} against softmax in the cell {cell}: {shown(found)}")
     gains = {part: {c: gain(scores, c, *pair) for c in cells} for part, pair in PARTS.items()}
     parts = [[part, *map(shown, found.values())] for part, found in gains.items()]

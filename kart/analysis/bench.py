@@ -108,13 +108,6 @@ def interleave(calls: dict[str, Callable[[], Any]], repeats: int, clock: Clock) 
     return seconds
 
 
-def engines_for(device: str) -> list[str]:
-    """The engines of `kernels.contract` that can run on `device`, the default first."""
-    ready = [name for name, state in kernels.engines().items() if state == "ready"]
-    wanted = ["torch", "cpp"] if device == "cpu" else ["triton", "torch"]
-    return [name for name in wanted if name in ready]
-
-
 def sdpa_backend(device: str, dtype: torch.dtype, tokens: int) -> str:
     """The kernel that `scaled_dot_product_attention` takes for this setting."""
     if device == "cpu":
@@ -265,9 +258,12 @@ def _variants(setting: Setting, device: str, inputs: tuple) -> dict[str, Attend]
         found["naive"] = cost.materialised(op).attend
     joint = "," if ":" in setting.spec else ":"
     linear = op.basis is not None and op.basis.features is not None
-    engines = linear and "engine" in operators.options(setting.spec)
-    for engine in engines_for(device) if engines else ["auto"]:
-        spec = f"{setting.spec}{joint}engine={engine}" if engines else setting.spec
+    engines = ["auto"]
+    if linear and "engine" in operators.options(setting.spec):
+        wanted = ["torch", "cpp"] if device == "cpu" else ["triton", "torch"]
+        engines = [name for name in wanted if kernels.engines()[name] == "ready"]
+    for engine in engines:
+        spec = setting.spec if engine == "auto" else f"{setting.spec}{joint}engine={engine}"
         attend = operators.parse(spec).operator.attend
         try:
             attend(*inputs)

@@ -12,7 +12,6 @@ what a matrix of low rank takes more where a mask needs it whole.
     cost.flops(model).total
 """
 
-import contextlib
 import dataclasses
 import functools
 import weakref
@@ -504,17 +503,6 @@ def _calls(
     }
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """A block in which torch has one thread: CPU time is that of all of them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def section(context: Context) -> pages.Section:
     """Training step, forward pass and memory of every operator beside softmax, and a product with
     the Hessian beside a gradient, measured now.
@@ -532,8 +520,9 @@ def section(context: Context) -> pages.Section:
     calls = {name: _calls(context, one, images, labels) for name, one in configs.items()}
     kept = {name: activation_memory(context.model(one), batch) for name, one in configs.items()}
     products: dict[str, float] = {}
-    with _one_thread():
-        clock = bench.Clock("cpu")
+    clock, threads = bench.Clock("cpu"), torch.get_num_threads()
+    torch.set_num_threads(1)  # CPU time is that of all of them
+    try:
         stepped, passed = (
             bench.interleave({name: own[what] for name, own in calls.items()}, REPEATS, clock)
             for what in ("step", "forward")
@@ -543,6 +532,8 @@ def section(context: Context) -> pages.Section:
                 both = {what: own[what] for what in ("gradient", "hvp")}
                 taken = bench.interleave(both, REPEATS, clock)
                 products[name] = bench.summary(taken["hvp"], taken["gradient"])["ratio"]
+    finally:
+        torch.set_num_threads(threads)
     rows, numbers = [], []
     for name in configs:
         both = bench.summary(stepped[name], stepped["softmax"])

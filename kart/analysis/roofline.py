@@ -19,7 +19,6 @@ import torch
 
 from kart import models, operators, tables
 from kart.analysis import bench, cost
-from kart.bases import Basis
 from kart.models import Model
 from kart.operators import Operator
 
@@ -56,11 +55,6 @@ def roof(work: Work, machine: Machine) -> tuple[float, str]:
     return units[unit], unit
 
 
-def _fourier(basis: Basis | None) -> bool:
-    """Whether units are sums of harmonics and nothing else."""
-    return basis is not None and basis.family == "fourier" and basis.options["base"] == "zero"
-
-
 def attention(
     op: Operator, batch: int, heads: int, tokens: int, width: int, each: int
 ) -> list[Work]:
@@ -81,13 +75,13 @@ def attention(
             Work(2 * products * square * width, rows * numbers, square)
             for products, numbers in zip((2, 5), memory, strict=True)
         ]
-    low_rank = op.options.get("kind") == "low_rank"
-    if not low_rank or op.options["base"] or op.options["project"] or not _fourier(op.basis):
+    low_rank, basis = op.options.get("kind") == "low_rank", op.basis
+    fourier = basis and basis.family == "fourier" and basis.options["base"] == "zero"
+    if not low_rank or op.options["base"] or op.options["project"] or not basis or not fourier:
         raise ValueError(
             f"`attention` needs softmax or Fourier units of low rank, got {op.name!r}. Choose one."
         )
-    assert op.basis is not None  # for the type checker
-    rank, size = op.options["rank"], op.basis.size
+    rank, size = op.options["rank"], basis.size
     # W and the units' coefficients; hidden values are kept for the backward
     params = heads * tokens * rank * (size + 1) * each
     forward = square * (width + size * rank) + 2 * rows * rank * width

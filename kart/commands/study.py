@@ -400,17 +400,6 @@ def _open(args: argparse.Namespace, name: str | None, asked: "Question | None" =
     return Opened(where, database, found, None if asked is None else asked.study)
 
 
-def _join(args: argparse.Namespace) -> Opened:
-    """A study that is there, with the code that the command line names, which must be its own."""
-    from kart.search import question
-
-    name = Path(args.study).stem if args.study.endswith(".py") else args.study
-    asked = question.load(args.study)
-    opened = _open(args, name, asked)
-    _give_code(asked.study, opened.settings.fix)
-    return opened
-
-
 def _named(opened: Opened) -> str:
     """The flags that name a study's home, quoted for a shell."""
     if opened.where.directory:
@@ -503,7 +492,12 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _work(args: argparse.Namespace) -> int:
-    opened = _join(args)
+    from kart.search import question
+
+    name = Path(args.study).stem if args.study.endswith(".py") else args.study
+    asked = question.load(args.study)
+    opened = _open(args, name, asked)
+    _give_code(asked.study, opened.settings.fix)
     _check_data(args, opened)
     if _search(args, opened, _elsewhere(args)):
         print(f"finished; write the report with: kart study report {_named(opened)}")
