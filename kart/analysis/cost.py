@@ -62,10 +62,6 @@ class Flops(NamedTuple):
         return sum(self)
 
 
-def _distinct(model: Model) -> tuple[Operator, ...]:
-    return model.operators[:1] if model.config.sharing == "universal" else model.operators
-
-
 def parameters(model: Model) -> Parameters:
     """Parameters of `model` but a teacher's; those of a ViT without drawing the backbone."""
     c = model.config
@@ -78,11 +74,12 @@ def parameters(model: Model) -> Parameters:
     embed = size * (c.in_channels * c.patch_size**2 + 1) + size * (1 + c.tokens)
     block = 4 * size + 4 * size * (size + 1) + 2 * size * hidden + size + hidden
     ends = 2 * size + c.num_classes * (size + 1)
-    sizes: dict[int, int] = {}
-    for op in _distinct(model):
-        if id(op) not in sizes:
-            sizes[id(op)] = tree.size(op.init(Generator().manual_seed(0), c.num_heads, c.tokens))
-    learned = sum(sizes[id(op)] for op in _distinct(model))
+    owned = {site.path: site.operator for site in model.sites}.values()
+    sizes = {
+        key: tree.size(op.init(Generator().manual_seed(0), c.num_heads, c.tokens))
+        for key, op in {id(op): op for op in owned}.items()
+    }
+    learned = sum(sizes[id(op)] for op in owned)
     return Parameters(embed + c.depth * block + ends + learned, learned)
 
 

@@ -114,10 +114,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.processes > 1:
         # spawn: a fork of a process that has run torch may hang
         spawn = multiprocessing.get_context("spawn")
-        plain = argparse.Namespace(**{k: v for k, v in vars(args).items() if not callable(v)})
-        plain.__dict__.pop("parser", None)
+        given = {name: v for name, v in vars(args).items() if name not in ("call", "parser")}
         workers = [
-            spawn.Process(target=_measure, args=(plain, part), daemon=True)
+            spawn.Process(target=_measure, args=(argparse.Namespace(**given), part), daemon=True)
             for part in range(args.processes)
         ]
         for worker in workers:

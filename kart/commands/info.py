@@ -123,9 +123,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.paper:
         print(cost.paper_table())
         return 0
-    for name, value in DEFAULTS.items():
-        if name not in vars(args):
-            setattr(args, name, value)
+    args = argparse.Namespace(**{**DEFAULTS, **vars(args)})
     config = config_of(args)
     check_effects(given, [config])
     if args.roofline:

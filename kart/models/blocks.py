@@ -13,8 +13,8 @@ from torch import Generator, Tensor
 
 from kart import layers
 from kart.layers import merge_heads
-from kart.models.model import Columnar, Model, Site, add_operators, find
-from kart.operators.contract import Factors
+from kart.models.model import Columnar, Model, Site, find, place
+from kart.operators.contract import Factors, draw
 from kart.operators.projected import factors_of, pays, projected
 
 Params = dict[str, Any]
@@ -229,6 +229,11 @@ def model(
         return {**look, **(found if isinstance(found, dict) else {"logits": found})}
 
     def drawn(generator: Generator) -> Params:
-        return add_operators(generator, sites, init(generator))
+        params = init(generator)
+        # after all else: models that differ in the operator alone start from the same backbone
+        for site in {site.path: site for site in sites}.values():
+            own = draw(site.operator, generator, site.heads, site.tokens)
+            params = place(params, site.path, own)
+        return params
 
     return Model(config, drawn, apply, intermediates, tuple(sites))
