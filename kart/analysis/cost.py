@@ -25,11 +25,10 @@ from torch.nn import functional as F
 from kart import layers, models, pages, schema, tables, train, transfer, tree
 from kart.analysis import curvature
 from kart.analysis.section import Analysis, Context
-from kart.models import Model, Site, work
+from kart.models import Model, Site
 from kart.models.blocks import merge_heads
 from kart.models.model import find
 from kart.operators import Operator, hybrid
-from kart.operators.contract import SOFTMAX
 from kart.operators.projected import factors_of, pays, projected
 from kart.operators.sums import parts_of, simple_parts
 
@@ -244,13 +243,8 @@ def flops(model: Model) -> Flops:
             "Take another, or give it what it lacks."
         )
     parts = dict.fromkeys(Flops._fields, 0)
-    for layer in models.FAMILIES[model.config.family].work(model.config):
-        if isinstance(layer, work.Product):
-            parts[layer.part] += layer.rows * layer.inputs * layer.outputs
-        elif isinstance(layer, work.Norm):
-            parts["norms"] += 5 * layer.rows * layer.width
-        else:
-            parts["attention"] += SOFTMAX * layer.rows * layer.keys
+    for part, count in models.FAMILIES[model.config.family].work(model.config):
+        parts[part] += count
     for site in model.sites:
         sizes = site.operator, site.heads, site.tokens
         parts["attention"] += site.windows * product_flops(*sizes, site.width)
@@ -258,29 +252,22 @@ def flops(model: Model) -> Flops:
     return Flops(**parts)
 
 
-class _Saved:
-    """A tensor that a graph keeps, for as long as it does."""
-
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor.detach()  # a result that is kept would keep its own graph
-
-
 def kept_bytes(call: Callable[[], Any], beside: Any = ()) -> int:
     """Bytes of distinct storages that `call` saves for the backward of what it gives, those of the
     tensors in `beside`, as of parameters, left out.
     """
-    alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
+    kept: list[weakref.ref[Tensor]] = []
 
-    def pack(tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
-        alive.add(saved)
+    def pack(tensor: Tensor) -> Tensor:
+        saved = tensor.detach()  # a result that is kept would keep its own graph
+        kept.append(weakref.ref(saved))
         return saved
 
     call()  # the first may build an engine and check it, which saves tensors of its own
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         held = call()
     # what is saved for a part that the result does not depend on is gone by now
-    found = [saved.tensor.untyped_storage() for saved in alive]
+    found = [x.untyped_storage() for x in (one() for one in kept) if x is not None]
     storages = {storage.data_ptr(): storage.nbytes() for storage in found}
     del held
     for tensor in tree.leaves(beside):

@@ -152,17 +152,17 @@ def work_of(config: ConViTConfig) -> work.Layers:
     """
     size, heads, patches = config.embed_dim, config.num_heads, config.tokens - 1
     hidden = int(size * config.mlp_ratio)
-    yield work.Product("embed", patches, config.in_channels * config.patch_size**2, size)
+    yield work.product("embed", patches, config.in_channels * config.patch_size**2, size)
     for i in range(config.depth):
         gated = i < config.gated_blocks
         yield from work.block(patches if gated else config.tokens, size, hidden)
         if gated:
-            yield work.Product("attention", patches**2, 3, heads)
-            yield work.Softmax(heads * patches, patches)
+            yield work.product("attention", patches**2, 3, heads)
+            yield work.softmax(heads * patches, patches)
             # beside the operator's: outputs are mixed, not weights
-            yield work.Product("attention", heads * patches, patches, size // heads)
-    yield work.Norm(config.tokens, size)
-    yield work.Product("head", 1, size, config.num_classes)
+            yield work.product("attention", heads * patches, patches, size // heads)
+    yield work.norm(config.tokens, size)
+    yield work.product("head", 1, size, config.num_classes)
 
 
 # "convit_nano" is kart's own size for small images

@@ -213,17 +213,17 @@ def work_of(config: SwinConfig) -> work.Layers:
     """The layers of a Swin, those of patch merging among the linear ones."""
     stages = config.stages
     patches, first = stages[0].side ** 2, config.embed_dim
-    yield work.Product("embed", patches, config.in_channels * config.patch_size**2, first)
-    yield work.Norm(patches, first)
+    yield work.product("embed", patches, config.in_channels * config.patch_size**2, first)
+    yield work.norm(patches, first)
     for stage in stages:
         tokens = stage.side**2
         if stage.index:
-            yield work.Norm(tokens, 2 * stage.width)
-            yield work.Product("linear", tokens, 2 * stage.width, stage.width)
+            yield work.norm(tokens, 2 * stage.width)
+            yield work.product("linear", tokens, 2 * stage.width, stage.width)
         for _ in range(stage.depth):
             yield from work.block(tokens, stage.width, int(stage.width * config.mlp_ratio))
-    yield work.Norm(stages[-1].side ** 2, stages[-1].width)
-    yield work.Product("head", 1, stages[-1].width, config.num_classes)
+    yield work.norm(stages[-1].side ** 2, stages[-1].width)
+    yield work.product("head", 1, stages[-1].width, config.num_classes)
 
 
 # "swin_nano" is kart's own size for small images

@@ -65,11 +65,11 @@ def vit(operator: Choice = "softmax", **fields: Any) -> Model:
 def work_of(config: ViTConfig) -> work.Layers:
     """The layers of a vision transformer; its last norm takes all tokens, as the paper counts."""
     size, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
-    yield work.Product("embed", config.tokens - 1, config.in_channels * config.patch_size**2, size)
+    yield work.product("embed", config.tokens - 1, config.in_channels * config.patch_size**2, size)
     for _ in range(config.depth):
         yield from work.block(config.tokens, size, hidden)
-    yield work.Norm(config.tokens, size)
-    yield work.Product("head", 1, size, config.num_classes)
+    yield work.norm(config.tokens, size)
+    yield work.product("head", 1, size, config.num_classes)
 
 
 # "vit_nano" is kart's own size for laptops and studies on small images; the others have the

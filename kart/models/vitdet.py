@@ -131,7 +131,7 @@ def windowed_attention(
 def work_of(config: ViTDetConfig) -> work.Layers:
     """The layers of a ViTDet, on padded windows where there are some, and of its pyramid."""
     size, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
-    yield work.Product("embed", config.tokens, config.in_channels * config.patch_size**2, size)
+    yield work.product("embed", config.tokens, config.in_channels * config.patch_size**2, size)
     for i in range(config.depth):
         cut = config.cut(i)
         yield from work.block(config.tokens, size, hidden, cut.count * cut.window**2)
