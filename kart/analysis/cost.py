@@ -122,18 +122,18 @@ def unused(model: Model) -> dict[str, int]:
     if not any(map(sum, seen.values())) and not any(map(_scaled_alone, owners.values())):
         return {}
     params = model.init(Generator().manual_seed(0))
-    named = tree.named(params)
-    blocks = dict.fromkeys(path.partition(".attn.")[0] for path in named if ".attn." in path)
+    blocks = dict.fromkeys(
+        path.partition(".attn.")[0] for path in tree.named(params) if ".attn." in path
+    )
     found: dict[str, int] = {}
     for block, site in zip(blocks, model.sites, strict=True):
         queries, keys = seen[id(site.operator), site.heads, site.tokens, site.width]
         parts = {"qkv": (3, queries + keys), "qk": (2, queries + keys)}
         parts["relative_position_bias_table"] = (1, queries)
-        for path, leaf in named.items():
-            layer = path.removeprefix(f"{block}.attn.").split(".")[0]
-            if path.startswith(f"{block}.attn.") and layer in parts and parts[layer][1]:
-                all_, some = parts[layer]
-                count = leaf.numel() * some // (all_ * site.heads)
+        for layer, leaves in find(params, f"{block}.attn").items():
+            every, some = parts.get(layer, (1, 0))
+            if some:
+                count = tree.size(leaves) * some // (every * site.heads)
                 found[f"attn.{layer}"] = found.get(f"attn.{layer}", 0) + count
     scales = sum(_idle_scales(op, find(params, path)) for path, op in owners.items())
     return found | ({SCALES: scales} if scales else {})
