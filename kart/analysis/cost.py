@@ -22,9 +22,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from kart import layers, models, pages, schema, tables, train, transfer, tree
+from kart import layers, models, pages, schema, tables, train, tree
 from kart.analysis import curvature
-from kart.analysis.section import Analysis, Context
+from kart.analysis.section import Analysis, Context, own_params
 from kart.models import Model, Site
 from kart.models.blocks import merge_heads
 from kart.models.model import find
@@ -66,7 +66,7 @@ def parameters(model: Model) -> Parameters:
     c = model.config
     if c.family != "vit":
         drawn = model.init(Generator().manual_seed(0))
-        named = tree.named({k: v for k, v in drawn.items() if k != transfer.TEACHER})
+        named = tree.named(own_params(drawn))
         learned = sum(x.numel() for path, x in named.items() if "operator" in path.split("."))
         return Parameters(sum(x.numel() for x in named.values()), learned)
     size, hidden = c.embed_dim, int(c.embed_dim * c.mlp_ratio)
