@@ -324,13 +324,12 @@ def processes(each: int | None = None) -> ProcessPoolExecutor:
 
 def operator_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
     """Forward, and forward + backward, of one attention operator."""
-    rates: dict[torch.dtype, float] = {}
+    rate = functools.cache(lambda dtype: matmul_rate(args.device, dtype, clock))
     for setting in settings_of(args):
         progress(setting.what)
         inputs, probe = drawn_inputs(setting, args)
         op, q, tokens = operators.parse(setting.spec).operator, inputs[1], setting.tokens
-        dtype, batch = q.dtype, q.shape[0]
-        rates.setdefault(dtype, matmul_rate(args.device, dtype, clock))
+        batch, peak = q.shape[0], rate(q.dtype)
         variants = _variants(setting, args.device, inputs)
         forward, both = {}, {}
         with torch.no_grad():
@@ -354,7 +353,7 @@ def operator_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Row
                 "both": summary(timed[name], timed["softmax"]),
                 "flops": flops,
                 "bytes": least,
-                "floor": flops / rates[dtype] / statistics.median(timed[name]),
+                "floor": flops / peak / statistics.median(timed[name]),
             }
 
 
