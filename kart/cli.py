@@ -84,3 +84,7 @@ def _one_line(error: Exception, place: Path | None) -> str:
         traceback.print_exception(error, file=file)
     kind = type(error).__name__
     return f"{kind}: {text[:300]} (unforeseen; the traceback is in {Path(file.name)})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -75,13 +75,13 @@ def attention(
             Work(2 * products * square * width, rows * numbers, square)
             for products, numbers in zip((2, 5), memory, strict=True)
         ]
-    low_rank, basis = op.options.get("kind") == "low_rank", op.basis
-    fourier = basis and basis.family == "fourier" and basis.options["base"] == "zero"
-    if not low_rank or op.options["base"] or op.options["project"] or not basis or not fourier:
+    basis, options = op.basis, op.options
+    plain = options.get("kind") == "low_rank" and not options["base"] and not options["project"]
+    if not plain or basis is None or (basis.family, basis.options["base"]) != ("fourier", "zero"):
         raise ValueError(
             f"`attention` needs softmax or Fourier units of low rank, got {op.name!r}. Choose one."
         )
-    rank, size = op.options["rank"], basis.size
+    rank, size = options["rank"], basis.size
     # W and the units' coefficients; hidden values are kept for the backward
     params = heads * tokens * rank * (size + 1) * each
     forward = square * (width + size * rank) + 2 * rows * rank * width
