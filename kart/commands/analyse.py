@@ -24,8 +24,7 @@ OPTIONS = {
     "examples": ("examples", 16, "validation images that losses are taken on"),
     "points": ("points", 11, "a side of the pictured surfaces, 11, 21, 31 ..."),
     "retrain": (
-        "retrain",
-        0,
+        *("retrain", 0),
         "steps of training after learned functions are made simple; 0 for none",
     ),
     "memory_mib": ("limit_mib", 64, "what a section may hold at a time"),
