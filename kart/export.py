@@ -114,10 +114,6 @@ def program(model: Model, params: Params) -> torch.export.ExportedProgram:
     return graph(Exported(model, params).eval(), (example,), batch)
 
 
-def _torch(model: Model, params: Params, path: Path) -> None:
-    torch.export.save(program(model, params), path)
-
-
 @contextlib.contextmanager
 def _errors_alone(*names: str) -> Iterator[None]:
     """A block in which loggers say what failed, not what they skipped."""
@@ -155,7 +151,7 @@ def _onnx(model: Model, params: Params, path: Path) -> None:
 FORMATS: dict[str, Callable[[Model, Params, Path], None]] = {
     "safetensors": _safetensors,
     "timm": _timm,
-    "torch": _torch,
+    "torch": lambda model, params, path: torch.export.save(program(model, params), path),
     "onnx": _onnx,
 }
 SUFFIXES = {"safetensors": ".safetensors", "timm": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}

@@ -3,7 +3,7 @@
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -48,6 +48,14 @@ def spread(values: Sequence[float], digits: int = 2, scale: float = 100.0) -> st
     # `stdev` has an error of its own for values that are not finite
     deviation = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
     return f"{mean:.{digits}f} ± {deviation * scale:.{digits}f}"
+
+
+def scores(records: Sequence[Mapping[str, Any]], prefix: str = "") -> list[str]:
+    """The `spread` over seeds of "top1" and "top5", in per cent, and of "loss", of records in which
+    `prefix` stands before these names.
+    """
+    forms = {"top1": (2, 100.0), "top5": (2, 100.0), "loss": (3, 1.0)}
+    return [spread([one[prefix + name] for one in records], *form) for name, form in forms.items()]
 
 
 def bar(*args: Any, **options: Any) -> Any:

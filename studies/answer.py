@@ -151,6 +151,10 @@ class Unit(NamedTuple):
         )
 
 
+Records = Sequence[Mapping[str, Any]]  # of units, as `execute` gives them
+Scores = Mapping[tuple[str, str], Mapping[int, float]]  # test top-1 of (cell, arm), by seed
+
+
 def _name(text: str) -> str:
     return "".join(c if c.isalnum() or c in "-+" else "-" for c in text)
 
@@ -169,7 +173,7 @@ def read(out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def best_rates(records: Sequence[Mapping[str, Any]], cell: str = CENTRE_CELL) -> dict[str, float]:
+def best_rates(records: Records, cell: str = CENTRE_CELL) -> dict[str, float]:
     """The rate of each arm whose tuning in `cell` is finished: highest validation top-1, the lower
     rate where two are equal. Others than the cell's, tried afterwards, are not chosen.
     """
@@ -185,9 +189,7 @@ def best_rates(records: Sequence[Mapping[str, Any]], cell: str = CENTRE_CELL) ->
     }
 
 
-def tested(
-    records: Sequence[Mapping[str, Any]], own: bool = True
-) -> dict[tuple[str, str], dict[int, float]]:
+def tested(records: Records, own: bool = True) -> dict[tuple[str, str], dict[int, float]]:
     """Test top-1 by seed of each (cell, arm) at the rate that was chosen, in the cell where it has
     rates of its `own`, or in the centre; where none has been, of runs at one rate alone. A diverged
     seed counts with what it scored.
@@ -209,7 +211,7 @@ def tested(
 
 
 def planned(
-    records: Sequence[Mapping[str, Any]],
+    records: Records,
     cells: Sequence[str],
     arms: Sequence[str] | None = None,
     seeds: int = SEEDS,
@@ -236,9 +238,7 @@ def planned(
                 yield Unit(cell, arm, rates[cell][arm], n)
 
 
-def undecided(
-    scores: Mapping[tuple[str, str], Mapping[int, float]], cell: str, arm: str, n: int
-) -> bool:
+def undecided(scores: Scores, cell: str, arm: str, n: int) -> bool:
     """Whether an arm with `n` seeds may be better or worse than softmax in `cell`."""
     if arm == "softmax" or len(scores.get((cell, arm), {})) != n:
         return False
@@ -246,18 +246,13 @@ def undecided(
     return found is not None and not found.why and found.low < 0 < found.high
 
 
-def gain(
-    scores: Mapping[tuple[str, str], Mapping[int, float]],
-    cell: str,
-    arm: str,
-    over: str = "softmax",
-) -> Interval | None:
+def gain(scores: Scores, cell: str, arm: str, over: str = "softmax") -> Interval | None:
     """The difference in test top-1 to the arm `over` in a cell, over the seeds that both have."""
-    own, base = scores.get((cell, arm), {}), scores.get((cell, over), {})
-    shared = sorted(set(own) & set(base))
+    both = scores.get((cell, arm), {}), scores.get((cell, over), {})
+    shared = sorted(both[0].keys() & both[1].keys())
     if len(shared) < 2:
         return None
-    return statistics.difference([own[i] for i in shared], [base[i] for i in shared])
+    return statistics.difference(*([one[i] for i in shared] for one in both))
 
 
 # how the gain of KArAt over softmax is split: what ignores the scores, what an affine function of
@@ -297,23 +292,19 @@ def by_factor(cells: Sequence[str]) -> dict[str, list[str]]:
     return found or {"the centre": list(cells)}
 
 
-def score_share(
-    scores: Mapping[tuple[str, str], Mapping[int, float]], cell: str
-) -> Interval | None:
+def score_share(scores: Scores, cell: str) -> Interval | None:
     """The share of G3's gain over softmax that polynomial-0 does not have: a function of the
     scores, with Fieller's interval.
     """
-    own = [scores.get((cell, arm), {}) for arm in ("polynomial-0", "G3", "softmax")]
-    shared = sorted(set(own[0]) & set(own[1]) & set(own[2]))
+    static, learned, base = (scores.get((cell, a), {}) for a in ("polynomial-0", "G3", "softmax"))
+    shared = sorted(static.keys() & learned.keys() & base.keys())
     if len(shared) < 2:
         return None
-    static, learned, base = ([one[i] for i in shared] for one in own)
-    rest = [b - a for a, b in zip(static, learned, strict=True)]
-    whole = [b - a for a, b in zip(base, learned, strict=True)]
+    rest, whole = ([learned[i] - other[i] for i in shared] for other in (static, base))
     return statistics.ratio(rest, whole)
 
 
-def tuning(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def tuning(records: Records) -> tuple[list[str], list[list[str]]]:
     """What the choice of rates did, as head and rows: of each arm in the centre and in the cells
     with rates of their own validation top-1 by rate, `*` at the best and whether it is the lowest
     or highest tried, and the gain over softmax there and, where it was run too, with every arm at
@@ -366,7 +357,7 @@ TREND_WORDS = (
 )
 
 
-def trends(records: Sequence[Mapping[str, Any]]) -> dict[str, Trend]:
+def trends(records: Records) -> dict[str, Trend]:
     """`TREND_WORDS`."""
     import numpy as np
     from scipy import stats
@@ -491,17 +482,11 @@ def work(
     return count
 
 
-def shown(found: Interval | None, factor: float = 100.0, digits: int = 2, sign: bool = True) -> str:
+def shown(found: Interval | None, factor: float = 100.0, sign: str = "+") -> str:
     """An interval as text: mean, bounds, n."""
     if found is None:
         return ""
-    form = f"{'+' if sign else ''}.{digits}f"
-    if found.why:
-        return f"{factor * found.mean:{form}} ({found.why})"
-    return (
-        f"{factor * found.mean:{form}} [{factor * found.low:{form}}, {factor * found.high:{form}}] "
-        f"n={found.n}"
-    )
+    return found.text(factor, sign=sign) + ("" if found.why else f" n={found.n}")
 
 
 def stacked(found: Interval | None, factor: float = 100.0, above: str = "") -> pages.Markup:
@@ -513,15 +498,10 @@ def stacked(found: Interval | None, factor: float = 100.0, above: str = "") -> p
     return pages.Markup("<br>".join(lines))
 
 
-def decided(found: Interval | None) -> bool:
-    """Whether an interval is there and does not hold 0."""
-    return found is not None and not found.why and not found.low <= 0 <= found.high
-
-
 SIGHTS = ("ignores the scores", "a function of the scores", "softmax, alone or beside more")
 
 
-def forest(scores: Mapping[tuple[str, str], Mapping[int, float]], cells: Sequence[str]) -> Any:
+def forest(scores: Scores, cells: Sequence[str]) -> Any:
     """The gain of each arm over softmax in each cell, with its interval, on one axis of points."""
     arms = [arm for arm in ARMS if arm != "softmax" and any(gain(scores, c, arm) for c in cells)]
     columns = min(5, len(cells))
@@ -551,7 +531,7 @@ def forest(scores: Mapping[tuple[str, str], Mapping[int, float]], cells: Sequenc
     return fig
 
 
-def shares(scores: Mapping[tuple[str, str], Mapping[int, float]], cells: Sequence[str]) -> Any:
+def shares(scores: Scores, cells: Sequence[str]) -> Any:
     """The parts of KArAt's gain in each cell, beside each other."""
     fig, axes = figures.grid(1, 1, 1.5 + 0.95 * max(6, len(cells)), 3.0)
     ax = axes[0, 0]
@@ -578,7 +558,7 @@ def steps(cell: str) -> int:
     return fields["epochs"] * (fields["train_limit"] // fields["batch_size"])
 
 
-def lasting(scores: Mapping[tuple[str, str], Mapping[int, float]], cells: Sequence[str]) -> Any:
+def lasting(scores: Scores, cells: Sequence[str]) -> Any:
     """The gain of each arm over softmax by the number of training steps, be they of more images
     (filled) or of more epochs (hollow); arms in fewer than four such cells are left out.
     """
@@ -642,9 +622,9 @@ def report(out: Path) -> list[str]:
         mean = statistics.accuracy(list(own.values()))
         above = f"{100 * mean.mean:.2f} %" + (f" n={len(own)}" if arm == "softmax" else "")
         stacks.setdefault(arm, {})[cell] = stacked(found, above=above)
-        rows.append([cell, arm, ARMS[arm].sees, f"{size:,}", shown(mean, sign=False), shown(found)])
+        rows.append([cell, arm, ARMS[arm].sees, f"{size:,}", shown(mean, sign=""), shown(found)])
         numbers.append([cell, arm, size, len(own), mean.mean, *(found or [None] * 3)[:3]])
-        if found is not None and not decided(found):
+        if found is not None and (found.why or found.low <= 0 <= found.high):
             undecided_ones.append(f"{arm} against softmax in the cell {cell}: {shown(found)}")
     gains = {part: {c: gain(scores, c, *pair) for c in cells} for part, pair in PARTS.items()}
     parts = [[part, *map(shown, found.values())] for part, found in gains.items()]
@@ -653,137 +633,105 @@ def report(out: Path) -> list[str]:
     trend_rows = [
         [
             arm,
-            f"{one.centre[0]:+.2f} [{one.centre[1]:+.2f}, {one.centre[2]:+.2f}]",
-            *(
-                f"{s[0]:+.2f} [{s[1]:+.2f}, {s[2]:+.2f}]" if (s := one.slopes.get(f)) else ""
-                for f in FACTORS
-            ),
+            *map(_line, (one.centre, *map(one.slopes.get, FACTORS))),
             crossing(one),
             str(one.runs),
         ]
         for arm, one in fitted.items()
     ]
     tuned, tuned_rows = tuning(records)
-    sections = [
-        pages.Section(
+    groups = by_factor(cells).items()
+    arms_by_factor = [
+        pages.table(
+            ["arm", *group],
             [
-                pages.text(
-                    "Test top-1, mean over seeds with 95 % intervals, and the difference to "
-                    "softmax paired by seed. Rates were chosen by validation, in the centre and "
-                    "in the cells with rates of their own; the test split was read once a run. "
-                    + LOOKS_WORDS
-                ),
-                pages.figure(
-                    forest(scores, cells),
-                    "forest",
-                    "gain of each arm over softmax in each cell",
-                    "Right of the line: better than softmax. Lines are 95 % intervals.",
-                ),
-                *(
-                    pages.table(
-                        ["arm", *group],
-                        [
-                            [arm, *(own.get(c, "") for c in group)]
-                            for arm, own in stacks.items()
-                            if own.keys() & set(group)
-                        ],
-                        f"By {words}: test top-1, and the points over softmax with their interval.",
-                    )
-                    for words, group in by_factor(cells).items()
-                ),
-                pages.details(
-                    "With parameters, and what an arm sees of the scores",
-                    pages.table(
-                        ["cell", "arm", "sees", "parameters", "test top-1 %", "over softmax"], rows
-                    ),
-                ),
+                [arm, *(own.get(c, "") for c in group)]
+                for arm, own in stacks.items()
+                if own.keys() & set(group)
             ],
-            title="Every arm in every cell",
-        ),
-        pages.Section(
-            [
-                pages.figure(
-                    shares(scores, cells),
-                    "parts",
-                    "parts of the gain in each cell",
-                    "What ignoring the scores gives, and what each step towards a learned function "
-                    "adds.",
-                ),
-                *(
-                    pages.table(
-                        ["part, in points", *group],
-                        [
-                            *(
-                                [part, *(stacked(found[c]) for c in group)]
-                                for part, found in gains.items()
-                                if any(found[c] for c in group)
-                            ),
-                            [
-                                "share of G3's gain that polynomial-0 has not",
-                                *(
-                                    "unclear" if one and one.why else stacked(one, 1.0)
-                                    for one in map(shares_found.get, group)
-                                ),
-                            ],
-                        ],
-                        f"By {words}. The share has Fieller's interval, and is unclear where the "
-                        "gain itself is not clear of 0.",
-                    )
-                    for words, group in by_factor(cells).items()
-                ),
-            ],
-            title="What part is a function of the scores",
-        ),
-        pages.Section(
-            [
-                pages.figure(
-                    lasting(scores, cells),
-                    "lasting",
-                    "gain over softmax by training steps",
-                    "Gain over softmax by training steps, with 95 % intervals: filled where the "
-                    "images differ, hollow where the epochs do.",
-                )
-            ],
-            title="How long the gain lasts",
-        ),
-        pages.Section(
-            [
-                pages.text(
-                    "Validation top-1 in per cent by learning rate, one seed each, * the best, "
-                    "lowest or highest where better ones may lie beyond those tried; the gain over "
-                    "softmax with every arm at its best rate of that cell, and, where it was run, "
-                    "with every arm at its best rate of the centre."
-                ),
-                pages.table(tuned, tuned_rows),
-            ],
-            title="Rates",
-        ),
-        pages.Section(
-            [
-                pages.text(TREND_WORDS),
-                pages.table(
-                    [
-                        "arm",
-                        "at the centre",
-                        *(f"a doubling of {word}" for word in FACTORS.values()),
-                        "would cross 0",
-                        "runs",
-                    ],
-                    trend_rows,
-                ),
-            ],
-            title="Trends",
-        ),
-        pages.Section(
-            [pages.items(undecided_ones or ["nothing: every interval is clear of 0"])],
-            title="Undecided",
-        ),
+            f"By {words}: test top-1, and the points over softmax with their interval.",
+        )
+        for words, group in groups
     ]
+    parts_by_factor = []
+    for words, group in groups:
+        lines = [
+            [part, *(stacked(found[c]) for c in group)]
+            for part, found in gains.items()
+            if any(found[c] for c in group)
+        ]
+        share_row = [
+            "unclear" if one and one.why else stacked(one, 1.0)
+            for one in map(shares_found.get, group)
+        ]
+        lines.append(["share of G3's gain that polynomial-0 has not", *share_row])
+        told = (
+            f"By {words}. The share has Fieller's interval, and is unclear where the gain itself "
+            "is not clear of 0."
+        )
+        parts_by_factor.append(pages.table(["part, in points", *group], lines, told))
+    head = ["cell", "arm", "sees", "parameters", "test top-1 %", "over softmax"]
+    doublings = [f"a doubling of {word}" for word in FACTORS.values()]
+    sections = {
+        "Every arm in every cell": [
+            pages.text(
+                "Test top-1, mean over seeds with 95 % intervals, and the difference to softmax "
+                "paired by seed. Rates were chosen by validation, in the centre and in the cells "
+                "with rates of their own; the test split was read once a run. " + LOOKS_WORDS
+            ),
+            pages.figure(
+                forest(scores, cells),
+                "forest",
+                "gain of each arm over softmax in each cell",
+                "Right of the line: better than softmax. Lines are 95 % intervals.",
+            ),
+            *arms_by_factor,
+            pages.details(
+                "With parameters, and what an arm sees of the scores", pages.table(head, rows)
+            ),
+        ],
+        "What part is a function of the scores": [
+            pages.figure(
+                shares(scores, cells),
+                "parts",
+                "parts of the gain in each cell",
+                "What ignoring the scores gives, and what each step towards a learned function "
+                "adds.",
+            ),
+            *parts_by_factor,
+        ],
+        "How long the gain lasts": [
+            pages.figure(
+                lasting(scores, cells),
+                "lasting",
+                "gain over softmax by training steps",
+                "Gain over softmax by training steps, with 95 % intervals: filled where the images "
+                "differ, hollow where the epochs do.",
+            )
+        ],
+        "Rates": [
+            pages.text(
+                "Validation top-1 in per cent by learning rate, one seed each, * the best, lowest "
+                "or highest where better ones may lie beyond those tried; the gain over softmax "
+                "with every arm at its best rate of that cell, and, where it was run, with every "
+                "arm at its best rate of the centre."
+            ),
+            pages.table(tuned, tuned_rows),
+        ],
+        "Trends": [
+            pages.text(TREND_WORDS),
+            pages.table(["arm", "at the centre", *doublings, "would cross 0", "runs"], trend_rows),
+        ],
+        "Undecided": [
+            pages.items(undecided_ones or ["nothing: every interval is clear of 0"]),
+        ],
+    }
     title = "Is learnable attention better than softmax?"
     left = len(records) - sum(one["tuning"] for one in records) - sum(map(len, scores.values()))
     spare = f", {left} of them at rates that were not chosen and left out" if left else ""
     lead = f"{len(records)} runs{spare}; python -m studies.answer report --out {out.name}"
-    checkpoint.write_text(out / "answer.html", pages.page(title, sections, lead))
+    shown_sections = [pages.Section(blocks, title=name) for name, blocks in sections.items()]
+    checkpoint.write_text(out / "answer.html", pages.page(title, shown_sections, lead))
     header = ("cell", "arm", "parameters", "n", "top1", "gain", "low", "high")
     _write_table(out / "answer.csv", [header, *numbers])
     fields = ("cell", "arm", "rate", "seed", "val_top1", "test_top1", "cpu_seconds")
@@ -807,6 +755,10 @@ def report(out: Path) -> list[str]:
     said += [tables.table(tuned_rows, tuned)]
     said += [tables.table(trend_rows, ["arm", "centre", *FACTORS.values(), "crosses 0", "runs"])]
     return said
+
+
+def _line(found: tuple[float, float, float] | None) -> str:
+    return "" if found is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*found)
 
 
 def _write_table(path: Path, rows: Sequence[Sequence[Any]]) -> None:
@@ -842,22 +794,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         one.add_argument("--out", type=Path, default=Path("runs/answer"), help="where units are")
         if verb == "report":
             continue
-        one.add_argument(
-            "--cells",
-            nargs="+",
-            metavar="CELL",
-            choices=list(CELLS),
-            default=list(CELLS),
-            help="which of: " + "; ".join(CELLS),
-        )
-        one.add_argument(
-            "--arms",
-            nargs="+",
-            metavar="ARM",
-            choices=list(ARMS),
-            default=list(ARMS),
-            help="which of: " + "; ".join(ARMS),
-        )
+        for what, known in (("cell", list(CELLS)), ("arm", list(ARMS))):
+            one.add_argument(
+                f"--{what}s",
+                nargs="+",
+                metavar=what.upper(),
+                choices=known,
+                default=known,
+                help="which of: " + "; ".join(known),
+            )
         one.add_argument(
             "--seeds",
             type=int,

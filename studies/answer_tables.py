@@ -70,8 +70,6 @@ LESS = {
 }
 OUTSIDE = {"`softconv` less the table inside": ("softmax + relative", "softmax(S + relative)")}
 
-Scores = Mapping[tuple[str, str], Mapping[int, float]]
-
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The runs of a file that `studies.answer report` wrote."""
@@ -103,7 +101,7 @@ def points(found: Interval | None, sign: str = "+") -> str:
     return "" if found is None else found.text(digits=1, sign=sign)
 
 
-def share(scores: Scores, cell: str) -> str:
+def share(scores: answer.Scores, cell: str) -> str:
     """The share of the scores in G3's gain; "unclear" where its interval has no bounds."""
     found = answer.score_share(scores, cell)
     if found is None:
@@ -111,7 +109,7 @@ def share(scores: Scores, cell: str) -> str:
     return "unclear" if found.why else found.text(1.0)
 
 
-def top1(scores: Scores, cell: str, arm: str) -> str:
+def top1(scores: answer.Scores, cell: str, arm: str) -> str:
     """Test top-1 in per cent with its number of seeds, and the gain over softmax."""
     own = list(scores.get((cell, arm), {}).values())
     if not own:
@@ -127,7 +125,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def by_cell(
-    scores: Scores,
+    scores: answer.Scores,
     cells: Mapping[str, str],
     arms: Sequence[str],
     less: Mapping[str, tuple[str, str]],
@@ -143,7 +141,7 @@ def by_cell(
     return table(["", *cells.values()], rows)
 
 
-def headline(scores: Scores) -> str:
+def headline(scores: answer.Scores) -> str:
     """The first table: a row a length of training, gains over softmax with their pairs of seeds."""
 
     def gains(cell: str) -> list[str]:
@@ -157,7 +155,7 @@ def headline(scores: Scores) -> str:
     return table(["", "softmax %", *HEADLINE.values()], rows)
 
 
-def tables(scores: Scores) -> list[str]:
+def tables(scores: answer.Scores) -> list[str]:
     """The table of README.md, and those of studies/README.md in their order."""
     tried = [arm for arm in answer.ARMS if ("width 32", arm) in scores]
     return [

@@ -12,13 +12,15 @@ and the other stays tested equal to it (tests/test_train.py).
 import argparse
 import dataclasses
 import statistics
-import time
 
 import torch
 
 from kart import tables, train
+from kart.analysis import bench
 from kart.commands.command import integer, standalone
 from kart.train import Config
+
+from .population_speed import stepper
 
 SETTINGS = {
     "digits, 17 tokens, D 64": Config(patch_size=2, batch_size=64),
@@ -29,20 +31,11 @@ SETTINGS = {
 
 def measure(config: Config, splits: train.Splits, repeats: int) -> dict[str, list[float]]:
     """CPU seconds of steps of each form, taken in turn."""
-    runs = {
-        batching: train.solo(dataclasses.replace(config, batching=batching), splits)
+    calls = {
+        batching: stepper(dataclasses.replace(config, batching=batching), [config.seed], splits)
         for batching in ("native", "vmap")
     }
-    states = {batching: run.init() for batching, run in runs.items()}
-    seconds: dict[str, list[float]] = {batching: [] for batching in runs}
-    for repeat in range(repeats + 2):
-        for batching, run in runs.items():
-            pair = run.batch(repeat)
-            began = time.process_time()
-            states[batching], _ = run.advance(states[batching], run.hyper, *pair)
-            if repeat >= 2:
-                seconds[batching].append(time.process_time() - began)
-    return seconds
+    return bench.interleave(calls, repeats, bench.Clock("cpu"))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -148,7 +148,8 @@ def watch(url: str, env: dict[str, str], workers: int, trials: int, flags: Seque
             for _ in range(workers)
         ]
         stack.callback(lambda: [process.kill() for process in started])
-        database = storage.open_database(_with_password(url, env))
+        secret = url.replace("kart@", f"kart:{env['PGPASSWORD']}@", 1)
+        database = storage.open_database(secret)
         settings = storage.read_database(database, name)[name]
         arms = storage.studies(database, settings)
         killed = _kill_one(arms, started)
@@ -166,10 +167,6 @@ def watch(url: str, env: dict[str, str], workers: int, trials: int, flags: Seque
     ]
     names = {trial.user_attrs["worker"] for trial in everything}
     return Seen(killed, again[0] if again else None, found, settings.per_arm, len(names))
-
-
-def _with_password(url: str, env: dict[str, str]) -> str:
-    return url.replace("kart@", f"kart:{env['PGPASSWORD']}@", 1)
 
 
 def _kill_one(arms: dict[str, optuna.Study], started: list[subprocess.Popen]) -> FrozenTrial:

@@ -27,7 +27,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +86,7 @@ def _work(number: int, configs: Sequence[Config], messages: Any) -> None:
     messages.put((number, found._replace(params=weights)))
 
 
-def _results(plans: Sequence[Sequence[Config]], processes: int, bar: Any) -> list[report.Result]:
-    if processes == 1:
-        return [result_of(configs, bar.update) for configs in plans]
-    return list(_in_processes(plans, bar))
-
-
-def _in_processes(plans: Sequence[Sequence[Config]], bar: Any) -> Iterator[report.Result]:
+def _in_processes(plans: Sequence[Sequence[Config]], bar: Any) -> list[report.Result]:
     # spawn: a fork of a process that has run torch may hang
     context = multiprocessing.get_context("spawn")
     messages = context.Queue()
@@ -123,7 +117,7 @@ def _in_processes(plans: Sequence[Sequence[Config]], bar: Any) -> Iterator[repor
             results[number] = message._replace(params=params)
     for worker in workers:
         worker.join()
-    yield from (results[i] for i in range(len(plans)))
+    return [results[i] for i in range(len(plans))]
 
 
 def printed(results: Sequence[report.Result], splits: train.Splits, test_images: int) -> str:
@@ -187,7 +181,10 @@ def _run(args: argparse.Namespace, command: str) -> None:
     steps = len(plans) * recipe.epochs * (len(splits.train.labels) // recipe.batch_size)
     label = f"{', '.join(OPERATORS)}: {len(args.seeds)} seeds each"
     with tables.bar(total=steps, desc=label, unit="step", disable=args.quiet) as bar:
-        results = _results(plans, args.processes, bar)
+        if args.processes == 1:
+            results = [result_of(configs, bar.update) for configs in plans]
+        else:
+            results = _in_processes(plans, bar)
     images = len(data.load(recipe.data, "test", image_size=recipe.decode_size).labels)
     print(printed(results, splits, images))
     title = f"{', '.join(OPERATORS[:-1])} and {OPERATORS[-1]} on handwritten digits"

@@ -11,12 +11,12 @@ group size of a study is measured in the same way when it starts. Two minutes on
 import argparse
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 
 from kart import population, train
+from kart.analysis import bench
 from kart.commands.command import integer, standalone
 from kart.tables import table
 from kart.train import Config
@@ -48,18 +48,10 @@ def measure(
     """CPU seconds a member and step, together and alone, and the median ratio of the two."""
     together = stepper(config, range(count), splits)
     alone = [stepper(config, [seed], splits) for seed in range(count)]
-    found: list[tuple[float, float]] = []
-    for repeat in range(repeats + 2):
-        began = time.process_time()
-        together()
-        middle = time.process_time()
-        for step in alone:
-            step()
-        ended = time.process_time()
-        if repeat >= 2:
-            found.append(((middle - began) / count, (ended - middle) / count))
-    first, second = (statistics.median(values) for values in zip(*found, strict=True))
-    return first, second, statistics.median(b / a for a, b in found)
+    calls = {"together": together, "alone": lambda: [step() for step in alone]}
+    both = bench.interleave(calls, repeats, bench.Clock("cpu")).values()
+    first, second = (statistics.median(seconds) / count for seconds in both)
+    return first, second, statistics.median(b / a for a, b in zip(*both, strict=True))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,6 +13,8 @@ stands for a training run, so a search takes milliseconds and its noise is that 
 
 import argparse
 import csv
+import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,9 +43,7 @@ def read(path: Path, arm: str) -> tuple[list[str], list[list[Any]], Table]:
     points = {
         tuple(_number(row[name]) for name in names): float(row["values"].split()[0]) for row in rows
     }
-    size = 1
-    for values in levels:
-        size *= len(values)
+    size = math.prod(map(len, levels))
     if size != len(points) or size < 2:
         raise ValueError(
             f"`--table` needs every point of a grid, got {len(points)} of {size} of arm {arm!r} in "
@@ -79,8 +79,8 @@ def regrets(
     study = optuna.create_study(direction="maximize", sampler=PerTrial(make, seed, sampler))
     study.optimize(objective, n_trials=trials)
     best = max(points.values())
-    values = [trial.values[0] for trial in study.trials]
-    return [best - max(values[: i + 1]) for i in range(trials)]
+    so_far = itertools.accumulate((trial.values[0] for trial in study.trials), max)
+    return [best - value for value in so_far]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,6 +12,7 @@ same windows, by seed. `by_distance` alone and `polynomial-0` are controls that 
 """
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -26,6 +27,7 @@ from torch.nn import functional
 
 from kart import layers, nn, operators, optim, schema, statistics, tables, tree
 from kart.commands.command import integer, number, standalone
+from kart.models import blocks
 from kart.operators import Operator
 
 Params = dict[str, Any]
@@ -77,13 +79,7 @@ def init(generator: Generator, op: Operator, kinds: int, args: argparse.Namespac
         "embed": layers.truncated_normal(generator, kinds, size, std=0.1),
         "norm": layers.layer_norm_init(size),
         "blocks": {
-            str(i): {
-                "norm1": layers.layer_norm_init(size),
-                "qkv": layers.linear_init(generator, size, 3 * size),
-                "proj": layers.linear_init(generator, size, size),
-                "norm2": layers.layer_norm_init(size),
-                "mlp": layers.mlp_init(generator, size, 4 * size),
-            }
+            str(i): blocks.block_init(generator, size, 4 * size, blocks.attention_init)
             for i in range(args.depth)
         },
     }
@@ -96,11 +92,9 @@ def apply(op: Operator, heads: int, params: Params, codes: Tensor) -> Tensor:
     """Characters `(B, N)` to the logits `(B, N, C)` of the next ones."""
     x, mask = params["embed"][codes], nn.causal_mask(codes.shape[-1], codes.shape[-1])
     for block in params["blocks"].values():
-        qkv = layers.linear(block["qkv"], layers.layer_norm(block["norm1"], x)).chunk(3, -1)
-        q, k, v = (nn.split_heads(part, heads) for part in qkv)
-        out = op.attend(block["operator"], q, k, v, mask)
-        x = x + layers.linear(block["proj"], nn.merge_heads(out))
-        x = x + layers.mlp(block["mlp"], layers.layer_norm(block["norm2"], x))
+        attend = functools.partial(op.attend, block["operator"])
+        attn = functools.partial(blocks.attention, heads=heads, attend=attend, mask=mask)
+        x = blocks.block(block, x, attn, x.dtype)
     # the embedding is the head, too
     return layers.layer_norm(params["norm"], x) @ params["embed"].mT
 

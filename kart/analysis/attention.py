@@ -499,14 +499,13 @@ def score_share(weights: Tensor, values: Tensor | None = None) -> Tensor:
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def plot(images: Tensor, maps: Tensor, share: float = 0.5, masks: Tensor | None = None) -> Any:
+def plot(images: Tensor, maps: Tensor, masks: Tensor | None = None) -> Any:
     """A matplotlib Figure: a row an image, with its maps by head as heat over it, each from 0 to
-    its own maximum, and the region of its dominant head.
+    its own maximum, and the `region` of its dominant head.
 
     Args:
         images: in [0, 1], `(B, C, height, width)`, C = 1 or 3.
         maps: `(B, H, rows, columns)` of `class_maps`.
-        share: as in `region`.
         masks: of the objects, boolean `(B, height, width)`; their outline is drawn.
     """
     if images.dim() != 4 or images.shape[1] not in (1, 3) or maps.shape[:1] != images.shape[:1]:
@@ -529,7 +528,7 @@ def plot(images: Tensor, maps: Tensor, share: float = 0.5, masks: Tensor | None 
     maps = maps.detach().float().cpu()
     # a map of zeros, with no head of weight, stays without any colour
     heats = (maps / maps.amax((-2, -1), keepdim=True).clamp(min=1e-30)).numpy()
-    regions = region(maps, share).float().numpy()
+    regions = region(maps).float().numpy()
     centres = np.arange(width) + 0.5, np.arange(height) + 0.5
     for i, (row, best) in enumerate(zip(axes, dominant_head(maps).tolist(), strict=True)):
         for ax in row:

@@ -108,13 +108,6 @@ def interleave(calls: dict[str, Callable[[], Any]], repeats: int, clock: Clock) 
     return seconds
 
 
-def engines_for(device: str) -> list[str]:
-    """The engines of `kernels.contract` that can run on `device`, the default first."""
-    ready = [name for name, state in kernels.engines().items() if state == "ready"]
-    wanted = ["torch", "cpp"] if device == "cpu" else ["triton", "torch"]
-    return [name for name in wanted if name in ready]
-
-
 def sdpa_backend(device: str, dtype: torch.dtype, tokens: int) -> str:
     """The kernel that `scaled_dot_product_attention` takes for this setting."""
     if device == "cpu":
@@ -267,9 +260,12 @@ def _variants(setting: Setting, device: str, inputs: tuple) -> dict[str, Attend]
         found["naive"] = cost.materialised(op).attend
     joint = "," if ":" in setting.spec else ":"
     linear = op.basis is not None and op.basis.features is not None
-    engines = linear and "engine" in operators.options(setting.spec)
-    for engine in engines_for(device) if engines else ["auto"]:
-        spec = f"{setting.spec}{joint}engine={engine}" if engines else setting.spec
+    engines = ["auto"]
+    if linear and "engine" in operators.options(setting.spec):
+        wanted = ["torch", "cpp"] if device == "cpu" else ["triton", "torch"]
+        engines = [name for name in wanted if kernels.engines()[name] == "ready"]
+    for engine in engines:
+        spec = setting.spec if engine == "auto" else f"{setting.spec}{joint}engine={engine}"
         attend = operators.parse(spec).operator.attend
         try:
             attend(*inputs)
@@ -328,22 +324,14 @@ def processes(each: int | None = None) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=each)
 
 
-def build_all(args: argparse.Namespace, progress: Say) -> None:
-    """Builds the kernels of all settings in processes beside each other, on a GPU."""
-    progress("building kernels")
-    with processes() as pool:
-        list(pool.map(build, settings_of(args), itertools.repeat(args)))
-
-
 def operator_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Rows:
     """Forward, and forward + backward, of one attention operator."""
-    rates: dict[torch.dtype, float] = {}
+    rate = functools.cache(lambda dtype: matmul_rate(args.device, dtype, clock))
     for setting in settings_of(args):
         progress(setting.what)
         inputs, probe = drawn_inputs(setting, args)
         op, q, tokens = operators.parse(setting.spec).operator, inputs[1], setting.tokens
-        dtype, batch = q.dtype, q.shape[0]
-        rates.setdefault(dtype, matmul_rate(args.device, dtype, clock))
+        batch, peak = q.shape[0], rate(q.dtype)
         variants = _variants(setting, args.device, inputs)
         forward, both = {}, {}
         with torch.no_grad():
@@ -367,7 +355,7 @@ def operator_level(args: argparse.Namespace, clock: Clock, progress: Say) -> Row
                 "both": summary(timed[name], timed["softmax"]),
                 "flops": flops,
                 "bytes": least,
-                "floor": flops / rates[dtype] / statistics.median(timed[name]),
+                "floor": flops / peak / statistics.median(timed[name]),
             }
 
 
@@ -768,7 +756,9 @@ def run(args: argparse.Namespace) -> None:
             print(f"{time.monotonic() - began:5.0f} s  {what}", file=sys.stderr, flush=True)
 
     if on_gpu:
-        build_all(args, progress)
+        progress("building kernels")
+        with processes() as pool:
+            list(pool.map(build, settings_of(args), itertools.repeat(args)))
     levels = [operator_level(args, clock, progress)]
     if not args.quick:
         if args.sizes > 0:

@@ -12,7 +12,6 @@ what a matrix of low rank takes more where a mask needs it whole.
     cost.flops(model).total
 """
 
-import contextlib
 import dataclasses
 import functools
 import weakref
@@ -23,14 +22,13 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from kart import layers, models, pages, schema, tables, train, transfer, tree
+from kart import layers, models, pages, schema, tables, train, tree
 from kart.analysis import curvature
-from kart.analysis.section import Analysis, Context
-from kart.models import Model, Site, work
+from kart.analysis.section import Analysis, Context, own_params
+from kart.models import Model, Site
 from kart.models.blocks import merge_heads
 from kart.models.model import find
 from kart.operators import Operator, hybrid
-from kart.operators.contract import SOFTMAX
 from kart.operators.projected import factors_of, pays, projected
 from kart.operators.sums import parts_of, simple_parts
 
@@ -63,27 +61,24 @@ class Flops(NamedTuple):
         return sum(self)
 
 
-def _distinct(model: Model) -> tuple[Operator, ...]:
-    return model.operators[:1] if model.config.sharing == "universal" else model.operators
-
-
 def parameters(model: Model) -> Parameters:
     """Parameters of `model` but a teacher's; those of a ViT without drawing the backbone."""
     c = model.config
     if c.family != "vit":
         drawn = model.init(Generator().manual_seed(0))
-        named = tree.named({k: v for k, v in drawn.items() if k != transfer.TEACHER})
+        named = tree.named(own_params(drawn))
         learned = sum(x.numel() for path, x in named.items() if "operator" in path.split("."))
         return Parameters(sum(x.numel() for x in named.values()), learned)
     size, hidden = c.embed_dim, int(c.embed_dim * c.mlp_ratio)
     embed = size * (c.in_channels * c.patch_size**2 + 1) + size * (1 + c.tokens)
     block = 4 * size + 4 * size * (size + 1) + 2 * size * hidden + size + hidden
     ends = 2 * size + c.num_classes * (size + 1)
-    sizes: dict[int, int] = {}
-    for op in _distinct(model):
-        if id(op) not in sizes:
-            sizes[id(op)] = tree.size(op.init(Generator().manual_seed(0), c.num_heads, c.tokens))
-    learned = sum(sizes[id(op)] for op in _distinct(model))
+    owned = {site.path: site.operator for site in model.sites}.values()
+    sizes = {
+        key: tree.size(op.init(Generator().manual_seed(0), c.num_heads, c.tokens))
+        for key, op in {id(op): op for op in owned}.items()
+    }
+    learned = sum(sizes[id(op)] for op in owned)
     return Parameters(embed + c.depth * block + ends + learned, learned)
 
 
@@ -127,18 +122,18 @@ def unused(model: Model) -> dict[str, int]:
     if not any(map(sum, seen.values())) and not any(map(_scaled_alone, owners.values())):
         return {}
     params = model.init(Generator().manual_seed(0))
-    named = tree.named(params)
-    blocks = dict.fromkeys(path.partition(".attn.")[0] for path in named if ".attn." in path)
+    blocks = dict.fromkeys(
+        path.partition(".attn.")[0] for path in tree.named(params) if ".attn." in path
+    )
     found: dict[str, int] = {}
     for block, site in zip(blocks, model.sites, strict=True):
         queries, keys = seen[id(site.operator), site.heads, site.tokens, site.width]
         parts = {"qkv": (3, queries + keys), "qk": (2, queries + keys)}
         parts["relative_position_bias_table"] = (1, queries)
-        for path, leaf in named.items():
-            layer = path.removeprefix(f"{block}.attn.").split(".")[0]
-            if path.startswith(f"{block}.attn.") and layer in parts and parts[layer][1]:
-                all_, some = parts[layer]
-                count = leaf.numel() * some // (all_ * site.heads)
+        for layer, leaves in find(params, f"{block}.attn").items():
+            every, some = parts.get(layer, (1, 0))
+            if some:
+                count = tree.size(leaves) * some // (every * site.heads)
                 found[f"attn.{layer}"] = found.get(f"attn.{layer}", 0) + count
     scales = sum(_idle_scales(op, find(params, path)) for path, op in owners.items())
     return found | ({SCALES: scales} if scales else {})
@@ -248,13 +243,8 @@ def flops(model: Model) -> Flops:
             "Take another, or give it what it lacks."
         )
     parts = dict.fromkeys(Flops._fields, 0)
-    for layer in models.FAMILIES[model.config.family].work(model.config):
-        if isinstance(layer, work.Product):
-            parts[layer.part] += layer.rows * layer.inputs * layer.outputs
-        elif isinstance(layer, work.Norm):
-            parts["norms"] += 5 * layer.rows * layer.width
-        else:
-            parts["attention"] += SOFTMAX * layer.rows * layer.keys
+    for part, count in models.FAMILIES[model.config.family].work(model.config):
+        parts[part] += count
     for site in model.sites:
         sizes = site.operator, site.heads, site.tokens
         parts["attention"] += site.windows * product_flops(*sizes, site.width)
@@ -262,29 +252,22 @@ def flops(model: Model) -> Flops:
     return Flops(**parts)
 
 
-class _Saved:
-    """A tensor that a graph keeps, for as long as it does."""
-
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor.detach()  # a result that is kept would keep its own graph
-
-
 def kept_bytes(call: Callable[[], Any], beside: Any = ()) -> int:
     """Bytes of distinct storages that `call` saves for the backward of what it gives, those of the
     tensors in `beside`, as of parameters, left out.
     """
-    alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
+    kept: list[weakref.ref[Tensor]] = []
 
-    def pack(tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
-        alive.add(saved)
+    def pack(tensor: Tensor) -> Tensor:
+        saved = tensor.detach()  # a result that is kept would keep its own graph
+        kept.append(weakref.ref(saved))
         return saved
 
     call()  # the first may build an engine and check it, which saves tensors of its own
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
         held = call()
     # what is saved for a part that the result does not depend on is gone by now
-    found = [saved.tensor.untyped_storage() for saved in alive]
+    found = [x.untyped_storage() for x in (one() for one in kept) if x is not None]
     storages = {storage.data_ptr(): storage.nbytes() for storage in found}
     del held
     for tensor in tree.leaves(beside):
@@ -504,17 +487,6 @@ def _calls(
     }
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """A block in which torch has one thread: CPU time is that of all of them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def section(context: Context) -> pages.Section:
     """Training step, forward pass and memory of every operator beside softmax, and a product with
     the Hessian beside a gradient, measured now.
@@ -532,8 +504,9 @@ def section(context: Context) -> pages.Section:
     calls = {name: _calls(context, one, images, labels) for name, one in configs.items()}
     kept = {name: activation_memory(context.model(one), batch) for name, one in configs.items()}
     products: dict[str, float] = {}
-    with _one_thread():
-        clock = bench.Clock("cpu")
+    clock, threads = bench.Clock("cpu"), torch.get_num_threads()
+    torch.set_num_threads(1)  # CPU time is that of all of them
+    try:
         stepped, passed = (
             bench.interleave({name: own[what] for name, own in calls.items()}, REPEATS, clock)
             for what in ("step", "forward")
@@ -543,6 +516,8 @@ def section(context: Context) -> pages.Section:
                 both = {what: own[what] for what in ("gradient", "hvp")}
                 taken = bench.interleave(both, REPEATS, clock)
                 products[name] = bench.summary(taken["hvp"], taken["gradient"])["ratio"]
+    finally:
+        torch.set_num_threads(threads)
     rows, numbers = [], []
     for name in configs:
         both = bench.summary(stepped[name], stepped["softmax"])

@@ -403,7 +403,7 @@ def noise_scale(
     return NoiseScale(scale, covariance, signal)
 
 
-def plot(densities: Mapping[str, Density], label: str = "eigenvalue of the Hessian") -> Any:
+def plot(densities: Mapping[str, Density]) -> Any:
     """A matplotlib Figure of spectral densities by name, on logarithmic axes: a peak of one
     eigenvalue in a hundred thousand is still seen, and a density of a narrow range beside one of a
     wide range.
@@ -420,7 +420,7 @@ def plot(densities: Mapping[str, Density], label: str = "eigenvalue of the Hessi
     ax.set_ylim(1e-7 * min(tops), 2 * max(tops))
     ax.set_xscale("symlog", linthresh=narrow / 10)
     ax.axvline(0, color=figures.QUIET, lw=0.5)
-    ax.set_xlabel(label)
+    ax.set_xlabel("eigenvalue of the Hessian")
     ax.set_ylabel("density, per unit")
     figures.legend(fig)
     return fig

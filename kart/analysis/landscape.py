@@ -7,7 +7,6 @@ the path, or random ones (Li et al. 2018, arXiv:1712.09913).
     z = landscape.surface(loss, params, plane, 1.0, 41)
 """
 
-import fnmatch
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -151,17 +150,15 @@ def _check_directions(name: str, directions: Tensor, size: int) -> None:
         )
 
 
-def random_directions(
-    generator: Generator, params: Params, *, units: str = "*.operator.*"
-) -> Tensor:
+def random_directions(generator: Generator, params: Params) -> Tensor:
     """Two random directions `(2, P)`, each filter of the size of the weights' (Li et al. 2018).
 
     A filter is what feeds one output: a row of a matrix, an output channel of a convolution; an
     embedding, whose first axis is 1, is one filter. Biases and the scales of norms, leaves of at
     most one axis, stay as they are, as in the source. The parameters of an operator, which has no
-    filters, are those whose path matches `units` as in `curvature.subset`: theirs is what feeds one
-    hidden value or one key of one head, that is all but the first two axes, `(M, K)` of the
-    coefficients `(H, r, M, K)` and `(r,)` of the mix `(H, M, r)`.
+    filters, are those below "operator": theirs is what feeds one hidden value or one key of one
+    head, that is all but the first two axes, `(M, K)` of the coefficients `(H, r, M, K)` and `(r,)`
+    of the mix `(H, M, r)`.
 
     Unlike the directions of a path these have about the length of the weights, and are at right
     angles only nearly.
@@ -179,8 +176,7 @@ def random_directions(
         if leaf.dim() < 2:
             return torch.zeros_like(leaf)
         drawn = torch.randn(leaf.shape, generator=generator, device=generator.device).to(leaf)
-        whole = fnmatch.fnmatchcase(f".{name}", units)
-        start = 2 if whole and leaf.dim() > 2 else 1
+        start = 2 if ".operator." in f".{name}" and leaf.dim() > 2 else 1
         axes = tuple(range(start, leaf.dim()))
         size = torch.linalg.vector_norm(leaf, dim=axes, keepdim=True)
         length = torch.linalg.vector_norm(drawn, dim=axes, keepdim=True)

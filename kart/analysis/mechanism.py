@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -474,13 +475,8 @@ def verdict(found: Layout) -> str | list[Any]:
     """
     pools = found.level + (1 - found.level) * found.by_key >= POOLS
     convolves = (found.by_offset >= DEPENDS) & (found.near >= NEAR)
-    names = ("neither", "convolution", "global pooling")
-    codes = torch.where(pools, 2, torch.where(convolves, 1, 0)).tolist()
-
-    def named(code: Any) -> Any:
-        return names[code] if isinstance(code, int) else [named(one) for one in code]
-
-    return named(codes)
+    codes = torch.where(pools, 2, torch.where(convolves, 1, 0))
+    return np.array(("neither", "convolution", "global pooling"))[codes.cpu().numpy()].tolist()
 
 
 def plot(found: Sequence[Layout], names: Sequence[str] | None = None) -> Any:

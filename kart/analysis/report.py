@@ -9,14 +9,13 @@ named by the content it was found in, so a second call is quick and one that was
 
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kart import checkpoint, pages, schema
 from kart.analysis import (
@@ -31,7 +30,7 @@ from kart.analysis import (
     training,
     weights,
 )
-from kart.analysis.section import Analysis, Context, Member, OutOfTime, Result
+from kart.analysis.section import Analysis, Context, OutOfTime, Result
 
 # in the order of the page; to add an analysis, add its line
 SECTIONS: tuple[Analysis, ...] = (
@@ -203,17 +202,12 @@ def _problem(one: Analysis, line: str) -> Done:
 
 def _key(context: Context) -> str:
     """Twelve hex digits that name all that a section depends on."""
-    digest = hashlib.sha256()
-    for result in context.results:
-        parts = [result.name, result.records, result.test, result.test_images, result.step_ms]
-        parts += [result.epochs, result.diverged, result.lost]
-        digest.update(json.dumps(parts).encode())
-        members = [Member(result, i).key for i in range(len(result.configs))]
-        digest.update(json.dumps(members).encode())
-    rest = [context.data_key, context.shown, context.examples, context.points, context.retrain]
-    rest += [context.version, checkpoint.versions()]
-    digest.update(json.dumps(rest).encode())
-    return digest.hexdigest()[:12]
+    parts: list[Any] = [context.data_key, context.version, checkpoint.versions()]
+    parts += [context.shown, context.examples, context.points, context.retrain]
+    for one in context.results:
+        parts += [one.name, one.records, one.test, one.test_images, one.step_ms, one.epochs]
+        parts += [one.diverged, one.lost]
+    return schema.digest([*parts, *(member.key for member in context.members())])[:12]
 
 
 def _setting(context: Context) -> str:

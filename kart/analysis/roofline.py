@@ -12,6 +12,7 @@ once on its way between a kernel and memory. Not counted: what is added to a sco
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,7 +20,6 @@ import torch
 
 from kart import models, operators, tables
 from kart.analysis import bench, cost
-from kart.bases import Basis
 from kart.models import Model
 from kart.operators import Operator
 
@@ -33,12 +33,12 @@ class Work(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """What a machine can do in a second; `special` None where exp is made of multiply-adds."""
+    """What a machine can do in a second; `special` infinite where exp is made of multiply-adds."""
 
     name: str
     flops: float
     bytes: float
-    special: float | None = None
+    special: float = math.inf
 
 
 # dense bfloat16 and HBM3 of the SXM5 (NVIDIA, H100 data sheet); 16 special functions a cycle of
@@ -49,15 +49,9 @@ H100 = Machine("H100 SXM, bfloat16", 989.4e12, 3.35e12, 3.9e12)
 def roof(work: Work, machine: Machine) -> tuple[float, str]:
     """Seconds that `work` takes at least on `machine`, and the unit that binds it."""
     units = {"matrix": work.flops / machine.flops, "memory": work.bytes / machine.bytes}
-    if machine.special is not None:
-        units["special"] = work.special / machine.special
+    units["special"] = work.special / machine.special
     unit = max(units, key=lambda name: units[name])
     return units[unit], unit
-
-
-def _fourier(basis: Basis | None) -> bool:
-    """Whether units are sums of harmonics and nothing else."""
-    return basis is not None and basis.family == "fourier" and basis.options["base"] == "zero"
 
 
 def attention(
@@ -80,13 +74,13 @@ def attention(
             Work(2 * products * square * width, rows * numbers, square)
             for products, numbers in zip((2, 5), memory, strict=True)
         ]
-    low_rank = op.options.get("kind") == "low_rank"
-    if not low_rank or op.options["base"] or op.options["project"] or not _fourier(op.basis):
+    basis, options = op.basis, op.options
+    plain = options.get("kind") == "low_rank" and not options["base"] and not options["project"]
+    if not plain or basis is None or (basis.family, basis.options["base"]) != ("fourier", "zero"):
         raise ValueError(
             f"`attention` needs softmax or Fourier units of low rank, got {op.name!r}. Choose one."
         )
-    assert op.basis is not None  # for the type checker
-    rank, size = op.options["rank"], op.basis.size
+    rank, size = options["rank"], basis.size
     # W and the units' coefficients; hidden values are kept for the backward
     params = heads * tokens * rank * (size + 1) * each
     forward = square * (width + size * rank) + 2 * rows * rank * width
@@ -120,9 +114,7 @@ def rest(model: Model, batch: int, tokens: int, each: int) -> list[Work]:
 TOKENS = (197, 1024, 4096, 16384)
 
 
-def rows_of(
-    name: str, spec: str, classes: int, batch: int, machine: Machine
-) -> Iterator[list[str]]:
+def rows_of(name: str, spec: str, classes: int, batch: int) -> Iterator[list[str]]:
     """A row of text for each of `TOKENS`: this operator's figures, softmax's in brackets."""
     model = models.create(name, operator=spec, num_classes=classes)
     c = model.config
@@ -132,10 +124,10 @@ def rows_of(
         for op in (model.operators[0], softmax):
             kernels = attention(op, batch, c.num_heads, tokens, c.embed_dim // c.num_heads, 2)
             sums.append(Work(*(c.depth * sum(x) for x in zip(*kernels, strict=True))))
-            roofs = [roof(kernel, machine) for kernel in kernels]
+            roofs = [roof(kernel, H100) for kernel in kernels]
             seconds.append(c.depth * sum(spent for spent, _ in roofs))
             units.append(" ".join(dict.fromkeys(unit for _, unit in roofs)))
-        beside = sum(roof(kernel, machine)[0] for kernel in rest(model, batch, tokens, 2))
+        beside = sum(roof(kernel, H100)[0] for kernel in rest(model, batch, tokens, 2))
         (own, least), (spent, base) = sums, seconds
         yield [
             f"{name} {spec[:2]}",
@@ -150,21 +142,19 @@ def rows_of(
         ]
 
 
-def paper(batch: int, machine: Machine = H100) -> str:
-    """The table of the paper's models, a batch of `batch` images forward and backward."""
-    chosen = [row for row in cost.PAPER if row[1].endswith("B")]
+def paper(batch: int) -> str:
+    """The table of the paper's models on an H100, `batch` images forward and backward."""
     rows = [
         line
-        for name, spec, classes, *_ in chosen
-        for line in rows_of(name, spec, classes, batch, machine)
+        for name, spec, classes, *_ in cost.PAPER
+        if spec.endswith("B")
+        for line in rows_of(name, spec, classes, batch)
     ]
     header = ["model", "N", "attention GFLOP", "MB", "roofline ms", "bound by", "ratio"]
-    special = (
-        f", {machine.special / 1e12:.1f} T exp, sin or cos a second" if machine.special else ""
-    )
     note = (
-        f"{machine.name}, batch {batch}, forward and backward; softmax's figure in brackets.\n"
-        f"{machine.flops / 1e12:.1f} TFLOP/s, {machine.bytes / 1e12:.2f} TB/s{special}.\n"
+        f"{H100.name}, batch {batch}, forward and backward; softmax's figure in brackets.\n"
+        f"{H100.flops / 1e12:.1f} TFLOP/s, {H100.bytes / 1e12:.2f} TB/s, "
+        f"{H100.special / 1e12:.1f} T exp, sin or cos a second.\n"
         "A bound, not a forecast: no kernel of these forms is faster. Blockwise and universal "
         "operators are\nequal here."
     )

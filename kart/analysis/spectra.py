@@ -128,9 +128,7 @@ def log_profile(values: Tensor, floor: float = 1e-12) -> Profile:
     return Profile(logs.amin(0), logs.mean(0), logs.amax(0))
 
 
-def plot(
-    panels: Mapping[str, Mapping[str, Tensor]], rank: int | None = None, floor: float = 1e-12
-) -> Any:
+def plot(panels: Mapping[str, Mapping[str, Tensor]], rank: int | None = None) -> Any:
     """A matplotlib Figure, a panel each, of `log_profile` by index: the mean as a line over the
     band from the lowest to the highest, all panels on one scale.
 
@@ -138,7 +136,6 @@ def plot(
         panels: title to name to singular values `(..., K)`, such as {"scores": {"softmax": ..,
             "G3B": ..}, "weights": ..}.
         rank: the r of an operator, drawn as an upright line.
-        floor: as in `log_profile`.
     """
     if not panels or not all(panels.values()):
         raise ValueError("`plot` needs singular values by panel and name, got none. Pass some.")
@@ -147,8 +144,7 @@ def plot(
     fig, axes = figures.grid(1, len(panels), 2.7, 2.4, sharey=True)
     for ax, (title, panel) in zip(axes[0], panels.items(), strict=True):
         for name, values in panel.items():
-            profile = log_profile(values, floor)
-            low, mean, high = (x.cpu().numpy() for x in profile)
+            low, mean, high = (x.cpu().numpy() for x in log_profile(values))
             index = range(1, len(mean) + 1)
             style = looks[name]
             ax.fill_between(index, low, high, color=style["color"], alpha=0.2, lw=0)

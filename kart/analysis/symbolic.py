@@ -222,16 +222,9 @@ def _written(
     return sum_of(times(a, inner), d, high * abs(a))
 
 
-def plot(
-    values: Tensor,
-    x: Tensor,
-    found: Clusters,
-    formulas: Sequence[Candidate] = (),
-    *,
-    lines: int = 40,
-) -> Any:
-    """A matplotlib Figure, a panel a cluster: up to `lines` of its functions, less their mean and
-    of one size and sign, the leading one thick, its formula dotted and in the title.
+def plot(values: Tensor, x: Tensor, found: Clusters, formulas: Sequence[Candidate] = ()) -> Any:
+    """A matplotlib Figure, a panel a cluster: some of its functions, less their mean and of one
+    size and sign, the leading one thick, its formula dotted and in the title.
 
     Args:
         values, x, found: of `clusters`.
@@ -250,7 +243,7 @@ def plot(
     for i, ax in enumerate(axes):
         leader = int(found.leaders[i])
         members = (found.labels == i).nonzero().flatten()
-        rows = (centred / size)[members[:: max(1, len(members) // lines)]]
+        rows = (centred / size)[members[:: max(1, len(members) // 40)]]
         rows = rows * torch.sign(rows @ centred[leader])[:, None]
         colour = figures.COLOURS[i % len(figures.COLOURS)]
         ax.plot(where, rows.mT.cpu().numpy(), color=colour, lw=0.5, alpha=0.4)

@@ -26,6 +26,7 @@ from kart.analysis.section import (
 )
 
 STAGES = ("start", "half way", "end")
+BINS = 81
 
 
 def _check_values(name: str, values: Tensor, least: int) -> None:
@@ -159,16 +160,14 @@ def summary(values: Tensor) -> Summary:
     return Summary(size.square().mean(-1).sqrt(), kurtosis(values), tail, near_zero(values))
 
 
-def plot(stages: Mapping[str, Mapping[str, Tensor]], bins: int = 81) -> Any:
-    """A matplotlib Figure of histograms, a panel a stage such as "start", "half way" and "end",
-    with a line a name; the panels share bins and axes, and densities are logarithmic, since tails
-    are what differs.
+def plot(stages: Mapping[str, Mapping[str, Tensor]]) -> Any:
+    """A matplotlib Figure of histograms of `stages`, title to name to values of any shape: a panel
+    a stage such as "start", "half way" and "end", with a line a name.
 
-    Args:
-        stages: title to name to values of any shape.
-        bins: how many, over 99.9 % of all values; what lies outside falls into the outermost.
+    The panels share `BINS` over 99.9 % of all values (what lies outside falls into the outermost)
+    and axes; densities are logarithmic, since tails are what differs.
     """
-    if not stages or not all(stages.values()) or bins < 2:
+    if not stages or not all(stages.values()):
         raise ValueError("`plot` needs values by stage and name, got none. Pass some.")
     everything = torch.cat(
         [v.detach().flatten().cpu().double() for stage in stages.values() for v in stage.values()]
@@ -176,8 +175,8 @@ def plot(stages: Mapping[str, Mapping[str, Tensor]], bins: int = 81) -> Any:
     _check_values("plot", everything, 1)
     ordered = everything.abs().sort().values
     edge = float(ordered[int(0.999 * (len(ordered) - 1))]) or 1.0
-    edges = torch.linspace(-edge, edge, bins + 1, dtype=torch.float64)
-    width = 2 * edge / bins
+    edges = torch.linspace(-edge, edge, BINS + 1, dtype=torch.float64)
+    width = 2 * edge / BINS
     names = list(dict.fromkeys(name for stage in stages.values() for name in stage))
     looks = {name: figures.look(i) for i, name in enumerate(names)}
     fig, axes = figures.grid(1, len(stages), 2.4, 2.2, sharex=True, sharey=True)

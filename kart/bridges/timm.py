@@ -27,26 +27,29 @@ Norm = Callable[..., torch.nn.Module]
 class Attention(nn.Attention):
     """timm's self-attention, `(B, N, D)` to `(B, N, D)`, with a row operator for softmax.
 
-    `attention` makes the class that timm calls with its own arguments; these are they, and the
-    operator.
+    `attention` makes the class that timm calls with its own arguments; these are they, and after
+    them the operator.
     """
 
     def __init__(
         self,
         dim: int,
-        num_heads: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: Norm | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
         tokens: int | None,
         operator: str | operators.Operator | nn.Operator,
         generator: Generator,
-        qkv_bias: bool,
-        qk_norm: bool,
-        scale_norm: bool,
-        proj_bias: bool,
-        proj_drop: float,
-        norm_layer: Norm | None,
-        device: Any,
-        dtype: torch.dtype | None,
     ):
+        arguments.check_no_dropout("attention", "attn_drop", attn_drop)
         given: dict[str, Any] = {"device": device, "dtype": dtype}
         bias: dict[str, Any] = {"bias": qkv_bias, "proj_bias": proj_bias}
         super().__init__(dim, num_heads, tokens, operator, generator=generator, **bias, **given)
@@ -120,25 +123,9 @@ def attention(
 
         call = (operator, tokens, sharing, generator)
 
-        def __new__(
-            cls,
-            dim: int,
-            num_heads: int = 8,
-            qkv_bias: bool = False,
-            qk_norm: bool = False,
-            scale_norm: bool = False,
-            proj_bias: bool = True,
-            attn_drop: float = 0.0,
-            proj_drop: float = 0.0,
-            norm_layer: Norm | None = None,
-            device: Any = None,
-            dtype: torch.dtype | None = None,
-        ) -> Any:
-            arguments.check_no_dropout("attention", "attn_drop", attn_drop)
-            norms = (qkv_bias, qk_norm, scale_norm, proj_bias, proj_drop, norm_layer)
-            layer = Attention(
-                dim, num_heads, tokens, made[0] if made else op, source, *norms, device, dtype
-            )
+        def __new__(cls, *args: Any, **given: Any) -> Any:
+            own = made[0] if made else op
+            layer = Attention(*args, **given, tokens=tokens, operator=own, generator=source)
             if universal and not made:
                 made.append(layer.operator)
             return layer

@@ -1,7 +1,7 @@
 """The commands of `kart`, one file each; a new one is a file and a line of `COMMANDS`.
 
 A command is a `Command`: its name, what `--help` says of it, its flags, and the function that runs
-it. What it calls is imported when it runs, so that `kart --help` needs no optional package.
+it. A room that needs an optional package is imported when the command runs, for `kart --help`.
 """
 
 from kart.commands import analyse, bench, data, eval, export, info, predict, study, test, train

@@ -7,28 +7,29 @@ import multiprocessing
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import torch
 
 from kart import code, runs, tables, train
+from kart.analysis import cost, report, scores, training
+from kart.analysis.section import Analysis, Context
 from kart.commands.command import Command, commas, file, flag, integer, number
 from kart.runs import owned
 
-if TYPE_CHECKING:
-    from kart.analysis.section import Context
-
-
-# what sections may use (see `kart.analysis.section.OPTIONS`): least, default, and what it says
+# what sections may use (see `kart.analysis.section.OPTIONS`): least, and what it says
 OPTIONS = {
-    "images": ("shown", 0, 4, "images with attention maps"),
-    "examples": ("examples", 16, 256, "validation images that losses are taken on"),
-    "points": ("points", 11, 21, "a side of the pictured surfaces, 11, 21, 31 ..."),
+    "images": ("shown", 0, "images with attention maps"),
+    "examples": ("examples", 16, "validation images that losses are taken on"),
+    "points": ("points", 11, "a side of the pictured surfaces, 11, 21, 31 ..."),
     "retrain": (
-        *("retrain", 0, 50),
+        *("retrain", 0),
         "steps of training after learned functions are made simple; 0 for none",
     ),
-    "memory_mib": ("limit_mib", 64, 4096, "what a section may hold at a time"),
+    "memory_mib": ("limit_mib", 64, "what a section may hold at a time"),
 }
+DEFAULTS = {name: getattr(Context, field) for name, (field, *_) in OPTIONS.items()}
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
@@ -44,16 +45,14 @@ def _flags(parser: argparse.ArgumentParser) -> None:
         metavar="INT",
         help="that share the runs, one thread each (1)",
     )
-    for name, (_, least, default, text) in OPTIONS.items():
-        add(flag(name), type=integer(least), metavar="INT", help=f"{text} ({default})")
+    for name, (_, least, text) in OPTIONS.items():
+        add(flag(name), type=integer(least), metavar="INT", help=f"{text} ({DEFAULTS[name]})")
     add("--checkpoint", default="last", choices=["last", "best"])
     add("--data", help="where the data is now, if it has moved")
 
 
-def _context(args: argparse.Namespace) -> "Context":
+def _context(args: argparse.Namespace) -> Context:
     """The runs as results, their data, and what sections may ask for besides."""
-    from kart.analysis.section import Context
-
     results = runs.compare(*args.run, which=args.checkpoint)
     config = results[0].configs[0]
     assert results[0].homes is not None  # those that were read have them
@@ -71,23 +70,17 @@ def _context(args: argparse.Namespace) -> "Context":
 
 def _measure(args: argparse.Namespace, part: int) -> None:
     """The part of one process."""
-    import torch
-
-    from kart.analysis import report
-
     torch.set_num_threads(1)
     for name in args.code:
         code.use(name)
     report.measure(_context(args), _sections(args), args.minutes, part, args.processes)
 
 
-def _sections(args: argparse.Namespace) -> Any:
-    from kart.analysis import report
-
+def _sections(args: argparse.Namespace) -> Sequence[Analysis]:
     return report.SECTIONS if args.sections is None else report.select(args.sections)
 
 
-def _check_effects(args: argparse.Namespace, sections: Any) -> None:
+def _check_effects(args: argparse.Namespace, sections: Sequence[Analysis]) -> None:
     """Raises ValueError for flags that none of `sections` uses, and fills in what was not given."""
     used = {field for one in sections for field in one.uses}
     idle = {name: field not in used for name, (field, *_) in OPTIONS.items()}
@@ -99,15 +92,12 @@ def _check_effects(args: argparse.Namespace, sections: Any) -> None:
                 f"`{flag(name)}` has no effect on the sections "
                 f"{', '.join(one.name for one in sections)}. Leave it out, or choose others."
             )
-    defaults = {name: default for name, (_, _, default, _) in OPTIONS.items()}
-    for name, default in {**defaults, "minutes": 28.0, "processes": 1}.items():
+    for name, default in {**DEFAULTS, "minutes": 28.0, "processes": 1}.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from kart.analysis import cost, report, scores, training
-
     began = time.monotonic()
     sections = _sections(args)
     _check_effects(args, sections)
@@ -123,10 +113,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.processes > 1:
         # spawn: a fork of a process that has run torch may hang
         spawn = multiprocessing.get_context("spawn")
-        plain = argparse.Namespace(**{k: v for k, v in vars(args).items() if not callable(v)})
-        plain.__dict__.pop("parser", None)
+        given = {name: v for name, v in vars(args).items() if name not in ("call", "parser")}
         workers = [
-            spawn.Process(target=_measure, args=(plain, part), daemon=True)
+            spawn.Process(target=_measure, args=(argparse.Namespace(**given), part), daemon=True)
             for part in range(args.processes)
         ]
         for worker in workers:

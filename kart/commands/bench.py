@@ -2,6 +2,7 @@
 
 import argparse
 
+from kart.analysis import bench
 from kart.commands.command import Command, file, flag, integer
 
 
@@ -20,8 +21,6 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from kart.analysis import bench
-
     for name in ("step_batch", "sizes"):
         if args.quick and getattr(args, name) is not None:
             raise ValueError(

@@ -67,13 +67,7 @@ def _run(args: argparse.Namespace) -> int:
             if member.seed not in bad:
                 by_setting.setdefault(_setting(member, own.data), []).append(score)
     rows = [
-        [
-            name,
-            tables.spread([score["top1"] for score in scores]),
-            tables.spread([score["top5"] for score in scores]),
-            tables.spread([score["loss"] for score in scores], 3, 1.0),
-            str(len(scores)),
-        ]
+        [name, *tables.scores(scores), str(len(scores))]
         for name, scores in zip(_names(list(by_setting)), by_setting.values(), strict=True)
     ]
     names = ["operator", *(f"{args.split} {what}" for what in ("top-1 %", "top-5 %", "loss")), "n"]

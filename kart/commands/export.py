@@ -2,7 +2,7 @@
 
 import argparse
 
-from kart import operators, runs
+from kart import export, operators, runs
 from kart.commands.command import Command, file, integer
 
 
@@ -24,8 +24,6 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from kart import export
-
     one = runs.only(args.run, args.checkpoint, args.seed)
     about = {
         "run": one.identity.id,

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from kart import kernels, models, operators, schema, train
+from kart.analysis import cost, roofline
 from kart.commands.command import Command, integer
 from kart.commands.config import OPERATORS_HELP, add_config_flags, check_effects, config_of, flag
 from kart.train import Config
@@ -64,8 +65,6 @@ def _tokens(site: models.Site) -> str:
 
 def _costs(config: Config, model: models.Model) -> dict[str, Any]:
     """What a model costs, in the order and by the names of `--json`."""
-    from kart.analysis import cost
-
     counted, batch = cost.parameters(model), config.batch_size
     found: dict[str, Any] = {
         "model": config.model,
@@ -94,8 +93,6 @@ def _costs(config: Config, model: models.Model) -> dict[str, Any]:
 
 def _rows(found: dict[str, Any], model: models.Model) -> Iterator[tuple[str, str]]:
     """What `_costs` found, in words."""
-    from kart.analysis import cost
-
     operator = operators.shown(model.config.operator)
     yield "model", f"{found['model']}, {operator}, {found['sharing']}"
     yield "tokens", ", ".join(dict.fromkeys(map(_tokens, model.sites)))
@@ -124,18 +121,12 @@ def _run(args: argparse.Namespace) -> int:
     _check_used(args)
     given = set(vars(args))
     if args.paper:
-        from kart.analysis import cost
-
         print(cost.paper_table())
         return 0
-    for name, value in DEFAULTS.items():
-        if name not in vars(args):
-            setattr(args, name, value)
+    args = argparse.Namespace(**{**DEFAULTS, **vars(args)})
     config = config_of(args)
     check_effects(given, [config])
     if args.roofline:
-        from kart.analysis import roofline
-
         print(roofline.measured() if args.roofline == "cpu" else roofline.paper(config.batch_size))
         return 0
     fields = {name: getattr(config, name) for name in train.MODEL_FIELDS}

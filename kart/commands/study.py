@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from kart import code, operators
 from kart.commands.command import Command, choice, commas, integer, number, place
 from kart.commands.config import THREADS, check_device, check_effects, check_effects_on, flag
+from kart.train import Config, Splits
 
 if TYPE_CHECKING:
     from kart.search import Study
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from kart.search.report import Arms
     from kart.search.storage import RDBStorage, Settings
     from kart.search.work import Home
-    from kart.train import Config, Splits
 
 DESCRIPTION = """\
 Search over what attention learns. A trial trains K seeds of one configuration together; a study
@@ -237,7 +238,6 @@ def _give_code(study: "Study", fix: Mapping[str, Any], arms: "Arms | None" = Non
     """Runs the user's own code that the operators of the study's arms name, as its file does: at
     the points of `probe`, and at the winners of `arms`.
     """
-    from kart import code, operators
     from kart.search import space, work
 
     for arm, one in study.spaces(study.config, fix).items():
@@ -308,7 +308,7 @@ def _check_rounding(
     args: argparse.Namespace,
     study: "Study",
     fix: Mapping[str, Any],
-    load: "Callable[[Config], Splits]",
+    load: Callable[[Config], Splits],
 ) -> None:
     """Raises ValueError for fields of `--set` of which rounding leaves nothing in any arm."""
     from kart.search import space
@@ -363,7 +363,6 @@ def _set_up(args: argparse.Namespace) -> Opened:
 def _open(args: argparse.Namespace, name: str | None, asked: "Question | None" = None) -> Opened:
     """A study that is there; runs no code. `asked` is its own, where the command line named it."""
     from kart.search import journal, storage, work
-    from kart.train import Config
 
     where = _home(args)
     wait_s = _wait_s(args)
@@ -401,17 +400,6 @@ def _open(args: argparse.Namespace, name: str | None, asked: "Question | None" =
     return Opened(where, database, found, None if asked is None else asked.study)
 
 
-def _join(args: argparse.Namespace) -> Opened:
-    """A study that is there, with the code that the command line names, which must be its own."""
-    from kart.search import question
-
-    name = Path(args.study).stem if args.study.endswith(".py") else args.study
-    asked = question.load(args.study)
-    opened = _open(args, name, asked)
-    _give_code(asked.study, opened.settings.fix)
-    return opened
-
-
 def _named(opened: Opened) -> str:
     """The flags that name a study's home, quoted for a shell."""
     if opened.where.directory:
@@ -420,7 +408,6 @@ def _named(opened: Opened) -> str:
 
 
 def _write(opened: Opened, out: str, arms: "Arms") -> None:
-    from kart import code
     from kart.search import report, work
 
     settings = opened.settings
@@ -447,7 +434,6 @@ def _check_data(args: argparse.Namespace, opened: Opened) -> None:
     """Raises ValueError unless the data are here what the study was started with."""
     from kart.search import storage, work
     from kart.search.trials import loader
-    from kart.train import Config
 
     found = opened.settings
     config = dataclasses.replace(Config.fromdict(found.config), **_elsewhere(args))
@@ -506,7 +492,12 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _work(args: argparse.Namespace) -> int:
-    opened = _join(args)
+    from kart.search import question
+
+    name = Path(args.study).stem if args.study.endswith(".py") else args.study
+    asked = question.load(args.study)
+    opened = _open(args, name, asked)
+    _give_code(asked.study, opened.settings.fix)
     _check_data(args, opened)
     if _search(args, opened, _elsewhere(args)):
         print(f"finished; write the report with: kart study report {_named(opened)}")

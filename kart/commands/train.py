@@ -173,14 +173,7 @@ def _train_one(
 
 def _table(results: Sequence[_Result]) -> str:
     rows = [
-        [
-            operator,
-            tables.spread([record["val_top1"] for record in last]),
-            tables.spread([record["val_top5"] for record in last]),
-            tables.spread([record["val_loss"] for record in last], 3, 1.0),
-            f"{parameters:,}",
-            str(len(last)),
-        ]
+        [operator, *tables.scores(last, "val_"), f"{parameters:,}", str(len(last))]
         for operator, parameters, last in sorted(results, key=runs.baseline_first)
     ]
     header = ["operator", "val top-1 %", "val top-5 %", "val loss", "parameters", "n"]

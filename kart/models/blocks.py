@@ -13,8 +13,8 @@ from torch import Generator, Tensor
 
 from kart import layers
 from kart.layers import merge_heads
-from kart.models.model import Columnar, Model, Site, find
-from kart.operators.contract import Factors
+from kart.models.model import Columnar, Model, Site, find, place
+from kart.operators.contract import Factors, draw
 from kart.operators.projected import factors_of, pays, projected
 
 Params = dict[str, Any]
@@ -36,9 +36,9 @@ def check_images(images: Tensor, channels: int, size: int) -> None:
         )
 
 
-def check_params(params: Params, sites: Sequence[Site], blocks: Mapping[str, int]) -> None:
+def check_params(params: Params, sites: Sequence[Site], depths: Mapping[str, int]) -> None:
     """Refuses parameters without the operators of `sites`, or with other numbers of blocks than
-    `blocks` says by dotted path; those of more would be left out without a word.
+    `depths` says by dotted path; those of more would be left out without a word.
     """
 
     def at(path: str) -> Any:
@@ -48,10 +48,10 @@ def check_params(params: Params, sites: Sequence[Site], blocks: Mapping[str, int
         return node
 
     wrong = [f"no {site.path!r}" for site in sites if at(site.path) is None]
-    counts = {path: len(at(path) or ()) for path in blocks}
+    counts = {path: len(at(path) or ()) for path in depths}
     wrong += [
         f"{counts[path]} blocks for {count} at {path!r}"
-        for path, count in blocks.items()
+        for path, count in depths.items()
         if counts[path] != count
     ]
     if wrong:
@@ -204,17 +204,36 @@ def classify(params: Params, x: Tensor) -> Tensor:
 Forward = Callable[[Params, Tensor, dict[str, Tensor] | None], Any]
 
 
-def model(config: Any, init: Callable[[Generator], Params], forward: Forward, sites: Any) -> Model:
+def model(
+    config: Any,
+    init: Callable[[Generator], Params],
+    forward: Forward,
+    sites: Sequence[Site],
+    depths: Mapping[str, int],
+) -> Model:
     """The Model of `forward(params, images, look)`, which gives logits, or maps by name, and fills
-    `look` where it is not None.
+    `look` where it is not None; `init` draws all but the operators, `depths` as in `check_params`.
     """
 
+    def checked(params: Params, images: Tensor, look: dict[str, Tensor] | None) -> Any:
+        check_images(images, config.in_channels, config.image_size)
+        check_params(params, sites, depths)
+        return forward(params, images, look)
+
     def apply(params: Params, images: Tensor) -> Any:
-        return forward(params, images, None)
+        return checked(params, images, None)
 
     def intermediates(params: Params, images: Tensor) -> dict[str, Tensor]:
         look: dict[str, Tensor] = {}
-        found = forward(params, images, look)
+        found = checked(params, images, look)
         return {**look, **(found if isinstance(found, dict) else {"logits": found})}
 
-    return Model(config, init, apply, intermediates, tuple(sites))
+    def drawn(generator: Generator) -> Params:
+        params = init(generator)
+        # after all else: models that differ in the operator alone start from the same backbone
+        for site in {site.path: site for site in sites}.values():
+            own = draw(site.operator, generator, site.heads, site.tokens)
+            params = place(params, site.path, own)
+        return params
+
+    return Model(config, drawn, apply, intermediates, tuple(sites))

@@ -23,7 +23,7 @@ from kart import layers, schema
 from kart.bases import DRAWN
 from kart.factories import remember
 from kart.models import blocks, checks, work
-from kart.models.model import Choice, Columnar, Family, Model, Params, Site, add_operators, choose
+from kart.models.model import Choice, Columnar, Family, Model, Params, Site, choose
 from kart.operators.comparators import neighbours, squared_offsets
 from kart.operators.resize import Lattice
 
@@ -72,12 +72,9 @@ def convit(operator: Choice = "softmax", **fields: Any) -> Model:
         gated_init = functools.partial(gated_attention_init, heads=heads, locality=config.locality)
         plain_init = functools.partial(blocks.attention_init, bias=False)
         attns = [gated_init] * gated + [plain_init] * (config.depth - gated)
-        params = blocks.classifier_init(generator, config, side * side, attns)
-        return add_operators(generator, sites, params)
+        return blocks.classifier_init(generator, config, side * side, attns)
 
     def forward(params: Params, images: Tensor, look: dict[str, Tensor] | None) -> Tensor:
-        blocks.check_images(images, config.in_channels, config.image_size)
-        blocks.check_params(params, sites, {"blocks": config.depth})
         x = blocks.with_positions(params, layers.patch_embed(params["patch_embed"], images))
         for i, site in enumerate(sites):
             own, name = params["blocks"][str(i)], f"blocks.{i}"
@@ -100,7 +97,7 @@ def convit(operator: Choice = "softmax", **fields: Any) -> Model:
                 look[f"{name}.tokens"] = x
         return blocks.classify(params, x)
 
-    return blocks.model(config, init, forward, sites)
+    return blocks.model(config, init, forward, sites, {"blocks": config.depth})
 
 
 def gated_attention_init(generator: Generator, size: int, heads: int, locality: float) -> Params:
@@ -155,17 +152,17 @@ def work_of(config: ConViTConfig) -> work.Layers:
     """
     size, heads, patches = config.embed_dim, config.num_heads, config.tokens - 1
     hidden = int(size * config.mlp_ratio)
-    yield work.Product("embed", patches, config.in_channels * config.patch_size**2, size)
+    yield work.product("embed", patches, config.in_channels * config.patch_size**2, size)
     for i in range(config.depth):
         gated = i < config.gated_blocks
         yield from work.block(patches if gated else config.tokens, size, hidden)
         if gated:
-            yield work.Product("attention", patches**2, 3, heads)
-            yield work.Softmax(heads * patches, patches)
+            yield work.product("attention", patches**2, 3, heads)
+            yield work.softmax(heads * patches, patches)
             # beside the operator's: outputs are mixed, not weights
-            yield work.Product("attention", heads * patches, patches, size // heads)
-    yield work.Norm(config.tokens, size)
-    yield work.Product("head", 1, size, config.num_classes)
+            yield work.product("attention", heads * patches, patches, size // heads)
+    yield work.norm(config.tokens, size)
+    yield work.product("head", 1, size, config.num_classes)
 
 
 # "convit_nano" is kart's own size for small images

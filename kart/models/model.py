@@ -11,7 +11,6 @@ from kart import factories, operators
 from kart.models.windows import Cut
 from kart.models.work import Layers
 from kart.operators import Operator
-from kart.operators.contract import draw
 
 Params = dict[str, Any]
 # what `operator` may be: a spec, an Operator, or one of either per block
@@ -138,18 +137,6 @@ def place(params: Params, path: str, node: Params) -> Params:
     """`params` with `node` at a dotted path; what was given is not changed."""
     key, dot, rest = path.partition(".")
     return {**params, key: place(params.get(key, {}), rest, node) if dot else node}
-
-
-def add_operators(generator: Generator, sites: Sequence[Site], params: Params) -> Params:
-    """`params` with drawn operators at their sites.
-
-    Drawn after all else, so that models which differ in the operator alone start from the same
-    backbone.
-    """
-    for site in {site.path: site for site in sites}.values():
-        drawn = draw(site.operator, generator, site.heads, site.tokens)
-        params = place(params, site.path, drawn)
-    return params
 
 
 def choose(

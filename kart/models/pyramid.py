@@ -94,9 +94,9 @@ def work_of(side: int, size: int, out_size: int) -> work.Layers:
         here, width = side if scale >= 1 else side // 2, size
         for step in range(int(math.log2(scale)) if scale > 1 else 0):
             if step:
-                yield work.Norm(here**2, width)
-            yield work.Product("head", here**2, width, 4 * (width // 2))
+                yield work.norm(here**2, width)
+            yield work.product("head", here**2, width, 4 * (width // 2))
             here, width = 2 * here, width // 2
         for inputs, kernel in ((width, 1), (out_size, 3)):
-            yield work.Product("head", here**2, kernel**2 * inputs, out_size)
-            yield work.Norm(here**2, out_size)
+            yield work.product("head", here**2, kernel**2 * inputs, out_size)
+            yield work.norm(here**2, out_size)

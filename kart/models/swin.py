@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 from kart import layers
 from kart.factories import remember
 from kart.models import blocks, checks, windows, work
-from kart.models.model import Choice, Config, Family, Model, Params, Site, add_operators, choose
+from kart.models.model import Choice, Config, Family, Model, Params, Site, choose
 
 EPS = 1e-5  # of Swin's layer norms; ViTs have 1e-6
 
@@ -130,13 +130,12 @@ def swin(operator: Choice = "softmax", **fields: Any) -> Model:
     def init(generator: Generator) -> Params:
         first = config.embed_dim
         embed = layers.patch_embed_init(generator, config.in_channels, config.patch_size, first)
-        params: Params = {
+        return {
             "patch_embed": {**embed, "norm": layers.layer_norm_init(first)},
             "layers": {str(s.index): stage_init(generator, s) for s in stages},
             "norm": layers.layer_norm_init(stages[-1].width),
             "head": {"fc": layers.linear_init(generator, stages[-1].width, config.num_classes)},
         }
-        return add_operators(generator, sites, params)
 
     def stage_init(generator: Generator, stage: Stage) -> Params:
         def attn(generator: Generator, size: int) -> Params:
@@ -161,8 +160,6 @@ def swin(operator: Choice = "softmax", **fields: Any) -> Model:
         return {**params, "blocks": {str(b): block for b, block in enumerate(drawn)}}
 
     def forward(params: Params, images: Tensor, look: dict[str, Tensor] | None) -> Tensor:
-        blocks.check_images(images, config.in_channels, config.image_size)
-        blocks.check_params(params, sites, {f"layers.{s.index}.blocks": s.depth for s in stages})
         x = layers.patch_embed(params["patch_embed"], images)
         norm = params["patch_embed"]["norm"]
         # from here on the residual stream has the parameters' precision
@@ -181,7 +178,8 @@ def swin(operator: Choice = "softmax", **fields: Any) -> Model:
         pooled = layers.layer_norm(params["norm"], x, EPS).mean((-3, -2))
         return layers.linear(params["head"]["fc"], pooled)
 
-    return blocks.model(config, init, forward, sites)
+    depths = {f"layers.{stage.index}.blocks": stage.depth for stage in stages}
+    return blocks.model(config, init, forward, sites, depths)
 
 
 def window_attention(
@@ -215,17 +213,17 @@ def work_of(config: SwinConfig) -> work.Layers:
     """The layers of a Swin, those of patch merging among the linear ones."""
     stages = config.stages
     patches, first = stages[0].side ** 2, config.embed_dim
-    yield work.Product("embed", patches, config.in_channels * config.patch_size**2, first)
-    yield work.Norm(patches, first)
+    yield work.product("embed", patches, config.in_channels * config.patch_size**2, first)
+    yield work.norm(patches, first)
     for stage in stages:
         tokens = stage.side**2
         if stage.index:
-            yield work.Norm(tokens, 2 * stage.width)
-            yield work.Product("linear", tokens, 2 * stage.width, stage.width)
+            yield work.norm(tokens, 2 * stage.width)
+            yield work.product("linear", tokens, 2 * stage.width, stage.width)
         for _ in range(stage.depth):
             yield from work.block(tokens, stage.width, int(stage.width * config.mlp_ratio))
-    yield work.Norm(stages[-1].side ** 2, stages[-1].width)
-    yield work.Product("head", 1, stages[-1].width, config.num_classes)
+    yield work.norm(stages[-1].side ** 2, stages[-1].width)
+    yield work.product("head", 1, stages[-1].width, config.num_classes)
 
 
 # "swin_nano" is kart's own size for small images

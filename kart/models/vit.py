@@ -12,17 +12,7 @@ from torch import Generator, Tensor
 from kart import layers
 from kart.factories import remember
 from kart.models import blocks, checks, work
-from kart.models.model import (
-    Choice,
-    Columnar,
-    Family,
-    Model,
-    Params,
-    Site,
-    add_operators,
-    choose,
-    find,
-)
+from kart.models.model import Choice, Columnar, Family, Model, Params, Site, choose, find
 from kart.models.recompute import recomputed
 
 
@@ -49,12 +39,9 @@ def vit(operator: Choice = "softmax", **fields: Any) -> Model:
 
     def init(generator: Generator) -> Params:
         attns = [blocks.attention_init] * config.depth
-        params = blocks.classifier_init(generator, config, tokens, attns)
-        return add_operators(generator, sites, params)
+        return blocks.classifier_init(generator, config, tokens, attns)
 
     def forward(params: Params, images: Tensor, look: dict[str, Tensor] | None) -> Tensor:
-        blocks.check_images(images, config.in_channels, config.image_size)
-        blocks.check_params(params, sites, {"blocks": config.depth})
         x = blocks.prepend_class(params, layers.patch_embed(params["patch_embed"], images))
         x = blocks.with_positions(params, x)
         for i, site in enumerate(sites):
@@ -72,17 +59,17 @@ def vit(operator: Choice = "softmax", **fields: Any) -> Model:
                 look[f"{name}.tokens"] = x
         return blocks.classify(params, x)
 
-    return blocks.model(config, init, forward, sites)
+    return blocks.model(config, init, forward, sites, {"blocks": config.depth})
 
 
 def work_of(config: ViTConfig) -> work.Layers:
     """The layers of a vision transformer; its last norm takes all tokens, as the paper counts."""
     size, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
-    yield work.Product("embed", config.tokens - 1, config.in_channels * config.patch_size**2, size)
+    yield work.product("embed", config.tokens - 1, config.in_channels * config.patch_size**2, size)
     for _ in range(config.depth):
         yield from work.block(config.tokens, size, hidden)
-    yield work.Norm(config.tokens, size)
-    yield work.Product("head", 1, size, config.num_classes)
+    yield work.norm(config.tokens, size)
+    yield work.product("head", 1, size, config.num_classes)
 
 
 # "vit_nano" is kart's own size for laptops and studies on small images; the others have the

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from kart import layers
 from kart.factories import remember
 from kart.models import blocks, checks, pyramid, windows, work
-from kart.models.model import Choice, Config, Family, Model, Params, Site, add_operators, choose
+from kart.models.model import Choice, Config, Family, Model, Params, Site, choose
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def vitdet(operator: Choice = "softmax", **fields: Any) -> Model:
 
     def init(generator: Generator) -> Params:
         patch, hidden = config.patch_size, int(size * config.mlp_ratio)
-        params: Params = {
+        return {
             "patch_embed": layers.patch_embed_init(generator, config.in_channels, patch, size),
             "pos_embed": layers.truncated_normal(generator, 1, config.tokens, size),
             "blocks": {
@@ -98,13 +98,10 @@ def vitdet(operator: Choice = "softmax", **fields: Any) -> Model:
             },
             "pyramid": pyramid.pyramid_init(generator, size, config.pyramid_dim),
         }
-        return add_operators(generator, sites, params)
 
     def forward(
         params: Params, images: Tensor, look: dict[str, Tensor] | None
     ) -> dict[str, Tensor]:
-        blocks.check_images(images, config.in_channels, config.image_size)
-        blocks.check_params(params, sites, {"blocks": config.depth})
         x = blocks.with_positions(params, layers.patch_embed(params["patch_embed"], images))
         x = x.unflatten(-2, (side, side))
         for i, site in enumerate(sites):
@@ -117,7 +114,7 @@ def vitdet(operator: Choice = "softmax", **fields: Any) -> Model:
         levels = pyramid.pyramid(params["pyramid"], x.to(images.dtype))
         return dict(zip(config.strides, levels, strict=True))
 
-    return blocks.model(config, init, forward, sites)
+    return blocks.model(config, init, forward, sites, {"blocks": config.depth})
 
 
 def windowed_attention(
@@ -134,7 +131,7 @@ def windowed_attention(
 def work_of(config: ViTDetConfig) -> work.Layers:
     """The layers of a ViTDet, on padded windows where there are some, and of its pyramid."""
     size, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
-    yield work.Product("embed", config.tokens, config.in_channels * config.patch_size**2, size)
+    yield work.product("embed", config.tokens, config.in_channels * config.patch_size**2, size)
     for i in range(config.depth):
         cut = config.cut(i)
         yield from work.block(config.tokens, size, hidden, cut.count * cut.window**2)
