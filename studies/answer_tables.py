@@ -56,19 +56,23 @@ SHAPES = {
 NAMES = {
     "relative": "the table alone, no scores",
     "softmax + relative": "**`softconv`**: softmax + signed table by offset",
+    "softmax + relative + G3": "G3 on top of `softconv`",
     "softmax(S + relative)": "the table inside softmax",
     "polynomial-0": "polynomial-0: a static row, no scores",
     "polynomial-1": "polynomial-1: affine in the score",
     "G3": "G3: a learned function",
 }
 LASTING = ("softmax", "softmax + relative", "polynomial-0", "polynomial-1", "G3")
-SHAPED = (*LASTING[:2], "softmax(S + relative)", *LASTING[2:])
+SHAPED = (*LASTING[:2], "softmax + relative + G3", "softmax(S + relative)", *LASTING[2:])
 LESS = {
     "G3 less polynomial-0": ("G3", "polynomial-0"),
     "`softconv` less polynomial-0": ("softmax + relative", "polynomial-0"),
     "`softconv` less G3": ("softmax + relative", "G3"),
 }
-OUTSIDE = {"`softconv` less the table inside": ("softmax + relative", "softmax(S + relative)")}
+OUTSIDE = {
+    "G3 on top of `softconv`, less `softconv`": ("softmax + relative + G3", "softmax + relative"),
+    "`softconv` less the table inside": ("softmax + relative", "softmax(S + relative)"),
+}
 
 
 def read(path: Path) -> list[dict[str, Any]]:
