@@ -388,6 +388,8 @@ def _prune_units(group: Group, name: str, threshold: float) -> tuple[str, Tensor
             size = torch.hypot(*size.chunk(2, -1))
     else:
         size = given.reshape(*given.shape[:3], -1).norm(dim=-1, keepdim=True)
+        if basis.options.get("scales"):
+            size = size * units["scale_basis"].detach().abs()[..., None]
     terms = size
     if group.operator.options.get("kind") == "low_rank":
         terms = size * group.params["mix"].detach().norm(dim=-2)[:, :, None, None]
