@@ -5,6 +5,10 @@
 The other blocks and heads keep softmax. Every arm chooses its learning rate out of three on one
 seed; the winners are trained again with five fresh seeds. The paper has one such figure, hybrid
 heads (App. C.5.2), and its reviewers asked for the rest.
+
+Expected in the setting of studies/README.md (n = 5, 52 minutes on one core): the last block alone
+has +7.9 [+6.1, +9.7] of the +8.7 [+8.5, +8.9] points over softmax of all six, the first +5.4 [+4.1,
++6.6].
 """
 
 import dataclasses

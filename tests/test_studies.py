@@ -1,6 +1,7 @@
 """Every study runs in a tiny setting; what they conclude is checked by hand."""
 
 import argparse
+import ast
 import csv
 import dataclasses
 import json
@@ -47,6 +48,17 @@ def test_the_studies_are_found_and_ask_something():
         path, text = question.available()[name]
         assert text.endswith("?"), name
         assert f"kart study run {name} " in path.read_text()
+
+
+@pytest.mark.parametrize("name", [*STUDIES, "answer", "resolution", "samplers", "text"])
+def test_a_study_says_what_to_expect_and_how_long_it_takes(name):
+    told = ast.get_docstring(ast.parse((question.folder() / f"{name}.py").read_text())) or ""
+    text = " ".join(told.split())
+    written = " ".join((question.folder() / "README.md").read_text().replace("*", "").split())
+    assert "Expected" in text and "n = " in text
+    assert re.search("second|minute|hour", text)
+    found = re.findall(r"[+-]?[\d.]+ \[[^]]+\]", text)
+    assert found and not [one for one in found if one not in written]
 
 
 @pytest.mark.parametrize("name", STUDIES)
