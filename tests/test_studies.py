@@ -113,6 +113,18 @@ def test_placements_put_karat_where_they_say():
     assert configs["half of the heads"].operator == "1*softmax+1*G3B"
 
 
+@pytest.mark.parametrize("depth", [3, 4, 9, 12])
+def test_the_first_and_the_last_block_are_one_block_at_any_depth(depth):
+    configs = first_configs(placement.STUDY, depth=depth)
+    specs = {arm: config.operator for arm, config in configs.items()}
+    assert specs["first block"] == ("G3B", *["softmax"] * (depth - 1))
+    assert specs["last block"] == (*["softmax"] * (depth - 1), "G3B")
+    thirds = [specs[f"{name} third"] for name in ("early", "middle", "late")]
+    assert [blocks.count("G3B") for blocks in zip(*thirds, strict=True)] == [1] * depth
+    with pytest.raises(ValueError, match="`depth` of 3 blocks or more, .* got 2"):
+        first_configs(placement.STUDY, depth=2)
+
+
 def test_per_block_draws_one_operator_a_block():
     config = first_configs(per_block.STUDY)["per block"]
     assert config.operator == ("G1B:rank=4",) * 4
