@@ -12,6 +12,7 @@ from kart.models.windows import Cut
 from kart.models.work import Layers
 from kart.operators import Operator
 from kart.operators.contract import draw
+from kart.operators.sums import meaning
 
 Params = dict[str, Any]
 # what `operator` may be: a spec, an Operator, or one of either per block
@@ -152,6 +153,22 @@ def add_operators(generator: Generator, sites: Sequence[Site], params: Params) -
     return params
 
 
+def _named(op: Operator) -> str:
+    """What a config calls an operator that it was given: its name, or where that is the spec of
+    another operator, which `from_config` would make, a name that is no spec.
+    """
+    if operators.sources(op.name):  # of the user's own, whose code is not run for this
+        return op.name
+    try:
+        said = operators.parse(op.name).operator
+    except ValueError:
+        return op.name
+    one, other = (None if x.call is None else x.call.factory for x in (op, said))
+    whole = not factories.changed(op).keys() - {"name"}
+    same = whole and one is other and meaning(op) == meaning(said)
+    return op.name if same else f"{op.name} (an Operator)"
+
+
 def choose(
     function: str, given: Choice, config: Any, fields: Mapping[str, Any]
 ) -> tuple[Any, tuple[Operator, ...]]:
@@ -203,7 +220,10 @@ def choose(
             f"`{function}` needs one operator for universal sharing, got {len(ones)}. "
             "Give one spec, or share blockwise."
         )
-    named = tuple(spec.operator.name for spec in specs)
+    named = tuple(
+        _named(one) if isinstance(one, Operator) else spec.operator.name
+        for one, spec in zip(ones, specs, strict=True)
+    )
     blocks = tuple(spec.operator for spec in specs) * (depth if single else 1)
     chosen = {"operator": named[0] if single else named, "sharing": sharing}
     return dataclasses.replace(config, **chosen), blocks
