@@ -148,7 +148,14 @@ def check_basis(name: str, basis: Basis) -> None:
 
 
 def check_padded(name: str, *tensors: Tensor) -> None:
-    """Raises ValueError for nested tensors: operators take rows of one length, and a mask."""
+    """Raises ValueError for what is no tensor, and for nested ones: operators take rows of one
+    length, and a mask.
+    """
+    if not all(isinstance(x, Tensor) for x in tensors):
+        kinds = ", ".join(type(x).__name__ for x in tensors)
+        raise ValueError(
+            f"`{name}` needs tensors, got {kinds}. Convert what is none with `torch.as_tensor`."
+        )
     if any(x.is_nested for x in tensors):
         raise ValueError(
             f"`{name}` needs tensors of one length, got a nested one. Pad it with "
@@ -230,6 +237,15 @@ def unit_sizes(basis: Basis) -> dict[str, tuple[int, ...]] | None:
         return {name: tuple(x.shape[2:]) for name, x in basis.init(Generator(), (0, 1)).items()}
     except Exception:
         return None
+
+
+def check_params(name: str, params: Any) -> None:
+    """Raises ValueError unless parameters are a dict, as `init` draws them."""
+    if not isinstance(params, dict):
+        raise ValueError(
+            f"`{name}` needs parameters as a dict, got {type(params).__name__}. Pass what "
+            "`init(generator, heads, tokens)` drew."
+        )
 
 
 def check_names(name: str, params: Params, wanted: Collection[str]) -> None:
@@ -390,6 +406,7 @@ def from_forms(
         return {} if init is None else init(generator, heads, tokens)
 
     def check_own(params: Params, queries: int, keys: int, *tensors: Tensor) -> None:
+        check_params(name, params)
         if init is None and params:
             raise ValueError(
                 f"`{name}` has no parameters, got {', '.join(params)}, which are of another "

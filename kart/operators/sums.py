@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 
 from kart.bases import Basis, Params
 from kart.factories import remember
-from kart.operators.contract import Operator, check_names, check_sizes
+from kart.operators.contract import Operator, check_names, check_params, check_sizes
 from kart.operators.resize import Lattice
 
 
@@ -39,6 +39,7 @@ def own_params(name: str, parts: Sequence[Operator], params: Params) -> list[Par
     """The parameters of each part, under `str(i)`; a part without any may be left out, as where a
     tree was made of its leaves.
     """
+    check_params(name, params)
     names = [str(i) for i in range(len(parts))]
     some = {i for i, op in zip(names, parts, strict=True) if op.traits.get("learned", True)}
     if not some <= params.keys():
