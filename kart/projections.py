@@ -36,7 +36,7 @@ def simplex(y: Tensor, dim: int = -1) -> Tensor:
     if not isinstance(y, Tensor) or not y.is_floating_point():
         kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"`simplex` needs floating-point rows, got {kind}. Convert them first.")
-    if y.ndim == 0 or not isinstance(dim, int) or not -y.ndim <= dim < y.ndim:
+    if y.ndim == 0 or type(dim) is not int or not -y.ndim <= dim < y.ndim:
         raise ValueError(
             f"`simplex` needs an axis `dim` of its input, got dim {dim!r} of shape "
             f"{tuple(y.shape)}. Name the axis that holds a row."

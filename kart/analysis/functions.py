@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kart import pages, tree
+from kart import pages, schema, tree
 from kart.analysis import figures, symbolic
 from kart.analysis.attention import score_share
 from kart.analysis.section import (
@@ -348,7 +348,7 @@ def prune(model: Model, params: Params, threshold: float) -> Pruned:
     >>> sorted(pruned.dropped)[0], pruned.dropped["blocks.0.operator"].of_units
     ('blocks.0.operator', 120)
     """
-    if not 0 <= threshold < 1:
+    if not schema.fits(threshold, float) or not 0 <= threshold < 1:
         raise ValueError(
             f"`prune` needs 0 <= `threshold` < 1, got {threshold!r}. 0.1 drops what is below a "
             "tenth of the largest of its head."

@@ -126,10 +126,11 @@ class Family(NamedTuple):
 def find(params: Params, path: str) -> Params:
     """The subtree of `params` at a dotted path."""
     for key in path.split("."):
-        if key not in params:
+        if not isinstance(params, dict) or key not in params:
+            among = [*params] if isinstance(params, dict) else type(params).__name__
             raise ValueError(
                 f"a model needs parameters with {path!r}, got none called {key!r} among "
-                f"{[*params]!r:.100}. Create the model with the config that they were made with."
+                f"{among!r:.100}. Create the model with the config that they were made with."
             )
         params = params[key]
     return params

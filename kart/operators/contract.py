@@ -284,7 +284,13 @@ def check_heads(name: str, params: Params, *tensors: Tensor) -> None:
     of the input.
     """
     heads = max(x.shape[-3] if x.dim() > 2 else 1 for x in tensors)
-    found = [tuple(leaf.shape[:1]) for leaf in tree.leaves(params)]
+    leaves = tree.leaves(params)
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ValueError(
+            f"`{name}` needs parameters of tensors, got {leaves!r:.100}. Pass what "
+            "`init(generator, heads, tokens)` drew."
+        )
+    found = [tuple(leaf.shape[:1]) for leaf in leaves]
     # compared, not as a set: in a trace sizes are tensors
     if any(own not in ((heads,), (1,)) for own in found):
         told = " and ".join(str(*sizes) for sizes in sorted(set(found)))
