@@ -49,6 +49,17 @@ def rebuild(
     return factory(*args, **kwargs)._replace(**changed)
 
 
+def changed(made: Any) -> dict[str, Any]:
+    """The fields of a tuple that are not those its factory returned; none of one made by hand."""
+    if made.call is None:
+        return {}
+    return {
+        name: value
+        for name, value in made._asdict().items()
+        if name != "call" and value is not made.call.fields[name]
+    }
+
+
 def reduce(made: Any) -> tuple[Any, ...]:
     """What `__reduce__` of a tuple with a field `call` returns, to be rebuilt by that call.
 
@@ -57,9 +68,4 @@ def reduce(made: Any) -> tuple[Any, ...]:
     call = made.call
     if call is None:
         return type(made), tuple(made)
-    changed = {
-        name: value
-        for name, value in made._asdict().items()
-        if name != "call" and value is not call.fields[name]
-    }
-    return rebuild, (call.factory, call.args, call.kwargs, changed)
+    return rebuild, (call.factory, call.args, call.kwargs, changed(made))

@@ -33,12 +33,13 @@ def simplex(y: Tensor, dim: int = -1) -> Tensor:
     Condat, "Fast projection onto the simplex and the l1 ball", 2016; the derivative: Martins and
     Astudillo, "From softmax to sparsemax", 2016, arXiv:1602.02068.
     """
-    if not y.is_floating_point():
-        raise ValueError(f"`simplex` needs floating-point rows, got {y.dtype}. Convert them first.")
-    if y.ndim == 0 or not -y.ndim <= dim < y.ndim:
+    if not isinstance(y, Tensor) or not y.is_floating_point():
+        kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise ValueError(f"`simplex` needs floating-point rows, got {kind}. Convert them first.")
+    if y.ndim == 0 or type(dim) is not int or not -y.ndim <= dim < y.ndim:
         raise ValueError(
-            f"`simplex` needs an axis `dim` of its input, got dim {dim} of shape {tuple(y.shape)}. "
-            f"Name the axis that holds a row."
+            f"`simplex` needs an axis `dim` of its input, got dim {dim!r} of shape "
+            f"{tuple(y.shape)}. Name the axis that holds a row."
         )
     if y.shape[dim] == 0:
         raise ValueError(

@@ -254,7 +254,8 @@ def check_sizes(model: str, given: Mapping[str, Any]) -> None:
                     f"`build` needs fields of which {model!r} has one, got {name!r}, {value!r}. "
                     "Leave it out, or choose another model."
                 )
-        gated = family.sizes[model].get("gated_blocks", 0)
+        usual = getattr(family.config, "gated_blocks", 0)
+        gated = family.sizes[model].get("gated_blocks", usual)
         if given.get("depth", gated + 1) <= gated:
             raise ValueError(
                 f"`build` needs `depth` > {gated} for {model!r}, whose first {gated} blocks are "

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 from torch import Generator, Tensor
 
 from kart import checkpoint, models, tree
-from kart.bases import Basis
 from kart.models import Model
 from kart.models.model import find, place
 from kart.operators import Operator
+from kart.operators.sums import meaning
 
 Params = dict[str, Any]
 
@@ -73,24 +73,11 @@ def begin(
     return Begun(found, [name for name in mine if name not in fits and name != "pos_embed"])
 
 
-def _meaning(value: Any, free: frozenset[str]) -> Any:
-    """What the parameters of an operator mean: its options and those of its basis, but `free`."""
-    if isinstance(value, Operator):
-        return _meaning({**value.options, "basis": value.basis}, free)
-    if isinstance(value, Basis):
-        return value.family, _meaning(value.options, free)
-    if isinstance(value, Mapping):
-        return {name: _meaning(one, free) for name, one in value.items() if name not in free}
-    if isinstance(value, list | tuple):
-        return [_meaning(one, free) for one in value]
-    return value if isinstance(value, str | int | float) else type(value).__name__
-
-
 def _check_operators(function: str, model: Model, like: Model, free: frozenset[str]) -> None:
     """Refuses a donor with parameters of other functions, which their shapes need not tell."""
     for ours, theirs in zip(model.sites, like.sites, strict=False):
         learned = all(one.operator.traits.get("learned", True) for one in (ours, theirs))
-        told = [_meaning(one.operator, free) for one in (ours, theirs)]
+        told = [meaning(one.operator, free) for one in (ours, theirs)]
         if learned and ours.path == theirs.path and told[0] != told[1]:
             raise ValueError(
                 f"`{function}` needs a donor with the operators of the model, got "

@@ -180,9 +180,10 @@ def size(tree: Tree) -> int:
 def check_floating(function: str, tree: Tree) -> None:
     """Raises ValueError where a leaf of `tree` is not of floating point, and has no derivatives."""
     for name, leaf in named(tree).items():
-        if not leaf.dtype.is_floating_point:
+        if not isinstance(leaf, Tensor) or not leaf.dtype.is_floating_point:
+            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise ValueError(
-                f"`{function}` needs parameters of floating point, got {leaf.dtype} at {name!r}. "
+                f"`{function}` needs parameters of floating point, got {kind} at {name!r}. "
                 "Hold it in the loss, outside of the parameters."
             )
 

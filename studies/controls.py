@@ -8,6 +8,9 @@ the same row of weights, learned for each position. Degree 1 is affine in the sc
 Fourier units. All have the same number of parameters (by their rank), and `softmax, wider MLP`
 spends as many on its MLPs. Each also stands beside softmax, added to its rows. Every arm chooses
 its learning rate out of three on one seed; the winners are trained again with five fresh seeds.
+
+Expected in the setting of studies/README.md (n = 3, some forty minutes on one core): 0.83
+[0.64, 1.01] of the gain of G3 over softmax is left when the scores are ignored.
 """
 
 import argparse

@@ -8,6 +8,9 @@ to settle, so there the answer is about short training.
 
 For CIFAR-10 images add `--data uoft-cs/cifar10 --set patch_size=4 --set embed_dim=64 --set depth=4
 --set augment=flip_crop --train-limit 8000 --val-limit 2000 --epochs 20`.
+
+Expected, eight minutes on one core on the digits; on CIFAR-10 in the smaller setting of
+studies/README.md in 40: G = 1, r = 7, blockwise, +7.32 [+5.53, +9.11] points over softmax (n = 5).
 """
 
 import dataclasses

@@ -12,7 +12,9 @@
 
 Finished runs are moved by `models.resize`, positions and operators alike, and scored on the test
 split at their own size and at the others, images scaled bilinearly. Nothing is trained again. The
-change of each operator is paired with softmax's own by seed.
+change of each operator is paired with softmax's own by seed. Expected at 64 px after training at
+32 (n = 3): G3B +0.2 [-0.7, +1.0] points, softmax -3.4 [-5.6, -1.2]. The thirty runs take about
+ten minutes on one core.
 """
 
 import argparse

@@ -9,6 +9,8 @@ The first command trains every point of a grid and records it, in six minutes; t
 that table with each sampler from many seeds. Without `--table` it takes studies/samplers.csv, which
 was recorded so. Regret is the best accuracy of the table less the best one found so far. A look-up
 stands for a training run, so a search takes milliseconds and its noise is that of the table alone.
+Expected after 24 trials (n = 40 searches): random search 0.26 [0.17, 0.36] points, TPE 0.06 [0.02,
+0.11].
 """
 
 import argparse

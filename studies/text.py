@@ -8,7 +8,9 @@ A causal language model of characters, on the help topics that ship with Python
 window had. The model has no positions of its own: what a token knows of order is the causal mask's
 and its operator's. Arms differ in the operator alone; all start from the same backbone and see the
 same windows, by seed. `by_distance` alone and `polynomial-0` are controls that ignore the scores.
-`results.jsonl` keeps what is done: the same command goes on from there.
+`results.jsonl` keeps what is done: the same command goes on from there. Expected (n = 3, twenty
+minutes on one core): at 64 characters 2.922 [2.872, 2.973] bits a character with a function of the
+distance inside softmax, 3.305 [3.270, 3.340] with softmax.
 """
 
 import argparse

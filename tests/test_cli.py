@@ -304,6 +304,8 @@ def test_seeds_one_by_one_go_into_directories_of_their_own(capsys, tmp_path):
         (["train", "--depth", "2", "--model", "convit_nano"], "`depth` > 3 for 'convit_nano'"),
         (["info", "--depth", "3", "--model", "swin_tiny"], "has one, got 'depth', 3. Leave it"),
         (["info", "--depth", "2", "--model", "convit_nano"], "`depth` > 3 for 'convit_nano'"),
+        (["train", "--depth", "3", "--model", "convit_tiny"], "`depth` > 10 for 'convit_tiny'"),
+        (["info", "--depth", "10", "--model", "convit_tiny"], "`depth` > 10 for 'convit_tiny'"),
         (["train", "--seeds", "1", "1"], "different seeds"),
         (["train", "--seeds", "0", "--seeds", "1"], "`--seeds` is there 2 times"),
         (["train", "--seeds=0", "--seeds=1"], "`--seeds` is there 2 times"),

@@ -357,6 +357,13 @@ def test_info_of_other_families(capsys):
     assert cli.main(["info", "--learning-rate", "1e-3"]) == 2
 
 
+@pytest.mark.parametrize("spec", ["cosformer", "synthesizer", "performer", "2*softmax+cosformer"])
+def test_info_of_weights_that_scores_do_not_determine_has_no_materialised_form(spec, capsys):
+    assert cli.main(["info", "--operator", spec, "--image-size", "32"]) == 0
+    text = capsys.readouterr().out
+    assert "kept for backward" in text and "materialised" not in text
+
+
 @pytest.mark.parametrize(
     ("name", "tokens"),
     [

@@ -186,6 +186,18 @@ def test_one_function_a_head_is_pruned(spec):
     assert (terms > 0) == bool(changed) and (terms > 0 or spec.startswith("rational"))
 
 
+@pytest.mark.parametrize("spec", ["G2B", "dog-B", "rational-2/2B"])
+def test_what_is_pruned_is_small_by_its_scale_as_well(spec):
+    model = model_of(f"{spec}:rank=2,scales=true")
+    params = model.init(seeded())
+    for block in range(len(model.sites)):
+        model.operator_params(params, block)["units"]["scale_basis"][:, 1:] = 1e-6
+    pruned = functions.prune(model, params, 1e-4).params
+    amplitude = {"G2B": "coefs", "dog-B": "weight", "rational-2/2B": "numerator"}[spec]
+    kept = pruned["blocks"]["0"]["operator"]["units"][amplitude]
+    assert not kept[:, 1:].any() and kept[:, 0].any()
+
+
 def test_units_see_the_scores_of_their_own_heads():
     scores = torch.randn(3, 2, 5, 5, generator=seeded())
     model = model_of("softmax+G2B:rank=2")

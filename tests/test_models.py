@@ -11,7 +11,7 @@ import torch
 from torch.func import grad, vmap
 from torch.testing import assert_close
 
-from kart import checkpoint, layers, models, operators, testing, tree
+from kart import bases, checkpoint, layers, models, operators, testing, tree
 from tests.tiny import CONVIT, SWIN, drawn
 
 SMALL = {"image_size": 8, "patch_size": 4, "in_channels": 1, "num_classes": 10} | {
@@ -110,6 +110,41 @@ def test_one_operator_a_block():
 def test_an_operator_of_ones_own():
     model = small(operators.parse("G2").operator, sharing="universal")
     assert "operator" in model.init(torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        operators.relative(base="softmax"),
+        operators.static(signed=False),
+        operators.linformer(rank=2),
+        operators.hybrid([operators.softmax(), operators.relative(base="softmax")]),
+        operators.parse("G1B", base="softmax").operator,
+        operators.low_rank(bases.fourier(1), 2)._replace(name="G1B"),
+        operators.from_rows("softmax", lambda scores, mask: scores.relu()),
+        operators.softmax()._replace(attend=lambda params, q, k, v, mask=None: v),
+    ],
+)
+def test_a_config_of_an_operator_is_not_that_of_another(operator):
+    model = models.create("vit_nano", operator, image_size=8, patch_size=4, num_classes=3)
+    with pytest.raises(ValueError, match="there is no operator"):
+        models.from_config(dataclasses.asdict(model.config))
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        operators.relative(),
+        operators.hybrid([operators.softmax(), operators.relative()]),
+        operators.parse("G1B:base=softmax,rank=2").operator,
+    ],
+)
+def test_a_config_of_an_operator_that_is_a_spec_makes_it_again(operator):
+    model = models.create("vit_nano", operator, image_size=8, patch_size=4, num_classes=3)
+    again = models.from_config(dataclasses.asdict(model.config))
+    params = tree.map(lambda x: x + 0.1, model.init(torch.Generator().manual_seed(0)))
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(model.apply(params, images), again.apply(params, images))
 
 
 def test_config_rebuilds_the_model():

@@ -614,6 +614,25 @@ def test_bad_tensors_name_the_argument():
         mixed.attend(two, q[:, :2], k[:, :2], v[:, :2], torch.ones(3, 4, 6, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("spec", ["softmax", "G2", "static", "2*softmax+G2", "cosformer"])
+def test_what_is_no_tensor_or_no_dict_of_them_is_refused(spec):
+    op, params, q, k, v = setting(spec, 4, 4)
+    for other in (None, 3, "q", [[1.0]]):
+        for i in range(3):
+            given = [*(q, k, v)[:i], other, *(q, k, v)[i + 1 :]]
+            with pytest.raises(ValueError, match=f"needs tensors, got .*{type(other).__name__}"):
+                op.attend(params, *given)
+    if op.traits.get("of_scores", True):
+        with pytest.raises(ValueError, match="weights` needs tensors, got list"):
+            op.weights(params, [[1.0]])
+    for other in (None, 3, [], q):
+        for call in (lambda p: op.attend(p, q, k, v), lambda p: operators.resize(op, p, 17, 65)):
+            with pytest.raises(ValueError, match="as a dict, got (NoneType|int|list|Tensor)"):
+                call(other)
+    with pytest.raises(ValueError, match="`resize` needs an Operator first, got str"):
+        operators.resize(spec, params, 17, 65)
+
+
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize(
     "spec", ["G2", "G2:order=elementwise", "static", "tempered", "G2:order=by_offset"]

@@ -279,6 +279,8 @@ def test_vmap_over_every_axis_and_compile_without_a_break():
         (torch.zeros(0, 2), 0, "rows of at least one entry"),
         (torch.zeros(()), -1, "needs an axis `dim`"),
         (torch.zeros(2, 3), 2, "needs an axis `dim` of its input, got dim 2"),
+        (torch.zeros(2, 3), "rows", "needs an axis `dim` of its input, got dim 'rows'"),
+        ([0.5, 0.5], -1, "needs floating-point rows, got list"),
     ],
 )
 def test_bad_input_says_what_to_do(y, dim, words):

@@ -1,6 +1,7 @@
 """Every study runs in a tiny setting; what they conclude is checked by hand."""
 
 import argparse
+import ast
 import csv
 import dataclasses
 import json
@@ -47,6 +48,17 @@ def test_the_studies_are_found_and_ask_something():
         path, text = question.available()[name]
         assert text.endswith("?"), name
         assert f"kart study run {name} " in path.read_text()
+
+
+@pytest.mark.parametrize("name", [*STUDIES, "answer", "resolution", "samplers", "text"])
+def test_a_study_says_what_to_expect_and_how_long_it_takes(name):
+    told = ast.get_docstring(ast.parse((question.folder() / f"{name}.py").read_text())) or ""
+    text = " ".join(told.split())
+    written = " ".join((question.folder() / "README.md").read_text().replace("*", "").split())
+    assert "Expected" in text and "n = " in text
+    assert re.search("second|minute|hour", text)
+    found = re.findall(r"[+-]?[\d.]+ \[[^]]+\]", text)
+    assert found and not [one for one in found if one not in written]
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -99,6 +111,18 @@ def test_placements_put_karat_where_they_say():
     assert karat["late third"] == [4, 5] and karat["every other block"] == [0, 2, 4]
     assert karat["first block"] == [0] and karat["last block"] == [5]
     assert configs["half of the heads"].operator == "1*softmax+1*G3B"
+
+
+@pytest.mark.parametrize("depth", [3, 4, 9, 12])
+def test_the_first_and_the_last_block_are_one_block_at_any_depth(depth):
+    configs = first_configs(placement.STUDY, depth=depth)
+    specs = {arm: config.operator for arm, config in configs.items()}
+    assert specs["first block"] == ("G3B", *["softmax"] * (depth - 1))
+    assert specs["last block"] == (*["softmax"] * (depth - 1), "G3B")
+    thirds = [specs[f"{name} third"] for name in ("early", "middle", "late")]
+    assert [blocks.count("G3B") for blocks in zip(*thirds, strict=True)] == [1] * depth
+    with pytest.raises(ValueError, match="`depth` of 3 blocks or more, .* got 2"):
+        first_configs(placement.STUDY, depth=2)
 
 
 def test_per_block_draws_one_operator_a_block():

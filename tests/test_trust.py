@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kart import checkpoint, cli, data, models, operators, runs, train
+from kart import bases, checkpoint, cli, data, models, operators, projections, runs, train
+from kart.analysis import attention, curvature, landscape, spectra, weights
 from kart.runs import records, room
 from kart.train import Config
 from tests.tiny import ONE_BLOCK as TINY
@@ -216,8 +217,45 @@ def drawn_calls(draw):
             ("read", lambda: runs.read(value)),
             ("compare", lambda: runs.compare(value)),
             ("load_weights", lambda: runs.load_weights(value)),
+            *measures(value),
         ]
     )
+
+
+def measures(value):
+    """Calls of what takes tensors, with a worthless one."""
+    one, flat = torch.ones(1, 3, 4), torch.ones(4)
+    op, small = operators.parse("G1").operator, {"image_size": 8, "patch_size": 4}
+    model = models.create("vit_nano", **small)
+    params, basis, some = op.init(torch.Generator(), 1, 3), bases.fourier(1), torch.Generator()
+    return [
+        ("attend", lambda: op.attend(params, one, value, one)),
+        ("attend", lambda: op.attend(value, one, one, one)),
+        ("attend", lambda: op.attend(params, one, one, one, value)),
+        ("weights", lambda: op.weights(params, value)),
+        ("resize", lambda: operators.resize(op, value, 3, 5)),
+        ("simplex", lambda: projections.simplex(value, -1)),
+        ("simplex", lambda: projections.simplex(one, value)),
+        ("init", lambda: basis.init(some, value)),
+        ("apply", lambda: basis.apply(value, flat)),
+        ("apply", lambda: bases.rational().apply(value, flat)),
+        ("apply", lambda: basis.apply(basis.init(some, (1,)), value)),
+        ("expand", lambda: basis.expand(value)),
+        ("apply", lambda: model.apply(value, torch.ones(1, 3, 8, 8))),
+        ("resize", lambda: models.resize(model, value, 16)),
+        ("singular_values", lambda: spectra.singular_values(value)),
+        ("pointing_game", lambda: attention.pointing_game(value, one > 0)),
+        ("best_iou", lambda: attention.best_iou(one, value)),
+        ("hill", lambda: weights.hill(value)),
+        ("hill", lambda: weights.hill(flat, value)),
+        ("kurtosis", lambda: weights.kurtosis(value)),
+        ("directions", lambda: landscape.directions(value)),
+        ("surface", lambda: landscape.surface(torch.sum, flat, value, 1.0, 2)),
+        ("surface", lambda: landscape.surface(torch.sum, flat, torch.ones(2, 4), value, 2)),
+        ("hvp", lambda: curvature.hvp(torch.sum, flat, value)),
+        ("trace", lambda: curvature.trace(torch.sum, flat, 2, value)),
+        ("top_eigenvalues", lambda: curvature.top_eigenvalues(torch.sum, flat, value, some)),
+    ]
 
 
 def wrong_calls(seed, count):

@@ -164,6 +164,8 @@ def enlarge(maps: Tensor, height: int, width: int) -> Tensor:
 
 def _scored(name: str, maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Maps without their negative values, float64, and masks, both `(..., rows * columns)`."""
+    for argument, given in (("maps", maps), ("masks", masks)):
+        schema.check_type(name, argument, given, Tensor)
     if masks.dtype != torch.bool or maps.dim() < 2 or masks.shape[-2:] != maps.shape[-2:]:
         raise ValueError(
             f"`{name}` needs maps and boolean masks (..., rows, columns) of one size, got "

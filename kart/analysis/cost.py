@@ -333,8 +333,13 @@ def _kept_by_heads(
 
 
 def weighed(model: Model) -> bool:
-    """Whether `activation_memory` counts what the blocks of `model` keep, in either form."""
+    """Whether `activation_memory` counts what the blocks of `model` keep."""
     return model.config.family == "vit" and not _attends_as_a_teacher(model)
+
+
+def materialises(model: Model) -> bool:
+    """Whether `model` has a "naive" form: a ViT whose own scores determine all weights."""
+    return weighed(model) and all(op.traits.get("of_scores", True) for op in model.operators)
 
 
 def _kept_by_model(model: Model, dtype: torch.dtype) -> tuple[int, int]:
@@ -375,10 +380,10 @@ def activation_memory(model: Model, batch: int, form: str = "streamed", bytes_ea
         )
     schema.check_integer("activation_memory", "batch", batch, 1)
     c = model.config
-    if not weighed(model) and form == "naive":
+    if form == "naive" and not materialises(model):
         raise ValueError(
-            '`activation_memory` needs a ViT with attention of its own for `form` "naive", got a '
-            f"model of the family {c.family!r} with {model.operators[0].name!r}. Take "
+            '`activation_memory` needs a ViT with weights of its own scores for `form` "naive", '
+            f"got a model of the family {c.family!r} with {model.operators[0].name!r}. Take "
             '"streamed", or measure a call with `kept_bytes`.'
         )
     if not weighed(model):

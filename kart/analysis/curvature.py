@@ -59,6 +59,7 @@ def hvp(loss: Loss, params: Params, vector: Params) -> Params:
 
 
 def _check_like(leaf: Tensor, other: Tensor) -> None:
+    schema.check_type("hvp", "vector", other, Tensor)
     if leaf.shape != other.shape or leaf.dtype != other.dtype:
         raise ValueError(
             f"`hvp` needs a vector of the shapes and dtypes of `params`, got {other.dtype} "
@@ -194,6 +195,7 @@ def top_eigenvalues(
     tensor([4., 2.])
     """
     schema.check_choice("top_eigenvalues", "which", which, WHICH)
+    schema.check_type("top_eigenvalues", "generator", generator, Generator)
     size = tree.size(params)
     if not schema.fits(count, int) or not 1 <= count <= size:
         raise ValueError(
@@ -271,6 +273,7 @@ def trace(loss: Loss, params: Params, samples: int, generator: Generator) -> Tra
     24.0
     """
     schema.check_integer("trace", "samples", samples, 2, "20 is a start.")
+    schema.check_type("trace", "generator", generator, Generator)
     space = _Space(loss, params, 0)
     vectors = _probes(space, samples, generator)
     terms = torch.stack([(z.double() * space.product(z).double()).sum() for z in vectors])
@@ -314,6 +317,7 @@ def spectral_density(
     1.0
     """
     schema.check_integer("spectral_density", "samples", samples, 1, "20 is a start.")
+    schema.check_type("spectral_density", "generator", generator, Generator)
     size = tree.size(params)
     whole = schema.fits(steps, int) and schema.fits(points, int)
     if not whole or steps < 1 or points < 2 or (width is not None and not 0 < width < math.inf):

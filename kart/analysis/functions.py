@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kart import pages, tree
+from kart import pages, schema, tree
 from kart.analysis import figures, symbolic
 from kart.analysis.attention import score_share
 from kart.analysis.section import (
@@ -348,7 +348,7 @@ def prune(model: Model, params: Params, threshold: float) -> Pruned:
     >>> sorted(pruned.dropped)[0], pruned.dropped["blocks.0.operator"].of_units
     ('blocks.0.operator', 120)
     """
-    if not 0 <= threshold < 1:
+    if not schema.fits(threshold, float) or not 0 <= threshold < 1:
         raise ValueError(
             f"`prune` needs 0 <= `threshold` < 1, got {threshold!r}. 0.1 drops what is below a "
             "tenth of the largest of its head."
@@ -388,6 +388,8 @@ def _prune_units(group: Group, name: str, threshold: float) -> tuple[str, Tensor
             size = torch.hypot(*size.chunk(2, -1))
     else:
         size = given.reshape(*given.shape[:3], -1).norm(dim=-1, keepdim=True)
+        if basis.options.get("scales"):
+            size = size * units["scale_basis"].detach().abs()[..., None]
     terms = size
     if group.operator.options.get("kind") == "low_rank":
         terms = size * group.params["mix"].detach().norm(dim=-2)[:, :, None, None]

@@ -54,6 +54,7 @@ def directions(path: Tensor) -> tuple[Tensor, Tensor]:
     (tensor([[0.6000, 0.8000, 0.0000],
             [0.0000, 0.0000, 1.0000]]), [0.962, 0.038])
     """
+    schema.check_type("directions", "path", path, Tensor)
     if path.dim() != 2 or not path.dtype.is_floating_point or len(path) < 3 or path.shape[1] < 2:
         raise ValueError(
             "`directions` needs a path (T, P) of T >= 3 snapshots of P >= 2 weights, got "
@@ -143,6 +144,7 @@ def coordinates(path: Tensor, directions: Tensor) -> Tensor:
 
 
 def _check_directions(name: str, directions: Tensor, size: int) -> None:
+    schema.check_type(name, "directions", directions, Tensor)
     if directions.shape != (2, size) or not bool(directions.isfinite().all()):
         raise ValueError(
             f"`{name}` needs finite directions (2, {size}) for these weights, got shape "

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kart import pages
+from kart import pages, schema
 from kart.analysis import figures
 from kart.analysis.section import (
     Analysis,
@@ -30,6 +30,7 @@ CUT = 1e-5  # of the largest singular value: below it counts as rounding of floa
 
 
 def _spectrum(name: str, matrices: Tensor) -> Tensor:
+    schema.check_type(name, "matrices", matrices, Tensor)
     if matrices.dim() < 2 or not matrices.dtype.is_floating_point or 0 in matrices.shape[-2:]:
         raise ValueError(
             f"`{name}` needs floating-point matrices (..., N, M) with N, M >= 1, got "

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kart import pages, tree
+from kart import pages, schema, tree
 from kart.analysis import figures
 from kart.analysis.section import (
     Analysis,
@@ -30,6 +30,7 @@ BINS = 81
 
 
 def _check_values(name: str, values: Tensor, least: int) -> None:
+    schema.check_type(name, "values", values, Tensor)
     if values.dim() < 1 or not values.dtype.is_floating_point or values.shape[-1] < least:
         raise ValueError(
             f"`{name}` needs floating-point values (..., n) with n >= {least}, got {values.dtype} "
@@ -55,7 +56,7 @@ def hill(values: Tensor, share: float = 0.1) -> Tensor:
     3.0
     """
     _check_values("hill", values, 2)
-    count = int(share * values.shape[-1]) if 0 < share < 1 else 0
+    count = int(share * values.shape[-1]) if schema.fits(share, float) and 0 < share < 1 else 0
     if count < 1:
         raise ValueError(
             f"`hill` needs 0 < `share` < 1 and one value in it, got {share!r} of "

@@ -173,9 +173,10 @@ def wide(x: Tensor) -> Tensor:
 
 def check_input(name: str, x: Tensor) -> None:
     """Raises ValueError unless `x` is a floating-point tensor."""
-    if not x.dtype.is_floating_point:
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
-            f"`{name}` needs floating-point `x`, got {x.dtype}. Convert it with `x.float()`."
+            f"`{name}` needs floating-point `x`, got {kind}. Convert it with `x.float()`."
         )
 
 
@@ -251,7 +252,21 @@ def assemble(
     schema.check_type(family, "scales", scales, bool)
     activation = BASES[base]
 
+    leading = "coefs" if expand is not None else traits["amplitude"]
+
+    def check_params(params: Params) -> None:
+        if not isinstance(params, dict) or leading not in params:
+            found = [*params] if isinstance(params, dict) else type(params).__name__
+            raise ValueError(
+                f"`{family}` needs parameters with {leading!r}, got {found!r:.100}. Call `init` of "
+                "this basis for its parameters."
+            )
+
     def init(generator: Generator, shape: Sequence[int]) -> Params:
+        if not schema.fits(shape, tuple[int, ...]) or any(n < 0 for n in shape):
+            raise ValueError(
+                f"`init` needs a `shape` of integers, got {shape!r:.100}. Pass for example (3, 5)."
+            )
         shape = tuple(shape)
         params = draw(generator, shape)
         if scales:
@@ -269,6 +284,7 @@ def assemble(
         return values.to(x.dtype)
 
     def coefficients(params: Params) -> Tensor:
+        check_params(params)
         coefs = params["coefs"]
         if coefs.shape[-1] != size:
             raise ValueError(
@@ -294,6 +310,7 @@ def assemble(
             products = map(torch.mul, values.unbind(-1), coefs.unbind(-1))
             return functools.reduce(torch.add, products).to(x.dtype)
         assert core is not None
+        check_params(params)
         y = core(params, widened)
         if scales:
             y = y * params["scale_basis"]

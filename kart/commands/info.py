@@ -83,7 +83,7 @@ def _costs(config: Config, model: models.Model) -> dict[str, Any]:
     width = 2 if config.precision == "bfloat16" else 4
     kept = cost.activation_memory(model, batch, bytes_each=width)
     found["kept_for_backward_mib"] = kept / 2**20
-    if cost.weighed(model):
+    if cost.materialises(model):
         naive = cost.activation_memory(model, batch, "naive", bytes_each=width)
         found["kept_by_the_naive_form_mib"] = naive / 2**20
     # float32 weights, gradients and two moments, and what the backward needs

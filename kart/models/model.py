@@ -11,6 +11,7 @@ from kart import factories, operators
 from kart.models.windows import Cut
 from kart.models.work import Layers
 from kart.operators import Operator
+from kart.operators.sums import meaning
 
 Params = dict[str, Any]
 # what `operator` may be: a spec, an Operator, or one of either per block
@@ -124,10 +125,11 @@ class Family(NamedTuple):
 def find(params: Params, path: str) -> Params:
     """The subtree of `params` at a dotted path."""
     for key in path.split("."):
-        if key not in params:
+        if not isinstance(params, dict) or key not in params:
+            among = [*params] if isinstance(params, dict) else type(params).__name__
             raise ValueError(
                 f"a model needs parameters with {path!r}, got none called {key!r} among "
-                f"{[*params]!r:.100}. Create the model with the config that they were made with."
+                f"{among!r:.100}. Create the model with the config that they were made with."
             )
         params = params[key]
     return params
@@ -137,6 +139,22 @@ def place(params: Params, path: str, node: Params) -> Params:
     """`params` with `node` at a dotted path; what was given is not changed."""
     key, dot, rest = path.partition(".")
     return {**params, key: place(params.get(key, {}), rest, node) if dot else node}
+
+
+def _named(op: Operator) -> str:
+    """What a config calls an operator that it was given: its name, or where that is the spec of
+    another operator, which `from_config` would make, a name that is no spec.
+    """
+    if operators.sources(op.name):  # of the user's own, whose code is not run for this
+        return op.name
+    try:
+        said = operators.parse(op.name).operator
+    except ValueError:
+        return op.name
+    one, other = (None if x.call is None else x.call.factory for x in (op, said))
+    whole = not factories.changed(op).keys() - {"name"}
+    same = whole and one is other and meaning(op) == meaning(said)
+    return op.name if same else f"{op.name} (an Operator)"
 
 
 def choose(
@@ -190,7 +208,10 @@ def choose(
             f"`{function}` needs one operator for universal sharing, got {len(ones)}. "
             "Give one spec, or share blockwise."
         )
-    named = tuple(spec.operator.name for spec in specs)
+    named = tuple(
+        _named(one) if isinstance(one, Operator) else spec.operator.name
+        for one, spec in zip(ones, specs, strict=True)
+    )
     blocks = tuple(spec.operator for spec in specs) * (depth if single else 1)
     chosen = {"operator": named[0] if single else named, "sharing": sharing}
     return dataclasses.replace(config, **chosen), blocks

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from kart import layers, operators, tree
 from kart.models.model import Model, Params, find, place
+from kart.operators.contract import check_params
 
 
 def move(old: Model, new: Model, params: Params) -> Params:
@@ -24,6 +25,7 @@ def move(old: Model, new: Model, params: Params) -> Params:
             "the grid of its stage. Create and train a model of this size."
         )
     sides = old.config.side, new.config.side
+    check_params("resize", params)
     if "pos_embed" in params:
         grids = [(side, side) for side in sides]
         moved = layers.resize_positions(params["pos_embed"], *grids)

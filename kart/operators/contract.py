@@ -148,7 +148,14 @@ def check_basis(name: str, basis: Basis) -> None:
 
 
 def check_padded(name: str, *tensors: Tensor) -> None:
-    """Raises ValueError for nested tensors: operators take rows of one length, and a mask."""
+    """Raises ValueError for what is no tensor, and for nested ones: operators take rows of one
+    length, and a mask.
+    """
+    if not all(isinstance(x, Tensor) for x in tensors):
+        kinds = ", ".join(type(x).__name__ for x in tensors)
+        raise ValueError(
+            f"`{name}` needs tensors, got {kinds}. Convert what is none with `torch.as_tensor`."
+        )
     if any(x.is_nested for x in tensors):
         raise ValueError(
             f"`{name}` needs tensors of one length, got a nested one. Pad it with "
@@ -232,6 +239,15 @@ def unit_sizes(basis: Basis) -> dict[str, tuple[int, ...]] | None:
         return None
 
 
+def check_params(name: str, params: Any) -> None:
+    """Raises ValueError unless parameters are a dict, as `init` draws them."""
+    if not isinstance(params, dict):
+        raise ValueError(
+            f"`{name}` needs parameters as a dict, got {type(params).__name__}. Pass what "
+            "`init(generator, heads, tokens)` drew."
+        )
+
+
 def check_names(name: str, params: Params, wanted: Collection[str]) -> None:
     """Raises ValueError unless the parameters are called as `wanted`."""
     if params.keys() != set(wanted):
@@ -268,7 +284,13 @@ def check_heads(name: str, params: Params, *tensors: Tensor) -> None:
     of the input.
     """
     heads = max(x.shape[-3] if x.dim() > 2 else 1 for x in tensors)
-    found = [tuple(leaf.shape[:1]) for leaf in tree.leaves(params)]
+    leaves = tree.leaves(params)
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        raise ValueError(
+            f"`{name}` needs parameters of tensors, got {leaves!r:.100}. Pass what "
+            "`init(generator, heads, tokens)` drew."
+        )
+    found = [tuple(leaf.shape[:1]) for leaf in leaves]
     # compared, not as a set: in a trace sizes are tensors
     if any(own not in ((heads,), (1,)) for own in found):
         told = " and ".join(str(*sizes) for sizes in sorted(set(found)))
@@ -390,6 +412,7 @@ def from_forms(
         return {} if init is None else init(generator, heads, tokens)
 
     def check_own(params: Params, queries: int, keys: int, *tensors: Tensor) -> None:
+        check_params(name, params)
         if init is None and params:
             raise ValueError(
                 f"`{name}` has no parameters, got {', '.join(params)}, which are of another "

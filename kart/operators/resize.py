@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from kart import schema
 from kart.bases import Basis, Params
-from kart.operators.contract import Operator
+from kart.operators.contract import Operator, check_params
 
 Tokens = int | Sequence[int]
 
@@ -189,6 +189,12 @@ def resize(op: Operator, params: Params, old_tokens: Tokens, new_tokens: Tokens)
     >>> operators.resize(op, params, 17, 65)["mix"].shape
     torch.Size([2, 65, 4])
     """
+    if not isinstance(op, Operator):
+        raise ValueError(
+            f"`resize` needs an Operator first, got {type(op).__name__}. Pass for example "
+            '`operators.parse("G3B").operator`.'
+        )
+    check_params("resize", params)
     old, new = lattice("old_tokens", old_tokens), lattice("new_tokens", new_tokens)
     if op.resize is not None:
         return op.resize(params, old, new)

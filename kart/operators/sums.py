@@ -1,13 +1,13 @@
 """Sums of operators: all of them in every head."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Generator, Tensor
 
-from kart.bases import Params
+from kart.bases import Basis, Params
 from kart.factories import remember
-from kart.operators.contract import Operator, check_names, check_sizes
+from kart.operators.contract import Operator, check_names, check_params, check_sizes
 from kart.operators.resize import Lattice
 
 
@@ -22,10 +22,24 @@ def simple_parts(op: Operator) -> list[Operator]:
     return [one for part in parts for one in simple_parts(part)] if parts else [op]
 
 
+def meaning(value: Any, free: Collection[str] = ()) -> Any:
+    """What the parameters of an operator mean: its options and those of its basis, but `free`."""
+    if isinstance(value, Operator):
+        return meaning({**value.options, "basis": value.basis}, free)
+    if isinstance(value, Basis):
+        return value.family, meaning(value.options, free)
+    if isinstance(value, Mapping):
+        return {name: meaning(one, free) for name, one in value.items() if name not in free}
+    if isinstance(value, list | tuple):
+        return [meaning(one, free) for one in value]
+    return value if isinstance(value, str | int | float) else type(value).__name__
+
+
 def own_params(name: str, parts: Sequence[Operator], params: Params) -> list[Params]:
     """The parameters of each part, under `str(i)`; a part without any may be left out, as where a
     tree was made of its leaves.
     """
+    check_params(name, params)
     names = [str(i) for i in range(len(parts))]
     some = {i for i, op in zip(names, parts, strict=True) if op.traits.get("learned", True)}
     if not some <= params.keys():
