@@ -185,6 +185,23 @@ def test_a_table_alone_is_refused():
     assert_close(kernels.pair_attention(None, own, None, q, k, v, form="inside"), wanted)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"v": lambda x: x[..., :-1, :]}, r"`v` \(..., H, 6, e\) .* got \(3, 5, 5\)"),
+        ({"index": lambda x: x[:-1]}, r"`index` \(6, 6\) .* and \(5, 6\)"),
+        ({"entries": lambda x: x[:, :-1]}, r"`entries` \(H, 5, places\) .* got \(3, 4, 11\)"),
+        ({"entries": lambda x: x[0]}, r"`entries` \(H, 5, places\) .* got \(5, 11\)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, words):
+    basis = FAMILIES["fourier"]
+    (q, k, v, entries), index = drawn(basis, 6, 6, torch.float32)
+    given = {"q": q, "k": k, "v": v, "entries": entries, "index": index}
+    with pytest.raises(ValueError, match=words):
+        kernels.pair_attention(basis, **given | {n: fn(given[n]) for n, fn in change.items()})
+
+
 def test_an_index_can_be_mapped():
     (q, k, v, entries), index = drawn(None, 6, 6, torch.float32)
 

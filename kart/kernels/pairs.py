@@ -19,7 +19,7 @@ from kart.kernels import fused, plain, stream
 from kart.kernels.arguments import broadcast_leading, check, flat_mask, four_axes
 from kart.kernels.cpp import weights as compiled
 from kart.kernels.cpp.weights import Weighted
-from kart.kernels.family import family_of
+from kart.kernels.family import Family, family_of
 from kart.kernels.plain import wide_dtype
 from kart.kernels.transforms import forward_levels, no_autocast
 
@@ -69,12 +69,26 @@ def pair_attention(
     check(name, q, k, mask, None, v=v)
     if index is None:
         index = torch.arange(math.prod(size), device=q.device).view(size)
+    # a family is not looked for while torch.compile traces
+    family = None if basis is None or torch.compiler.is_compiling() else family_of(basis)
+    planes = 1 if family is None else 1 + family.width
+    if v.dim() < 3 or v.shape[-2] != size[1] or tuple(index.shape) != size:
+        raise ValueError(
+            f"`{name}` needs `v` (..., H, {size[1]}, e) and `index` {size} for these queries and "
+            f"keys, got {tuple(v.shape)} and {tuple(index.shape)}. Take all of the same tokens."
+        )
+    known = basis is None or family is not None
+    if entries.dim() != 3 or (known and entries.shape[1] != planes):
+        raise ValueError(
+            f"`{name}` needs `entries` (H, {planes}, places) for this basis, got "
+            f"{tuple(entries.shape)}. Put the coefficients after the constant, one a feature."
+        )
     lead = broadcast_leading(name, q=q, k=k, v=v, mask=mask, entries=entries[..., 0])
     q, k, v = four_axes(lead, q, k, v)
     own = entries.to(wide_dtype(q)).expand(lead[-1], -1, -1)[None]
     mask = None if mask is None else flat_mask(mask, lead[:-1])
     with no_autocast(q):
-        out = _apply(basis, form, q, k, v, mask, index[None], own)
+        out = _apply(basis, family, form, q, k, v, mask, index[None], own)
     return out.reshape(*lead, *out.shape[2:])
 
 
@@ -84,6 +98,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 def _apply(
     basis: Any,
+    family: Family | None,
     form: str,
     q: Tensor,
     k: Tensor,
@@ -102,7 +117,6 @@ def _apply(
     apart = forward_levels() or _functorch.is_batchedtensor(index)
     if torch.compiler.is_compiling() or apart or q.device.type != "cpu":
         return expression(*inputs)
-    family = None if basis is None else family_of(basis)
 
     def parts(q, k, v, mask, index, *rest) -> Iterator[tuple[Weighted, Tensor, tuple[Tensor, ...]]]:
         """Of some queries the product, the order of its entries, and the others of `rest`."""
