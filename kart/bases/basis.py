@@ -252,14 +252,14 @@ def assemble(
     schema.check_type(family, "scales", scales, bool)
     activation = BASES[base]
 
-    leading = "coefs" if expand is not None else traits["amplitude"]
+    leading = "coefs" if expand is not None else traits.get("amplitude")
 
     def check_params(params: Params) -> None:
-        if not isinstance(params, dict) or leading not in params:
+        if not isinstance(params, dict) or leading not in (None, *params):
             found = [*params] if isinstance(params, dict) else type(params).__name__
             raise ValueError(
-                f"`{family}` needs parameters with {leading!r}, got {found!r:.100}. Call `init` of "
-                "this basis for its parameters."
+                f"`{family}` needs parameters with {leading or 'leaves'!r}, got {found!r:.100}. "
+                "Call `init` of this basis for its parameters."
             )
 
     def init(generator: Generator, shape: Sequence[int]) -> Params:
