@@ -57,13 +57,15 @@ NAMES = {
     "relative": "the table alone, no scores",
     "softmax + relative": "**`softconv`**: softmax + signed table by offset",
     "softmax + relative + G3": "G3 on top of `softconv`",
+    "relative + phi(S, offset)": "the table and a learned function by offset",
     "softmax(S + relative)": "the table inside softmax",
     "polynomial-0": "polynomial-0: a static row, no scores",
     "polynomial-1": "polynomial-1: affine in the score",
     "G3": "G3: a learned function",
 }
 LASTING = ("softmax", "softmax + relative", "polynomial-0", "polynomial-1", "G3")
-SHAPED = (*LASTING[:2], "softmax + relative + G3", "softmax(S + relative)", *LASTING[2:])
+BESIDE = ("softmax + relative + G3", "relative + phi(S, offset)", "softmax(S + relative)")
+SHAPED = (*LASTING[:2], *BESIDE, *LASTING[2:])
 LESS = {
     "G3 less polynomial-0": ("G3", "polynomial-0"),
     "`softconv` less polynomial-0": ("softmax + relative", "polynomial-0"),
@@ -119,7 +121,8 @@ def top1(scores: answer.Scores, cell: str, arm: str) -> str:
     if not own:
         return "not run"
     mean = f"{100 * statistics.accuracy(own).mean:.1f} ({len(own)})"
-    return mean if arm == "softmax" else f"{mean}, {points(answer.gain(scores, cell, arm))}"
+    gain = "" if arm == "softmax" else points(answer.gain(scores, cell, arm))
+    return f"{mean}, {gain}" if gain else mean
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
