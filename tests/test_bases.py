@@ -420,3 +420,12 @@ def test_what_a_basis_of_ones_own_is_made_of_is_checked(options, words):
 def test_an_integer_of_numpy_is_refused_with_what_to_do():
     with pytest.raises(ValueError, match=r"integer `size` >= 1, got .*3.*\. Pass a Python int\."):
         bases.linear(lambda x: x[..., None], np.int64(3))
+
+
+def test_leaves_in_a_parameter_dict_are_taken():
+    basis = bases.fourier(2)
+    units = basis.init(torch.Generator().manual_seed(0), (3,))
+    held = torch.nn.ParameterDict(units)
+    x = torch.linspace(-1, 1, 3)
+    torch.testing.assert_close(basis.apply(held, x), basis.apply(units, x))
+    torch.testing.assert_close(basis.coefficients(held), basis.coefficients(units))

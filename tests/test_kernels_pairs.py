@@ -219,3 +219,43 @@ def test_learned_numbers_of_the_features_are_refused_where_gradients_would_be_lo
     q, k, v, entries = inputs
     with pytest.raises(ValueError, match="needs features of constants, got 'linear' with a"):
         kernels.pair_attention(basis, entries, index, q, k, v)
+
+
+def test_an_index_that_is_mapped_below_a_gradient_is_each_samples_own():
+    basis = FAMILIES["fourier"]
+    inputs, index = drawn(basis, 6, 6, torch.float32)
+    several = torch.stack([index, index.flip(0)])
+
+    def slopes(index):
+        def loss(index, *inputs):
+            q, k, v, entries = inputs
+            return kernels.pair_attention(basis, entries, index, q, k, v).square().sum()
+
+        return torch.func.grad(loss, (1, 2, 3, 4))(index, *inputs)
+
+    wanted = [torch.stack(x) for x in zip(*map(slopes, several), strict=True)]
+    assert_close(torch.func.vmap(slopes)(several), tuple(wanted), rtol=1e-4, atol=1e-4)
+
+
+def test_places_without_entries_are_refused():
+    basis = FAMILIES["fourier"]
+    (q, k, v, entries), index = drawn(basis, 6, 6, torch.float32)
+    if not kernels.engines()["cpp"].replace("ready", ""):
+        with pytest.raises(ValueError, match="`index` below the 11 places of `entries`, got 11"):
+            kernels.pair_attention(basis, entries, index.fill_(PLACES), q, k, v)
+    for places in (35, 37):
+        own = torch.randn(HEADS, 1, places, generator=source(6))
+        with pytest.raises(ValueError, match=rf"\(H, 1, 36\) without an `index`.* 1, {places}\)"):
+            kernels.pair_attention(None, own, None, q, k, v, form="inside")
+
+
+@pytest.mark.parametrize(("family", "form"), [("fourier", "plain"), ("none", "inside")])
+def test_one_graph_is_compiled(family, form):
+    basis = FAMILIES[family]
+    (q, k, v, entries), index = drawn(basis, 6, 6, torch.float32)
+
+    def call(q, k, v, entries):
+        return kernels.pair_attention(basis, entries, index, q, k, v, None, form)
+
+    graph = torch.compile(call, backend="eager", fullgraph=True)
+    assert_close(graph(q, k, v, entries), call(q, k, v, entries), rtol=1e-4, atol=1e-4)

@@ -255,8 +255,10 @@ def assemble(
     leading = "coefs" if expand is not None else traits.get("amplitude")
 
     def check_params(params: Params) -> None:
-        if not isinstance(params, dict) or leading not in (None, *params):
-            found = [*params] if isinstance(params, dict) else type(params).__name__
+        # a ParameterDict is no dict, and has the leaves of one
+        named = hasattr(params, "keys")
+        if not named or leading not in (None, *params):
+            found = [*params] if named else type(params).__name__
             raise ValueError(
                 f"`{family}` needs parameters with {leading or 'leaves'!r}, got {found!r:.100}. "
                 "Call `init` of this basis for its parameters."

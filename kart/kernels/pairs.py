@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch  # type: ignore[attr-defined]  # no stubs
 from torch.nn import functional
 
 from kart import schema
@@ -21,7 +20,7 @@ from kart.kernels.cpp import weights as compiled
 from kart.kernels.cpp.weights import Weighted
 from kart.kernels.family import Family, family_of
 from kart.kernels.plain import wide_dtype
-from kart.kernels.transforms import forward_levels, no_autocast
+from kart.kernels.transforms import forward_levels, mapped, no_autocast
 
 FORMS = ("plain", "inside", "beside")
 # numbers that are laid out at a time, 16 MiB of float32
@@ -67,6 +66,7 @@ def pair_attention(
     name, size = "pair_attention", (q.shape[-2], k.shape[-2])
     schema.check_choice(name, "form", form, FORMS if basis is not None else FORMS[1:])
     check(name, q, k, mask, None, v=v)
+    own_places = index is None
     if index is None:
         index = torch.arange(math.prod(size), device=q.device).view(size)
     # a family is not looked for while torch.compile traces
@@ -82,6 +82,11 @@ def pair_attention(
         raise ValueError(
             f"`{name}` needs `entries` (H, {planes}, places) for this basis, got "
             f"{tuple(entries.shape)}. Put the coefficients after the constant, one a feature."
+        )
+    if own_places and entries.shape[2] != math.prod(size):
+        raise ValueError(
+            f"`{name}` needs `entries` (H, {planes}, {math.prod(size)}) without an `index`, one "
+            f"for each query and key, got {tuple(entries.shape)}. Pass all, or an `index`."
         )
     lead = broadcast_leading(name, q=q, k=k, v=v, mask=mask, entries=entries[..., 0])
     q, k, v = four_axes(lead, q, k, v)
@@ -114,8 +119,8 @@ def _apply(
     expression = partial(_in_blocks, basis, form, scale)
     inputs = (q, k, v, mask, index, entries)
     # the compiled engine has one index for all samples
-    apart = forward_levels() or _functorch.is_batchedtensor(index)
-    if torch.compiler.is_compiling() or apart or q.device.type != "cpu":
+    traced = torch.compiler.is_compiling() or forward_levels()
+    if traced or mapped(index) or q.device.type != "cpu":
         return expression(*inputs)
 
     def parts(q, k, v, mask, index, *rest) -> Iterator[tuple[Weighted, Tensor, tuple[Tensor, ...]]]:
@@ -137,6 +142,12 @@ def _apply(
             yield x, order, tuple(others)
 
     def forward(*inputs):
+        largest, places = int(inputs[4].max()), inputs[5].shape[3]
+        if largest >= places:
+            raise ValueError(
+                f"`pair_attention` needs an `index` below the {places} places of `entries`, got "
+                f"{largest}. Give an entry for every place."
+            )
         found = [compiled.forward(x) for x, *_ in parts(*inputs)]
         return tuple(_joined(y) for y in zip(*found, strict=True))
 

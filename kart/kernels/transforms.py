@@ -95,6 +95,15 @@ def front(x: Tensor, dim: int | None, size: int) -> Tensor:
     return x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
+def mapped(x: Tensor) -> bool:
+    """Whether `x` has an axis of `torch.func.vmap`, at whatever level."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            return True
+        x = _functorch.get_unwrapped(x)
+    return False
+
+
 def autocasting(x: Tensor) -> bool:
     """Whether autocast is on for the device of `x`; for "meta" torch has none, and no answer."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
