@@ -40,7 +40,7 @@ def looked_up(entries: Tensor, index: Tensor) -> Tensor:
 def pair_attention(
     basis: Any,
     entries: Tensor,
-    index: Tensor | None,
+    index: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -56,7 +56,7 @@ def pair_attention(
     Args:
         basis: a basis that is linear in its coefficients, or None for y = T, not with "plain".
         entries: `(H, 1 + K, E)`, of every place T and the coefficients of phi, one a feature.
-        index: `(N, M)` integers, the place of query n and key m; None where n M + m is.
+        index: `(N, M)` integers, the place of query n and key m.
         q, k, v: `(..., H, N, d)`, `(..., H, M, d)` and `(..., H, M, e)`.
         mask: boolean, True = attend, broadcasting to `(..., H, N, M)`.
 
@@ -66,9 +66,6 @@ def pair_attention(
     name, size = "pair_attention", (q.shape[-2], k.shape[-2])
     schema.check_choice(name, "form", form, FORMS if basis is not None else FORMS[1:])
     check(name, q, k, mask, None, v=v)
-    own_places = index is None
-    if index is None:
-        index = torch.arange(math.prod(size), device=q.device).view(size)
     # a family is not looked for while torch.compile traces
     family = None if basis is None or torch.compiler.is_compiling() else family_of(basis)
     planes = 1 if family is None else 1 + family.width
@@ -82,11 +79,6 @@ def pair_attention(
         raise ValueError(
             f"`{name}` needs `entries` (H, {planes}, places) for this basis, got "
             f"{tuple(entries.shape)}. Put the coefficients after the constant, one a feature."
-        )
-    if own_places and entries.shape[2] != math.prod(size):
-        raise ValueError(
-            f"`{name}` needs `entries` (H, {planes}, {math.prod(size)}) without an `index`, one "
-            f"for each query and key, got {tuple(entries.shape)}. Pass all, or an `index`."
         )
     lead = broadcast_leading(name, q=q, k=k, v=v, mask=mask, entries=entries[..., 0])
     q, k, v = four_axes(lead, q, k, v)

@@ -213,6 +213,7 @@ def relative(
         expand_table,
         tokens_in,
         Form(signed, normalise, base, inside, begin),
+        placed=lambda table: (flatten_table(table), index_of(table)),
         resize=resize,
         options={"prefix": prefix, "rows": rows},
     )

@@ -114,6 +114,7 @@ def from_matrix(
     form: Form,
     *,
     rank: int | None = None,
+    placed: Callable[[Params], tuple[Tensor, Tensor]] | None = None,
     resize: Callable[..., Params] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Operator:
@@ -129,6 +130,7 @@ def from_matrix(
         tokens: the number of tokens that parameters are for.
         form: see above.
         rank: of the factors, None for a matrix.
+        placed: the entries `(H, E)` of T and their index `(N, M)`, where it has fewer than N M.
         resize: see `Operator`.
         options: recorded in the result.
     """
@@ -174,13 +176,19 @@ def from_matrix(
             lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], out.shape[:-2])
             out = out.expand(*lead, *out.shape[-2:])
             return out + kernels.softmax_attention(q, k, v, mask) if base else out
-        t, q, k, v = matrix(params), wide(q), wide(k), wide(v)
-        if isinstance(t, Factored):
-            # q k^T / sqrt(d) + L R^T is one product of longer vectors
-            q = beside(q * q.shape[-1] ** -0.5, t.left)
-            k = beside(k, t.right)
-            return kernels.softmax_attention(q, k, v, mask, 1.0)
-        return kernels.pair_attention(None, t.flatten(1)[:, None], None, q, k, v, mask, "inside")
+        q, k, v = wide(q), wide(k), wide(v)
+        if placed is not None:
+            own, index = placed(params)
+        else:
+            t = matrix(params)
+            if isinstance(t, Factored):
+                # q k^T / sqrt(d) + L R^T is one product of longer vectors
+                q = beside(q * q.shape[-1] ** -0.5, t.left)
+                k = beside(k, t.right)
+                return kernels.softmax_attention(q, k, v, mask, 1.0)
+            own = t.flatten(1)
+            index = torch.arange(own.shape[1], device=t.device).view(t.shape[1:])
+        return kernels.pair_attention(None, own[:, None], index, q, k, v, mask, "inside")
 
     def product_flops(tokens: int, width: int) -> int:
         low = rank is not None and signed and not normalise and not inside
