@@ -152,17 +152,17 @@ def _raw_mixed(coefs: Tensor, v: Tensor, engine: str) -> Tensor:
     """`_mixed` on plain tensors, compiled where that is faster."""
     matrix = coefs.flatten(-2)
     unit = dense.engine() if engine in ("auto", "cpp") else None
-    found = unit.mixed(matrix, v) if unit is not None and unit.takes(matrix, v) else None
-    return _mixed(coefs, v) if found is None else found.unflatten(-1, coefs.shape[-2:])
+    if unit is None or not unit.takes(matrix, v):
+        return _mixed(coefs, v)
+    return unit.mixed(matrix, v).unflatten(-1, coefs.shape[-2:])
 
 
 def _unmixed(coefs: Tensor, v: Tensor, dmixed: Tensor, engine: str) -> tuple[Tensor, Tensor]:
     """The gradients of coefs and v from that of `_mixed`."""
     matrix, unit = coefs.flatten(-2), dense.engine() if engine in ("auto", "cpp") else None
     if unit is not None and unit.takes(matrix, v, dmixed):
-        found = unit.unmixed(matrix, v, dmixed.flatten(-2))
-        if found is not None:
-            return found[0].view(coefs.shape), found[1]
+        dcoefs, dv = unit.unmixed(matrix, v, dmixed.flatten(-2))
+        return dcoefs.view(coefs.shape), dv
     flat, pulled = coefs.to(v.dtype).flatten(-2), dmixed.to(v.dtype).flatten(-2)
     if coefs.shape[0] != 1:
         dcoefs, dv = v @ pulled, flat @ pulled.mT

@@ -1,7 +1,6 @@
 """The compiled products of full rank, coefficients by values and back: dense.cpp.
 
-They are on the tile unit of a processor that has one; elsewhere, for small matrices and for numbers
-that do not fit it, torch's own products do as well. Held against float64 before their first use.
+Held against float64 before their first use.
 """
 
 import ctypes
@@ -15,10 +14,6 @@ from kart.kernels.arguments import dense_rows, room_like
 from kart.kernels.cpp import Coefs, Shape, address_of, array_of, build
 from kart.kernels.transforms import untransformed
 
-# tokens and columns from which on the tile unit is the faster
-ROWS, COLUMNS = 64, 64
-UNFIT = 2
-
 
 class Engine:
     """The compiled products."""
@@ -26,15 +21,13 @@ class Engine:
     def __init__(self, library: ctypes.CDLL):
         self.library = library
 
-    def takes(self, coefs: Tensor, *others: Tensor) -> bool:
-        """Whether these products of `coefs (B or 1, H, P, J)` are worth it, and can be."""
-        return (
-            min(coefs.shape[-2:]) >= ROWS
-            and others[0].shape[-1] >= COLUMNS
-            and all(x.device.type == "cpu" and x.dtype is torch.float32 for x in (coefs, *others))
+    def takes(self, *tensors: Tensor) -> bool:
+        """Whether they are for tensors like these."""
+        return all(
+            x.device.type == "cpu" and x.dtype is torch.float32 and x.numel() for x in tensors
         )
 
-    def _call(self, function: Any, coefs: Tensor, v: Tensor, *arguments: Any) -> bool:
+    def _call(self, function: Any, coefs: Tensor, v: Tensor, *arguments: Any) -> None:
         batch, heads, tokens, width = v.shape
         shape = Shape(batch, heads, tokens, coefs.shape[3], 0, 0, width)
         (coefs,) = dense_rows(coefs)
@@ -46,26 +39,22 @@ class Engine:
             *arguments,
             torch.get_num_threads(),
         )
-        if code not in (0, UNFIT):
+        if code:
             raise MemoryError("the C++ engine of full rank could not allocate its buffers.")
-        return not code
 
-    def mixed(self, coefs: Tensor, v: Tensor) -> Tensor | None:
-        """`C V`, `(B, H, e, J)`, for `coefs (B or 1, H, P, J)` and `v (B, H, P, e)`; None where
-        the numbers do not fit the unit.
-        """
+    def mixed(self, coefs: Tensor, v: Tensor) -> Tensor:
+        """`C V`, `(B, H, e, J)`, for `coefs (B or 1, H, P, J)` and `v (B, H, P, e)`."""
         rows, columns = (-(-n // 16) * 16 for n in (v.shape[3], coefs.shape[3]))
         out = v.new_empty(*v.shape[:2], rows, columns)
-        if not self._call(self.library.kart_mixed, coefs, v, ctypes.byref(array_of(out))):
-            return None
+        self._call(self.library.kart_mixed, coefs, v, ctypes.byref(array_of(out)))
         return out[:, :, : v.shape[3], : coefs.shape[3]]
 
-    def unmixed(self, coefs: Tensor, v: Tensor, dmixed: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The gradients of coefs and v; None where the numbers do not fit the unit."""
+    def unmixed(self, coefs: Tensor, v: Tensor, dmixed: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of coefs and v."""
         dcoefs, dv = coefs.new_empty(coefs.shape), room_like(v)
         results = [ctypes.byref(array_of(dmixed)), ctypes.byref(array_of(dv)), address_of(dcoefs)]
-        found = self._call(self.library.kart_unmixed, coefs, v, *results)
-        return (dcoefs, dv) if found else None
+        self._call(self.library.kart_unmixed, coefs, v, *results)
+        return dcoefs, dv
 
 
 def _check(engine: Engine) -> None:
@@ -79,7 +68,6 @@ def _check(engine: Engine) -> None:
         dmixed = draw(2, 2, 37, 67)
         with untransformed():
             out, pulled = engine.mixed(coefs, v), engine.unmixed(coefs, v, dmixed)
-        assert out is not None and pulled is not None  # they are finite
         coefs, v, dmixed = (x.double() for x in (coefs, v, dmixed))
         dcoefs = v @ dmixed
         dcoefs = dcoefs if own > 1 else dcoefs.sum(0, keepdim=True)
@@ -89,11 +77,5 @@ def _check(engine: Engine) -> None:
 
 @functools.cache
 def engine() -> Engine | None:
-    """The checked products; None without a tile unit, and where they failed, which is logged."""
-    if not build.has_tiles():
-        return None
-
-    def make(library: ctypes.CDLL) -> Engine | None:
-        return Engine(library) if library.kart_tiles() else None
-
-    return build.checked("full rank", '#include "dense.cpp"\n', make, _check)[0]
+    """The checked products; None without a compiler, and where they failed, which is logged."""
+    return build.checked("full rank", '#include "dense.cpp"\n', Engine, _check)[0]
