@@ -56,11 +56,6 @@ def _processor() -> str:
     return platform.processor() + platform.machine()
 
 
-def has_tiles() -> bool:
-    """Whether the processor has a tile unit for bfloat16."""
-    return "amx_bf16" in _processor().split()
-
-
 def _trusted(path: Path) -> str:
     """Why somebody else could put files into a directory, or ""."""
     for place in (path, *path.parents):
