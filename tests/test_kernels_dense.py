@@ -25,7 +25,7 @@ def gradients(f, leaves, dtype=torch.float32):
 # tokens, keys, features, columns: groups of 256 numbers of a token, whole, one and a rest
 DENSE = [(64, 32, 2, 64), (197, 197, 6, 64), (80, 43, 6, 65), (65, 1, 257, 97), (97, 128, 4, 70)]
 # and what is too small for the tile unit
-DENSE += [(1, 1, 1, 1), (5, 3, 2, 64), (70, 20, 5, 17), (17, 17, 16, 33)]
+DENSE += [(16, 8, 2, 16), (19, 17, 1, 64), (70, 20, 5, 17), (17, 17, 16, 33)]
 
 
 @pytest.mark.parametrize("size", DENSE, ids=str)

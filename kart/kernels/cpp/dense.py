@@ -15,16 +15,22 @@ from kart.kernels.cpp import Coefs, Shape, address_of, array_of, build
 from kart.kernels.transforms import untransformed
 
 
+# tokens and columns from which on they are faster than torch's
+ROWS, COLUMNS = 16, 16
+
+
 class Engine:
     """The compiled products."""
 
     def __init__(self, library: ctypes.CDLL):
         self.library = library
 
-    def takes(self, *tensors: Tensor) -> bool:
-        """Whether they are for tensors like these."""
-        return all(
-            x.device.type == "cpu" and x.dtype is torch.float32 and x.numel() for x in tensors
+    def takes(self, coefs: Tensor, *others: Tensor) -> bool:
+        """Whether these products of `coefs (B or 1, H, P, J)` are worth it, and can be."""
+        return (
+            min(coefs.shape[-2:]) >= ROWS
+            and others[0].shape[-1] >= COLUMNS
+            and all(x.device.type == "cpu" and x.dtype is torch.float32 for x in (coefs, *others))
         )
 
     def _call(self, function: Any, coefs: Tensor, v: Tensor, *arguments: Any) -> None:
