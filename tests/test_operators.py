@@ -96,10 +96,12 @@ def test_linearize_is_jvp(spec):
 
 @pytest.mark.parametrize("mask_shape", MASKS.values(), ids=MASKS.keys())
 @pytest.mark.parametrize("spec", SPECS)
-def test_attend_equals_weights_times_values_in_value_and_every_gradient(spec, mask_shape):
-    op, params, q, k, v = setting(spec, 5, 7)
-    mask = draw_mask(mask_shape, 5, 7)
-    probe = torch.randn(2, HEADS, 5, 4, generator=torch.Generator().manual_seed(2)).double()
+def test_attend_equals_weights_times_values_in_value_and_every_gradient(
+    spec, mask_shape, queries=5, keys=7
+):
+    op, params, q, k, v = setting(spec, queries, keys)
+    mask = draw_mask(mask_shape, queries, keys)
+    probe = torch.randn(2, HEADS, queries, 4, generator=torch.Generator().manual_seed(2)).double()
 
     def attended(params, q, k, v):
         return (op.attend(params, q, k, v, mask) * probe).sum()
@@ -111,6 +113,12 @@ def test_attend_equals_weights_times_values_in_value_and_every_gradient(spec, ma
     (got, got_value), (wanted, wanted_value) = (f(params, q, k, v) for f in both)
     assert_close(got_value, wanted_value)
     tree.map(lambda a, b: assert_close(a, b, rtol=1e-8, atol=1e-10), got, wanted)
+
+
+@pytest.mark.parametrize("mask_shape", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("spec", ["softmax", "sigmoid", "relu", "sparsemax"])
+def test_one_query_of_many_keys(spec, mask_shape):
+    test_attend_equals_weights_times_values_in_value_and_every_gradient(spec, mask_shape, 1, 33)
 
 
 @pytest.mark.parametrize("spec", SPECS)

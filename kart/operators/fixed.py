@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kart import bases, kernels
 from kart.factories import remember
+from kart.kernels.plain import scores as scores_of
 from kart.kernels.plain import wide
 from kart.operators.contract import (
     SIMPLEX,
@@ -22,6 +23,9 @@ from kart.operators.contract import (
     two_axes,
 )
 from kart.operators.static import beside
+
+# keys a query from which on there are few queries
+FEW = 16
 
 
 def piece(value: str, slope: str) -> bases.Cpp:
@@ -70,6 +74,9 @@ def sigmoid() -> Operator:
         return only((scores - count.log()).sigmoid(), mask)
 
     def product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if not torch.compiler.is_exporting() and FEW * q.shape[-2] <= k.shape[-2]:
+            # their weights are less than a copy of the keys
+            return rows(only(scores_of(q, k, None), mask), mask) @ wide(v)
         q, k, v = wide(q), wide(k), wide(v)
         shift = -attended_keys(mask, k.shape[-2], q).log()
         # s - log n is the product of vectors with a number more

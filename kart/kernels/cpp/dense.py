@@ -14,7 +14,6 @@ from kart.kernels.arguments import dense_rows, room_like
 from kart.kernels.cpp import Coefs, Shape, address_of, array_of, build
 from kart.kernels.transforms import untransformed
 
-
 # tokens and columns from which on they are faster than torch's
 ROWS, COLUMNS = 16, 16
 
