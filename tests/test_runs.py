@@ -146,6 +146,13 @@ def test_a_run_whose_operator_is_written_otherwise_is_not_counted_twice(home, sp
         assert code == 2 and "counted twice" in error and "G1B seed 0" in error
     with pytest.raises(ValueError, match="different operators, got .'G1B', 'G1B'"):
         runs.homes([two, dataclasses.replace(two, operator="G1B|...")], home)
+    for spec in ("fourier-1B", "G1", "G1:rank=2", "G1B|fourier-1B"):
+        with pytest.raises(ValueError, match="different operators, got .'G1B'"):
+            runs.homes([two, dataclasses.replace(two, operator=spec)], home)
+    others = ("G1U", "G2B", "G1B:rank=3", "G1B|softmax", "G1B:init=paper")
+    assert len(
+        set(runs.homes([two, *(dataclasses.replace(two, operator=o) for o in others)], home))
+    )
 
 
 def test_scores_of_another_moment_or_run_are_not_shown(home, capsys):
