@@ -188,9 +188,12 @@ def write(
     told = json.loads(schema.dumps({"format": form, **about, "versions": checkpoint.versions()}))
     beside = path.with_suffix(".json")
 
+    forms = {path.with_suffix(suffix) for suffix in SUFFIXES.values()} - {path}
+    alone = not any(other.exists() for other in forms)
+
     def is_own(found: dict[str, Any]) -> bool:
         same = all(found.get(name) == told[name] for name in about)
-        return found.get("format") in FORMATS and (found["format"] == form or same)
+        return found.get("format") in FORMATS and (same or (found["format"] == form and alone))
 
     checkpoint.check_replaced("export", beside, is_own, path)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")

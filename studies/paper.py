@@ -140,6 +140,17 @@ def flags(row: Row, scale: str, out: Path = OUT) -> list[str]:
     return [*given, "--out", str(home(row, scale, out))]
 
 
+def over(given: Sequence[str], rest: Sequence[str]) -> list[str]:
+    """The arguments `given`, of which each flag has one value, with those of `rest` over them.
+
+    >>> over(["train", "--data", "svhn", "--epochs", "10"], ["--data=digits", "--seeds", "0", "1"])
+    ['train', '--epochs', '10', '--data=digits', '--seeds', '0', '1']
+    """
+    named = {word.partition("=")[0] for word in rest}
+    pairs = zip(given[1::2], given[2::2], strict=True)
+    return [given[0], *(word for pair in pairs if pair[0] not in named for word in pair), *rest]
+
+
 def train(argv: Sequence[str], minutes: float) -> int:
     """Runs `kart` for at most so many minutes, then stops it as Ctrl-C does; its exit status."""
     process = subprocess.Popen([sys.executable, "-m", "kart", *argv])
@@ -163,7 +174,7 @@ def work(row: Row, scale: str, minutes: float, out: Path, rest: Sequence[str]) -
     """One slice of a row, and its score on the test split once it is trained."""
     began, directory = time.monotonic(), home(row, scale, out)
     before = epochs(directory)[0]
-    status = train([*flags(row, scale, out), *rest], minutes)
+    status = train(over(flags(row, scale, out), rest), minutes)
     done, total = epochs(directory)
     if status not in (0, 130):
         return status

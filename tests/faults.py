@@ -39,6 +39,7 @@ from kart import bases, checkpoint, cli, data, kernels, runs, tables
 from kart.kernels import plain
 from kart.kernels.cpp import build
 from tests import test_fuzz, test_trust
+from tests.tiny import over
 
 BAD = ("lost", "crashed", "traceback", "code run", "silent")
 RUN = [*("train", "--operator", "G1B", "--epochs", "4", "--batch-size", "8", "--embed-dim", "8")]
@@ -47,7 +48,7 @@ RUN += ["--threads", "1", "--quiet", "--out"]
 SMALL = [*(part for item in test_fuzz.TRAIN.items() for part in item), "--quiet", "--out", "run"]
 STUDY = [*("study", "run", "grid_rank_sharing", "--tiny", "--trials", "2", "--seeds", "1")]
 STUDY += ["--confirm", "0", "--group", "1", "--quiet", "--out", "study"]
-OWN_IMAGES = [*SMALL[:-1], "other", "--data", "images", "--train-limit", "8"]
+OWN_IMAGES = over(SMALL, "--out", "other", "--data", "images", "--train-limit", "8")
 
 Found = Counter[str]
 

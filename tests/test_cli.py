@@ -16,6 +16,7 @@ import kart
 from kart import cli, runs, tables, train
 from kart.commands import config
 from kart.train import Config
+from tests.tiny import over
 
 TINY = [
     *("--epochs", "1", "--batch-size", "64", "--train-limit", "128", "--embed-dim", "8"),
@@ -102,8 +103,8 @@ def test_a_reader_that_left_ends_no_command(argv):
 def test_an_operator_for_each_block(capsys, tmp_path):
     out = tmp_path / "runs"
     assert Config(operator="softmax|...|G2B", depth=2).operator == ("softmax", "G2B")
-    argv = ["train", "--operator", "softmax|...|G2B", "softmax", *TINY, "--out", out]
-    code, text, _ = run(capsys, *argv, "--depth", 3)
+    argv = ["train", "--operator", "softmax|...|G2B", "softmax", "--out", out]
+    code, text, _ = run(capsys, *argv, *over(TINY, "--depth", 3))
     assert code == 0 and "softmax|softmax|G2B" in text
     found = json.loads((out / "softmax-softmax-G2B" / "config.json").read_text())
     assert found["config"]["operator"] == ["softmax", "softmax", "G2B"]
@@ -241,7 +242,7 @@ def test_runs_that_are_no_seeds_of_one_another_have_means_of_their_own(capsys, t
 
 def test_the_best_weights_have_the_scores_of_their_own_epoch(capsys, tmp_path):
     out = tmp_path / "run"
-    argv = ["train", *TINY, "--epochs", 3, "--learning-rate", 1, "--warmup-epochs", 0]
+    argv = ["train", *over(TINY, "--epochs", 3), "--learning-rate", 1, "--warmup-epochs", 0]
     assert run(capsys, *argv, "--out", out)[0] == 0
     lines = (out / "metrics.jsonl").read_text().splitlines()
     top1 = [json.loads(line)["val_top1"] for line in lines]
@@ -312,6 +313,10 @@ def test_seeds_one_by_one_go_into_directories_of_their_own(capsys, tmp_path):
         (["train", "--freeze", "blocks", "--freeze=head"], "`--freeze` is there 2 times"),
         (["analyse", "run", *("--sections", "cost") * 2], "`--sections` is there 2 times"),
         (["train", "--operator", "G3B", "--operator", "softmax"], "`--operator` is there 2 times"),
+        (["train", "--epochs", "1", "--epochs=2"], "`--epochs` is there 2 times: give it once"),
+        (["train", "--recompute", "--no-recompute"], "`--recompute` and `--no-recompute` are both"),
+        (["train", "--operator", "G3B", "fourier-3B:rank=12"], "different operators, got ['G3B',"),
+        (["train", "--operator", "G3", "softmax", "G3B"], "different operators, got ['G3', 'soft"),
         (["train", "--no-ema-warmup"], "no effect without `--ema`"),
         (["train", "--sharing", "universal"], "no effect without an operator that learns"),
         (["train", "--workers", "2"], "no effect on 'digits'"),
@@ -360,7 +365,7 @@ def test_argparse_mistakes_are_status_2_as_well(capsys):
 def test_another_configuration_in_the_directory_is_refused(capsys, tmp_path):
     out = ["--out", tmp_path / "run"]
     assert run(capsys, "train", *TINY, *out)[0] == 0
-    code, _, error = run(capsys, "train", *TINY, *out, "--epochs", 2)
+    code, _, error = run(capsys, "train", *over(TINY, "--epochs", 2), *out)
     assert code == 2 and "epochs: 1 there, 2 asked" in error
 
 
@@ -382,8 +387,8 @@ def test_a_damaged_checkpoint_is_one_line(capsys, tmp_path):
 
 def test_divergence_is_status_1_and_says_where(capsys, tmp_path):
     flags = ["--learning-rate", "1e30", "--max-norm", "1e30", "--weight-decay", "1e20"]
-    flags += ["--warmup-epochs", "0", "--epochs", "3"]
-    code, _, error = run(capsys, "train", *TINY, *flags, "--out", tmp_path / "run")
+    flags += ["--warmup-epochs", "0", *over(TINY, "--epochs", 3)]
+    code, _, error = run(capsys, "train", *flags, "--out", tmp_path / "run")
     assert code == 1 and "training stopped at step" in error
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+from PIL import Image
 
 from kart import checkpoint, cli, code, models, operators, runs, train, tree
 from kart.train import Config
@@ -190,6 +191,27 @@ def test_other_code_than_that_of_the_run_is_refused(own, capsys, monkeypatch):
         capsys.readouterr()
         assert cli.main(again) == 2
         assert "code it was trained with" in capsys.readouterr().err
+
+
+def test_code_that_no_run_names_is_refused(own, capsys):
+    assert (
+        cli.main(["train", "--operator", "waves.py:sinc-B", "softmax", *TINY, "--out", "run"]) == 0
+    )
+    (own / "other.py").write_text("")
+    Image.new("L", (8, 8)).save("image.png")
+    out = ["--out", "m.safetensors"]
+    for argv in (["eval", "run"], ["analyse", "run", "--sections", "scores"]):
+        assert cli.main([*argv, "--code", str(own / "waves.py")]) == 0
+        capsys.readouterr()
+        assert cli.main([*argv, "--code", "waves.py", "--code", "other.py"]) == 2
+        assert "`--code other.py` has no effect on runs whose operators name waves.py." in (
+            capsys.readouterr().err
+        )
+    for argv in (["predict", "run/softmax", "image.png"], ["export", "run/softmax", *out]):
+        capsys.readouterr()
+        assert cli.main([*argv, "--code", "waves.py"]) == 2
+        assert "no effect on runs whose operators name no code" in capsys.readouterr().err
+        assert cli.main(argv) == 0
 
 
 def test_a_study_searches_it(own, capsys):

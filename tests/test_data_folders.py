@@ -148,6 +148,19 @@ def test_test_images_without_labels_are_left_out(tmp_path):
     assert found.classes == ("n01443537", "n01629819") and left_out(found) == {"val/": 3}
 
 
+def test_folders_below_classes_are_named(tmp_path, caplog):
+    root = tmp_path / "set"
+    for kind, inner in (("ant", "red/old"), ("ant", "black"), ("bee", "wild")):
+        save_folder(root / kind, 6, classes=[inner])
+    found = data.describe(root)
+    assert found.classes == ("ant", "bee")
+    assert left_out(found) == {"names of folders below classes, as 'ant/black/'": 4}
+    data.load(root, cache=tmp_path / "cache")
+    assert "names of folders below classes, as 'ant/black/' (4): their images are of the class" in (
+        caplog.text
+    )
+
+
 def test_images_right_in_the_splits_are_refused(tmp_path):
     save_folder(tmp_path / "set", 10, classes=["train", "test"])
     with pytest.raises(ValueError, match="one sub-folder per class below .'test', 'train'"):

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from kart import checkpoint, distributed, population, runs, train, tree
 from kart.train import Ranks
-from tests.tiny import TWO_BLOCKS
+from tests.tiny import TWO_BLOCKS, over
 
 TINY = dataclasses.replace(
     TWO_BLOCKS,
@@ -220,7 +220,7 @@ FLAGS = [
 
 
 def command(*argv):
-    return ["-m", "kart", "train", *FLAGS, *map(str, argv)]
+    return ["-m", "kart", "train", *map(str, over(FLAGS, *argv))]
 
 
 def records(home):

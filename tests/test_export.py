@@ -338,6 +338,14 @@ def test_nothing_but_an_earlier_export_is_replaced(run, tmp_path, capsys):
     argv = ["export", str(home), "--out", str(tmp_path / "own.pt2"), "--format", "torch"]
     assert cli.main(argv) == 2
     assert "own.json' of something else" in capsys.readouterr().err
+    # nor may the one of two forms that the JSON file names take it away from the other
+    both = [tmp_path / f"both{suffix}" for suffix in (".safetensors", ".pt2")]
+    for path, form in zip(both, ("safetensors", "torch"), strict=True):
+        assert cli.main(["export", str(home), "--out", str(path), "--format", form]) == 0
+    with pytest.raises(ValueError, match="both.json' of something else"):
+        export.write(both[1], one.model, one.params, {"run": "another"}, "torch")
+    both[0].unlink()
+    export.write(both[1], one.model, one.params, {"run": "another"}, "torch")
 
 
 def test_predictions_are_those_of_the_run_on_its_own_pixels(run, expected, tmp_path, capsys):

@@ -146,6 +146,13 @@ def test_a_run_whose_operator_is_written_otherwise_is_not_counted_twice(home, sp
         assert code == 2 and "counted twice" in error and "G1B seed 0" in error
     with pytest.raises(ValueError, match="different operators, got .'G1B', 'G1B'"):
         runs.homes([two, dataclasses.replace(two, operator="G1B|...")], home)
+    for spec in ("fourier-1B", "G1", "G1:rank=2", "G1B|fourier-1B"):
+        with pytest.raises(ValueError, match="different operators, got .'G1B'"):
+            runs.homes([two, dataclasses.replace(two, operator=spec)], home)
+    others = ("G1U", "G2B", "G1B:rank=3", "G1B|softmax", "G1B:init=paper")
+    assert len(
+        set(runs.homes([two, *(dataclasses.replace(two, operator=o) for o in others)], home))
+    )
 
 
 def test_scores_of_another_moment_or_run_are_not_shown(home, capsys):
@@ -266,11 +273,23 @@ def test_a_run_from_before_there_was_a_field_has_its_default(splits, home):
         identity.claim(home / "0", [dataclasses.replace(TINY, attention_from="x")], splits)
 
 
-def test_an_edited_config_is_noticed(home):
+def test_an_edited_config_is_noticed(home, splits):
     path = home / "0" / "config.json"
-    path.write_text(path.read_text().replace('"weight_decay": 0.05', '"weight_decay": 0.06'))
+    before = path.read_text()
+    path.write_text(before.replace('"weight_decay": 0.05', '"weight_decay": 0.06'))
     with pytest.raises(ValueError, match="it was changed"):
         runs.read(home / "0")
+    for name, value in (("classes", list("jihgfedcba")), ("mean", [0.5]), ("image", [1, 9, 9])):
+        found = json.loads(before)
+        found["data"][name] = value
+        path.write_text(json.dumps(found))
+        with pytest.raises(ValueError, match="classes or statistics are not those .* was changed"):
+            runs.only(home / "0")
+    # a run from before there was a digest is read as it is
+    found = json.loads(before)
+    del found["digest"]
+    path.write_text(json.dumps(found))
+    assert identity.claim(home / "0", [TINY], splits) == runs.read(home / "0")
 
 
 def test_a_run_inside_a_run_is_refused(home, capsys):

@@ -837,8 +837,10 @@ def test_more_trials_are_more_points_of_a_grid(asked, tmp_path, capsys):
     argv += ["--sampler", "grid", "--levels", "2", "--confirm", "0", "--set", "epochs=1"]
     assert kart_study([*argv, "--trials", "4"]) == 0
     assert "G1: 2 of its 4 points, drawn" in capsys.readouterr().out
-    before = listed(tmp_path / "out")
+    page, before = tmp_path / "out" / "report.html", listed(tmp_path / "out")
+    assert "2 arms, 2 trials each" in page.read_text()
     assert kart_study([*argv, "--trials", "20"]) == 0
+    assert "2 arms, 4 trials each" in page.read_text()  # of the 10 that it may have
     for arm, study in opened(tmp_path / "out").items():
         points = {tuple(sorted(trial.params.items())) for trial in study.trials}
         assert len(points) == len(study.trials) == 4
@@ -916,7 +918,7 @@ def test_winners_are_confirmed_with_seeds_that_no_arm_has_used(asked, tmp_path):
     # one arm that sets a seed of its own, among those that winners are confirmed with as a rule
     own = 'operator=operator, seed=10_000 if operator == "softmax" else 0'
     path.write_text(path.read_text().replace("operator=operator", own))
-    assert kart_study([*argv, "--set", "epochs=1", "--group", "1"]) == 0
+    assert kart_study([*argv[:-1], "1", "--set", "epochs=1"]) == 0  # of --group
     arms = opened(tmp_path / "out")
     trained = [one for study in arms.values() for one in work.candidates(study)]
     used = {seed for one in trained for seed in one.scores}
@@ -1132,7 +1134,7 @@ def test_several_objectives_have_a_front_in_the_report(asked, tmp_path):
         ),
         *(
             (["report", "--out", "x", *flags.split()], "needs `--confirm`")
-            for flags in ("--data digits", "--device cpu", "--threads 1")
+            for flags in ("--data digits", "--device cpu", "--threads 1", "--code colorsys")
         ),
         (["work", "grid_rank_sharing", "--out", "nowhere"], "without study.json"),
         (["work", "grid_rank_sharing", "--storage", "not a url"], "postgresql://"),

@@ -1007,6 +1007,11 @@ def four_heads(weights, params, scores, mask):
     return weights(params, scores, mask)
 
 
+def trained_alone(x):
+    """Numbers that are others where no gradient is recorded."""
+    return x if torch.is_grad_enabled() else x / 2
+
+
 def weights_alone(wrong, spec="G2:rank=2"):
     """An operator whose `weights` alone are `wrong(right weights, params, scores, mask)`."""
     right = parsed(spec)
@@ -1347,6 +1352,10 @@ OPERATORS = {
     ),
     "one buffer for all results": (attending(Buffered()), "deterministic"),
     "keys kept while the tensor is the same": (attending(Stale(2)), "deterministic"),
+    "weights that are looked at without gradients are others": (
+        weights_alone(lambda weights, p, scores, mask: weights(p, trained_alone(scores), mask)),
+        "deterministic",
+    ),
 }
 
 
@@ -1486,6 +1495,10 @@ PROJECTIONS = {
     "support of at most 16": (projecting(lambda rows: shifted(rows, most=16)), "large_rows"),
     "shifted in place": (projecting(shifted_in_place), "inputs_untouched"),
     "temperature that falls": (projecting(Warming()), "deterministic"),
+    "half the scores without gradients": (
+        projecting(lambda rows: RIGHT(trained_alone(rows))),
+        "deterministic",
+    ),
     "running sums in half precision": (
         projecting(lambda rows: (water_level if rows.itemsize == 2 else RIGHT)(rows)),
         "half_rounds_once",
@@ -1724,6 +1737,10 @@ KERNELS = {
     "last block of queries unwritten": (fast_attention(queries_in_blocks), "values"),
     "sums in half precision": (
         fast_attention(lambda q, k, v, mask: attention(q, k, v.half().to(v.dtype), mask)),
+        "values",
+    ),
+    "half the scores without gradients": (
+        fast_attention(lambda q, k, v, mask: attention(trained_alone(q), k, v, mask)),
         "values",
     ),
     "scores and sums in bfloat16": (fast_attention(in_bfloat16), "half"),
@@ -2351,6 +2368,10 @@ MODELS = {
         "examples_stand_alone",
     ),
     "dropout": (seeing(dropout), "inputs_untouched"),
+    "other images without gradients": (
+        answering(lambda apply, p, images: apply(p, trained_alone(images))),
+        "inputs_untouched",
+    ),
     "images normalised in place": (
         seeing(lambda apply, p, images: apply(p, doubled_in_place(images))),
         "inputs_untouched",
@@ -2571,6 +2592,17 @@ def test_features_that_are_constant_pass():
     ones = plain(lambda x: torch.ones(*x.shape, 1, dtype=x.dtype), 1)
     results = testing.check_basis(ones, max_examples=5)
     assert [result.message for result in results if result.passed is False] == []
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x - torch.tanh(x), lambda x: x.abs() + torch.nn.functional.softplus(-2 * x.abs())],
+    ids=["x - tanh x", "log cosh x"],
+)
+def test_a_right_function_whose_slopes_cancel_passes(function):
+    own = plain(lambda x: function(x)[..., None], 1)
+    (result,) = testing.check_basis(own, only=["forward_meets_reverse"], max_examples=200)
+    assert result.passed, result.message
 
 
 KERNEL_INPUTS = {

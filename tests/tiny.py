@@ -1,4 +1,4 @@
-"""Configs that train in a blink and models of a few numbers, for the tests."""
+"""Flags and configs that train in a blink and models of a few numbers, for the tests."""
 
 import torch
 
@@ -17,6 +17,16 @@ SWIN = {"image_size": 32, "patch_size": 2, "in_channels": 2, "num_classes": 5} |
     "num_heads": (2, 3),
     "window_size": 4,
 }
+
+
+def over(flags, *given):
+    """The arguments `flags` with those of `given` over them, which name flags of one value."""
+    kept = list(flags)
+    for word in given:
+        if str(word).startswith("--") and word in kept:
+            at = kept.index(word)
+            del kept[at : at + 2]
+    return [*kept, *given]
 
 
 def drawn(model, size=0.3, dtype=torch.float64):

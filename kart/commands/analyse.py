@@ -16,6 +16,7 @@ from kart import code, runs, tables, train
 from kart.analysis import cost, report, scores, training
 from kart.analysis.section import Analysis, Context
 from kart.commands.command import Command, commas, file, flag, integer, number
+from kart.commands.config import check_code
 from kart.runs import owned
 
 # what sections may use (see `kart.analysis.section.OPTIONS`): least, and what it says
@@ -99,6 +100,7 @@ def _check_effects(args: argparse.Namespace, sections: Sequence[Analysis]) -> No
 
 def _run(args: argparse.Namespace) -> int:
     began = time.monotonic()
+    check_code(args.code, *args.run)
     sections = _sections(args)
     _check_effects(args, sections)
     if args.points % 10 != 1:

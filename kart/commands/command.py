@@ -82,13 +82,21 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **options)
 
     def check_once(self, argv: Sequence[str]) -> None:
-        """Raises for a flag of several values that is there twice: the last would hold alone."""
+        """Raises for a flag that is there twice, or with its opposite: the last would hold."""
         before = argv[: argv.index("--")] if "--" in argv else argv
         names = [word.partition("=")[0] for word in before]
-        for flag, action in self._option_string_actions.items():
+        for action in self._actions:
+            found = [name for name in names if name in action.option_strings]
+            # a switch that is there twice says the same, and what is appended all counts
+            if action.nargs == 0:
+                found = list(dict.fromkeys(found))
+            if len(found) < 2 or isinstance(action, argparse._AppendAction):
+                continue
+            if len(set(found)) > 1:
+                self.error(f"`{'` and `'.join(found)}` are both there: give one of them")
             several = action.nargs in ("+", "*") or action.type is commas
-            if several and names.count(flag) > 1:
-                self.error(f"`{flag}` is there {names.count(flag)} times: give all values to one")
+            advice = "give all values to one" if several else "give it once"
+            self.error(f"`{found[0]}` is there {len(found)} times: {advice}")
 
     def error(self, message: str) -> NoReturn:
         """Raises what argparse would print over its usage."""

@@ -7,6 +7,7 @@ import os
 import re
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -242,6 +243,22 @@ def check_effects_on(
     for name, (is_idle, why) in idle.items():
         if name in given and is_idle:
             raise ValueError(f"`{asked(name)}` has no effect {why}.")
+
+
+def check_code(given: Sequence[str], *directories: str) -> None:
+    """Refuses code that was `given` and that none of the runs at or below `directories` names."""
+    if not given:
+        return
+    found = [runs.read_config(directory)["config"] for directory in runs.find(*directories)]
+    named = set[str]().union(*(operators.sources(one["operator"]) for one in found))
+    # a file is known by its own name, wherever it lies
+    known = named | {Path(name).name for name in named if name.endswith(".py")}
+    for name in given:
+        if not {name, Path(name).name if name.endswith(".py") else name} & known:
+            raise ValueError(
+                f"`--code {name}` has no effect on runs whose operators name "
+                f"{', '.join(sorted(named)) or 'no code'}. Leave it out."
+            )
 
 
 def check_device(name: str | None) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from kart import operators, runs, statistics, tables, train, tree
 from kart.commands.command import Command
-from kart.commands.config import check_device
+from kart.commands.config import check_code, check_device
 from kart.runs import owned
 from kart.train import Config
 
@@ -24,6 +24,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     check_device(args.device)
+    check_code(args.code, args.run)
     by_setting: dict[tuple[Config, str], list[dict[str, float]]] = {}
     told: list[str] = []
     found = runs.distinct(args.run)

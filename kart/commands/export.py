@@ -4,6 +4,7 @@ import argparse
 
 from kart import export, operators, runs
 from kart.commands.command import Command, file, integer
+from kart.commands.config import check_code
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +25,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    check_code(args.code, args.run)
     one = runs.only(args.run, args.checkpoint, args.seed)
     about = {
         "run": one.identity.id,

@@ -8,6 +8,7 @@ import torch
 
 from kart import data, runs, tables, train
 from kart.commands.command import Command, integer
+from kart.commands.config import check_code
 from kart.runs import owned
 
 BATCH = 256
@@ -24,6 +25,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    check_code(args.code, args.run)
     one = runs.only(args.run, args.checkpoint, args.seed)
     own = one.identity.data
     classes, dataset = own["classes"], owned.empty(own)

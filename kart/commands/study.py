@@ -509,8 +509,8 @@ def _report(args: argparse.Namespace) -> int:
 
     if not args.out:
         raise ValueError("`report` needs `--out DIR` for the report, got none. Give a directory.")
-    for name in ("data", "device", "threads"):
-        if getattr(args, name) is not None and not args.confirm:
+    for name in ("data", "device", "threads", "code"):
+        if getattr(args, name) not in (None, []) and not args.confirm:
             raise ValueError(
                 f"`--{name}` needs `--confirm`, got it without: nothing is trained. Leave it out."
             )

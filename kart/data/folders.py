@@ -179,7 +179,17 @@ def _classes(folder: Folder, root: Path, unused: list[Unused]) -> list[tuple[Pat
             f"{sorted(inside[0])[:5]}. Name the directory of one of them; if they are splits, call "
             "them train, val and test; if they are classes, put their images right into them."
         )
+    deeper = [one for inner in folder.folders for one in _below(inner)]
+    told = [one for one in deeper if not splits.fills(one.name)]
+    if told:
+        what = f"names of folders below classes, as {_inside(told[0], root)!r}"
+        unused.append(Unused(what, len(told), "their images are of the class above"))
     return sorted(labelled)
+
+
+def _below(folder: Folder) -> list[Folder]:
+    """The folders with images anywhere below `folder`."""
+    return [one for inner in _full(folder) for one in (inner, *_below(inner))]
 
 
 def _check_no_splits(folder: Folder) -> None:

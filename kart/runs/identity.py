@@ -57,6 +57,7 @@ def describe(configs: Sequence[Config], splits: Splits) -> dict[str, Any]:
         "overridden": recipes.overridden(configs[0]),  # where it departs from its recipe
         "members": members,
         "data": data,
+        "digest": schema.digest(data),  # of `data`, of which the run's id names the images alone
         "code": _code(configs[0]),
         "versions": checkpoint.versions(),
     }
@@ -227,6 +228,9 @@ def _problem(found: Any) -> str:
         return "no members"
     if found["run"] != run_id(found["config"], found["members"], found["data"]):
         return "its run id is not that of its config, members and data: it was changed"
+    # what was written before there was a digest has none
+    if found.get("digest", schema.digest(found["data"])) != schema.digest(found["data"]):
+        return "its classes or statistics are not those that it was written with: it was changed"
     return ""
 
 

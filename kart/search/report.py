@@ -351,9 +351,15 @@ def page(view: View) -> str:
     def counted(count: int, unit: str) -> str:
         return f"{count} {unit}{'s' * (count != 1)}"
 
+    ended = (TrialState.COMPLETE, TrialState.PRUNED)
+    counts = sorted(
+        len(study.get_trials(deepcopy=False, states=ended)) for study in view.arms.values()
+    )
+    # those that there are: fewer than were asked for where a grid has fewer points, or so far
+    trials = f"{counts[0]} to " * (counts[0] < counts[-1]) + counted(counts[-1], "trial")
     lead = (
         f"Study {settings.study}: {counted(len(view.arms), 'arm')}, "
-        f"{counted(settings.per_arm, 'trial')} each, {counted(settings.seeds, 'seed')} a trial, "
+        f"{trials} each, {counted(settings.seeds, 'seed')} a trial, "
         f"{counted(settings.config['epochs'], 'epoch')}, data "
         f"{Path(settings.config['data']).name} ({settings.dataset['train']:,} training and "
         f"{settings.dataset['val']:,} validation images), sampler {settings.sampler}, pruner "

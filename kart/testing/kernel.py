@@ -136,12 +136,14 @@ def _compare(
 
 
 def values(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:
-    """fast(x) = plain(x).
+    """fast(x) = plain(x), under torch.no_grad() as well.
 
     The fast form computes something else: a block is dropped, doubled or misplaced, or sums are
     kept in too low a precision.
     """
     _compare(s, seed, sizes, dtype, lambda f: f, "the value")
+    with torch.no_grad():
+        _compare(s, seed, sizes, dtype, lambda f: f, "the value under no_grad")
 
 
 def gradients(s: Subject, seed: int, sizes: dict[str, int], dtype: torch.dtype) -> None:

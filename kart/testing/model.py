@@ -72,7 +72,8 @@ def init_follows_its_generator(s: Subject, seed: int) -> None:
 
 def inputs_untouched(s: Subject, seed: int, dtype: torch.dtype) -> None:
     """apply, intermediates and gradients write to neither parameters nor images, nor to anything
-    global, give the same bits when asked again, and follow what is written into parameters.
+    global, give the same bits when asked again, the same logits under torch.no_grad(), and follow
+    what is written into parameters.
 
     In-place changes and hidden states reach whoever else uses the model; what is kept of parameters
     is stale once an optimizer has written to them.
@@ -84,6 +85,8 @@ def inputs_untouched(s: Subject, seed: int, dtype: torch.dtype) -> None:
         s.model.intermediates(params, images)
         same(s.model.apply(params, images), logits, "logits asked again", "logits")
     with torch.no_grad():
+        got = s.model.apply(params, images)
+        agree_trees(got, logits, 64, "under no_grad the logits", "the logits")
         moved = tree.map(lambda leaf: leaf * 0.5 + 0.01, (params, images))
         laws.keeps_nothing(s.model.apply, (params, images), moved)
 

@@ -63,14 +63,18 @@ def inputs_untouched(s: Subject, y: list[float], dtype: torch.dtype) -> None:
 
 
 def deterministic(s: Subject, y: list[float], other: list[float], dtype: torch.dtype) -> None:
-    """project(y) is the same bit for bit whenever it is asked, and follows what is written into y.
+    """project(y) is the same bit for bit whenever it is asked, the same under torch.no_grad(), and
+    follows what is written into y.
 
-    A hidden state, or a buffer that is used again, makes the same row give another.
+    A hidden state, or a buffer that is used again, makes the same row give another; a path of its
+    own where no gradient is wanted evaluates another model than is trained.
     """
     row = torch.tensor(y, dtype=dtype)
     first = s.project(row)
     s.project(torch.tensor(other, dtype=dtype))
     same(s.project(row), first, "project asked again", "project")
+    with torch.no_grad():
+        agree(s.project(row), first, _slack(row), "project under no_grad", "project")
     laws.keeps_nothing(s.project, (row,), (row.flip(0) * 0.5,))
 
 

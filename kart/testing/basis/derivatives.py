@@ -44,7 +44,8 @@ def forward_meets_reverse(s: Subject, theta: Theta, x: list[float], seed: int) -
 
     Forward and reverse mode disagree: a custom derivative is wrong in one of them, or missing.
     """
-    adjoint(s.basis.apply, setting(s, theta, x, torch.float64), seed, 1.0)
+    at = setting(s, theta, x, torch.float64)
+    adjoint(s.basis.apply, at, seed, 1.0, (0.0, -0.5, 0.5, -1.0, 1.0))
 
 
 def _clear(s: Subject, x: Tensor) -> Tensor:
