@@ -351,7 +351,7 @@ def test_gated_attention_looks_at_the_same_place_of_a_finer_picture():
     [
         ("synthesizer:width=0", "`width` >= 1"),
         ("synthesizer:base=relu", "`base`"),
-        ("performer:features=0", "`rank` >= 1"),
+        ("performer:features=0", "`features` >= 1"),
         ("linformer:rank=0", "`rank` >= 1"),
         ("gated:prefix=-1", "`prefix` >= 0"),
         ("gated:locality=-1", "finite `locality` >= 0"),
