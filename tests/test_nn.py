@@ -589,6 +589,17 @@ def test_hooks_of_the_projection_run_under_cross_attention(kind):
     assert calls
 
 
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook", "full_backward_hook"])
+@pytest.mark.parametrize("place", ["", "operator"])
+def test_hooks_that_a_step_would_leave_out_are_refused(kind, place):
+    module, x = nn.Attention(8, heads=2, tokens=5, operator="G3B"), torch.randn(1, 5, 8)
+    hook = getattr(module.get_submodule(place), f"register_{kind}")(lambda *args: None)
+    with pytest.raises(ValueError, match=r"`step` needs a module without hooks .*<lambda>"):
+        module.step(x)
+    hook.remove()
+    assert_close(module.step(x)[0], module(x, is_causal=True))
+
+
 def test_an_operator_is_of_floating_point():
     with pytest.raises(ValueError, match="floating-point `dtype`, got torch.int32"):
         nn.operator("G2B", 2, 5, dtype=torch.int32)
