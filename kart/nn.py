@@ -22,6 +22,7 @@ from kart.layers import merge_heads, split_heads
 from kart.operators import Cache
 from kart.operators.contract import check_mask, check_padded, check_qkv, draw
 from kart.operators.resize import Tokens, lattice
+from kart.operators.sums import CHANGED, meaning, same_meaning
 
 Params = dict[str, Any]
 
@@ -212,6 +213,29 @@ class Operator(Tree):
 
     def extra_repr(self) -> str:
         return f"{self.op.name}, heads={self.heads}, tokens={self.tokens}"
+
+    def _meaning(self) -> Any:
+        return meaning(self.op, CHANGED, self.tokens)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # beside the version of torch's: no tensor more, and files of tensors alone do without
+        if hasattr(destination, "_metadata"):
+            told = {"operator": self.op.name, "meaning": self._meaning()}
+            destination._metadata[prefix[:-1]] |= told
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any
+    ) -> None:
+        # torch keeps what is wrong in the last of its arguments, and raises it at the end
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        own = self._meaning()
+        if not same_meaning(local_metadata.get("meaning", own), own):
+            rest[-1].append(
+                f"`{prefix[:-1] or 'operator'}` needs parameters of {self.op.name!r}, got those of "
+                f"{local_metadata.get('operator')!r}, which mean something else. Make the module "
+                "with that operator."
+            )
 
     def ready(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Params, Tensor, Tensor, Tensor]:
         """Parameters, and q, k, v with as many heads each."""
