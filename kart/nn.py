@@ -22,6 +22,7 @@ from kart.layers import merge_heads, split_heads
 from kart.operators import Cache
 from kart.operators.contract import check_mask, check_padded, check_qkv, draw
 from kart.operators.resize import Tokens, lattice
+from kart.operators.sums import CHANGED, meaning, same_meaning
 
 Params = dict[str, Any]
 
@@ -63,6 +64,8 @@ def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> 
 
 # hooks of torch that set a parameter from others, but at calls of the very module alone
 COMPUTING = (prune.BasePruningMethod, WeightNorm, SpectralNorm)
+# where a module keeps what calls of it run
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class Tree(torch.nn.Module):
@@ -116,6 +119,19 @@ def check_dtype(name: str, argument: str, weight: Tensor, x: Tensor) -> None:
         raise ValueError(
             f"`{name}` needs `{argument}` in the dtype of its parameters, {weight.dtype}, got "
             f"{x.dtype}. Convert either with `.to`."
+        )
+
+
+def check_unhooked(module: torch.nn.Module) -> None:
+    """Raises ValueError where calls of `module` run hooks, which its `step` is none of; those that
+    compute parameters it runs, too.
+    """
+    hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
+    others = [hook for hook in hooks if not isinstance(hook, COMPUTING)]
+    if others:
+        raise ValueError(
+            f"`step` needs a module without hooks of its calls, got {others[0]!r:.100}, which "
+            "`step` would leave out. Remove it, or put it on a module around this one."
         )
 
 
@@ -198,6 +214,29 @@ class Operator(Tree):
     def extra_repr(self) -> str:
         return f"{self.op.name}, heads={self.heads}, tokens={self.tokens}"
 
+    def _meaning(self) -> Any:
+        return meaning(self.op, CHANGED, self.tokens)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # beside the version of torch's: no tensor more, and files of tensors alone do without
+        if hasattr(destination, "_metadata"):
+            told = {"operator": self.op.name, "meaning": self._meaning()}
+            destination._metadata[prefix[:-1]] |= told
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any
+    ) -> None:
+        # torch keeps what is wrong in the last of its arguments, and raises it at the end
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        own = self._meaning()
+        if not same_meaning(local_metadata.get("meaning", own), own):
+            rest[-1].append(
+                f"`{prefix[:-1] or 'operator'}` needs parameters of {self.op.name!r}, got those of "
+                f"{local_metadata.get('operator')!r}, which mean something else. Make the module "
+                "with that operator."
+            )
+
     def ready(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Params, Tensor, Tensor, Tensor]:
         """Parameters, and q, k, v with as many heads each."""
         check_padded("operator", q, k, v)
@@ -223,6 +262,7 @@ class Operator(Tree):
         self, q: Tensor, k: Tensor, v: Tensor, cache: Cache | None = None
     ) -> tuple[Tensor, Cache]:
         """Causal attention of some more tokens (see `kart.operators.step`)."""
+        check_unhooked(self)
         params, q, k, v = self.ready(q, k, v)
         tokens = None if self.op.traits.get("length_free") else self.tokens
         return operators.step(self.op, params, q, k, v, cache, tokens)
@@ -345,8 +385,7 @@ class Attention(torch.nn.Module):
         # one of another library may take what it likes, and adds to its weight what it likes
         own = type(self.qkv) is torch.nn.Linear
         # what only calls of it would run: hooks, such as those of pruned weights
-        kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-        hooked = any(getattr(self.qkv, kind) for kind in kinds)
+        hooked = any(getattr(self.qkv, kind) for kind in HOOKS)
         for name, given in (("x", x), ("context", x if context is None else context)):
             check_padded("Attention", given)
             if given.dim() < 2 or given.shape[-1] != self.dim:
@@ -394,15 +433,20 @@ class Attention(torch.nn.Module):
             causal = causal_mask(queries, keys, q.device)
             check_mask("Attention", mask, queries, keys, *(y.shape[:-2] for y in (q, k)))
             mask = causal if mask is None else causal & mask
-        return self.proj(merge_heads(self.operator(q, k, v, mask)))
+        return self.join(self.operator(q, k, v, mask))
+
+    def join(self, out: Tensor) -> Tensor:
+        """What the heads put out, `(B, H, N, d)`, side by side and projected, `(B, N, dim)`."""
+        return self.proj(merge_heads(out))
 
     def step(self, x: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """Causal attention of some more tokens `(B, N, dim)`, with the keys and values so far.
 
         Tokens given in parts equal one call of all with `is_causal=True`.
         """
+        check_unhooked(self)
         out, cache = self.operator.step(*self.project(x), cache)
-        return self.proj(merge_heads(out)), cache
+        return self.join(out), cache
 
 
 def own_or_shared(

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kart import tree
+from kart import schema, tree
 
 Params = Any
 Updates = Any
@@ -107,7 +107,7 @@ def _check_rate(function: str, name: str, value: float | Tensor) -> None:
         ok = value.ndim == 0 and value.is_floating_point()
         _check(function, name, value, ok, "as a number or a floating-point tensor of shape ()")
     else:
-        ok = isinstance(value, int | float) and 0 <= value < math.inf
+        ok = schema.fits(value, float) and 0 <= value < math.inf
         _check(function, name, value, ok, "as a finite number >= 0")
 
 

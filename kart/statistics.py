@@ -64,7 +64,7 @@ def accuracy(values: Sequence[float], images: int | None = None, level: float = 
     those: `FEW`.
     """
     values = _fractions(values, "accuracy")
-    counted = isinstance(images, numbers.Real) and 1 <= images < math.inf
+    counted = isinstance(images, numbers.Real) and 1 <= images < math.inf and images is not True
     if images is not None and not counted:
         raise ValueError(
             f"`accuracy` needs `images` >= 1, got {images!r}. Pass how many were scored, or None."
@@ -195,7 +195,7 @@ def _equal(values: Sequence[float]) -> bool:
 
 
 def _student(level: float, freedom: float) -> float:
-    if not 0 < level < 1:
+    if not isinstance(level, numbers.Real) or not 0 < level < 1:
         raise ValueError(
             f"an interval needs 0 < `level` < 1, got {level!r}. Pass 0.95 for 95 per cent."
         )

@@ -9,18 +9,12 @@ from kart import checkpoint, models, tree
 from kart.models import Model
 from kart.models.model import find, place
 from kart.operators import Operator
-from kart.operators.sums import meaning
+from kart.operators.sums import CHANGED, DRAWN, meaning
 
 Params = dict[str, Any]
 
 
 TEACHER = "teacher"  # where a student of `with_attention` has the parameters of its teacher
-
-
-# options of operators and bases that say how parameters are drawn
-DRAWN = frozenset(("init", "mix", "start"))
-# and those by which the weights are another function of them, which training may change
-CHANGED = DRAWN | {"base", "normalise", "project"}
 
 
 class Begun(NamedTuple):
@@ -77,7 +71,7 @@ def _check_operators(function: str, model: Model, like: Model, free: frozenset[s
     """Refuses a donor with parameters of other functions, which their shapes need not tell."""
     for ours, theirs in zip(model.sites, like.sites, strict=False):
         learned = all(one.operator.traits.get("learned", True) for one in (ours, theirs))
-        told = [meaning(one.operator, free) for one in (ours, theirs)]
+        told = [meaning(one.operator, free, one.tokens) for one in (ours, theirs)]
         if learned and ours.path == theirs.path and told[0] != told[1]:
             raise ValueError(
                 f"`{function}` needs a donor with the operators of the model, got "

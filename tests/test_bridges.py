@@ -161,7 +161,30 @@ def test_multihead_refuses_what_it_cannot_do():
         ours(x, x, x, attn_mask=torch.zeros(TOKENS, TOKENS, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"`key` in the dtype of its parameters, torch.float32, g"):
         ours(x, x.double(), x)
+    with pytest.raises(ValueError, match=r"of as many samples, got \[2, 1, 1\]. See `batch_first`"):
+        ours(x, x[:1], x[:1])
+    with pytest.raises(ValueError, match="as tensors, got Tensor, NoneType, Tensor. Convert"):
+        ours(x, None, x)
+    with pytest.raises(ValueError, match="as tensors, got Tensor, Tensor, Tensor, list. Convert"):
+        ours(x, x, x, attn_mask=[[True]])
+    for name, value in (("num_heads", 2.0), ("embed_dim", 0), ("kdim", "3"), ("vdim", 0)):
+        given = {"embed_dim": DIM, "num_heads": HEADS, name: value}
+        with pytest.raises(ValueError, match=f"needs an integer `{name}` >= 1, got {value!r}"):
+            MultiheadAttention(**given, operator="softmax")
     assert multihead.MultiheadAttention is MultiheadAttention
+
+
+def test_multihead_is_kept_where_and_in_what_torch_keeps_its_own():
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            made = MultiheadAttention(DIM, HEADS, operator="G2B", tokens=TOKENS)
+        ours = MultiheadAttention(DIM, HEADS, operator="G2B", tokens=TOKENS)
+        x = torch.randn(TOKENS, 2, DIM)
+        assert ours(x, x, x)[0].dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {(p.device.type, p.dtype) for p in made.parameters()} == {("meta", torch.float64)}
 
 
 # --- timm -----------------------------------------------------------------------------------------
@@ -197,6 +220,9 @@ def test_a_layer_made_by_timms_call_is_attention_by_hand(options):
     lower = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
     assert_close(layer(x, is_causal=True), layer(x, attn_mask=lower))
     assert_close(layer(x, is_causal=True), layer(x, attn_mask=additive(~lower)))
+    first, cache = layer.step(x[:, :3])
+    rest, _ = layer.step(x[:, 3:], cache)
+    assert_close(torch.cat([first, rest], 1), layer(x, is_causal=True), rtol=1e-4, atol=1e-5)
 
 
 def test_universal_blocks_hold_one_operator():

@@ -7,7 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 import kart
+from kart import kernels, models, operators, optim, statistics
+from kart.analysis import attention, curvature, functions, landscape, spectra, symbolic, weights
 
 ROOT = Path(kart.__file__).parent
 # top to bottom: a room may import the rooms that stand below it
@@ -201,3 +206,49 @@ def test_every_module_and_public_function_has_a_docstring():
             own = getattr(value, "__module__", None) == info.name
             if own and not name.startswith("_") and inspect.isfunction(value):
                 assert value.__doc__, f"{info.name}.{name}"
+
+
+GRID = torch.linspace(-1, 1, 9)
+MANY = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+
+
+def square(params):
+    return (params**2).sum()
+
+
+def curved(measure, *count, **options):
+    return measure(square, torch.ones(3), *count, torch.Generator().manual_seed(0), **options)
+
+
+# calls with a number
+NUMBERS = {
+    "level": lambda x: statistics.accuracy([0.1, 0.2], level=x),
+    "images": lambda x: statistics.accuracy([0.1, 0.2], images=x),
+    "tolerance": lambda x: curved(curvature.top_eigenvalues, 1, tolerance=x),
+    "limit": lambda x: curved(curvature.top_eigenvalues, 1, limit=x),
+    "vectors": lambda x: curved(curvature.top_eigenvalues, 1, vectors=x),
+    "width": lambda x: curved(curvature.spectral_density, 2, width=x),
+    "chunk": lambda x: curvature.noise_scale(torch.dot, torch.ones(3), MANY, chunk=x),
+    "`tolerance": lambda x: spectra.numerical_rank(torch.eye(3), x),
+    "floor": lambda x: spectra.log_profile(torch.ones(2, 3), x),
+    "share": lambda x: attention.region(torch.ones(3, 3), x),
+    "height": lambda x: attention.enlarge(torch.ones(2, 2), x, 4),
+    "fraction": lambda x: weights.near_zero(GRID, x),
+    "similarity": lambda x: symbolic.clusters(GRID[None], GRID, similarity=x),
+    "count": lambda x: symbolic.clusters(GRID[None], GRID, count=x),
+    "margin": lambda x: symbolic.candidate(GRID.sin(), GRID, margin=x),
+    "radius": lambda x: landscape.sharpness(torch.ones(5, 5), landscape.axes(1.0, 5), x),
+    "batch": lambda x: landscape.mean_loss(torch.mul, GRID, batch=x),
+    "`count": lambda x: functions.strongest(torch.ones(1, 2, 3, 4), count=x),
+    "points": lambda x: functions.score_range(None, operators.softmax(), points=x),
+    "scale": lambda x: kernels.softmax_attention(MANY[None], MANY[None], MANY[None], scale=x),
+    "learning_rate": lambda x: optim.adamw(learning_rate=x),
+    "locality": lambda x: models.convit.convit(image_size=8, patch_size=4, locality=x),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", ["x", True, [1]])
+def test_what_is_no_number_is_refused(name, value):
+    with pytest.raises(ValueError, match=name.lstrip("`")):
+        NUMBERS[name](value)

@@ -115,9 +115,7 @@ def test_an_operator_of_ones_own():
 @pytest.mark.parametrize(
     "operator",
     [
-        operators.relative(base="softmax"),
-        operators.static(signed=False),
-        operators.linformer(rank=2),
+        operators.relative(base="softmax")._replace(traits={}),
         operators.hybrid([operators.softmax(), operators.relative(base="softmax")]),
         operators.parse("G1B", base="softmax").operator,
         operators.low_rank(bases.fourier(1), 2)._replace(name="G1B"),
@@ -137,6 +135,10 @@ def test_a_config_of_an_operator_is_not_that_of_another(operator):
         operators.relative(),
         operators.hybrid([operators.softmax(), operators.relative()]),
         operators.parse("G1B:base=softmax,rank=2").operator,
+        operators.relative("softmax", prefix=1),
+        operators.static(signed=False, base=None),
+        operators.linformer(rank=2),
+        operators.gated(locality=0.5),
     ],
 )
 def test_a_config_of_an_operator_that_is_a_spec_makes_it_again(operator):

@@ -1,6 +1,7 @@
 """Modules: thin over the pure functions, and good citizens of torch."""
 
 import copy
+import io
 import pickle
 
 import pytest
@@ -146,6 +147,31 @@ def test_state_dict_round_trip():
     assert names <= set(one.state_dict())
     other.load_state_dict(one.state_dict())
     assert_close(other(x), one(x), rtol=0, atol=0)
+
+
+def test_a_state_dict_of_other_functions_is_refused():
+    one, buffer = attention("G3B:rank=3"), io.BytesIO()
+    torch.save(one.state_dict(), buffer)
+    buffer.seek(0)
+    stored = torch.load(buffer)
+    assert list(stored) == list(dict(stored)) == list(dict(one.named_parameters()))
+    other = attention("polynomial-5B:rank=3")
+    words = "`operator` needs parameters of 'polynomial-5B:rank=3', got those of 'G3B:rank=3', whi"
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=words):
+            other.load_state_dict(stored, strict=strict)
+    other.load_state_dict(dict(stored))  # which says nothing but tensors
+    # what parameters are drawn from, and what comes behind the functions, may differ
+    attention("G3B:rank=3,init=paper,base=softmax,project=simplex").load_state_dict(stored)
+    # as may what another version says
+    stored._metadata["operator"]["meaning"] |= {"one_more": 3}
+    one.load_state_dict(stored)
+    lattices = [nn.operator(spec, HEADS, 17) for spec in ("gated", "gated:prefix=1,rows=4")]
+    lattices[0].load_state_dict(lattices[1].state_dict())
+    with pytest.raises(RuntimeError, match="needs parameters of 'gated', got those of 'gated:row"):
+        lattices[0].load_state_dict(nn.operator("gated:rows=2", HEADS, 17).state_dict())
+    moved = nn.operator("relative", HEADS, 17).resize(17, (1, 2, 7))
+    moved.load_state_dict(moved.state_dict())
 
 
 def pickled(module):
@@ -587,6 +613,17 @@ def test_hooks_of_the_projection_run_under_cross_attention(kind):
     x, context = (torch.randn(1, n, 8, requires_grad=True) for n in (3, 5))
     module(x, context=context).sum().backward()
     assert calls
+
+
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook", "full_backward_hook"])
+@pytest.mark.parametrize("place", ["", "operator"])
+def test_hooks_that_a_step_would_leave_out_are_refused(kind, place):
+    module, x = nn.Attention(8, heads=2, tokens=5, operator="G3B"), torch.randn(1, 5, 8)
+    hook = getattr(module.get_submodule(place), f"register_{kind}")(lambda *args: None)
+    with pytest.raises(ValueError, match=r"`step` needs a module without hooks .*<lambda>"):
+        module.step(x)
+    hook.remove()
+    assert_close(module.step(x)[0], module(x, is_causal=True))
 
 
 def test_an_operator_is_of_floating_point():

@@ -351,7 +351,7 @@ def test_gated_attention_looks_at_the_same_place_of_a_finer_picture():
     [
         ("synthesizer:width=0", "`width` >= 1"),
         ("synthesizer:base=relu", "`base`"),
-        ("performer:features=0", "`rank` >= 1"),
+        ("performer:features=0", "`features` >= 1"),
         ("linformer:rank=0", "`rank` >= 1"),
         ("gated:prefix=-1", "`prefix` >= 0"),
         ("gated:locality=-1", "finite `locality` >= 0"),
@@ -436,3 +436,12 @@ def test_half_inputs_are_computed_in_float32_and_rounded_once(spec, dtype):
         assert error < (1e-2 if dtype == torch.bfloat16 else 2e-3), float(error)
         with torch.autocast("cpu", torch.bfloat16):
             assert_close(op.attend(params, q.float(), k.float(), v.float(), mask), wanted)
+
+
+@pytest.mark.parametrize("normalise", ["softmax", None])
+def test_a_synthesizer_has_the_leading_axes_of_keys_that_it_does_not_read(normalise):
+    op = operators.synthesizer(width=D, normalise=normalise)
+    params = op.init(torch.Generator().manual_seed(0), 2, 5)
+    q, k, v = (torch.randn(n, 2, m, D) for n, m in ((1, 3), (4, 5), (1, 5)))
+    out = op.attend(params, q, k, v)
+    assert out.shape == (4, 2, 3, D) and torch.equal(out[:1], op.attend(params, q, k[:1], v))

@@ -238,6 +238,23 @@ def test_a_lattice_that_an_operator_would_take_for_another_is_refused(spec, new,
     operators.resize(op, params, 17, (1, 4, 4))
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(spec for spec in SPECS if "G2" in spec),
+        *("relative", "static", "static:rank=2", "gated", "linformer", "synthesizer", "tempered"),
+        *("G2:order=by_offset", "G2:order=beside_relative", "G2:order=elementwise"),
+        "G2:order=generated,reach=none,features=10,prefix=1",
+    ],
+)
+def test_parameters_of_another_operator_are_refused(spec):
+    op = operators.parse(spec).operator
+    others = [{}] if op.traits["length_free"] else [{}, {"foo": torch.zeros(2, 17)}]
+    for params in others:
+        with pytest.raises(ValueError, match="`resize` needs (the )?parameters .*, got (none|foo)"):
+            operators.resize(op, params, 17, 65)
+
+
 def test_an_operator_that_does_not_say_where_its_keys_are_is_refused():
     op, params = drawn("G2", 17)
     with pytest.raises(ValueError, match="says where its keys are.* or the trait `length_free`"):

@@ -125,6 +125,24 @@ def test_an_operator_begins_with_its_own_at_another_size(spec):
     assert drawn == [] and params["pos_embed"].shape == (1, 17, 8)
 
 
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        ("softconv", "softconv:prefix=1"),
+        ("gated:prefix=1", "gated"),
+        ("softmax+G2B:order=by_offset", "softmax+G2B:order=by_offset,prefix=1"),
+        ("relative:rows=2", "relative:rows=4"),
+    ],
+)
+def test_a_lattice_may_be_named_or_left_out(own, other):
+    donor, model = vit(own), vit(other, image_size=16 if "rows" in own else 8)
+    assert transfer.begin(model, donor.init(seeded()), seeded(), donor).drawn == []
+    # without a token in front, or in one row, the same parameters mean something else
+    for spec in ("gated:prefix=0,rows=1", "gated:rows=1"):
+        with pytest.raises(ValueError, match="'gated' for 'gated:.*mean something else"):
+            transfer.begin(vit(spec), vit("gated").init(seeded()), seeded(), vit("gated"))
+
+
 @pytest.mark.parametrize("change_of", ["base=softmax", "project=simplex", "init=paper"])
 def test_what_comes_behind_the_functions_may_change(change_of):
     donor, theirs = vit("G2B"), vit("G2B").init(seeded())

@@ -95,7 +95,7 @@ def region(maps: Tensor, share: float = 0.5) -> Tensor:
     The paper shows a region without saying how it is cut; half of the mass is kart's choice. A map
     of zeros has none.
     """
-    if not 0 < share <= 1:
+    if not schema.fits(share, float) or not 0 < share <= 1:
         raise ValueError(f"`region` needs 0 < `share` <= 1, got {share!r}. The default is 0.5.")
     flat = maps.flatten(-2)
     values, order = flat.sort(dim=-1, descending=True, stable=True)
@@ -154,10 +154,11 @@ def enlarge(maps: Tensor, height: int, width: int) -> Tensor:
     [[1, 1, 2, 2], [1, 1, 2, 2]]
     """
     rows, columns = maps.shape[-2:]
-    if height % rows or width % columns:
+    whole = schema.fits(height, int) and schema.fits(width, int)
+    if not whole or height % rows or width % columns:
         raise ValueError(
             f"`enlarge` needs a height and width divisible by the map's {rows} x {columns}, got "
-            f"{height} x {width}. Pass the size of the images the model saw."
+            f"{height!r} x {width!r}. Pass the size of the images the model saw."
         )
     return maps.repeat_interleave(height // rows, -2).repeat_interleave(width // columns, -1)
 

@@ -202,16 +202,19 @@ def top_eigenvalues(
             f"`top_eigenvalues` needs 1 <= `count` <= {size}, the number of parameters, got "
             f"{count!r}. Ask for 5."
         )
-    steps = min(size, 2 * count + 20 if vectors is None else vectors)
+    steps = 2 * count + 20 if vectors is None else vectors
     if not schema.fits(steps, int) or steps < min(size, count + 2):
         raise ValueError(
             f"`top_eigenvalues` needs `vectors` >= {min(size, count + 2)}, got {vectors}. "
             "Leave it out."
         )
-    if tolerance is not None and not 0 < tolerance < 1:
+    schema.check_integer("top_eigenvalues", "limit", limit, 0, "Leave it out.")
+    given = schema.fits(tolerance, float | None)
+    if not given or (tolerance is not None and not 0 < tolerance < 1):
         raise ValueError(
             f"`top_eigenvalues` needs 0 < `tolerance` < 1, got {tolerance!r}. Leave it out."
         )
+    steps = min(size, steps)
     space = _Space(loss, params, steps)
     dtype = space.basis.dtype
     close = space.precision**0.5 if tolerance is None else tolerance
@@ -319,11 +322,13 @@ def spectral_density(
     schema.check_integer("spectral_density", "samples", samples, 1, "20 is a start.")
     schema.check_type("spectral_density", "generator", generator, Generator)
     size = tree.size(params)
-    whole = schema.fits(steps, int) and schema.fits(points, int)
-    if not whole or steps < 1 or points < 2 or (width is not None and not 0 < width < math.inf):
+    kinds = ((steps, int), (points, int), (width, float | None))
+    fitting = all(schema.fits(value, kind) for value, kind in kinds)
+    fitting = fitting and (width is None or 0 < width < math.inf)
+    if not fitting or steps < 1 or points < 2:
         raise ValueError(
             f"`spectral_density` needs integers `steps` >= 1 and `points` >= 2, and `width` > 0, "
-            f"got {steps}, {points} and {width}. Leave them out."
+            f"got {steps!r}, {points!r} and {width!r}. Leave them out."
         )
     space = _Space(loss, params, min(steps, size))
     nodes, shares = [], []
@@ -381,10 +386,11 @@ def noise_scale(
     """
     counts = {len(x) for x in examples}
     n = counts.pop() if len(counts) == 1 else 0
-    if n < 2 or chunk < 1:
+    if n < 2 or not schema.fits(chunk, int) or chunk < 1:
         raise ValueError(
             f"`noise_scale` needs tensors of n >= 2 examples each and `chunk` >= 1, got "
-            f"{[tuple(x.shape) for x in examples]} and {chunk}. Pass images and targets of a batch."
+            f"{[tuple(x.shape) for x in examples]} and {chunk!r}. Pass images and targets of "
+            "a batch."
         )
     tree.check_floating("noise_scale", params)
     params = tree.map(Tensor.detach, params)

@@ -101,9 +101,9 @@ def strongest(values: Tensor, mix: Tensor | None = None, count: int = 4) -> Tens
     if mix is not None:
         size = size * mix.detach().norm(dim=-2)[..., None]
     size = size.flatten(1)
-    if not 1 <= count <= size.shape[1]:
+    if not schema.fits(count, int) or not 1 <= count <= size.shape[1]:
         raise ValueError(
-            f"`strongest` needs 1 <= `count` <= {size.shape[1]} units a head, got {count}. "
+            f"`strongest` needs 1 <= `count` <= {size.shape[1]} units a head, got {count!r}. "
             "Ask for fewer."
         )
     return size.topk(count, dim=-1).indices
@@ -195,6 +195,7 @@ def learns(operator: Operator) -> bool:
 
 def score_range(scores: Tensor | None, operator: Operator, points: int = 121) -> Tensor:
     """Where to look: 99 % of the `scores`, at least [-1, 1]; without any, one period or [-4, 4]."""
+    schema.check_integer("score_range", "points", points, 2, "Leave it out.")
     if scores is None:
         period = operator.basis.traits.get("periodic") if operator.basis else None
         half = period / 2 if period else 4.0

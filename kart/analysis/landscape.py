@@ -278,10 +278,10 @@ def mean_loss(
     tensor(14., dtype=torch.float64)
     """
     counts = {len(x) for x in data}
-    if len(counts) != 1 or 0 in counts or batch < 1:
+    if len(counts) != 1 or 0 in counts or not schema.fits(batch, int) or batch < 1:
         raise ValueError(
             f"`mean_loss` needs tensors of as many examples each and `batch` >= 1, got "
-            f"{[tuple(x.shape) for x in data]} and {batch}. Pass images and labels of a split."
+            f"{[tuple(x.shape) for x in data]} and {batch!r}. Pass images and labels of a split."
         )
     total = counts.pop()
 
@@ -330,6 +330,7 @@ def sharpness(z: Tensor, axes: Tensor, radius: float) -> Sharpness:
     [0.25, 0.2]
     """
     _check_surface("sharpness", z, axes)
+    schema.check_type("sharpness", "radius", radius, float)
     distance = torch.hypot(axes[0][:, None], axes[1])
     centre = distance <= 1e-9 * float(axes.abs().max())
     within = distance <= radius * (1 + 1e-9)  # a point at the radius is within, whatever rounding

@@ -308,7 +308,8 @@ def retrain(
     >>> retrain(config, model, params, splits, steps=0) is params
     True
     """
-    if not schema.fits(steps, int) or steps < 0 or not 0 < rate <= 1:
+    fitting = schema.fits(steps, int) and schema.fits(rate, float)
+    if not fitting or steps < 0 or not 0 < rate <= 1:
         raise ValueError(
             f"`retrain` needs an integer `steps` >= 0 and 0 < `rate` <= 1, got {steps!r} and "
             f"{rate!r}. Pass for example steps=50."

@@ -81,7 +81,8 @@ def numerical_rank(matrices: Tensor, tolerance: float | None = None) -> Tensor:
     2
     """
     spectrum = _spectrum("numerical_rank", matrices)
-    if tolerance is not None and not 0 <= tolerance < 1:
+    given = schema.fits(tolerance, float | None)
+    if not given or (tolerance is not None and not 0 <= tolerance < 1):
         raise ValueError(
             f"`numerical_rank` needs 0 <= `tolerance` < 1, got {tolerance!r}. Leave it out."
         )
@@ -120,7 +121,8 @@ def log_profile(values: Tensor, floor: float = 1e-12) -> Profile:
             f"{tuple(values.shape)}. Take those of `singular_values`."
         )
     largest = float(values.max())
-    if largest <= 0 or float(values.min()) < 0 or not 0 < floor < 1:
+    bounded = schema.fits(floor, float) and 0 < floor < 1
+    if largest <= 0 or float(values.min()) < 0 or not bounded:
         raise ValueError(
             f"`log_profile` needs values >= 0, not all of them 0, and 0 < `floor` < 1, got values "
             f"from {float(values.min())} to {largest} and {floor!r}. Take `singular_values`."

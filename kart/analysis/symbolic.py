@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kart import schema
 from kart.analysis import figures
 
 
@@ -68,7 +69,8 @@ def clusters(
     >>> found.labels.tolist(), found.leaders.tolist()
     ([0, 1, 0, 1, -1], [2, 1])
     """
-    if not 0 < similarity <= 1 or count < 1:
+    fitting = schema.fits(similarity, float) and schema.fits(count, int)
+    if not fitting or not 0 < similarity <= 1 or count < 1:
         raise ValueError(
             f"`clusters` needs 0 < `similarity` <= 1 and `count` >= 1, got {similarity!r} and "
             f"{count!r}. Leave them out."
@@ -149,7 +151,7 @@ def candidate(
     >>> found.name, round(found.r2, 4), found.formula
     ('sin', 1.0, '2 sin(1.5 x) + 1')
     """
-    if not 0 <= margin <= 1:
+    if not schema.fits(margin, float) or not 0 <= margin <= 1:
         raise ValueError(f"`candidate` needs 0 <= `margin` <= 1, got {margin!r}. Leave it out.")
     centred, roots = _checked("candidate", values[None], x, density)
     target, whole = centred[0], float(centred[0].square().sum())

@@ -102,7 +102,7 @@ def near_zero(values: Tensor, fraction: float = 0.1) -> Tensor:
     0.25
     """
     _check_values("near_zero", values, 1)
-    if not 0 < fraction < 1:
+    if not schema.fits(fraction, float) or not 0 < fraction < 1:
         raise ValueError(
             f"`near_zero` needs 0 < `fraction` < 1, got {fraction!r}. The default is 0.1."
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from kart import layers, nn, operators
+from kart import layers, nn, operators, schema
 from kart.bridges import arguments
 
 
@@ -52,7 +52,11 @@ class MultiheadAttention(torch.nn.Module):
                     f"`MultiheadAttention` needs `{name}` False, got {value!r}: it adds a key, "
                     "which the operator has no parameters for. Leave it out."
                 )
-        if num_heads < 1 or embed_dim % num_heads:
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "kdim": kdim, "vdim": vdim}
+        for name, value in sizes.items():
+            if value is not None:
+                schema.check_integer("MultiheadAttention", name, value, 1)
+        if embed_dim % num_heads:
             raise ValueError(
                 f"`MultiheadAttention` needs `num_heads` to divide `embed_dim`, got {num_heads} "
                 f"and {embed_dim}. Choose a divisor."
@@ -64,7 +68,7 @@ class MultiheadAttention(torch.nn.Module):
         self.vdim = embed_dim if vdim is None else vdim
         # TransformerEncoderLayer asks it, and where it is True computes softmax by itself
         self._qkv_same_embed_dim = False
-        given: dict[str, Any] = {"device": device, "dtype": dtype}
+        given = nn.placed(device, dtype)
 
         def parameter(*shape: int) -> torch.nn.Parameter:
             return torch.nn.Parameter(layers.truncated_normal(generator, *shape).to(**given))
@@ -95,6 +99,12 @@ class MultiheadAttention(torch.nn.Module):
                 )
             nn.check_device("MultiheadAttention", self, x)
             nn.check_dtype("MultiheadAttention", name, weight, x)
+        batches = [len(x) for x in inputs]
+        if len(set(batches)) > 1:
+            raise ValueError(
+                f"`MultiheadAttention` needs `query`, `key` and `value` of as many samples, got "
+                f"{batches}. See `batch_first`."
+            )
         made = zip(inputs, weights, biases, strict=True)
         return [nn.split_heads(functional.linear(*one), self.num_heads) for one in made]
 
@@ -154,6 +164,13 @@ class MultiheadAttention(torch.nn.Module):
             average_attn_weights: over the heads; else they are (B, H, N, M).
             is_causal: masks what comes later, whether or not `attn_mask` does.
         """
+        masks = [x for x in (key_padding_mask, attn_mask) if x is not None]
+        if not all(isinstance(x, Tensor) for x in (query, key, value, *masks)):
+            kinds = ", ".join(type(x).__name__ for x in (query, key, value, *masks))
+            raise ValueError(
+                f"`MultiheadAttention` needs `query`, `key`, `value` and masks as tensors, got "
+                f"{kinds}. Convert them with `torch.as_tensor`."
+            )
         if any(x.is_nested for x in (query, key, value)):
             raise ValueError(
                 "`MultiheadAttention` needs tensors of one length, got a nested one, as "

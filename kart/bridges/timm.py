@@ -67,6 +67,15 @@ class Attention(nn.Attention):
         self.norm = norm(scale_norm, dim)
         self.proj_drop = torch.nn.Dropout(proj_drop)
 
+    def project(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, the former two through the norms of `qk_norm`."""
+        q, k, v = super().project(x, context)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def join(self, out: Tensor) -> Tensor:
+        """The heads side by side, through the norm of `scale_norm`, projected, some dropped."""
+        return self.proj_drop(self.proj(self.norm(nn.merge_heads(out))))
+
     def forward(  # type: ignore[override]  # timm's names
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
@@ -77,8 +86,7 @@ class Attention(nn.Attention):
             attn_mask = nn.causal_mask(x.shape[-2], x.shape[-2], x.device)
         elif attn_mask is not None and attn_mask.dtype != torch.bool:
             attn_mask = arguments.from_additive("attention", "attn_mask", attn_mask)
-        out = self.operator(self.q_norm(q), self.k_norm(k), v, attn_mask)
-        return self.proj_drop(self.proj(self.norm(nn.merge_heads(out))))
+        return self.join(self.operator(q, k, v, attn_mask))
 
 
 class _Made(type):

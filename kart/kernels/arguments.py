@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kart import schema
 from kart.kernels import plain
 
 
@@ -51,7 +52,7 @@ def check(
                 f"`{function}` needs `{name}` in the dtype of `{first}`, {q.dtype}, got {x.dtype}. "
                 "Convert it with `.to`."
             )
-    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
+    if scale is not None and not (schema.fits(scale, float) and math.isfinite(scale)):
         raise ValueError(
             f"`{function}` needs a finite number as `scale`, got {scale!r}. Leave it out for "
             "1 / sqrt(d)."

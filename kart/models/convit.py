@@ -49,7 +49,7 @@ def convit(operator: Choice = "softmax", **fields: Any) -> Model:
             f"`convit` needs `gated_blocks` in 0 .. depth - 1, got {gated!r} of {config.depth}: "
             f"the class token enters behind them. Pass gated_blocks={max(0, config.depth - 2)}."
         )
-    if not 0 <= config.locality < math.inf:
+    if not schema.fits(config.locality, float) or not 0 <= config.locality < math.inf:
         raise ValueError(
             f"`convit` needs `locality` >= 0 and finite, got {config.locality!r}. It uses 1."
         )

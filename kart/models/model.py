@@ -1,13 +1,14 @@
 """What a model is, where its blocks keep their row operators, and how configs choose them."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Generator, Tensor
 
-from kart import factories, operators
+from kart import factories, operators, schema
 from kart.models.windows import Cut
 from kart.models.work import Layers
 from kart.operators import Operator
@@ -143,7 +144,8 @@ def place(params: Params, path: str, node: Params) -> Params:
 
 def _named(op: Operator) -> str:
     """What a config calls an operator that it was given: its name, or where that is the spec of
-    another operator, which `from_config` would make, a name that is no spec.
+    another operator, which `from_config` would make, the spec of its call, or a name that is no
+    spec.
     """
     if operators.sources(op.name):  # of the user's own, whose code is not run for this
         return op.name
@@ -151,10 +153,30 @@ def _named(op: Operator) -> str:
         said = operators.parse(op.name).operator
     except ValueError:
         return op.name
+    return op.name if _same(op, said) else _spec(op) or f"{op.name} (an Operator)"
+
+
+def _same(op: Operator, said: Operator) -> bool:
+    """Whether an operator is that of a spec."""
     one, other = (None if x.call is None else x.call.factory for x in (op, said))
     whole = not factories.changed(op).keys() - {"name"}
-    same = whole and one is other and meaning(op) == meaning(said)
-    return op.name if same else f"{op.name} (an Operator)"
+    return whole and one is other and meaning(op) == meaning(said)
+
+
+def _spec(op: Operator) -> str:
+    """The spec of the call that made an operator, "" where its arguments are not those of one."""
+    if op.call is None or factories.changed(op):
+        return ""
+    given = inspect.signature(op.call.factory).bind(*op.call.args, **op.call.kwargs).arguments
+    if not all(schema.fits(value, str | float | bool | None) for value in given.values()):
+        return ""
+    written = {name: "none" if value is None else str(value) for name, value in given.items()}
+    options = ",".join(f"{name}={value}" for name, value in written.items())
+    spec = f"{op.call.factory.__name__}:{options}"
+    try:
+        return spec if _same(op, operators.parse(spec).operator) else ""
+    except ValueError:
+        return ""
 
 
 def choose(

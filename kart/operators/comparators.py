@@ -241,6 +241,9 @@ def synthesizer(
             left = torch.cat([left, torch.ones_like(left[..., :1])], -1)
             right = torch.cat([second.mT, shift[..., None]], -1)
             out = values_of(Factored(left, right), v, mask)
+        # the axes of k, which has no other part
+        lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], out.shape[:-2])
+        out = out.expand(*lead, *out.shape[-2:])
         return out + kernels.softmax_attention(q, k, v, mask) if base else out
 
     def resize(params: Params, old: Lattice, new: Lattice) -> Params:

@@ -14,6 +14,7 @@ from kart.operators.contract import (
     Factored,
     Operator,
     Source,
+    check_names,
     check_rank,
     from_forms,
     from_logits,
@@ -47,6 +48,7 @@ def linformer(rank: int = 16) -> Operator:
         return Factored(scores.mixed(params["keys"]).softmax(-1), params["values"].mT)
 
     def resize(params: Params, old: Lattice, new: Lattice) -> Params:
+        check_names("resize", params, ["keys", "values"])
         return {name: interpolate(leaf, 2, old, new, True) for name, leaf in params.items()}
 
     return from_logits(
@@ -87,7 +89,7 @@ def performer(width: int = 64, features: int = 64) -> Operator:
         features: m.
     """
     schema.check_integer("performer", "width", width, 1, "It is embed_dim / num_heads.")
-    check_rank("performer", features)
+    schema.check_integer("performer", "features", features, 1, "The default is 64.")
 
     def init(generator: Generator, heads: int, tokens: int) -> Params:
         blocks = -(-features // width)

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from kart import schema
 from kart.bases import Basis, Params
-from kart.operators.contract import Operator, check_params
+from kart.operators.contract import Operator, check_names, check_params
 
 Tokens = int | Sequence[int]
 
@@ -143,6 +143,7 @@ def moving(axes: Mapping[str, Sequence[int]], basis: Basis) -> Callable[..., Par
     """
 
     def resize(params: Params, old: Lattice, new: Lattice) -> Params:
+        check_names("resize", params, axes)
         if old.patches != new.patches:
             if fixed_base(basis):
                 raise ValueError(
@@ -196,8 +197,20 @@ def resize(op: Operator, params: Params, old_tokens: Tokens, new_tokens: Tokens)
         )
     check_params("resize", params)
     old, new = lattice("old_tokens", old_tokens), lattice("new_tokens", new_tokens)
+    if not params and op.traits.get("learned"):
+        raise ValueError(
+            f"`resize` needs the parameters of {op.name!r}, got none. Pass what "
+            "`init(generator, heads, tokens)` drew."
+        )
     if op.resize is not None:
-        return op.resize(params, old, new)
+        try:
+            return op.resize(params, old, new)
+        except KeyError as error:
+            found = ", ".join(map(str, params))
+            raise ValueError(
+                f"`resize` needs the parameters of {op.name!r}, {error} among them, got {found}. "
+                "Pass what `init(generator, heads, tokens)` drew."
+            ) from error
     if not params or op.traits.get("length_free"):
         return params
     raise ValueError(

@@ -1,5 +1,6 @@
 """Sums of operators: all of them in every head."""
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Generator, Tensor
 from kart.bases import Basis, Params
 from kart.factories import remember
 from kart.operators.contract import Operator, check_names, check_params, check_sizes
+from kart.operators.relative import lattice_of
 from kart.operators.resize import Lattice
 
 
@@ -22,17 +24,40 @@ def simple_parts(op: Operator) -> list[Operator]:
     return [one for part in parts for one in simple_parts(part)] if parts else [op]
 
 
-def meaning(value: Any, free: Collection[str] = ()) -> Any:
-    """What the parameters of an operator mean: its options and those of its basis, but `free`."""
+# options of operators and bases that say how parameters are drawn
+DRAWN = frozenset(("init", "mix", "start"))
+# and those by which the weights are another function of them, which training may change
+CHANGED = DRAWN | {"base", "normalise", "project"}
+
+
+def meaning(value: Any, free: Collection[str] = (), tokens: int | None = None) -> Any:
+    """What the parameters of an operator mean: its options and those of its basis, but `free`. For
+    so many `tokens` a lattice is what it is, whether an option says so or is left out.
+    """
     if isinstance(value, Operator):
-        return meaning({**value.options, "basis": value.basis}, free)
+        options = {**value.options, "basis": value.basis}
+        if tokens is not None and {"prefix", "rows"} <= options.keys():
+            # a table that was moved to another lattice says so itself
+            with contextlib.suppress(ValueError):
+                found = lattice_of(value.name, tokens, options["prefix"], options["rows"])
+                options |= {"prefix": found.prefix, "rows": found.rows / found.columns}
+        return meaning(options, free, tokens)
     if isinstance(value, Basis):
         return value.family, meaning(value.options, free)
     if isinstance(value, Mapping):
-        return {name: meaning(one, free) for name, one in value.items() if name not in free}
+        return {key: meaning(one, free, tokens) for key, one in value.items() if key not in free}
     if isinstance(value, list | tuple):
-        return [meaning(one, free) for one in value]
+        return [meaning(one, free, tokens) for one in value]
     return value if isinstance(value, str | int | float) else type(value).__name__
+
+
+def same_meaning(one: Any, other: Any) -> bool:
+    """Whether two meanings are one in all that both say: another version may have more options."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return all(same_meaning(one[key], other[key]) for key in one.keys() & other.keys())
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(same_meaning, one, other))
+    return one == other
 
 
 def own_params(name: str, parts: Sequence[Operator], params: Params) -> list[Params]:

@@ -164,8 +164,8 @@ def read_scores(directory: Path, split: str, which: str) -> dict[str, Any] | Non
                 f"`run` needs scores of its own, got {str(path)!r} with {name} "
                 f"{found.get(name)!r}, not {value!r}. {again}"
             )
-    is_count = isinstance(images, int) and images > 0
-    fits = all(isinstance(number, int | float) and number is not True for number in numbers)
+    is_count = schema.fits(images, int) and images > 0
+    fits = all(schema.fits(number, float) for number in numbers)
     if seeds != [c.seed for c in own.configs] or not is_count or not fits:
         raise ValueError(f"`run` needs scores of its members, got a damaged {str(path)!r}. {again}")
     return found
