@@ -137,6 +137,21 @@ def test_a_plot_does_not_take_the_place_of_the_numbers(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_but_an_earlier_measurement_is_replaced(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "operator_level", lambda *rest: [{"what": "sizes"}])
+    monkeypatch.setattr(bench, "show", lambda rows: "")
+    monkeypatch.setattr(bench, "plot", lambda rows, path: path.write_text("plot"))
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("cost.json", '{"price": 3}'), ("cost.png", "of somebody")):
+        (tmp_path / name).write_text(text)
+        assert cli.main(["bench", "--quick", "--quiet"]) == 2
+        assert f"'{name}' of something else" in capsys.readouterr().err
+        assert (tmp_path / name).read_text() == text
+        (tmp_path / name).unlink()
+    for _ in range(2):
+        assert cli.main(["bench", "--quick", "--quiet"]) == 0
+
+
 @pytest.mark.parametrize("flag", ["--sizes", "--step-batch"])
 def test_a_quick_run_takes_no_flags_of_the_others(flag, tmp_path, capsys):
     argv = ["bench", "--quick", flag, "4", "--out", str(tmp_path / "c.json")]

@@ -400,3 +400,11 @@ def test_going_on_with_another_torch_is_told(name, home, splits, capsys, monkeyp
     assert f"begun with {name} {now[name]}, now another" in capsys.readouterr().err
     list(runs.execute(home / "part", [config], splits))  # which is finished
     assert not capsys.readouterr().err
+
+
+def test_the_members_of_one_group_above_it_want_a_seed(splits, tmp_path):
+    two = [dataclasses.replace(TINY, seed=seed, epochs=1) for seed in (0, 1)]
+    list(runs.execute(tmp_path / "G1B" / "group-0", two, splits))
+    with pytest.raises(ValueError, match=r"one of \[0, 1\].* got None. Name it with `--seed`"):
+        runs.only(tmp_path / "G1B")
+    assert runs.only(tmp_path / "G1B", seed=1).config.seed == 1

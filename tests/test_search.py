@@ -959,6 +959,18 @@ def test_the_command_for_workers_can_be_pasted(asked, tmp_path, capsys):
     assert shlex.split(told) == ["kart", "study", "work", str(path), "--out", out]
 
 
+def test_a_search_that_is_not_finished_says_so(asked, tmp_path, capsys):
+    path, argv = asked
+    assert kart_study([*argv, "--timeout", "0"]) == 0
+    told = "the search is not finished; the same command goes on"
+    assert told in capsys.readouterr().out
+    flags = ["--threads", "1", "--quiet", "--timeout"]
+    for seconds, wanted in (("0", told), ("9999", "finished; write the report with:")):
+        argv = ["work", str(path), "--out", str(tmp_path / "out"), *flags, seconds]
+        assert kart_study(argv) == 0
+        assert capsys.readouterr().out.startswith(wanted)
+
+
 def test_an_answer_that_fails_is_named_and_what_was_confirmed_is_kept(asked, tmp_path, capsys):
     path, argv = asked
     path.write_text(path.read_text().replace("confirm=2", "confirm=1, answer=lambda found: 1 / 0"))

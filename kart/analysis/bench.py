@@ -749,6 +749,8 @@ def run(args: argparse.Namespace) -> None:
             f"`--out` needs a name that does not end in .png, that of the plot beside it, got "
             f"{args.out!r}. Name it .json."
         )
+    plotted = path.with_suffix(".png")
+    checkpoint.check_replaced("bench", path, lambda found: {"about", "rows"} <= {*found}, plotted)
     began = time.monotonic()
 
     def progress(what: str) -> None:
@@ -777,8 +779,8 @@ def run(args: argparse.Namespace) -> None:
         print("\n" + cost.paper_table())
     print(f"\n{machine}, {args.precision}, torch {torch.__version__}")
     print(f"SDPA backend: {about['sdpa_backend']}")
-    plot(rows, path.with_suffix(".png"))
-    print(f"written to {path} and {path.with_suffix('.png')}")
+    plot(rows, plotted)
+    print(f"written to {path} and {plotted}")
 
 
 if __name__ == "__main__":

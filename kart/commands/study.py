@@ -52,6 +52,7 @@ SAMPLERS_HELP = "tpe, random, nsga2, gp, grid or brute (default the study's, mos
 PRUNERS_HELP = "asha (saves most, and unfairly ends what starts slowly), median or none"
 OBJECTIVES_HELP = "comma-separated, of accuracy, parameters, flops, memory and step_time"
 REPORTED = "run directory; with --storage, where the report goes"
+UNFINISHED = "the search is not finished; the same command goes on"
 LIMITS_HELP = {"parameters": "parameters", "flops": "FLOPs an image", "memory": "MiB"}
 
 
@@ -474,7 +475,7 @@ def _run(args: argparse.Namespace) -> int:
         work.confirm(arms, settings, settings.confirm, _place(args), args.quiet)
     _write(opened, args.out, arms)
     if not finished:
-        print("the search is not finished; the same command goes on")
+        print(UNFINISHED)
     return 0
 
 
@@ -501,6 +502,8 @@ def _work(args: argparse.Namespace) -> int:
     _check_data(args, opened)
     if _search(args, opened, _elsewhere(args)):
         print(f"finished; write the report with: kart study report {_named(opened)}")
+    else:
+        print(UNFINISHED)
     return 0
 
 

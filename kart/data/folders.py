@@ -182,8 +182,10 @@ def _classes(folder: Folder, root: Path, unused: list[Unused]) -> list[tuple[Pat
     deeper = [one for inner in folder.folders for one in _below(inner)]
     told = [one for one in deeper if not splits.fills(one.name)]
     if told:
-        what = f"names of folders below classes, as {_inside(told[0], root)!r}"
-        unused.append(Unused(what, len(told), "their images are of the class above"))
+        some = f"{len(told)} of them, as {_inside(told[0], root)!r}"
+        # no image is left out, so that none is counted
+        what = f"names of folders below classes, {some}"
+        unused.append(Unused(what, 0, "their images are of the class above"))
     return sorted(labelled)
 
 

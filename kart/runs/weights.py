@@ -102,7 +102,7 @@ def only(directory: str | os.PathLike, which: str = "last", seed: int | None = N
     """
     home, known = identity.place_of(directory), below(directory)
     found = [one for one, own in known if seed in (None, own)]
-    if len(found) == 1:
+    if len({*found}) == 1:
         home = found[0]
     elif known and not found:
         raise ValueError(
