@@ -429,3 +429,15 @@ def test_leaves_in_a_parameter_dict_are_taken():
     x = torch.linspace(-1, 1, 3)
     torch.testing.assert_close(basis.apply(held, x), basis.apply(units, x))
     torch.testing.assert_close(basis.coefficients(held), basis.coefficients(units))
+
+
+@pytest.mark.parametrize("family", bases.FAMILIES.values(), ids=lambda family: family.__name__)
+def test_parameters_with_a_leaf_more_or_less_are_refused(family):
+    x, generator = torch.ones(3), torch.Generator().manual_seed(0)
+    plain, scaled = family(), family(scales=True)
+    params = scaled.init(generator, (3,))
+    # what is not there would be missed, and scales that nobody reads be left out in silence
+    wrong = [(scaled, {k: v for k, v in params.items() if k != name}) for name in params]
+    for basis, leaves in [*wrong, (plain, params)]:
+        with pytest.raises(ValueError, match=f"`{basis.family}` needs parameters '"):
+            basis.apply(leaves, x)

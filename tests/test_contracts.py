@@ -252,3 +252,55 @@ NUMBERS = {
 def test_what_is_no_number_is_refused(name, value):
     with pytest.raises(ValueError, match=name.lstrip("`")):
         NUMBERS[name](value)
+
+
+# measures of one tensor
+MEASURES = {
+    "class_maps": attention.class_maps,
+    "region": attention.region,
+    "dominant_head": attention.dominant_head,
+    "rollout": lambda x: attention.rollout([x, x]),
+    "row_sums": attention.row_sums,
+    "negative_share": attention.negative_share,
+    "entropy": attention.entropy,
+    "head_diversity": attention.head_diversity,
+    "static_share": attention.static_share,
+    "enlarge": lambda x: attention.enlarge(x, 6, 6),
+    "log_profile": spectra.log_profile,
+    "density": lambda x: functions.density(x, GRID),
+    "score_range": lambda x: functions.score_range(x, operators.softmax()),
+    "strongest": functions.strongest,
+    "moved": lambda x: functions.moved(x, x),
+    "fits": lambda x: functions.fits(x, GRID),
+    "curves": lambda x: functions.curves(operators.softmax(), {}, x),
+    "candidate": lambda x: symbolic.candidate(x, GRID),
+    "clusters": lambda x: symbolic.clusters(x, GRID),
+    "coordinates": lambda x: landscape.coordinates(x, torch.eye(2)),
+    "roughness": lambda x: landscape.roughness(x, landscape.axes(1.0, 3)),
+    "the curvature": lambda x: curved_at(curvature.trace, x, 2),
+    "`top_eigenvalues": lambda x: curved_at(curvature.top_eigenvalues, x, 1),
+    "noise_scale": lambda x: curvature.noise_scale(torch.mul, torch.ones(()), x),
+    "mean_loss": lambda x: landscape.mean_loss(torch.mul, x),
+}
+
+
+def curved_at(measure, params, count):
+    return measure(square, params, count, torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_measure_names_what_is_no_tensor_and_what_is_empty(name):
+    for wrong in (7.0, [[1.0]], torch.zeros(0)):
+        with pytest.raises(ValueError, match=name.lstrip("`")):
+            MEASURES[name](wrong)
+
+
+def test_what_is_not_a_number_is_not_passed_over():
+    nan = torch.full((1, 1, 1, 4), torch.nan)
+    assert functions.moved(nan, torch.ones(1, 1, 1, 4)).isnan().all()
+    with pytest.raises(ValueError, match="`density` needs scores that are numbers, got 1 of 2 nan"):
+        functions.density(torch.tensor([0.0, torch.nan]), GRID)
+    with pytest.raises(ValueError, match="`region` needs finite maps .* with 4 values nan or inf"):
+        attention.region(nan[0])
+    with pytest.raises(ValueError, match=r"`fits` needs values .*, x \(X\) and a density"):
+        functions.fits(GRID, GRID.log())

@@ -43,7 +43,8 @@ def class_maps(weights: Tensor) -> Tensor:
 
     Of a model take `intermediates(params, images)["blocks.<last>.weights"]`.
     """
-    patches = weights.shape[-1] - 1
+    schema.check_type("class_maps", "weights", weights, Tensor)
+    patches = weights.shape[-1] - 1 if weights.dim() else 0
     side = round(max(patches, 0) ** 0.5)
     if weights.dim() < 3 or weights.shape[-2] != patches + 1 or side * side != patches or not side:
         raise ValueError(
@@ -86,6 +87,12 @@ def last_maps(model: Model, aux: Mapping[str, Tensor]) -> Tensor:
 
 def dominant_head(maps: Tensor) -> Tensor:
     """Index `(...)` of the head with the largest sum, of `maps (..., H, rows, columns)`."""
+    schema.check_type("dominant_head", "maps", maps, Tensor)
+    if maps.dim() < 3:
+        raise ValueError(
+            f"`dominant_head` needs maps (..., H, rows, columns), got shape {tuple(maps.shape)}. "
+            "Take those of `class_maps`."
+        )
     return maps.sum((-2, -1)).argmax(-1)
 
 
@@ -97,6 +104,12 @@ def region(maps: Tensor, share: float = 0.5) -> Tensor:
     """
     if not schema.fits(share, float) or not 0 < share <= 1:
         raise ValueError(f"`region` needs 0 < `share` <= 1, got {share!r}. The default is 0.5.")
+    schema.check_type("region", "maps", maps, Tensor)
+    if maps.dim() < 2 or not bool(maps.isfinite().all()):
+        raise ValueError(
+            f"`region` needs finite maps (..., rows, columns), got shape {tuple(maps.shape)} with "
+            f"{int((~maps.isfinite()).sum())} values nan or inf. Leave diverged runs out."
+        )
     flat = maps.flatten(-2)
     values, order = flat.sort(dim=-1, descending=True, stable=True)
     before = values.cumsum(-1) - values  # mass of the patches that go first
@@ -118,6 +131,8 @@ def rollout(weights: Sequence[Tensor] | Tensor) -> Tensor:
     [[0.5, 0.5], [0.0, 1.0]]
     """
     blocks = list(weights)
+    for block in blocks:
+        schema.check_type("rollout", "weights", block, Tensor)
     shapes = {tuple(block.shape) for block in blocks}
     shape = shapes.pop() if len(shapes) == 1 else ()
     if len(shape) < 3 or shape[-1] != shape[-2]:
@@ -153,8 +168,9 @@ def enlarge(maps: Tensor, height: int, width: int) -> Tensor:
     >>> enlarge(torch.tensor([[1, 2]]), 2, 4).tolist()
     [[1, 1, 2, 2], [1, 1, 2, 2]]
     """
-    rows, columns = maps.shape[-2:]
-    whole = schema.fits(height, int) and schema.fits(width, int)
+    schema.check_type("enlarge", "maps", maps, Tensor)
+    rows, columns = maps.shape[-2:] if maps.dim() > 1 and maps.numel() else (0, 0)
+    whole = rows and schema.fits(height, int) and schema.fits(width, int)
     if not whole or height % rows or width % columns:
         raise ValueError(
             f"`enlarge` needs a height and width divisible by the map's {rows} x {columns}, got "
@@ -354,6 +370,7 @@ def _curve(
 
 
 def _check_weights(name: str, weights: Tensor, least: int = 2) -> None:
+    schema.check_type(name, "weights", weights, Tensor)
     if weights.dim() < least or not weights.dtype.is_floating_point:
         shape = "(..., N, M)" if least == 2 else "(..., H, N, M)"
         raise ValueError(
@@ -445,6 +462,7 @@ def static_share(weights: Tensor, values: Tensor | None = None, *, fitted: bool 
     >>> static_share(one, values, fitted=False).tolist()
     [1.0]
     """
+    schema.check_type("static_share", "weights", weights, Tensor)
     if weights.dim() != 4:
         raise ValueError(
             f"`static_share` needs weights (B, H, N, M), got shape {tuple(weights.shape)}. Pass "

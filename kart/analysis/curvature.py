@@ -105,6 +105,8 @@ class _Space:
     def __init__(self, loss: Loss, params: Params, steps: int):
         tree.check_floating("the curvature", params)
         start = tree.ravel(params)
+        if not start.numel():
+            raise ValueError("the curvature needs parameters, got none. Pass those of the loss.")
         # no graph of what the caller trains is kept from one product to the next
         self.loss, self.params, self.size = loss, tree.map(Tensor.detach, params), start.numel()
         self.precision = max(torch.finfo(leaf.dtype).eps for leaf in tree.leaves(params))
@@ -196,6 +198,7 @@ def top_eigenvalues(
     """
     schema.check_choice("top_eigenvalues", "which", which, WHICH)
     schema.check_type("top_eigenvalues", "generator", generator, Generator)
+    tree.check_floating("top_eigenvalues", params)
     size = tree.size(params)
     if not schema.fits(count, int) or not 1 <= count <= size:
         raise ValueError(
@@ -321,6 +324,7 @@ def spectral_density(
     """
     schema.check_integer("spectral_density", "samples", samples, 1, "20 is a start.")
     schema.check_type("spectral_density", "generator", generator, Generator)
+    tree.check_floating("spectral_density", params)
     size = tree.size(params)
     kinds = ((steps, int), (points, int), (width, float | None))
     fitting = all(schema.fits(value, kind) for value, kind in kinds)
@@ -384,7 +388,9 @@ def noise_scale(
     >>> [round(float(x), 4) for x in noise]
     [0.2727, 1.0, 3.6667]
     """
-    counts = {len(x) for x in examples}
+    for one in examples:
+        schema.check_type("noise_scale", "examples", one, Tensor)
+    counts = {len(x) if x.dim() else 0 for x in examples}
     n = counts.pop() if len(counts) == 1 else 0
     if n < 2 or not schema.fits(chunk, int) or chunk < 1:
         raise ValueError(

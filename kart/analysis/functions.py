@@ -78,6 +78,7 @@ def curves(operator: Operator, params: Params, x: Tensor) -> Tensor:
     features of the place for `generated`, 1 and 1 for `elementwise` and `by_distance`. Of hybrid
     heads pass one group, see `learned_groups`.
     """
+    schema.check_type("curves", "x", x, Tensor)
     if x.dim() != 1 or not x.dtype.is_floating_point:
         raise ValueError(
             f"`curves` needs floating-point `x` with one axis, got {x.dtype} of shape "
@@ -90,6 +91,15 @@ def curves(operator: Operator, params: Params, x: Tensor) -> Tensor:
         return operator.basis.apply(units, x[:, None, None, None]).movedim(0, -1)
 
 
+def _check_units(name: str, values: Tensor) -> None:
+    schema.check_type(name, "values", values, Tensor)
+    if values.dim() != 4 or not values.dtype.is_floating_point:
+        raise ValueError(
+            f"`{name}` needs floating-point values (H, P, M, X), got {values.dtype} of shape "
+            f"{tuple(values.shape)}. Take those of `curves`."
+        )
+
+
 def strongest(values: Tensor, mix: Tensor | None = None, count: int = 4) -> Tensor:
     """Indices `(H, count)`, into the flattened (P, M), of the units that move the weights most, of
     `values (H, P, M, X)`.
@@ -97,6 +107,7 @@ def strongest(values: Tensor, mix: Tensor | None = None, count: int = 4) -> Tens
     That is the root mean square over x; where W follows the units, as in `low_rank`, times the norm
     of the unit's column of it, `mix (H, M, P)`.
     """
+    _check_units("strongest", values)
     size = values.square().mean(-1).sqrt()  # (H, P, M)
     if mix is not None:
         size = size * mix.detach().norm(dim=-2)[..., None]
@@ -200,6 +211,9 @@ def score_range(scores: Tensor | None, operator: Operator, points: int = 121) ->
         period = operator.basis.traits.get("periodic") if operator.basis else None
         half = period / 2 if period else 4.0
     else:
+        schema.check_type("score_range", "scores", scores, Tensor)
+        if not scores.numel():
+            raise ValueError("`score_range` needs scores, got none. Pass None for a usual range.")
         some = scores.detach().flatten()
         # `quantile` takes 16M at most, and no half precision
         some = some[:: max(1, some.numel() // 100_000)].abs().double()
@@ -223,8 +237,11 @@ def moved(values: Tensor, initial: Tensor) -> Tensor:
     """How far training moved each head's units, `(H, P, M, X)` twice to `(H,)`: the root mean
     square of the change over that of the initial functions; infinite from zero.
     """
+    for given in (values, initial):
+        _check_units("moved", given)
     change = (values - initial).square().flatten(1).mean(-1)
-    return torch.where(change > 0, change / initial.square().flatten(1).mean(-1), 0.0).sqrt()
+    # where nan moved, nan comes out
+    return torch.where(change == 0, 0.0, change / initial.square().flatten(1).mean(-1)).sqrt()
 
 
 def density(scores: Tensor, x: Tensor) -> Tensor:
@@ -234,10 +251,17 @@ def density(scores: Tensor, x: Tensor) -> Tensor:
     >>> density(torch.tensor([0.1, 0.9, 1.1, 9.0]), torch.tensor([0.0, 1.0])).tolist()
     [0.3333333333333333, 0.6666666666666666]
     """
+    for argument, given in (("scores", scores), ("x", x)):
+        schema.check_type("density", argument, given, Tensor)
     if x.dim() != 1 or len(x) < 2 or not bool((x.diff() > 0).all()):
         raise ValueError(
             f"`density` needs ascending `x` of two points or more, got shape {tuple(x.shape)}. "
             "Take `score_range`."
+        )
+    if missing := int(scores.isnan().sum()):
+        raise ValueError(
+            f"`density` needs scores that are numbers, got {missing} of {scores.numel()} nan. "
+            "Leave diverged runs out."
         )
     grid = x.double().to(scores.device)
     step = grid.diff()

@@ -129,6 +129,12 @@ def coordinates(path: Tensor, directions: Tensor) -> Tensor:
     >>> coordinates(torch.tensor([[1.0, 2.0, 9.0], [0.0, 0.0, 0.0]]), torch.eye(3)[:2]).tolist()
     [[1.0, 2.0], [0.0, 0.0]]
     """
+    schema.check_type("coordinates", "path", path, Tensor)
+    if path.dim() != 2 or not len(path):
+        raise ValueError(
+            f"`coordinates` needs a path (T, P) of one snapshot or more, got shape "
+            f"{tuple(path.shape)}. Stack the raveled weights."
+        )
     _check_directions("coordinates", directions, path.shape[-1])
     plane = directions.double()
     parts = zip(_differences(path), plane.split(COLUMNS, dim=1), strict=True)
@@ -277,7 +283,9 @@ def mean_loss(
     >>> loss(torch.tensor(2.0))
     tensor(14., dtype=torch.float64)
     """
-    counts = {len(x) for x in data}
+    for one in data:
+        schema.check_type("mean_loss", "data", one, Tensor)
+    counts = {len(x) if x.dim() else 0 for x in data}
     if len(counts) != 1 or 0 in counts or not schema.fits(batch, int) or batch < 1:
         raise ValueError(
             f"`mean_loss` needs tensors of as many examples each and `batch` >= 1, got "
@@ -309,6 +317,8 @@ class Sharpness(NamedTuple):
 
 
 def _check_surface(name: str, z: Tensor, axes: Tensor) -> None:
+    for argument, given in (("z", z), ("axes", axes)):
+        schema.check_type(name, argument, given, Tensor)
     if z.dim() != 2 or axes.shape != (2, z.shape[-1]) or z.shape[0] != z.shape[1]:
         raise ValueError(
             f"`{name}` needs a surface (points, points) and its axes (2, points), got "

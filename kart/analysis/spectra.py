@@ -115,6 +115,7 @@ def log_profile(values: Tensor, floor: float = 1e-12) -> Profile:
     >>> [[round(x, 6) for x in y.tolist()] for y in (low, mean, high)]
     [[1.0, -2.0], [1.5, -1.0], [2.0, 0.0]]
     """
+    schema.check_type("log_profile", "values", values, Tensor)
     if values.dim() < 1 or not values.numel() or not bool(values.isfinite().all()):
         raise ValueError(
             f"`log_profile` needs finite singular values (..., K), got shape "

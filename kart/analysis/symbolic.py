@@ -15,9 +15,12 @@ def grid_weights(
     name: str, values: Tensor, x: Tensor, density: Tensor | None, shape: str = "(..., X)"
 ) -> Tensor:
     """The weights of the points of functions `values` of `shape` at `x (X)`, float64, of sum 1."""
-    given = torch.ones(len(x)) if density is None else density
+    for argument, tensor in (("values", values), ("x", x)):
+        schema.check_type(name, argument, tensor, Tensor)
+    given = torch.ones_like(x) if density is None else density
     fits = x.dim() == 1 and values.shape[-1:] == x.shape == given.shape
     fits &= shape == "(..., X)" or values.dim() == 2
+    fits = fits and bool(x.isfinite().all())
     if not fits or not bool((given >= 0).all()) or float(given.sum()) <= 0:
         raise ValueError(
             f"`{name}` needs values {shape}, x (X) and a density (X) >= 0, got "
@@ -153,6 +156,7 @@ def candidate(
     """
     if not schema.fits(margin, float) or not 0 <= margin <= 1:
         raise ValueError(f"`candidate` needs 0 <= `margin` <= 1, got {margin!r}. Leave it out.")
+    schema.check_type("candidate", "values", values, Tensor)
     centred, roots = _checked("candidate", values[None], x, density)
     target, whole = centred[0], float(centred[0].square().sum())
     mean = float((values.double() * roots.square()).sum())

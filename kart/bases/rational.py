@@ -160,4 +160,5 @@ def rational(
         cpp=Cpp(CPP, sizes),
         triton=Triton(TRITON, sizes=sizes),
         leaves=leaves,
+        learned=("numerator", "denominator"),
     )

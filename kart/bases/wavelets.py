@@ -301,6 +301,7 @@ def _wavelet(
         cpp=cpp._replace(text=cpp.text + UNIT),
         triton=triton._replace(text=triton.text + UNIT_TRITON),
         leaves=leaves,
+        learned=("weight", "shift", "scale"),
     )
 
 
