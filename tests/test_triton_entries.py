@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import test_kernels_entries as entries_of_other_engines
 import torch
+from torch.testing import assert_close
 
-from kart import bases, kernels
+from kart import bases, kernels, operators
 from kart.kernels import plain
 from kart.kernels.arguments import room_like
 from kart.kernels.cpp.weights import Weighted
@@ -227,6 +228,21 @@ def infinities():
         assert all(x.isfinite().all() for name, x in found.items() if name != "q")
 
 
+def fixed_operators():
+    """sigmoid and relu, whose piece is held against their features."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 6, 4, generator=generator)
+    mask = torch.rand(2, 1, 6, 6, generator=generator) > 0.4
+    entry_attention = kernels.entry_attention
+    for op in (operators.sigmoid(), operators.relu()):
+        with pytest.MonkeyPatch.context() as patch:
+            taken = functools.partial(entry_attention, engine="triton")
+            patch.setattr(kernels, "entry_attention", taken)
+            found = op.attend({}, q, k, v, mask)
+        scores = (q @ k.mT / 2).double()
+        assert_close(found, (op.weights({}, scores, mask) @ v.double()).float())
+
+
 def what_is_refused():
     x, *_ = raw(bases.fourier(2), "plain", 5, 6, False)
     wide = torch.zeros(2, 2, 5, 129)
@@ -246,7 +262,7 @@ GROUPS = {
     "sizes": [sizes, families],
     "tables": [tables],
     "blocks": [blocks_and_slices, repeats],
-    "inputs": [half_precision, strides, infinities, what_is_refused],
+    "inputs": [half_precision, strides, infinities, fixed_operators, what_is_refused],
     "transforms": [transforms],
 }
 

@@ -24,16 +24,27 @@ from kart.operators.contract import (
 from kart.operators.static import beside
 
 
-def piece(value: str, slope: str) -> bases.Cpp:
-    """The one feature `f` of a score `x`, and its slope, in C++."""
-    return bases.Cpp(f"""
+def pieces(value: str, slope: str, expression: str, derivative: str) -> dict[str, Any]:
+    """The one feature `f` of a score `x`, and its slope, in C++, and as `y` in Triton."""
+    cpp = f"""
 struct Piece {{
   static constexpr int K = 1;
   explicit Piece(const float*) {{}}
   INLINE void features(vec x, vec* f) const {{ f[0] = {value}; }}
   INLINE void slopes(vec x, const vec* f, vec* g) const {{ g[0] = {slope}; }}
 }};
-""")
+"""
+    triton = f"""
+def start(x, gate, origin, density, FAST: tl.constexpr):
+    return x, gate
+
+
+def feature(state, density, J: tl.constexpr, SIZE: tl.constexpr):
+    x, gate = state
+    y = {expression}
+    return y * gate, {derivative} * gate, state
+"""
+    return {"cpp": bases.Cpp(cpp), "triton": bases.Triton(triton)}
 
 
 def each(basis: bases.Basis, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -62,7 +73,7 @@ def sigmoid() -> Operator:
         lambda x: x.sigmoid()[..., None],
         1,
         family="sigmoid",
-        cpp=piece("sigmoid(x)", "f[0] * (1.0f - f[0])"),
+        **pieces("sigmoid(x)", "f[0] * (1.0f - f[0])", "tl.sigmoid(x)", "y * (1.0 - y)"),
     )
 
     def rows(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -87,7 +98,10 @@ def relu() -> Operator:
         lambda x: x.relu()[..., None],
         1,
         family="relu",
-        cpp=piece("x <= 0.0f ? vec{} : x", "x <= 0.0f ? vec{} : splat(1.0f)"),
+        **pieces(
+            *("x <= 0.0f ? vec{} : x", "x <= 0.0f ? vec{} : splat(1.0f)"),
+            *("tl.where(x <= 0.0, 0.0, x)", "tl.where(x <= 0.0, 0.0, 1.0)"),
+        ),
     )
 
     def rows(scores: Tensor, mask: Tensor | None) -> Tensor:
