@@ -108,8 +108,7 @@ def relu() -> Operator:
         return only(scores.relu() / attended_keys(mask, scores.shape[-1], scores), mask)
 
     def product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = wide(q), wide(k), wide(v)
-        factor = two_axes(1 / attended_keys(mask, k.shape[-2], q))
+        factor = two_axes(1 / attended_keys(mask, k.shape[-2], wide(q[..., :0])))
         return each(basis, q, k, v, mask=mask, factor=factor)
 
     return from_rows("relu", rows, product, traits=scored(2))

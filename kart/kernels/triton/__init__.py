@@ -2,9 +2,10 @@
 
 `forward` and `backward` are raw operations on a `kart.kernels.family.Product`, deterministic and
 seen by no transform: of linear families by `linear`, of units that are not linear in their
-parameters by `units`. Triton itself is imported by their first call. With TRITON_INTERPRET=1 in the
-environment before that, the same kernels run on CPU tensors, slowly: so they are tested. A piece
-of the user's own is held against the plain expression before its first use.
+parameters by `units`. Those of attention with functions for weights are in `entries`. Triton itself
+is imported by their first call. With TRITON_INTERPRET=1 in the environment before that, the same
+kernels run on CPU tensors, slowly: so they are tested. A piece of the user's own is held against
+the plain expression before its first use.
 
 Products of float32 inputs follow `torch.set_float32_matmul_precision`: "highest", torch's default,
 splits each operand in two ("tf32x3", about 22 bits); "high" and "medium" round it to tf32 (11

@@ -50,7 +50,8 @@ def tiles(
     kernel: str, dtype: torch.dtype, precision: str, width: int, form: str, kind: Kind
 ) -> Tiles:
     """The tiles of "forward", "query_gradient", "key_gradient" or "table_gradient" for a padded
-    width, the larger of those of queries and values. `held` features wait for their gradients.
+    width, the larger of those of queries and values. More features than `held` are not kept until
+    their gradients are known, but found again.
 
     Chosen from registers and spills of builds for sm_90 (tests/test_triton_aot.py).
     """
@@ -65,7 +66,9 @@ def tiles(
         return Tiles(16 if split or huge or many else 32, 64, warps, stages, 0)
     fine = split and (huge or kernel != "forward")
     fine |= many if kernel == "query_gradient" else wide and form == "beside"
-    return Tiles(64, 16 if fine else 32, 4, stages, 8)
+    # where the gradient of an entry takes the entry, all its features would wait for it
+    held = FEATURES if form in ("plain", "beside") else 8
+    return Tiles(64, 16 if fine else 32, 4, stages, held)
 
 
 Choose = Callable[..., Tiles]
@@ -203,7 +206,7 @@ def backward(
         share_ptr=shares,
         BESIDE=side_by_side(x.q),
         zero=0.0,
-        AGAIN=count > tile.held and x.form in ("l1", "softmax", "inside"),
+        AGAIN=count > tile.held,
     )
     tile = launch.tile("key_gradient")
     launch(
@@ -238,7 +241,8 @@ def _of_table(x: Weighted, launch: _Launcher, given: dict[str, Any]) -> Tensor:
     tiles = x.q.new_empty(count, heads, bands, rows, columns, dtype=torch.float32)
     sizes = {"tiles_ptr": tiles, "B": batch, "samples": samples}
     launch("table_gradient", bands * heads * count, tile, **given, **sizes)
-    tiles = tiles if x.theta.shape[0] > 1 else tiles.sum(0, keepdim=True)
+    if count > x.theta.shape[0]:
+        tiles = tiles.sum(0, keepdim=True)
     # row i, shifted by i, has its offsets where the others have them
     turned = functional.pad(tiles.flip(-1), (0, rows)).flatten(-2)
     length = rows + columns - 1
