@@ -245,7 +245,7 @@ def weighted(
     return Weighted(family, form, q, k, v, theta, mask, torch.empty(1, 1, tokens, 1), 0.125)
 
 
-def built_entries(x: Weighted, precision="tf32") -> dict[str, Build]:
+def built_entries(x: Weighted, precision="tf32", capability=90) -> dict[str, Build]:
     """What is built of each kernel in a forward and a backward."""
     from kart.kernels.triton import device_entries
 
@@ -256,7 +256,7 @@ def built_entries(x: Weighted, precision="tf32") -> dict[str, Build]:
         results = entries.forward(x, precision)
         entries.backward(x, torch.empty_like(results[0]), *results, precision=precision)
     return {
-        name: build(getattr(device_entries, name), launch | {"FAST": True})
+        name: build(getattr(device_entries, name), launch | {"FAST": True}, capability)
         for name, launches in recorded.items()
         for launch in launches
     }
@@ -304,7 +304,6 @@ def test_tables_keep_to_registers_and_tensor_cores(form, dtype, precision):
         {"basis": bases.chebyshev(5, base="gelu"), "form": "l1", "mask": (1, 1, 197, 197)},
         {"basis": bases.rational(), "form": "inside", "mask": (8, 1, 1, 197)},
         {"basis": bases.mexican_hat(), "form": "beside"},
-        {"basis": bases.fourier(3), "form": "beside", "width": 128},
     ],
     ids=lambda options: f"{options['basis'].family} of {options['basis'].size}-{options['form']}",
 )
@@ -313,6 +312,14 @@ def test_variants_of_entries_hardly_spill(options, dtype):
     if dtype == torch.float32 and options["basis"].size > 16:
         pytest.skip("a sum for each feature and operands of float32 do not fit the registers")
     check_entries(weighted(**options, dtype=dtype), "tf32", 0.02)
+
+
+@pytest.mark.slow
+@PRECISIONS
+@pytest.mark.parametrize("basis", [bases.fourier(3), None], ids=["fourier", "table"])
+def test_entries_fit_into_the_shared_memory_of_a_gpu_for_games(basis, dtype, precision):
+    x = weighted(basis, "inside", dtype, 128)
+    assert all(built.shared <= 99 * 1024 for built in built_entries(x, precision, 89).values())
 
 
 @pytest.mark.parametrize("basis", [bases.fourier(1), None], ids=["fourier", "table"])

@@ -66,9 +66,11 @@ def tiles(
         return Tiles(16 if split or huge or many else 32, 64, warps, stages, 0)
     fine = split and (huge or kernel != "forward")
     fine |= many if kernel == "query_gradient" else wide and form == "beside"
+    # what hardly fits into the shared memory of smaller GPUs
+    rows = 32 if wide and huge and kernel == "query_gradient" else 64
     # where the gradient of an entry takes the entry, all its features would wait for it
     held = FEATURES if form in ("plain", "beside") else 8
-    return Tiles(64, 16 if fine else 32, 4, stages, held)
+    return Tiles(rows, 16 if fine else 32, 4, stages, held)
 
 
 Choose = Callable[..., Tiles]
