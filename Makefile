@@ -41,7 +41,7 @@ study-cluster: .venv/.ready
 docs: .venv/.ready
 	.venv/bin/pdoc --docformat google --template-directory kart/guides \
 		--output-directory build/docs kart '!kart.kernels.triton.device' \
-		'!kart.kernels.triton.device_units'
+		'!kart.kernels.triton.device_entries' '!kart.kernels.triton.device_units'
 
 lint: .venv/.ready
 	.venv/bin/ruff check .

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from kart import augment, bases, data, models, operators, train, tree
 from kart.analysis import functions
+from kart.kernels.cpp.weights import Weighted
 from kart.kernels.family import Product, family_of
 from tests.tiny import CONVIT, SWIN
 
@@ -187,20 +188,23 @@ def test_augmentation_copies_by_pinned_memory_alone(name, monkeypatch):
 BASES = [bases.fourier(3), bases.bspline(5), bases.mexican_hat(), bases.rational()]
 
 
+class Launched:
+    """Stands for a kernel of Triton and looks where its arguments are."""
+
+    def __getitem__(self, grid):
+        return lambda **arguments: devices(arguments) == {GPU} or pytest.fail("the CPU's")
+
+
 @pytest.mark.parametrize("basis", BASES, ids=lambda basis: basis.family)
 def test_the_triton_engine_packs_on_the_device(basis, monkeypatch):
     pytest.importorskip("triton")
     from kart.kernels import triton as engine
     from kart.kernels.triton import device, device_coefs, device_units
 
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda **arguments: devices(arguments) == {GPU} or pytest.fail("the CPU's")
-
     walks, coefs = ("forward", "query_gradient", "key_gradient"), ("pack", "unpack")
     for room, kernels in ((device, walks), (device_units, walks), (device_coefs, coefs)):
         for kernel in kernels:
-            monkeypatch.setattr(room, kernel, Kernel())
+            monkeypatch.setattr(room, kernel, Launched())
     family = family_of(basis)
     q, k = torch.empty(2, 2, 3, 17, 16, device=GPU)
     coefs = torch.empty(1, 3, 4, 17, family.width, device=GPU)
@@ -211,6 +215,26 @@ def test_the_triton_engine_packs_on_the_device(basis, monkeypatch):
             y = engine.forward(product)
             found = engine.backward(product, torch.empty_like(y))
         assert {x.device.type for x in (y, *found)} == {GPU}
+
+
+@pytest.mark.parametrize("basis", [*BASES, None], ids=lambda x: "table" if x is None else x.family)
+def test_the_triton_engine_weighs_on_the_device(basis, monkeypatch):
+    pytest.importorskip("triton")
+    from kart.kernels.triton import device_entries, entries
+
+    for kernel in ("forward", "query_gradient", "key_gradient", "table_gradient"):
+        monkeypatch.setattr(device_entries, kernel, Launched())
+    family = None if basis is None else family_of(basis)
+    q, k, v = torch.empty(3, 2, 3, 17, 16, device=GPU)
+    theta = torch.empty(1, 3, 33 if family is None else family.width, device=GPU)
+    mask = torch.empty(2, 1, 1, 17, dtype=torch.bool, device=GPU)
+    factor = torch.empty(1, 1, 17, 1, device=GPU)
+    for form in ("inside", "beside"):
+        x = Weighted(family, form, q, k, v, theta, mask, factor, 0.25)
+        with no_wait():
+            results = entries.forward(x)
+            found = entries.backward(x, torch.empty_like(results[0]), *results)
+        assert {x.device.type for x in (*results, *found)} == {GPU}
 
 
 @pytest.mark.parametrize("spec", ["G3B", "G3B:base=softmax", "mexican_hat-B"])

@@ -18,9 +18,11 @@ from torch.testing import assert_close
 
 import kart.nn
 from kart import bases, cli, data, gpu, kernels, models, operators, train, tree
-from kart.kernels import chunked, core, plain
+from kart.kernels import chunked, core, entries, plain
 from kart.kernels import triton as triton_engine
+from kart.kernels.cpp.weights import Weighted
 from kart.kernels.family import Product, family_of
+from kart.kernels.triton import entries as triton_entries
 from kart.operators.relative import entry_index
 from tests import tiny
 
@@ -216,6 +218,80 @@ def test_a_product_of_strided_tensors(basis, engine):
     assert_near(got, wanted, LIMITS[torch.float32])
 
 
+# --- attention with functions of the score, or tables by offset, for weights ----------------------
+
+FORMS = [form for form in plain.FORMS if form != "simplex"]
+
+
+def entry_case(basis, n, m, heads=3, width=64, values=48, batch=2):
+    """Drawn `{"q", "k", "v", "params"}`, and a probe."""
+    generator = torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator)
+    sizes = {"q": (n, width), "k": (m, width), "v": (m, values)}
+    inputs = {x: draw(batch, rows, heads, e).transpose(1, 2) for x, (rows, e) in sizes.items()}
+    params = {"table": draw(heads, n + m - 1)} if basis is None else basis.init(generator, (heads,))
+    params = tree.map(lambda x: x + 0.1 * draw(x.shape), params)
+    return {**inputs, "params": params}, draw(batch, heads, n, values)
+
+
+def entries_near(basis, form, dtype, mask=None, engine="triton", **sizes):
+    inputs, probe = entry_case(basis, **sizes)
+
+    def attend(engine, mask):
+        return lambda q, k, v, params: kernels.entry_attention(
+            basis, params, q, k, v, mask, form=form, engine=engine
+        )
+
+    wanted = values_and_gradients(attend("plain", mask), exact(inputs, dtype), probe.to(dtype))
+    mask = None if mask is None else mask.to(DEVICE)
+    got = values_and_gradients(attend(engine, mask), on_device(inputs, dtype), probe.to(DEVICE))
+    # softmax of one key takes no gradient, up to rounding
+    assert_near(got, wanted, LIMITS[dtype], 0.1)
+
+
+@DTYPES
+@pytest.mark.parametrize(("n", "m"), SIZES)
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_that_are_functions_are_those_of_the_cpu(form, n, m, dtype):
+    entries_near(bases.fourier(3), form, dtype, n=n, m=m)
+
+
+@DTYPES
+@pytest.mark.parametrize(("n", "m"), SIZES)
+@pytest.mark.parametrize("form", ["inside", "beside"])
+def test_weights_of_a_table_are_those_of_the_cpu(form, n, m, dtype):
+    entries_near(None, form, dtype, n=n, m=m)
+
+
+@EVERY_BASIS
+@pytest.mark.parametrize("form", ["l1", "inside", "beside"])
+@pytest.mark.parametrize("shape", [(2, 3, 33, 65), (2, 1, 1, 65), (1, 1, 33, 1)], ids=str)
+def test_weights_of_a_basis_under_a_mask_are_those_of_the_cpu(basis, form, shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) > 0.4
+    entries_near(basis, form, torch.float32, mask, n=33, m=65, width=16)
+
+
+ENTRY_EDGES = {name: sizes for name, sizes in EDGES.items() if "rank" not in sizes}
+ENTRY_EDGES |= {"width 65": {"n": 20, "m": 20, "width": 65}}
+
+
+@pytest.mark.parametrize("basis", [bases.fourier(2), None], ids=["fourier", "table"])
+@pytest.mark.parametrize("sizes", ENTRY_EDGES.values(), ids=ENTRY_EDGES)
+def test_weights_of_extreme_sizes(basis, sizes):
+    entries_near(basis, "beside", torch.float32, engine="auto", **sizes)
+
+
+@pytest.mark.parametrize("basis", [*BASES, None], ids=lambda x: "table" if x is None else x.family)
+def test_auto_takes_the_kernels_of_weights_where_they_do_not_refuse(basis):
+    family = None if basis is None else family_of(basis)
+    q = torch.zeros(1, 1, 4, 16, device=DEVICE)
+    theta = torch.zeros(1, 1, 7 if family is None else family.width, device=DEVICE)
+    x = Weighted(family, "inside", q, q, q, theta, None, None, 1.0)
+    assert entries._engine_for("auto", x) is triton_entries
+    for other in (x._replace(form="simplex"), x._replace(q=q.double())):
+        assert entries._engine_for("auto", other) is None
+
+
 # --- every operator -------------------------------------------------------------------------------
 
 SPECS = [
@@ -347,7 +423,7 @@ def test_two_passes_are_equal_bit_for_bit(spec):
 @pytest.mark.parametrize(
     "spec",
     ["G3", "bspline-G8", "dog", "G3:order=elementwise", "polynomial-0", "relative"]
-    + ["G2:order=by_offset"],
+    + ["G2:order=by_offset", "G3:order=by_distance,inside=true", "sigmoid"],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["triton", "torch"])
 def test_two_passes_are_equal_whatever_torch_is_set_to(spec, dtype):
@@ -393,7 +469,8 @@ def test_parameters_for_other_tokens_are_those_of_the_cpu(spec):
 # --- transforms -----------------------------------------------------------------------------------
 
 SOME = ["softmax", "G3", "G3:base=softmax,mix=scaled", "bspline-G8", "dog", "softconv"]
-SOME += ["G3:order=elementwise", "G2:order=by_offset", "2*softmax+G3"]
+SOME += ["G3:order=elementwise", "G2:order=by_offset", "2*softmax+G3", "relu"]
+SOME += ["dog:order=elementwise,inside=true", "G3:order=by_distance,base=softmax"]
 SOME_SPECS = pytest.mark.parametrize("spec", SOME)
 
 
@@ -658,11 +735,16 @@ def test_a_step_as_a_graph_is_the_eager_one(spec, donated, way):
 # --- memory ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["triton", "torch"])
-@pytest.mark.parametrize("base", [None, "softmax"])
-def test_attending_holds_no_matrix_of_tokens_by_tokens(engine, base):
-    op = operators.low_rank(bases.fourier(3), base=base, engine=engine)
+G3 = bases.fourier(3)
+STREAMED = [
+    *(operators.low_rank(G3, base=base, engine=engine)
+      for engine in ("triton", "torch") for base in (None, "softmax")),
+    *(make(G3, inside=True) for make in (operators.elementwise, operators.by_distance)),
+]  # fmt: skip
 
+
+@pytest.mark.parametrize("op", STREAMED, ids=lambda op: op.name)
+def test_attending_holds_no_matrix_of_tokens_by_tokens(op):
     def peak(tokens):
         generator = torch.Generator().manual_seed(0)
         params = tree.to(op.init(generator, 3, tokens), DEVICE)

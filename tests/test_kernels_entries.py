@@ -335,7 +335,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"`entry_attention` needs `form` in .*got 'l2'"):
         kernels.entry_attention(basis, units, q, k, v, form="l2")
     with pytest.raises(ValueError, match=r"`entry_attention` needs `engine` in"):
-        kernels.entry_attention(basis, units, q, k, v, engine="triton")
+        kernels.entry_attention(basis, units, q, k, v, engine="cuda")
     with pytest.raises(ValueError, match=r"`entry_attention` needs `v` \(\.\.\., H, 5, e\)"):
         kernels.entry_attention(basis, units, q, k, v[..., :4, :])
     with pytest.raises(ValueError, match=r"needs a `table` \(H, 8\) .* got \(3, 7\)"):
@@ -345,6 +345,8 @@ def test_bad_input_is_named():
         kernels.entry_attention(None, {}, q, k, v, form="l1")
     with pytest.raises(ValueError, match=r"cannot run engine='cpp' here: .* float32 alone"):
         kernels.entry_attention(basis, units, q, k, v, engine="cpp")
+    with pytest.raises(ValueError, match=r"cannot run engine='triton' here: .* CUDA"):
+        kernels.entry_attention(basis, units, q, k, v, engine="triton")
     assert entries.ENGINES[0] == "auto"
 
 

@@ -17,7 +17,9 @@ import torch
 
 from kart import bases
 from kart.kernels import triton as engine
+from kart.kernels.cpp.weights import Weighted
 from kart.kernels.family import Product, family_of
+from kart.kernels.triton import entries
 
 triton = pytest.importorskip("triton")
 
@@ -79,20 +81,27 @@ def build(function: Any, arguments: dict[str, Any], capability: int = 90) -> Bui
     options = {x: arguments.pop(x) for x in names if x in arguments}
     types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
     types |= {torch.uint8: "*u8"}
-    signature, constants, attributes = {}, {}, {}
-    # 1 and None are built in, and that 16 divides a number or an address is known
-    for i, parameter in enumerate(function.params):
-        value = arguments.pop(parameter.name)
-        one = type(value) is int and value == 1 and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or one:
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            tensor = torch.is_tensor(value)
-            signature[parameter.name] = types[value.dtype] if tensor else "i32"
-            if tensor or (value % 16 == 0 and not parameter.do_not_specialize):
-                attributes[(i,)] = [["tt.divisibility", 16]]
+    constants, attributes = {}, {}
+
+    def typed(value: Any, path: tuple[int, ...], special: bool, constexpr: bool) -> Any:
+        # 1 and None are built in, and that 16 divides a number or an address is known
+        if isinstance(value, tuple) and not constexpr:
+            return tuple(typed(x, (*path, i), special, False) for i, x in enumerate(value))
+        one = type(value) is int and value == 1 and special
+        if constexpr or value is None or one:
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        tensor = torch.is_tensor(value)
+        if tensor or (value % 16 == 0 and special):
+            attributes[path] = [["tt.divisibility", 16]]
+        return types[value.dtype] if tensor else "i32"
+
+    signature = {
+        p.name: typed(arguments.pop(p.name), (i,), not p.do_not_specialize, p.is_constexpr)
+        for i, p in enumerate(function.params)
+    }
     assert not arguments
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -219,6 +228,107 @@ def test_coefficients_pass_without_a_stack(basis, dtype):
             assert not built.stack and not built.unwritten and built.registers <= 128
 
 
+ENTRIES = ("forward", "query_gradient", "key_gradient", "table_gradient")
+
+
+def weighted(
+    basis, form, dtype=torch.bfloat16, width=64, tokens=197, keys=None, mask=None, batch=8
+) -> Weighted:
+    """Of the kernels of entries, strided like the q, k and v of projections."""
+    q, k, v = (
+        torch.empty(batch, rows, 3, width, dtype=dtype).transpose(1, 2)
+        for rows in (tokens, keys or tokens, keys or tokens)
+    )
+    family = None if basis is None else family_of(basis)
+    theta = torch.empty(1, 3, tokens + k.shape[2] - 1 if family is None else family.width)
+    mask = None if mask is None else torch.empty(mask, dtype=torch.bool)
+    return Weighted(family, form, q, k, v, theta, mask, torch.empty(1, 1, tokens, 1), 0.125)
+
+
+def built_entries(x: Weighted, precision="tf32", capability=90) -> dict[str, Build]:
+    """What is built of each kernel in a forward and a backward."""
+    from kart.kernels.triton import device_entries
+
+    recorded: dict[str, list[dict[str, Any]]] = {name: [] for name in ENTRIES}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ENTRIES:
+            patch.setattr(device_entries, name, Recorder(recorded[name]))
+        results = entries.forward(x, precision)
+        entries.backward(x, torch.empty_like(results[0]), *results, precision=precision)
+    return {
+        name: build(getattr(device_entries, name), launch | {"FAST": True}, capability)
+        for name, launches in recorded.items()
+        for launch in launches
+    }
+
+
+def check_entries(x: Weighted, precision: str, share: float) -> None:
+    for name, built in built_entries(x, precision).items():
+        spills = count(built.loop, "LDL", "STL")
+        print(f"{name}: {built.registers} registers, {built.stack} bytes of stack, {spills}")
+        assert built.loop and spills <= share * len(built.loop), name
+        assert built.shared <= 227 * 1024 and not built.unwritten
+        assert count(built.loop, "HGMMA") and not count(built.every, "HMMA.")
+
+
+PRECISIONS = pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.bfloat16, "tf32"), (torch.float32, "tf32"), (torch.float32, "tf32x3")],
+    ids=str,
+)
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["inside", "beside", *(pytest.param(x, marks=pytest.mark.slow) for x in ("plain", "l1"))],
+)
+@PRECISIONS
+def test_entries_keep_to_registers_and_tensor_cores(form, dtype, precision):
+    check_entries(weighted(bases.fourier(3), form, dtype), precision, 0)
+
+
+@pytest.mark.parametrize("form", ["inside", "beside"])
+@PRECISIONS
+def test_tables_keep_to_registers_and_tensor_cores(form, dtype, precision):
+    check_entries(weighted(None, form, dtype), precision, 0.002)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"basis": bases.fourier(16), "form": "softmax"},
+        {"basis": bases.bspline(8), "form": "inside"},
+        {"basis": bases.gaussian_rbf(16), "form": "plain"},
+        {"basis": bases.gaussian_rbf(24), "form": "softmax"},
+        {"basis": bases.chebyshev(5, base="gelu"), "form": "l1", "mask": (1, 1, 197, 197)},
+        {"basis": bases.rational(), "form": "inside", "mask": (8, 1, 1, 197)},
+        {"basis": bases.mexican_hat(), "form": "beside"},
+    ],
+    ids=lambda options: f"{options['basis'].family} of {options['basis'].size}-{options['form']}",
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_variants_of_entries_hardly_spill(options, dtype):
+    if dtype == torch.float32 and options["basis"].size > 16:
+        pytest.skip("a sum for each feature and operands of float32 do not fit the registers")
+    check_entries(weighted(**options, dtype=dtype), "tf32", 0.02)
+
+
+@pytest.mark.slow
+@PRECISIONS
+@pytest.mark.parametrize("basis", [bases.fourier(3), None], ids=["fourier", "table"])
+def test_entries_fit_into_the_shared_memory_of_a_gpu_for_games(basis, dtype, precision):
+    x = weighted(basis, "inside", dtype, 128)
+    assert all(built.shared <= 99 * 1024 for built in built_entries(x, precision, 89).values())
+
+
+@pytest.mark.parametrize("basis", [bases.fourier(1), None], ids=["fourier", "table"])
+@pytest.mark.parametrize(("tokens", "keys"), [(1, 1), (40, 1), (1, 40)])
+def test_entries_read_nothing_that_is_not_written(tokens, keys, basis):
+    x = weighted(basis, "inside", tokens=tokens, keys=keys, batch=1)
+    assert not any(built.unwritten for built in built_entries(x).values())
+
+
 class Driver:
     """As much of a GPU's as a launch asks for before it builds."""
 
@@ -250,11 +360,19 @@ class Launched:
     ids=lambda basis: basis.family,
 )
 def test_a_launch_builds_what_is_built_here(basis, monkeypatch):
-    from kart.kernels.triton import device, device_coefs, device_units, device_values, values
+    from kart.kernels.triton import (
+        device,
+        device_coefs,
+        device_entries,
+        device_units,
+        device_values,
+        values,
+    )
 
     # `build` does without the part of Triton that reads the arguments of a launch
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     rooms = {device: KERNELS, device_units: KERNELS, device_coefs: ("pack", "unpack")}
+    rooms |= {device_entries: ENTRIES}
     for at, names in {**rooms, device_values: ("gather", "spread", "pull")}.items():
         for name in names:
             monkeypatch.setattr(at, name, Launched(getattr(at, name)))
@@ -264,6 +382,9 @@ def test_a_launch_builds_what_is_built_here(basis, monkeypatch):
     mix = torch.empty(1, 3, product.k.shape[2], y.shape[3])
     _, hidden = values.forward(product.k, y, mix, product.q)
     values.backward(product.q, product.k, y, mix, hidden)
+    for x in (weighted(basis, "beside"), weighted(None, "inside", mask=(8, 1, 1, 197))):
+        results = entries.forward(x)
+        entries.backward(x, torch.empty_like(results[0]), *results)
 
 
 BUILT_WRONG = """

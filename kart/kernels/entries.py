@@ -1,7 +1,7 @@
 """Attention whose weights are functions of one score each, or of it and of the place of its key.
 
-One function a head needs no matrix product to be evaluated: the compiled engine does it in
-registers between the product of the scores and that with the values. In torch every operation is a
+One function a head needs no matrix product to be evaluated: the compiled engines do it in registers
+between the product of the scores and that with the values. In torch every operation is a
 pass over memory, so a block is small, its features stand one after the other, and what they are
 multiplied with is one product: that of the coefficients and of those of the derivative.
 """
@@ -23,8 +23,9 @@ from kart.kernels.cpp.weights import Weighted
 from kart.kernels.family import family_of
 from kart.kernels.plain import wide, wide_dtype
 from kart.kernels.transforms import forward_levels, no_autocast
+from kart.kernels.triton import entries as triton
 
-ENGINES = ("auto", "torch", "cpp", "plain")
+ENGINES = ("auto", "torch", "cpp", "triton", "plain")
 
 
 def entry_attention(
@@ -57,7 +58,8 @@ def entry_attention(
         factor: f, broadcasting to `(..., H, N, 1)`; the forms but "plain" and "beside", in which it
             has no place, do not read it.
         scale: of the scores; default `d^-1/2`.
-        engine: "auto", "torch", "cpp", or "plain", the materialised reference.
+        engine: "auto" (by device), "torch", "cpp", "triton", or "plain", the materialised
+            reference.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -170,17 +172,24 @@ def _apply(
 
 def _engine_for(engine: str, x: Weighted) -> Any:
     """The module or class of a raw forward and backward, None where torch has the expression alone;
-    ValueError where the compiled engine was asked for and cannot.
+    ValueError where the engine that was asked for cannot.
     """
-    on_cpu = x.q.device.type == "cpu"
-    if engine != "torch":
-        reason = compiled.refuses(x) if on_cpu else f"it does not run on {x.q.device.type} tensors"
+    device = x.q.device.type
+    on_cpu = device == "cpu"
+    compilers = {"cpu": ("cpp", compiled), "cuda": ("triton", triton)}
+    name, kernels = compilers.get(device, ("", None))
+    if engine == "triton":  # its interpreter runs on the CPU
+        name, kernels = "triton", triton
+    if engine in ("auto", name) and kernels is not None:
+        reason = kernels.refuses(x)
         if not reason:
-            return compiled
-        if engine == "cpp":
-            raise ValueError(
-                f"`entry_attention` cannot run engine='cpp' here: {reason}. Pass engine='auto'."
-            )
+            return kernels
+    else:
+        reason = f"it does not run on {device} tensors"
+    if engine in ("cpp", "triton"):
+        raise ValueError(
+            f"`entry_attention` cannot run engine={engine!r} here: {reason}. Pass engine='auto'."
+        )
     known = x.family is None or x.family.own("fill") and x.family.own("fold")
     return Blocks if known and on_cpu else None
 

@@ -16,7 +16,6 @@ from kart import bases, factories, kernels, schema, tree
 from kart.bases import Basis, Params
 from kart.kernels import arguments
 from kart.kernels.core import no_autocast
-from kart.kernels.entries import ENGINES as ENTRIES
 from kart.kernels.plain import scores as scores_of
 from kart.kernels.plain import simplex_rows, softmax_rows, wide, wide_dtype
 
@@ -645,7 +644,8 @@ def from_logits(
             y = logits(params, Streamed(q, k, mask, engine))
             if isinstance(y, Factored) and base is None:
                 # logits of r numbers a query and a key are scores again
-                known = engine if engine in ENTRIES else "auto"
+                # of which Triton has no kernel
+                known = "auto" if engine == "triton" else engine
                 return simplex_values(y.left, y.right.to(v.dtype), v, mask, 1.0, known)
             # the projection sees whole rows: here alone the N x M weights are held
             scores = scores_of(q, k, None) if base else None

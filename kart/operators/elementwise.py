@@ -130,13 +130,13 @@ def from_entries(
     def attend(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         apart = base and form != "beside"
         added = kernels.softmax_attention(q, k, v, mask) if apart else None
-        q, k, v = wide(q), wide(k), wide(v)
-        factor = factor_of(mask, k.shape[-2], v)
+        factor = factor_of(mask, k.shape[-2], wide(v[..., :0]))
         if table is None or form in ("inside", "beside"):
+            # a GPU's kernels multiply half types as they are
             out = of_each(params, q, k, v, mask, factor)
         else:
-            out = of_places(params, q, k, v, mask, factor)
-        return out if added is None else out + added
+            out = of_places(params, wide(q), wide(k), wide(v), mask, factor)
+        return out if added is None else wide(out) + added
 
     def of_each(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Any, factor: Any) -> Tensor:
         own = params["units"]

@@ -28,16 +28,27 @@ from kart.operators.static import beside
 FEW = 16
 
 
-def piece(value: str, slope: str) -> bases.Cpp:
-    """The one feature `f` of a score `x`, and its slope, in C++."""
-    return bases.Cpp(f"""
+def pieces(value: str, slope: str, expression: str, derivative: str) -> dict[str, Any]:
+    """The one feature `f` of a score `x`, and its slope, in C++, and as `y` in Triton."""
+    cpp = f"""
 struct Piece {{
   static constexpr int K = 1;
   explicit Piece(const float*) {{}}
   INLINE void features(vec x, vec* f) const {{ f[0] = {value}; }}
   INLINE void slopes(vec x, const vec* f, vec* g) const {{ g[0] = {slope}; }}
 }};
-""")
+"""
+    triton = f"""
+def start(x, gate, origin, density, FAST: tl.constexpr):
+    return x, gate
+
+
+def feature(state, density, J: tl.constexpr, SIZE: tl.constexpr):
+    x, gate = state
+    y = {expression}
+    return y * gate, {derivative} * gate, state
+"""
+    return {"cpp": bases.Cpp(cpp), "triton": bases.Triton(triton)}
 
 
 def each(basis: bases.Basis, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -66,7 +77,7 @@ def sigmoid() -> Operator:
         lambda x: x.sigmoid()[..., None],
         1,
         family="sigmoid",
-        cpp=piece("sigmoid(x)", "f[0] * (1.0f - f[0])"),
+        **pieces("sigmoid(x)", "f[0] * (1.0f - f[0])", "tl.sigmoid(x)", "y * (1.0 - y)"),
     )
 
     def rows(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -94,15 +105,17 @@ def relu() -> Operator:
         lambda x: x.relu()[..., None],
         1,
         family="relu",
-        cpp=piece("x <= 0.0f ? vec{} : x", "x <= 0.0f ? vec{} : splat(1.0f)"),
+        **pieces(
+            *("x <= 0.0f ? vec{} : x", "x <= 0.0f ? vec{} : splat(1.0f)"),
+            *("tl.where(x <= 0.0, 0.0, x)", "tl.where(x <= 0.0, 0.0, 1.0)"),
+        ),
     )
 
     def rows(scores: Tensor, mask: Tensor | None) -> Tensor:
         return only(scores.relu() / attended_keys(mask, scores.shape[-1], scores), mask)
 
     def product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = wide(q), wide(k), wide(v)
-        factor = two_axes(1 / attended_keys(mask, k.shape[-2], q))
+        factor = two_axes(1 / attended_keys(mask, k.shape[-2], wide(q[..., :0])))
         return each(basis, q, k, v, mask=mask, factor=factor)
 
     return from_rows("relu", rows, product, traits=scored(2))

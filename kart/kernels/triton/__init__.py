@@ -2,9 +2,10 @@
 
 `forward` and `backward` are raw operations on a `kart.kernels.family.Product`, deterministic and
 seen by no transform: of linear families by `linear`, of units that are not linear in their
-parameters by `units`. Triton itself is imported by their first call. With TRITON_INTERPRET=1 in the
-environment before that, the same kernels run on CPU tensors, slowly: so they are tested. A piece
-of the user's own is held against the plain expression before its first use.
+parameters by `units`. Those of attention with functions for weights are in `entries`. Triton itself
+is imported by their first call. With TRITON_INTERPRET=1 in the environment before that, the same
+kernels run on CPU tensors, slowly: so they are tested. A piece of the user's own is held against
+the plain expression before its first use.
 
 Products of float32 inputs follow `torch.set_float32_matmul_precision`: "highest", torch's default,
 splits each operand in two ("tf32x3", about 22 bits); "high" and "medium" round it to tf32 (11
@@ -14,7 +15,7 @@ bits: with a score of 100 goes an error of 0.05). Scores and sums are float32 fo
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,22 +60,34 @@ def refuses_device(device: torch.device) -> str:
 
 def refuses(product: Product) -> str:
     """Why the engine cannot take these inputs, or ""."""
-    family, q, _, coefs, _, _ = product
-    reason = refuses_device(q.device)
+    q = product.q
+    reason = refuses_tensors((q, product.coefs), (q.shape[-1],))
+    return reason or refuses_family(product.family, q.device)
+
+
+def refuses_tensors(tensors: Sequence[Tensor], widths: Sequence[int]) -> str:
+    """Why the engine cannot take tensors of these dtypes, or heads of these widths, or ""."""
+    reason = refuses_device(tensors[0].device)
     if reason:
         return reason
+    for x in tensors:
+        if x.dtype not in DTYPES:
+            return f"the Triton engine has no {x.dtype}"
+        if interpreted() and x.dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 wrong (triton#11584)"
+    if max(widths) > WIDTH:
+        return f"the Triton engine takes heads of width {WIDTH} at most, not {max(widths)}"
+    return ""
+
+
+def refuses_family(family: Family, device: torch.device) -> str:
+    """Why the engine cannot take a family, or ""."""
     if kind_of(family) is None:
         return f"the Triton engine has no {family.basis.family!r} basis of this kind"
-    if q.dtype not in DTYPES or coefs.dtype not in DTYPES:
-        return f"the Triton engine has no {q.dtype}"
-    if interpreted() and torch.bfloat16 in (q.dtype, coefs.dtype):
-        return "Triton's interpreter multiplies bfloat16 wrong (triton#11584)"
-    if q.shape[-1] > WIDTH:
-        return f"the Triton engine takes heads of width {WIDTH} at most, not {q.shape[-1]}"
-    if _kernels(product) is units and family.width > units.PARAMETERS:
+    if family.basis.features is None and family.width > units.PARAMETERS:
         most = units.PARAMETERS
         return f"the Triton engine takes units of {most} parameters at most, not {family.width}"
-    return _refuses_piece(family, q.device) if family.name.startswith("own:") else ""
+    return _refuses_piece(family, device) if family.name.startswith("own:") else ""
 
 
 class _There(NamedTuple):

@@ -119,7 +119,7 @@ def activation(x, BASE: tl.constexpr):
 
 
 @triton.jit
-def _feature(
+def feature(
     x,
     gate,
     state,
@@ -312,7 +312,7 @@ def forward(
             gate = tl.full(x.shape, 1.0, tl.float32)
         state = START(x, gate, origin, density, FAST)
         for J in tl.static_range(LAST):
-            f, _, state = _feature(x, gate, state, density, J, SIZE, FEATURE, BASE)
+            f, _, state = feature(x, gate, state, density, J, SIZE, FEATURE, BASE)
             if J >= FIRST:
                 c = tl.load(c_ptr + J * c_j + c_offsets)
                 y = tl.dot(f.to(c.dtype), c, y, input_precision=PRECISION)
@@ -402,8 +402,8 @@ def query_gradient(
         state = START(x, gate, origin, density, FAST)
         dx = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for J in tl.static_range(0, LAST, 2):
-            _, g0, state = _feature(x, gate, state, density, J, SIZE, FEATURE, BASE)
-            _, g1, state = _feature(x, gate, state, density, J + 1, SIZE, FEATURE, BASE)
+            _, g0, state = feature(x, gate, state, density, J, SIZE, FEATURE, BASE)
+            _, g1, state = feature(x, gate, state, density, J + 1, SIZE, FEATURE, BASE)
             if J >= FIRST:
                 c = tl.load(c_ptr + J * c_j + c_offsets)
                 df0, df1 = _unstack(tl.dot(dy, tl.trans(c), input_precision=PRECISION), 1)
@@ -510,8 +510,8 @@ def key_gradient(
             dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             sums = ()
             for J in tl.static_range(0, LAST, 2):
-                f0, g0, state = _feature(x, gate, state, density, J, SIZE, FEATURE, BASE)
-                f1, g1, state = _feature(x, gate, state, density, J + 1, SIZE, FEATURE, BASE)
+                f0, g0, state = feature(x, gate, state, density, J, SIZE, FEATURE, BASE)
+                f1, g1, state = feature(x, gate, state, density, J + 1, SIZE, FEATURE, BASE)
                 if J >= FIRST:
                     df = tl.dot(c[(J - FIRST) // 2], tl.trans(dy), input_precision=PRECISION)
                     df0, df1 = _unstack(df, 0)

@@ -31,6 +31,18 @@ from kart.kernels.triton.device import (
 
 
 @triton.jit
+def based(x, theta, UNIT: tl.constexpr, BASE: tl.constexpr, FAST: tl.constexpr):
+    """Units at scores x: value, slope, and derivatives by the parameters theta."""
+    value, slope, terms = UNIT(x, theta, FAST)
+    if BASE != "zero":
+        active, rise = activation(x, BASE)
+        value += theta[len(theta) - 1] * active
+        slope += theta[len(theta) - 1] * rise
+        terms += (active,)
+    return value, slope, terms
+
+
+@triton.jit
 def _unit(
     x,
     ptr,
@@ -50,13 +62,7 @@ def _unit(
     for i in tl.static_range(P):
         row = tl.load(ptr + i * stride + tl.arange(0, KEYS))
         theta += (tl.expand_dims(row, AXIS),)
-    value, slope, terms = UNIT(x, theta, FAST)
-    if BASE != "zero":
-        active, rise = activation(x, BASE)
-        value += theta[P - 1] * active
-        slope += theta[P - 1] * rise
-        terms += (active,)
-    return value, slope, terms
+    return based(x, theta, UNIT, BASE, FAST)
 
 
 @triton.jit
