@@ -35,6 +35,7 @@ from studies import (
     samplers,
     text,
 )
+from tests.tiny import over
 
 STUDIES = sorted(question.available())
 
@@ -292,7 +293,7 @@ def test_runs_are_scored_at_other_sizes(tmp_path, capsys):
     assert "change from 8 px" in capsys.readouterr().out
     # another depth would take the place of the seeds of the same operator
     other = str(tmp_path / "other")
-    argv = ["train", "--operator", "softmax", *flags, "--depth", "2", "--out", other]
+    argv = ["train", "--operator", "softmax", *over(flags, "--depth", "2"), "--out", other]
     assert cli.main(argv) == 0
     for argv, words in (
         ([str(tmp_path)[:-1] + "-nowhere"], "run"),
