@@ -402,3 +402,39 @@ def test_entries_that_vanish_far_out_do_not_keep_the_first_use_waiting(family, m
     found = with_gradients(basis, inputs, units, None, form="l1", engine="auto" if why else "cpp")
     for name, exact in wanted.items():
         assert_close(found[name].double(), exact, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch", "plain"])
+@pytest.mark.parametrize("family", [bases.fourier(2), bases.rational(2, 2), bases.dog()])
+def test_units_of_more_axes_and_other_factors_are_refused(family, engine):
+    q, units = torch.randn(2, 2, 5, 4, generator=source()), family.init(source(), (2,))
+    if engine != "plain" or family.coefficients is not None:
+        with pytest.raises(ValueError, match=r"`units` of one function a head, \(H,\), got leaves"):
+            wrong = family.init(source(), (2, 3, 5))
+            kernels.entry_attention(family, wrong, q, q, q, engine=engine)
+    for factor, words in ((2.0, "got float"), (torch.ones(5, 5), r"got \(5, 5\)")):
+        with pytest.raises(ValueError, match=f"`factor` as a tensor .*, {words}"):
+            kernels.entry_attention(family, units, q, q, q, factor=factor, engine=engine)
+    factor = torch.full((5, 1), 2.0)
+    found, other = (
+        kernels.entry_attention(family, units, q, q, q, factor=x, engine=engine)
+        for x in (factor, factor.double())
+    )
+    assert torch.equal(found, other)
+
+
+def test_a_table_is_asked_for():
+    q = torch.randn(2, 2, 5, 4, generator=source())
+    for units in ({}, None):
+        with pytest.raises(ValueError, match="`units` as a dict, of a table one with 'table', got"):
+            kernels.entry_attention(None, units, q, q, q, form="inside")
+    with pytest.raises(ValueError, match=r"`table` \(H, 9\) .* got \(2, 3, 9\)"):
+        kernels.entry_attention(None, {"table": torch.ones(2, 3, 9)}, q, q, q, form="inside")
+
+
+def test_nonlinear_units_of_more_axes_are_refused():
+    q, family = torch.randn(2, 2, 5, 4, generator=source()), bases.dog()
+    with pytest.raises(
+        ValueError, match=r"`units` of shape \(H, r, M\), got leaves \[\(2, 3, 5, 7"
+    ):
+        kernels.contract_units(family, family.init(source(), (2, 3, 5, 7)), q, q)

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from kart import models
 from kart.kernels import factored_values
@@ -184,3 +185,24 @@ def test_threads_change_nothing():
             torch.set_num_threads(before)
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        (((2, 3, 5, 9), (3, 7, 4), (2, 3, 7, 6)), r"got \[\(2, 3, 5, 9\), \(3, 7, 4\), "),
+        (((2, 3, 5, 4), (3, 700, 4), (2, 3, 7, 6)), r"`mix` \(..., M, r\), .* \(3, 700, 4\)"),
+        (((2, 3, 5, 4), (4, 3, 7, 4), (2, 3, 7, 6)), r"leading axes that .* `mix` \(4, 3\)"),
+        (((2, 3, 5, 4), (3, 7, 4), (2, 3, 7, 6), (2, 3, 5, 1)), r"`beside` \(..., N, e\), got "),
+    ],
+)
+def test_what_a_kernel_would_read_beyond_its_end_is_refused(shapes, words):
+    y, mix, v, *beside = map(torch.ones, shapes)
+    with pytest.raises(ValueError, match=words):
+        factored_values(y, mix, v, beside=beside[0] if beside else None)
+
+
+def test_a_mix_of_each_sample_meets_values_that_all_share():
+    y, mix, v = torch.randn(1, 2, 5, 4), torch.randn(3, 2, 7, 4), torch.randn(1, 2, 7, 6)
+    found = factored_values(y, mix, v)
+    assert_close(found, plain(y, mix, v), rtol=1e-4, atol=1e-4)

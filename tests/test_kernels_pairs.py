@@ -193,6 +193,9 @@ def test_a_table_alone_is_refused():
         ({"index": lambda x: x[:-1]}, r"`index` \(6, 6\) .* and \(5, 6\)"),
         ({"entries": lambda x: x[:, :-1]}, r"`entries` \(H, 5, places\) .* got \(3, 4, 11\)"),
         ({"entries": lambda x: x[0]}, r"`entries` \(H, 5, places\) .* got \(5, 11\)"),
+        ({"entries": lambda x: torch.cat([x, x])}, r"leading axes that .* `entries` \(6,\)"),
+        ({"index": torch.Tensor.float}, "`index` of int64 or int32, got torch.float32"),
+        ({"index": lambda x: x - 12}, "`index` below the 11 places of `entries`, got -"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, words):

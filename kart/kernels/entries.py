@@ -78,12 +78,21 @@ def entry_attention(
             f"`{name}` needs `v` (..., H, {k.shape[-2]}, e) for the keys of `k`, got "
             f"{tuple(v.shape)}. Project v from the same tokens as k."
         )
+    if factor is not None:
+        fits = isinstance(factor, Tensor) and factor.shape[-1:] in ((), (1,))
+        if not fits or factor.shape[-2:-1] not in ((), (1,), q.shape[-2:-1]):
+            got = tuple(factor.shape) if isinstance(factor, Tensor) else type(factor).__name__
+            raise ValueError(
+                f"`{name}` needs `factor` as a tensor broadcasting to (..., H, {q.shape[-2]}, 1), "
+                f"got {got}. It is one of each query."
+            )
     leaves = _leaves(basis, units, q.shape[-2] + k.shape[-2] - 1)
     unit_heads = {f"units[{leaf!r}]": x.shape[:1] for leaf, x in leaves.items()}
     *lead, heads = broadcast_leading(name, q=q, k=k, v=v, mask=mask, factor=factor, **unit_heads)
     q, k, v = four_axes([*lead, heads], q, k, v)
     own = wide_dtype(q)
     values = [x.to(own).expand(heads, *x.shape[1:])[None] for x in leaves.values()]
+    factor = None if factor is None else factor.to(own)
     mask, factor = (None if x is None else flat_mask(x, lead) for x in (mask, factor))
     factor_of_scores = q.shape[-1] ** -0.5 if scale is None else float(scale)
     with no_autocast(q):
@@ -95,9 +104,14 @@ def entry_attention(
 
 def _leaves(basis: Any, units: Mapping[str, Tensor], offsets: int) -> dict[str, Tensor]:
     """What is learned, `(H, ...)`: of a linear family and a table one tensor, "theta"."""
+    if not hasattr(units, "keys") or (basis is None and "table" not in units):
+        raise ValueError(
+            f"`entry_attention` needs `units` as a dict, of a table one with 'table', got "
+            f"{units!r:.100}. Pass what `init` of the basis drew, or the table."
+        )
     if basis is None:
         table = units["table"]
-        if table.shape[-1] != offsets:
+        if table.dim() != 2 or table.shape[-1] != offsets:
             raise ValueError(
                 f"`entry_attention` needs a `table` (H, {offsets}) for the offsets of these "
                 f"queries and keys, got {tuple(table.shape)}. Pass an entry for each."
@@ -105,7 +119,19 @@ def _leaves(basis: Any, units: Mapping[str, Tensor], offsets: int) -> dict[str, 
         return {"theta": table}
     if basis.coefficients is None:
         return dict(units)
-    return {"theta": basis.coefficients(dict(units))}
+    theta = basis.coefficients(dict(units))
+    _check_axes(theta.dim() == 2, units)
+    return {"theta": theta}
+
+
+def _check_axes(fits: bool, units: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless units are one function a head: kernels would read some of more."""
+    if not fits:
+        shapes = {name: tuple(leaf.shape) for name, leaf in units.items()}
+        raise ValueError(
+            f"`entry_attention` needs `units` of one function a head, (H,), got leaves {shapes}. "
+            "Call `init(generator, (heads,))` of the basis."
+        )
 
 
 def _apply(
@@ -137,7 +163,10 @@ def _apply(
         # without pieces no engine takes them, of which it asks the dtype
         if names == ["theta"] or family is None or family.pieces is None:
             return leaves[0]
-        return family.stacked(dict(zip(names, leaves, strict=True)))
+        units = dict(zip(names, leaves, strict=True))
+        found = family.stacked(units)
+        _check_axes(found.dim() == 3, units)
+        return found
 
     def weighted(q, k, v, mask, factor, *leaves) -> Weighted:
         return Weighted(family, form, q, k, v, theta_of(*leaves), mask, factor, scale)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kart.kernels import fused
+from kart.kernels.arguments import broadcast_leading
 from kart.kernels.cpp import mix as compiled
 from kart.kernels.fused import Fused
 from kart.kernels.plain import wide
@@ -62,6 +63,22 @@ def factored_values(
     By kernels for four axes, unless `engine` is another than theirs or "auto".
     """
     more = () if beside is None else (beside,)
+    if not all(isinstance(x, Tensor) for x in (y, mix, v, *more)):
+        kinds = ", ".join(type(x).__name__ for x in (y, mix, v, *more))
+        raise ValueError(f"`factored_values` needs tensors, got {kinds}. Convert what is none.")
+    # kernels read as many numbers as these say
+    fits = (
+        min(y.dim(), mix.dim(), v.dim()) > 1
+        and y.shape[-1] == mix.shape[-1]
+        and mix.shape[-2] == v.shape[-2]
+        and all(x.shape[-2:] == (y.shape[-2], v.shape[-1]) for x in more)
+    )
+    if not fits:
+        shapes = [tuple(x.shape) for x in (y, mix, v, *more)]
+        raise ValueError(
+            f"`factored_values` needs `y` (..., N, r), `mix` (..., M, r), `v` (..., M, e) and "
+            f"`beside` (..., N, e), got {shapes}. Take all of the same operator and tokens."
+        )
     on_gpu = v.device.type == "cuda"
     tensors = (v, y, mix, *more) if on_gpu else tuple(map(wide, (v, y, mix, *more)))
     in_place = (
@@ -71,12 +88,14 @@ def factored_values(
         and mix.dim() in (3, 4)
         and y.shape[:2] == v.shape[:2]
         and mix.shape[-3] == v.shape[1]
+        and (mix.dim() == 3 or mix.shape[0] in (1, v.shape[0]))
         and all(x.shape == (*y.shape[:3], v.shape[3]) for x in more)
         and not forward_levels()
         and all(x.numel() and x.device == v.device for x in tensors)
         and _engine(tensors) is not None
     )
     if not in_place:
+        broadcast_leading("factored_values", y=y, mix=mix, v=v, beside=beside)
         return _expression(*map(wide, tensors))[0]
     v, y, mix, *more = tensors
     op = BESIDE if more else PRODUCT

@@ -74,13 +74,18 @@ def pair_attention(
             f"`{name}` needs `v` (..., H, {size[1]}, e) and `index` {size} for these queries and "
             f"keys, got {tuple(v.shape)} and {tuple(index.shape)}. Take all of the same tokens."
         )
+    if index.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"`{name}` needs an `index` of int64 or int32, got {index.dtype}. Convert it with "
+            "`.long()`."
+        )
     known = basis is None or family is not None
     if entries.dim() != 3 or (known and entries.shape[1] != planes):
         raise ValueError(
             f"`{name}` needs `entries` (H, {planes}, places) for this basis, got "
             f"{tuple(entries.shape)}. Put the coefficients after the constant, one a feature."
         )
-    lead = broadcast_leading(name, q=q, k=k, v=v, mask=mask, entries=entries[..., 0])
+    lead = broadcast_leading(name, q=q, k=k, v=v, mask=mask, entries=entries.shape[:1])
     q, k, v = four_axes(lead, q, k, v)
     own = entries.to(wide_dtype(q)).expand(lead[-1], -1, -1)[None]
     mask = None if mask is None else flat_mask(mask, lead[:-1])
@@ -134,11 +139,11 @@ def _apply(
             yield x, order, tuple(others)
 
     def forward(*inputs):
-        largest, places = int(inputs[4].max()), inputs[5].shape[3]
-        if largest >= places:
+        (least, largest), places = map(int, inputs[4].aminmax()), inputs[5].shape[3]
+        if largest >= places or least < 0:
             raise ValueError(
                 f"`pair_attention` needs an `index` below the {places} places of `entries`, got "
-                f"{largest}. Give an entry for every place."
+                f"{least if least < 0 else largest}. Give an entry for every place."
             )
         found = [compiled.forward(x) for x, *_ in parts(*inputs)]
         return tuple(_joined(y) for y in zip(*found, strict=True))

@@ -290,7 +290,14 @@ def _units(
         return expression(q, k, mask, *leaves)
 
     def stacked(*leaves: Tensor) -> Tensor:
-        return family.stacked(dict(zip(names, leaves, strict=True)))
+        found = family.stacked(dict(zip(names, leaves, strict=True)))
+        if found.dim() != 5:
+            shapes = [tuple(x.shape[1:]) for x in leaves]
+            raise ValueError(
+                f"`contract_units` needs `units` of shape (H, r, M), got leaves {shapes}. Call "
+                "`init` of the operator for this number of keys."
+            )
+        return found
 
     def forward(q, k, mask, *leaves):
         return (engine.forward(Product(family, q, k, stacked(*leaves), mask, scale)),)
