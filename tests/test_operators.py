@@ -728,3 +728,35 @@ def test_what_an_operator_of_ones_own_is_made_of_is_at_hand():
     made = operators.from_forms("own", None, lambda p, s, mask: s, lambda p, q, k, v, mask: v)
     assert {"from_forms", "from_logits", "from_rows"} <= set(operators.__all__)
     assert made.name == "own" and not made.traits["learned"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "path", "part"),
+    [
+        # axes of one that products would repeat, or of the wrong place
+        ("static", "matrix", (..., slice(1))),
+        ("static:rank=2", "queries", (..., slice(1))),
+        ("static:rank=2,inside=true", "keys", (..., slice(1))),
+        ("gated", "position", (..., slice(1))),
+        ("tempered", "sharpness", (slice(None), None)),
+        ("synthesizer:width=4", "bias", (..., slice(1))),
+        ("synthesizer:width=4,normalise=none", "second", (..., slice(4))),
+        ("relative", "to_prefix", (slice(None), slice(3))),
+        ("relative:inside=true", "prefix", (..., slice(0))),
+        ("softconv", "from_prefix", (..., slice(3))),
+        ("G2:order=by_offset", "table.to_prefix", (slice(None), slice(3))),
+        ("G2:order=by_offset", "units.to_prefix.coefs", (slice(None), slice(3))),
+        ("G2:rank=3", "mix", (..., slice(2))),
+        ("G2:rank=3", "units.coefs", (slice(None), slice(2))),
+        ("linformer:rank=3", "values", (slice(None), slice(2))),
+    ],
+)
+def test_parameters_of_two_operators_are_refused(spec, path, part):
+    op = operators.parse(spec).operator
+    params = op.init(torch.Generator().manual_seed(0), 2, 5)
+    named = tree.named(params)
+    q, k, v = torch.randn(3, 2, 5, 4).unbind(0)
+    op.attend(params, q, k, v)
+    wrong = tree.unflatten({**named, path: named[path][part]})
+    with pytest.raises(ValueError, match=r"needs|was initialised for"):
+        op.attend(wrong, q, k, v)

@@ -20,6 +20,8 @@ from kart.operators.contract import (
     Factored,
     Operator,
     check_keys,
+    check_names,
+    check_shapes,
     from_forms,
     from_rows,
     only,
@@ -89,9 +91,12 @@ def tempered() -> Operator:
         q, k, v = wide(q), wide(k), wide(v)
         return kernels.softmax_attention(q * factor(params, q), k, v, mask)
 
+    def fits(params: Params, queries: int, keys: int) -> None:
+        check_shapes("tempered", params, {"sharpness": ()})
+
     traits: dict[str, Any] = {"length_free": True, "simplex": True, "shift_invariant": True}
     traits |= {"softmax_base": True, "softmax_start": True, **scored(4)}
-    return from_forms("tempered", init, weights, attend, traits=traits)
+    return from_forms("tempered", init, weights, attend, fits=fits, traits=traits)
 
 
 def squared_offsets(lattice: Lattice, like: Tensor) -> Tensor:
@@ -152,6 +157,7 @@ def gated(prefix: int | None = None, rows: int | None = None, locality: float = 
         return gate, torch.einsum("nmj,hj->hnm", offsets, position)
 
     def fits(params: Params, queries: int, keys: int) -> None:
+        check_shapes("gated", params, {"gate": (), "position": (3,)})
         check_square("gated", keys, queries, keys)
 
     def weights(params: Params, scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -229,10 +235,15 @@ def synthesizer(
         return softmax_rows(logits, mask) @ v
 
     def attend(params: Params, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        names = ("first", "bias", "second", "shift")
+        check_names("synthesizer", params, names)
         check_head("synthesizer", params["first"].shape[-2], q)
         check_keys("synthesizer", params["shift"].shape[-1], k.shape[-2])
+        d, m = q.shape[-1], k.shape[-2]
+        own = {"first": (d, d), "bias": (d,), "second": (d, m), "shift": (m,)}
+        check_shapes("synthesizer", params, own)
         q, k, v = wide(q), wide(k), wide(v)
-        leaves = [params[x].to(q.dtype) for x in ("first", "bias", "second", "shift")]
+        leaves = [params[x].to(q.dtype) for x in names]
         first, bias, second, shift = leaves
         if normalise:
             out = kernels.by_queries(block, [q], [v, *leaves], mask)

@@ -257,6 +257,21 @@ def check_names(name: str, params: Params, wanted: Collection[str]) -> None:
         )
 
 
+def check_shapes(name: str, params: Params, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError unless the leaves are those of `shapes`, `(H, *shape)` each: of others
+    products would repeat an axis of one.
+    """
+    check_names(name, params, shapes)
+    for leaf, own in shapes.items():
+        if params[leaf].shape[1:] != own:
+            what = ", ".join(["H", *map(str, own)])
+            raise ValueError(
+                f"`{name}` needs parameters with {leaf!r} ({what}), got shape "
+                f"{tuple(params[leaf].shape)}. Take all of one operator, or call `init(generator, "
+                "heads, tokens)`."
+            )
+
+
 def check_unit_sizes(
     name: str, units: Params, sizes: Mapping[str, tuple[int, ...]] | None, axes: int
 ) -> None:

@@ -18,6 +18,7 @@ from kart.operators.contract import (
     check_basis,
     check_fits_memory,
     check_names,
+    check_shapes,
     check_unit_sizes,
     from_forms,
     only,
@@ -158,7 +159,11 @@ def by_offset(
         check_names("by_offset", params, ["table", "units"])
         for part in params["table"]:
             check_unit_sizes("by_offset", params["units"].get(part, {}), sizes, 3)
-        check_square("by_offset", tokens_in(params["table"]), queries, keys)
+        check_names("by_offset", params["units"], params["table"])
+        for part, own in params["units"].items():
+            places = tuple(params["table"][part].shape[1:3])
+            check_shapes("by_offset", own, {n: (*places, *x.shape[3:]) for n, x in own.items()})
+        check_square("by_offset", tokens_in(params["table"], "by_offset"), queries, keys)
 
     def weights(params: Params, scores: Tensor, mask: Tensor | None) -> Tensor:
         names, leaves, index = rows_of(params, scores.dtype)

@@ -14,7 +14,7 @@ from kart import bases, kernels, schema
 from kart.bases import Params
 from kart.factories import remember
 from kart.kernels.transforms import Constant
-from kart.operators.contract import Operator, check_fits_memory
+from kart.operators.contract import Operator, check_fits_memory, check_names, check_shapes
 from kart.operators.resize import Lattice, check_prefix, interpolate
 from kart.operators.static import Form, default_start, from_matrix
 
@@ -108,9 +108,13 @@ def expand_table(table: Params) -> Tensor:
     return kernels.looked_up(flatten_table(table), index_of(table))
 
 
-def tokens_in(table: Params) -> int:
-    """The number of tokens that a table is for."""
+def tokens_in(table: Params, name: str = "relative") -> int:
+    """The number of tokens that a table is for; ValueError unless its parts are of one lattice."""
+    if "offsets" not in table or table["offsets"].dim() < 3:
+        check_names(name, table, ["offsets"])
+        check_shapes(name, table, {"offsets": (1, 1)})
     lattice = lattice_in(table)
+    check_shapes(name, table, table_shapes(lattice))
     return (lattice.prefix or 0) + lattice.patches
 
 

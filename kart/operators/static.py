@@ -21,6 +21,7 @@ from kart.operators.contract import (
     check_fits_memory,
     check_keys,
     check_rank,
+    check_shapes,
     from_forms,
     only,
     same_for_all_queries,
@@ -273,6 +274,13 @@ def static(
             return params["matrix"]
         return Factored(params["queries"], params["keys"])
 
+    def tokens_of(params: Params) -> int:
+        found = params.get("matrix" if rank is None else "keys")
+        tokens = found.shape[1] if isinstance(found, Tensor) and found.dim() > 1 else 0
+        names = ["matrix"] if rank is None else ["queries", "keys"]
+        check_shapes("static", params, dict.fromkeys(names, (tokens, rank or tokens)))
+        return tokens
+
     def resize(params: Params, old: Lattice, new: Lattice) -> Params:
         # entries that are weights stand for an integral over the keys, entries of a softmax do not
         amplitude = signed and not normalise and not inside
@@ -286,7 +294,7 @@ def static(
         "static",
         init,
         matrix,
-        lambda params: params["matrix" if rank is None else "keys"].shape[1],
+        tokens_of,
         Form(signed, normalise, base, inside, begin),
         rank=rank,
         resize=resize,
