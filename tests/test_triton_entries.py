@@ -122,6 +122,14 @@ def half_precision():
     for form in FORMS:
         compare(bases.fourier(2), form, 18, 20, width=16, dtype=torch.float16)
     compare(None, "inside", 18, 20, dtype=torch.float16)
+    # values of their own dtype
+    (q, k, v), units, _, factor = case(bases.fourier(2), 9, 7)
+    inputs = [q.half(), k.half(), v]
+    found = results(bases.fourier(2), inputs, units, None, factor, "beside", "triton")
+    assert found["out"].dtype == torch.float32
+    wide = [x.double() for x in inputs], {name: x.double() for name, x in units.items()}
+    wanted = results(bases.fourier(2), *wide, None, factor.double(), "beside", "plain")
+    near(found, wanted, LIMITS[torch.float16])
 
 
 def raw(basis, form, n, m, own, factor=True, mask=None, choose=few_tiles, **options):

@@ -14,7 +14,7 @@ the operands of matrix products are rounded, to the dtype of what they are multi
 
 A tensor is a tuple of its address and strides of samples, heads, tokens and the last axis. `row` is
 what a backward needs of the forward of each query: 1 / sum |y|, or the logarithm of the sum of
-softmax, which is inf for a query without keys.
+softmax, which is inf for a query without keys. `span` is the origin and the density of a family.
 """
 
 import triton
@@ -119,9 +119,7 @@ def _entries(
     place,
     last,
     learned,
-    origin,
-    density,
-    SIZE: tl.constexpr,
+    span,
     START: tl.constexpr,
     FEATURE: tl.constexpr,
     BASE: tl.constexpr,
@@ -136,10 +134,11 @@ def _entries(
         y, slope, _ = based(x, learned[0], START, BASE, FAST)
     else:
         y = tl.zeros_like(x)
+        SIZE: tl.constexpr = len(learned[0]) - (BASE != "zero")
         gate = tl.full(x.shape, 1.0, tl.float32)
-        state = START(x, gate, origin, density, FAST)
+        state = START(x, gate, span[0], span[1], FAST)
         for J in tl.static_range(len(learned[0])):
-            f, g, state = feature(x, gate, state, density, J, SIZE, FEATURE, BASE)
+            f, g, state = feature(x, gate, state, span[1], J, SIZE, FEATURE, BASE)
             y += learned[0][J] * f
             slope += learned[1][J] * g
     return y, slope
@@ -147,26 +146,11 @@ def _entries(
 
 @triton.jit
 def _pulled(
-    x,
-    dw,
-    keep,
-    place,
-    last,
-    row,
-    pull,
-    c,
-    learned,
-    origin,
-    density,
-    FORM: tl.constexpr,
-    SIZE: tl.constexpr,
-    START: tl.constexpr,
-    FEATURE: tl.constexpr,
-    BASE: tl.constexpr,
-    FAST: tl.constexpr,
-):
+    x, dw, keep, place, last, row, pull, c, learned, span, FORM: tl.constexpr, START: tl.constexpr,
+    FEATURE: tl.constexpr, BASE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
     """Weights, and the gradients of entries and of scores x, from those of the weights."""
-    y, slope = _entries(x, place, last, learned, origin, density, SIZE, START, FEATURE, BASE, FAST)
+    y, slope = _entries(x, place, last, learned, span, START, FEATURE, BASE, FAST)
     beside = tl.zeros_like(x)
     if FORM == "plain":
         weight = c * y
@@ -196,9 +180,7 @@ def _shares(
     x,
     g,
     learned,
-    origin,
-    density,
-    SIZE: tl.constexpr,
+    span,
     START: tl.constexpr,
     FEATURE: tl.constexpr,
     BASE: tl.constexpr,
@@ -211,48 +193,23 @@ def _shares(
         for i in tl.static_range(len(sums)):
             found += (sums[i] + tl.sum(terms[i] * g, 1),)
     else:
+        SIZE: tl.constexpr = len(learned[0]) - (BASE != "zero")
         gate = tl.full(x.shape, 1.0, tl.float32)
-        state = START(x, gate, origin, density, FAST)
+        state = START(x, gate, span[0], span[1], FAST)
         for J in tl.static_range(len(sums)):
-            f, _, state = feature(x, gate, state, density, J, SIZE, FEATURE, BASE)
+            f, _, state = feature(x, gate, state, span[1], J, SIZE, FEATURE, BASE)
             found += (sums[J] + tl.sum(f * g, 1),)
     return found
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward(
-    q,
-    k,
-    v,
-    mask,
-    factor,
-    theta,
-    out_ptr,
-    row_ptr,
-    soft_ptr,
-    H,
-    N,
-    M,
-    scale,
-    origin,
-    density,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-    VALUES: tl.constexpr,
-    E: tl.constexpr,
-    FORM: tl.constexpr,
-    SIZE: tl.constexpr,
-    FACTORS: tl.constexpr,
-    SLOPES: tl.constexpr,
-    START: tl.constexpr,
-    FEATURE: tl.constexpr,
-    BASE: tl.constexpr,
-    BESIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    q, k, v, mask, factor, theta, out_ptr, row_ptr, soft_ptr, H, N, M, scale, span,
+    WIDTH: tl.constexpr, D: tl.constexpr, VALUES: tl.constexpr, E: tl.constexpr, FORM: tl.constexpr,
+    FACTORS: tl.constexpr, SLOPES: tl.constexpr, START: tl.constexpr, FEATURE: tl.constexpr,
+    BASE: tl.constexpr, BESIDE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     n, b, h, head = _block(N, H, BLOCK_N)
     learned = _learned(theta, b, h, FACTORS, SLOPES, START)
     own = _tile(q, _at(q, b, h, n), N - n, WIDTH, BLOCK_N, D)
@@ -272,7 +229,7 @@ def forward(
         x = tl.where(keep, x, 0.0)
         place = rows[:, None] - m - tl.arange(0, BLOCK_M)[None, :] + M - 1
         last = N + M - 1
-        y, _ = _entries(x, place, last, learned, origin, density, SIZE, START, FEATURE, BASE, FAST)
+        y, _ = _entries(x, place, last, learned, span, START, FEATURE, BASE, FAST)
         if FORM == "plain" or FORM == "l1" or FORM == "beside":
             y = tl.where(keep, y, 0.0)
             out = tl.dot(y.to(values.dtype), values, out, input_precision=PRECISION)
@@ -314,43 +271,12 @@ def forward(
 
 @triton.jit(do_not_specialize=COUNTS)
 def query_gradient(
-    q,
-    k,
-    v,
-    mask,
-    factor,
-    theta,
-    dout,
-    result,
-    row_ptr,
-    pull_ptr,
-    dq_ptr,
-    share_ptr,
-    zero,
-    H,
-    N,
-    M,
-    scale,
-    origin,
-    density,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-    VALUES: tl.constexpr,
-    E: tl.constexpr,
-    FORM: tl.constexpr,
-    SIZE: tl.constexpr,
-    FACTORS: tl.constexpr,
-    SLOPES: tl.constexpr,
-    START: tl.constexpr,
-    FEATURE: tl.constexpr,
-    BASE: tl.constexpr,
-    BESIDE: tl.constexpr,
-    AGAIN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    q, k, v, mask, factor, theta, dout, result, row_ptr, pull_ptr, dq_ptr, share_ptr, zero, H, N, M,
+    scale, span, WIDTH: tl.constexpr, D: tl.constexpr, VALUES: tl.constexpr, E: tl.constexpr,
+    FORM: tl.constexpr, FACTORS: tl.constexpr, SLOPES: tl.constexpr, START: tl.constexpr,
+    FEATURE: tl.constexpr, BASE: tl.constexpr, BESIDE: tl.constexpr, AGAIN: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     n, b, h, head = _block(N, H, BLOCK_N)
     learned = _learned(theta, b, h, FACTORS, SLOPES, START)
     own = _tile(q, _at(q, b, h, n), N - n, WIDTH, BLOCK_N, D)
@@ -378,14 +304,14 @@ def query_gradient(
         place = rows[:, None] - m - tl.arange(0, BLOCK_M)[None, :] + M - 1
         _, g, dx = _pulled(
             x, dw, keep, place, N + M - 1, row[:, None], pull[:, None], c[:, None],
-            learned, origin, density, FORM, SIZE, START, FEATURE, BASE, FAST,
+            learned, span, FORM, START, FEATURE, BASE, FAST,
         )  # fmt: skip
         dq = tl.dot(dx.to(keys.dtype), keys, dq, input_precision=PRECISION)
         if START is not None:
             if AGAIN:
                 # else the compiler holds the features of x until they are wanted again
                 x += zero
-            sums = _shares(sums, x, g, learned, origin, density, SIZE, START, FEATURE, BASE, FAST)
+            sums = _shares(sums, x, g, learned, span, START, FEATURE, BASE, FAST)
     at, stride = rows_at(dq_ptr, b, h, n, H, N, WIDTH, BESIDE)
     store_tile(at, dq * scale, N - n, stride, WIDTH, BLOCK_N, D, False)
     share_at = share_ptr + tl.program_id(0).to(tl.int64) * len(FACTORS)
@@ -395,41 +321,12 @@ def query_gradient(
 
 @triton.jit(do_not_specialize=COUNTS)
 def key_gradient(
-    q,
-    k,
-    v,
-    mask,
-    factor,
-    theta,
-    dout,
-    row_ptr,
-    pull_ptr,
-    dk_ptr,
-    dv_ptr,
-    H,
-    N,
-    M,
-    scale,
-    origin,
-    density,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-    VALUES: tl.constexpr,
-    E: tl.constexpr,
-    FORM: tl.constexpr,
-    SIZE: tl.constexpr,
-    FACTORS: tl.constexpr,
-    SLOPES: tl.constexpr,
-    START: tl.constexpr,
-    FEATURE: tl.constexpr,
-    BASE: tl.constexpr,
-    BESIDE: tl.constexpr,
-    VALUES_BESIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    q, k, v, mask, factor, theta, dout, row_ptr, pull_ptr, dk_ptr, dv_ptr, H, N, M, scale, span,
+    WIDTH: tl.constexpr, D: tl.constexpr, VALUES: tl.constexpr, E: tl.constexpr, FORM: tl.constexpr,
+    FACTORS: tl.constexpr, SLOPES: tl.constexpr, START: tl.constexpr, FEATURE: tl.constexpr,
+    BASE: tl.constexpr, BESIDE: tl.constexpr, VALUES_BESIDE: tl.constexpr, PRECISION: tl.constexpr,
+    FAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     m, b, h, head = _block(M, H, BLOCK_M)
     learned = _learned(theta, b, h, FACTORS, SLOPES, START)
     keys = _tile(k, _at(k, b, h, m), M - m, WIDTH, BLOCK_M, D)
@@ -453,7 +350,7 @@ def key_gradient(
         dw = tl.dot(values, tl.trans(given), input_precision=PRECISION)
         weight, _, dx = _pulled(
             x, dw, keep, n + offsets, N + M - 1, row[None, :], pull[None, :], c[None, :],
-            learned, origin, density, FORM, SIZE, START, FEATURE, BASE, FAST,
+            learned, span, FORM, START, FEATURE, BASE, FAST,
         )  # fmt: skip
         dv = tl.dot(weight.to(given.dtype), given, dv, input_precision=PRECISION)
         dk = tl.dot(dx.to(own.dtype), own, dk, input_precision=PRECISION)
@@ -465,40 +362,12 @@ def key_gradient(
 
 @triton.jit(do_not_specialize=COUNTS)
 def table_gradient(
-    q,
-    k,
-    v,
-    mask,
-    factor,
-    theta,
-    dout,
-    row_ptr,
-    pull_ptr,
-    tiles_ptr,
-    B,
-    samples,
-    H,
-    N,
-    M,
-    scale,
-    origin,
-    density,
-    WIDTH: tl.constexpr,
-    D: tl.constexpr,
-    VALUES: tl.constexpr,
-    E: tl.constexpr,
-    FORM: tl.constexpr,
-    SIZE: tl.constexpr,
-    FACTORS: tl.constexpr,
-    SLOPES: tl.constexpr,
-    START: tl.constexpr,
-    FEATURE: tl.constexpr,
-    BASE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+    q, k, v, mask, factor, theta, dout, row_ptr, pull_ptr, tiles_ptr, B, samples, H, N, M, scale,
+    span, WIDTH: tl.constexpr, D: tl.constexpr, VALUES: tl.constexpr, E: tl.constexpr,
+    FORM: tl.constexpr, FACTORS: tl.constexpr, SLOPES: tl.constexpr, START: tl.constexpr,
+    FEATURE: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     STEPS: tl.constexpr = BLOCK_N // BLOCK_M
     tl.static_assert(BLOCK_N == STEPS * BLOCK_M)
     across = tl.cdiv(M, BLOCK_M)
@@ -535,7 +404,7 @@ def table_gradient(
             dw = tl.dot(given, tl.trans(values), input_precision=PRECISION)
             _, g, _ = _pulled(
                 x, dw, keep, place, N + M - 1, row[:, None], pull[:, None], c[:, None],
-                learned, origin, density, FORM, SIZE, START, FEATURE, BASE, FAST,
+                learned, span, FORM, START, FEATURE, BASE, FAST,
             )  # fmt: skip
             total += g
     at = tiles_ptr + tl.program_id(0).to(tl.int64) * BLOCK_N * BLOCK_M

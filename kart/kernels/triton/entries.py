@@ -97,10 +97,11 @@ class _Launcher:
         self.kind = kind
         size = tuple(q.shape[:3])
         start = feature = None
-        factors = slopes = ()
+        factors, slopes, span = (), (), (0.0, 1.0)
         if family is not None and family.basis.features is not None:
             _, slopes, factors = combinations(family)
             start, feature = device.functions(kind.piece, "start", "feature")
+            span = (float(kind.piece.origin), float(kind.piece.density))
         elif family is not None:
             factors = (1.0,) * family.width
             (start,) = device.functions(kind.piece, "unit")
@@ -120,14 +121,12 @@ class _Launcher:
             "N": size[2],
             "M": k.shape[2],
             "scale": scale,
-            "origin": 0.0 if kind.piece is None else float(kind.piece.origin),
-            "density": 1.0 if kind.piece is None else float(kind.piece.density),
+            "span": span,
             "WIDTH": q.shape[3],
             "D": padded(q.shape[3]),
             "VALUES": v.shape[3],
             "E": padded(v.shape[3]),
             "FORM": form,
-            "SIZE": kind.size,
             "FACTORS": factors,
             "SLOPES": slopes,
             "START": start,
@@ -141,9 +140,8 @@ class _Launcher:
     def tile(self, kernel: str) -> Tiles:
         """The tiles of a kernel."""
         shared, width = self.shared, max(self.shared["D"], self.shared["E"])
-        return self.choose(
-            kernel, self.x.q.dtype, shared["PRECISION"], width, self.x.form, self.kind
-        )
+        dtype = torch.promote_types(self.x.q.dtype, self.x.v.dtype)
+        return self.choose(kernel, dtype, shared["PRECISION"], width, self.x.form, self.kind)
 
     def __call__(self, kernel: str, programs: int, tile: Tiles, **arguments: Any) -> None:
         with launched_on(self.x.q):
