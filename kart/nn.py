@@ -6,6 +6,7 @@ a module draws from the `generator` it is given, or from a fresh one of seed 0, 
 without one start alike. Give one generator to all modules of a model.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -215,7 +216,8 @@ class Operator(Tree):
         return f"{self.op.name}, heads={self.heads}, tokens={self.tokens}"
 
     def _meaning(self) -> Any:
-        return meaning(self.op, CHANGED, self.tokens)
+        # as what `torch.load` reads: no numbers of numpy
+        return json.loads(json.dumps(meaning(self.op, CHANGED, self.tokens)))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -229,8 +231,10 @@ class Operator(Tree):
     ) -> None:
         # torch keeps what is wrong in the last of its arguments, and raises it at the end
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        # what comes without parameters of this operator, as of softmax, has none of another meaning
+        taken = any(prefix + name in state_dict for name, _ in self.named_parameters())
         own = self._meaning()
-        if not same_meaning(local_metadata.get("meaning", own), own):
+        if taken and not same_meaning(local_metadata.get("meaning", own), own):
             rest[-1].append(
                 f"`{prefix[:-1] or 'operator'}` needs parameters of {self.op.name!r}, got those of "
                 f"{local_metadata.get('operator')!r}, which mean something else. Make the module "

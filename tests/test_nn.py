@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -172,6 +173,26 @@ def test_a_state_dict_of_other_functions_is_refused():
         lattices[0].load_state_dict(nn.operator("gated:rows=2", HEADS, 17).state_dict())
     moved = nn.operator("relative", HEADS, 17).resize(17, (1, 2, 7))
     moved.load_state_dict(moved.state_dict())
+    nn.operator("gated:locality=2.0", HEADS, 17).load_state_dict(lattices[0].state_dict())
+
+
+def test_a_state_dict_without_parameters_of_the_operator_is_taken():
+    donor, ours = attention("softmax"), attention("G3B:rank=3")
+    missing, unexpected = ours.load_state_dict(donor.state_dict(), strict=False)
+    assert missing == ["operator.mix", "operator.units.coefs"]
+    assert not unexpected
+    assert torch.equal(ours.qkv.weight, donor.qkv.weight)
+    attention("sigmoid").load_state_dict(donor.state_dict())
+    unexpected = donor.load_state_dict(ours.state_dict(), strict=False).unexpected_keys
+    assert unexpected == missing
+
+
+def test_a_state_dict_of_numbers_of_numpy_is_read_as_tensors_alone():
+    basis, buffer = bases.morlet(omega=np.float64(4.0)), io.BytesIO()
+    one = nn.operator(operators.low_rank(basis, rank=3), HEADS, 17)
+    torch.save(one.state_dict(), buffer)
+    buffer.seek(0)
+    one.load_state_dict(torch.load(buffer, weights_only=True))
 
 
 def pickled(module):

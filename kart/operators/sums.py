@@ -25,7 +25,7 @@ def simple_parts(op: Operator) -> list[Operator]:
 
 
 # options of operators and bases that say how parameters are drawn
-DRAWN = frozenset(("init", "mix", "start"))
+DRAWN = frozenset(("init", "locality", "mix", "start"))
 # and those by which the weights are another function of them, which training may change
 CHANGED = DRAWN | {"base", "normalise", "project"}
 
