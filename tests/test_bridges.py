@@ -100,6 +100,15 @@ def test_multihead_without_a_batch_and_causal_is_torchs():
             assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_a_graph_of_multihead_takes_any_batch():
+    ours = MultiheadAttention(DIM, HEADS, tokens=5, operator="G2:rank=3", batch_first=True)
+    x = torch.randn(2, 5, DIM)
+    axes = ({0: torch.export.Dim("batch", min=2)},) * 3
+    graph = torch.export.export(ours, (x, x.flip(0), x + 1), dynamic_shapes=axes).module()
+    y = torch.randn(4, 5, DIM)
+    torch.testing.assert_close(graph(y, y + 1, y), ours(y, y + 1, y))
+
+
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 def test_multihead_inside_torchs_encoder_is_not_passed_over():
     layer = torch.nn.TransformerEncoderLayer(DIM, HEADS, 16, dropout=0.0, batch_first=True)

@@ -423,6 +423,19 @@ def test_units_of_more_axes_and_other_factors_are_refused(family, engine):
     assert torch.equal(found, other)
 
 
+def test_a_graph_of_any_sizes_takes_a_factor_made_inside():
+    basis, q = bases.fourier(2), torch.randn(2, 2, 5, 4, generator=source())
+    units = basis.init(source(), (2,))
+
+    def attend(q):
+        return kernels.entry_attention(basis, units, q, q, q, factor=torch.full((5, 1), 2.0))
+
+    torch.compiler.reset()
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True, dynamic=True)
+    assert_close(compiled(q), attend(q))
+    torch.compiler.reset()
+
+
 def test_a_table_is_asked_for():
     q = torch.randn(2, 2, 5, 4, generator=source())
     for units in ({}, None):

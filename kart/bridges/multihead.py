@@ -99,8 +99,8 @@ class MultiheadAttention(torch.nn.Module):
                 )
             nn.check_device("MultiheadAttention", self, x)
             nn.check_dtype("MultiheadAttention", name, weight, x)
-        batches = [len(x) for x in inputs]
-        if len(set(batches)) > 1:
+        batches = [x.shape[0] for x in inputs]  # `len` would fix them in a graph
+        if any(batch != batches[0] for batch in batches):
             raise ValueError(
                 f"`MultiheadAttention` needs `query`, `key` and `value` of as many samples, got "
                 f"{batches}. See `batch_first`."

@@ -99,7 +99,8 @@ def broadcast_leading(function: str, **given: Tensor | Sequence[int] | None) -> 
         for i, size in enumerate(shape, len(common) - len(shape)):
             if common[i] == 1:
                 common[i] = size
-            elif size not in (1, common[i]):
+            # `in` of torch.compile tells a size that it knows from one that it does not
+            elif size != 1 and size != common[i]:
                 raise ValueError(
                     f"`{function}` needs leading axes that broadcast, got "
                     f"{', '.join(f'`{name}` {tuple(x)}' for name, x in shapes.items())}. "

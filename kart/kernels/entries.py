@@ -79,8 +79,9 @@ def entry_attention(
             f"{tuple(v.shape)}. Project v from the same tokens as k."
         )
     if factor is not None:
-        fits = isinstance(factor, Tensor) and factor.shape[-1:] in ((), (1,))
-        if not fits or factor.shape[-2:-1] not in ((), (1,), q.shape[-2:-1]):
+        # each by itself: `in` of torch.compile tells a size that it knows from one that it does not
+        rows, one = (1, 1, *factor.shape)[-2:] if isinstance(factor, Tensor) else (0, 0)
+        if one != 1 or (rows != 1 and rows != q.shape[-2]):
             got = tuple(factor.shape) if isinstance(factor, Tensor) else type(factor).__name__
             raise ValueError(
                 f"`{name}` needs `factor` as a tensor broadcasting to (..., H, {q.shape[-2]}, 1), "
