@@ -253,8 +253,9 @@ def synthesizer(
             right = torch.cat([second.mT, shift[..., None]], -1)
             out = values_of(Factored(left, right), v, mask)
         # the axes of k, which has no other part
-        lead = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2], out.shape[:-2])
-        out = out.expand(*lead, *out.shape[-2:])
+        if k.shape[:-2] != out.shape[:-2]:
+            lead = torch.broadcast_shapes(k.shape[:-2], out.shape[:-2])
+            out = out.expand(*lead, *out.shape[-2:])
         return out + kernels.softmax_attention(q, k, v, mask) if base else out
 
     def resize(params: Params, old: Lattice, new: Lattice) -> Params:
