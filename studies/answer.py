@@ -5,7 +5,7 @@
     python -m studies.answer report --out runs/answer                   # answer.html, answer.csv
 
 Factors: what mixes the tokens (`ARMS`), in `CELLS` that change one thing each (width, depth,
-training images, epochs, patches) from a common centre, and two that change two. Every arm has the
+training images, epochs, patches) from a common centre, and three that change two. Every arm has the
 same tuning budget: in the centre, and again in the cells of `RATES_IN`, the same learning rates,
 one seed each, chosen by validation. Then fresh seeds are trained at that rate in every cell and
 scored once on the test split; nothing is chosen by the test split. First every arm gets `--seeds`
@@ -56,7 +56,7 @@ CENTRE = Config(
     threads=1,
 )
 
-# one factor at a time, and more tokens with more steps
+# one factor at a time; more tokens with more steps, and more images with more epochs
 CENTRE_CELL = "centre"
 CELLS: dict[str, dict[str, Any]] = {
     CENTRE_CELL: {},
@@ -72,6 +72,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "patch 4": {"patch_size": 4},
     "patch 4, 30 epochs": {"patch_size": 4, "epochs": 30},
     "patch 4, 45,000 images": {"patch_size": 4, "train_limit": 45000},
+    "45,000 images, 30 epochs": {"train_limit": 45000, "epochs": 30},
 }
 
 
@@ -86,6 +87,7 @@ RATES_IN: dict[str, tuple[float, ...]] = {
     "patch 4": (1.875e-4, 3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3),
     "patch 4, 30 epochs": (3.75e-4, 7.5e-4, 1.5e-3, 3e-3, 6e-3),
     "patch 4, 45,000 images": (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
+    "45,000 images, 30 epochs": (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2),
 }
 
 

@@ -1354,7 +1354,7 @@ OPERATORS = {
     "keys kept while the tensor is the same": (attending(Stale(2)), "deterministic"),
     "weights that are looked at without gradients are others": (
         weights_alone(lambda weights, p, scores, mask: weights(p, trained_alone(scores), mask)),
-        "deterministic",
+        "attend_is_weights_times_values",
     ),
 }
 

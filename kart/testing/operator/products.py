@@ -28,13 +28,17 @@ from kart.testing.operator.subject import (
 def attend_is_weights_times_values(
     s: Subject, row: Row, kept: list[bool], mask: str, dtype: torch.dtype
 ) -> None:
-    """attend(theta, q, k, v, mask) = weights(theta, q k^T / sqrt(d), mask) v.
+    """attend(theta, q, k, v, mask) = weights(theta, q k^T / sqrt(d), mask) v, of weights under
+    torch.no_grad() as well.
 
     The form that trains and the form that is looked at are two operators.
     """
     x, given = s.inputs(row, dtype), masked_by(row, kept, mask)
-    wanted = s.op.weights(x.params, scores_of(x.q, x.k), given) @ x.v
-    agree(s.op.attend(*x, given), wanted, attend_slack(s, x, given), "attend", "weights v")
+    out, limit, scores = s.op.attend(*x, given), attend_slack(s, x, given), scores_of(x.q, x.k)
+    agree(out, s.op.weights(x.params, scores, given) @ x.v, limit, "attend", "weights v")
+    with torch.no_grad():
+        looked = s.op.weights(x.params, scores, given) @ x.v
+    agree(out, looked, limit, "attend", "weights v under no_grad")
 
 
 def _large(
