@@ -239,21 +239,24 @@ def assemble(
     recipe: tuple[Callable[..., Basis], Mapping[str, Any]],
     name: str,
     leaves: Callable[[Params], Tensor] | None = None,
-    learned: Sequence[str] = ("coefs",),
+    learned: Sequence[str] | None = None,
     **pieces: Any,
 ) -> Basis:
     """Adds what all families share: base activation (eq. 5), KAN's per-unit scales, dtype rules,
     checks.
 
     `core` is a nonlinear family's function of (params, x), `expand` the features of a linear one;
-    `learned` are the names of what `draw` draws; `name`, `leaves` of a nonlinear family without the
-    base activation, and `pieces` are fields of `Pieces`.
+    `learned` are the names of what `draw` draws, as far as they are known; `name`, `leaves` of a
+    nonlinear family without the base activation, and `pieces` are fields of `Pieces`.
     """
     schema.check_choice(family, "base", base, BASES)
     schema.check_type(family, "scales", scales, bool)
     activation = BASES[base]
 
     both = ("scale_base", "scale_basis")
+    if learned is None:
+        known = "coefs" if expand is not None else traits.get("amplitude")
+        learned = () if known is None else (known,)
     wanted, unread = (*learned, *(both if scales else ())), () if scales else both
 
     def check_params(params: Params) -> None:
@@ -262,8 +265,9 @@ def assemble(
         fit = named and all(x in params for x in wanted) and not any(x in params for x in unread)
         if not fit:
             found = [*params] if named else type(params).__name__
+            told = ", ".join(map(repr, wanted))
             raise ValueError(
-                f"`{family}` needs parameters {', '.join(map(repr, wanted))}, got {found!r:.100}. "
+                f"`{family}` needs parameters {told or 'by name'}, got {found!r:.100}. "
                 "Call `init` of this basis for its parameters."
             )
 
