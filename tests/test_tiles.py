@@ -1,10 +1,8 @@
 """The tiles that `studies.tiles` tries give the same product, in Triton's interpreter."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 from torch.testing import assert_close
@@ -26,12 +24,7 @@ def same_products(spec):
 
 @pytest.mark.parametrize("spec", ["G3", "bspline-G8", "mexican_hat"])
 def test_every_tile_gives_the_same_product(spec):
-    pytest.importorskip("triton")
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, __file__, spec]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpreter.run(__file__, spec)
 
 
 def test_tiles_need_a_gpu():

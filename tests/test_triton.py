@@ -6,13 +6,11 @@ bfloat16 products are wrong in the interpreter (triton#11584): it sees float32 a
 """
 
 import functools
-import os
-import subprocess
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from torch.testing import assert_close
@@ -516,12 +514,7 @@ GROUPS = {
     [pytest.param(x, marks=[pytest.mark.slow] if x == "images" else []) for x in GROUPS],
 )
 def test_the_kernels_are_the_plain_expression_in_the_interpreter(group):
-    pytest.importorskip("triton")
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, __file__, group]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpreter.run(__file__, group)
 
 
 # --- in this process ------------------------------------------------------------------------------

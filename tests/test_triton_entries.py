@@ -4,12 +4,10 @@ materialised form in float64; see tests/test_triton.py.
 
 import functools
 import itertools
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
+import interpreter
 import pytest
 import test_kernels_entries as entries_of_other_engines
 import torch
@@ -277,12 +275,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_kernels_are_the_plain_expression_in_the_interpreter(group):
-    pytest.importorskip("triton")
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, __file__, group]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpreter.run(__file__, group)
 
 
 if __name__ == "__main__":
